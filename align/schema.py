@@ -1,0 +1,157 @@
+"""The settings of the stages and of what drives them. `align.config` puts them together with those of the packages."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from policies.schema import ModelSettings, PolicySettings, Settings
+from rewards.schema import FitSettings, RewardSettings
+from rollouts.schema import RolloutSettings
+
+STAGES = ("sft", "reward", "ppo")
+
+
+class SourceSettings(Settings):
+    """One source of rows. A bare string is short for `path`."""
+
+    path: str = Field(description="file (JSONL, JSON, CSV, Parquet), folder of such files, or a dataset's hub name")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: its name in the data")
+    split: str = Field("train", description="which split, for a hub name")
+    limit: int | None = Field(None, ge=1, description="read only the first rows")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class DataSettings(Settings):
+    """Where the rows of each stage come from."""
+
+    demonstrations: SourceSettings | None = Field(None, description="SFT: prompt + completion, messages, or text")
+    preferences: SourceSettings | None = Field(None, description="reward: prompt, chosen, rejected")
+    preferences_heldout: SourceSettings | None = Field(None, description="pairs that the reward model is judged by")
+    prompts: SourceSettings | None = Field(None, description="PPO: prompt")
+    prompts_heldout: SourceSettings | None = Field(None, description="prompts that reference and policy are judged by")
+    heldout_share: float = Field(
+        0.1, gt=0, lt=1, description="share set aside for judging where no held-out source is given"
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or skip and count it")
+
+
+class SftSettings(FitSettings):
+    """Supervised fine-tuning on demonstrations."""
+
+    adapter: str | None = Field(None, description="an adapter in PEFT layout to start from: used as it is, not trained")
+
+
+class KlSettings(Settings):
+    """The leash to the reference."""
+
+    where: Literal["reward", "loss"] = "reward"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    coefficient: float = Field(0.05, ge=0)
+    target: float | None = Field(
+        None, gt=0, description="nats a sequence that the adaptive controller steers to; unset: the coefficient is fixed"
+    )
+    horizon: int = Field(10_000, ge=1, description="episodes over which the adaptive controller acts")
+
+
+class PpoSettings(Settings):
+    """Proximal policy optimization. Sizes are in episodes (one prompt with one response)."""
+
+    steps: int = Field(50, ge=1, description="rounds of rollout and update")
+    batch: int = Field(128, ge=1, description="episodes a step")
+    epochs: int = Field(2, ge=1, description="passes over the episodes of a step")
+    minibatches: int = Field(4, ge=1, description="optimizer steps a pass")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
+    lam: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
+    whiten_advantages: bool = True
+    clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0, description="the ratio is clipped at 1 + clip_high")
+    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from the old one; unset: freely")
+    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    target_kl: float | None = Field(
+        None, gt=0, description="mean KL a token of new to old policy at which the passes over a batch end early"
+    )
+    critic_warmup: int = Field(0, ge=0, description="first steps in which only the critic learns")
+    cut: Literal["score", "bootstrap"] = Field(
+        "score", description="responses cut at the length limit: scored and terminal, or unscored and bootstrapped"
+    )
+    cut_penalty: float = Field(0.0, ge=0, description="taken off the score of a cut response (with cut: score)")
+    kl: KlSettings = KlSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PpoSettings":
+        if self.batch % self.minibatches:
+            raise ValueError(f"minibatches {self.minibatches} does not divide batch {self.batch}")
+        if self.cut == "bootstrap" and self.cut_penalty:
+            raise ValueError("cut_penalty is taken off a score, which `cut: bootstrap` does not give: remove one of them")
+        return self
+
+
+class LearnerSettings(Settings):
+    """The DeepSpeed learner that trains policy and critic together."""
+
+    ranks: int = Field(0, ge=0, description="Ray actors, one a rank; 0: one rank in the controller's process")
+    zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    policy_learning_rate: float = Field(1e-4, ge=0)
+    critic_learning_rate: float = Field(1e-4, ge=0)
+    schedule: str = Field("constant", description="a learning-rate schedule of transformers: constant, linear, cosine")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient, of policy and of critic each by itself")
+    tokens_per_microbatch: int = Field(4096, ge=1, description="tokens, padding counted, of one forward pass")
+
+
+class EvaluationSettings(Settings):
+    """How reference and policy are judged."""
+
+    prompts: int = Field(256, ge=1, description="held-out prompts, one sample of each side a prompt")
+    every: int = Field(0, ge=0, description="PPO steps between evaluations; 0: at the end only")
+    best: Literal["score_mean", "gold_mean"] = Field(
+        "score_mean", description="what the best policy is picked by, among the steps that were evaluated"
+    )
+    gold: str | None = Field(None, description="true score of a response: FILE.py:function or module:function")
+    best_of: int = Field(0, ge=0, description="also judge the best of so many reference samples; 0: not")
+    seed: int = Field(1234, description="of the samples; the same in every run, so that runs compare")
+
+
+class CheckpointSettings(Settings):
+    every: int = Field(10, ge=1, description="PPO steps between checkpoints")
+    keep: int = Field(2, ge=1, description="how many of the last ones stay")
+
+
+class TrackingSettings(Settings):
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online where the user is logged in, offline otherwise"
+    )
+    project: str = "align"
+    samples: int = Field(4, ge=0, description="episodes written to samples.jsonl a step")
+
+
+class ClusterSettings(Settings):
+    address: str | None = Field(None, description="a Ray cluster to join; unset: one of our own on this machine")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each process; unset: an even share of the cores")
+
+
+class Experiment(Settings):
+    """All that a run needs to know."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
+    seed: int = Field(0, ge=0)
+    runs: str = Field("runs", description="the folder of all runs")
+    stages: list[Literal["sft", "reward", "ppo"]] = Field(default_factory=lambda: list(STAGES), min_length=1)
+    model: ModelSettings
+    policy: PolicySettings = PolicySettings()
+    data: DataSettings = DataSettings()
+    sft: SftSettings = SftSettings()
+    reward: RewardSettings = RewardSettings()
+    rollouts: RolloutSettings = RolloutSettings()
+    ppo: PpoSettings = PpoSettings()
+    learner: LearnerSettings = LearnerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    cluster: ClusterSettings = ClusterSettings()

@@ -1,0 +1,33 @@
+"""The settings of the base model and of what is trained of it, and the class that every settings class derives from."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Immutable settings that refuse unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """The frozen base model that all roles share."""
+
+    path: str = Field(description="folder or hub name of a causal language model with its tokenizer")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="precision of the frozen weights; adapters and heads are float32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+
+
+class PolicySettings(Settings):
+    """The adapter that every trained role has."""
+
+    method: Literal["lora"] = Field("lora", description="how weights are adapted")
+    rank: int = Field(16, ge=1, description="rank of the low-rank matrices")
+    alpha: float = Field(32.0, gt=0, description="scale: the product of the matrices is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input, in SFT and reward training only")
+    targets: str | list[str] = Field("all-linear", description="names of the layers to adapt, or all-linear")
