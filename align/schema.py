@@ -56,6 +56,12 @@ class KlSettings(Settings):
     )
     horizon: int = Field(10_000, ge=1, description="episodes over which the adaptive controller acts")
 
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> "KlSettings":
+        if self.where == "loss" and self.estimator == "k1":
+            raise ValueError("k1 in the loss has a gradient of mean zero and would hold nothing: use k2 or k3")
+        return self
+
 
 class PpoSettings(Settings):
     """Proximal policy optimization. Sizes are in episodes (one prompt with one response)."""

@@ -1,0 +1,46 @@
+PYTHON ?= python3.11
+SEED ?= 0
+RUN ?= quickstart
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+WORLD := runs/quickstart/world
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test nightly lint types format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch comes first and alone: pip then takes the build that the machine's own package settings offer, CPU or CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(STAMP)  ## the whole loop on a small made world, on the CPU (SEED=0 RUN=quickstart)
+	$(BIN)/python experiments/quickstart/make.py --to $(WORLD) --seed $(SEED)
+	$(BIN)/align run experiments/quickstart/experiment.yaml --replace name=$(RUN) seed=$(SEED)
+
+test: $(STAMP)  ## the tests that run on every change
+	$(BIN)/python -m pytest tests -m "not slow"
+
+nightly: $(STAMP)  ## the slow proofs
+	$(BIN)/python -m pytest tests -m slow
+
+lint: $(STAMP) types  ## ruff's rules, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy alone
+	$(BIN)/mypy
+
+format: $(STAMP)  ## put imports and layout in order
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built and cached; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . \( -path ./.venv -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,248 @@
+"""One rank of the learner: a DeepSpeed engine over policy and critic on one trunk."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align.ppo.episodes import Episode
+from align.ppo.optimizer import GroupClip, make_optimizer
+from align.ppo.roles import STATISTICS, Roles, judge, microbatch, ppo_loss
+from align.schema import LearnerSettings, PpoSettings
+from policies.adapters import load_adapter, load_head, save_adapter
+from policies.batching import buckets, collate
+from policies.trunk import AdapterWeights
+from rollouts.trajectory import Scored, Trajectory
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one PPO step trains with: learning rates and the weight of the KL in the loss (0: it is in the reward)."""
+
+    policy: float
+    critic: float
+    kl_in_loss: float
+
+
+class Learner:
+    """Scores trajectories and updates policy and critic.
+
+    All ranks run the same calls in the same order; each is given its own rows in `score` and all of them in `update`.
+    """
+
+    def __init__(
+        self, roles: Roles, ppo: PpoSettings, learner: LearnerSettings, temperature: float, gradient_checkpointing: bool
+    ) -> None:
+        """The default process group must exist, one process a rank."""
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.ppo, self.learner, self.temperature = ppo, learner, temperature
+        self.optimizer = make_optimizer(
+            learner,
+            {
+                "policy": list(roles.trunk.adapter("policy").values()),
+                "critic": [*roles.trunk.adapter("critic").values(), *roles.critic_head.parameters()],
+            },
+        )
+        self.engine = _deepspeed(roles, self.optimizer, learner.zero)
+        self.roles = roles.eval()
+        if gradient_checkpointing:
+            roles.trunk.checkpoint_gradients()
+        self.clip = GroupClip(learner.clip, partitioned=learner.zero > 0)
+        self.optimizer.register_step_pre_hook(self.clip)
+        self._seen_skips = 0
+        self.device = self.engine.device
+
+    @torch.no_grad()
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+        """What policy, reference, critic and reward say of each trajectory. The score is NaN without a reward head."""
+        lengths = [len(t.request.prompt_ids) + t.length for t in trajectories]
+        groups = buckets(lengths, self.learner.tokens_per_microbatch)
+        scored: dict[int, Scored] = {}
+        for group in self._level(groups):
+            rows = [trajectories[i] for i in group]
+            batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(self.device)
+            verdicts = self.engine(judge, batch, self.temperature)
+            parts = (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values)
+            logprobs, references, values = (batch.split(part.cpu()) for part in parts)
+            scores = verdicts.scores.tolist() if verdicts.scores is not None else [float("nan")] * len(rows)
+            for place, i in enumerate(group):
+                after = verdicts.last_values[place : place + 1].cpu()
+                scored[i] = Scored(logprobs[place], references[place], torch.cat([values[place], after]), scores[place])
+        return [scored[i] for i in range(len(trajectories))]
+
+    def update(self, episodes: Sequence[Episode], orders: Sequence[Sequence[Sequence[int]]], rates: Rates) -> dict[str, float]:
+        """Train on all episodes of a step. orders: for each epoch, for each minibatch, the episodes in it.
+
+        Ends early, between two optimizer steps, once the approximate KL a token passes `ppo.target_kl`.
+        Statistics are means over the tokens that were trained on, the same on every rank.
+        """
+        self._set_rates(rates)
+        skipped = self.clip.skipped
+        totals, tokens, steps, norms = torch.zeros(len(STATISTICS), dtype=torch.float64), 0, 0, []
+        for minibatch in (rows for epoch in orders for rows in epoch):
+            count = sum(len(episodes[i].response_ids) for i in minibatch)
+            sums = self._train([episodes[i] for i in minibatch], count, rates.kl_in_loss)
+            totals, tokens, steps = totals + sums, tokens + count, steps + 1
+            norms.append(dict(self.clip.norms))
+            if self._moved_too_far(sums, count):
+                break
+        means = {name: float(total) / tokens for name, total in zip(STATISTICS, totals, strict=True)}
+        return means | {
+            "optimizer_steps": steps,
+            "skipped_steps": self.clip.skipped - skipped + self._skipped_by_deepspeed(),
+            **{f"{role}_gradient_norm": sum(n[role] for n in norms) / len(norms) for role in ("policy", "critic")},
+        }
+
+    def policy_weights(self) -> AdapterWeights:
+        """A copy of the policy's adapter, whole, on the CPU."""
+        return self._read("policy")
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's optimizer state, and from rank 0 the adapters and heads."""
+        for role, head in (("policy", None), ("critic", self.roles.critic_head)):
+            weights = self._read(role)
+            with self._gathered(list(head.parameters()) if head else []):
+                if self.rank == 0:
+                    save_adapter(folder / role, weights, self.roles.trunk.config, head)
+        state = {}
+        for index, master in enumerate(self._masters()):
+            state[f"{index}.master"] = master.detach()
+            for name, value in self.optimizer.state.get(master, {}).items():
+                state[f"{index}.state.{name}"] = torch.atleast_1d(value)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.cpu().contiguous().clone() for n, t in state.items()}, folder / f"optimizer-{self.rank}.safetensors")
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Restore bit for bit what `save` wrote with the same number of ranks and the same ZeRO stage."""
+        for role in ("policy", "critic"):
+            self._write(role, load_adapter(folder / role))
+        head = load_head(folder / "critic", self.roles.trunk.width)
+        own = list(self.roles.critic_head.parameters())
+        with self._gathered(own, write=True):
+            for target, source in zip(own, head.parameters(), strict=True):
+                target.copy_(source)
+        state = load_file(folder / f"optimizer-{self.rank}.safetensors")
+        for index, master in enumerate(self._masters()):
+            master.copy_(state[f"{index}.master"])
+            mark = f"{index}.state."
+            values = {n.removeprefix(mark): t.to(master.device) for n, t in state.items() if n.startswith(mark)}
+            if values:
+                values["step"] = values["step"].cpu().squeeze()
+                self.optimizer.state[master] = values
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds; without it ZeRO 3 aborts at exit."""
+        self.engine.destroy()
+
+    def _train(self, minibatch: list[Episode], tokens: int, kl_in_loss: float) -> Tensor:
+        """One optimizer step. Returns the statistics' sums over all ranks."""
+        sums = self._backward(minibatch, tokens, kl_in_loss)
+        self.engine.step()
+        return sums
+
+    def _backward(self, minibatch: list[Episode], tokens: int, kl_in_loss: float) -> Tensor:
+        """Accumulate the gradient of this rank's share of a minibatch that has `tokens` response tokens in all."""
+        by_length = sorted(minibatch, key=lambda e: e.length)
+        share = by_length[self.rank :: self.world]
+        groups = buckets([e.length for e in share], self.learner.tokens_per_microbatch)
+        sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.device)
+        loss_of = partial(ppo_loss, ppo=self.ppo, temperature=self.temperature, kl_in_loss=kl_in_loss)
+        for place, group in enumerate(self._level(groups)):
+            batch, targets = microbatch([share[i] for i in group], self.device)
+            loss, parts = self.engine(loss_of, batch, targets)
+            # DeepSpeed averages over ranks; the loss is a mean over the tokens of all of them. A microbatch beyond
+            # this rank's own is there to keep step with the other ranks and weighs nothing.
+            weight = self.world / tokens if place < len(groups) else 0.0
+            self.engine.backward(loss * weight)
+            if place < len(groups):
+                sums += parts.double()
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return sums.cpu()
+
+    def _level(self, groups: list[list[int]]) -> list[list[int]]:
+        """The groups, filled up by copies of the first to as many as the rank with the most has."""
+        if self.world == 1:
+            return groups
+        most = torch.tensor(len(groups), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return groups + [groups[0]] * (int(most) - len(groups))
+
+    def _moved_too_far(self, sums: Tensor, tokens: int) -> bool:
+        target = self.ppo.target_kl
+        return target is not None and float(sums[STATISTICS.index("approximate_kl")]) / tokens > target
+
+    def _set_rates(self, rates: Rates) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = getattr(rates, group["role"])
+
+    def _skipped_by_deepspeed(self) -> int:
+        """Steps that ZeRO itself skipped since last asked: there it looks for non-finite gradients before we do."""
+        before, self._seen_skips = self._seen_skips, int(self.engine.skipped_steps)
+        return self._seen_skips - before
+
+    def _masters(self) -> list[Tensor]:
+        """What the optimizer steps: whole parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""
+        zero = self.engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+            if hasattr(zero, name):
+                return list(getattr(zero, name))
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _gathered(self, parameters: list[Any], write: bool = False) -> AbstractContextManager[Any]:
+        if self.learner.zero < 3 or not parameters:
+            return nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        return GatheredParameters(parameters, modifier_rank=0 if write else None)
+
+    def _read(self, role: str) -> AdapterWeights:
+        with self._gathered(list(self.roles.trunk.adapter(role).values())):
+            return {name: tensor.cpu() for name, tensor in self.roles.trunk.read_adapter(role).items()}
+
+    def _write(self, role: str, weights: AdapterWeights) -> None:
+        with self._gathered(list(self.roles.trunk.adapter(role).values()), write=True):
+            self.roles.trunk.write_adapter(role, weights)
+
+
+def _deepspeed(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> Any:
+    """The engine. Clipping, schedules and the count of microbatches are the learner's own."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # each rank is a process of its own that sees one device
+    import deepspeed
+
+    _without_compiler(deepspeed)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    engine, *_ = deepspeed.initialize(
+        model=roles,
+        optimizer=optimizer,
+        model_parameters=trainable,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "managed_gradient_accumulation": False,
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": False,
+                "sub_group_size": 10**12,  # one a parameter group, so that GroupClip sees a group's whole partition
+                "stage3_param_persistence_threshold": 0,
+            },
+        },
+    )
+    return engine
+
+
+def _without_compiler(deepspeed: Any) -> None:
+    """Keep DeepSpeed from building its shared-memory operator, which needs a compiler and ninja on the PATH."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,30 @@
+"""PPO's losses a token. What is summed, and divided by what, is the learner's business."""
+
+import torch
+from torch import Tensor
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token and whether the clip binds (float 0 or 1), all `[P]`.
+
+    max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)) with ρ = π/π_old                 Schulman et al. 2017, eq. 7
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(free, clipped), (clipped > free).float()
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Loss of each token and whether the clip binds (float 0 or 1), all `[P]`.
+
+    ½·max((V - R)², (V_old + clip(V - V_old, ±clip) - R)²); without `clip`, ½·(V - R)².
+    """
+    free = (values - returns).square()
+    if clip is None:
+        return free / 2, torch.zeros_like(free)
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = (near - returns).square()
+    return torch.maximum(free, clipped) / 2, (clipped > free).float()

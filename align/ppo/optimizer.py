@@ -1,0 +1,68 @@
+"""The optimizer under DeepSpeed: two groups, each clipped by its own norm, and a step that non-finite gradients skip."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from transformers import get_scheduler
+
+from align.schema import LearnerSettings
+
+
+def make_optimizer(settings: LearnerSettings, groups: dict[str, list[nn.Parameter]]) -> Optimizer:
+    """AdamW (ε 1e-5, as PPO's reference implementations have it) or SGD over named groups."""
+    named: list[dict[str, Any]] = [{"params": parameters, "role": role} for role, parameters in groups.items()]
+    if settings.optimizer == "sgd":
+        return SGD(named, lr=0.0, weight_decay=settings.weight_decay)
+    return AdamW(named, lr=0.0, eps=1e-5, weight_decay=settings.weight_decay)
+
+
+def schedule_factor(name: str, step: int, steps: int, warmup: float) -> float:
+    """What a schedule of transformers multiplies the learning rate by at a step of `steps`. Raises ValueError."""
+    probe = SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    warm = round(warmup * steps)
+    schedule = get_scheduler(name, probe, num_warmup_steps=warm, num_training_steps=steps)
+    # A warm-up from exactly zero would waste the first step, so steps count from one in it.
+    return float(schedule.lr_lambdas[0](step + 1 if step < warm else step))
+
+
+class GroupClip:
+    """Clips the gradient of each parameter group by its own norm, just before the optimizer's step.
+
+    It sees what the optimizer sees: whole gradients at ZeRO stage 0, this rank's flat partition at stages 1 to 3, where
+    DeepSpeed steps one group at a time. Norms are of the whole gradient, over all ranks. `norms` holds those of the
+    last step by the group's role; `skipped` counts steps whose gradient was not finite, which change nothing.
+    """
+
+    def __init__(self, limit: float, partitioned: bool) -> None:
+        self.limit = limit
+        self.partitioned = partitioned
+        self.norms: dict[str, float] = {}
+        self.skipped = 0
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        gradients = {g["role"]: [p.grad for p in g["params"] if p.grad is not None] for g in optimizer.param_groups}
+        norms = {role: self._norm(tensors) for role, tensors in gradients.items() if tensors}
+        self.norms |= {role: float(norm) for role, norm in norms.items()}
+        if not all(torch.isfinite(norm) for norm in norms.values()):
+            self.skipped += 1
+            for parameter in _parameters(optimizer):
+                parameter.grad = None
+            return
+        for role, norm in norms.items():
+            scale = min(1.0, self.limit / (float(norm) + 1e-6))
+            if scale < 1.0:
+                torch._foreach_mul_(gradients[role], scale)
+
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        square = torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+        if self.partitioned:
+            dist.all_reduce(square)
+        return square.sqrt()
+
+
+def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])

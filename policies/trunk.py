@@ -1,0 +1,130 @@
+"""One frozen base model and an adapter for each role."""
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from policies.errors import UserError
+from policies.schema import PolicySettings
+
+AdapterWeights = dict[str, Tensor]
+"""Adapter weights by their name in a PEFT file, which does not hold the role."""
+
+
+class Trunk(nn.Module):
+    """A causal language model whose frozen weights several roles share.
+
+    Each role is a LoRA adapter on the same layers; a role without an adapter of its own is the base model as it is.
+    The base's tensors exist once whatever the number of roles.
+    """
+
+    def __init__(self, base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> None:
+        """Roles: those that have an adapter. Every adapter starts as a no-op (B = 0).
+
+        Raises UserError where `policy.targets` matches no layer.
+        """
+        super().__init__()
+        self.width: int = base.get_input_embeddings().weight.shape[1]
+        self.roles = roles
+        self.config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+            base_model_name_or_path=base.config.name_or_path,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            self.model = get_peft_model(base, self.config, adapter_name=roles[0])
+        except ValueError as error:
+            raise UserError(f"policy.targets: {error}") from error
+        for role in roles[1:]:
+            self.model.add_adapter(role, self.config)
+        self.causal: PreTrainedModel = self.model.get_base_model()
+        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
+        self.train_only()
+        self.eval()
+        self._check_head()
+
+    def switch(self, role: str) -> None:
+        """Make the next forward passes those of a role.
+
+        Sets the layers' active adapter and leaves `requires_grad` alone: peft's own `set_adapter` would turn the
+        other adapters' gradients off, which DeepSpeed does not expect.
+        """
+        adapted = role in self.roles
+        for layer in self._layers:
+            layer._disable_adapters = not adapted
+            if adapted:
+                layer._active_adapter = [role]
+
+    def train_only(self, *roles: str) -> None:
+        """Let gradients flow to the adapters of these roles and to nothing else."""
+        self.requires_grad_(False)
+        for role in roles:
+            for parameter in self.adapter(role).values():
+                parameter.requires_grad_(True)
+
+    def hidden(self, ids: Tensor, role: str) -> Tensor:
+        """Last hidden states `[B, T, H]` of right-padded rows `[B, T]` under a role's adapter."""
+        self.switch(role)
+        return self.causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., H]`."""
+        logits = self.causal.get_output_embeddings()(hidden)
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def adapter(self, role: str) -> dict[str, nn.Parameter]:
+        """The live parameters of a role's adapter by their name in a PEFT file."""
+        marked = f".{role}."
+        return {n.replace(marked, "."): p for n, p in self.model.named_parameters() if marked in n}
+
+    def read_adapter(self, role: str) -> AdapterWeights:
+        """A copy of a role's adapter."""
+        return {name: parameter.detach().clone() for name, parameter in self.adapter(role).items()}
+
+    @torch.no_grad()
+    def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:
+        """Overwrite a role's adapter. Raises UserError where names or shapes are not those of this trunk."""
+        own = self.adapter(role)
+        if own.keys() != weights.keys():
+            odd = sorted(own.keys() ^ weights.keys())
+            raise UserError(
+                f"the adapter is made for another base or other targets: {odd[0]} and {len(odd) - 1} more names differ"
+            )
+        for name, parameter in own.items():
+            if parameter.shape != weights[name].shape:
+                shapes = f"{tuple(weights[name].shape)}, here it is {tuple(parameter.shape)}"
+                raise UserError(f"the adapter's {name} is {shapes}: another base, or another policy.rank")
+            parameter.copy_(weights[name])
+
+    def checkpoint_gradients(self) -> None:
+        """From now on, recompute activations in the backward pass: less memory, more time.
+
+        transformers recomputes only in layers that are in training mode; only those are put in it, and nothing below
+        them, so that dropout stays off.
+        """
+        self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.causal.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """The head made by hand must be the model's own, or log-probabilities would be wrong in silence."""
+        ids = torch.arange(4).unsqueeze(0).to(self.causal.device)
+        self.switch("")
+        own = self.causal(input_ids=ids, use_cache=False).logits.float()
+        ours = self.head(self.hidden(ids, "")).float()
+        if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"{type(self.causal).__name__} does more to its logits than its output layer and soft cap: "
+                "this model family is not supported"
+            )

@@ -1,0 +1,50 @@
+"""The reward model: an adapter and a scalar head on the trunk."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from policies.adapters import load_adapter, load_head, save_adapter
+from policies.batching import Batch, buckets, collate
+from policies.heads import ScalarHead
+from policies.trunk import Trunk
+
+ROLE = "reward"
+
+
+class RewardModel(nn.Module):
+    """Scores a response by the hidden state of its last token under the trunk's `reward` adapter."""
+
+    def __init__(self, trunk: Trunk, head: ScalarHead) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores `[B]` float32 of the rows of a batch."""
+        hidden = self.trunk.hidden(batch.ids, ROLE)
+        return self.head(hidden.flatten(0, 1)[batch.last])
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: int) -> Tensor:
+        """Scores `[N]` float32 of rows of tokens, at most `tokens` positions in one forward pass."""
+        scores = torch.empty(len(prompts))
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        for rows in buckets(lengths, tokens):
+            batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
+            scores[rows] = self(batch.to(self.trunk.causal.device)).cpu()
+        return scores
+
+    def save(self, folder: Path, facts: dict[str, float]) -> None:
+        """Write adapter and head in PEFT layout, and what is known of them to `reward.json`."""
+        save_adapter(folder, self.trunk.read_adapter(ROLE), self.trunk.config, self.head)
+        (folder / "reward.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def load_reward_model(trunk: Trunk, folder: str | Path) -> RewardModel:
+    """The reward model of a folder that `RewardModel.save` wrote, on a trunk that has the role `reward`."""
+    trunk.write_adapter(ROLE, load_adapter(folder))
+    return RewardModel(trunk, load_head(folder, trunk.width))

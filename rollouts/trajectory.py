@@ -1,0 +1,68 @@
+"""The record that the loop passes on: one prompt with one response, and what is known of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policies.encoding import Prompt
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer. The response depends on these, the sampling and the weights, and on nothing else.
+
+    prompt: as the user wrote it; prompt_ids: its tokens; seed: of the sampling; columns: the row's other columns.
+    """
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    seed: int
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A request and its response of T tokens. Tensors are on the CPU and of true length: nothing is masked.
+
+    response_ids: the tokens up to and with the first that stops, at most `max_new_tokens`.
+    sampler_logprobs: `[T]` float32, nats, of the sampled distribution, as the engine computed them.
+    ended: whether the last token stops the response; if not, it was cut at the length limit.
+    version: of the adapter weights that made it.
+    """
+
+    request: Request
+    response_ids: tuple[int, ...]
+    sampler_logprobs: Tensor
+    ended: bool
+    version: int
+
+    @property
+    def length(self) -> int:
+        return len(self.response_ids)
+
+
+@dataclass
+class Scored:
+    """What the learner's four roles say of a trajectory of T tokens: float32, on the CPU.
+
+    logprobs, reference_logprobs: `[T]`, nats, of each response token under policy and reference.
+    values: `[T + 1]`, the critic before each response token and after the last.
+    score: what the reward gives to the whole response.
+    """
+
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    score: float
+
+    @property
+    def kl(self) -> float:
+        """The k1 estimate of the response's KL to the reference, in nats."""
+        return float((self.logprobs - self.reference_logprobs).sum())
+
+
+def lengths(trajectories: list[Trajectory]) -> Tensor:
+    """Response tokens `[B]` int64."""
+    return torch.tensor([trajectory.length for trajectory in trajectories])
