@@ -12,18 +12,23 @@ from policies.schema import ModelSettings
 def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
     """Refuse a path that looks like a folder and holds no model or, where one is needed, no tokenizer.
 
-    A bare name (`owner/name`) that is no folder here is left to the hub's client.
+    A name like a hub's (`model` or `owner/model`) that is no folder here is left to the hub's client.
     """
     folder = Path(path)
     if not folder.is_dir():
-        looks_local = path.startswith((".", "/", "~")) or len(folder.parts) > 2 or folder.parent.is_dir()
-        if looks_local and not (len(folder.parts) == 2 and not folder.parent.is_dir()):
+        if not _like_a_hub_name(folder):
             raise UserError(f"model folder {path} does not exist")
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {path} has no config.json: it is not a model in Hugging Face layout")
     if needs_tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"model folder {path} has no tokenizer: save it there with tokenizer.save_pretrained({path!r})")
+
+
+def _like_a_hub_name(path: Path) -> bool:
+    """One or two plain names, the first of them no folder here: `gpt2`, `owner/model`."""
+    names = path.parts
+    return len(names) <= 2 and not names[0].startswith((".", "/", "~")) and not (len(names) == 2 and path.parent.is_dir())
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -42,14 +47,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(settings: ModelSettings) -> PreTrainedModel:
-    """The causal language model, frozen, in evaluation mode, in the dtype of the settings."""
+    """The causal language model, frozen, in evaluation mode, in the dtype of the settings, on the default device."""
     check_model_folder(settings.path)
     try:
         model = AutoModelForCausalLM.from_pretrained(settings.path, dtype=getattr(torch, settings.dtype))
     except (OSError, ValueError) as error:
         raise UserError(f"model {settings.path} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
-    return model.eval()
+    return model.eval().to(default_device())
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_model_config(path: str) -> AutoConfig:

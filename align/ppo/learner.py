@@ -1,24 +1,21 @@
 """One rank of the learner: a DeepSpeed engine over policy and critic on one trunk."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.ppo.episodes import Episode
 from align.ppo.optimizer import GroupClip, make_optimizer
-from align.ppo.roles import STATISTICS, Roles, judge, microbatch, ppo_loss
+from align.ppo.roles import STATISTICS, Roles, microbatch, ppo_loss, score_group
 from align.schema import LearnerSettings, PpoSettings
-from policies.adapters import load_adapter, load_head, save_adapter
-from policies.batching import buckets, collate
+from policies.batching import buckets
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import Scored, Trajectory
 
@@ -30,6 +27,16 @@ class Rates:
     policy: float
     critic: float
     kl_in_loss: float
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """What a checkpoint holds of one rank. The optimizer's tensors are this rank's partitions at ZeRO 1 to 3."""
+
+    policy: AdapterWeights
+    critic: AdapterWeights
+    critic_head: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
 
 
 class Learner:
@@ -67,15 +74,8 @@ class Learner:
         groups = buckets(lengths, self.learner.tokens_per_microbatch)
         scored: dict[int, Scored] = {}
         for group in self._level(groups):
-            rows = [trajectories[i] for i in group]
-            batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(self.device)
-            verdicts = self.engine(judge, batch, self.temperature)
-            parts = (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values)
-            logprobs, references, values = (batch.split(part.cpu()) for part in parts)
-            scores = verdicts.scores.tolist() if verdicts.scores is not None else [float("nan")] * len(rows)
-            for place, i in enumerate(group):
-                after = verdicts.last_values[place : place + 1].cpu()
-                scored[i] = Scored(logprobs[place], references[place], torch.cat([values[place], after]), scores[place])
+            verdicts = score_group(self.engine, [trajectories[i] for i in group], self.temperature, self.device)
+            scored.update(zip(group, verdicts, strict=True))
         return [scored[i] for i in range(len(trajectories))]
 
     def update(self, episodes: Sequence[Episode], orders: Sequence[Sequence[Sequence[int]]], rates: Rates) -> dict[str, float]:
@@ -105,39 +105,39 @@ class Learner:
         """A copy of the policy's adapter, whole, on the CPU."""
         return self._read("policy")
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's optimizer state, and from rank 0 the adapters and heads."""
-        for role, head in (("policy", None), ("critic", self.roles.critic_head)):
-            weights = self._read(role)
-            with self._gathered(list(head.parameters()) if head else []):
-                if self.rank == 0:
-                    save_adapter(folder / role, weights, self.roles.trunk.config, head)
-        state = {}
+    def state(self) -> LearnerState:
+        """All that the update has changed, on the CPU: whole adapters and head, this rank's part of the optimizer."""
+        optimizer = {}
         for index, master in enumerate(self._masters()):
-            state[f"{index}.master"] = master.detach()
+            optimizer[f"{index}.master"] = master.detach()
             for name, value in self.optimizer.state.get(master, {}).items():
-                state[f"{index}.state.{name}"] = torch.atleast_1d(value)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.cpu().contiguous().clone() for n, t in state.items()}, folder / f"optimizer-{self.rank}.safetensors")
+                optimizer[f"{index}.state.{name}"] = torch.atleast_1d(value)
+        head = self.roles.critic_head
+        with self._gathered(list(head.parameters())):
+            critic_head = {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
+        return LearnerState(
+            policy=self._read("policy"),
+            critic=self._read("critic"),
+            critic_head=critic_head,
+            optimizer={name: tensor.cpu().contiguous().clone() for name, tensor in optimizer.items()},
+        )
 
     @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Restore bit for bit what `save` wrote with the same number of ranks and the same ZeRO stage."""
-        for role in ("policy", "critic"):
-            self._write(role, load_adapter(folder / role))
-        head = load_head(folder / "critic", self.roles.trunk.width)
-        own = list(self.roles.critic_head.parameters())
-        with self._gathered(own, write=True):
-            for target, source in zip(own, head.parameters(), strict=True):
-                target.copy_(source)
-        state = load_file(folder / f"optimizer-{self.rank}.safetensors")
+    def restore(self, state: LearnerState) -> None:
+        """Take up, bit for bit, a state of the same rank, number of ranks and ZeRO stage."""
+        self._write("policy", state.policy)
+        self._write("critic", state.critic)
+        head = self.roles.critic_head
+        with self._gathered(list(head.parameters()), write=True):
+            head.load_state_dict(state.critic_head)
         for index, master in enumerate(self._masters()):
-            master.copy_(state[f"{index}.master"])
+            master.copy_(state.optimizer[f"{index}.master"])
             mark = f"{index}.state."
-            values = {n.removeprefix(mark): t.to(master.device) for n, t in state.items() if n.startswith(mark)}
-            if values:
-                values["step"] = values["step"].cpu().squeeze()
-                self.optimizer.state[master] = values
+            saved = {n.removeprefix(mark): t for n, t in state.optimizer.items() if n.startswith(mark)}
+            if saved:
+                step = saved.pop("step").squeeze().clone() if "step" in saved else None
+                moments = {name: tensor.to(master.device, copy=True) for name, tensor in saved.items()}
+                self.optimizer.state[master] = moments | ({} if step is None else {"step": step})
 
     def close(self) -> None:
         """Free what DeepSpeed holds; without it ZeRO 3 aborts at exit."""
@@ -218,12 +218,12 @@ def _deepspeed(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> An
     """The engine. Clipping, schedules and the count of microbatches are the learner's own."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # each rank is a process of its own that sees one device
     import deepspeed
 
     _without_compiler(deepspeed)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = _with_local_rank(
+        deepspeed.initialize,
         model=roles,
         optimizer=optimizer,
         model_parameters=trainable,
@@ -241,6 +241,22 @@ def _deepspeed(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> An
         },
     )
     return engine
+
+
+def _with_local_rank(initialize: Callable[..., Any], **arguments: Any) -> Any:
+    """Call it as rank 0 of its machine: each rank of ours is a process that sees one device.
+
+    The variable is taken back, or transformers' Trainer would take this process for one of a launcher's.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        return initialize(**arguments)
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _without_compiler(deepspeed: Any) -> None:

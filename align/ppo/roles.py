@@ -1,6 +1,7 @@
 """The learner's forward passes: scoring by four roles, and PPO's loss, as functions of one module."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from policies.batching import Batch, collate
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
+from rollouts.trajectory import Scored, Trajectory
 
 
 class Roles(nn.Module):
@@ -71,6 +73,19 @@ def judge(roles: Roles, batch: Batch, temperature: float) -> Verdicts:
         last_values=roles.critic_head(critic[batch.last]),
         scores=scores,
     )
+
+
+def score_group(run: Callable[..., Any], rows: Sequence[Trajectory], temperature: float, device: torch.device) -> list[Scored]:
+    """Score trajectories in one padded batch. `run` is `Roles`, or what wraps it."""
+    batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(device)
+    verdicts: Verdicts = run(judge, batch, temperature)
+    parts = (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values)
+    logprobs, references, values = (batch.split(part.cpu()) for part in parts)
+    after = verdicts.last_values.cpu().split(1)
+    scores = [math.nan] * len(rows) if verdicts.scores is None else verdicts.scores.tolist()
+    return [
+        Scored(logprobs[i], references[i], torch.cat([values[i], after[i]]), scores[i]) for i in range(len(rows))
+    ]
 
 
 @dataclass(frozen=True)
