@@ -1,7 +1,7 @@
 """One rank of the learner: a DeepSpeed engine over policy and critic on one trunk."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -142,6 +142,7 @@ class Learner:
     def close(self) -> None:
         """Free what DeepSpeed holds; without it ZeRO 3 aborts at exit."""
         self.engine.destroy()
+        os.environ.pop("LOCAL_RANK", None)
 
     def _train(self, minibatch: list[Episode], tokens: int, kl_in_loss: float) -> Tensor:
         """One optimizer step. Returns the statistics' sums over all ranks."""
@@ -218,12 +219,14 @@ def _deepspeed(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> An
     """The engine. Clipping, schedules and the count of microbatches are the learner's own."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Each rank is a process that sees one device. ZeRO 3 reads this at every step; `close` takes it back, or
+    # transformers' Trainer would take the process for one of a launcher's.
+    os.environ["LOCAL_RANK"] = "0"
     import deepspeed
 
     _without_compiler(deepspeed)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    engine, *_ = _with_local_rank(
-        deepspeed.initialize,
+    engine, *_ = deepspeed.initialize(
         model=roles,
         optimizer=optimizer,
         model_parameters=trainable,
@@ -241,22 +244,6 @@ def _deepspeed(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> An
         },
     )
     return engine
-
-
-def _with_local_rank(initialize: Callable[..., Any], **arguments: Any) -> Any:
-    """Call it as rank 0 of its machine: each rank of ours is a process that sees one device.
-
-    The variable is taken back, or transformers' Trainer would take this process for one of a launcher's.
-    """
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = "0"
-    try:
-        return initialize(**arguments)
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
 
 
 def _without_compiler(deepspeed: Any) -> None:
