@@ -1,6 +1,8 @@
 """One frozen base model and an adapter for each role."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -46,6 +48,8 @@ class Trunk(nn.Module):
         for role in roles[1:]:
             self.model.add_adapter(role, self.config)
         self.causal: PreTrainedModel = self.model.get_base_model()
+        self._role = roles[0]
+        self._recomputed: list[nn.Module] = []
         self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.train_only()
@@ -58,6 +62,7 @@ class Trunk(nn.Module):
         Sets the layers' active adapter and leaves `requires_grad` alone: peft's own `set_adapter` would turn the
         other adapters' gradients off, which DeepSpeed does not expect.
         """
+        self._role = role
         adapted = role in self.roles
         for layer in self._layers:
             layer._disable_adapters = not adapted
@@ -74,7 +79,15 @@ class Trunk(nn.Module):
     def hidden(self, ids: Tensor, role: str) -> Tensor:
         """Last hidden states `[B, T, H]` of right-padded rows `[B, T]` under a role's adapter."""
         self.switch(role)
-        return self.causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return self.states(input_ids=ids, use_cache=False)
+
+    def states(self, **inputs: Any) -> Tensor:
+        """Last hidden states of what the base model is given, under the adapter in use."""
+        # transformers recomputes only in layers in training mode, and drops the cache there: only these modules
+        # are put in it, nothing below them, so that dropout stays off, and only while gradients flow.
+        for layer in self._recomputed:
+            layer.training = torch.is_grad_enabled()
+        return self.causal.base_model(**inputs).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., H]`."""
@@ -106,15 +119,22 @@ class Trunk(nn.Module):
             parameter.copy_(weights[name])
 
     def checkpoint_gradients(self) -> None:
-        """From now on, recompute activations in the backward pass: less memory, more time.
+        """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
+        self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._recompute_as_now})
+        self._recomputed = [m for m in self.causal.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-        transformers recomputes only in layers that are in training mode; only those are put in it, and nothing below
-        them, so that dropout stays off.
-        """
-        self.causal.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in self.causal.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
+    def _recompute_as_now(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a layer's forward pass and of its recomputation, which must be under the same role."""
+        return nullcontext(), self._acting_as(self._role)
+
+    @contextmanager
+    def _acting_as(self, role: str) -> Iterator[None]:
+        before = self._role
+        self.switch(role)
+        try:
+            yield
+        finally:
+            self.switch(before)
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -25,8 +25,11 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores `[B]` float32 of the rows of a batch."""
-        hidden = self.trunk.hidden(batch.ids, ROLE)
-        return self.head(hidden.flatten(0, 1)[batch.last])
+        return self.scores_at(batch.ids, batch.last)
+
+    def scores_at(self, ids: Tensor, last: Tensor) -> Tensor:
+        """Scores `[B]` of rows `[B, T]` at their last tokens, indices into the flattened rows."""
+        return self.head(self.trunk.hidden(ids, ROLE).flatten(0, 1)[last])
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: int) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from policies.adapters import fingerprint
+from policies.loading import load_base, load_tokenizer, stop_ids
+from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
@@ -90,13 +92,13 @@ class _Decoder:
         self.cache.batch_select_indices(torch.tensor(rows, device=self.mask.device))
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.trunk.causal.base_model(
+        hidden = self.trunk.states(
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state
+        )
         return self.trunk.head(hidden[:, -1])
 
 
@@ -115,6 +117,12 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
         targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def build_engine(model: ModelSettings, policy: PolicySettings, rows: int) -> TransformersEngine:
+    """An engine on a trunk of its own."""
+    base = load_base(model)
+    return TransformersEngine(Trunk(base, policy, (ROLE,)), stop_ids(base, load_tokenizer(model.path)), rows)
 
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:

@@ -1,0 +1,42 @@
+"""The Ray actor that holds an engine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray.rllib.utils.actor_manager import FaultAwareApply
+
+from policies.trunk import AdapterWeights
+from rollouts.engine import Engine, Sampling
+from rollouts.trajectory import Request, Trajectory
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a worker says: the weights that it holds, by version and fingerprint, and trajectories if asked for them."""
+
+    version: int
+    fingerprint: str
+    trajectories: list[Trajectory]
+
+
+class Worker(FaultAwareApply):
+    """Serves one engine. Every reply names the weights in use, so that a worker with others is found out."""
+
+    def __init__(self, build: Callable[[], Engine], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.engine = build()
+        self.version, self.fingerprint = -1, ""
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """RLlib's entry point. An exception goes back to the caller; RLlib's own version would end the process."""
+        return func(self, *args, **kwargs)
+
+    def load_adapter(self, version: int, weights: AdapterWeights) -> Reply:
+        self.fingerprint = self.engine.load_adapter(version, weights)
+        self.version = version
+        return Reply(version, self.fingerprint, [])
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Reply:
+        return Reply(self.version, self.fingerprint, self.engine.generate(requests, sampling))
