@@ -100,6 +100,7 @@ class LearnerSettings(Settings):
     """The DeepSpeed learner that trains policy and critic together."""
 
     ranks: int = Field(0, ge=0, description="Ray actors, one a rank; 0: one rank in the controller's process")
+    gpus: float = Field(0.0, ge=0, description="GPUs that each actor reserves of the Ray cluster")
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     policy_learning_rate: float = Field(1e-4, ge=0)

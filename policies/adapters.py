@@ -1,6 +1,7 @@
 """Adapters and heads on disk, in PEFT's layout: `adapter_config.json`, `adapter_model.safetensors`, `head.safetensors`."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,34 +12,57 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policies.errors import UserError
-from policies.heads import ScalarHead
+from policies.schema import PolicySettings
 
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 
 
-def save_adapter(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig, head: ScalarHead | None = None) -> None:
+def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
+    """PEFT's description of the adapter; base: folder or hub name of the model that it is for."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+
+
+def save_adapter(
+    folder: Path, weights: Mapping[str, Tensor], config: LoraConfig, head: Mapping[str, Tensor] | None = None
+) -> None:
     """Write an adapter, and the head that goes with it, so that `peft.PeftModel.from_pretrained` loads it."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     if head is not None:
-        save_file({name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}, folder / HEAD)
+        save_file({name: tensor.detach().cpu() for name, tensor in head.items()}, folder / HEAD)
 
 
-def load_adapter(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of an adapter folder. Raises UserError naming what is missing."""
-    return _load(Path(folder), WEIGHTS, "an adapter in PEFT layout")
-
-
-def load_head(folder: str | Path, width: int) -> ScalarHead:
-    """The scalar head of a reward or critic folder for hidden states of `width`."""
-    state = _load(Path(folder), HEAD, "a reward model of align")
-    head = ScalarHead(width)
+def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:
+    """The weights of an adapter folder. Raises UserError where something is missing or not as `policy` says."""
+    weights = _load(Path(folder), WEIGHTS, "an adapter in PEFT layout")
     try:
-        head.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{folder}/{HEAD} does not fit a model {width} wide: it was made for another base") from error
-    return head
+        saved = json.loads((Path(folder) / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"folder {folder} has no readable {CONFIG}: it is not an adapter in PEFT layout") from error
+    if saved.get("peft_type") != "LORA":
+        raise UserError(f"{folder}/{CONFIG}: peft_type is {saved.get('peft_type')!r}, and policy.method is 'lora'")
+    if odd := [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if saved.get(name)]:
+        raise UserError(f"{folder}/{CONFIG}: {odd[0]} is set, which policy.method 'lora' does not have")
+    for ours, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
+        if saved.get(theirs) != getattr(settings, ours):
+            raise UserError(
+                f"{folder}/{CONFIG}: {theirs} is {saved.get(theirs)}, and policy.{ours} is {getattr(settings, ours)}: "
+                "set them alike"
+            )
+    return weights
+
+
+def load_head(folder: str | Path) -> dict[str, Tensor]:
+    """The weights of the scalar head of a reward or critic folder."""
+    return _load(Path(folder), HEAD, "a reward model of align")
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

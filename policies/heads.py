@@ -16,6 +16,13 @@ class ScalarHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(width, generator=generator) / (width + 1) ** 0.5)
         self.bias = nn.Parameter(torch.zeros(1))
 
+    @classmethod
+    def zeros(cls, width: int) -> "ScalarHead":
+        """A head that says 0."""
+        head = cls(width)
+        head.weight.data.zero_()
+        return head
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., H]`, any float dtype, to float32 scores `[...]`."""
         return hidden.float() @ self.weight + self.bias

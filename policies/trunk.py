@@ -5,12 +5,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from policies.adapters import lora_config
 from policies.errors import UserError
 from policies.schema import PolicySettings
 
@@ -33,14 +34,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.width: int = base.get_input_embeddings().weight.shape[1]
         self.roles = roles
-        self.config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
-            base_model_name_or_path=base.config.name_or_path,
-            task_type="CAUSAL_LM",
-        )
+        self.config = lora_config(settings, base.config.name_or_path)
         try:
             self.model = get_peft_model(base, self.config, adapter_name=roles[0])
         except ValueError as error:

@@ -1,13 +1,12 @@
 """The reward model: an adapter and a scalar head on the trunk."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from policies.adapters import load_adapter, load_head, save_adapter
+from policies.adapters import save_adapter
 from policies.batching import Batch, buckets, collate
 from policies.heads import ScalarHead
 from policies.trunk import Trunk
@@ -41,13 +40,6 @@ class RewardModel(nn.Module):
             scores[rows] = self(batch.to(self.trunk.causal.device)).cpu()
         return scores
 
-    def save(self, folder: Path, facts: dict[str, float]) -> None:
-        """Write adapter and head in PEFT layout, and what is known of them to `reward.json`."""
-        save_adapter(folder, self.trunk.read_adapter(ROLE), self.trunk.config, self.head)
-        (folder / "reward.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def load_reward_model(trunk: Trunk, folder: str | Path) -> RewardModel:
-    """The reward model of a folder that `RewardModel.save` wrote, on a trunk that has the role `reward`."""
-    trunk.write_adapter(ROLE, load_adapter(folder))
-    return RewardModel(trunk, load_head(folder, trunk.width))
+    def save(self, folder: Path) -> None:
+        """Write adapter and head in PEFT layout."""
+        save_adapter(folder, self.trunk.read_adapter(ROLE), self.trunk.config, self.head.state_dict())

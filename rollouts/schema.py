@@ -9,6 +9,7 @@ class RolloutSettings(Settings):
     """Who generates responses, and how they are sampled."""
 
     workers: int = Field(0, ge=0, description="Ray actors that generate; 0: in the controller's process")
+    gpus: float = Field(0.0, ge=0, description="GPUs that each worker reserves of the Ray cluster")
     rows: int = Field(32, ge=1, description="prompts in flight in one engine, and handed to a worker at a time")
     temperature: float = Field(1.0, gt=0, description="of the sampled distribution; log-probabilities are of the same")
     max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are bad rows")

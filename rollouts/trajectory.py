@@ -1,5 +1,6 @@
 """The record that the loop passes on: one prompt with one response, and what is known of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,6 @@ class Scored:
         return float((self.logprobs - self.reference_logprobs).sum())
 
 
-def lengths(trajectories: list[Trajectory]) -> Tensor:
+def lengths(trajectories: Sequence[Trajectory]) -> Tensor:
     """Response tokens `[B]` int64."""
     return torch.tensor([trajectory.length for trajectory in trajectories])

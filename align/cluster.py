@@ -1,0 +1,50 @@
+"""Ray for as long as a stage needs it."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from align.schema import ClusterSettings
+
+
+@contextmanager
+def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
+    """Join the cluster of `cluster.address`, or start one of our own that ends with the block; nothing without actors.
+
+    Our own has no dashboard, picks free ports and keeps its files in a temporary folder, so that runs side by side
+    do not meet. It offers at least one CPU an actor: what shares the cores is the actors' number of threads.
+    """
+    if not actors:
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    folder = None
+    if settings.address:
+        ray.init(address=settings.address, **quiet)
+    else:
+        folder = tempfile.mkdtemp(prefix="align-ray-")
+        cpus = max(cores(), actors)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def threads(settings: ClusterSettings, processes: int) -> int:
+    """Threads of each of so many processes that compute at the same time."""
+    return settings.threads or max(1, cores() // max(1, processes))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))

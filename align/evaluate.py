@@ -1,0 +1,127 @@
+"""Reference and policy side by side on held-out prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.scoring import Gold
+from align.seeds import seed_for
+from policies.trunk import AdapterWeights
+from rollouts.engine import Sampling
+from rollouts.pool import Pool
+from rollouts.trajectory import Request, Scored, Trajectory, lengths
+
+REFERENCE_VERSION = -1
+"""The version under which the pool holds the reference while it is judged."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's responses to the held-out prompts, one a prompt, and what is known of them."""
+
+    trajectories: list[Trajectory]
+    scored: list[Scored]
+    gold: Tensor | None
+
+    @property
+    def scores(self) -> Tensor:
+        return torch.tensor([verdict.score for verdict in self.scored])
+
+    def figures(self) -> dict[str, float]:
+        """The figures of `evaluation.json` that either side has."""
+        figures = {
+            "score_mean": float(self.scores.mean()),
+            "score_std": float(self.scores.std(correction=0)),
+            "length_mean": float(lengths(self.trajectories).double().mean()),
+            "distinct_2": distinct_2([t.response_ids for t in self.trajectories]),
+            "eos_share": sum(t.ended for t in self.trajectories) / len(self.trajectories),
+        }
+        return figures if self.gold is None else figures | {"gold_mean": float(self.gold.mean())}
+
+
+class Evaluator:
+    """Samples both sides with the same seeds and compares them. The reference is judged once."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        score: Callable[[Sequence[Trajectory]], list[Scored]],
+        gold: Gold | None,
+        reference: AdapterWeights,
+        prompts: Sequence[Request],
+        sampling: Sampling,
+        seed: int,
+        best_of: int,
+    ) -> None:
+        """score: final verdicts of trajectories. best_of: how many reference samples a prompt to pick from; 0: not."""
+        self.pool, self.score, self.gold, self.sampling, self.best_of = pool, score, gold, sampling, best_of
+        self.weights = reference
+        self.draws = [
+            [replace(p, seed=seed_for(seed, "heldout", index, draw)) for index, p in enumerate(prompts)]
+            for draw in range(max(1, best_of))
+        ]
+
+    def judge(self, version: int, policy: AdapterWeights) -> dict[str, Any]:
+        """The sections `reference`, `policy`, `best_of` and `prompts` of `evaluation.json`.
+
+        The pool holds the policy when this returns.
+        """
+        reference, best_of = self._reference
+        self.pool.load_adapter(version, policy)
+        side = self._sample(self.draws[0])
+        tokens = int(lengths(side.trajectories).sum())
+        kl = torch.tensor([verdict.kl for verdict in side.scored], dtype=torch.float64)
+        compared = {
+            "win_rate": win_rate(side.scores, reference.scores),
+            "kl_per_sequence": float(kl.mean()),
+            "kl_per_token": float(kl.sum()) / tokens,
+        }
+        if side.gold is not None and reference.gold is not None:
+            compared["gold_win_rate"] = win_rate(side.gold, reference.gold)
+        return {
+            "reference": reference.figures(),
+            "policy": side.figures() | compared | {"step": version},
+            **best_of,
+            "prompts": len(side.trajectories),
+        }
+
+    @cached_property
+    def _reference(self) -> tuple[Side, dict[str, Any]]:
+        self.pool.load_adapter(REFERENCE_VERSION, self.weights)
+        sides = [self._sample(requests) for requests in self.draws]
+        return sides[0], {"best_of": _best_of(sides)} if self.best_of else {}
+
+    def _sample(self, requests: Sequence[Request]) -> Side:
+        trajectories = self.pool.generate(requests, self.sampling)
+        gold = None if self.gold is None else torch.tensor(self.gold(trajectories), dtype=torch.float64)
+        return Side(trajectories, self.score(trajectories), gold)
+
+
+def _best_of(sides: Sequence[Side]) -> dict[str, float]:
+    """For each prompt the sample that the reward scores highest: its mean score, and its mean gold score.
+
+    `gold_best_mean` is that of the samples that the gold score itself would pick: no reward can do better.
+    """
+    scores = torch.stack([side.scores for side in sides])
+    figures = {"n": len(sides), "score_mean": float(scores.amax(0).mean())}
+    gold = [side.gold for side in sides if side.gold is not None]
+    if not gold:
+        return figures
+    table = torch.stack(gold)
+    picked = table.gather(0, scores.argmax(0, keepdim=True))
+    return figures | {"gold_mean": float(picked.mean()), "gold_best_mean": float(table.amax(0).mean())}
+
+
+def win_rate(ours: Tensor, theirs: Tensor) -> float:
+    """Share of prompts in which ours scores higher, ties counted half."""
+    return float(((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean())
+
+
+def distinct_2(rows: Sequence[Sequence[int]]) -> float:
+    """Different pairs of neighbouring tokens over all such pairs (Li et al. 2016, "distinct-2")."""
+    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0

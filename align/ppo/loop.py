@@ -1,0 +1,100 @@
+"""Stage three, PPO: the controller."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from align.ppo.episodes import Episode, make_episodes
+from align.ppo.group import Learners
+from align.ppo.kl import KlCoefficient
+from align.ppo.learner import Rates
+from align.ppo.optimizer import schedule_factor
+from align.ppo.prompts import PromptStream, minibatch_orders
+from align.schema import LearnerSettings, PpoSettings
+from rollouts.engine import Sampling
+from rollouts.pool import Pool
+from rollouts.trajectory import Scored, Trajectory
+
+
+@dataclass
+class Step:
+    """What one round of rollout and update produced: all that is logged of it. `index` counts from 0."""
+
+    index: int
+    trajectories: list[Trajectory]
+    scored: list[Scored]
+    episodes: list[Episode]
+    rates: Rates
+    kl_coefficient: float
+    statistics: dict[str, float]
+    seconds: dict[str, float]
+
+
+@dataclass
+class Ppo:
+    """The parts of the loop, each chosen before it starts, and its state: the next step and the KL coefficient."""
+
+    prompts: PromptStream
+    pool: Pool
+    learners: Learners
+    score: Callable[[Sequence[Trajectory]], list[Scored]]
+    kl: KlCoefficient
+    sampling: Sampling
+    ppo: PpoSettings
+    learner: LearnerSettings
+    seed: int
+    step: int = 0
+
+    def steps(self) -> Iterator[Step]:
+        """Run the steps that are left; after each, the pool holds the updated policy.
+
+        prompts → trajectories → scores → advantages → update → adapter weights, version n + 1
+        """
+        ppo = self.ppo
+        self.pool.load_adapter(self.step, self.learners.policy_weights())
+        while self.step < ppo.steps:
+            clock, index, beta = Clock(), self.step, self.kl.value
+            rates = learning_rates(self.learner, ppo, index, beta)
+            orders = minibatch_orders(ppo.batch, ppo.minibatches, ppo.epochs, self.seed, index)
+            with clock("rollout"):
+                trajectories = self.pool.generate(self.prompts.requests(index), self.sampling)
+            with clock("score"):
+                scored = self.score(trajectories)
+                episodes = make_episodes(trajectories, scored, ppo, beta)
+            with clock("update"):
+                statistics = self.learners.update(episodes, orders, rates)
+            with clock("sync"):
+                self.pool.load_adapter(index + 1, self.learners.policy_weights())
+            self.kl.update(sum(verdict.kl for verdict in scored) / len(scored), len(scored))
+            self.step += 1
+            yield Step(index, trajectories, scored, episodes, rates, beta, statistics, clock.seconds())
+
+
+def learning_rates(learner: LearnerSettings, ppo: PpoSettings, index: int, kl_coefficient: float) -> Rates:
+    """What a step trains with. While the critic warms up alone, the policy's rate is 0."""
+    factor = schedule_factor(learner.schedule, index, ppo.steps, learner.warmup)
+    policy = 0.0 if index < ppo.critic_warmup else learner.policy_learning_rate
+    return Rates(
+        policy=policy * factor,
+        critic=learner.critic_learning_rate * factor,
+        kl_in_loss=kl_coefficient if ppo.kl.where == "loss" else 0.0,
+    )
+
+
+class Clock:
+    """Seconds by part of one step."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._parts[part] = time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part, and of all since the start as `step`."""
+        return self._parts | {"step": time.perf_counter() - self._start}

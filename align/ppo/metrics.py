@@ -1,0 +1,70 @@
+"""What is logged of a PPO step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.ppo.advantages import explained_variance
+from align.ppo.loop import Step
+from policies.encoding import decode_response, prompt_text
+from rollouts.trajectory import lengths
+
+
+def step_metrics(step: Step, gold: Sequence[float] | None) -> dict[str, float]:
+    """The step's figures by their names in `metrics.jsonl`."""
+    scores = torch.tensor([verdict.score for verdict in step.scored])
+    kl = torch.tensor([verdict.kl for verdict in step.scored], dtype=torch.float64)
+    tokens = lengths(step.trajectories)
+    gaps = torch.cat(
+        [(t.sampler_logprobs - v.logprobs).abs() for t, v in zip(step.trajectories, step.scored, strict=True)]
+    )
+    values = torch.cat([episode.old_values for episode in step.episodes])
+    returns = torch.cat([episode.returns for episode in step.episodes])
+    of = step.statistics
+    metrics = {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std(correction=0)),
+        "kl/sequence": float(kl.mean()),
+        "kl/token": float(kl.sum()) / int(tokens.sum()),
+        "kl/coefficient": step.kl_coefficient,
+        "kl/loss": of["kl_loss"],
+        "policy/loss": of["policy_loss"],
+        "policy/clip_fraction": of["policy_clipped"],
+        "policy/approximate_kl": of["approximate_kl"],
+        "policy/entropy": of["entropy"],
+        "policy/gradient_norm": of["policy_gradient_norm"],
+        "policy/learning_rate": step.rates.policy,
+        "value/loss": of["value_loss"],
+        "value/clip_fraction": of["value_clipped"],
+        "value/explained_variance": explained_variance(values, returns),
+        "value/gradient_norm": of["critic_gradient_norm"],
+        "value/learning_rate": step.rates.critic,
+        "rollout/length_mean": float(tokens.double().mean()),
+        "rollout/eos_share": sum(t.ended for t in step.trajectories) / len(step.trajectories),
+        "rollout/tokens": int(tokens.sum()),
+        "rollout/gap_mean": float(gaps.mean()),
+        "rollout/gap_max": float(gaps.max()),
+        "rollout/version": step.trajectories[0].version,
+        "learner/optimizer_steps": of["optimizer_steps"],
+        "learner/skipped_steps": of["skipped_steps"],
+    }
+    if gold is not None:
+        metrics["reward/gold_mean"] = sum(gold) / len(gold)
+    return metrics | {f"time/{part}": seconds for part, seconds in step.seconds.items()}
+
+
+def step_samples(step: Step, tokenizer: PreTrainedTokenizerBase, count: int, gold: Sequence[float] | None) -> list[dict[str, Any]]:
+    """The first episodes of a step as rows of `samples.jsonl`."""
+    rows = [
+        {
+            "prompt": prompt_text(trajectory.request.prompt),
+            "response": decode_response(tokenizer, trajectory.response_ids),
+            "score": verdict.score,
+            "kl": verdict.kl,
+            "ended": trajectory.ended,
+        }
+        for trajectory, verdict in zip(step.trajectories[:count], step.scored, strict=False)
+    ]
+    return rows if gold is None else [row | {"gold": score} for row, score in zip(rows, gold, strict=False)]

@@ -1,0 +1,35 @@
+"""Which prompts a step trains on, and with which random numbers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from align.seeds import permutation, seed_for
+from rollouts.trajectory import Request
+
+
+class PromptStream:
+    """All prompts in random order, then all of them in another: a step's batch is a function of the step alone."""
+
+    def __init__(self, prompts: Sequence[Request], batch: int, seed: int) -> None:
+        self.prompts, self.batch, self.seed = prompts, batch, seed
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(len(prompts), seed, "prompts", epoch))
+
+    def requests(self, step: int) -> list[Request]:
+        """The requests of a step, each with a seed of its own."""
+        first = step * self.batch
+        return [
+            replace(self.prompts[self._at(place)], seed=seed_for(self.seed, "rollout", place))
+            for place in range(first, first + self.batch)
+        ]
+
+    def _at(self, place: int) -> int:
+        epoch, index = divmod(place, len(self.prompts))
+        return self._order(epoch)[index]
+
+
+def minibatch_orders(batch: int, minibatches: int, epochs: int, seed: int, step: int) -> list[list[list[int]]]:
+    """For each epoch, for each minibatch, the episodes in it: all episodes once an epoch, in random order."""
+    size = batch // minibatches
+    orders = [permutation(batch, seed, "minibatch", step, epoch) for epoch in range(epochs)]
+    return [[order[start : start + size] for start in range(0, batch, size)] for order in orders]
