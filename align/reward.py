@@ -1,33 +1,25 @@
 """Stage two: a reward model from pairwise preferences."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from align.fit import StageContext, fit
-from align.sft import refuse_long
+from align.fit import fit
+from align.inputs import Comparison
+from align.job import Job
+from align.seeds import seed_for
+from align.sft import ROLE as SFT
+from policies.adapters import load_adapter, load_head
 from policies.batching import collate
-from policies.encoding import encode_prompt, encode_response
+from policies.encoding import decode_response
+from policies.heads import ScalarHead
+from rewards.classifier import Classifier
 from rewards.losses import bradley_terry_loss, pair_accuracy
 from rewards.model import ROLE, RewardModel
-from rewards.preferences import parse_pair
-from rewards.schema import RewardSettings
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A pair in tokens. preference: the probability that the label is right (½ for a tie)."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    margin: float
-    preference: float
 
 
 @dataclass(frozen=True)
@@ -38,27 +30,6 @@ class Accuracy:
     accuracy_low: float
     accuracy_high: float
     pairs: int
-
-
-def comparison_parser(
-    tokenizer: PreTrainedTokenizerBase, settings: RewardSettings
-) -> Callable[[Mapping[str, Any]], Comparison]:
-    """From a row to a comparison; the parser raises ValueError with the reason for people."""
-
-    def parse(values: Mapping[str, Any]) -> Comparison:
-        pair = parse_pair(values)
-        comparison = Comparison(
-            prompt_ids=encode_prompt(tokenizer, pair.prompt),
-            chosen_ids=encode_response(tokenizer, pair.chosen),
-            rejected_ids=encode_response(tokenizer, pair.rejected),
-            margin=pair.margin,
-            preference=0.5 if pair.tie else 1.0 - settings.label_smoothing,
-        )
-        longest = max(len(comparison.chosen_ids), len(comparison.rejected_ids))
-        refuse_long(len(comparison.prompt_ids) + longest, settings.max_tokens, "reward.max_tokens")
-        return comparison
-
-    return parse
 
 
 class PairLoss(nn.Module):
@@ -74,24 +45,72 @@ class PairLoss(nn.Module):
         return {"loss": bradley_terry_loss(chosen, rejected, margin, labels).sum() / num_items_in_batch}
 
 
-def train_reward(
-    model: RewardModel, train: Sequence[Comparison], settings: RewardSettings, context: StageContext
-) -> int:
-    """Train adapter and head of the reward model. Returns the number of optimizer steps."""
-    model.trunk.train_only(ROLE)
-    model.head.requires_grad_(True)
-    steps = fit(PairLoss(model), train, _tensors, settings, context, metrics="reward_model")
-    model.head.requires_grad_(False)
-    model.trunk.train_only()
-    return steps
+def run_reward(job: Job) -> None:
+    """Train the reward model on the preferences, or adopt the one that is given; write it to `reward/`."""
+    started = time.perf_counter()
+    adopt = _run_classifier if job.experiment.reward.classifier else _run_on_trunk
+    adopt(job, started)
 
 
-def heldout_accuracy(score: Callable[[list[list[int]], list[list[int]]], Tensor], pairs: Sequence[Comparison]) -> Accuracy:
-    """Judge a scorer of rows of tokens (prompts, responses) by held-out pairs; equal scores count half."""
-    clear = [pair for pair in pairs if pair.preference != 0.5]
-    prompts = [pair.prompt_ids for pair in clear]
-    chosen, rejected = (score(prompts, r) for r in ([p.chosen_ids for p in clear], [p.rejected_ids for p in clear]))
-    return wilson(float(pair_accuracy(chosen, rejected)), len(clear))
+def _run_on_trunk(job: Job, started: float) -> None:
+    settings, tokens = job.experiment.reward, job.experiment.learner.tokens_per_microbatch
+    trunk = job.new_trunk("reward", ROLE)
+    generator = torch.Generator().manual_seed(seed_for(job.experiment.seed, "reward head"))
+    model = RewardModel(trunk, ScalarHead(trunk.width, generator).to(trunk.causal.device))
+    facts: dict[str, Any] = {}
+    if settings.model:
+        trunk.write_adapter(ROLE, load_adapter(settings.model, job.experiment.policy))
+        model.load_head(load_head(settings.model), settings.model)
+        facts["model"] = settings.model
+    else:
+        trunk.write_adapter(ROLE, trunk.read_adapter(SFT))
+        trunk.train_only(ROLE)
+        context = job.fit_context("reward")
+        facts["steps"] = fit(PairLoss(model), job.inputs.comparisons, _tensors, settings, context, metrics="reward_model")
+        facts["skipped_rows"] = len(job.inputs.skipped.get("preferences", []))
+    if heldout := [pair for pair in job.inputs.comparisons_heldout if not pair.pair.tie]:
+        prompts = [pair.prompt_ids for pair in heldout]
+        chosen = model.score(prompts, [pair.chosen_ids for pair in heldout], tokens)
+        rejected = model.score(prompts, [pair.rejected_ids for pair in heldout], tokens)
+        facts |= _judged(job, chosen, rejected, facts.get("steps", 0))
+    if settings.normalise and not settings.model:
+        samples = job.sample_sft(trunk, settings.normalise)
+        scores = model.score([t.request.prompt_ids for t in samples], [t.response_ids for t in samples], tokens)
+        mean, deviation = moments(scores)
+        model.head.fold(mean, deviation)
+        facts |= {"mean": mean, "deviation": deviation}
+    with job.new_product(job.run.reward, facts, started) as folder:
+        model.save(folder)
+
+
+def _run_classifier(job: Job, started: float) -> None:
+    settings = job.experiment.reward
+    assert settings.classifier is not None
+    classifier = Classifier(settings.classifier)
+    facts: dict[str, Any] = {"classifier": settings.classifier, "mean": 0.0, "deviation": 1.0}
+    if heldout := [pair.pair for pair in job.inputs.comparisons_heldout if not pair.pair.tie]:
+        prompts = [pair.prompt for pair in heldout]
+        chosen = classifier.score(prompts, [pair.chosen for pair in heldout])
+        facts |= _judged(job, chosen, classifier.score(prompts, [pair.rejected for pair in heldout]), 0)
+    if settings.normalise:
+        samples = job.sample_sft(job.new_trunk("reward"), settings.normalise)
+        responses = [decode_response(job.tokenizer, t.response_ids) for t in samples]
+        mean, deviation = moments(classifier.score([t.request.prompt for t in samples], responses))
+        facts |= {"mean": mean, "deviation": deviation}
+    with job.new_product(job.run.reward, facts, started):
+        pass  # the model stays where it is; the folder holds what is known of it
+
+
+def _judged(job: Job, chosen: Tensor, rejected: Tensor, step: int) -> dict[str, Any]:
+    accuracy = wilson(float(pair_accuracy(chosen, rejected)), len(chosen))
+    job.tracker.log("reward", step, {"reward_model/heldout_accuracy": accuracy.accuracy})
+    return asdict(accuracy)
+
+
+def moments(scores: Tensor) -> tuple[float, float]:
+    """Mean and deviation of scores, the deviation 1 where all are the same."""
+    deviation = float(scores.std(correction=0))
+    return float(scores.mean()), deviation if deviation > 0 else 1.0
 
 
 def wilson(share: float, count: int) -> Accuracy:
@@ -112,6 +131,6 @@ def _tensors(pairs: list[Comparison]) -> dict[str, Tensor]:
     return {
         "ids": batch.ids,
         "last": batch.last,
-        "margin": torch.tensor([p.margin for p in pairs]),
+        "margin": torch.tensor([p.pair.margin for p in pairs]),
         "labels": torch.tensor([p.preference for p in pairs]),
     }

@@ -1,53 +1,22 @@
 """Stage one: supervised fine-tuning on demonstrations."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from align.data import parse_demonstration
-from align.fit import StageContext, fit
-from policies.adapters import save_adapter
+from align.fit import fit
+from align.inputs import Example
+from align.job import Job
+from policies.adapters import load_adapter, save_adapter
 from policies.batching import buckets, collate
-from policies.encoding import encode_prompt, encode_response
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
-from rewards.schema import FitSettings
 
 ROLE = "reference"
 """What the SFT model is to all later stages."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A demonstration in tokens; the loss is on the response, EOS included."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-
-def example_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[Mapping[str, Any]], Example]:
-    """From a row to an example; the parser raises ValueError with the reason for people."""
-
-    def parse(values: Mapping[str, Any]) -> Example:
-        demonstration = parse_demonstration(values)
-        example = Example(
-            encode_prompt(tokenizer, demonstration.prompt), encode_response(tokenizer, demonstration.completion)
-        )
-        refuse_long(len(example.prompt_ids) + len(example.response_ids), max_tokens, "sft.max_tokens")
-        return example
-
-    return parse
-
-
-def refuse_long(tokens: int, most: int, key: str) -> None:
-    """Raise ValueError where a row has more tokens than `key` allows."""
-    if tokens > most:
-        raise ValueError(f"{tokens} tokens are more than {key}, {most}")
 
 
 class Likelihood(nn.Module):
@@ -64,21 +33,24 @@ class Likelihood(nn.Module):
         return {"loss": -logprobs.sum() / num_items_in_batch}
 
 
-def train_sft(
-    trunk: Trunk, train: Sequence[Example], heldout: Sequence[Example], settings: FitSettings, context: StageContext
-) -> float:
-    """Train the adapter `reference`. Returns the held-out loss, in nats a token."""
-    trunk.train_only(ROLE)
-    objective = Likelihood(trunk)
-    steps = fit(objective, train, _tensors, settings, context, metrics="sft")
-    loss = heldout_loss(objective, heldout)
-    context.tracker.log(context.stage, steps, {"sft/heldout_loss": loss})
-    return loss
-
-
-def save_sft(trunk: Trunk, folder: Path) -> None:
-    """Write the adapter in PEFT layout."""
-    save_adapter(folder, trunk.read_adapter(ROLE), trunk.config)
+def run_sft(job: Job) -> None:
+    """Train the adapter `reference` on the demonstrations, or adopt the one that is given; write it to `sft/`."""
+    settings = job.experiment.sft
+    started = time.perf_counter()
+    trunk = job.new_trunk("sft")
+    facts: dict[str, Any] = {}
+    if settings.adapter:
+        trunk.write_adapter(ROLE, load_adapter(settings.adapter, job.experiment.policy))
+        facts["adapter"] = settings.adapter
+    else:
+        trunk.train_only(ROLE)
+        objective = Likelihood(trunk)
+        steps = fit(objective, job.inputs.examples, _tensors, settings, job.fit_context("sft"), metrics="sft")
+        loss = heldout_loss(objective, job.inputs.examples_heldout)
+        job.tracker.log("sft", steps, {"sft/heldout_loss": loss})
+        facts |= {"heldout_loss": loss, "skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}
+    with job.new_product(job.run.sft, facts, started) as folder:
+        save_adapter(folder, trunk.read_adapter(ROLE), trunk.config)
 
 
 @torch.no_grad()

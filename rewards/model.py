@@ -1,6 +1,6 @@
 """The reward model: an adapter and a scalar head on the trunk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from policies.adapters import save_adapter
 from policies.batching import Batch, buckets, collate
+from policies.errors import UserError
 from policies.heads import ScalarHead
 from policies.trunk import Trunk
 
@@ -29,6 +30,13 @@ class RewardModel(nn.Module):
     def scores_at(self, ids: Tensor, last: Tensor) -> Tensor:
         """Scores `[B]` of rows `[B, T]` at their last tokens, indices into the flattened rows."""
         return self.head(self.trunk.hidden(ids, ROLE).flatten(0, 1)[last])
+
+    def load_head(self, weights: Mapping[str, Tensor], folder: str | Path) -> None:
+        """Take the head that was read from a folder. Raises UserError where it is of another width."""
+        if weights["weight"].shape != self.head.weight.shape:
+            made = f"{len(weights['weight'])} wide, this one is {self.trunk.width}"
+            raise UserError(f"the head in {folder} was made for another base: hidden states {made}")
+        self.head.load_state_dict(dict(weights))
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: int) -> Tensor:

@@ -34,7 +34,8 @@ def build_roles(blueprint: Blueprint, extra_roles: tuple[str, ...] = ()) -> Role
     """Policy and reference start from the SFT adapter; the critic, adapter and head, from the reward model.
 
     Without a reward model on the trunk the critic starts from the SFT adapter and says 0, the mean of a normalised
-    reward. A policy without an SFT adapter starts as a no-op. extra_roles get an adapter each.
+    reward. Without an SFT adapter those that would start from it start as adapters that change nothing.
+    extra_roles get an adapter each.
     """
     torch.manual_seed(seed_for(blueprint.seed, "adapters"))
     sources = {
@@ -43,8 +44,9 @@ def build_roles(blueprint: Blueprint, extra_roles: tuple[str, ...] = ()) -> Role
         "critic": blueprint.reward or blueprint.reference,
         "reward": blueprint.reward,
     }
-    kept = tuple(role for role in sources if sources[role] is not None or role in ("policy", "critic"))
-    trunk = Trunk(load_base(blueprint.model), blueprint.policy, (*kept, *extra_roles))
+    if blueprint.reward is None:
+        del sources["reward"]
+    trunk = Trunk(load_base(blueprint.model), blueprint.policy, (*sources, *extra_roles))
     for role, weights in sources.items():
         if weights is not None:
             trunk.write_adapter(role, weights)

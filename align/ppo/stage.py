@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from align.checkpoint import latest, new_checkpoint
 from align.cluster import ray_cluster, threads
 from align.evaluate import Evaluator
 from align.files import new_folder, write_json
-from align.interrupt import Interrupted, Stop
+from align.interrupt import Interrupted
+from align.job import Job
 from align.ppo.build import Blueprint, build_roles
 from align.ppo.checkpoint import Progressed, read_progress, read_states, write_state
 from align.ppo.group import Learners, LocalLearners, RayLearners
@@ -24,60 +25,54 @@ from align.ppo.loop import Ppo, Step
 from align.ppo.metrics import step_metrics, step_samples
 from align.ppo.prompts import PromptStream
 from align.progress import Progress
-from align.run import RunFolder
+from align.run import RunFolder, read_facts, write_facts
 from align.schema import Experiment, KlSettings
-from align.scoring import Gold, Reward
-from align.tracking import Tracker
-from policies.adapters import lora_config, save_adapter
+from align.scoring import Gold, Reward, classifier_reward, gold_score, trunk_reward
+from policies.adapters import load_adapter, load_head, lora_config, save_adapter
 from policies.loading import stop_ids
 from policies.trunk import AdapterWeights
+from rewards.classifier import Classifier
+from rewards.functions import load_function
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine, build_engine
 from rollouts.pool import LocalPool, Pool, RayPool
-from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.trajectory import Scored, Trajectory
 
 
 @dataclass(frozen=True)
-class PpoInputs:
-    """What the stage is given: data, the products of the earlier stages, and where to write."""
+class Judges:
+    """What scores responses: the roles to build the learner of, the reward of its verdicts, and the gold score."""
 
-    experiment: Experiment
-    run: RunFolder
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Sequence[Request]
-    heldout: Sequence[Request]
     blueprint: Blueprint
     reward: Reward
     gold: Gold | None
-    tracker: Tracker
-    stop: Stop
 
 
-def run_ppo(inputs: PpoInputs) -> float:
+def run_ppo(job: Job) -> None:
     """Train from the last checkpoint, or the start, to the end; then `policy/` is the best policy evaluated.
 
-    Returns seconds, those before a resume included. Raises Interrupted after a checkpoint if asked to stop.
+    Raises Interrupted after a checkpoint if asked to stop.
     """
-    settings = inputs.experiment
+    settings, judges = job.experiment, make_judges(job.experiment, job.run, job.tokenizer)
     actors = settings.rollouts.workers + settings.learner.ranks
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(settings.cluster, actors))
-        learners, pool = _build(inputs, stack)
-        reference = _reference_weights(inputs, learners)
+        learners, pool = _build(job, judges, stack)
+        reference = _reference_weights(judges, learners)
         sampling = Sampling(settings.rollouts.temperature, settings.rollouts.max_new_tokens)
 
         def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
-            return inputs.reward(trajectories, learners.score(trajectories))
+            return judges.reward(trajectories, learners.score(trajectories))
 
         evaluation = settings.evaluation
         evaluator = Evaluator(
-            pool, score, inputs.gold, reference, inputs.heldout, sampling, evaluation.seed, evaluation.best_of
+            pool, score, judges.gold, reference, job.inputs.prompts_heldout, sampling, evaluation.seed, evaluation.best_of
         )
-        progressed = _resume(inputs, learners)
+        progressed = _resume(job, learners)
         ppo = Ppo(
-            prompts=PromptStream(inputs.prompts, settings.ppo.batch, settings.seed),
+            prompts=PromptStream(job.inputs.prompts, settings.ppo.batch, settings.seed),
             pool=pool,
             learners=learners,
             score=score,
@@ -91,25 +86,24 @@ def run_ppo(inputs: PpoInputs) -> float:
         before = progressed.seconds
         with Progress("ppo", settings.ppo.steps) as progress:
             for step in ppo.steps():
-                _log(inputs, step, progress)
+                _log(job, judges, step, progress)
                 if _due(ppo.step, evaluation.every, settings.ppo.steps):
-                    _evaluate(inputs, evaluator, learners, ppo.step, progressed)
-                if _due(ppo.step, settings.checkpoint.every, settings.ppo.steps) or inputs.stop.requested:
+                    _evaluate(job, evaluator, learners, ppo.step, progressed)
+                if _due(ppo.step, settings.checkpoint.every, settings.ppo.steps) or job.stop.requested:
                     progressed.step, progressed.kl_coefficient = ppo.step, ppo.kl.value
                     progressed.seconds = before + time.perf_counter() - started
-                    _save(inputs, learners, progressed)
-                if inputs.stop.requested:
+                    _save(job, learners, progressed)
+                if job.stop.requested:
                     raise Interrupted
-        _finish(inputs)
-    return progressed.seconds
+    _finish(job, before + time.perf_counter() - started)
 
 
-def _build(inputs: PpoInputs, stack: ExitStack) -> tuple[Learners, Pool]:
+def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     """Learner and pool, each in this process or in actors. In one process they share the trunk.
 
     Not at ZeRO 3, where the trunk's weights are gathered for the learner's own passes only.
     """
-    settings, blueprint = inputs.experiment, inputs.blueprint
+    settings, blueprint = job.experiment, judges.blueprint
     rollouts, learner, ppo = settings.rollouts, settings.learner, settings.ppo
     shares = rollouts.workers == 0 and learner.ranks == 0 and learner.zero < 3
     torch.set_num_threads(threads(settings.cluster, 1))
@@ -128,27 +122,27 @@ def _build(inputs: PpoInputs, stack: ExitStack) -> tuple[Learners, Pool]:
     else:
         roles = build_roles(blueprint, (SAMPLER,) if shares else ())
         if shares:
-            stops = stop_ids(roles.trunk.causal, inputs.tokenizer)
+            stops = stop_ids(roles.trunk.causal, job.tokenizer)
             pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows))
         learners = LocalLearners(roles, ppo, learner, rollouts.temperature, settings.model.gradient_checkpointing)
     stack.callback(learners.close)
     return learners, pool
 
 
-def _reference_weights(inputs: PpoInputs, learners: Learners) -> AdapterWeights:
+def _reference_weights(judges: Judges, learners: Learners) -> AdapterWeights:
     """The SFT adapter; without one, an adapter that changes nothing: the policy's own before the first update."""
-    return inputs.blueprint.reference or learners.policy_weights()
+    return judges.blueprint.reference or learners.policy_weights()
 
 
 def _kl_coefficient(kl: KlSettings, value: float) -> KlCoefficient:
     return FixedKl(value) if kl.target is None else AdaptiveKl(value, kl.target, kl.horizon)
 
 
-def _resume(inputs: PpoInputs, learners: Learners) -> Progressed:
+def _resume(job: Job, learners: Learners) -> Progressed:
     """Take up the last checkpoint; without one, the start."""
-    settings = inputs.experiment
+    settings = job.experiment
     ranks, zero = settings.learner.ranks, settings.learner.zero
-    last = latest(inputs.run.checkpoints("ppo"))
+    last = latest(job.run.checkpoints("ppo"))
     if last is None:
         return Progressed(0, settings.ppo.kl.coefficient, 0, None, 0.0, ranks, zero)
     progressed = read_progress(last, ranks, zero)
@@ -160,47 +154,62 @@ def _due(done: int, every: int, last: int) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def _log(inputs: PpoInputs, step: Step, progress: Progress) -> None:
-    gold = None if inputs.gold is None else inputs.gold(step.trajectories)
+def _log(job: Job, judges: Judges, step: Step, progress: Progress) -> None:
+    gold = None if judges.gold is None else judges.gold(step.trajectories)
     metrics = step_metrics(step, gold)
-    inputs.tracker.log("ppo", step.index + 1, metrics)
-    rows = step_samples(step, inputs.tokenizer, inputs.experiment.tracking.samples, gold)
-    inputs.tracker.samples("ppo", step.index + 1, rows)
+    job.tracker.log("ppo", step.index + 1, metrics)
+    rows = step_samples(step, job.tokenizer, job.experiment.tracking.samples, gold)
+    job.tracker.samples("ppo", step.index + 1, rows)
     figures = {"episodes": (step.index + 1) * len(step.episodes), "reward": metrics["reward/mean"]}
     progress.advance(step.index + 1, **figures, kl=metrics["kl/sequence"])
 
 
 def _evaluate(
-    inputs: PpoInputs, evaluator: Evaluator, learners: Learners, step: int, progressed: Progressed
+    job: Job, evaluator: Evaluator, learners: Learners, step: int, progressed: Progressed
 ) -> None:
     """Judge the policy; if no earlier one was better, keep it in `best/`."""
     weights = learners.policy_weights()
     figures = evaluator.judge(step, weights)
     policy: dict[str, float] = figures["policy"]
     shown = ("score_mean", "gold_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
-    inputs.tracker.log("ppo", step, {f"eval/{name}": policy[name] for name in shown if name in policy})
-    value = policy[inputs.experiment.evaluation.best]
+    job.tracker.log("ppo", step, {f"eval/{name}": policy[name] for name in shown if name in policy})
+    value = policy[job.experiment.evaluation.best]
     if progressed.best is None or value >= progressed.best:
         progressed.best_step, progressed.best = step, value
-        _write_policy(inputs, weights, figures)
+        _write_policy(job, weights, figures)
 
 
-def _write_policy(inputs: PpoInputs, weights: AdapterWeights, figures: dict[str, Any]) -> None:
-    with new_folder(inputs.run.best) as folder:
-        save_adapter(folder, weights, lora_config(inputs.experiment.policy, inputs.experiment.model.path))
+def _write_policy(job: Job, weights: AdapterWeights, figures: dict[str, Any]) -> None:
+    with new_folder(job.run.best) as folder:
+        save_adapter(folder, weights, lora_config(job.experiment.policy, job.experiment.model.path))
         write_json(folder / "evaluation.json", figures)
 
 
-def _save(inputs: PpoInputs, learners: Learners, progressed: Progressed) -> None:
-    settings = inputs.experiment
+def _save(job: Job, learners: Learners, progressed: Progressed) -> None:
+    settings = job.experiment
     states = learners.state()
-    with new_checkpoint(inputs.run.checkpoints("ppo"), progressed.step, settings.checkpoint.keep) as folder:
+    with new_checkpoint(job.run.checkpoints("ppo"), progressed.step, settings.checkpoint.keep) as folder:
         write_state(folder, states, lora_config(settings.policy, settings.model.path), progressed)
 
 
-def _finish(inputs: PpoInputs) -> None:
+def _finish(job: Job, seconds: float) -> None:
     """The best policy becomes the run's."""
-    inputs.run.best.rename(inputs.run.policy)
+    write_facts(job.run.best, {"seconds": seconds})
+    job.run.best.rename(job.run.policy)
+
+
+def make_judges(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Judges:
+    """From what the earlier stages left in the run's folder."""
+    policy, facts = experiment.policy, read_facts(run.reward)
+    reference = load_adapter(run.sft, policy) if run.sft.is_dir() else None
+    where = experiment.evaluation.gold
+    gold = gold_score(load_function(where, "evaluation.gold"), tokenizer) if where else None
+    blueprint = Blueprint(experiment.model, policy, experiment.seed, reference, None, None)
+    if classifier := facts.get("classifier"):
+        reward = classifier_reward(Classifier(classifier), tokenizer, facts["mean"], facts["deviation"])
+        return Judges(blueprint, reward, gold)
+    adapter, head = load_adapter(run.reward, policy), load_head(run.reward)
+    return Judges(replace(blueprint, reward=adapter, reward_head=head), trunk_reward, gold)
 
 
 def policy_figures(run: RunFolder) -> dict[str, Any]:

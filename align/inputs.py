@@ -1,0 +1,164 @@
+"""All rows that a run needs, read, checked and turned into tokens before its first stage starts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data import PromptRow, parse_demonstration, parse_prompt, parse_rows, read_rows, split_heldout
+from align.schema import Experiment, SourceSettings
+from align.seeds import seed_for
+from policies.encoding import encode_prompt, encode_response
+from policies.errors import UserError
+from rewards.preferences import Pair, parse_pair
+from rollouts.trajectory import Request
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A demonstration in tokens; the loss is on the response, EOS included."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A pair and its tokens. preference: the probability that the label is right (½ for a tie)."""
+
+    pair: Pair
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    preference: float
+
+
+@dataclass
+class Inputs:
+    """The rows of each stage and those that it is judged by; empty where a stage does not run.
+
+    skipped: by source, why each bad row was left out.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    examples_heldout: list[Example] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    comparisons_heldout: list[Comparison] = field(default_factory=list)
+    prompts: list[Request] = field(default_factory=list)
+    prompts_heldout: list[Request] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+
+def trains_sft(experiment: Experiment) -> bool:
+    """Whether an SFT adapter is trained, rather than given or not wanted."""
+    return "sft" in experiment.stages and experiment.sft.adapter is None
+
+
+def trains_reward(experiment: Experiment) -> bool:
+    """Whether a reward model is trained, rather than given or not wanted."""
+    return "reward" in experiment.stages and not (experiment.reward.model or experiment.reward.classifier)
+
+
+def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Inputs:
+    """Read what the experiment's stages need. context: the most positions that the model has, if it says.
+
+    Raises UserError naming source, file and line of the first bad row, or the key of a source that is missing.
+    """
+    reader = _Reader(experiment)
+    inputs = Inputs(skipped=reader.skipped)
+    if trains_sft(experiment):
+        parse = example_parser(tokenizer, experiment.sft.max_tokens)
+        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse)
+    if trains_reward(experiment) or experiment.data.preferences or experiment.data.preferences_heldout:
+        compare = comparison_parser(tokenizer, experiment.reward.max_tokens, experiment.reward.label_smoothing)
+        if trains_reward(experiment):
+            both = reader.both("preferences", "preferences_heldout", compare)
+            inputs.comparisons, inputs.comparisons_heldout = both
+        elif experiment.data.preferences_heldout:
+            inputs.comparisons_heldout = reader.one("preferences_heldout", compare)
+    if "ppo" in experiment.stages:
+        ask = request_parser(tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context)
+        inputs.prompts, heldout = reader.both("prompts", "prompts_heldout", ask)
+        inputs.prompts_heldout = heldout[: experiment.evaluation.prompts]
+    return inputs
+
+
+class _Reader:
+    """Reads the sources of `data`, and splits where there is no held-out one."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.data = experiment.data
+        self.seed = experiment.seed
+        self.skipped: dict[str, list[str]] = {}
+
+    def one(self, name: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T]:
+        source: SourceSettings | None = getattr(self.data, name)
+        if source is None:
+            raise UserError(f"data.{name} is not set, and a stage of this experiment needs it")
+        parsed = parse_rows(read_rows(source), parse, self.data.on_bad_row)
+        if parsed.skipped:
+            self.skipped[name] = parsed.skipped
+        return parsed.items
+
+    def both(self, name: str, heldout: str | None, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], list[T]]:
+        rows = self.one(name, parse)
+        if heldout and getattr(self.data, heldout):
+            return rows, self.one(heldout, parse)
+        return split_heldout(rows, self.data.heldout_share, seed_for(self.seed, "split", name))
+
+
+def example_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[Mapping[str, Any]], Example]:
+    """From a row to an example; the parser raises ValueError with the reason for people."""
+
+    def parse(values: Mapping[str, Any]) -> Example:
+        row = parse_demonstration(values)
+        example = Example(encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.completion))
+        _refuse_long(len(example.prompt_ids) + len(example.response_ids), max_tokens, "sft.max_tokens")
+        return example
+
+    return parse
+
+
+def comparison_parser(
+    tokenizer: PreTrainedTokenizerBase, max_tokens: int, label_smoothing: float
+) -> Callable[[Mapping[str, Any]], Comparison]:
+    """From a row to a comparison; the parser raises ValueError with the reason for people."""
+
+    def parse(values: Mapping[str, Any]) -> Comparison:
+        pair = parse_pair(values)
+        comparison = Comparison(
+            pair=pair,
+            prompt_ids=encode_prompt(tokenizer, pair.prompt),
+            chosen_ids=encode_response(tokenizer, pair.chosen),
+            rejected_ids=encode_response(tokenizer, pair.rejected),
+            preference=0.5 if pair.tie else 1.0 - label_smoothing,
+        )
+        longest = max(len(comparison.chosen_ids), len(comparison.rejected_ids))
+        _refuse_long(len(comparison.prompt_ids) + longest, max_tokens, "reward.max_tokens")
+        return comparison
+
+    return parse
+
+
+def request_parser(
+    tokenizer: PreTrainedTokenizerBase, max_prompt: int, max_new: int, context: int | None
+) -> Callable[[Mapping[str, Any]], Request]:
+    """From a row to a request without a seed yet; the parser raises ValueError with the reason for people."""
+    room = max_prompt if context is None else min(max_prompt, context - max_new)
+    key = "rollouts.max_prompt_tokens" if room == max_prompt else "the model's context less rollouts.max_new_tokens"
+
+    def parse(values: Mapping[str, Any]) -> Request:
+        row: PromptRow = parse_prompt(values)
+        ids = encode_prompt(tokenizer, row.prompt)
+        _refuse_long(len(ids), room, key)
+        return Request(row.prompt, tuple(ids), seed=0, columns=row.columns)
+
+    return parse
+
+
+def _refuse_long(tokens: int, most: int, key: str) -> None:
+    if tokens > most:
+        raise ValueError(f"{tokens} tokens are more than {key}, {most}")

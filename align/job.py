@@ -1,0 +1,77 @@
+"""A run in progress: what every stage is given."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.files import new_folder
+from align.fit import StageContext
+from align.inputs import Inputs
+from align.interrupt import Stop
+from align.run import RunFolder, write_facts
+from align.schema import Experiment
+from align.seeds import permutation, seed_for
+from align.tracking import Tracker
+from policies.adapters import load_adapter
+from policies.errors import UserError
+from policies.loading import load_base, stop_ids
+from policies.trunk import AdapterWeights, Trunk
+from rollouts.engine import Sampling
+from rollouts.hf import TransformersEngine
+from rollouts.trajectory import Request, Trajectory
+
+
+@dataclass(frozen=True)
+class Job:
+    """Experiment, folder, data, and the ways to report and to be stopped."""
+
+    experiment: Experiment
+    run: RunFolder
+    tokenizer: PreTrainedTokenizerBase
+    inputs: Inputs
+    tracker: Tracker
+    stop: Stop
+
+    def sft_weights(self) -> AdapterWeights | None:
+        """The adapter of the SFT stage; None where there is none and the base itself is the SFT model."""
+        return load_adapter(self.run.sft, self.experiment.policy) if self.run.sft.is_dir() else None
+
+    def new_trunk(self, purpose: str, *roles: str) -> Trunk:
+        """A trunk with `reference` and these roles, its first random weights seeded by purpose.
+
+        `reference` holds the SFT adapter; where the base itself is the SFT model, an adapter that changes nothing.
+        """
+        torch.manual_seed(seed_for(self.experiment.seed, purpose, "adapters"))
+        trunk = Trunk(load_base(self.experiment.model), self.experiment.policy, ("reference", *roles))
+        if weights := self.sft_weights():
+            trunk.write_adapter("reference", weights)
+        return trunk
+
+    def fit_context(self, stage: str) -> StageContext:
+        keep = self.experiment.checkpoint.keep
+        folder = self.run.checkpoints(stage)
+        return StageContext(stage, folder, keep, self.experiment.seed, self.tracker, self.stop)
+
+    @contextmanager
+    def new_product(self, folder: Path, facts: dict[str, Any], started: float) -> Iterator[Path]:
+        """A stage's folder to fill; it is there, with `stage.json`, when the block ends."""
+        with new_folder(folder) as temporary:
+            yield temporary
+            write_facts(temporary, facts | {"seconds": time.perf_counter() - started})
+
+    def sample_sft(self, trunk: Trunk, count: int) -> list[Trajectory]:
+        """Responses of the SFT model, role `reference` of the trunk, to so many of the training prompts."""
+        prompts = self.inputs.prompts or [Request(c.pair.prompt, tuple(c.prompt_ids), 0) for c in self.inputs.comparisons]
+        if not prompts:
+            raise UserError("reward.normalise needs prompts: set data.prompts, or reward.normalise to 0")
+        seed, rollouts = self.experiment.seed, self.experiment.rollouts
+        chosen = permutation(len(prompts), seed, "normalise")[:count]
+        requests = [replace(prompts[i], seed=seed_for(seed, "normalise", i)) for i in chosen]
+        engine = TransformersEngine(trunk, stop_ids(trunk.causal, self.tokenizer), rollouts.rows)
+        return engine.generate(requests, Sampling(rollouts.temperature, rollouts.max_new_tokens), role="reference")

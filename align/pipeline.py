@@ -1,0 +1,71 @@
+"""The stages in order: each is done when its folder is there, so that running them again goes on where they stopped."""
+
+from typing import Any
+
+from align.checkpoint import latest, step_of
+from align.files import write_json
+from align.inputs import Inputs, read_inputs
+from align.interrupt import Stop
+from align.job import Job
+from align.ppo.stage import policy_figures, run_ppo
+from align.reward import run_reward
+from align.run import RunFolder, read_facts
+from align.schema import STAGES, Experiment
+from align.sft import run_sft
+from align.tracking import open_tracker, truncate_after
+from policies.errors import UserError
+from policies.loading import load_model_config, load_tokenizer
+
+RUNNERS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
+
+
+def stages_left(experiment: Experiment, run: RunFolder) -> list[str]:
+    """The stages that must still run, in order; one whose product is given runs too, and only takes it over."""
+    wanted = set(experiment.stages)
+    if experiment.sft.adapter:
+        wanted.add("sft")
+    if experiment.reward.model or experiment.reward.classifier:
+        wanted.add("reward")
+    if "ppo" in wanted and "reward" not in wanted and not run.done("reward"):
+        raise UserError("ppo needs a reward: add `reward` to `stages`, or set reward.model or reward.classifier")
+    return [stage for stage in STAGES if stage in wanted and not run.done(stage)]
+
+
+def load_inputs(experiment: Experiment) -> Inputs:
+    """Check model and tokenizer and read all rows that the experiment needs."""
+    tokenizer = load_tokenizer(experiment.model.path)
+    context = getattr(load_model_config(experiment.model.path), "max_position_embeddings", None)
+    return read_inputs(experiment, tokenizer, context)
+
+
+def run_stages(experiment: Experiment, run: RunFolder, inputs: Inputs, stop: Stop) -> dict[str, Any]:
+    """Run what is left, write `evaluation.json` and return it. Raises Interrupted if asked to stop in between."""
+    left = stages_left(experiment, run)
+    if left:
+        _forget_beyond_checkpoint(run, left[0])
+    tokenizer = load_tokenizer(experiment.model.path)
+    with open_tracker(run.path, experiment.tracking, experiment.name, experiment.model_dump(mode="json")) as tracker:
+        job = Job(experiment, run, tokenizer, inputs, tracker, stop)
+        for stage in left:
+            RUNNERS[stage](job)
+    evaluation = _evaluation(run)
+    write_json(run.evaluation, evaluation)
+    return evaluation
+
+
+def _forget_beyond_checkpoint(run: RunFolder, stage: str) -> None:
+    """Drop metrics of steps that will be run again."""
+    last = latest(run.checkpoints(stage))
+    truncate_after(run.path, stage, step_of(last) if last else 0)
+
+
+def _evaluation(run: RunFolder) -> dict[str, Any]:
+    products = {"sft": run.sft, "reward": run.reward, "ppo": run.policy}
+    facts = {stage: read_facts(folder) for stage, folder in products.items() if folder.is_dir()}
+    evaluation: dict[str, Any] = {}
+    if "accuracy" in facts.get("reward", {}):
+        names = ("accuracy", "accuracy_low", "accuracy_high", "pairs")
+        evaluation["reward_model"] = {name: facts["reward"][name] for name in names}
+    if "ppo" in facts:
+        evaluation |= policy_figures(run)
+    return evaluation | {"seconds": {stage: round(known["seconds"], 1) for stage, known in facts.items()}}
