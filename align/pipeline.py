@@ -9,12 +9,14 @@ from align.interrupt import Stop
 from align.job import Job
 from align.ppo.stage import policy_figures, run_ppo
 from align.reward import run_reward
-from align.run import RunFolder, read_facts
+from align.run import RunFolder, folder_of, read_facts
 from align.schema import STAGES, Experiment
 from align.sft import run_sft
 from align.tracking import open_tracker, truncate_after
+from policies.adapters import load_adapter, load_head
 from policies.errors import UserError
-from policies.loading import load_model_config, load_tokenizer
+from policies.loading import check_model_folder, load_model_config, load_tokenizer
+from rewards.functions import load_function
 
 RUNNERS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
 
@@ -32,10 +34,24 @@ def stages_left(experiment: Experiment, run: RunFolder) -> list[str]:
 
 
 def load_inputs(experiment: Experiment) -> Inputs:
-    """Check model and tokenizer and read all rows that the experiment needs."""
+    """Check all that the experiment names, and read all rows that it needs, before anything is trained."""
     tokenizer = load_tokenizer(experiment.model.path)
-    context = getattr(load_model_config(experiment.model.path), "max_position_embeddings", None)
-    return read_inputs(experiment, tokenizer, context)
+    config = load_model_config(experiment.model.path)
+    stages_left(experiment, folder_of(experiment))
+    _check_given(experiment)
+    return read_inputs(experiment, tokenizer, getattr(config, "max_position_embeddings", None))
+
+
+def _check_given(experiment: Experiment) -> None:
+    if experiment.sft.adapter:
+        load_adapter(experiment.sft.adapter, experiment.policy)
+    if experiment.reward.model:
+        load_adapter(experiment.reward.model, experiment.policy)
+        load_head(experiment.reward.model)
+    if experiment.reward.classifier:
+        check_model_folder(experiment.reward.classifier)
+    if experiment.evaluation.gold:
+        load_function(experiment.evaluation.gold, "evaluation.gold")
 
 
 def run_stages(experiment: Experiment, run: RunFolder, inputs: Inputs, stop: Stop) -> dict[str, Any]:

@@ -2,20 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.config import dump_experiment, load_experiment
 from align.files import write_json
-from align.schema import Experiment
+from align.schema import STAGES, Experiment
 from policies.errors import UserError
 
-WRITTEN = (
-    "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json",
-    "sft", "reward", "best", "policy", "checkpoints", "report", "wandb",
-)  # fmt: skip
-"""Everything that a run writes into its folder; other files there are not ours."""
+PRODUCTS = {
+    "sft": ("sft", "checkpoints/sft"),
+    "reward": ("reward", "checkpoints/reward"),
+    "ppo": ("best", "policy", "checkpoints/ppo"),
+}
+"""What each stage writes into the run's folder."""
+
+WRITTEN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "checkpoints", "report", "wandb")
+"""What a run writes besides; other files in its folder are not ours."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +62,39 @@ class RunFolder:
         return {"sft": self.sft, "reward": self.reward, "ppo": self.policy}[stage].is_dir()
 
 
-def create_run(experiment: Experiment, replace: bool) -> RunFolder:
-    """Make the folder and write `config.yaml`. Raises UserError where a run is there, unless it is to be replaced."""
-    run = RunFolder(Path(experiment.runs) / experiment.name)
-    if run.config.exists() and not replace:
+def folder_of(experiment: Experiment) -> RunFolder:
+    """Where an experiment's run is, or will be."""
+    return RunFolder(Path(experiment.runs) / experiment.name)
+
+
+def refuse_run(run: RunFolder) -> None:
+    """Raise UserError where the folder holds a run."""
+    if run.config.exists():
         raise UserError(
             f"{run.path} holds a run: `align resume {run.path}` goes on with it, --replace starts it anew, "
             "name=… gives this one another folder"
         )
-    remove_run(run)
-    run.path.mkdir(parents=True, exist_ok=True)
-    dump_experiment(experiment, run.config)
-    return run
 
 
-def remove_run(run: RunFolder) -> None:
-    """Remove what a run wrote, and nothing else that lies in its folder."""
-    for name in WRITTEN:
+def refuse_stage(run: RunFolder, stage: str) -> None:
+    """Raise UserError where the run has done this stage or a later one."""
+    for later in STAGES[STAGES.index(stage) :]:
+        if run.done(later):
+            raise UserError(f"{run.path} has done {later}: --replace does {stage} anew and forgets what came after it")
+
+
+def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] = STAGES) -> None:
+    """Remove what an earlier run wrote of these stages, and nothing else that lies there; write `config.yaml`."""
+    whole = tuple(stages) == STAGES
+    products = [name for stage in stages for name in PRODUCTS[stage]]
+    for name in (*products, *(WRITTEN if whole else ())):
         path = run.path / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    run.path.mkdir(parents=True, exist_ok=True)
+    dump_experiment(experiment, run.config)
 
 
 def open_run(where: str, runs: str = "runs") -> tuple[RunFolder, Experiment]:

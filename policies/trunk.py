@@ -48,7 +48,8 @@ class Trunk(nn.Module):
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.train_only()
         self.eval()
-        self._check_head()
+        if self.causal.device.type != "meta":  # a model without weights is only counted
+            self._check_head()
 
     def switch(self, role: str) -> None:
         """Make the next forward passes those of a role.

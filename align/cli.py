@@ -1,0 +1,274 @@
+"""The command `align`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from align.schema import STAGES, Experiment
+from policies.errors import UserError
+
+if TYPE_CHECKING:
+    from align.inputs import Inputs
+    from align.run import RunFolder
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The whole RLHF loop: supervised fine-tuning, a reward model, and PPO, from one experiment file.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+File = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="the experiment's YAML file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False)
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
+Replace = Annotated[bool, typer.Option("--replace", help="start anew where a run of this name is")]
+
+
+@app.command()
+def run(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+    """Run all stages of an experiment."""
+    _start(_load(experiment, overrides), replace)
+
+
+@app.command()
+def sft(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+    """Run supervised fine-tuning alone."""
+    _one_stage("sft", experiment, overrides, replace)
+
+
+@app.command()
+def reward(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+    """Train the reward model alone, from the SFT model that the run has."""
+    _one_stage("reward", experiment, overrides, replace)
+
+
+@app.command()
+def ppo(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+    """Run PPO alone, from the SFT and reward models that the run has."""
+    _one_stage("ppo", experiment, overrides, replace)
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Go on with a run that was stopped, from its last whole checkpoint."""
+    from align.pipeline import load_inputs
+    from align.run import open_run
+
+    folder, settings = open_run(run)
+    _go(settings, folder, load_inputs(settings))
+
+
+@app.command()
+def plan(experiment: File, overrides: Overrides = None) -> None:
+    """Say what a run would do and need, without starting it."""
+    from align.pipeline import load_inputs, stages_left
+    from align.plan import plan_table
+    from align.run import folder_of
+
+    settings = _load(experiment, overrides)
+    left = stages_left(settings, folder_of(settings))
+    console.print(plan_table(settings, load_inputs(settings), left))
+
+
+@app.command(name="eval")
+def evaluate(run: Run) -> None:
+    """Judge a run's policy against its reference again, and write evaluation.json."""
+    from align.files import write_json
+    from align.judge import evaluate_run
+    from align.pipeline import load_inputs
+    from align.run import open_run
+
+    folder, settings = open_run(run)
+    if not folder.done("ppo"):
+        raise UserError(f"run {folder.path} has no policy/ yet: `align resume {folder.path}` goes on with it")
+    known = json.loads(folder.evaluation.read_text()) if folder.evaluation.is_file() else {}
+    evaluation = known | evaluate_run(settings, folder, load_inputs(settings))
+    write_json(folder.evaluation, evaluation)
+    _show(evaluation)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt; may be given more than once")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="a JSONL file of rows with `prompt`")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy; unset: the run's")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="unset: the run's")] = None,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Answer prompts with a run's policy: those given, those of a file, or a chat line by line."""
+    from align.judge import Answerer
+    from align.run import open_run
+    from rollouts.engine import Sampling
+
+    folder, settings = open_run(run)
+    prompts = list(prompt or []) + _prompts_of(file)
+    sampling = Sampling(
+        settings.rollouts.temperature if temperature is None else temperature,
+        max_new_tokens or settings.rollouts.max_new_tokens,
+    )
+    answerer = Answerer(settings, folder)
+    if prompts:
+        for response in answerer.answer(prompts, sampling, seed):
+            print(response)
+        return
+    for turn, line in enumerate(iter(_ask, "")):
+        print(answerer.answer([line], sampling, seed + turn)[0])
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="a whole model, the adapter merged into its weights")] = False,
+) -> None:
+    """Write a run's policy for other programs: the adapter in PEFT layout, or a whole model."""
+    import shutil
+
+    from align.files import new_folder
+    from align.judge import policy_folder
+    from align.run import open_run
+    from policies.export import export_merged
+    from policies.loading import load_tokenizer
+
+    folder, settings = open_run(run)
+    source = policy_folder(folder)
+    if to.exists():
+        raise UserError(f"--to {to} exists already: give a new folder")
+    tokenizer = load_tokenizer(settings.model.path)
+    with new_folder(to) as temporary:
+        if merge:
+            export_merged(settings.model, source, tokenizer, temporary)
+        else:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copy(source / name, temporary / name)
+            tokenizer.save_pretrained(temporary)
+    errors.print(f"{'model' if merge else 'adapter'} of {source} written to {to}")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Draw a run's curves on one page, report/index.html."""
+    from align.report import write_report
+    from align.run import open_run
+
+    folder, _ = open_run(run)
+    console.print(f"report written to {write_report(folder.path)}")
+
+
+def main() -> None:
+    """Exit status 0: done; 2: a mistake in what the user gave; 130: stopped by the user; 1: anything else."""
+    from align.interrupt import Interrupted
+
+    _quiet_libraries()
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[red]error:[/red] {_escaped(error)}", soft_wrap=True)
+        sys.exit(2)
+    except Interrupted as stopped:
+        errors.print(f"stopped; `align resume {stopped}` goes on", soft_wrap=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Experiment:
+    from align.config import load_experiment
+
+    return load_experiment(path, overrides or [])
+
+
+def _start(settings: Experiment, replace: bool) -> None:
+    from align.pipeline import load_inputs
+    from align.run import begin_run, folder_of, refuse_run
+
+    folder = folder_of(settings)
+    if not replace:
+        refuse_run(folder)
+    inputs = load_inputs(settings)
+    begin_run(folder, settings)
+    _go(settings, folder, inputs)
+
+
+def _one_stage(stage: str, path: Path, overrides: list[str] | None, replace: bool) -> None:
+    """A stage on top of what the run has."""
+    from align.pipeline import load_inputs
+    from align.run import begin_run, folder_of, refuse_stage
+
+    settings = _load(path, overrides).model_copy(update={"stages": [stage]})
+    folder = folder_of(settings)
+    if not replace:
+        refuse_stage(folder, stage)
+    inputs = load_inputs(settings)
+    begin_run(folder, settings, STAGES[STAGES.index(stage) :])
+    _go(settings, folder, inputs)
+
+
+def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
+    """Print the plan, run what is left, show the evaluation and draw the report."""
+    from align.interrupt import Interrupted, graceful_stop
+    from align.pipeline import run_stages, stages_left
+    from align.plan import plan_table
+    from align.report import write_report
+
+    console.print(plan_table(settings, inputs, stages_left(settings, folder)))
+    with graceful_stop() as stop:
+        try:
+            evaluation = run_stages(settings, folder, inputs, stop)
+        except Interrupted:
+            raise Interrupted(folder.path) from None
+    _show(evaluation)
+    console.print(f"report: {write_report(folder.path)}")
+
+
+def _show(evaluation: dict[str, Any]) -> None:
+    from align.tables import evaluation_table
+
+    console.print(evaluation_table(evaluation))
+
+
+def _prompts_of(file: Path | None) -> list[Any]:
+    if file is None:
+        return []
+    from align.data import parse_prompt, parse_rows, read_rows
+    from align.schema import SourceSettings
+
+    rows = read_rows(SourceSettings(path=str(file)))
+    return [row.prompt for row in parse_rows(rows, parse_prompt, "error").items]
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and notes of libraries would bury the run's own."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

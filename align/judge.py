@@ -1,0 +1,89 @@
+"""Judging and using the policy of a run that is done: without a learner."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.evaluate import Evaluator
+from align.inputs import Inputs
+from align.ppo.build import build_roles
+from align.ppo.roles import score_group
+from align.ppo.stage import Judges, make_judges
+from align.run import RunFolder
+from align.schema import Experiment
+from align.seeds import seed_for
+from policies.adapters import load_adapter
+from policies.batching import buckets
+from policies.encoding import Prompt, decode_response, encode_prompt
+from policies.errors import UserError
+from policies.loading import load_base, load_tokenizer, stop_ids
+from policies.trunk import AdapterWeights, Trunk
+from rollouts.engine import Sampling
+from rollouts.hf import ROLE as SAMPLER
+from rollouts.hf import TransformersEngine
+from rollouts.pool import LocalPool
+from rollouts.trajectory import Request, Scored, Trajectory
+
+
+def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+    """Sections `reference`, `policy` and `best_of` of `evaluation.json` for the run's policy."""
+    policy = policy_weights(experiment, run)
+    tokenizer = load_tokenizer(experiment.model.path)
+    judges = make_judges(experiment, run, tokenizer)
+    roles = build_roles(judges.blueprint, (SAMPLER,))
+    reference = judges.blueprint.reference or roles.trunk.read_adapter("reference")
+    roles.trunk.write_adapter("policy", policy)
+    rollouts, budget = experiment.rollouts, experiment.learner.tokens_per_microbatch
+
+    @torch.no_grad()
+    def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
+        device = roles.trunk.causal.device
+        scored: dict[int, Scored] = {}
+        for group in buckets([len(t.request.prompt_ids) + t.length for t in trajectories], budget):
+            rows = [trajectories[i] for i in group]
+            scored.update(zip(group, score_group(roles, rows, rollouts.temperature, device), strict=True))
+        return judges.reward(trajectories, [scored[i] for i in range(len(trajectories))])
+
+    engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rollouts.rows)
+    sampling, settings = Sampling(rollouts.temperature, rollouts.max_new_tokens), experiment.evaluation
+    evaluator = Evaluator(
+        LocalPool(engine), score, judges.gold, reference, inputs.prompts_heldout, sampling, settings.seed, settings.best_of
+    )
+    step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
+    return evaluator.judge(step, policy)
+
+
+class Answerer:
+    """Answers prompts by a run's policy, or by its SFT model where PPO has not run."""
+
+    def __init__(self, experiment: Experiment, run: RunFolder) -> None:
+        self.tokenizer = load_tokenizer(experiment.model.path)
+        base = load_base(experiment.model)
+        trunk = Trunk(base, experiment.policy, (SAMPLER,))
+        self.engine = TransformersEngine(trunk, stop_ids(base, self.tokenizer), experiment.rollouts.rows)
+        self.engine.load_adapter(0, policy_weights(experiment, run))
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[str]:
+        """One response a prompt; the same seed gives the same responses."""
+        requests = [
+            Request(prompt, tuple(encode_prompt(self.tokenizer, prompt)), seed_for(seed, "generate", index))
+            for index, prompt in enumerate(prompts)
+        ]
+        return [decode_response(self.tokenizer, t.response_ids) for t in self.engine.generate(requests, sampling)]
+
+
+def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
+    """The adapter of the run's policy, or of its SFT model where there is no policy. Raises UserError without either."""
+    return load_adapter(policy_folder(run), experiment.policy)
+
+
+def policy_folder(run: RunFolder) -> Path:
+    """Where the run's newest model is."""
+    for folder in (run.policy, run.sft):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"run {run.path} has no policy/ and no sft/ yet: `align resume {run.path}` goes on with it")
