@@ -76,7 +76,7 @@ def fit(
         trainer = _Trainer(
             model=objective,
             args=arguments,
-            train_dataset=rows,  # type: ignore[arg-type]  # Trainer wants length and index, which a list has
+            train_dataset=rows,
             data_collator=collate,
             callbacks=[_Watch(context, metrics, progress)],
         )

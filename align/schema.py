@@ -8,7 +8,8 @@ from policies.schema import ModelSettings, PolicySettings, Settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import RolloutSettings
 
-STAGES = ("sft", "reward", "ppo")
+Stage = Literal["sft", "reward", "ppo"]
+STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
 
 
 class SourceSettings(Settings):
@@ -149,7 +150,7 @@ class Experiment(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
     seed: int = Field(0, ge=0)
     runs: str = Field("runs", description="the folder of all runs")
-    stages: list[Literal["sft", "reward", "ppo"]] = Field(default_factory=lambda: list(STAGES), min_length=1)
+    stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
     model: ModelSettings
     policy: PolicySettings = PolicySettings()
     data: DataSettings = DataSettings()

@@ -30,8 +30,9 @@ class Batch:
     lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (tensor.to(device) for tensor in (self.ids, self.before, self.tokens, self.last))
-        return Batch(*moved, lengths=self.lengths)
+        return Batch(
+            self.ids.to(device), self.before.to(device), self.tokens.to(device), self.last.to(device), self.lengths
+        )
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """A `[P]` tensor as one tensor a row."""
