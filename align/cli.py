@@ -26,7 +26,8 @@ errors = Console(stderr=True)
 
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="the experiment's YAML file", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="start anew where a run of this name is")]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,5 +124,5 @@ def win_rate(ours: Tensor, theirs: Tensor) -> float:
 
 def distinct_2(rows: Sequence[Sequence[int]]) -> float:
     """Different pairs of neighbouring tokens over all such pairs (Li et al. 2016, "distinct-2")."""
-    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
+    pairs = [pair for row in rows for pair in pairwise(row)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -80,7 +80,9 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
         elif experiment.data.preferences_heldout:
             inputs.comparisons_heldout = reader.one("preferences_heldout", compare)
     if "ppo" in experiment.stages:
-        ask = request_parser(tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context)
+        ask = request_parser(
+            tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context
+        )
         inputs.prompts, heldout = reader.both("prompts", "prompts_heldout", ask)
         inputs.prompts_heldout = heldout[: experiment.evaluation.prompts]
     return inputs

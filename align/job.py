@@ -67,7 +67,9 @@ class Job:
 
     def sample_sft(self, trunk: Trunk, count: int) -> list[Trajectory]:
         """Responses of the SFT model, role `reference` of the trunk, to so many of the training prompts."""
-        prompts = self.inputs.prompts or [Request(c.pair.prompt, tuple(c.prompt_ids), 0) for c in self.inputs.comparisons]
+        prompts = self.inputs.prompts or [
+            Request(c.pair.prompt, tuple(c.prompt_ids), 0) for c in self.inputs.comparisons
+        ]
         if not prompts:
             raise UserError("reward.normalise needs prompts: set data.prompts, or reward.normalise to 0")
         seed, rollouts = self.experiment.seed, self.experiment.rollouts

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from align.evaluate import Evaluator
 from align.inputs import Inputs
 from align.ppo.build import build_roles
 from align.ppo.roles import score_group
-from align.ppo.stage import Judges, make_judges
+from align.ppo.stage import make_judges
 from align.run import RunFolder
 from align.schema import Experiment
 from align.seeds import seed_for
@@ -51,7 +50,14 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
     engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rollouts.rows)
     sampling, settings = Sampling(rollouts.temperature, rollouts.max_new_tokens), experiment.evaluation
     evaluator = Evaluator(
-        LocalPool(engine), score, judges.gold, reference, inputs.prompts_heldout, sampling, settings.seed, settings.best_of
+        LocalPool(engine),
+        score,
+        judges.gold,
+        reference,
+        inputs.prompts_heldout,
+        sampling,
+        settings.seed,
+        settings.best_of,
     )
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
     return evaluator.judge(step, policy)
@@ -77,7 +83,7 @@ class Answerer:
 
 
 def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
-    """The adapter of the run's policy, or of its SFT model where there is no policy. Raises UserError without either."""
+    """The adapter of the run's policy, or of its SFT model where there is none. Raises UserError without either."""
     return load_adapter(policy_folder(run), experiment.policy)
 
 

@@ -77,7 +77,7 @@ def _ppo(experiment: Experiment, inputs: Inputs, sizes: Sizes) -> list[tuple[str
     frozen = 2 * sizes.adapter * 4
     each = max(rollouts.workers, learner.ranks, 1)
     return [
-        ("ppo", f"{ppo.steps:,} steps of {ppo.batch} episodes: {episodes:,} episodes from {len(inputs.prompts):,} prompts"),
+        ("ppo", f"{ppo.steps:,} steps of {ppo.batch}: {episodes:,} episodes from {len(inputs.prompts):,} prompts"),
         ("updates", f"{ppo.epochs} epochs × {ppo.minibatches} minibatches a step: {updates:,} optimizer steps"),
         ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} a response"),
         ("base model", f"{sizes.base / 1e6:,.1f} M parameters, {_bytes(base)} in each of {processes} processes"),

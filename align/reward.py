@@ -39,7 +39,9 @@ class PairLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, last: Tensor, margin: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, ids: Tensor, last: Tensor, margin: Tensor, labels: Tensor, num_items_in_batch: Tensor
+    ) -> dict[str, Tensor]:
         """ids: chosen rows, then rejected rows. margin, labels: `[N]`; labels are the preferences."""
         chosen, rejected = self.model.scores_at(ids, last).chunk(2)
         return {"loss": bradley_terry_loss(chosen, rejected, margin, labels).sum() / num_items_in_batch}
@@ -66,7 +68,9 @@ def _run_on_trunk(job: Job, started: float) -> None:
         trunk.write_adapter(ROLE, trunk.read_adapter(SFT))
         trunk.train_only(ROLE)
         context = job.fit_context("reward")
-        facts["steps"] = fit(PairLoss(model), job.inputs.comparisons, _tensors, settings, context, metrics="reward_model")
+        facts["steps"] = fit(
+            PairLoss(model), job.inputs.comparisons, _tensors, settings, context, metrics="reward_model"
+        )
         facts["skipped_rows"] = len(job.inputs.skipped.get("preferences", []))
     if heldout := [pair for pair in job.inputs.comparisons_heldout if not pair.pair.tie]:
         prompts = [pair.prompt_ids for pair in heldout]
@@ -125,9 +129,7 @@ def wilson(share: float, count: int) -> Accuracy:
 
 
 def _tensors(pairs: list[Comparison]) -> dict[str, Tensor]:
-    batch = collate(
-        [p.prompt_ids for p in pairs] * 2, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
-    )
+    batch = collate([p.prompt_ids for p in pairs] * 2, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs])
     return {
         "ids": batch.ids,
         "last": batch.last,

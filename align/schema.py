@@ -53,7 +53,9 @@ class KlSettings(Settings):
     estimator: Literal["k1", "k2", "k3"] = "k1"
     coefficient: float = Field(0.05, ge=0)
     target: float | None = Field(
-        None, gt=0, description="nats a sequence that the adaptive controller steers to; unset: the coefficient is fixed"
+        None,
+        gt=0,
+        description="nats a sequence that the adaptive controller steers to; unset: the coefficient is fixed",
     )
     horizon: int = Field(10_000, ge=1, description="episodes over which the adaptive controller acts")
 
@@ -93,7 +95,9 @@ class PpoSettings(Settings):
         if self.batch % self.minibatches:
             raise ValueError(f"minibatches {self.minibatches} does not divide batch {self.batch}")
         if self.cut == "bootstrap" and self.cut_penalty:
-            raise ValueError("cut_penalty is taken off a score, which `cut: bootstrap` does not give: remove one of them")
+            raise ValueError(
+                "cut_penalty is taken off a score, which `cut: bootstrap` does not give: remove one of them"
+            )
         return self
 
 
@@ -141,7 +145,9 @@ class TrackingSettings(Settings):
 
 class ClusterSettings(Settings):
     address: str | None = Field(None, description="a Ray cluster to join; unset: one of our own on this machine")
-    threads: int | None = Field(None, ge=1, description="CPU threads of each process; unset: an even share of the cores")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of each process; unset: an even share of the cores"
+    )
 
 
 class Experiment(Settings):

@@ -1,4 +1,4 @@
-"""Adapters and heads on disk, in PEFT's layout: `adapter_config.json`, `adapter_model.safetensors`, `head.safetensors`."""
+"""Adapters and heads on disk: PEFT's own two files, and `head.safetensors` beside them."""
 
 import hashlib
 import json

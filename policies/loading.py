@@ -28,7 +28,9 @@ def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
 def _like_a_hub_name(path: Path) -> bool:
     """One or two plain names, the first of them no folder here: `gpt2`, `owner/model`."""
     names = path.parts
-    return len(names) <= 2 and not names[0].startswith((".", "/", "~")) and not (len(names) == 2 and path.parent.is_dir())
+    return (
+        len(names) <= 2 and not names[0].startswith((".", "/", "~")) and not (len(names) == 2 and path.parent.is_dir())
+    )
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

@@ -47,7 +47,8 @@ def _load_file(path: Path, key: str) -> Any:
     if not path.is_file():
         raise UserError(f"{key}: file {path} does not exist")
     spec = importlib.util.spec_from_file_location(f"align_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a path that ends in .py always has a loader
+    assert spec  # a path that ends in .py always has a loader
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

@@ -127,4 +127,6 @@ def build_engine(model: ModelSettings, policy: PolicySettings, rows: int) -> Tra
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:
     """One row of `steps` numbers for each seed, `[B, steps]` float64: a row depends on its seed alone."""
-    return torch.stack([torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return torch.stack(
+        [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )

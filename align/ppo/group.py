@@ -1,13 +1,11 @@
-"""The learner's ranks: one in this process, or Ray actors."""
+"""All ranks of the learner as one, and the simplest such thing: one rank in this process."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import ray
 import torch
 import torch.distributed as dist
 
-from align.ppo.build import Blueprint, build_roles
 from align.ppo.episodes import Episode
 from align.ppo.learner import Learner, LearnerState, Rates
 from align.ppo.roles import Roles
@@ -43,7 +41,7 @@ class LocalLearners:
     def __init__(
         self, roles: Roles, ppo: PpoSettings, learner: LearnerSettings, temperature: float, gradient_checkpointing: bool
     ) -> None:
-        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
         self.learner = Learner(roles, ppo, learner, temperature, gradient_checkpointing)
         self.score = self.learner.score
         self.update = self.learner.update
@@ -60,96 +58,6 @@ class LocalLearners:
         dist.destroy_process_group()
 
 
-class RayLearners:
-    """`learner.ranks` Ray actors that form one process group."""
-
-    def __init__(
-        self, blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float, threads: int
-    ) -> None:
-        self.ranks = learner.ranks
-        options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
-        self.actors = [ray.remote(_Rank).options(**options).remote(rank, threads) for rank in range(self.ranks)]
-        store = ray.get(self.actors[0].open_store.remote(self.ranks))
-        plan = ray.put(blueprint)
-        self._all("join", store, self.ranks, plan, ppo, learner, temperature)
-
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
-        by_length = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].request.prompt_ids) + trajectories[i].length)
-        shares = [by_length[rank :: self.ranks] for rank in range(self.ranks)]
-        calls = [
-            actor.score.remote([trajectories[i] for i in share])
-            for actor, share in zip(self.actors, shares, strict=True)
-        ]
-        scored = {
-            i: verdict
-            for share, verdicts in zip(shares, ray.get(calls), strict=True)
-            for i, verdict in zip(share, verdicts, strict=True)
-        }
-        return [scored[i] for i in range(len(trajectories))]
-
-    def update(self, episodes: Sequence[Episode], orders: Orders, rates: Rates) -> dict[str, float]:
-        return self._all("update", ray.put(list(episodes)), orders, rates)[0]
-
-    def policy_weights(self) -> AdapterWeights:
-        return self._all("policy_weights")[0]
-
-    def state(self) -> list[LearnerState]:
-        return self._all("state")
-
-    def restore(self, states: Sequence[LearnerState]) -> None:
-        ray.get([actor.restore.remote(state) for actor, state in zip(self.actors, states, strict=True)])
-
-    def close(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
-
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return ray.get([getattr(actor, method).remote(*arguments) for actor in self.actors])
-
-
-class _Rank:
-    """The actor of one rank."""
-
-    def __init__(self, rank: int, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.rank = rank
-
-    def open_store(self, world: int) -> tuple[str, int]:
-        """Open the store at which the ranks meet, on a port that the system picks. Returns where it is."""
-        host = ray.util.get_node_ip_address()
-        self.store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
-        return host, self.store.port
-
-    def join(
-        self,
-        store: tuple[str, int],
-        world: int,
-        blueprint: Blueprint,
-        ppo: PpoSettings,
-        learner: LearnerSettings,
-        temperature: float,
-    ) -> None:
-        """Build the roles and meet the other ranks."""
-        own = self.store if self.rank == 0 else dist.TCPStore(*store, world, is_master=False)
-        dist.init_process_group(_backend(), store=own, rank=self.rank, world_size=world)
-        roles = build_roles(blueprint)
-        self.learner = Learner(roles, ppo, learner, temperature, blueprint.model.gradient_checkpointing)
-
-    def score(self, trajectories: list[Trajectory]) -> list[Scored]:
-        return self.learner.score(trajectories)
-
-    def update(self, episodes: list[Episode], orders: Orders, rates: Rates) -> dict[str, float]:
-        return self.learner.update(episodes, orders, rates)
-
-    def policy_weights(self) -> AdapterWeights:
-        return self.learner.policy_weights()
-
-    def state(self) -> LearnerState:
-        return self.learner.state()
-
-    def restore(self, state: LearnerState) -> None:
-        self.learner.restore(state)
-
-
-def _backend() -> str:
+def backend() -> str:
+    """What processes talk by: nccl between GPUs, gloo between CPUs."""
     return "nccl" if torch.cuda.is_available() else "gloo"

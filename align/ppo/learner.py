@@ -78,7 +78,9 @@ class Learner:
             scored.update(zip(group, verdicts, strict=True))
         return [scored[i] for i in range(len(trajectories))]
 
-    def update(self, episodes: Sequence[Episode], orders: Sequence[Sequence[Sequence[int]]], rates: Rates) -> dict[str, float]:
+    def update(
+        self, episodes: Sequence[Episode], orders: Sequence[Sequence[Sequence[int]]], rates: Rates
+    ) -> dict[str, float]:
         """Train on all episodes of a step. orders: for each epoch, for each minibatch, the episodes in it.
 
         Ends early, between two optimizer steps, once the approximate KL a token passes `ppo.target_kl`.

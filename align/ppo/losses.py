@@ -17,7 +17,9 @@ def clipped_policy_loss(
     return torch.maximum(free, clipped), (clipped > free).float()
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
     """Loss of each token and whether the clip binds (float 0 or 1), all `[P]`.
 
     ½·max((V - R)², (V_old + clip(V - V_old, ±clip) - R)²); without `clip`, ½·(V - R)².

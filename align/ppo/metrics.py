@@ -55,7 +55,9 @@ def step_metrics(step: Step, gold: Sequence[float] | None) -> dict[str, float]:
     return metrics | {f"time/{part}": seconds for part, seconds in step.seconds.items()}
 
 
-def step_samples(step: Step, tokenizer: PreTrainedTokenizerBase, count: int, gold: Sequence[float] | None) -> list[dict[str, Any]]:
+def step_samples(
+    step: Step, tokenizer: PreTrainedTokenizerBase, count: int, gold: Sequence[float] | None
+) -> list[dict[str, Any]]:
     """The first episodes of a step as rows of `samples.jsonl`."""
     rows = [
         {

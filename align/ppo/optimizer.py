@@ -1,4 +1,4 @@
-"""The optimizer under DeepSpeed: two groups, each clipped by its own norm, and a step that non-finite gradients skip."""
+"""The optimizer under DeepSpeed: groups clipped each by its own norm, and steps that non-finite gradients skip."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -75,7 +75,9 @@ def judge(roles: Roles, batch: Batch, temperature: float) -> Verdicts:
     )
 
 
-def score_group(run: Callable[..., Any], rows: Sequence[Trajectory], temperature: float, device: torch.device) -> list[Scored]:
+def score_group(
+    run: Callable[..., Any], rows: Sequence[Trajectory], temperature: float, device: torch.device
+) -> list[Scored]:
     """Score trajectories in one padded batch. `run` is `Roles`, or what wraps it."""
     batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(device)
     verdicts: Verdicts = run(judge, batch, temperature)
@@ -83,9 +85,7 @@ def score_group(run: Callable[..., Any], rows: Sequence[Trajectory], temperature
     logprobs, references, values = (batch.split(part.cpu()) for part in parts)
     after = verdicts.last_values.cpu().split(1)
     scores = [math.nan] * len(rows) if verdicts.scores is None else verdicts.scores.tolist()
-    return [
-        Scored(logprobs[i], references[i], torch.cat([values[i], after[i]]), scores[i]) for i in range(len(rows))
-    ]
+    return [Scored(logprobs[i], references[i], torch.cat([values[i], after[i]]), scores[i]) for i in range(len(rows))]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from align.interrupt import Interrupted
 from align.job import Job
 from align.ppo.build import Blueprint, build_roles
 from align.ppo.checkpoint import Progressed, read_progress, read_states, write_state
-from align.ppo.group import Learners, LocalLearners, RayLearners
+from align.ppo.group import Learners, LocalLearners
 from align.ppo.kl import AdaptiveKl, FixedKl, KlCoefficient
 from align.ppo.loop import Ppo, Step
 from align.ppo.metrics import step_metrics, step_samples
@@ -36,7 +36,7 @@ from rewards.functions import load_function
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine, build_engine
-from rollouts.pool import LocalPool, Pool, RayPool
+from rollouts.pool import LocalPool, Pool
 from rollouts.trajectory import Scored, Trajectory
 
 
@@ -68,7 +68,14 @@ def run_ppo(job: Job) -> None:
 
         evaluation = settings.evaluation
         evaluator = Evaluator(
-            pool, score, judges.gold, reference, job.inputs.prompts_heldout, sampling, evaluation.seed, evaluation.best_of
+            pool,
+            score,
+            judges.gold,
+            reference,
+            job.inputs.prompts_heldout,
+            sampling,
+            evaluation.seed,
+            evaluation.best_of,
         )
         progressed = _resume(job, learners)
         ppo = Ppo(
@@ -110,6 +117,8 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     pool: Pool
     learners: Learners
     if rollouts.workers:
+        from rollouts.ray_pool import RayPool  # Ray is slow to import, and only wanted here
+
         build = partial(build_engine, settings.model, settings.policy, rollouts.rows)
         each = threads(settings.cluster, rollouts.workers)
         pool = RayPool(build, rollouts.workers, rollouts.rows, rollouts.timeout, each, rollouts.gpus)
@@ -117,6 +126,8 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     elif not shares:
         pool = LocalPool(build_engine(settings.model, settings.policy, rollouts.rows))
     if learner.ranks:
+        from align.ppo.ranks import RayLearners
+
         each = threads(settings.cluster, learner.ranks)
         learners = RayLearners(blueprint, ppo, learner, rollouts.temperature, each)
     else:
@@ -164,9 +175,7 @@ def _log(job: Job, judges: Judges, step: Step, progress: Progress) -> None:
     progress.advance(step.index + 1, **figures, kl=metrics["kl/sequence"])
 
 
-def _evaluate(
-    job: Job, evaluator: Evaluator, learners: Learners, step: int, progressed: Progressed
-) -> None:
+def _evaluate(job: Job, evaluator: Evaluator, learners: Learners, step: int, progressed: Progressed) -> None:
     """Judge the policy; if no earlier one was better, keep it in `best/`."""
     weights = learners.policy_weights()
     figures = evaluator.judge(step, weights)
