@@ -22,12 +22,16 @@ class Classifier:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model, loading = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"reward.classifier: {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(
+                f"reward.classifier: {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            ) from error
         if loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))
             raise UserError(f"reward.classifier: {path} is no trained classifier: its weights lack {missing}")
         if model.config.num_labels not in (1, 2):
-            raise UserError(f"reward.classifier: {path} has {model.config.num_labels} outputs; a reward has 1, or 2 classes")
+            raise UserError(
+                f"reward.classifier: {path} has {model.config.num_labels} outputs; a reward has 1, or 2 classes"
+            )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if model.config.pad_token_id is None:
@@ -41,7 +45,9 @@ class Classifier:
         rows = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         scores = torch.empty(len(rows))
         for indices in buckets([len(row) for row in rows], self.tokens):
-            padded = self.tokenizer.pad({"input_ids": [rows[i] for i in indices]}, padding_side="right", return_tensors="pt")
+            padded = self.tokenizer.pad(
+                {"input_ids": [rows[i] for i in indices]}, padding_side="right", return_tensors="pt"
+            )
             logits = self.model(**padded).logits.float()
             scores[indices] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         return scores

@@ -17,7 +17,9 @@ class FitSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
-    max_tokens: int = Field(512, ge=2, description="rows with more tokens are refused or skipped, as data.on_bad_row says")
+    max_tokens: int = Field(
+        512, ge=2, description="rows with more tokens are refused or skipped, as data.on_bad_row says"
+    )
 
     @model_validator(mode="after")
     def _microbatch_divides(self) -> "FitSettings":
