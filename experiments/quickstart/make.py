@@ -1,0 +1,218 @@
+"""Make the quickstart's world: its data, and a small base model trained from nothing. Nothing is downloaded."""
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+import world
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align.files import new_folder, write_json
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of each file, and the base model's training."""
+
+    text: int = 16000
+    demonstrations: int = 1500
+    pairs: int = 4000
+    pairs_heldout: int = 2000
+    prompts: int = 2048
+    prompts_heldout: int = 512
+    steps: int = 300
+    batch: int = 16
+    """Rows of `context` tokens an optimizer step."""
+    context: int = 128
+    learning_rate: float = 4e-3
+
+
+def main() -> None:
+    """Make the world unless the folder holds the same one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, required=True, help="folder of the world; replaced where it holds another")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    make(arguments.to, arguments.seed)
+
+
+def make(to: Path, seed: int, sizes: Sizes | None = None) -> None:
+    """Write the world to the folder `to`, whole or not at all, unless the same one is there."""
+    sizes = sizes or Sizes()
+    origin = {"version": code_version(), "seed": seed, "sizes": asdict(sizes)}
+    if same_world(to, origin):
+        print(f"{to} already holds the world of seed {seed}")
+        return
+    started = time.perf_counter()
+    files = write_rows(seed, sizes)
+    with new_folder(to) as folder:
+        for name, rows in files.items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loss = train_base(folder / "base", [row["text"] for row in files["text"]], seed, sizes)
+        facts = {"beta": world.BETA, "noise_ceiling": noise_ceiling(files["pairs_heldout"]), "base_loss": loss}
+        counts = {name: len(rows) for name, rows in files.items()}
+        write_json(folder / "world.json", origin | {"counts": counts} | facts)
+    print(f"made the world of seed {seed} in {to} in {time.perf_counter() - started:.0f} s")
+
+
+def code_version() -> str:
+    """A short digest of the code that makes the world."""
+    sources = [Path(__file__), Path(world.__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
+def same_world(folder: Path, origin: dict[str, object]) -> bool:
+    """Whether the folder holds a world of this code, seed and sizes."""
+    if not (folder / "world.json").is_file():
+        return False
+    found = json.loads((folder / "world.json").read_text())
+    return {key: found.get(key) for key in origin} == origin
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+def write_rows(seed: int, sizes: Sizes) -> dict[str, list[Row]]:
+    """The rows of every file by its name. No two rows that are trained or judged on share a prompt."""
+    random = Random(seed)
+    prompts = fresh_prompts(random)
+    return {
+        "prompts_heldout": [{"prompt": p} for p in islice(prompts, sizes.prompts_heldout)],
+        "pairs_heldout": [write_pair(random, p) for p in islice(prompts, sizes.pairs_heldout)],
+        "demonstrations": [write_demonstration(random, p) for p in islice(prompts, sizes.demonstrations)],
+        "pairs": [write_pair(random, p) for p in islice(prompts, sizes.pairs)],
+        "prompts": [{"prompt": p} for p in islice(prompts, sizes.prompts)],
+        "text": [{"text": write_text(random, p)} for p in islice(prompts, sizes.text)],
+    }
+
+
+def fresh_prompts(random: Random) -> Iterator[str]:
+    """Prompts without end, no two the same."""
+    seen: set[str] = set()
+    while True:
+        if (prompt := world.write_prompt(random)) not in seen:
+            seen.add(prompt)
+            yield prompt
+
+
+def write_demonstration(random: Random, prompt: str) -> Row:
+    """A middling reply."""
+    return {"prompt": prompt, "completion": world.write_reply(random, prompt, world.DEMONSTRATED)}
+
+
+def write_pair(random: Random, prompt: str) -> Row:
+    """Two different replies, and which of them one annotator preferred."""
+    first = second = world.write_reply(random, prompt, world.COMPARED)
+    while second == first:
+        second = world.write_reply(random, prompt, world.COMPARED)
+    if random.random() >= world.preference(prompt, first, second):
+        first, second = second, first
+    return {"prompt": prompt, "chosen": first, "rejected": second}
+
+
+def write_text(random: Random, prompt: str) -> str:
+    """A customer's message with a reply."""
+    return prompt + world.write_reply(random, prompt, world.SPOKEN)
+
+
+def noise_ceiling(pairs: list[Row]) -> float:
+    """Expected accuracy on these pairs of one who knows the annotators' law but not how each of them erred."""
+    chances = [world.preference(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
+    return sum(max(chance, 1 - chance) for chance in chances) / len(chances)
+
+
+# --- Base model -----------------------------------------------------------------------------------------------------
+
+
+def train_base(folder: Path, texts: list[str], seed: int, sizes: Sizes) -> float:
+    """Train tokenizer and model on the texts and write both. Returns the loss of the last step, in nats a token."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(texts)
+    model = new_model(tokenizer)
+    rows = pack(tokenizer, texts, sizes.context)
+    loss = train(model, rows, sizes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return loss
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: it has a token for every byte, so no text is unknown to it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 1.4 million random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], context: int) -> Tensor:
+    """The texts, each ended by EOS, one after another in rows of `context` tokens; int64."""
+    encoded = tokenizer(texts)["input_ids"]
+    tokens = [token for ids in encoded for token in (*ids, tokenizer.eos_token_id)]
+    count = len(tokens) // context
+    return torch.tensor(tokens[: count * context]).view(count, context)
+
+
+def train(model: LlamaForCausalLM, rows: Tensor, sizes: Sizes) -> float:
+    """Plain AdamW with a warm-up and a cosine. Returns the last step's loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    model.train()
+    loss = torch.tensor(0.0)
+    for step in range(sizes.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = sizes.learning_rate * rate_factor(step, sizes.steps)
+        batch = rows[torch.arange(step * sizes.batch, (step + 1) * sizes.batch) % len(rows)]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss)
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Up to 1 in the first twentieth of the steps, then down to 0 along a cosine."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.batching import buckets, collate, shares
+
+IDS = st.lists(st.integers(0, 9), min_size=1, max_size=7)
+ROWS = st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6)
+LENGTHS = st.lists(st.integers(1, 50), max_size=40)
+
+
+@given(ROWS, st.integers(0, 9))
+def test_indices_point_at_the_row_alone_whatever_the_pad(rows: list[tuple[list[int], list[int]]], pad: int) -> None:
+    prompts, responses = zip(*rows)
+    batch = collate(prompts, responses, pad)
+    flat = batch.ids.flatten().tolist()
+    places = [i for split in batch.split(batch.before) for i in split.tolist()]
+    expected = [token for prompt, response in rows for token in [*prompt, *response][len(prompt) - 1 : -1]]
+    assert [flat[place] for place in places] == expected
+    assert batch.tokens.tolist() == [token for response in responses for token in response]
+    width = batch.ids.shape[1]
+    assert batch.last.tolist() == [i * width + len(p) + len(r) - 1 for i, (p, r) in enumerate(rows)]
+    assert batch.lengths == tuple(map(len, responses))
+
+
+def test_the_next_position_holds_the_token_that_is_predicted() -> None:
+    batch = collate([[1, 2], [3]], [[4, 5], [6, 7, 8]])
+    assert batch.ids.tolist() == [[1, 2, 4, 5], [3, 6, 7, 8]]
+    assert batch.before.tolist() == [1, 2, 4, 5, 6]
+    assert batch.ids.flatten()[batch.before + 1].tolist() == batch.tokens.tolist() == [4, 5, 6, 7, 8]
+    assert batch.last.tolist() == [3, 7]
+
+
+def test_padding_stands_on_the_right() -> None:
+    assert collate([[1], [1, 2]], [[3], [3, 4]], pad=9).ids.tolist() == [[1, 3, 9, 9], [1, 2, 3, 4]]
+
+
+def test_split_gives_each_row_its_own() -> None:
+    batch = collate([[1], [1]], [[3], [3, 4]])
+    assert [part.tolist() for part in batch.split(torch.tensor([1.0, 2.0, 3.0]))] == [[1.0], [2.0, 3.0]]
+
+
+def test_prompts_and_responses_must_be_as_many() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        collate([[1], [2]], [[3]])
+
+
+@given(LENGTHS, st.integers(1, 120))
+def test_buckets_cover_every_row_once(lengths: list[int], tokens: int) -> None:
+    assert sorted(i for group in buckets(lengths, tokens) for i in group) == list(range(len(lengths)))
+
+
+@given(LENGTHS, st.integers(1, 120))
+def test_buckets_keep_the_token_budget_with_padding_counted(lengths: list[int], tokens: int) -> None:
+    for group in buckets(lengths, tokens):
+        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= tokens
+
+
+@given(LENGTHS, st.integers(1, 120))
+def test_buckets_are_as_full_as_the_budget_allows(lengths: list[int], tokens: int) -> None:
+    groups = buckets(lengths, tokens)
+    for group, following in pairwise(groups):
+        assert lengths[following[0]] * (len(group) + 1) > tokens
+
+
+@given(st.integers(0, 100), st.integers(1, 20))
+def test_shares_are_even_runs_that_cover_all(count: int, parts: int) -> None:
+    runs = list(shares(count, parts))
+    assert [i for run in runs for i in run] == list(range(count))
+    assert len(runs) == parts
+    assert max(map(len, runs)) - min(map(len, runs)) <= 1

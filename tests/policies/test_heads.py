@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from policies.heads import ScalarHead
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+def test_weights_start_with_deviation_one_over_root_d_plus_one(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.cat([ScalarHead(width, generator).weight.detach() for _ in range(200_000 // width)])
+    assert float(weights.std()) == pytest.approx((width + 1) ** -0.5, rel=0.01)
+    assert float(weights.mean()) == pytest.approx(0.0, abs=0.01 * (width + 1) ** -0.5)
+
+
+def test_bias_starts_at_zero() -> None:
+    assert ScalarHead(8).bias.tolist() == [0.0]
+
+
+def test_same_generator_same_head() -> None:
+    one, other = (ScalarHead(8, torch.Generator().manual_seed(3)).weight for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_head_is_linear_in_float32_whatever_it_is_given() -> None:
+    head = ScalarHead(8)
+    hidden = torch.randn(2, 3, 8)
+    assert head(hidden).shape == (2, 3)
+    torch.testing.assert_close(head(hidden), (hidden * head.weight).sum(-1) + head.bias)
+    assert head(hidden.bfloat16()).dtype == torch.float32
+
+
+def test_zeros_say_zero_and_can_learn() -> None:
+    head = ScalarHead.zeros(8)
+    scores = head(torch.randn(4, 8))
+    assert scores.tolist() == [0.0] * 4
+    scores.sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_folded_head_gives_the_normalised_score() -> None:
+    head = ScalarHead(8)
+    head.bias.data.fill_(0.7)
+    hidden = torch.randn(5, 8)
+    expected = (head(hidden).detach() - 3.0) / 2.5
+    head.fold(mean=3.0, deviation=2.5)
+    torch.testing.assert_close(head(hidden), expected)
+
+
+def test_folding_normalises_the_scores_that_it_was_measured_on() -> None:
+    head = ScalarHead(8)
+    hidden = torch.randn(500, 8)
+    scores = head(hidden).detach()
+    head.fold(float(scores.mean()), float(scores.std()))
+    assert float(head(hidden).mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(head(hidden).std()) == pytest.approx(1.0, rel=1e-5)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import Tensor
+
+from policies.logprobs import CHUNK, token_logprobs
+
+
+def oracle(hidden: Tensor, tokens: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Token by token."""
+    logprobs, entropies = [], []
+    for state, token in zip(hidden, tokens):
+        scaled = (weight @ state) / temperature
+        row = scaled - torch.logsumexp(scaled, 0)
+        logprobs.append(row[token])
+        entropies.append(-(row.exp() * row).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(count, 8, generator=generator)
+    return hidden, torch.randint(13, (count,), generator=generator), torch.randn(13, 8, generator=generator)
+
+
+@pytest.mark.parametrize("count", [1, 5, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunks_give_the_values_and_gradients_of_the_whole(count: int, temperature: float) -> None:
+    hidden, tokens, weight = inputs(count)
+    fast, slow = hidden.clone().requires_grad_(True), hidden.double().requires_grad_(True)
+    logprobs, entropy = token_logprobs(fast, tokens, lambda h: h @ weight.T, temperature)
+    expected, expected_entropy = oracle(slow, tokens, weight.double(), temperature)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-5)
+
+    weights = torch.linspace(-1, 1, count)
+    (logprobs * weights + 0.3 * entropy).sum().backward()
+    (expected * weights.double() + 0.3 * expected_entropy).sum().backward()
+    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_without_gradients_are_the_same() -> None:
+    hidden, tokens, weight = inputs(CHUNK + 9)
+    with torch.no_grad():
+        quick = token_logprobs(hidden, tokens, lambda h: h @ weight.T, 1.0)
+    slow = token_logprobs(hidden.requires_grad_(True), tokens, lambda h: h @ weight.T, 1.0)
+    assert torch.equal(quick[0], slow[0].detach())
+    assert torch.equal(quick[1], slow[1].detach())
+
+
+def test_no_more_than_a_chunk_of_logits_exists_at_one_time() -> None:
+    hidden, tokens, weight = inputs(3 * CHUNK)
+    sizes = []
+
+    def head(states: Tensor) -> Tensor:
+        sizes.append(len(states))
+        return states @ weight.T
+
+    token_logprobs(hidden, tokens, head, 1.0)
+    assert max(sizes) == CHUNK
+
+
+def test_half_precision_logits_are_normalised_in_float32() -> None:
+    hidden, tokens, weight = inputs(50)
+    logits = (hidden @ weight.T).bfloat16()
+    logprobs, entropy = token_logprobs(hidden, tokens, lambda _: logits, 1.0)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    expected = torch.log_softmax(logits.float(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(logprobs, expected)
+
+
+def test_entropy_of_equal_logits_is_that_of_the_vocabulary() -> None:
+    _, entropy = token_logprobs(torch.zeros(1, 8), torch.zeros(1, dtype=torch.long), lambda h: h.new_zeros(1, 13), 0.5)
+    assert float(entropy) == pytest.approx(torch.log(torch.tensor(13.0)).item())
