@@ -1,0 +1,194 @@
+"""Experiment files: YAML with `include:`, `${…}` and overrides, into settings that are known to be right."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from align.schema import Experiment
+from policies.errors import UserError
+
+Keys = tuple[str, ...]
+
+
+def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """The settings of an experiment file.
+
+    Files that `include:` names, relative to the file that names them, come first; then the file itself; then the
+    overrides, `key.path=value` with the value in YAML; then `${key.path}` and `${oc.env:NAME}` are put in.
+    Raises UserError that lists every problem with its file, line and key.
+    """
+    source = _read(Path(path), ())
+    for override in overrides:
+        source.merge(_parse_override(override))
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)
+    except OmegaConfBaseException as error:
+        keys = tuple(str(error.full_key).split("."))
+        raise UserError(f"{source.place(keys)}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        problems = dict.fromkeys(_explain(problem, source) for problem in error.errors())
+        raise UserError("\n".join(problems)) from None
+
+
+def dump_experiment(experiment: Experiment, path: Path) -> None:
+    """Write all settings, defaults too, so that `load_experiment` gives the same ones again."""
+    text = yaml.dump(experiment.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass
+class _Source:
+    """Values, and for the path of each key the file and line that it comes from."""
+
+    file: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Keys, str] = field(default_factory=dict)
+
+    def merge(self, other: "_Source") -> None:
+        """Lay `other` over this: mappings key by key, anything else as a whole."""
+        _merge(self.values, other.values)
+        self.places |= other.places
+
+    def place(self, keys: Keys) -> str:
+        """Where a key was set, or the innermost of those around it, or else the file."""
+        around = (keys[:length] for length in range(len(keys), 0, -1))
+        return next((self.places[k] for k in around if k in self.places), str(self.file))
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as people mean it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> _Source:
+    """A file with all that it includes."""
+    asked = f"{including[-1]}: include: " if including else ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{asked}{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{asked}{path} cannot be read: {error}") from None
+    written = _parse(text, path)
+    included = written.values.pop("include", [])
+    names = [included] if isinstance(included, str) else included
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{written.place(('include',))}: include: a file name or a list of them was expected")
+    source = _Source(path)
+    for name in names:
+        part = path.parent / name
+        if part.resolve() in {file.resolve() for file in (*including, path)}:
+            raise UserError(f"{written.place(('include',))}: include: {part} includes itself")
+        source.merge(_read(part, (*including, path)))
+    source.merge(written)
+    return source
+
+
+def _parse(text: str, path: Path) -> _Source:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            raise UserError(f"{path} is empty: an experiment needs at least `name` and `model.path`")
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}:{node.start_mark.line + 1}: `key: value` lines were expected")
+        places = {keys: f"{path}:{line}" for keys, line in _lines(node, (), path)}
+        return _Source(path, yaml.load(text, Loader=_Loader), places)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: no valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {error}") from None
+
+
+def _lines(node: yaml.MappingNode, above: Keys, path: Path) -> Iterator[tuple[Keys, int]]:
+    """Every key's path and line. Raises UserError for a key that stands twice: YAML would drop the first in silence."""
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        keys = (*above, name)
+        if name in seen:
+            raise UserError(f"{path}:{line}: {'.'.join(keys)} is set twice, first in line {seen[name]}")
+        seen[name] = line
+        yield keys, line
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, keys, path)
+
+
+def _parse_override(text: str) -> _Source:
+    keys, separator, value = text.partition("=")
+    names = tuple(keys.strip().split("."))
+    where = f"override {text!r}"
+    if not separator or not all(names):
+        raise UserError(f"{where}: key.path=value was expected, as in ppo.kl.coefficient=0.1")
+    try:
+        values: Any = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: the value is no valid YAML: {error}") from None
+    for name in reversed(names):
+        values = {name: values}
+    return _Source(Path(), values, {names: where})
+
+
+def _explain(problem: Any, source: _Source) -> str:
+    """A problem that pydantic found, in words for people."""
+    keys = tuple(str(key) for key in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{source.place(keys)}: {'.'.join(keys)} is missing"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{source.place(keys)}: {'.'.join(keys)} is no setting; {hint}"
+    # Behind the key, pydantic names the member of a union that it tried: `policy.targets.str`.
+    while keys and keys not in source.places and keys[:-1] in source.places:
+        keys = keys[:-1]
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    got = "" if isinstance(given, dict | BaseModel) else f", not {given!r}"
+    return f"{source.place(keys)}: {'.'.join(keys) or 'experiment'}: {message}{got}"
+
+
+def _known_keys(keys: Keys) -> list[str]:
+    """The names of the settings under a path of keys."""
+    model: type[BaseModel] = Experiment
+    for key in keys:
+        annotation = model.model_fields[key].annotation if key in model.model_fields else None
+        inner = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return list(model.model_fields)

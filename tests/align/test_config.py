@@ -1,0 +1,140 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.config import dump_experiment, load_experiment
+from align.schema import Experiment
+from policies.errors import UserError
+
+MINIMAL = "name: x\nmodel: {path: m}\n"
+
+
+def write(folder: Path, text: str, name: str = "experiment.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def problem(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_experiment(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_reads_settings_and_defaults(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, MINIMAL + "ppo:\n  steps: 7\ndata: {prompts: p.jsonl}\n"))
+    assert (experiment.ppo.steps, experiment.ppo.epochs) == (7, 2)
+    assert experiment.data.prompts is not None
+    assert experiment.data.prompts.path == "p.jsonl"
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "0.0001", "1.0e-4", ".1e-3"])
+def test_floats_as_people_write_them(tmp_path: Path, number: str) -> None:
+    experiment = load_experiment(write(tmp_path, MINIMAL + f"learner: {{policy_learning_rate: {number}}}"))
+    assert experiment.learner.policy_learning_rate == 1e-4
+
+
+def test_overrides_win_and_are_put_into_interpolations(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "data: {prompts: 'runs/${name}/p-${seed}.jsonl'}\n")
+    experiment = load_experiment(path, ["name=other", "seed=3", "ppo.kl.coefficient=1e-3"])
+    assert experiment.data.prompts is not None
+    assert experiment.data.prompts.path == "runs/other/p-3.jsonl"
+    assert experiment.ppo.kl.coefficient == 1e-3
+
+
+def test_the_file_wins_over_what_it_includes_and_a_later_include_over_an_earlier(tmp_path: Path) -> None:
+    write(tmp_path, "ppo: {steps: 1, epochs: 1, batch: 4}\n", "one.yaml")
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts", "include: ../deep.yaml\nppo: {epochs: 3}\n", "two.yaml")
+    write(tmp_path, "ppo: {epochs: 9, gamma: 0.5}\n", "deep.yaml")
+    experiment = load_experiment(
+        write(tmp_path, "include: [one.yaml, parts/two.yaml]\n" + MINIMAL + "ppo: {batch: 8}\n")
+    )
+    assert (experiment.ppo.steps, experiment.ppo.epochs, experiment.ppo.batch, experiment.ppo.gamma) == (1, 3, 8, 0.5)
+
+
+def test_an_unknown_key_is_named_with_line_and_nearest_key(tmp_path: Path) -> None:
+    message = problem(tmp_path, MINIMAL + "ppo:\n  kl:\n    coeficient: 0.1\n")
+    assert "experiment.yaml:5: ppo.kl.coeficient is no setting; did you mean coefficient?" in message
+
+
+def test_a_key_like_nothing_known_gets_the_list(tmp_path: Path) -> None:
+    assert "known here: where, estimator" in problem(tmp_path, MINIMAL + "ppo: {kl: {zzz: 1}}\n")
+
+
+def test_an_unknown_key_of_a_data_source(tmp_path: Path) -> None:
+    assert "did you mean limit?" in problem(tmp_path, MINIMAL + "data: {prompts: {path: p, limits: 1}}\n")
+
+
+def test_an_unknown_key_of_an_include_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path, "ppo:\n  step: 1\n", "part.yaml")
+    assert "part.yaml:2: ppo.step" in problem(tmp_path, "include: part.yaml\n" + MINIMAL)
+
+
+def test_all_problems_are_listed(tmp_path: Path) -> None:
+    message = problem(tmp_path, "nam: x\nmodel: {}\nppo: {epochs: 0, gamma: nan}\n", "learner.zero=7")
+    expected = ("nam is no", "name is missing", "model.path is missing", "ppo.epochs", "ppo.gamma", "learner.zero=7")
+    assert all(part in message for part in expected), message
+
+
+def test_a_rule_across_keys_is_explained(tmp_path: Path) -> None:
+    message = problem(tmp_path, MINIMAL + "ppo:\n  batch: 10\n  minibatches: 4\n")
+    assert message == f"{tmp_path}/experiment.yaml:3: ppo: minibatches 4 does not divide batch 10"
+
+
+def test_a_union_is_named_by_its_key(tmp_path: Path) -> None:
+    message = problem(tmp_path, MINIMAL + "policy: {targets: 3}\n")
+    assert "policy.targets: " in message
+    assert ".str" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- a\n- b\n", "were expected"),
+        ("name: x\nmodel: {path: m\n", "no valid YAML"),
+        ("name: x\nname: y\n", ":2: name is set twice, first in line 1"),
+        (MINIMAL + "ppo:\n  steps: 1\n  steps: 2\n", ":5: ppo.steps is set twice"),
+        (MINIMAL + "include: nowhere.yaml\n", "nowhere.yaml does not exist"),
+        (MINIMAL + "include: experiment.yaml\n", "includes itself"),
+        (MINIMAL + "include: {a: b}\n", "a file name or a list"),
+        (MINIMAL + "runs: ${nothing}\n", "experiment.yaml:3: runs: "),
+        (MINIMAL + "name2: &a [*b]\n", "no valid YAML"),
+        ("name: '../x'\nmodel: {path: m}\n", "name: "),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in problem(tmp_path, text)
+
+
+@pytest.mark.parametrize("override", ["ppo.steps", "=3", "ppo..steps=1", "ppo.steps=[1"])
+def test_mistakes_in_an_override(tmp_path: Path, override: str) -> None:
+    assert f"override {override!r}" in problem(tmp_path, MINIMAL, override)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        load_experiment(tmp_path / "nowhere.yaml")
+
+
+@given(
+    values=st.fixed_dictionaries(
+        {
+            "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+            "seed": st.integers(0, 2**40),
+            "runs": st.text(st.characters(codec="utf-8", exclude_characters="${}\\"), min_size=1),
+            "ppo": st.fixed_dictionaries(
+                {"gamma": st.floats(1e-9, 1), "target_kl": st.none() | st.floats(1e-12, 1e12)}
+            ),
+        }
+    )
+)
+def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFactory, values: dict) -> None:
+    experiment = Experiment.model_validate(values | {"model": {"path": "1e5"}})
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    dump_experiment(experiment, path)
+    assert load_experiment(path) == experiment
