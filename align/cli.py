@@ -1,6 +1,5 @@
 """The command `align`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,8 +89,7 @@ def evaluate(run: Run) -> None:
     folder, settings = open_run(run)
     if not folder.done("ppo"):
         raise UserError(f"run {folder.path} has no policy/ yet: `align resume {folder.path}` goes on with it")
-    known = json.loads(folder.evaluation.read_text()) if folder.evaluation.is_file() else {}
-    evaluation = known | evaluate_run(settings, folder, load_inputs(settings))
+    evaluation = folder.read_evaluation() | evaluate_run(settings, folder, load_inputs(settings))
     write_json(folder.evaluation, evaluation)
     _show(evaluation)
 
@@ -162,7 +160,7 @@ def report(run: Run) -> None:
     from align.run import open_run
 
     folder, _ = open_run(run)
-    console.print(f"report written to {write_report(folder.path)}")
+    console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
 
 
 def main() -> None:
@@ -228,7 +226,7 @@ def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
         except Interrupted:
             raise Interrupted(folder.path) from None
     _show(evaluation)
-    console.print(f"report: {write_report(folder.path)}")
+    console.print(f"report: {write_report(folder.path, evaluation)}")
 
 
 def _show(evaluation: dict[str, Any]) -> None:

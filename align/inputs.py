@@ -1,6 +1,6 @@
 """All rows that a run needs, read, checked and turned into tokens before its first stage starts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -71,11 +71,11 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
     inputs = Inputs(skipped=reader.skipped)
     if trains_sft(experiment):
         parse = example_parser(tokenizer, experiment.sft.max_tokens)
-        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse)
+        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse, _whole)
     if trains_reward(experiment) or experiment.data.preferences or experiment.data.preferences_heldout:
         compare = comparison_parser(tokenizer, experiment.reward.max_tokens, experiment.reward.label_smoothing)
         if trains_reward(experiment):
-            both = reader.both("preferences", "preferences_heldout", compare)
+            both = reader.both("preferences", "preferences_heldout", compare, _prompt)
             inputs.comparisons, inputs.comparisons_heldout = both
         elif experiment.data.preferences_heldout:
             inputs.comparisons_heldout = reader.one("preferences_heldout", compare)
@@ -83,9 +83,18 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
         ask = request_parser(
             tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context
         )
-        inputs.prompts, heldout = reader.both("prompts", "prompts_heldout", ask)
+        inputs.prompts, heldout = reader.both("prompts", "prompts_heldout", ask, _prompt)
         inputs.prompts_heldout = heldout[: experiment.evaluation.prompts]
     return inputs
+
+
+def _whole(example: Example) -> Hashable:
+    """Demonstrations that are plain text all have the same empty prompt."""
+    return (*example.prompt_ids, *example.response_ids)
+
+
+def _prompt(row: Comparison | Request) -> Hashable:
+    return tuple(row.prompt_ids)
 
 
 class _Reader:
@@ -100,16 +109,28 @@ class _Reader:
         source: SourceSettings | None = getattr(self.data, name)
         if source is None:
             raise UserError(f"data.{name} is not set, and a stage of this experiment needs it")
-        parsed = parse_rows(read_rows(source), parse, self.data.on_bad_row)
+        try:
+            parsed = parse_rows(read_rows(source), parse, self.data.on_bad_row)
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from None
         if parsed.skipped:
             self.skipped[name] = parsed.skipped
         return parsed.items
 
-    def both(self, name: str, heldout: str | None, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], list[T]]:
+    def both(
+        self,
+        name: str,
+        heldout: str | None,
+        parse: Callable[[Mapping[str, Any]], T],
+        key: Callable[[T], Hashable],
+    ) -> tuple[list[T], list[T]]:
         rows = self.one(name, parse)
         if heldout and getattr(self.data, heldout):
             return rows, self.one(heldout, parse)
-        return split_heldout(rows, self.data.heldout_share, seed_for(self.seed, "split", name))
+        try:
+            return split_heldout(rows, self.data.heldout_share, seed_for(self.seed, "split", name), key)
+        except ValueError as error:
+            raise UserError(f"data.{name}: {error}{f', and data.{heldout} is not set' if heldout else ''}") from None
 
 
 def example_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[Mapping[str, Any]], Example]:

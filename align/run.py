@@ -57,6 +57,10 @@ class RunFolder:
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
 
+    def read_evaluation(self) -> dict[str, Any]:
+        """What `evaluation.json` holds; nothing where it is not there yet."""
+        return json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
+
     def done(self, stage: str) -> bool:
         """Whether a stage has written its product."""
         return {"sft": self.sft, "reward": self.reward, "ppo": self.policy}[stage].is_dir()

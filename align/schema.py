@@ -129,6 +129,12 @@ class EvaluationSettings(Settings):
     best_of: int = Field(0, ge=0, description="also judge the best of so many reference samples; 0: not")
     seed: int = Field(1234, description="of the samples; the same in every run, so that runs compare")
 
+    @model_validator(mode="after")
+    def _has_gold(self) -> "EvaluationSettings":
+        if self.best == "gold_mean" and not self.gold:
+            raise ValueError("`best: gold_mean` needs `gold`")
+        return self
+
 
 class CheckpointSettings(Settings):
     every: int = Field(10, ge=1, description="PPO steps between checkpoints")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from policies.errors import UserError
@@ -16,7 +17,7 @@ def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
     """
     folder = Path(path)
     if not folder.is_dir():
-        if not _like_a_hub_name(folder):
+        if not _like_a_hub_name(path):
             raise UserError(f"model folder {path} does not exist")
         return
     if not (folder / "config.json").is_file():
@@ -25,11 +26,11 @@ def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
         raise UserError(f"model folder {path} has no tokenizer: save it there with tokenizer.save_pretrained({path!r})")
 
 
-def _like_a_hub_name(path: Path) -> bool:
-    """One or two plain names, the first of them no folder here: `gpt2`, `owner/model`."""
-    names = path.parts
+def _like_a_hub_name(path: str) -> bool:
+    """One or two plain names, the first of two no folder here: `gpt2`, `owner/model`."""
+    names = path.split("/")
     return (
-        len(names) <= 2 and not names[0].startswith((".", "/", "~")) and not (len(names) == 2 and path.parent.is_dir())
+        len(names) <= 2 and not path.startswith((".", "/", "~")) and not (len(names) == 2 and Path(names[0]).is_dir())
     )
 
 
@@ -53,7 +54,7 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
     check_model_folder(settings.path)
     try:
         model = AutoModelForCausalLM.from_pretrained(settings.path, dtype=getattr(torch, settings.dtype))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model {settings.path} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
     return model.eval().to(default_device())

@@ -92,7 +92,7 @@ def test_damaged_weights_are_the_users_matter(folder: Path, size: int) -> None:
 
 def test_damaged_tokenizer_is_the_users_matter(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer of .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"tokenizer of .* cannot be loaded"):
         load_tokenizer(str(folder))
 
 

@@ -145,12 +145,12 @@ def test_an_adapter_with_other_names_is_refused(own_trunk: Trunk) -> None:
 
 def test_an_adapter_of_another_rank_is_refused(own_trunk: Trunk, tiny_model: Path) -> None:
     other = Trunk(base_of(tiny_model), PolicySettings(rank=2), ("policy",))
-    with pytest.raises(UserError, match="policy.rank"):
+    with pytest.raises(UserError, match=r"policy.rank"):
         own_trunk.write_adapter("policy", other.read_adapter("policy"))
 
 
 def test_targets_that_match_no_layer_are_refused(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="policy.targets"):
+    with pytest.raises(UserError, match=r"policy.targets"):
         Trunk(base_of(tiny_model), PolicySettings(targets=["no_such_layer"]), ROLES)
 
 
@@ -193,9 +193,10 @@ def test_logits_made_by_hand_are_the_models_own(make: Callable[[], PreTrainedMod
 def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     config = CohereConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, logit_scale=0.0625, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        num_key_value_heads=4, logit_scale=0.0625, initializer_range=0.5, pad_token_id=0, eos_token_id=1, 
+        bos_token_id=2,
     )  # fmt: skip
-    with pytest.raises(UserError, match="CohereForCausalLM.*not supported"):
+    with pytest.raises(UserError, match=r"CohereForCausalLM.*not supported"):
         Trunk(CohereForCausalLM(config), POLICY, ROLES)
 
 

@@ -1,0 +1,49 @@
+"""The evaluation of a run as a table on the terminal."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+ROWS = (
+    ("score_mean", "score, mean", "{:.3f}"),
+    ("score_std", "score, deviation", "{:.3f}"),
+    ("gold_mean", "gold score, mean", "{:.3f}"),
+    ("win_rate", "wins over the reference by score", "{:.1%}"),
+    ("gold_win_rate", "wins over the reference by gold score", "{:.1%}"),
+    ("kl_per_sequence", "KL to the reference, nats a sequence", "{:.2f}"),
+    ("kl_per_token", "KL to the reference, nats a token", "{:.3f}"),
+    ("length_mean", "length, tokens", "{:.1f}"),
+    ("distinct_2", "distinct-2", "{:.3f}"),
+    ("eos_share", "ended by EOS", "{:.1%}"),
+)
+"""Key in `evaluation.json`, name for people, format."""
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
+    """What `evaluation.json` holds: the reward model's accuracy, then the sides beside each other."""
+    parts: list[RenderableType] = []
+    if model := evaluation.get("reward_model"):
+        low, high = model["accuracy_low"], model["accuracy_high"]
+        parts.append(
+            f"reward model: accuracy {model['accuracy']:.1%} on {model['pairs']:,} held-out pairs "
+            f"(95 % interval {low:.1%} to {high:.1%})"
+        )
+    if "policy" in evaluation:
+        parts.append(_sides(evaluation))
+    spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in evaluation.get("seconds", {}).items())
+    return Group(*parts, f"time: {spent or 'nothing ran'}")
+
+
+def _sides(evaluation: dict[str, Any]) -> Table:
+    best = evaluation.get("best_of")
+    sides = {"reference": evaluation["reference"], "policy": evaluation["policy"]}
+    if best:
+        sides[f"best of {best['n']}"] = best
+    title = f"{evaluation['prompts']} held-out prompts; policy of step {evaluation['policy']['step']}"
+    table = Table("", *sides, title=title, title_justify="left", box=None, padding=(0, 2))
+    for key, name, form in ROWS:
+        cells = [form.format(side[key]) if key in side else "" for side in sides.values()]
+        if any(cells):
+            table.add_row(name, *cells)
+    return table

@@ -1,0 +1,84 @@
+"""Columns of a data row, checked. Every function raises ValueError with a reason for people."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from policies.encoding import Message, Prompt
+
+Values = Mapping[str, Any]
+
+
+def text(values: Values, name: str) -> str:
+    """A column that must be there and be text with something in it."""
+    value = present(values, name)
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` is {kind(value)}; text was expected")
+    if not value.strip():
+        raise ValueError(f"`{name}` is empty")
+    return value
+
+
+def prompt(values: Values) -> Prompt:
+    """The column `prompt`: text or a list of messages."""
+    value = present(values, "prompt")
+    return messages(value, "prompt") if isinstance(value, list) else text(values, "prompt")
+
+
+def messages(value: Any, name: str) -> list[Message]:
+    """A list of messages, each with the text columns `role` and `content`."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"`{name}` is {kind(value)}; a list of messages was expected")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f"`{name}` has a message that is not {{role: text, content: text}}: {str(message)[:80]}")
+    return value
+
+
+def reply(value: Any, name: str) -> str:
+    """A response: text, or a list of one message by the assistant."""
+    if isinstance(value, str):
+        return text({name: value}, name)
+    said = messages(value, name)
+    if len(said) != 1 or said[0]["role"] != "assistant":
+        raise ValueError(f"`{name}` must be text or one message by the assistant")
+    return text({name: said[0]["content"]}, name)
+
+
+def number(values: Values, name: str) -> float:
+    """A column with a finite number; text that spells one, as CSV has it, counts."""
+    value = present(values, name)
+    try:
+        result = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        result = float("nan")
+    if not abs(result) < float("inf"):
+        raise ValueError(f"`{name}` is {value!r}; a number was expected")
+    return result
+
+
+def flag(values: Values, name: str) -> bool:
+    """A column with yes or no: true, false, 1, 0, or text that spells one of them."""
+    value = present(values, name)
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in known:
+        raise ValueError(f"`{name}` is {value!r}; true or false was expected")
+    return known[str(value).lower()]
+
+
+def has(values: Values, name: str) -> bool:
+    """Whether a column is there with a value."""
+    return values.get(name) is not None
+
+
+def present(values: Values, name: str) -> Any:
+    """A column that must be there with a value."""
+    if not has(values, name):
+        there = ", ".join(f"`{key}`" for key in values) or "no columns"
+        raise ValueError(f"no `{name}`; the row has {there}, and the source's `columns` can rename them")
+    return values[name]
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
