@@ -4,7 +4,7 @@ RUN ?= quickstart
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-WORLD := runs/quickstart/world
+WORLD := runs/$(RUN)/world
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
