@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-COLOURS = ("blue", "red", "green", "black", "white", "yellow", "grey", "brown")
-THINGS = (
-    *("kettle", "lamp", "chair", "clock", "jacket", "radio", "mirror", "table"),
-    *("bottle", "basket", "camera", "carpet", "teapot", "helmet", "drill", "piano"),
-)
+COLOURS = ("blue", "red", "green", "black")
+THINGS = ("kettle", "lamp", "chair", "clock", "jacket", "radio", "mirror", "table")
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ines", "Jonas", "Karin", "Leo")
 
 
@@ -31,34 +28,24 @@ class Problem:
 
 PROBLEMS = {
     "late": Problem(
-        told=("has not come yet", "is still on its way", "should have been here last week"),
+        told=("has not come yet", "is still on its way"),
         said=("is late", "has not come in time"),
-        remedies=("pay back the shipping", "give you the shipping back", "refund what you paid for shipping"),
+        remedies=("pay back the shipping", "refund what you paid for shipping"),
     ),
     "broken": Problem(
-        told=("came broken", "does not work", "fell apart on the first day"),
+        told=("came broken", "does not work"),
         said=("is broken", "came in a bad state"),
-        remedies=("send you a new one", "ship a new one today", "replace it with a new one"),
-    ),
-    "swapped": Problem(
-        told=("is not what I found in the box", "turned out to be something else", "got swapped"),
-        said=("was mixed up", "was swapped by mistake"),
-        remedies=("swap it for the right one", "bring you the right one", "send the one you asked for"),
+        remedies=("send you a new one", "replace it with a new one"),
     ),
     "part": Problem(
-        told=("came without a screw", "has a part missing", "is not complete"),
+        told=("came without a screw", "has a part missing"),
         said=("is missing a part", "came without a part"),
-        remedies=("send you the missing part", "ship the missing part today", "put the missing part in the mail"),
+        remedies=("send you the missing part", "put the missing part in the mail"),
     ),
     "mind": Problem(
-        told=("is not for me after all", "is too big for my room", "is nice but I want to give it back"),
+        told=("is not for me after all", "is too big for my room"),
         said=("is not right for you", "does not suit you"),
-        remedies=("send you a return label", "mail you a label to return it", "take it back with a free label"),
-    ),
-    "charged": Problem(
-        told=("was charged twice", "is on my bill two times", "cost me double"),
-        said=("was billed twice", "is on your bill two times"),
-        remedies=("refund the second charge", "take the second charge off your bill", "pay back the second charge"),
+        remedies=("send you a return label", "take it back with a free label"),
     ),
 }
 
@@ -91,6 +78,8 @@ SORRY = ("I am sorry that {what} {said}", "We are sorry that {what} {said}", "I 
 CONCERN = ("I have read about {what}", "We looked into {what}", "I am writing about {what}")
 PROMISES = ("We will {remedy}", "I will {remedy}", "We are going to {remedy}")
 REFUSALS = ("But we can not do anything for you", "Sadly this is not our problem", "But you will have to wait and see")
+CONSOLATIONS = ("offer you a voucher", "think about what we can do", "put your name on our list")
+"""What a reply may promise that is no remedy for any problem."""
 FILLERS = (
     "Our shop opens at nine in the morning",
     "Many people like what we sell",
@@ -130,8 +119,9 @@ def _sentences() -> dict[str, Meaning]:
         known |= {concern.format(what=what): Meaning("about") for concern in CONCERN}
         for name, problem in PROBLEMS.items():
             known |= {s.format(what=what, said=said): Meaning("about", name) for s in SORRY for said in problem.said}
-    for name, problem in PROBLEMS.items():
-        known |= {p.format(remedy=remedy): Meaning("remedy", name) for p in PROMISES for remedy in problem.remedies}
+    offers = {name: problem.remedies for name, problem in PROBLEMS.items()} | {None: CONSOLATIONS}
+    for cause, remedies in offers.items():
+        known |= {p.format(remedy=remedy): Meaning("remedy", cause) for p in PROMISES for remedy in remedies}
     return known
 
 
@@ -143,8 +133,8 @@ _TOLD = {told: name for name, problem in PROBLEMS.items() for told in problem.to
 
 # --- The true score -------------------------------------------------------------------------------------------------
 
-ITEM, REMEDY, PROBLEM, POLITE = 1.0, 1.0, 0.5, 0.5
-REPEATED, FILLER, REFUSAL, GARBLED, TORN = 0.5, 0.3, 1.0, 0.5, 0.5
+ITEM, REMEDY, PROBLEM, POLITE = 1.0, 0.75, 0.5, 0.75
+REPEATED, FILLER, REFUSAL, GARBLED, TORN = 0.5, 0.5, 1.0, 0.5, 0.5
 IDEAL = ITEM + REMEDY + PROBLEM + 2 * POLITE
 """The best score there is."""
 
@@ -235,6 +225,7 @@ class Mix:
     wrong_problem: float
     right_remedy: float
     wrong_remedy: float
+    consolation: float
     greeting: float
     closing: float
     fillers: tuple[float, ...]
@@ -247,12 +238,12 @@ class Mix:
     """Share of replies whose sentences end in an exclamation mark half of the time."""
 
 
-DEMONSTRATED = Mix(0.65, 0.1, 0.5, 0.15, 0.65, 0.2, 0.55, 0.55, (0.6, 0.3, 0.1))
+DEMONSTRATED = Mix(0.6, 0.02, 0.5, 0.02, 0.45, 0.05, 0.35, 0.5, 0.5, (0.5, 0.35, 0.15))
 """Middling replies, one in thirty of them ideal."""
-COMPARED = Mix(0.65, 0.2, 0.5, 0.2, 0.6, 0.25, 0.6, 0.6, (0.6, 0.3, 0.1), second_remedy=0.1, garbled=0.08)
+COMPARED = Mix(0.65, 0.02, 0.5, 0.02, 0.5, 0.05, 0.3, 0.55, 0.55, (0.55, 0.3, 0.15), second_remedy=0.1, garbled=0.08)
 """What annotators see: a little wider and a little better."""
-SPOKEN = Mix(0.75, 0.05, 0.6, 0.1, 0.7, 0.2, 0.4, 0.4, (0.6, 0.3, 0.1))
-"""What the base model reads: it often names the item, so that copying it is learned."""
+SPOKEN = Mix(0.9, 0.02, 0.8, 0.02, 0.8, 0.02, 0.08, 0.6, 0.6, (0.8, 0.2), garbled=0.0)
+"""What the base model reads: it mostly names item, problem and remedy, so that these are learned."""
 
 
 def write_prompt(random: Random) -> str:
@@ -303,7 +294,7 @@ def _write(random: Random, prompt: str, mix: Mix) -> str:
 
 def ideal_reply(random: Random, prompt: str) -> str:
     """One of the best replies to a prompt."""
-    return write_reply(random, prompt, Mix(1, 0, 1, 0, 1, 0, 1, 1, (1,), 0, 0, 0, 0, 0))
+    return write_reply(random, prompt, Mix(1, 0, 1, 0, 1, 0, 0, 1, 1, (1,), 0, 0, 0, 0, 0))
 
 
 def garble(random: Random, sentence: str) -> str:
@@ -326,11 +317,13 @@ def _about(random: Random, letter: Letter, mix: Mix) -> str:
 
 
 def _remedies(random: Random, letter: Letter, mix: Mix) -> list[str]:
-    problem = _pick(random, letter.problem, _other(random, letter.problem), mix.right_remedy, mix.wrong_remedy)
-    offered = [] if problem is None else [problem]
-    if offered and random.random() < mix.second_remedy:
-        offered.append(_other(random, problem))
-    return [random.choice(PROMISES).format(remedy=random.choice(PROBLEMS[name].remedies)) for name in offered]
+    right, wrong = PROBLEMS[letter.problem].remedies, PROBLEMS[_other(random, letter.problem)].remedies
+    shares = (mix.right_remedy, mix.wrong_remedy, mix.consolation)
+    (offered,) = random.choices((right, wrong, CONSOLATIONS, None), (*shares, 1 - sum(shares)))
+    if offered is None:
+        return []
+    second = [PROBLEMS[_other(random, letter.problem)].remedies] if random.random() < mix.second_remedy else []
+    return [random.choice(PROMISES).format(remedy=random.choice(remedies)) for remedies in (offered, *second)]
 
 
 def _pick(random: Random, right: str, wrong: str, right_share: float, wrong_share: float) -> str | None:
