@@ -29,7 +29,7 @@ class Sizes:
 
     text: int = 7680
     demonstrations: int = 1500
-    pairs: int = 4000
+    pairs: int = 9600
     pairs_heldout: int = 2000
     prompts: int = 2048
     prompts_heldout: int = 512
