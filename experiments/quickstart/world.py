@@ -29,66 +29,45 @@ class Problem:
 PROBLEMS = {
     "late": Problem(
         told=("has not come yet", "is still on its way"),
-        said=("is late", "has not come in time"),
-        remedies=("pay back the shipping", "refund what you paid for shipping"),
+        said=("is late",),
+        remedies=("pay back the shipping", "refund the shipping"),
     ),
     "broken": Problem(
         told=("came broken", "does not work"),
-        said=("is broken", "came in a bad state"),
-        remedies=("send you a new one", "replace it with a new one"),
+        said=("is broken",),
+        remedies=("send you a new one", "replace it"),
     ),
     "part": Problem(
         told=("came without a screw", "has a part missing"),
-        said=("is missing a part", "came without a part"),
-        remedies=("send you the missing part", "put the missing part in the mail"),
+        said=("is missing a part",),
+        remedies=("send you the part", "mail you the missing part"),
     ),
     "mind": Problem(
-        told=("is not for me after all", "is too big for my room"),
-        said=("is not right for you", "does not suit you"),
-        remedies=("send you a return label", "take it back with a free label"),
+        told=("is not for me", "is too big for my room"),
+        said=("does not suit you",),
+        remedies=("send you a return label", "take it back"),
     ),
 }
 
-ASKED = ("my {item} {told}", "the {item} that I ordered {told}", "the {item} I bought from you {told}")
-BEFORE = ("", "", "Hello, ", "Good morning, ", "Dear team, ", "Hi, it is {name}, ")
-AFTER = (
-    "",
-    "",
-    " What can you do?",
-    " Please help.",
-    " My name is {name}.",
-    " I paid {days} days ago.",
-    " Bye, {name}.",
-)
+ASKED = ("my {item} {told}", "the {item} that I ordered {told}", "the {item} from your shop {told}")
+BEFORE = ("", "Hello, ", "Good morning, ", "Dear team, ", "Hi, it is {name}, ")
+AFTER = ("", " Please help.", " My name is {name}.", " I paid {days} days ago.", " Bye, {name}.")
 DAYS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-GREETINGS = (
-    "Thank you for your message",
-    "Thank you for writing to us",
-    "Hello and thanks for your mail",
-    "Good day and thank you for asking",
-)
-CLOSINGS = (
-    "Have a nice day",
-    "We wish you a good week",
-    "Kind regards from the team",
-    "All the best from our shop",
-)
-SORRY = ("I am sorry that {what} {said}", "We are sorry that {what} {said}", "I see that {what} {said}")
-CONCERN = ("I have read about {what}", "We looked into {what}", "I am writing about {what}")
-PROMISES = ("We will {remedy}", "I will {remedy}", "We are going to {remedy}")
-REFUSALS = ("But we can not do anything for you", "Sadly this is not our problem", "But you will have to wait and see")
-CONSOLATIONS = ("offer you a voucher", "think about what we can do", "put your name on our list")
+GREETINGS = ("Thank you for writing", "Hello and thanks", "Good day")
+CLOSINGS = ("Have a nice day", "Kind regards", "All the best")
+SORRY = ("I am sorry that {what} {said}", "We see that {what} {said}")
+CONCERN = ("I read about {what}", "We looked into {what}")
+PROMISES = ("We will {remedy}", "I will {remedy}")
+REFUSALS = ("But we can not help you", "This is not our problem")
+CONSOLATIONS = ("offer you a voucher", "think about it")
 """What a reply may promise that is no remedy for any problem."""
 FILLERS = (
-    "Our shop opens at nine in the morning",
-    "Many people like what we sell",
+    "Our shop opens at nine",
+    "Many people like our shop",
     "There is a big sale in spring",
-    "The weather is good this week",
-    "We have been here for many years",
-    "You can find us next to the station",
-    "Our team had a busy month",
-    "Some things are hard to explain",
+    "The weather is good",
+    "You find us at the station",
 )
 
 REPLY_MARK = "\nReply:"
@@ -238,9 +217,9 @@ class Mix:
     """Share of replies whose sentences end in an exclamation mark half of the time."""
 
 
-DEMONSTRATED = Mix(0.6, 0.02, 0.5, 0.02, 0.45, 0.05, 0.35, 0.5, 0.5, (0.5, 0.35, 0.15))
+DEMONSTRATED = Mix(0.6, 0.02, 0.5, 0.02, 0.45, 0.05, 0.35, 0.5, 0.5, (0.6, 0.3, 0.1))
 """Middling replies, one in thirty of them ideal."""
-COMPARED = Mix(0.65, 0.02, 0.5, 0.02, 0.5, 0.05, 0.3, 0.55, 0.55, (0.55, 0.3, 0.15), second_remedy=0.1, garbled=0.08)
+COMPARED = Mix(0.65, 0.01, 0.5, 0.01, 0.5, 0.03, 0.3, 0.55, 0.55, (0.6, 0.3, 0.1), second_remedy=0.06, garbled=0.02)
 """What annotators see: a little wider and a little better."""
 SPOKEN = Mix(0.9, 0.02, 0.8, 0.02, 0.8, 0.02, 0.08, 0.6, 0.6, (0.8, 0.2), garbled=0.0)
 """What the base model reads: it mostly names item, problem and remedy, so that these are learned."""
