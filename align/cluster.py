@@ -22,6 +22,8 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's workers give way to every other process unless told otherwise, and would starve beside a busy one.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -1,7 +1,8 @@
 """One rank of the learner: a DeepSpeed engine over policy and critic on one trunk."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,9 @@ from align.schema import LearnerSettings, PpoSettings
 from policies.batching import buckets
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import Scored, Trajectory
+
+ROLES = ("policy", "critic")
+"""What is trained, each with a learning rate and a gradient norm of its own."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Learner:
         return means | {
             "optimizer_steps": steps,
             "skipped_steps": self.clip.skipped - skipped + self._skipped_by_deepspeed(),
-            **{f"{role}_gradient_norm": sum(n[role] for n in norms) / len(norms) for role in ("policy", "critic")},
+            **{f"{role}_gradient_norm": _finite_mean(n.get(role, math.nan) for n in norms) for role in ROLES},
         }
 
     def policy_weights(self) -> AdapterWeights:
@@ -136,6 +140,7 @@ class Learner:
             master.copy_(state.optimizer[f"{index}.master"])
             mark = f"{index}.state."
             saved = {n.removeprefix(mark): t for n, t in state.optimizer.items() if n.startswith(mark)}
+            self.optimizer.state.pop(master, None)
             if saved:
                 step = saved.pop("step").squeeze().clone() if "step" in saved else None
                 moments = {name: tensor.to(master.device, copy=True) for name, tensor in saved.items()}
@@ -149,6 +154,7 @@ class Learner:
     def _train(self, minibatch: list[Episode], tokens: int, kl_in_loss: float) -> Tensor:
         """One optimizer step. Returns the statistics' sums over all ranks."""
         sums = self._backward(minibatch, tokens, kl_in_loss)
+        self.clip.norms.clear()  # DeepSpeed skips a step that is not finite before the clip sees it
         self.engine.step()
         return sums
 
@@ -215,6 +221,12 @@ class Learner:
     def _write(self, role: str, weights: AdapterWeights) -> None:
         with self._gathered(list(self.roles.trunk.adapter(role).values()), write=True):
             self.roles.trunk.write_adapter(role, weights)
+
+
+def _finite_mean(values: Iterable[float]) -> float:
+    """The mean of those that are finite; NaN where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _deepspeed(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> Any:

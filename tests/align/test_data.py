@@ -12,7 +12,7 @@ from align.data import Demonstration, parse_demonstration, parse_prompt, parse_r
 from align.schema import SourceSettings
 from policies.errors import UserError
 
-ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b, \"c\"\nd", "answer": 2}]
+ROWS = [{"prompt": "a", "answer": 1}, {"prompt": 'b, "c"\nd', "answer": 2}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -102,7 +102,13 @@ def test_bad_rows_are_told_by_file_line_and_reason(tmp_path: Path) -> None:
     rows = read_rows(SourceSettings(path=str(path)))
     parsed = parse_rows(rows, parse_prompt, "skip")
     assert [item.prompt for item in parsed.items] == ["a"]
-    expected = (":3: no valid JSON", ":4: a list", ":5: `prompt` is a number", ":6: `prompt` is empty", ":7: no `prompt`")
+    expected = (
+        ":3: no valid JSON",
+        ":4: a list",
+        ":5: `prompt` is a number",
+        ":6: `prompt` is empty",
+        ":7: no `prompt`",
+    )
     for reason, skipped in zip((*expected, ":8: no valid JSON"), parsed.skipped, strict=True):
         assert reason in skipped
     with pytest.raises(UserError, match=rf"{path}:3: no valid JSON") as caught:

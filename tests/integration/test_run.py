@@ -1,0 +1,208 @@
+"""Whole runs on a tiny model."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align.cli import main
+from tests.integration.conftest import Command
+from tests.integration.tiny_run import COMMAND, ENVIRONMENT, figures, run_in_process
+
+DOCUMENTED = {
+    *("score_mean", "score_std", "length_mean", "distinct_2", "eos_share", "win_rate"),
+    *("kl_per_sequence", "kl_per_token", "step"),
+}
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Run the command in this process. Gives its exit status and what it wrote to standard error."""
+    monkeypatch.setattr("sys.argv", ["align", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), capfd.readouterr().err
+
+
+def test_every_stage_leaves_its_product(finished: Path) -> None:
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert adapter <= {file.name for file in (finished / "sft").iterdir()}
+    assert {*adapter, "head.safetensors"} <= {file.name for file in (finished / "reward").iterdir()}
+    assert adapter <= {file.name for file in (finished / "policy").iterdir()}
+    assert not [file for file in finished.rglob(".*") if file.name.endswith((".writing", ".old"))]
+
+
+def test_the_evaluation_has_the_documented_keys(finished: Path) -> None:
+    from align.run import RunFolder
+
+    evaluation = RunFolder(finished).read_evaluation()
+    assert evaluation["reward_model"].keys() == {"accuracy", "accuracy_low", "accuracy_high", "pairs"}
+    assert evaluation["policy"].keys() == DOCUMENTED
+    assert evaluation["reference"].keys() == DOCUMENTED - {"win_rate", "kl_per_sequence", "kl_per_token", "step"}
+    assert evaluation["prompts"] == 4
+    assert evaluation["seconds"].keys() == {"sft", "reward", "ppo"}
+
+
+def test_every_step_is_logged_once(finished: Path) -> None:
+    rows = figures(finished)
+    trained = [(row["stage"], row["step"]) for row in rows if any(name.endswith("/loss") for name in row)]
+    assert trained == [("sft", 1), ("sft", 2), ("sft", 3), *(("reward", step) for step in (1, 2, 3))] + [
+        ("ppo", step) for step in (1, 2, 3)
+    ]
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+
+
+def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(finished: Path) -> None:
+    assert [row["learner/optimizer_steps"] for row in figures(finished) if "policy/loss" in row] == [4, 4, 4]
+
+
+def test_the_first_step_is_on_policy(finished: Path) -> None:
+    first = next(row for row in figures(finished) if row["stage"] == "ppo")
+    assert first["kl/sequence"] == pytest.approx(0, abs=1e-5)
+    assert first["rollout/gap_max"] < 1e-4
+
+
+def test_the_same_seed_gives_the_same_run(finished: Path, settings: dict[str, Any]) -> None:
+    again = run_in_process(settings | {"tracking": {"wandb": "offline"}})
+    assert figures(again) == figures(finished)
+    assert any((again / "wandb").glob("offline-run-*"))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(finished: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped by Ctrl-C in each stage in turn, and resumed each time."""
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    run = tmp_path / "runs" / "tiny"
+    line = ("run", str(path))
+    for stage in ("sft", "reward", "ppo"):
+        status, errors = interrupted(line, run, stage, tmp_path)
+        assert status == 130, errors
+        assert "Traceback" not in errors
+        assert f"align resume {run}" in errors
+        line = ("resume", str(run))
+    done = subprocess.run([*COMMAND, *line], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert figures(run) == figures(finished)
+    mine, theirs = (json.loads((where / "evaluation.json").read_text()) for where in (run, finished))
+    assert mine | {"seconds": {}} == theirs | {"seconds": {}}
+
+
+def interrupted(line: tuple[str, ...], run: Path, stage: str, folder: Path) -> tuple[int, str]:
+    """Start the command and press Ctrl-C once a step of the stage is logged."""
+    process = subprocess.Popen([*COMMAND, *line], cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and f'"stage": "{stage}"' in metrics.read_text()):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() - started < 150
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_generate_answers_and_repeats_itself(finished: Path, align: Command) -> None:
+    line = ("generate", finished, "--prompt", "User: two?", "--prompt", "User: red?", "--seed", "3")
+    first = align(*line)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout
+    assert first.stdout == align(*line).stdout
+
+
+def test_an_exported_model_continues_as_the_policy_does(finished: Path, align: Command, tmp_path: Path) -> None:
+    done = align("export", finished, "--merge", "--to", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("User: name a colour. Assistant:", return_tensors="pt")["input_ids"]
+    ours = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, ids.shape[1] :]
+    said = align(
+        "generate", finished, "--prompt", "User: name a colour. Assistant:", "--temperature", 0, "--max-new-tokens", 12
+    )
+    assert said.stdout.rstrip("\n") == tokenizer.decode(ours, skip_special_tokens=True).rstrip("\n")
+
+
+def test_the_report_has_its_pictures(finished: Path, align: Command) -> None:
+    done = align("report", finished)
+    assert done.returncode == 0, done.stderr
+    page = (finished / "report" / "index.html").read_text()
+    pictures = re.findall(r'src="([^"]+)"', page)
+    assert {"reward.png", "kl.png", "length.png", "policy_loss.png", "value_loss.png"} <= set(pictures)
+    assert all((finished / "report" / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_eval_finds_what_the_run_found(finished: Path, align: Command) -> None:
+    before = json.loads((finished / "evaluation.json").read_text())
+    done = align("eval", finished)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((finished / "evaluation.json").read_text()) == before
+
+
+def test_a_run_is_not_overwritten_unless_asked(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, errors = call(monkeypatch, capfd, "run", finished / "config.yaml")
+    assert (status, "holds a run" in errors, "Traceback" in errors) == (2, True, False)
+
+
+def test_a_ready_adapter_and_reward_model_are_used_as_they_are(finished: Path, settings: dict[str, Any]) -> None:
+    given = {"sft": {"adapter": str(finished / "sft")}, "reward": {"model": str(finished / "reward")}}
+    run = run_in_process(settings | given | {"stages": ["ppo"]})
+    for name in ("sft", "reward"):
+        weights = "adapter_model.safetensors"
+        assert (run / name / weights).read_bytes() == (finished / name / weights).read_bytes()
+    ours = [row for row in figures(run) if row["stage"] == "ppo"]
+    assert ours == [row for row in figures(finished) if row["stage"] == "ppo"]
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "wrong key": ({"ppo": {"stepz": 3}}, "experiment.yaml:.*ppo.stepz is no setting; did you mean steps"),
+    "missing file": (
+        {"data": {"demonstrations": "nowhere.jsonl"}},
+        "data.demonstrations: nowhere.jsonl does not exist",
+    ),
+    "empty file": ({"data": {"prompts": "empty.jsonl"}}, "data.prompts: empty.jsonl has no rows"),
+    "no tokenizer": ({"model": {"path": "bare"}}, "bare has no tokenizer"),
+    "no chosen": ({"data": {"preferences": "rows.jsonl"}}, "data.preferences: rows.jsonl:2: no `chosen`"),
+    "no source": ({"data": {"prompts": None}}, "data.prompts is not set"),
+    "long prompt": ({"rollouts": {"max_prompt_tokens": 2}}, "tokens are more than rollouts.max_prompt_tokens, 2"),
+    "no adapter": ({"sft": {"adapter": "nowhere"}}, "nowhere"),
+    "no gold": ({"evaluation": {"gold": "nowhere.py:f"}}, "evaluation.gold: file nowhere.py does not exist"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_one_message(
+    mistake: str,
+    settings: dict[str, Any],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n{"prompt": "p"}\n')
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    changes, expected = MISTAKES[mistake]
+    for section, values in changes.items():
+        settings[section] = settings[section] | values
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(settings))
+    status, errors = call(monkeypatch, capfd, "run", "experiment.yaml")
+    assert status == 2
+    assert re.search(expected, " ".join(errors.split())), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_is_left_running_by_a_run(finished: Path) -> None:
+    assert not [child for child in psutil.Process().children(recursive=True) if "ray" in child.name()]

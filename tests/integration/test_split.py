@@ -1,0 +1,157 @@
+"""The same run however it is split over processes."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+
+from align.cluster import ray_cluster
+from align.ppo.build import Blueprint
+from align.ppo.episodes import Episode
+from align.ppo.group import Learners, LocalLearners
+from align.ppo.learner import Rates
+from align.ppo.ranks import RayLearners
+from align.schema import ClusterSettings, LearnerSettings, PpoSettings
+from policies.schema import ModelSettings, PolicySettings
+from rollouts.engine import Sampling
+from rollouts.hf import build_engine
+from rollouts.pool import LocalPool
+from rollouts.ray_pool import RayPool
+from rollouts.trajectory import Request
+from tests.integration.tiny_run import figures, run_in_process
+
+POLICY = PolicySettings(rank=4, alpha=8)
+PPO = PpoSettings(batch=13, minibatches=1, epochs=1)
+SGD = LearnerSettings(optimizer="sgd", clip=1e12, tokens_per_microbatch=100)
+STEEP = Rates(1e3, 1e3, 0.0)
+"""So steep that float32 keeps the gradient's digits when it is read off the change of the weights."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with ray_cluster(ClusterSettings(), 4):
+        yield
+
+
+def blueprint(model: Path) -> Blueprint:
+    return Blueprint(ModelSettings(path=str(model)), POLICY, 0, None, None, None)
+
+
+def episodes() -> list[Episode]:
+    """Rows of many lengths, with targets far from the model's own."""
+    noise = torch.Generator().manual_seed(0)
+
+    def drawn(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=noise))
+
+    rows = []
+    for _ in range(13):
+        prompt, response = drawn(1, 10), drawn(1, 30)
+        ids = [drawn(4, 290) for _ in range(prompt + response)]
+        parts = [torch.randn(response, generator=noise) for _ in range(5)]
+        rows.append(Episode(tuple(ids[:prompt]), tuple(ids[prompt:]), parts[0] - 6, parts[1] - 6, *parts[2:]))
+    return rows
+
+
+def gradient(learners: Learners) -> torch.Tensor:
+    """The policy's whole gradient, read off one step of plain gradient descent."""
+    before = learners.policy_weights()
+    learners.update(episodes(), [[list(range(13))]], STEEP)
+    after = learners.policy_weights()
+    return torch.cat([(before[name] - after[name]).flatten().double() for name in before]) / STEEP.policy
+
+
+def losses(learners: Learners) -> list[float]:
+    """Losses of the first three updates under plain gradient descent."""
+    rates = Rates(1e-1, 1e-1, 0.0)
+    updates = [learners.update(episodes(), [[list(range(13))]], rates) for _ in range(3)]
+    return [update[name] for update in updates for name in ("policy_loss", "value_loss")]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path) -> tuple[torch.Tensor, list[float]]:
+    """Gradient and losses of one process without sharding."""
+    results: list[Any] = []
+    for measure in (gradient, losses):
+        learners = LocalLearners(build(tiny_model), PPO, SGD, 1.0, False)
+        results.append(measure(learners))
+        learners.close()
+    return results[0], results[1]
+
+
+def build(model: Path) -> Any:
+    from align.ppo.build import build_roles
+
+    return build_roles(blueprint(model))
+
+
+SPLITS = [
+    pytest.param(1, 0, marks=pytest.mark.slow),
+    pytest.param(2, 0, marks=pytest.mark.slow),
+    pytest.param(2, 1, marks=pytest.mark.slow),
+    (2, 2),
+    pytest.param(2, 3, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("ranks", "zero"), SPLITS)
+def test_ranks_and_zero_stages_give_one_gradient(
+    ranks: int, zero: int, tiny_model: Path, cluster: None, alone: tuple[torch.Tensor, list[float]]
+) -> None:
+    split = SGD.model_copy(update={"ranks": ranks, "zero": zero})
+    for measure, expected in zip((gradient, losses), alone, strict=True):
+        learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, 1)
+        measured = measure(learners)
+        learners.close()
+        if isinstance(expected, torch.Tensor):
+            assert expected.norm() > 0.1
+            assert float((measured - expected).norm() / expected.norm()) < 1e-6
+        else:
+            assert measured == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_killed_worker_is_replaced_and_the_responses_are_the_same(tiny_model: Path, cluster: None) -> None:
+    model = ModelSettings(path=str(tiny_model))
+    requests = [Request("x", (5 + i, 6, 7), i) for i in range(24)]
+    sampling = Sampling(1.0, 16)
+    local = LocalPool(build_engine(model, POLICY, 4))
+    weights = local.engine.trunk.read_adapter("sampler")
+    local.load_adapter(3, weights)
+    expected = [t.response_ids for t in local.generate(requests, sampling)]
+
+    pool = RayPool(partial(build_engine, model, POLICY, 4), 2, 4, 60.0, 1, 0.0)
+    pool.load_adapter(3, weights)
+    worker = next(p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Worker"))
+    worker.kill()
+    trajectories = pool.generate(requests, sampling)
+    pool.close()
+    assert [t.response_ids for t in trajectories] == expected
+    assert {t.version for t in trajectories} == {3}
+
+
+@pytest.mark.parametrize(
+    ("workers", "ranks"),
+    [(1, 1), pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+)
+def test_the_first_update_is_the_same_in_actors(
+    workers: int, ranks: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    assert not ray.is_initialized(), "this test starts a cluster of its own"
+    settings = settings | {"ppo": settings["ppo"] | {"steps": 2}}
+    alone = run_in_process(settings)
+    split = {
+        "name": "split",
+        "rollouts": settings["rollouts"] | {"workers": workers},
+        "learner": settings["learner"] | {"ranks": ranks},
+    }
+    actors = run_in_process(settings | split)
+    ours, theirs = ([row for row in figures(run) if "policy/loss" in row] for run in (actors, alone))
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("policy/loss", "value/loss", "reward/mean", "rollout/tokens"):
+            assert mine[name] == pytest.approx(other[name], abs=1e-5)
+    assert not [p for p in psutil.Process().children(recursive=True) if "ray" in p.name()]

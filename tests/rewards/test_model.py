@@ -1,0 +1,117 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from policies.adapters import load_adapter, load_head
+from policies.batching import collate
+from policies.errors import UserError
+from policies.heads import ScalarHead
+from policies.schema import PolicySettings
+from policies.trunk import Trunk
+from rewards.model import RewardModel
+
+POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
+SHAPES = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3), (8, 8), (5, 0)]
+
+Factory = Callable[[], RewardModel]
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return torch.randint(2, 290, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [ids(prompt, seed) for seed, (prompt, _) in enumerate(SHAPES)]
+RESPONSES = [ids(response, 100 + seed) for seed, (_, response) in enumerate(SHAPES)]
+
+
+@pytest.fixture(scope="module")
+def new_model(tiny_model: Path) -> Factory:
+    """Makes reward models with an adapter and a head that say nothing yet."""
+
+    def new() -> RewardModel:
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        trunk = Trunk(base, POLICY, ("policy", "reward"))
+        return RewardModel(trunk, ScalarHead.zeros(trunk.width))
+
+    return new
+
+
+@pytest.fixture(scope="module")
+def model(new_model: Factory) -> RewardModel:
+    """A reward model whose adapter, head and bias are random, and whose policy adapter is another."""
+    made, generator = new_model(), torch.Generator().manual_seed(7)
+    for role in ("policy", "reward"):
+        weights = {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in made.trunk.adapter(role).items()}
+        made.trunk.write_adapter(role, weights)
+    made.load_head({"weight": torch.randn(32, generator=generator), "bias": torch.tensor([0.25])}, "here")
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved(model: RewardModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "deep" / "reward"
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, saved: Path) -> Tensor:
+    """Each row's score by PEFT and transformers as they come, from the saved folder: one row, no padding."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    peft, head = PeftModel.from_pretrained(base, str(saved)).eval(), load_head(saved)
+    scores = []
+    for prompt, response in zip(PROMPTS, RESPONSES):
+        output = peft(input_ids=torch.tensor([prompt + response]), output_hidden_states=True, use_cache=False)
+        scores.append((output.hidden_states[-1][0, -1] @ head["weight"] + head["bias"]).item())
+    return torch.tensor(scores)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 40, 10_000])
+def test_scores_are_those_of_single_unpadded_rows_in_their_order(
+    model: RewardModel, alone: Tensor, tokens: int
+) -> None:
+    torch.testing.assert_close(model.score(PROMPTS, RESPONSES, tokens), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_differ_by_more_than_the_tolerance_of_these_tests(alone: Tensor) -> None:
+    assert float(alone.sort().values.diff().min()) > 1e-2
+
+
+def test_a_batch_of_two_sides_is_scored_by_its_last_tokens(model: RewardModel, alone: Tensor) -> None:
+    torch.testing.assert_close(model(collate(PROMPTS, RESPONSES, pad=3)).detach(), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_float32_on_the_cpu_without_a_graph(model: RewardModel) -> None:
+    scores = model.score(PROMPTS, RESPONSES, 40)
+    assert (scores.dtype, scores.device.type, scores.requires_grad) == (torch.float32, "cpu", False)
+
+
+def test_no_rows_have_no_scores(model: RewardModel) -> None:
+    assert model.score([], [], 40).shape == (0,)
+
+
+def test_gradients_reach_the_head_and_the_reward_adapter_alone(new_model: Factory) -> None:
+    model = new_model()
+    model.trunk.train_only("reward")
+    model.load_head({"weight": torch.ones(32), "bias": torch.zeros(1)}, "here")
+    model(collate(PROMPTS, RESPONSES)).square().sum().backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {"head.weight", "head.bias"} < reached
+    assert all(".reward." in name for name in reached - {"head.weight", "head.bias"})
+
+
+def test_a_saved_model_scores_the_same_when_it_is_loaded(model: RewardModel, saved: Path, new_model: Factory) -> None:
+    loaded = new_model()
+    loaded.trunk.write_adapter("reward", load_adapter(saved, POLICY))
+    loaded.load_head(load_head(saved), saved)
+    assert torch.equal(loaded.score(PROMPTS, RESPONSES, 40), model.score(PROMPTS, RESPONSES, 40))
+
+
+def test_a_head_of_another_width_is_refused(new_model: Factory) -> None:
+    with pytest.raises(UserError, match=r"head in old/reward was made for another base: .* 16 wide, this one is 32"):
+        new_model().load_head(ScalarHead(16).state_dict(), "old/reward")

@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from policies.adapters import fingerprint
+from policies.schema import PolicySettings
+from policies.trunk import AdapterWeights, Trunk
+from rollouts.engine import Sampling
+from rollouts.hf import ROLE, TransformersEngine, draw
+from rollouts.trajectory import Request
+
+POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
+STOPS = frozenset(range(1, 300, 20))
+SAMPLING = Sampling(temperature=0.7, max_new_tokens=24)
+GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
+LENGTHS = (3, 17, 1, 8, 8, 30, 2, 11)
+
+
+def prompt(length: int) -> tuple[int, ...]:
+    return tuple(torch.randint(2, 290, (length,), generator=torch.Generator().manual_seed(length)).tolist())
+
+
+REQUESTS = [Request("p", prompt(length), seed=seed) for seed, length in enumerate(LENGTHS)]
+
+
+def random_weights(trunk: Trunk, seed: int) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in trunk.adapter(ROLE).items()}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> TransformersEngine:
+    """An engine of eight rows, with random weights of version 7 beside another random adapter, `policy`."""
+    trunk = Trunk(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), POLICY, ("policy", ROLE))
+    trunk.write_adapter("policy", random_weights(trunk, 2))
+    engine = TransformersEngine(trunk, STOPS, rows=8)
+    engine.load_adapter(7, random_weights(trunk, 1))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, engine: TransformersEngine) -> PeftModel:
+    """The same model by PEFT and transformers as they come."""
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), engine.trunk.config)
+    set_peft_model_state_dict(peft, engine.trunk.read_adapter(ROLE))
+    return peft.eval()
+
+
+def responses(engine: TransformersEngine, requests: list[Request], sampling: Sampling) -> list[tuple[int, ...]]:
+    return [trajectory.response_ids for trajectory in engine.generate(requests, sampling)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
+def test_logprobs_are_those_of_a_full_forward(engine: TransformersEngine, plain: PeftModel, temperature: float) -> None:
+    for trajectory in engine.generate(REQUESTS, Sampling(temperature, 24)):
+        prompt_ids, tokens = trajectory.request.prompt_ids, torch.tensor(trajectory.response_ids)
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([[*prompt_ids, *trajectory.response_ids]])).logits[0]
+        logprobs = torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / (temperature or 1.0), dim=-1)
+        expected = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(trajectory.sampler_logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_responses_end_with_the_first_stop_token_and_are_otherwise_cut(engine: TransformersEngine) -> None:
+    endless = TransformersEngine(engine.trunk, frozenset(), rows=8)
+    stopped = engine.generate(REQUESTS, SAMPLING)
+    for trajectory, whole in zip(stopped, responses(endless, REQUESTS, SAMPLING)):
+        assert len(whole) == SAMPLING.max_new_tokens
+        stop = next((place for place, token in enumerate(whole) if token in STOPS), None)
+        assert trajectory.ended is (stop is not None)
+        assert trajectory.response_ids == (whole if stop is None else whole[: stop + 1])
+    assert {trajectory.ended for trajectory in stopped} == {True, False}
+
+
+def test_a_response_that_stops_at_the_limit_has_ended(engine: TransformersEngine) -> None:
+    first = next(t for t in engine.generate(REQUESTS, SAMPLING) if t.ended and t.length > 1)
+    for limit, ended in ((first.length, True), (first.length - 1, False)):
+        (again,) = engine.generate([first.request], Sampling(SAMPLING.temperature, limit))
+        assert (again.length, again.ended) == (limit, ended)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY])
+def test_responses_do_not_depend_on_the_other_rows(engine: TransformersEngine, rows: int, sampling: Sampling) -> None:
+    narrow = TransformersEngine(engine.trunk, STOPS, rows)
+    assert responses(narrow, REQUESTS[::-1], sampling)[::-1] == responses(engine, REQUESTS, sampling)
+
+
+def test_same_seed_same_response_and_another_seed_another(engine: TransformersEngine) -> None:
+    one, same, other = responses(engine, [Request("p", prompt(8), seed) for seed in (5, 5, 6)], SAMPLING)
+    assert one == same != other
+
+
+def test_trajectories_carry_the_request_and_the_version(engine: TransformersEngine) -> None:
+    trajectories = engine.generate(REQUESTS, SAMPLING)
+    assert [(t.request, t.version) for t in trajectories] == [(request, 7) for request in REQUESTS]
+
+
+def test_loading_weights_changes_responses_version_and_fingerprint(engine: TransformersEngine) -> None:
+    before, weights = engine.trunk.read_adapter(ROLE), engine.trunk.read_adapter("policy")
+    expected = [t.response_ids for t in engine.generate(REQUESTS, SAMPLING, role="policy")]
+    assert expected != responses(engine, REQUESTS, SAMPLING)
+    assert engine.load_adapter(8, weights) == fingerprint(weights)
+    assert [(t.response_ids, t.version) for t in engine.generate(REQUESTS, SAMPLING)] == [(e, 8) for e in expected]
+    engine.load_adapter(7, before)
+
+
+def test_greedy_responses_are_those_of_transformers_generate(engine: TransformersEngine, plain: PeftModel) -> None:
+    for request, response in zip(REQUESTS, responses(engine, REQUESTS, GREEDY)):
+        ids = torch.tensor([request.prompt_ids])
+        options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(STOPS), "pad_token_id": 0}
+        whole = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        assert tuple(whole[0, ids.shape[1] :].tolist()) == response
+
+
+def test_draws_have_the_frequencies_of_the_distribution() -> None:
+    logits, count = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf]), 10_000
+    tokens, _ = draw(logits.expand(count, -1), torch.arange(count, dtype=torch.float64) / count, temperature=2.0)
+    frequencies = torch.bincount(tokens, minlength=7) / count
+    torch.testing.assert_close(frequencies, torch.softmax(logits / 2.0, -1), rtol=0, atol=2 / count)
+    assert not frequencies[logits.isinf()].any()
