@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from policies.batching import buckets
 from policies.encoding import Prompt, prompt_text
 from policies.errors import UserError
-from policies.loading import check_model_folder
+from policies.loading import check_model_folder, default_device
 
 
 class Classifier:
@@ -21,7 +22,7 @@ class Classifier:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model, loading = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"reward.classifier: {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
             ) from error
@@ -34,9 +35,8 @@ class Classifier:
             )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model = model.float().requires_grad_(False).eval()
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # the model looks for a row's end by it
+        self.model = model.float().requires_grad_(False).eval().to(default_device())
         self.tokens = tokens
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class Classifier:
             padded = self.tokenizer.pad(
                 {"input_ids": [rows[i] for i in indices]}, padding_side="right", return_tensors="pt"
             )
-            logits = self.model(**padded).logits.float()
+            logits = self.model(**padded.to(self.model.device)).logits.float().cpu()
             scores[indices] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         return scores
 

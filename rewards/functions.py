@@ -16,10 +16,11 @@ ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, An
 
 def load_function(where: str, key: str) -> ScoreFunction:
     """The function that `FILE.py:function` or `module:function` names. Raises UserError naming the setting `key`."""
-    place, separator, name = where.rpartition(":")
-    if not separator or not name.isidentifier():
+    place, _, name = where.rpartition(":")
+    file = place.endswith(".py")
+    if not name.isidentifier() or not (file or all(part.isidentifier() for part in place.split("."))):
         raise UserError(f"{key}: {where!r} is neither FILE.py:function nor module:function")
-    module = _load_file(Path(place), key) if place.endswith(".py") else _load_module(place, key)
+    module = _load_file(Path(place), key) if file else _load_module(place, key)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{key}: {place} has no function {name}")
@@ -34,7 +35,11 @@ def call_function(
 ) -> list[float]:
     """The function's scores. Raises UserError unless they are one finite number a response."""
     name = getattr(function, "__name__", "the score function")
-    scores = [float(score) for score in function(prompts, responses, columns)]
+    given = function(prompts, responses, columns)
+    try:
+        scores = [float(score) for score in given]
+    except (TypeError, ValueError):
+        raise UserError(f"{name} gave {str(given)[:80]!r}; a list with one number a response was expected") from None
     if len(scores) != len(responses):
         raise UserError(f"{name} gave {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses, strict=True):
@@ -61,5 +66,5 @@ def _load_file(path: Path, key: str) -> Any:
 def _load_module(name: str, key: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (SyntaxError, ImportError) as error:
         raise UserError(f"{key}: module {name} cannot be imported: {error}") from error

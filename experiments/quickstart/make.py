@@ -27,13 +27,13 @@ Row = dict[str, str]
 class Sizes:
     """Rows of each file, and the base model's training."""
 
-    text: int = 7680
+    text: int = 7040
     demonstrations: int = 1500
-    pairs: int = 9600
+    pairs: int = 12800
     pairs_heldout: int = 2000
     prompts: int = 2048
     prompts_heldout: int = 512
-    steps: int = 480
+    steps: int = 440
     batch: int = 16
     """Texts an optimizer step."""
     learning_rate: float = 4e-3

@@ -22,16 +22,16 @@ RESPONSES = [" Blue is a colour, and so is red.", "", " No", " a short answer is
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
-def make(folder: Path, tokenizer: PreTrainedTokenizerFast, outputs: int = 1, family: str = "llama") -> str:
+def make(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, outputs: int = 1, family: str = "llama", pad: int | None = 0
+) -> str:
     """A random classifier of one layer with a tokenizer; its scores are of order one."""
     torch.manual_seed(5)
     sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_labels": outputs, "initializer_range": 0.5, "pad_token_id": 0}
-    if family == "llama":
-        model = LlamaForSequenceClassification(LlamaConfig(**sizes, **heads))
-    else:
-        model = BertForSequenceClassification(BertConfig(**sizes, **heads))
-    model.save_pretrained(folder)
+    heads = {"num_attention_heads": 2, "num_labels": outputs, "initializer_range": 0.5, "pad_token_id": pad}
+    llama, bert = (LlamaForSequenceClassification, LlamaConfig), (BertForSequenceClassification, BertConfig)
+    model, config = llama if family == "llama" else bert
+    model(config(**sizes, **heads)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -86,15 +86,15 @@ def test_messages_without_a_chat_template_are_scored_as_text(
     torch.testing.assert_close(scores, alone(path, ["user: Hi Hello"])[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_tokenizer_without_a_pad_token_changes_no_score(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize("pad", [None, 0])
+def test_without_a_pad_token_padding_changes_no_score(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, pad: int | None
 ) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.pad_token = None
-    path = make(tmp_path, tokenizer)
-    torch.testing.assert_close(
-        Classifier(path).score(PROMPTS, RESPONSES), alone(path, TEXTS)[:, 0], rtol=1e-4, atol=1e-4
-    )
+    path = make(tmp_path, tokenizer, pad=pad)
+    scores = Classifier(path).score(PROMPTS, RESPONSES)
+    torch.testing.assert_close(scores, alone(path, TEXTS)[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_three_outputs_are_refused(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
