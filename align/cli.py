@@ -1,6 +1,7 @@
 """The command `align`."""
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +105,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
 ) -> None:
     """Answer prompts with a run's policy: those given, those of a file, or a chat line by line."""
-    from align.judge import Answerer
+    with redirect_stdout(sys.stderr):  # transformers says there at import that W&B is offline, amid the answers
+        from align.judge import Answerer
     from align.run import open_run
     from rollouts.engine import Sampling
 

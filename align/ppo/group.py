@@ -54,8 +54,10 @@ class LocalLearners:
         self.learner.restore(states[0])
 
     def close(self) -> None:
+        import deepspeed
+
         self.learner.close()
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a group that is gone
 
 
 def backend() -> str:

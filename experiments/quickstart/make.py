@@ -29,7 +29,7 @@ class Sizes:
 
     text: int = 7040
     demonstrations: int = 1500
-    pairs: int = 12800
+    pairs: int = 10240
     pairs_heldout: int = 2000
     prompts: int = 2048
     prompts_heldout: int = 512

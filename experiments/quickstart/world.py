@@ -219,7 +219,7 @@ class Mix:
 
 DEMONSTRATED = Mix(0.6, 0.02, 0.5, 0.02, 0.45, 0.05, 0.35, 0.5, 0.5, (0.6, 0.3, 0.1))
 """Middling replies, one in thirty of them ideal."""
-COMPARED = Mix(0.65, 0.01, 0.5, 0.01, 0.5, 0.03, 0.3, 0.55, 0.55, (0.6, 0.3, 0.1), second_remedy=0.06, garbled=0.02)
+COMPARED = Mix(0.65, 0, 0.5, 0, 0.5, 0.02, 0.33, 0.55, 0.55, (0.6, 0.3, 0.1), second_remedy=0.02, garbled=0)
 """What annotators see: a little wider and a little better."""
 SPOKEN = Mix(0.9, 0.02, 0.8, 0.02, 0.8, 0.02, 0.08, 0.6, 0.6, (0.8, 0.2), garbled=0.0)
 """What the base model reads: it mostly names item, problem and remedy, so that these are learned."""
