@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from align.quiet import quiet_libraries
 from align.schema import STAGES, Experiment
 from policies.errors import UserError
 
@@ -169,7 +170,7 @@ def main() -> None:
     """Exit status 0: done; 2: a mistake in what the user gave; 130: stopped by the user; 1: anything else."""
     from align.interrupt import Interrupted
 
-    _quiet_libraries()
+    quiet_libraries()
     try:
         app()
     except UserError as error:
@@ -258,18 +259,3 @@ def _escaped(error: Exception) -> str:
     from rich.markup import escape
 
     return escape(str(error))
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and notes of libraries would bury the run's own."""
-    import logging
-    import os
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -17,8 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from align.files import new_folder, write_json
+from align.quiet import quiet_libraries
 
 Row = dict[str, str]
 
@@ -41,6 +43,8 @@ class Sizes:
 
 def main() -> None:
     """Make the world unless the folder holds the same one."""
+    quiet_libraries()
+    disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="folder of the world; replaced where it holds another")
     parser.add_argument("--seed", type=int, default=0)
