@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from align.files import new_folder, write_json
 from policies.errors import UserError
 
 MANIFEST = "manifest.json"
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -45,16 +48,22 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage, verified; None where there is none. Raises UserError where it is damaged."""
-    found = checkpoints(folder)
-    if not found:
-        return None
-    try:
-        verify(found[-1])
-    except UserError as error:
-        before = f"remove that folder to go on from {found[-2].name}" if len(found) > 1 else "there is no older one"
-        raise UserError(f"{error}; {before}") from error
-    return found[-1]
+    """The newest whole checkpoint of a stage; None where there is none. What is passed over is said in a warning.
+
+    Raises UserError where there are checkpoints and all of them are damaged.
+    """
+    damage: UserError | None = None
+    for checkpoint in reversed(checkpoints(folder)):
+        try:
+            verify(checkpoint)
+        except UserError as error:
+            damage = damage or error
+            log.warning("%s: looking for an older one", error)
+        else:
+            return checkpoint
+    if damage:
+        raise damage
+    return None
 
 
 def verify(checkpoint: Path) -> None:

@@ -71,7 +71,7 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
     inputs = Inputs(skipped=reader.skipped)
     if trains_sft(experiment):
         parse = example_parser(tokenizer, experiment.sft.max_tokens)
-        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse, _whole)
+        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse, _prompt)
     if trains_reward(experiment) or experiment.data.preferences or experiment.data.preferences_heldout:
         compare = comparison_parser(tokenizer, experiment.reward.max_tokens, experiment.reward.label_smoothing)
         if trains_reward(experiment):
@@ -88,12 +88,10 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
     return inputs
 
 
-def _whole(example: Example) -> Hashable:
-    """Demonstrations that are plain text all have the same empty prompt."""
-    return (*example.prompt_ids, *example.response_ids)
-
-
-def _prompt(row: Comparison | Request) -> Hashable:
+def _prompt(row: Example | Comparison | Request) -> Hashable:
+    """What must not stand on both sides of a split. Plain text has no prompt but the start: there it is the text."""
+    if isinstance(row, Example) and len(row.prompt_ids) == 1:
+        return tuple(row.response_ids)
     return tuple(row.prompt_ids)
 
 

@@ -23,6 +23,12 @@ def fill(folder: Path, name: str) -> None:
         (temporary / name).write_text(name)
 
 
+def half_fill(folder: Path, error: type[BaseException]) -> None:
+    with new_folder(folder) as temporary:
+        (temporary / "half").touch()
+        raise error
+
+
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -48,9 +54,8 @@ def test_a_new_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> No
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     fill(tmp_path / "a", "old")
-    with pytest.raises(error), new_folder(tmp_path / "a") as temporary:
-        (temporary / "half").touch()
-        raise error
+    with pytest.raises(error):
+        half_fill(tmp_path / "a", error)
     assert files(tmp_path) == ["a", "a/old"]
 
 
