@@ -1,12 +1,11 @@
 """The lines of the design's "PPO, exactly" that no other test proves, by whole runs, two ranks and two model families.
 
-The other lines are proved beside what they are about: test_advantages, test_episodes, test_kl, test_losses,
-test_learner and test_optimizer here, tests/policies, tests/rewards, tests/rollouts and tests/integration.
+The other lines are proved beside what they are about: see test_advantages, test_episodes, test_kl, test_losses,
+test_learner, test_optimizer, and the other folders of tests.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from align.checkpoint import latest
 from align.cluster import ray_cluster
 from align.pipeline import load_inputs
 from align.ppo.build import Blueprint, build_roles
+from align.ppo.checkpoint import read_progress
 from align.ppo.episodes import make_episodes
 from align.ppo.group import Learners, LocalLearners
 from align.ppo.kl import AdaptiveKl
@@ -42,11 +43,9 @@ from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 Series = Callable[[str], list[float]]
 
-CPU = torch.device("cpu")
 TEMPERATURE = 0.7
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
-PAD = 0
-"""What rows are padded with; here it is EOS too."""
+PAD = 0  # what rows are padded with; here it is EOS too
 STOPS = frozenset(range(PAD, 300, 12))
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -54,20 +53,19 @@ NEAR = {"rtol": 1e-4, "atol": 1e-4}
 def randomise(trunk: Trunk, *roles: str) -> None:
     for seed, role in enumerate(roles):
         noise = torch.Generator().manual_seed(seed)
-        weights = {n: 0.15 * torch.randn(p.shape, generator=noise) for n, p in trunk.adapter(role).items()}
-        trunk.write_adapter(role, weights)
+        own = trunk.adapter(role)
+        trunk.write_adapter(role, {n: 0.15 * torch.randn(p.shape, generator=noise) for n, p in own.items()})
 
 
 def llama(folder: Path) -> PreTrainedModel:
-    """Positions are relative: a whole row may be shifted and nothing changes."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def gpt2(_: Path) -> PreTrainedModel:
-    """Positions are absolute: a row that is shifted by its padding is another row."""
+    """Positions are absolute: a row shifted by its padding is another row, where a Llama would not notice."""
     torch.manual_seed(0)
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=300, **size)).requires_grad_(False).eval()
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    return GPT2LMHeadModel(config).requires_grad_(False).eval()
 
 
 @pytest.fixture(params=[llama, gpt2])
@@ -81,15 +79,19 @@ def roles(request: pytest.FixtureRequest, tiny_model: Path) -> Roles:
 
 def requests() -> list[Request]:
     """Prompts of many lengths with EOS, which is the pad id, at their start, within and at their end."""
-    ids = torch.randint(2, 290, (6, 20), generator=torch.Generator().manual_seed(3)).tolist()
-    cut = [row[:length] for row, length in zip(ids, (3, 17, 5, 8, 1, 20))]
-    return [Request("", (PAD, PAD, *row, PAD, 7, PAD), seed) for seed, row in enumerate(cut)]
+    lengths = (3, 17, 5, 8, 1, 20)
+    return [Request("", (PAD, PAD, *range(t, 2 * t), PAD, 7, PAD), seed) for seed, t in enumerate(lengths)]
 
 
 def sample(roles: Roles) -> list[Trajectory]:
     engine = TransformersEngine(roles.trunk, STOPS, rows=6)
     engine.load_adapter(1, roles.trunk.read_adapter("policy"))
     return engine.generate(requests(), Sampling(TEMPERATURE, 12))
+
+
+@torch.no_grad()
+def score(roles: Roles, rows: list[Trajectory]) -> list[Scored]:
+    return score_group(roles, rows, TEMPERATURE, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -105,10 +107,8 @@ def alone(roles: Roles, row: Trajectory, role: str) -> tuple[Tensor, Tensor]:
 def test_sampler_and_learner_agree_with_each_row_alone_at_the_sampling_temperature(roles: Roles) -> None:
     """Temperature included; position ids from the attention mask; masks never from comparing with the pad id."""
     rows = sample(roles)
-    with torch.no_grad():
-        scored = score_group(roles, rows, TEMPERATURE, CPU)
     assert len({row.length for row in rows}) > 2
-    for row, said in zip(rows, scored):
+    for row, said in zip(rows, score(roles, rows)):
         expected, _ = alone(roles, row, "policy")
         torch.testing.assert_close(row.sampler_logprobs, expected, **NEAR)
         torch.testing.assert_close(said.logprobs, expected, **NEAR)
@@ -119,27 +119,26 @@ def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pa
     """The score lands on the last token, EOS included; masks come from lengths: pad is EOS in half of tokenizers."""
     rows = [replace(row, response_ids=(*row.response_ids[:-1], PAD)) for row in sample(roles)]
     assert roles.reward_head is not None
-    with torch.no_grad():
-        for row, said in zip(rows, score_group(roles, rows, TEMPERATURE, CPU)):
-            assert said.score == pytest.approx(float(roles.reward_head(alone(roles, row, "reward")[1])), abs=1e-4)
-            last = float(roles.critic_head(alone(roles, row, "critic")[1]))
-            assert float(said.values[-1]) == pytest.approx(last, abs=1e-4)
+    for row, said in zip(rows, score(roles, rows)):
+        assert said.score == pytest.approx(float(roles.reward_head(alone(roles, row, "reward")[1])), abs=1e-4)
+        last = float(roles.critic_head(alone(roles, row, "critic")[1]))
+        assert float(said.values[-1]) == pytest.approx(last, abs=1e-4)
 
 
 def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
     """Score, whiten and train on a batch; gives its advantages and the statistics of the update."""
     made = make_episodes(rows, learners.score(rows), PpoSettings(), 0.1)
-    statistics = learners.update(made, [[list(range(len(rows)))]], Rates(0.1, 0.1, 0.0))
+    statistics = learners.update(made, [[[*range(len(rows))]]], Rates(0.1, 0.1, 0.0))
     learners.close()
     return torch.cat([episode.advantages for episode in made]), statistics
 
 
 def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     """Advantages whitened over the whole batch, across all ranks; every loss over the token count of all ranks."""
-    probe = Trunk(llama(tiny_model), POLICY, ("policy", "reward"))
-    randomise(probe, "policy", "reward")
+    names = ("policy", "reward")
+    randomise(probe := Trunk(llama(tiny_model), POLICY, names), *names)
     head = ScalarHead(probe.width, torch.Generator().manual_seed(1)).state_dict()
-    adapters = [probe.read_adapter(role) for role in ("policy", "reward")]
+    adapters = [probe.read_adapter(role) for role in names]
     blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, *adapters, head)
     lengths = (1, 9, 4, 12, 7, 2, 3)
     rows = [Trajectory(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]
@@ -174,10 +173,9 @@ def test_kl_weighs_in_the_reward_or_in_the_loss_and_never_in_both(where: Any) ->
 def test_a_step_logs_the_gap_the_coefficient_the_skipped_steps_and_the_version() -> None:
     """The sampler's log-probabilities against the learner's: the gap is logged; skipped steps are counted, logged."""
     row, verdict = row_and_verdict(torch.tensor([0.1, -0.3, 0.2]))
-    gradients = {"policy_gradient_norm": 0.0, "critic_gradient_norm": 0.0}
-    statistics = dict.fromkeys(STATISTICS, 0.0) | gradients | {"optimizer_steps": 8, "skipped_steps": 3}
+    names = (*STATISTICS, "policy_gradient_norm", "critic_gradient_norm", "optimizer_steps", "skipped_steps")
     made = make_episodes([row], [verdict], PpoSettings(), 0.1)
-    logged = step_metrics(Step(0, [row], [verdict], made, Rates(0, 0, 0), 0.25, statistics, {}), None)
+    logged = step_metrics(Step(0, [row], [verdict], made, Rates(0, 0, 0), 0.25, dict.fromkeys(names, 3.0), {}), None)
     assert (logged["rollout/gap_mean"], logged["rollout/gap_max"]) == pytest.approx((0.2, 0.3))
     assert (logged["kl/coefficient"], logged["learner/skipped_steps"], logged["rollout/version"]) == (0.25, 3, 4)
 
@@ -189,8 +187,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rollouts": {"temperature": TEMPERATURE},
     "ppo": {"steps": 4, "epochs": 1, "minibatches": 1, "critic_warmup": 1, "kl": {"target": 0.1, "horizon": 40}},
     "learner": {"policy_learning_rate": 1e-2},
-    "evaluation": {"every": 0},
-    "checkpoint": {"every": 4},
 }
 
 
@@ -205,8 +201,7 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[E
 @pytest.fixture
 def series(whole: tuple[Experiment, Path]) -> Series:
     """A metric's values, step by step."""
-    rows = [row for row in figures(whole[1]) if "policy/loss" in row]
-    return cache(lambda name: [row[name] for row in rows])
+    return lambda name: [row[name] for row in figures(whole[1]) if "policy/loss" in row]
 
 
 def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(whole: tuple[Experiment, Path]) -> None:
@@ -216,11 +211,8 @@ def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(w
     roles = build_roles(make_judges(experiment, run, tokenizer).blueprint, (ROLE,))
     engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rows=8)
     engine.load_adapter(0, load_adapter(run.sft, experiment.policy))
-    prompts = enumerate(load_inputs(experiment).prompts)
-    asked = [replace(prompt, seed=seed_for(experiment.seed, "normalise", i)) for i, prompt in prompts]
-    with torch.no_grad():
-        rows = engine.generate(asked, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens))
-        scored = score_group(roles, rows, TEMPERATURE, CPU)
+    asked = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_inputs(experiment).prompts)]
+    scored = score(roles, engine.generate(asked, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens)))
     scores = torch.tensor([said.score for said in scored])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-3)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-3)
@@ -244,12 +236,15 @@ def test_the_critic_warms_up_alone(series: Series) -> None:
     assert abs(series("kl/sequence")[2]) > 1e-2
 
 
-def test_the_adaptive_coefficient_follows_from_the_kl_of_the_steps_before(series: Series) -> None:
-    """The coefficient is fixed or adaptive to a target; it is logged every step."""
+def test_the_adaptive_coefficient_follows_from_the_kl_before(series: Series, whole: tuple[Experiment, Path]) -> None:
+    """The coefficient is fixed or adaptive to a target; its state is in the checkpoint; it is logged every step."""
     coefficient, expected = AdaptiveKl(0.05, target=0.1, horizon=40), []
     for kl in series("kl/sequence"):
         expected.append(coefficient.value)
         coefficient.update(kl, episodes=8)
     assert series("kl/coefficient") == pytest.approx(expected, rel=1e-6)
-    assert len(set(expected)) == 4
+    assert len({*expected, coefficient.value}) == 5
+    saved = latest(RunFolder(whole[1]).checkpoints("ppo"))
+    assert saved is not None
+    assert read_progress(saved, 0, 0).kl_coefficient == pytest.approx(coefficient.value, rel=1e-6)
     assert series("kl/loss") == [0] * 4
