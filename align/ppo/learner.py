@@ -77,9 +77,10 @@ class Learner:
         lengths = [len(t.request.prompt_ids) + t.length for t in trajectories]
         groups = buckets(lengths, self.learner.tokens_per_microbatch)
         scored: dict[int, Scored] = {}
-        for group in self._level(groups):
+        for place, group in enumerate(self._level(groups)):
             verdicts = score_group(self.engine, [trajectories[i] for i in group], self.temperature, self.device)
-            scored.update(zip(group, verdicts, strict=True))
+            if place < len(groups):
+                scored.update(zip(group, verdicts, strict=True))
         return [scored[i] for i in range(len(trajectories))]
 
     def update(
@@ -160,13 +161,16 @@ class Learner:
 
     def _backward(self, minibatch: list[Episode], tokens: int, kl_in_loss: float) -> Tensor:
         """Accumulate the gradient of this rank's share of a minibatch that has `tokens` response tokens in all."""
-        by_length = sorted(minibatch, key=lambda e: e.length)
-        share = by_length[self.rank :: self.world]
-        groups = buckets([e.length for e in share], self.learner.tokens_per_microbatch)
+        rows = sorted(minibatch, key=lambda e: e.length)
+        share = range(self.rank, len(rows), self.world)
+        groups = [
+            [share[i] for i in group]
+            for group in buckets([rows[i].length for i in share], self.learner.tokens_per_microbatch)
+        ]
         sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.device)
         loss_of = partial(ppo_loss, ppo=self.ppo, temperature=self.temperature, kl_in_loss=kl_in_loss)
         for place, group in enumerate(self._level(groups)):
-            batch, targets = microbatch([share[i] for i in group], self.device)
+            batch, targets = microbatch([rows[i] for i in group], self.device)
             loss, parts = self.engine(loss_of, batch, targets)
             # DeepSpeed averages over ranks; the loss is a mean over the tokens of all of them. A microbatch beyond
             # this rank's own is there to keep step with the other ranks and weighs nothing.
@@ -179,12 +183,12 @@ class Learner:
         return sums.cpu()
 
     def _level(self, groups: list[list[int]]) -> list[list[int]]:
-        """The groups, filled up by copies of the first to as many as the rank with the most has."""
+        """The groups, filled up by groups of row 0 alone to as many as the rank with the most has."""
         if self.world == 1:
             return groups
         most = torch.tensor(len(groups), device=self.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return groups + [groups[0]] * (int(most) - len(groups))
+        return groups + [[0]] * (int(most) - len(groups))
 
     def _moved_too_far(self, sums: Tensor, tokens: int) -> bool:
         target = self.ppo.target_kl

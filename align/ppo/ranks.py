@@ -33,7 +33,8 @@ class RayLearners:
         by_length = sorted(
             range(len(trajectories)), key=lambda i: len(trajectories[i].request.prompt_ids) + trajectories[i].length
         )
-        shares = [by_length[rank :: self.ranks] for rank in range(self.ranks)]
+        # Every rank must take part, the one without a row of its own by scoring one that another scores too.
+        shares = [by_length[rank :: self.ranks] or by_length[:1] for rank in range(self.ranks)]
         calls = [
             actor.score.remote([trajectories[i] for i in share])
             for actor, share in zip(self.actors, shares, strict=True)

@@ -1,7 +1,6 @@
 """The lines of the design's "PPO, exactly" that no other test proves, by whole runs, two ranks and two model families.
 
-The other lines are proved beside what they are about: see test_advantages, test_episodes, test_kl, test_losses,
-test_learner, test_optimizer, and the other folders of tests.
+The others are proved beside what they are about, in the neighbours of this file and in the other folders of tests.
 """
 
 from collections.abc import Callable
@@ -120,9 +119,10 @@ def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pa
     rows = [replace(row, response_ids=(*row.response_ids[:-1], PAD)) for row in sample(roles)]
     assert roles.reward_head is not None
     for row, said in zip(rows, score(roles, rows)):
-        assert said.score == pytest.approx(float(roles.reward_head(alone(roles, row, "reward")[1])), abs=1e-4)
-        last = float(roles.critic_head(alone(roles, row, "critic")[1]))
-        assert float(said.values[-1]) == pytest.approx(last, abs=1e-4)
+        assert said.score == pytest.approx(roles.reward_head(alone(roles, row, "reward")[1]).item(), abs=1e-4)
+        assert said.values[-1].item() == pytest.approx(
+            roles.critic_head(alone(roles, row, "critic")[1]).item(), abs=1e-4
+        )
 
 
 def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
@@ -135,10 +135,9 @@ def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[
 
 def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     """Advantages whitened over the whole batch, across all ranks; every loss over the token count of all ranks."""
-    names = ("policy", "reward")
-    randomise(probe := Trunk(llama(tiny_model), POLICY, names), *names)
+    randomise(probe := Trunk(llama(tiny_model), POLICY, ("policy", "reward")), "policy", "reward")
     head = ScalarHead(probe.width, torch.Generator().manual_seed(1)).state_dict()
-    adapters = [probe.read_adapter(role) for role in names]
+    adapters = [probe.read_adapter(role) for role in ("policy", "reward")]
     blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, *adapters, head)
     lengths = (1, 9, 4, 12, 7, 2, 3)
     rows = [Trajectory(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]

@@ -21,7 +21,7 @@ from rollouts.engine import Sampling
 from rollouts.hf import build_engine
 from rollouts.pool import LocalPool
 from rollouts.ray_pool import RayPool
-from rollouts.trajectory import Request
+from rollouts.trajectory import Request, Trajectory
 
 POLICY = PolicySettings(rank=4, alpha=8)
 PPO = PpoSettings(batch=13, minibatches=1, epochs=1)
@@ -111,6 +111,21 @@ def test_ranks_and_zero_stages_give_one_gradient(
             assert float((measured - expected).norm() / expected.norm()) < 1e-6
         else:
             assert measured == pytest.approx(expected, abs=1e-5)
+
+
+def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> None:
+    trajectory = Trajectory(Request("", (5, 6), 0), (7, 8, 9), torch.zeros(3), True, 0)
+    results = []
+    for split in (SGD, SGD.model_copy(update={"ranks": 2})):
+        if split.ranks:
+            learners: Learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, 1)
+        else:
+            learners = LocalLearners(build(tiny_model), PPO, split, 1.0, False)
+        (scored,) = learners.score([trajectory])
+        update = learners.update(episodes()[:1], [[[0]]], STEEP)
+        results.append([*scored.logprobs.tolist(), update["policy_loss"], update["policy_gradient_norm"]])
+        learners.close()
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 def test_a_killed_worker_is_replaced_and_the_responses_are_the_same(tiny_model: Path, cluster: None) -> None:
