@@ -171,7 +171,7 @@ def _worth(given: set[str], right: str) -> int:
 
 # --- The annotators -------------------------------------------------------------------------------------------------
 
-BETA = 2.2
+BETA = 1.8
 """How sharply annotators tell better from worse: the slope of their Bradley-Terry law."""
 EXPLOIT_WEIGHT, EXPLOIT_CAP = 0.35, 3.0
 
