@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from align.checkpoint import checkpoints, latest, seal
 from align.interrupt import Interrupted, Stop
+from align.ppo.optimizer import warmed
 from align.progress import Progress
 from align.seeds import seed_for
 from align.tracking import Tracker
@@ -57,7 +58,7 @@ def fit(
         gradient_accumulation_steps=settings.batch // microbatch,
         max_steps=steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type=warmed(settings.schedule),
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,

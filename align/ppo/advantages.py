@@ -36,8 +36,11 @@ def whiten(advantages: Tensor) -> Tensor:
 
     One number alone, or numbers that are all the same, become 0.
     """
-    centred = advantages - advantages.mean()
-    return centred / (centred.square().mean().sqrt() + 1e-8)
+    exact = (
+        advantages.double()
+    )  # in float32 the mean of equal numbers may be off by a rounding, which would be scaled up
+    centred = exact - exact.mean()
+    return (centred / (centred.square().mean().sqrt() + 1e-8)).float()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

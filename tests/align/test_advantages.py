@@ -86,9 +86,6 @@ def test_whitening_equal_numbers_gives_zeros() -> None:
     assert whiten(torch.full((5,), 0.5)).tolist() == [0.0] * 5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the mean of equal float32 numbers is off by a rounding, which 1e-8 does not hide"
-)
 @given(NUMBERS, st.integers(1, 50))
 def test_whitening_equal_numbers_gives_zeros_whatever_their_rounding(number: float, count: int) -> None:
     assert float(whiten(torch.full((count,), number)).abs().max()) < 1e-3

@@ -121,9 +121,6 @@ def test_constant_schedule_is_one_throughout() -> None:
     assert {schedule_factor("constant", step, 10, 0.0) for step in range(10)} == {1.0}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="transformers' constant schedule has no warm-up: learner.warmup has no effect on it"
-)
 def test_warmup_is_not_ignored_by_the_default_schedule() -> None:
     assert schedule_factor(LearnerSettings().schedule, 0, 10, 0.5) < 1.0
 
