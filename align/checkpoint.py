@@ -23,6 +23,11 @@ def new_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
     with new_folder(folder / f"step-{step}") as temporary:
         yield temporary
         seal(temporary)
+    prune(folder, keep)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all checkpoints of a stage but the last `keep`."""
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 

@@ -1,7 +1,6 @@
 """Experiment files: YAML with `include:`, `${…}` and overrides, into settings that are known to be right."""
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from align.files import write_text
 from align.schema import Experiment
 from policies.errors import UserError
 
@@ -45,12 +45,7 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
 def dump_experiment(experiment: Experiment, path: Path) -> None:
     """Write all settings, defaults too, so that `load_experiment` gives the same ones again."""
     text = yaml.dump(experiment.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, text)
 
 
 @dataclass

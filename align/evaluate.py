@@ -12,6 +12,7 @@ from torch import Tensor
 from align.scoring import Gold
 from align.seeds import seed_for
 from policies.trunk import AdapterWeights
+from rewards.losses import pair_accuracy
 from rollouts.engine import Sampling
 from rollouts.pool import Pool
 from rollouts.trajectory import Request, Scored, Trajectory, lengths
@@ -119,7 +120,7 @@ def _best_of(sides: Sequence[Side]) -> dict[str, float]:
 
 def win_rate(ours: Tensor, theirs: Tensor) -> float:
     """Share of prompts in which ours scores higher, ties counted half."""
-    return float(((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean())
+    return float(pair_accuracy(ours, theirs))
 
 
 def distinct_2(rows: Sequence[Sequence[int]]) -> float:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from align.checkpoint import checkpoints, latest, seal
+from align.checkpoint import latest, prune, seal
 from align.interrupt import Interrupted, Stop
 from align.ppo.optimizer import warmed
 from align.progress import Progress
@@ -51,7 +51,7 @@ def fit(
     """
     objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer's way to ask for num_items_in_batch
     microbatch = settings.microbatch or settings.batch
-    steps = math.ceil(math.ceil(len(rows) / settings.batch) * settings.epochs)
+    steps = optimizer_steps(len(rows), settings)
     arguments = TrainingArguments(
         output_dir=str(context.checkpoints),
         per_device_train_batch_size=microbatch,
@@ -88,6 +88,11 @@ def fit(
         raise Interrupted
     objective.eval()
     return steps
+
+
+def optimizer_steps(rows: int, settings: FitSettings) -> int:
+    """How many optimizer steps a stage takes over so many rows; the last batch of an epoch may be smaller."""
+    return math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
 
 
 class _Trainer(Trainer):
@@ -137,5 +142,4 @@ class _Watch(TrainerCallback):
         target = written.with_name(f"step-{state.global_step}")
         shutil.rmtree(target, ignore_errors=True)
         written.rename(target)
-        for old in checkpoints(self.context.checkpoints)[: -self.context.keep]:
-            shutil.rmtree(old)
+        prune(self.context.checkpoints, self.context.keep)

@@ -14,8 +14,6 @@ from policies.errors import UserError
 from rewards.preferences import Pair, parse_pair
 from rollouts.trajectory import Request
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Example:
@@ -34,6 +32,9 @@ class Comparison:
     chosen_ids: list[int]
     rejected_ids: list[int]
     preference: float
+
+
+T = TypeVar("T", Example, Comparison, Request)
 
 
 @dataclass
@@ -71,19 +72,17 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
     inputs = Inputs(skipped=reader.skipped)
     if trains_sft(experiment):
         parse = example_parser(tokenizer, experiment.sft.max_tokens)
-        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse, _prompt)
-    if trains_reward(experiment) or experiment.data.preferences or experiment.data.preferences_heldout:
-        compare = comparison_parser(tokenizer, experiment.reward.max_tokens, experiment.reward.label_smoothing)
-        if trains_reward(experiment):
-            both = reader.both("preferences", "preferences_heldout", compare, _prompt)
-            inputs.comparisons, inputs.comparisons_heldout = both
-        elif experiment.data.preferences_heldout:
-            inputs.comparisons_heldout = reader.one("preferences_heldout", compare)
+        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse)
+    compare = comparison_parser(tokenizer, experiment.reward.max_tokens, experiment.reward.label_smoothing)
+    if trains_reward(experiment):
+        inputs.comparisons, inputs.comparisons_heldout = reader.both("preferences", "preferences_heldout", compare)
+    elif experiment.data.preferences_heldout:
+        inputs.comparisons_heldout = reader.one("preferences_heldout", compare)
     if "ppo" in experiment.stages:
         ask = request_parser(
             tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context
         )
-        inputs.prompts, heldout = reader.both("prompts", "prompts_heldout", ask, _prompt)
+        inputs.prompts, heldout = reader.both("prompts", "prompts_heldout", ask)
         inputs.prompts_heldout = heldout[: experiment.evaluation.prompts]
     return inputs
 
@@ -115,18 +114,12 @@ class _Reader:
             self.skipped[name] = parsed.skipped
         return parsed.items
 
-    def both(
-        self,
-        name: str,
-        heldout: str | None,
-        parse: Callable[[Mapping[str, Any]], T],
-        key: Callable[[T], Hashable],
-    ) -> tuple[list[T], list[T]]:
+    def both(self, name: str, heldout: str | None, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], list[T]]:
         rows = self.one(name, parse)
         if heldout and getattr(self.data, heldout):
             return rows, self.one(heldout, parse)
         try:
-            return split_heldout(rows, self.data.heldout_share, seed_for(self.seed, "split", name), key)
+            return split_heldout(rows, self.data.heldout_share, seed_for(self.seed, "split", name), _prompt)
         except ValueError as error:
             raise UserError(f"data.{name}: {error}{f', and data.{heldout} is not set' if heldout else ''}") from None
 

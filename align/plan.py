@@ -9,11 +9,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from align.cluster import cores, threads
+from align.fit import optimizer_steps
 from align.inputs import Inputs, trains_reward, trains_sft
 from align.schema import Experiment
 from policies.loading import load_model_config
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
+from rewards.schema import FitSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -51,19 +53,18 @@ def plan_lines(experiment: Experiment, inputs: Inputs, stages: list[str], sizes:
     """Name and text of each line of the plan."""
     lines = [("stages", " → ".join(stages) or "nothing is left to do")]
     if trains_sft(experiment) and "sft" in stages:
-        lines.append(("sft", _fit(len(inputs.examples), "demonstrations", experiment.sft.batch, experiment.sft.epochs)))
+        lines.append(("sft", _fit(len(inputs.examples), "demonstrations", experiment.sft)))
     if trains_reward(experiment) and "reward" in stages:
-        reward = experiment.reward
-        lines.append(("reward", _fit(len(inputs.comparisons), "pairs", reward.batch, reward.epochs)))
+        lines.append(("reward", _fit(len(inputs.comparisons), "pairs", experiment.reward)))
     if "ppo" in stages:
         lines += _ppo(experiment, inputs, sizes)
     lines += [("skipped rows", f"{len(why)} of data.{source}") for source, why in inputs.skipped.items()]
     return [*lines, ("written to", str(Path(experiment.runs) / experiment.name))]
 
 
-def _fit(rows: int, what: str, batch: int, epochs: float) -> str:
-    steps = int(-(-(-(-rows // batch) * epochs) // 1))
-    return f"{rows:,} {what}, {epochs:g} epochs of batches of {batch}: {steps:,} optimizer steps"
+def _fit(rows: int, what: str, settings: FitSettings) -> str:
+    steps = optimizer_steps(rows, settings)
+    return f"{rows:,} {what}, {settings.epochs:g} epochs of batches of {settings.batch}: {steps:,} optimizer steps"
 
 
 def _ppo(experiment: Experiment, inputs: Inputs, sizes: Sizes) -> list[tuple[str, str]]:

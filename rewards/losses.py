@@ -20,6 +20,6 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, prefere
 
 def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Share of pairs in the right order, equal scores counted half. Scores `[N]`; result is a scalar."""
-    return (
-        ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean() if len(chosen) else torch.tensor(0.0)
-    )
+    if not len(chosen):
+        return torch.tensor(0.0)
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean()

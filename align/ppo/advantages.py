@@ -36,9 +36,8 @@ def whiten(advantages: Tensor) -> Tensor:
 
     One number alone, or numbers that are all the same, become 0.
     """
-    exact = (
-        advantages.double()
-    )  # in float32 the mean of equal numbers may be off by a rounding, which would be scaled up
+    # In float32 the mean of equal numbers may be off by a rounding, which the division would scale up.
+    exact = advantages.double()
     centred = exact - exact.mean()
     return (centred / (centred.square().mean().sqrt() + 1e-8)).float()
 
