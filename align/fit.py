@@ -2,15 +2,17 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.checkpoint import latest, prune, seal
 from align.interrupt import Interrupted, Stop
@@ -35,9 +37,17 @@ class StageContext:
     stop: Stop
 
 
+class Row(Protocol):
+    """What is trained on: a demonstration, a pair."""
+
+    @property
+    def length(self) -> int:
+        """Its tokens; rows are batched with others of about as many."""
+
+
 def fit(
     objective: nn.Module,
-    rows: Sequence[Any],
+    rows: Sequence[Row],
     collate: Callable[[list[Any]], dict[str, Any]],
     settings: FitSettings,
     context: StageContext,
@@ -46,7 +56,7 @@ def fit(
     """Train the parameters of `objective` that require gradients. Returns the number of optimizer steps.
 
     objective: gives {"loss": …}, a sum over its microbatch divided by `num_items_in_batch`, the number of `labels`
-    in the whole batch. metrics: the first part of the names that are logged.
+    in the whole batch. metrics: the first part of the names that are logged. Batches are of rows of about one length.
     Goes on from the last checkpoint where there is one. Raises Interrupted after a checkpoint if asked to stop.
     """
     objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer's way to ask for num_items_in_batch
@@ -95,8 +105,31 @@ def optimizer_steps(rows: int, settings: FitSettings) -> int:
     return math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
 
 
+class _LengthGroups(Sampler[int]):
+    """Rows in random order, but such that those of a batch are of about one length: little of it is padding."""
+
+    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed = lengths, batch, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order is a function of seed and epoch alone, so that a stage that is resumed finds its place."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", self.epoch))
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+
+
 class _Trainer(Trainer):
-    """A Trainer whose checkpoints hold what is trained and not the frozen base."""
+    """A Trainer that groups rows by length, and whose checkpoints hold what is trained and not the frozen base."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _LengthGroups:
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _LengthGroups([row.length for row in self.train_dataset], batch, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

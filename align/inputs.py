@@ -22,6 +22,10 @@ class Example:
     prompt_ids: list[int]
     response_ids: list[int]
 
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -32,6 +36,11 @@ class Comparison:
     chosen_ids: list[int]
     rejected_ids: list[int]
     preference: float
+
+    @property
+    def length(self) -> int:
+        """Of the longer of the two rows."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 T = TypeVar("T", Example, Comparison, Request)

@@ -58,7 +58,7 @@ def heldout_loss(objective: Likelihood, examples: Sequence[Example], tokens: int
     """Mean negative log-likelihood of all response tokens, in nats; batches pad to at most `tokens` positions."""
     device, total = objective.trunk.causal.device, 0.0
     one = torch.ones((), device=device)
-    for group in buckets([len(e.prompt_ids) + len(e.response_ids) for e in examples], tokens):
+    for group in buckets([e.length for e in examples], tokens):
         batch = {name: tensor.to(device) for name, tensor in _tensors([examples[i] for i in group]).items()}
         total += float(objective(**batch, num_items_in_batch=one)["loss"])
     return total / sum(len(e.response_ids) for e in examples)
