@@ -84,9 +84,9 @@ def plan(experiment: File, overrides: Overrides = None) -> None:
 def evaluate(run: Run) -> None:
     """Judge a run's policy against its reference again, and write evaluation.json."""
     from align.files import write_json
-    from align.judge import evaluate_run
     from align.pipeline import load_inputs
     from align.run import open_run
+    from align.trained import evaluate_run
 
     folder, settings = open_run(run)
     if not folder.done("ppo"):
@@ -107,7 +107,7 @@ def generate(
 ) -> None:
     """Answer prompts with a run's policy: those given, those of a file, or a chat line by line."""
     with redirect_stdout(sys.stderr):  # transformers says there at import that W&B is offline, amid the answers
-        from align.judge import Answerer
+        from align.trained import Answerer
     from align.run import open_run
     from rollouts.engine import Sampling
 
@@ -136,8 +136,8 @@ def export(
     import shutil
 
     from align.files import new_folder
-    from align.judge import policy_folder
     from align.run import open_run
+    from align.trained import policy_folder
     from policies.export import export_merged
     from policies.loading import load_tokenizer
 

@@ -1,6 +1,6 @@
 """Reference and policy side by side on held-out prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.scoring import Gold
+from align.scoring import Gold, Score
 from align.seeds import seed_for
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
@@ -51,7 +51,7 @@ class Evaluator:
     def __init__(
         self,
         pool: Pool,
-        score: Callable[[Sequence[Trajectory]], list[Scored]],
+        score: Score,
         gold: Gold | None,
         reference: AdapterWeights,
         prompts: Sequence[Request],

@@ -105,7 +105,7 @@ def optimizer_steps(rows: int, settings: FitSettings) -> int:
     return math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
 
 
-class _LengthGroups(Sampler[int]):
+class LengthGroups(Sampler[int]):
     """Rows in random order, but such that those of a batch are of about one length: little of it is padding."""
 
     def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
@@ -127,9 +127,9 @@ class _LengthGroups(Sampler[int]):
 class _Trainer(Trainer):
     """A Trainer that groups rows by length, and whose checkpoints hold what is trained and not the frozen base."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> _LengthGroups:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _LengthGroups([row.length for row in self.train_dataset], batch, self.args.seed)
+        return LengthGroups([row.length for row in self.train_dataset], batch, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

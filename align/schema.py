@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from policies.schema import ModelSettings, PolicySettings, Settings
+from policies.schema import ModelSettings, PolicySettings, Schedule, Settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import RolloutSettings
 
@@ -110,7 +110,7 @@ class LearnerSettings(Settings):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     policy_learning_rate: float = Field(1e-4, ge=0)
     critic_learning_rate: float = Field(1e-4, ge=0)
-    schedule: str = Field("constant", description="a learning-rate schedule of transformers: constant, linear, cosine")
+    schedule: Schedule = Field("constant", description="how the rates go on from their peaks, as in transformers")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient, of policy and of critic each by itself")

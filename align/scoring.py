@@ -13,6 +13,9 @@ from rollouts.trajectory import Scored, Trajectory
 Reward = Callable[[Sequence[Trajectory], list[Scored]], list[Scored]]
 """Puts the score into each verdict."""
 
+Score = Callable[[Sequence[Trajectory]], list[Scored]]
+"""Verdicts on trajectories."""
+
 Gold = Callable[[Sequence[Trajectory]], list[float]]
 """The true score of each trajectory, where the user has one."""
 

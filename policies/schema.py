@@ -11,6 +11,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
+"""The learning-rate schedules of transformers that need no parameters of their own."""
+
+
 class ModelSettings(Settings):
     """The frozen base model that all roles share."""
 

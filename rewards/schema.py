@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from policies.schema import Settings
+from policies.schema import Schedule, Settings
 
 
 class FitSettings(Settings):
@@ -12,7 +12,7 @@ class FitSettings(Settings):
     batch: int = Field(32, ge=1, description="samples an optimizer step")
     microbatch: int | None = Field(None, ge=1, description="samples a forward pass; unset: the whole batch")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    schedule: str = Field("cosine", description="a learning-rate schedule of transformers: cosine, linear, constant, …")
+    schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak, as in transformers")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")

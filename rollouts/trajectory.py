@@ -41,7 +41,13 @@ class Trajectory:
 
     @property
     def length(self) -> int:
+        """T."""
         return len(self.response_ids)
+
+    @property
+    def total_length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.request.prompt_ids) + self.length
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align.ppo.episodes import Episode
 from align.ppo.optimizer import GroupClip, make_optimizer
-from align.ppo.roles import STATISTICS, Roles, microbatch, ppo_loss, score_group
+from align.ppo.roles import STATISTICS, Roles, microbatch, ppo_loss, score_groups
 from align.schema import LearnerSettings, PpoSettings
 from policies.batching import buckets
 from policies.trunk import AdapterWeights
@@ -74,14 +74,8 @@ class Learner:
     @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
         """What policy, reference, critic and reward say of each trajectory. The score is NaN without a reward head."""
-        lengths = [len(t.request.prompt_ids) + t.length for t in trajectories]
-        groups = buckets(lengths, self.learner.tokens_per_microbatch)
-        scored: dict[int, Scored] = {}
-        for place, group in enumerate(self._level(groups)):
-            verdicts = score_group(self.engine, [trajectories[i] for i in group], self.temperature, self.device)
-            if place < len(groups):
-                scored.update(zip(group, verdicts, strict=True))
-        return [scored[i] for i in range(len(trajectories))]
+        groups = buckets([t.total_length for t in trajectories], self.learner.tokens_per_microbatch)
+        return score_groups(self.engine, trajectories, self._level(groups), self.temperature, self.device)
 
     def update(
         self, episodes: Sequence[Episode], orders: Sequence[Sequence[Sequence[int]]], rates: Rates

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from transformers import get_scheduler
 
 from align.schema import LearnerSettings
+from policies.schema import Schedule
 
 
 def make_optimizer(settings: LearnerSettings, groups: dict[str, list[nn.Parameter]]) -> Optimizer:
@@ -20,8 +21,8 @@ def make_optimizer(settings: LearnerSettings, groups: dict[str, list[nn.Paramete
     return AdamW(named, lr=0.0, eps=1e-5, weight_decay=settings.weight_decay)
 
 
-def schedule_factor(name: str, step: int, steps: int, warmup: float) -> float:
-    """What a schedule of transformers multiplies the learning rate by at a step of `steps`. Raises ValueError."""
+def schedule_factor(name: Schedule, step: int, steps: int, warmup: float) -> float:
+    """What a schedule of transformers multiplies the learning rate by at a step of `steps`."""
     probe = SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     warm = round(warmup * steps)
     schedule = get_scheduler(warmed(name), probe, num_warmup_steps=warm, num_training_steps=steps)
@@ -29,7 +30,7 @@ def schedule_factor(name: str, step: int, steps: int, warmup: float) -> float:
     return float(schedule.lr_lambdas[0](step + 1 if step < warm else step))
 
 
-def warmed(schedule: str) -> str:
+def warmed(schedule: Schedule) -> str:
     """The name under which transformers' schedule heeds a warm-up: its `constant` has none."""
     return "constant_with_warmup" if schedule == "constant" else schedule
 

@@ -1,7 +1,7 @@
 """The learner's forward passes: scoring by four roles, and PPO's loss, as functions of one module."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,6 +86,21 @@ def score_group(
     after = verdicts.last_values.cpu().split(1)
     scores = [math.nan] * len(rows) if verdicts.scores is None else verdicts.scores.tolist()
     return [Scored(logprobs[i], references[i], torch.cat([values[i], after[i]]), scores[i]) for i in range(len(rows))]
+
+
+def score_groups(
+    run: Callable[..., Any],
+    rows: Sequence[Trajectory],
+    groups: Iterable[Sequence[int]],
+    temperature: float,
+    device: torch.device,
+) -> list[Scored]:
+    """Score trajectories, each group of indices in one pass. Where a row is in two groups the first one counts."""
+    scored: dict[int, Scored] = {}
+    for group in groups:
+        verdicts = score_group(run, [rows[i] for i in group], temperature, device)
+        scored = dict(zip(group, verdicts, strict=True)) | scored
+    return [scored[i] for i in range(len(rows))]
 
 
 @dataclass(frozen=True)

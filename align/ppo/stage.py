@@ -2,14 +2,11 @@
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import latest, new_checkpoint
 from align.cluster import ray_cluster, threads
@@ -17,7 +14,8 @@ from align.evaluate import Evaluator
 from align.files import new_folder, write_json
 from align.interrupt import Interrupted
 from align.job import Job
-from align.ppo.build import Blueprint, build_roles
+from align.judges import Judges, make_evaluator, make_judges
+from align.ppo.build import build_roles
 from align.ppo.checkpoint import Progressed, read_progress, read_states, write_state
 from align.ppo.group import Learners, LocalLearners
 from align.ppo.kl import AdaptiveKl, FixedKl, KlCoefficient
@@ -25,28 +23,14 @@ from align.ppo.loop import Ppo, Step
 from align.ppo.metrics import step_metrics, step_samples
 from align.ppo.prompts import PromptStream
 from align.progress import Progress
-from align.run import RunFolder, read_facts, write_facts
-from align.schema import Experiment, KlSettings
-from align.scoring import Gold, Reward, classifier_reward, gold_score, trunk_reward
-from policies.adapters import load_adapter, load_head, lora_config, save_adapter
+from align.run import RunFolder, write_facts
+from align.schema import KlSettings
+from policies.adapters import lora_config, save_adapter
 from policies.loading import stop_ids
 from policies.trunk import AdapterWeights
-from rewards.classifier import Classifier
-from rewards.functions import load_function
-from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine, build_engine
 from rollouts.pool import LocalPool, Pool
-from rollouts.trajectory import Scored, Trajectory
-
-
-@dataclass(frozen=True)
-class Judges:
-    """What scores responses: the roles to build the learner of, the reward of its verdicts, and the gold score."""
-
-    blueprint: Blueprint
-    reward: Reward
-    gold: Gold | None
 
 
 def run_ppo(job: Job) -> None:
@@ -60,23 +44,10 @@ def run_ppo(job: Job) -> None:
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(settings.cluster, actors))
         learners, pool = _build(job, judges, stack)
-        reference = _reference_weights(judges, learners)
-        sampling = Sampling(settings.rollouts.temperature, settings.rollouts.max_new_tokens)
-
-        def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
-            return judges.reward(trajectories, learners.score(trajectories))
-
-        evaluation = settings.evaluation
-        evaluator = Evaluator(
-            pool,
-            score,
-            judges.gold,
-            reference,
-            job.inputs.prompts_heldout,
-            sampling,
-            evaluation.seed,
-            evaluation.best_of,
-        )
+        score = judges.score_by(learners.score)
+        # Without an SFT adapter the policy's own, before the first update, changes nothing: it is the base.
+        reference = judges.blueprint.reference or learners.policy_weights()
+        evaluator = make_evaluator(settings, judges, pool, score, reference, job.inputs.prompts_heldout)
         progressed = _resume(job, learners)
         ppo = Ppo(
             prompts=PromptStream(job.inputs.prompts, settings.ppo.batch, settings.seed),
@@ -84,7 +55,7 @@ def run_ppo(job: Job) -> None:
             learners=learners,
             score=score,
             kl=_kl_coefficient(settings.ppo.kl, progressed.kl_coefficient),
-            sampling=sampling,
+            sampling=evaluator.sampling,
             ppo=settings.ppo,
             learner=settings.learner,
             seed=settings.seed,
@@ -94,7 +65,7 @@ def run_ppo(job: Job) -> None:
         with Progress("ppo", settings.ppo.steps) as progress:
             for step in ppo.steps():
                 _log(job, judges, step, progress)
-                if _due(ppo.step, evaluation.every, settings.ppo.steps):
+                if _due(ppo.step, settings.evaluation.every, settings.ppo.steps):
                     _evaluate(job, evaluator, learners, ppo.step, progressed)
                 if _due(ppo.step, settings.checkpoint.every, settings.ppo.steps) or job.stop.requested:
                     progressed.step, progressed.kl_coefficient = ppo.step, ppo.kl.value
@@ -138,11 +109,6 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
         learners = LocalLearners(roles, ppo, learner, rollouts.temperature, settings.model.gradient_checkpointing)
     stack.callback(learners.close)
     return learners, pool
-
-
-def _reference_weights(judges: Judges, learners: Learners) -> AdapterWeights:
-    """The SFT adapter; without one, an adapter that changes nothing: the policy's own before the first update."""
-    return judges.blueprint.reference or learners.policy_weights()
 
 
 def _kl_coefficient(kl: KlSettings, value: float) -> KlCoefficient:
@@ -205,20 +171,6 @@ def _finish(job: Job, seconds: float) -> None:
     """The best policy becomes the run's."""
     write_facts(job.run.best, {"seconds": seconds})
     job.run.best.rename(job.run.policy)
-
-
-def make_judges(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Judges:
-    """From what the earlier stages left in the run's folder."""
-    policy, facts = experiment.policy, read_facts(run.reward)
-    reference = load_adapter(run.sft, policy) if run.sft.is_dir() else None
-    where = experiment.evaluation.gold
-    gold = gold_score(load_function(where, "evaluation.gold"), tokenizer) if where else None
-    blueprint = Blueprint(experiment.model, policy, experiment.seed, reference, None, None)
-    if classifier := facts.get("classifier"):
-        reward = classifier_reward(Classifier(classifier), tokenizer, facts["mean"], facts["deviation"])
-        return Judges(blueprint, reward, gold)
-    adapter, head = load_adapter(run.reward, policy), load_head(run.reward)
-    return Judges(replace(blueprint, reward=adapter, reward_head=head), trunk_reward, gold)
 
 
 def policy_figures(run: RunFolder) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def test_a_union_is_named_by_its_key(tmp_path: Path) -> None:
         (MINIMAL + "runs: ${nothing}\n", "experiment.yaml:3: runs: "),
         (MINIMAL + "name2: &a [*b]\n", "no valid YAML"),
         ("name: '../x'\nmodel: {path: m}\n", "name: "),
+        (MINIMAL + "learner: {schedule: cosin}\n", ":3: learner.schedule: Input should be 'constant', 'linear'"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:

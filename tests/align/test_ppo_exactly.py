@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from align.checkpoint import latest
 from align.cluster import ray_cluster
+from align.judges import make_judges
 from align.pipeline import load_inputs
 from align.ppo.build import Blueprint, build_roles
 from align.ppo.checkpoint import read_progress
@@ -26,7 +27,6 @@ from align.ppo.loop import Step, learning_rates
 from align.ppo.metrics import step_metrics
 from align.ppo.ranks import RayLearners
 from align.ppo.roles import STATISTICS, Roles, score_group
-from align.ppo.stage import make_judges
 from align.run import RunFolder, read_facts
 from align.schema import ClusterSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
 from align.seeds import seed_for

@@ -1,4 +1,4 @@
-"""Judging and using the policy of a run that is done: without a learner."""
+"""Judging and using what a run has trained, without a learner."""
 
 import json
 from collections.abc import Sequence
@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from align.evaluate import Evaluator
 from align.inputs import Inputs
+from align.judges import make_evaluator, make_judges
 from align.ppo.build import build_roles
-from align.ppo.roles import score_group
-from align.ppo.stage import make_judges
+from align.ppo.roles import score_groups
 from align.run import RunFolder
 from align.schema import Experiment
 from align.seeds import seed_for
@@ -36,29 +35,16 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
     roles = build_roles(judges.blueprint, (SAMPLER,))
     reference = judges.blueprint.reference or roles.trunk.read_adapter("reference")
     roles.trunk.write_adapter("policy", policy)
-    rollouts, budget = experiment.rollouts, experiment.learner.tokens_per_microbatch
+    rollouts = experiment.rollouts
 
     @torch.no_grad()
-    def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
-        device = roles.trunk.causal.device
-        scored: dict[int, Scored] = {}
-        for group in buckets([len(t.request.prompt_ids) + t.length for t in trajectories], budget):
-            rows = [trajectories[i] for i in group]
-            scored.update(zip(group, score_group(roles, rows, rollouts.temperature, device), strict=True))
-        return judges.reward(trajectories, [scored[i] for i in range(len(trajectories))])
+    def roles_score(trajectories: Sequence[Trajectory]) -> list[Scored]:
+        groups = buckets([t.total_length for t in trajectories], experiment.learner.tokens_per_microbatch)
+        return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device)
 
-    engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rollouts.rows)
-    sampling, settings = Sampling(rollouts.temperature, rollouts.max_new_tokens), experiment.evaluation
-    evaluator = Evaluator(
-        LocalPool(engine),
-        score,
-        judges.gold,
-        reference,
-        inputs.prompts_heldout,
-        sampling,
-        settings.seed,
-        settings.best_of,
-    )
+    pool = LocalPool(TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rollouts.rows))
+    score = judges.score_by(roles_score)
+    evaluator = make_evaluator(experiment, judges, pool, score, reference, inputs.prompts_heldout)
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
     return evaluator.judge(step, policy)
 
