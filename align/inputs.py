@@ -79,7 +79,7 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
     """
     reader = _Reader(experiment)
     inputs = Inputs(skipped=reader.skipped)
-    if trains_sft(experiment):
+    if trains_sft(experiment) or ("ppo" in experiment.stages and experiment.ppo.ptx):
         parse = example_parser(tokenizer, experiment.sft.max_tokens)
         inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse)
     compare = comparison_parser(tokenizer, experiment.reward.max_tokens, experiment.reward.label_smoothing)

@@ -66,34 +66,102 @@ class KlSettings(Settings):
         return self
 
 
+class CriticSettings(Settings):
+    """The value critic. It is not built where the estimator needs none."""
+
+    kind: Literal["adapter", "head", "model"] = Field(
+        "adapter",
+        description="an adapter of its own on the trunk, a head on the policy's states, or a model of its own",
+    )
+    model: str | None = Field(
+        None, description="folder or hub name of the base of a critic of kind model; unset: the policy's"
+    )
+    coefficient: float | None = Field(
+        None, gt=0, description="weight of the value loss; unset: 1, and 0.1 where it shares the policy's weights"
+    )
+    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from the old one; unset: freely")
+    warmup: int = Field(0, ge=0, description="first steps in which only the critic learns")
+
+    @property
+    def weight(self) -> float:
+        """The coefficient in force."""
+        return self.coefficient or (0.1 if self.kind == "head" else 1.0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CriticSettings":
+        if self.model and self.kind != "model":
+            raise ValueError(f"`model` is the base of a critic of kind `model`, and kind is `{self.kind}`")
+        return self
+
+
 class PpoSettings(Settings):
     """Proximal policy optimization. Sizes are in episodes (one prompt with one response)."""
 
     steps: int = Field(50, ge=1, description="rounds of rollout and update")
     batch: int = Field(128, ge=1, description="episodes a step")
+    samples: int = Field(1, ge=1, description="episodes a prompt; rloo and grpo compare those of one prompt")
     epochs: int = Field(2, ge=1, description="passes over the episodes of a step")
     minibatches: int = Field(4, ge=1, description="optimizer steps a pass")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
+    estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = Field(
+        "gae", description="of advantages; only gae has a critic"
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="discount a token, in gae and reinforce++")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = Field(
+        None, description="over the batch; unset: as the estimator's paper has it, so for gae and reinforce++"
+    )
+    whiten_rewards: bool = Field(False, description="scale the token rewards of a batch to deviation 1")
+    average: Literal["tokens", "sequences"] = Field(
+        "tokens", description="losses are means over all tokens, or means over sequences of each one's mean"
+    )
     clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="the ratio is clipped at 1 + clip_high")
-    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from the old one; unset: freely")
+    dual_clip: float | None = Field(
+        None, gt=1, description="largest ratio that counts where the advantage is negative; unset: any"
+    )
     entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    importance_cap: float | None = Field(
+        None, gt=0, description="weigh tokens by learner over sampler probability, at most so much; unset: do not"
+    )
+    max_gap: float | None = Field(
+        None, gt=0, description="mean nats a token between sampler and learner at which the run stops"
+    )
+    ptx: float = Field(0.0, ge=0, description="weight of the likelihood of demonstrations, mixed into each update")
     target_kl: float | None = Field(
         None, gt=0, description="mean KL a token of new to old policy at which the passes over a batch end early"
     )
-    critic_warmup: int = Field(0, ge=0, description="first steps in which only the critic learns")
     cut: Literal["score", "bootstrap"] = Field(
         "score", description="responses cut at the length limit: scored and terminal, or unscored and bootstrapped"
     )
     cut_penalty: float = Field(0.0, ge=0, description="taken off the score of a cut response (with cut: score)")
+    length_penalty: float = Field(0.0, description="taken off the score for each response token; negative: a bonus")
     kl: KlSettings = KlSettings()
+    critic: CriticSettings = CriticSettings()
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is built and trained."""
+        return self.estimator == "gae"
+
+    @property
+    def critic_if_any(self) -> CriticSettings | None:
+        """The settings of the critic that is built."""
+        return self.critic if self.has_critic else None
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened over the batch."""
+        return self.estimator in ("gae", "reinforce++") if self.whiten_advantages is None else self.whiten_advantages
 
     @model_validator(mode="after")
     def _consistent(self) -> "PpoSettings":
-        if self.batch % self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} does not divide batch {self.batch}")
+        for name in ("minibatches", "samples"):
+            if self.batch % getattr(self, name):
+                raise ValueError(f"{name} {getattr(self, name)} does not divide batch {self.batch}")
+        if self.estimator in ("rloo", "grpo") and self.samples < 2:
+            raise ValueError(f"{self.estimator} compares the samples of a prompt: set samples to 2 or more")
+        if self.cut == "bootstrap" and not self.has_critic:
+            raise ValueError(f"`cut: bootstrap` needs a critic, and {self.estimator} has none: use `cut: score`")
         if self.cut == "bootstrap" and self.cut_penalty:
             raise ValueError(
                 "cut_penalty is taken off a score, which `cut: bootstrap` does not give: remove one of them"

@@ -32,7 +32,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
     policy = policy_weights(experiment, run)
     tokenizer = load_tokenizer(experiment.model.path)
     judges = make_judges(experiment, run, tokenizer)
-    roles = build_roles(judges.blueprint, (SAMPLER,))
+    roles = build_roles(judges.blueprint, None, (SAMPLER,))
     reference = judges.blueprint.reference or roles.trunk.read_adapter("reference")
     roles.trunk.write_adapter("policy", policy)
     rollouts = experiment.rollouts

@@ -29,15 +29,17 @@ def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
     )
 
 
-def save_adapter(
-    folder: Path, weights: Mapping[str, Tensor], config: LoraConfig, head: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write an adapter, and the head that goes with it, so that `peft.PeftModel.from_pretrained` loads it."""
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """Write an adapter so that `peft.PeftModel.from_pretrained` loads it."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-    if head is not None:
-        save_file({name: tensor.detach().cpu() for name, tensor in head.items()}, folder / HEAD)
+
+
+def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write the weights of a scalar head beside the adapter that it goes with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu() for name, tensor in weights.items()}, folder / HEAD)
 
 
 def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class Scored:
     """What the learner's four roles say of a trajectory of T tokens: float32, on the CPU.
 
     logprobs, reference_logprobs: `[T]`, nats, of each response token under policy and reference.
-    values: `[T + 1]`, the critic before each response token and after the last.
+    values: `[T + 1]`, the critic before each response token and after the last; empty without a critic.
     score: what the reward gives to the whole response.
     """
 

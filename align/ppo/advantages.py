@@ -1,4 +1,4 @@
-"""Rewards a token, generalised advantage estimation and whitening: pure functions of one response's numbers."""
+"""Rewards and advantages: pure functions of the numbers of one response, or of all responses of a batch."""
 
 import torch
 from torch import Tensor
@@ -29,6 +29,38 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
         backwards.append(advantage)
     advantages = torch.tensor(backwards[::-1], dtype=torch.float32)
     return advantages, advantages + values[:-1]
+
+
+def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
+    """Sum of what is still to come, `[T]` float32: R_t = Σ_k γ^k r_{t+k}.
+
+    Whitened over the batch it is the advantage of REINFORCE++                        Hu 2025, eq. 5 and 6
+    """
+    return gae(rewards, rewards.new_zeros(len(rewards) + 1), gamma, lam=1.0)[1]
+
+
+def rloo(totals: Tensor, samples: int) -> Tensor:
+    """Total reward of each response less the mean of the others of its prompt, `[N]`; samples: responses a prompt.
+
+    A_i = R_i - (Σ_{j≠i} R_j) / (k - 1)                                              Ahmadian et al. 2024, eq. 8
+    """
+    groups = totals.view(-1, samples)
+    others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
+    return (groups - others).flatten()
+
+
+def grpo(totals: Tensor, samples: int) -> Tensor:
+    """Total reward of each response, whitened within its prompt, `[N]`; samples: responses a prompt.
+
+    A_i = (R_i - mean R) / std R, and 0 where all of a prompt are the same           Shao et al. 2024, section 4.1.2
+    """
+    return torch.cat([whiten(group) for group in totals.split(samples)])
+
+
+def scale_rewards(rewards: Tensor) -> Tensor:
+    """Token rewards of a batch, `[N]`, scaled to deviation 1 about their mean, which stays (Huang et al. 2024)."""
+    mean = rewards.mean()
+    return whiten(rewards) + mean
 
 
 def whiten(advantages: Tensor) -> Tensor:

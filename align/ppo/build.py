@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.ppo.roles import Roles
+from align.ppo.roles import Critic, Roles
+from align.schema import CriticSettings
 from align.seeds import seed_for
 from policies.heads import ScalarHead
 from policies.loading import load_base
@@ -30,30 +31,44 @@ class Blueprint:
     reward_head: Mapping[str, Tensor] | None
 
 
-def build_roles(blueprint: Blueprint, extra_roles: tuple[str, ...] = ()) -> Roles:
+def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles: tuple[str, ...] = ()) -> Roles:
     """Policy and reference start from the SFT adapter; the critic, adapter and head, from the reward model.
 
     Without a reward model on the trunk the critic starts from the SFT adapter and says 0, the mean of a normalised
     reward. Without an SFT adapter those that would start from it start as adapters that change nothing.
-    extra_roles get an adapter each.
+    A critic that is a head on the policy, or a model of another base, says 0 too. extra_roles get an adapter each.
     """
     torch.manual_seed(seed_for(blueprint.seed, "adapters"))
-    sources = {
-        "reference": blueprint.reference,
-        "policy": blueprint.reference,
-        "critic": blueprint.reward or blueprint.reference,
-        "reward": blueprint.reward,
-    }
-    if blueprint.reward is None:
-        del sources["reward"]
+    sources = {"reference": blueprint.reference, "policy": blueprint.reference}
+    if critic is not None and critic.kind == "adapter":
+        sources["critic"] = blueprint.reward or blueprint.reference
+    if blueprint.reward is not None:
+        sources["reward"] = blueprint.reward
     trunk = Trunk(load_base(blueprint.model), blueprint.policy, (*sources, *extra_roles))
     for role, weights in sources.items():
         if weights is not None:
             trunk.write_adapter(role, weights)
-    device = trunk.causal.device
-    if blueprint.reward_head is None:
-        return Roles(trunk, ScalarHead.zeros(trunk.width).to(device), None)
-    heads = [ScalarHead.zeros(trunk.width).to(device) for _ in range(2)]
-    for head in heads:
-        head.load_state_dict(dict(blueprint.reward_head))
-    return Roles(trunk, *heads)
+    reward_head = None if blueprint.reward_head is None else _head(trunk, blueprint.reward_head)
+    return Roles(trunk, None if critic is None else _critic(blueprint, critic, trunk), reward_head)
+
+
+def _critic(blueprint: Blueprint, settings: CriticSettings, trunk: Trunk) -> Critic:
+    if settings.kind == "head":
+        return Critic(_head(trunk, None), "policy")
+    if settings.kind == "adapter":
+        return Critic(_head(trunk, blueprint.reward_head), "critic")
+    base = blueprint.model if settings.model is None else blueprint.model.model_copy(update={"path": settings.model})
+    own = Trunk(load_base(base), blueprint.policy, ("critic",))
+    if settings.model is not None:
+        return Critic(_head(own, None), "critic", own)
+    if weights := blueprint.reward or blueprint.reference:
+        own.write_adapter("critic", weights)
+    return Critic(_head(own, blueprint.reward_head), "critic", own)
+
+
+def _head(trunk: Trunk, weights: Mapping[str, Tensor] | None) -> ScalarHead:
+    """A head for a trunk's states; without weights it says 0."""
+    head = ScalarHead.zeros(trunk.width).to(trunk.causal.device)
+    if weights is not None:
+        head.load_state_dict(dict(weights))
+    return head

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from align.files import write_json
 from align.ppo.learner import LearnerState
-from policies.adapters import load_adapter, load_head, save_adapter
+from align.schema import CriticSettings
+from policies.adapters import load_adapter, load_head, save_adapter, save_head
 from policies.errors import UserError
 from policies.schema import PolicySettings
 
@@ -33,9 +34,12 @@ class Progressed:
 
 
 def write_state(folder: Path, states: Sequence[LearnerState], config: LoraConfig, progressed: Progressed) -> None:
-    """Write policy, critic, each rank's part of the optimizer, and how far PPO is."""
+    """Write policy, critic where there is one, each rank's part of the optimizer, and how far PPO is."""
     save_adapter(folder / "policy", states[0].policy, config)
-    save_adapter(folder / "critic", states[0].critic, config, states[0].critic_head)
+    if states[0].critic:
+        save_adapter(folder / "critic", states[0].critic, config)
+    if states[0].critic_head:
+        save_head(folder / "critic", states[0].critic_head)
     for rank, state in enumerate(states):
         save_file(state.optimizer, folder / f"optimizer-{rank}.safetensors")
     write_json(folder / "state.json", asdict(progressed))
@@ -52,12 +56,12 @@ def read_progress(folder: Path, ranks: int, zero: int) -> Progressed:
     return progressed
 
 
-def read_states(folder: Path, policy: PolicySettings, ranks: int) -> list[LearnerState]:
-    """One state a rank."""
+def read_states(folder: Path, policy: PolicySettings, critic: CriticSettings | None, ranks: int) -> list[LearnerState]:
+    """One state a rank. Raises UserError where the checkpoint is of another kind of critic."""
     whole = {
         "policy": load_adapter(folder / "policy", policy),
-        "critic": load_adapter(folder / "critic", policy),
-        "critic_head": load_head(folder / "critic"),
+        "critic": load_adapter(folder / "critic", policy) if critic and critic.kind != "head" else {},
+        "critic_head": load_head(folder / "critic") if critic else {},
     }
     optimizers = [load_file(folder / f"optimizer-{rank}.safetensors") for rank in range(max(1, ranks))]
     return [LearnerState(optimizer=optimizer, **whole) for optimizer in optimizers]

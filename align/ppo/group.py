@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from align.inputs import Example
 from align.ppo.episodes import Episode
 from align.ppo.learner import Learner, LearnerState, Rates
 from align.ppo.roles import Roles
@@ -16,13 +17,18 @@ from rollouts.trajectory import Scored, Trajectory
 Orders = Sequence[Sequence[Sequence[int]]]
 """For each epoch, for each minibatch, the episodes in it."""
 
+Mixed = Sequence[Sequence[Example]]
+"""For each optimizer step, the demonstrations that are mixed into it; none at all without ptx."""
+
 
 class Learners(Protocol):
     """All ranks of the learner as one."""
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]: ...
 
-    def update(self, episodes: Sequence[Episode], orders: Orders, rates: Rates) -> dict[str, float]: ...
+    def update(
+        self, episodes: Sequence[Episode], orders: Orders, rates: Rates, demonstrations: Mixed = ()
+    ) -> dict[str, float]: ...
 
     def policy_weights(self) -> AdapterWeights: ...
 

@@ -2,23 +2,27 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from align.inputs import Example
 from align.ppo.episodes import Episode
 from align.ppo.optimizer import GroupClip, make_optimizer
-from align.ppo.roles import STATISTICS, Roles, microbatch, ppo_loss, score_groups
+from align.ppo.roles import STATISTICS, Roles, likelihood_loss, microbatch, ppo_loss, score_groups
 from align.schema import LearnerSettings, PpoSettings
-from policies.batching import buckets
-from policies.trunk import AdapterWeights
+from policies.batching import buckets, collate
+from policies.trunk import AdapterWeights, Trunk
 from rollouts.trajectory import Scored, Trajectory
+
+R = TypeVar("R", Episode, Example)
 
 ROLES = ("policy", "critic")
 """What is trained, each with a learning rate and a gradient norm of its own."""
@@ -35,7 +39,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class LearnerState:
-    """What a checkpoint holds of one rank. The optimizer's tensors are this rank's partitions at ZeRO 1 to 3."""
+    """What a checkpoint holds of one rank. The optimizer's tensors are this rank's partitions at ZeRO 1 to 3.
+
+    critic, critic_head: empty where the critic has no adapter, or where there is none.
+    """
 
     policy: AdapterWeights
     critic: AdapterWeights
@@ -55,17 +62,15 @@ class Learner:
         """The default process group must exist, one process a rank."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ppo, self.learner, self.temperature = ppo, learner, temperature
-        self.optimizer = make_optimizer(
-            learner,
-            {
-                "policy": list(roles.trunk.adapter("policy").values()),
-                "critic": [*roles.trunk.adapter("critic").values(), *roles.critic_head.parameters()],
-            },
-        )
+        groups = {"policy": list(roles.trunk.adapter("policy").values())}
+        if roles.critic is not None:
+            adapter = roles.critic_trunk.adapter("critic").values() if roles.critic_trunk else ()
+            groups["critic"] = [*adapter, *roles.critic.head.parameters()]
+        self.optimizer = make_optimizer(learner, groups)
         self.engine = _deepspeed(roles, self.optimizer, learner.zero)
         self.roles = roles.eval()
         if gradient_checkpointing:
-            roles.trunk.checkpoint_gradients()
+            roles.checkpoint_gradients()
         self.clip = GroupClip(learner.clip, partitioned=learner.zero > 0)
         self.optimizer.register_step_pre_hook(self.clip)
         self._seen_skips = 0
@@ -78,25 +83,36 @@ class Learner:
         return score_groups(self.engine, trajectories, self._level(groups), self.temperature, self.device)
 
     def update(
-        self, episodes: Sequence[Episode], orders: Sequence[Sequence[Sequence[int]]], rates: Rates
+        self,
+        episodes: Sequence[Episode],
+        orders: Sequence[Sequence[Sequence[int]]],
+        rates: Rates,
+        demonstrations: Sequence[Sequence[Example]] = (),
     ) -> dict[str, float]:
         """Train on all episodes of a step. orders: for each epoch, for each minibatch, the episodes in it.
 
+        demonstrations: those that are mixed into each optimizer step, or none at all.
         Ends early, between two optimizer steps, once the approximate KL a token passes `ppo.target_kl`.
         Statistics are means over the tokens that were trained on, the same on every rank.
         """
         self._set_rates(rates)
         skipped = self.clip.skipped
-        totals, tokens, steps, norms = torch.zeros(len(STATISTICS), dtype=torch.float64), 0, 0, []
-        for minibatch in (rows for epoch in orders for rows in epoch):
-            count = sum(len(episodes[i].response_ids) for i in minibatch)
-            sums = self._train([episodes[i] for i in minibatch], count, rates.kl_in_loss)
-            totals, tokens, steps = totals + sums, tokens + count, steps + 1
+        totals, weights, steps = torch.zeros(len(STATISTICS), dtype=torch.float64), 0.0, 0
+        norms: list[dict[str, float]] = []
+        likelihoods: list[float] = []
+        minibatches = [rows for epoch in orders for rows in epoch]
+        for minibatch, mixed_in in zip_longest(minibatches, demonstrations, fillvalue=()):
+            rows = [episodes[i] for i in minibatch]
+            weight = math.fsum(row.weight * len(row.response_ids) for row in rows)
+            sums, likelihood = self._train(rows, weight, rates.kl_in_loss, mixed_in)
+            totals, weights, steps = totals + sums, weights + weight, steps + 1
+            likelihoods.append(likelihood)
             norms.append(dict(self.clip.norms))
-            if self._moved_too_far(sums, count):
+            if self._moved_too_far(sums, weight):
                 break
-        means = {name: float(total) / tokens for name, total in zip(STATISTICS, totals, strict=True)}
+        means = {name: float(total) / weights for name, total in zip(STATISTICS, totals, strict=True)}
         return means | {
+            "ptx_loss": sum(likelihoods) / steps,
             "optimizer_steps": steps,
             "skipped_steps": self.clip.skipped - skipped + self._skipped_by_deepspeed(),
             **{f"{role}_gradient_norm": _finite_mean(n.get(role, math.nan) for n in norms) for role in ROLES},
@@ -104,7 +120,7 @@ class Learner:
 
     def policy_weights(self) -> AdapterWeights:
         """A copy of the policy's adapter, whole, on the CPU."""
-        return self._read("policy")
+        return self._read(self.roles.trunk, "policy")
 
     def state(self) -> LearnerState:
         """All that the update has changed, on the CPU: whole adapters and head, this rank's part of the optimizer."""
@@ -113,24 +129,21 @@ class Learner:
             optimizer[f"{index}.master"] = master.detach()
             for name, value in self.optimizer.state.get(master, {}).items():
                 optimizer[f"{index}.state.{name}"] = torch.atleast_1d(value)
-        head = self.roles.critic_head
-        with self._gathered(list(head.parameters())):
-            critic_head = {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
         return LearnerState(
-            policy=self._read("policy"),
-            critic=self._read("critic"),
-            critic_head=critic_head,
+            policy=self._read(self.roles.trunk, "policy"),
+            critic=self._read(self.roles.critic_trunk, "critic"),
+            critic_head=self._read_head(),
             optimizer={name: tensor.cpu().contiguous().clone() for name, tensor in optimizer.items()},
         )
 
     @torch.no_grad()
     def restore(self, state: LearnerState) -> None:
         """Take up, bit for bit, a state of the same rank, number of ranks and ZeRO stage."""
-        self._write("policy", state.policy)
-        self._write("critic", state.critic)
-        head = self.roles.critic_head
-        with self._gathered(list(head.parameters()), write=True):
-            head.load_state_dict(state.critic_head)
+        self._write(self.roles.trunk, "policy", state.policy)
+        self._write(self.roles.critic_trunk, "critic", state.critic)
+        if self.roles.critic is not None:
+            with self._gathered(list(self.roles.critic.head.parameters()), write=True):
+                self.roles.critic.head.load_state_dict(state.critic_head)
         for index, master in enumerate(self._masters()):
             master.copy_(state.optimizer[f"{index}.master"])
             mark = f"{index}.state."
@@ -146,35 +159,52 @@ class Learner:
         self.engine.destroy()
         os.environ.pop("LOCAL_RANK", None)
 
-    def _train(self, minibatch: list[Episode], tokens: int, kl_in_loss: float) -> Tensor:
-        """One optimizer step. Returns the statistics' sums over all ranks."""
-        sums = self._backward(minibatch, tokens, kl_in_loss)
+    def _train(
+        self, minibatch: Sequence[Episode], weight: float, kl_in_loss: float, demonstrations: Sequence[Example]
+    ) -> tuple[Tensor, float]:
+        """One optimizer step. Returns the statistics' sums over all ranks, and the loss of the demonstrations."""
+        loss_of = partial(ppo_loss, ppo=self.ppo, temperature=self.temperature, kl_in_loss=kl_in_loss)
+        sums = self._backward(minibatch, weight, lambda rows: self.engine(loss_of, *microbatch(rows, self.device)))
+        likelihood = 0.0
+        if demonstrations:
+            tokens = sum(len(row.response_ids) for row in demonstrations)
+            mixed_in = self._backward(demonstrations, tokens / self.ppo.ptx, self._likelihood)
+            likelihood = float(mixed_in) / tokens
         self.clip.norms.clear()  # DeepSpeed skips a step that is not finite before the clip sees it
         self.engine.step()
-        return sums
+        return sums, likelihood
 
-    def _backward(self, minibatch: list[Episode], tokens: int, kl_in_loss: float) -> Tensor:
-        """Accumulate the gradient of this rank's share of a minibatch that has `tokens` response tokens in all."""
-        rows = sorted(minibatch, key=lambda e: e.length)
+    def _likelihood(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        batch = collate([row.prompt_ids for row in rows], [row.response_ids for row in rows]).to(self.device)
+        loss = self.engine(likelihood_loss, batch)
+        return loss, loss.detach()
+
+    def _backward(
+        self, rows: Sequence[R], weight: float, loss_of: Callable[[list[R]], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Accumulate the gradient of the loss of all rows over `weight`, by this rank's share of them.
+
+        loss_of: the sum of the loss over a microbatch of rows, and the sums of its statistics. Returns those of all
+        ranks.
+        """
+        rows = sorted(rows, key=lambda row: row.length)
         share = range(self.rank, len(rows), self.world)
         groups = [
             [share[i] for i in group]
             for group in buckets([rows[i].length for i in share], self.learner.tokens_per_microbatch)
         ]
-        sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self.device)
-        loss_of = partial(ppo_loss, ppo=self.ppo, temperature=self.temperature, kl_in_loss=kl_in_loss)
+        sums = []
         for place, group in enumerate(self._level(groups)):
-            batch, targets = microbatch([rows[i] for i in group], self.device)
-            loss, parts = self.engine(loss_of, batch, targets)
+            loss, parts = loss_of([rows[i] for i in group])
             # DeepSpeed averages over ranks; the loss is a mean over the tokens of all of them. A microbatch beyond
             # this rank's own is there to keep step with the other ranks and weighs nothing.
-            weight = self.world / tokens if place < len(groups) else 0.0
-            self.engine.backward(loss * weight)
-            if place < len(groups):
-                sums += parts.double()
+            mine = place < len(groups)
+            self.engine.backward(loss * (self.world / weight if mine else 0.0))
+            sums.append(parts.double() * mine)
+        total = torch.stack(sums).sum(0)
         if self.world > 1:
-            dist.all_reduce(sums)
-        return sums.cpu()
+            dist.all_reduce(total)
+        return total.cpu()
 
     def _level(self, groups: list[list[int]]) -> list[list[int]]:
         """The groups, filled up by groups of row 0 alone to as many as the rank with the most has."""
@@ -184,9 +214,9 @@ class Learner:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return groups + [[0]] * (int(most) - len(groups))
 
-    def _moved_too_far(self, sums: Tensor, tokens: int) -> bool:
+    def _moved_too_far(self, sums: Tensor, weight: float) -> bool:
         target = self.ppo.target_kl
-        return target is not None and float(sums[STATISTICS.index("approximate_kl")]) / tokens > target
+        return target is not None and float(sums[STATISTICS.index("approximate_kl")]) / weight > target
 
     def _set_rates(self, rates: Rates) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -212,13 +242,23 @@ class Learner:
 
         return GatheredParameters(parameters, modifier_rank=0 if write else None)
 
-    def _read(self, role: str) -> AdapterWeights:
-        with self._gathered(list(self.roles.trunk.adapter(role).values())):
-            return {name: tensor.cpu() for name, tensor in self.roles.trunk.read_adapter(role).items()}
+    def _read(self, trunk: Trunk | None, role: str) -> AdapterWeights:
+        if trunk is None:
+            return {}
+        with self._gathered(list(trunk.adapter(role).values())):
+            return {name: tensor.cpu() for name, tensor in trunk.read_adapter(role).items()}
 
-    def _write(self, role: str, weights: AdapterWeights) -> None:
-        with self._gathered(list(self.roles.trunk.adapter(role).values()), write=True):
-            self.roles.trunk.write_adapter(role, weights)
+    def _read_head(self) -> AdapterWeights:
+        if self.roles.critic is None:
+            return {}
+        head = self.roles.critic.head
+        with self._gathered(list(head.parameters())):
+            return {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
+
+    def _write(self, trunk: Trunk | None, role: str, weights: AdapterWeights) -> None:
+        if trunk is not None:
+            with self._gathered(list(trunk.adapter(role).values()), write=True):
+                trunk.write_adapter(role, weights)
 
 
 def _finite_mean(values: Iterable[float]) -> float:

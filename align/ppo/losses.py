@@ -1,20 +1,24 @@
 """PPO's losses a token. What is summed, and divided by what, is the learner's business."""
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float, dual: float = math.inf
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token and whether the clip binds (float 0 or 1), all `[P]`.
+    """Loss of each token and whether a clip binds (float 0 or 1), all `[P]`.
 
     max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)) with ρ = π/π_old                 Schulman et al. 2017, eq. 7
+    and, where A < 0, at most -A·dual, so that a large ratio cannot run away   Ye et al. 2020, eq. 5
     """
     ratio = torch.exp(logprobs - old_logprobs)
     free = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
-    return torch.maximum(free, clipped), (clipped > free).float()
+    pessimistic = torch.maximum(free, -advantages * ratio.clamp(1 - low, 1 + high))
+    loss = torch.where((advantages < 0) & (ratio > dual), -advantages * dual, pessimistic)
+    return loss, (loss != free).float()
 
 
 def clipped_value_loss(

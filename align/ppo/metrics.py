@@ -7,21 +7,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.ppo.advantages import explained_variance
-from align.ppo.loop import Step
+from align.ppo.loop import Step, sampler_gaps
+from align.schema import PpoSettings
 from policies.encoding import decode_response, prompt_text
 from rollouts.trajectory import lengths
 
 
-def step_metrics(step: Step, gold: Sequence[float] | None) -> dict[str, float]:
+def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> dict[str, float]:
     """The step's figures by their names in `metrics.jsonl`."""
     scores = torch.tensor([verdict.score for verdict in step.scored])
     kl = torch.tensor([verdict.kl for verdict in step.scored], dtype=torch.float64)
     tokens = lengths(step.trajectories)
-    gaps = torch.cat(
-        [(t.sampler_logprobs - v.logprobs).abs() for t, v in zip(step.trajectories, step.scored, strict=True)]
-    )
-    values = torch.cat([episode.old_values for episode in step.episodes])
-    returns = torch.cat([episode.returns for episode in step.episodes])
+    gaps = sampler_gaps(step.trajectories, step.scored)
     of = step.statistics
     metrics = {
         "reward/mean": float(scores.mean()),
@@ -36,23 +33,36 @@ def step_metrics(step: Step, gold: Sequence[float] | None) -> dict[str, float]:
         "policy/entropy": of["entropy"],
         "policy/gradient_norm": of["policy_gradient_norm"],
         "policy/learning_rate": step.rates.policy,
-        "value/loss": of["value_loss"],
-        "value/clip_fraction": of["value_clipped"],
-        "value/explained_variance": explained_variance(values, returns),
-        "value/gradient_norm": of["critic_gradient_norm"],
-        "value/learning_rate": step.rates.critic,
         "rollout/length_mean": float(tokens.double().mean()),
         "rollout/eos_share": sum(t.ended for t in step.trajectories) / len(step.trajectories),
         "rollout/tokens": int(tokens.sum()),
+        "rollout/prompt_tokens": sum(len(t.request.prompt_ids) for t in step.trajectories),
         "rollout/gap_mean": float(gaps.mean()),
         "rollout/gap_max": float(gaps.max()),
         "rollout/version": step.trajectories[0].version,
         "learner/optimizer_steps": of["optimizer_steps"],
         "learner/skipped_steps": of["skipped_steps"],
     }
+    if ppo.has_critic:
+        metrics |= _value_metrics(step)
+    if ppo.ptx:
+        metrics["policy/ptx_loss"] = of["ptx_loss"]
     if gold is not None:
         metrics["reward/gold_mean"] = sum(gold) / len(gold)
     return metrics | {f"time/{part}": seconds for part, seconds in step.seconds.items()}
+
+
+def _value_metrics(step: Step) -> dict[str, float]:
+    values = torch.cat([episode.old_values for episode in step.episodes])
+    returns = torch.cat([episode.returns for episode in step.episodes])
+    of = step.statistics
+    return {
+        "value/loss": of["value_loss"],
+        "value/clip_fraction": of["value_clipped"],
+        "value/explained_variance": explained_variance(values, returns),
+        "value/gradient_norm": of["critic_gradient_norm"],
+        "value/learning_rate": step.rates.critic,
+    }
 
 
 def step_samples(

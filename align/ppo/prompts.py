@@ -11,15 +11,16 @@ from rollouts.trajectory import Request
 class PromptStream:
     """All prompts in random order, then all of them in another: a step's batch is a function of the step alone."""
 
-    def __init__(self, prompts: Sequence[Request], batch: int, seed: int) -> None:
-        self.prompts, self.batch, self.seed = prompts, batch, seed
+    def __init__(self, prompts: Sequence[Request], batch: int, samples: int, seed: int) -> None:
+        """samples: requests of each prompt, side by side; batch: requests in all."""
+        self.prompts, self.batch, self.samples, self.seed = prompts, batch, samples, seed
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(len(prompts), seed, "prompts", epoch))
 
     def requests(self, step: int) -> list[Request]:
         """The requests of a step, each with a seed of its own."""
         first = step * self.batch
         return [
-            replace(self.prompts[self._at(place)], seed=seed_for(self.seed, "rollout", place))
+            replace(self.prompts[self._at(place // self.samples)], seed=seed_for(self.seed, "rollout", place))
             for place in range(first, first + self.batch)
         ]
 

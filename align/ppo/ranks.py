@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from align.ppo.build import Blueprint, build_roles
 from align.ppo.episodes import Episode
-from align.ppo.group import Orders, backend
+from align.ppo.group import Mixed, Orders, backend
 from align.ppo.learner import Learner, LearnerState, Rates
 from align.schema import LearnerSettings, PpoSettings
 from policies.trunk import AdapterWeights
@@ -30,9 +30,7 @@ class RayLearners:
         self._all("join", store, self.ranks, plan, ppo, learner, temperature)
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
-        by_length = sorted(
-            range(len(trajectories)), key=lambda i: len(trajectories[i].request.prompt_ids) + trajectories[i].length
-        )
+        by_length = sorted(range(len(trajectories)), key=lambda i: trajectories[i].total_length)
         # Every rank must take part, the one without a row of its own by scoring one that another scores too.
         shares = [by_length[rank :: self.ranks] or by_length[:1] for rank in range(self.ranks)]
         calls = [
@@ -46,8 +44,10 @@ class RayLearners:
         }
         return [scored[i] for i in range(len(trajectories))]
 
-    def update(self, episodes: Sequence[Episode], orders: Orders, rates: Rates) -> dict[str, float]:
-        return self._all("update", ray.put(list(episodes)), orders, rates)[0]
+    def update(
+        self, episodes: Sequence[Episode], orders: Orders, rates: Rates, demonstrations: Mixed = ()
+    ) -> dict[str, float]:
+        return self._all("update", ray.put(list(episodes)), orders, rates, demonstrations)[0]
 
     def policy_weights(self) -> AdapterWeights:
         return self._all("policy_weights")[0]
@@ -91,14 +91,14 @@ class _Rank:
         """Build the roles and meet the other ranks."""
         own = self.store if self.rank == 0 else dist.TCPStore(*store, world, is_master=False)
         dist.init_process_group(backend(), store=own, rank=self.rank, world_size=world)
-        roles = build_roles(blueprint)
+        roles = build_roles(blueprint, ppo.critic_if_any)
         self.learner = Learner(roles, ppo, learner, temperature, blueprint.model.gradient_checkpointing)
 
     def score(self, trajectories: list[Trajectory]) -> list[Scored]:
         return self.learner.score(trajectories)
 
-    def update(self, episodes: list[Episode], orders: Orders, rates: Rates) -> dict[str, float]:
-        return self.learner.update(episodes, orders, rates)
+    def update(self, episodes: list[Episode], orders: Orders, rates: Rates, demonstrations: Mixed) -> dict[str, float]:
+        return self.learner.update(episodes, orders, rates, demonstrations)
 
     def policy_weights(self) -> AdapterWeights:
         return self.learner.policy_weights()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,60 +19,83 @@ from policies.trunk import Trunk
 from rollouts.trajectory import Scored, Trajectory
 
 
+class Critic(nn.Module):
+    """A scalar head on the hidden states of a role: of the shared trunk, or of a trunk of the critic's own."""
+
+    def __init__(self, head: ScalarHead, role: str, trunk: Trunk | None = None) -> None:
+        super().__init__()
+        self.head, self.role, self.trunk = head, role, trunk
+
+
 class Roles(nn.Module):
-    """The trunk and its heads: all that the learner holds, and what DeepSpeed wraps.
+    """The trunk, the critic and the heads: all that the learner holds, and what DeepSpeed wraps.
 
     `forward` runs a function of this module, so that every pass over the weights, whatever it computes, is under
     DeepSpeed's hooks, which gather sharded parameters.
     """
 
-    def __init__(self, trunk: Trunk, critic_head: ScalarHead, reward_head: ScalarHead | None) -> None:
+    def __init__(self, trunk: Trunk, critic: Critic | None, reward_head: ScalarHead | None) -> None:
         super().__init__()
         self.trunk = trunk
-        self.critic_head = critic_head
+        self.critic = critic
         self.reward_head = reward_head
-        trunk.train_only("policy", "critic")
+        trunk.train_only("policy", *(["critic"] if "critic" in trunk.roles else []))
+        if critic is not None and critic.trunk is not None:
+            critic.trunk.train_only("critic")
         if reward_head is not None:
             reward_head.requires_grad_(False)
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self, *arguments)
 
+    @property
+    def critic_trunk(self) -> Trunk | None:
+        """The trunk that holds the adapter `critic`, if there is such an adapter."""
+        if self.critic is None or self.critic.role != "critic":
+            return None
+        return self.critic.trunk or self.trunk
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward passes of policy and critic."""
+        self.trunk.checkpoint_gradients()
+        if self.critic is not None and self.critic.trunk is not None:
+            self.critic.trunk.checkpoint_gradients()
+
+    def critic_states(self, ids: Tensor, policy_states: Tensor) -> Tensor:
+        """Hidden states `[B·T, H]` under the critic's head; one forward pass more unless it reads the policy's."""
+        trunk = self.critic_trunk
+        return policy_states if trunk is None else trunk.hidden(ids, "critic").flatten(0, 1)
+
 
 @dataclass(frozen=True)
 class Verdicts:
     """What four roles say of a batch: P response tokens of B rows, float32.
 
-    logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last.
-    scores: `[B]`, or None where the reward is not on the trunk.
+    logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last;
+    both None without a critic. scores: `[B]`, or None where the reward is not on the trunk.
     """
 
     logprobs: Tensor
     reference_logprobs: Tensor
-    values: Tensor
-    last_values: Tensor
+    values: Tensor | None
+    last_values: Tensor | None
     scores: Tensor | None
 
 
 def judge(roles: Roles, batch: Batch, temperature: float) -> Verdicts:
-    """Score a batch by policy, reference, critic and reward: one forward pass over the trunk each."""
+    """Score a batch by policy, reference, critic and reward: one forward pass each, but for a critic that is a head."""
     trunk = roles.trunk
-
-    def logprobs(role: str) -> Tensor:
-        states = trunk.hidden(batch.ids, role).flatten(0, 1)
-        return token_logprobs(states[batch.before], batch.tokens, trunk.head, temperature)[0]
-
-    critic = trunk.hidden(batch.ids, "critic").flatten(0, 1)
-    scores = None
+    states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
+    logprobs, _ = token_logprobs(states[batch.before], batch.tokens, trunk.head, temperature)
+    values = last_values = scores = None
+    if roles.critic is not None:
+        states = roles.critic_states(batch.ids, states)
+        values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
+    states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
+    reference_logprobs, _ = token_logprobs(states[batch.before], batch.tokens, trunk.head, temperature)
     if roles.reward_head is not None:
         scores = roles.reward_head(trunk.hidden(batch.ids, "reward").flatten(0, 1)[batch.last])
-    return Verdicts(
-        logprobs=logprobs("policy"),
-        reference_logprobs=logprobs("reference"),
-        values=roles.critic_head(critic[batch.before]),
-        last_values=roles.critic_head(critic[batch.last]),
-        scores=scores,
-    )
+    return Verdicts(logprobs, reference_logprobs, values, last_values, scores)
 
 
 def score_group(
@@ -81,11 +104,13 @@ def score_group(
     """Score trajectories in one padded batch. `run` is `Roles`, or what wraps it."""
     batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(device)
     verdicts: Verdicts = run(judge, batch, temperature)
-    parts = (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values)
-    logprobs, references, values = (batch.split(part.cpu()) for part in parts)
-    after = verdicts.last_values.cpu().split(1)
+    logprobs, references = (batch.split(part.cpu()) for part in (verdicts.logprobs, verdicts.reference_logprobs))
     scores = [math.nan] * len(rows) if verdicts.scores is None else verdicts.scores.tolist()
-    return [Scored(logprobs[i], references[i], torch.cat([values[i], after[i]]), scores[i]) for i in range(len(rows))]
+    values = [torch.empty(0)] * len(rows)
+    if verdicts.values is not None and verdicts.last_values is not None:
+        before, after = batch.split(verdicts.values.cpu()), verdicts.last_values.cpu().split(1)
+        values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
+    return [Scored(*parts) for parts in zip(logprobs, references, values, scores, strict=True)]
 
 
 def score_groups(
@@ -105,17 +130,21 @@ def score_groups(
 
 @dataclass(frozen=True)
 class Targets:
-    """A microbatch's targets, each `[P]` float32 (see `Episode`)."""
+    """A microbatch's targets, each `[P]` float32 (see `Episode`); returns and old_values are empty without a critic."""
 
     old_logprobs: Tensor
     reference_logprobs: Tensor
     advantages: Tensor
     returns: Tensor
     old_values: Tensor
+    weights: Tensor
 
     @classmethod
-    def of(cls, episodes: list[Episode], device: torch.device) -> "Targets":
-        return cls(*(torch.cat([getattr(e, f.name) for e in episodes]).to(device) for f in fields(cls)))
+    def of(cls, episodes: Sequence[Episode], device: torch.device) -> "Targets":
+        names = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
+        columns = [torch.cat([getattr(e, name) for e in episodes]) for name in names]
+        columns.append(torch.cat([torch.full((len(e.response_ids),), e.weight) for e in episodes]))
+        return cls(*(column.to(device) for column in columns))
 
 
 def microbatch(episodes: list[Episode], device: torch.device) -> tuple[Batch, Targets]:
@@ -133,23 +162,28 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss summed over the tokens of a microbatch, and its statistics `[7]`, sums too (see `STATISTICS`).
 
-    policy + value + β·KL - entropy bonus; the policy's parameters see no gradient of the value loss, nor the critic's
-    of the others, since each has its own adapter. `kl_in_loss` is β, 0 where the KL is in the reward.
-    The approximate KL is k3 of the old policy to the new, from samples of the old.
+    policy + value + β·KL - entropy bonus, each token by its weight; the policy's parameters see no gradient of the
+    value loss, nor the critic's of the others, unless the critic is a head on the policy's states. `kl_in_loss` is β,
+    0 where the KL is in the reward. The approximate KL is k3 of the old policy to the new, from samples of the old.
     """
-    trunk = roles.trunk
-    states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    logprobs, entropy = token_logprobs(states[batch.before], batch.tokens, trunk.head, temperature)
-    critic = trunk.hidden(batch.ids, "critic").flatten(0, 1)
-    values = roles.critic_head(critic[batch.before])
-
+    states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
+    logprobs, entropy = token_logprobs(states[batch.before], batch.tokens, roles.trunk.head, temperature)
     policy, policy_clipped = clipped_policy_loss(
-        logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high
+        logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip or math.inf
     )
-    value, value_clipped = clipped_value_loss(values, targets.old_values, targets.returns, ppo.value_clip)
-    kl = estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)
+    value = value_clipped = torch.zeros_like(policy)
+    if roles.critic is not None:
+        values = roles.critic.head(roles.critic_states(batch.ids, states)[batch.before])
+        value, value_clipped = clipped_value_loss(values, targets.old_values, targets.returns, ppo.critic.value_clip)
+    kl = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)
     moved = estimate_kl(targets.old_logprobs, logprobs, "k3")
 
-    loss = policy.sum() + value.sum() + kl_in_loss * kl.sum() - ppo.entropy * entropy.sum()
-    parts = (policy, value, kl_in_loss * kl, entropy, moved, policy_clipped, value_clipped)
-    return loss, torch.stack([part.detach().sum() for part in parts])
+    loss = policy + ppo.critic.weight * value + kl - ppo.entropy * entropy
+    parts = torch.stack([policy, value, kl, entropy, moved, policy_clipped, value_clipped]).detach()
+    return loss @ targets.weights, parts @ targets.weights
+
+
+def likelihood_loss(roles: Roles, batch: Batch) -> Tensor:
+    """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens."""
+    states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
+    return -token_logprobs(states[batch.before], batch.tokens, roles.trunk.head, temperature=1.0)[0].sum()

@@ -50,7 +50,7 @@ def run_ppo(job: Job) -> None:
         evaluator = make_evaluator(settings, judges, pool, score, reference, job.inputs.prompts_heldout)
         progressed = _resume(job, learners)
         ppo = Ppo(
-            prompts=PromptStream(job.inputs.prompts, settings.ppo.batch, settings.seed),
+            prompts=PromptStream(job.inputs.prompts, settings.ppo.batch, settings.ppo.samples, settings.seed),
             pool=pool,
             learners=learners,
             score=score,
@@ -59,6 +59,7 @@ def run_ppo(job: Job) -> None:
             ppo=settings.ppo,
             learner=settings.learner,
             seed=settings.seed,
+            demonstrations=job.inputs.examples,
             step=progressed.step,
         )
         before = progressed.seconds
@@ -102,7 +103,7 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
         each = threads(settings.cluster, learner.ranks)
         learners = RayLearners(blueprint, ppo, learner, rollouts.temperature, each)
     else:
-        roles = build_roles(blueprint, (SAMPLER,) if shares else ())
+        roles = build_roles(blueprint, ppo.critic_if_any, (SAMPLER,) if shares else ())
         if shares:
             stops = stop_ids(roles.trunk.causal, job.tokenizer)
             pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows))
@@ -123,7 +124,7 @@ def _resume(job: Job, learners: Learners) -> Progressed:
     if last is None:
         return Progressed(0, settings.ppo.kl.coefficient, 0, None, 0.0, ranks, zero)
     progressed = read_progress(last, ranks, zero)
-    learners.restore(read_states(last, settings.policy, ranks))
+    learners.restore(read_states(last, settings.policy, settings.ppo.critic_if_any, ranks))
     return progressed
 
 
@@ -133,7 +134,7 @@ def _due(done: int, every: int, last: int) -> bool:
 
 def _log(job: Job, judges: Judges, step: Step, progress: Progress) -> None:
     gold = None if judges.gold is None else judges.gold(step.trajectories)
-    metrics = step_metrics(step, gold)
+    metrics = step_metrics(step, job.experiment.ppo, gold)
     job.tracker.log("ppo", step.index + 1, metrics)
     rows = step_samples(step, job.tokenizer, job.experiment.tracking.samples, gold)
     job.tracker.samples("ppo", step.index + 1, rows)

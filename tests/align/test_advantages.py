@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.ppo.advantages import explained_variance, gae, token_rewards, whiten
+from align.ppo.advantages import (
+    explained_variance,
+    gae,
+    grpo,
+    rewards_to_go,
+    rloo,
+    scale_rewards,
+    token_rewards,
+    whiten,
+)
 
 NUMBERS = st.floats(-10, 10, width=32)
 STEPS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=30)
@@ -108,3 +117,51 @@ def test_explained_variance_by_hand() -> None:
 
 def test_explained_variance_of_equal_returns_is_not_a_number() -> None:
     assert math.isnan(explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])))
+
+
+GROUPS = st.integers(2, 6).flatmap(
+    lambda samples: st.tuples(
+        st.just(samples), st.lists(st.lists(NUMBERS, min_size=samples, max_size=samples), min_size=1, max_size=5)
+    )
+)
+
+
+@given(GROUPS)
+def test_rloo_is_each_total_less_the_mean_of_the_others(groups: tuple[int, list[list[float]]]) -> None:
+    samples, totals = groups
+    oracle = [
+        total - sum(other for j, other in enumerate(group) if j != i) / (samples - 1)
+        for group in totals
+        for i, total in enumerate(group)
+    ]
+    got = rloo(torch.tensor(totals).flatten(), samples)
+    torch.testing.assert_close(got.double(), torch.tensor(oracle, dtype=torch.float64), rtol=1e-5, atol=1e-4)
+
+
+@given(GROUPS)
+def test_grpo_is_each_total_standardised_within_its_prompt(groups: tuple[int, list[list[float]]]) -> None:
+    samples, totals = groups
+    oracle = []
+    for group in totals:
+        mean = sum(group) / samples
+        deviation = math.sqrt(sum((total - mean) ** 2 for total in group) / samples)
+        oracle += [(total - mean) / (deviation + 1e-8) for total in group]
+    got = grpo(torch.tensor(totals).flatten(), samples)
+    torch.testing.assert_close(got.double(), torch.tensor(oracle, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+def test_grpo_learns_nothing_from_a_prompt_whose_samples_are_equal() -> None:
+    assert grpo(torch.tensor([2.0, 2.0, 2.0, 1.0, 3.0, 5.0]), 3)[:3].tolist() == [0.0, 0.0, 0.0]
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=30), st.floats(0.05, 1))
+def test_rewards_to_go_is_the_discounted_sum(rewards: list[float], gamma: float) -> None:
+    oracle = [sum(gamma**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+    got = rewards_to_go(torch.tensor(rewards), gamma)
+    torch.testing.assert_close(got.double(), torch.tensor(oracle, dtype=torch.float64), rtol=1e-4, atol=1e-3)
+
+
+def test_scaled_rewards_have_deviation_one_about_the_same_mean() -> None:
+    scaled = scale_rewards(torch.tensor([0.0, 10.0, 20.0, 30.0]))
+    assert float(scaled.mean()) == pytest.approx(15)
+    assert float(scaled.std(correction=0)) == pytest.approx(1)

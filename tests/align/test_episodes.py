@@ -126,3 +126,89 @@ def test_each_row_keeps_its_own_numbers() -> None:
     assert first.advantages.tolist() == [1.0, 1.0]
     assert second.advantages.tolist() == [5.0, 5.0, 5.0]
     assert (first.length, second.length) == (4, 5)
+
+
+def rows(scores: list[float], ppo: PpoSettings, lengths: tuple[int, ...] = (3, 1, 2, 4)) -> list[Episode]:
+    said = [scored(length, score) for length, score in zip(lengths, scores)]
+    return make_episodes([trajectory(length) for length in lengths], said, ppo, 0.0)
+
+
+def without_critic(length: int, score: float, kl: float) -> Scored:
+    return Scored(torch.full((length,), kl - 1.0), torch.full((length,), -1.0), torch.empty(0), score)
+
+
+def test_rloo_gives_all_tokens_of_a_response_its_lead_over_the_others() -> None:
+    made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(batch=4, samples=2, estimator="rloo"))
+    assert [e.advantages.tolist() for e in made] == [[-2.0] * 3, [2.0], [0.0] * 2, [0.0] * 4]
+
+
+def test_grpo_standardises_within_a_prompt() -> None:
+    made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(batch=4, samples=2, estimator="grpo"))
+    assert [e.advantages.tolist() for e in made] == [
+        pytest.approx([-1.0] * 3),
+        pytest.approx([1.0]),
+        [0.0] * 2,
+        [0.0] * 4,
+    ]
+
+
+def test_reinforce_pp_whitens_rewards_to_go_and_pays_the_kl_token_by_token() -> None:
+    ppo = PpoSettings(estimator="reinforce++", whiten_advantages=False)
+    (episode,) = make_episodes([trajectory(3)], [without_critic(3, 2.0, 0.5)], ppo, 1.0)
+    assert episode.advantages.tolist() == [0.5, 1.0, 1.5]
+    made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(estimator="reinforce++"))
+    together = torch.cat([e.advantages for e in made])
+    assert float(together.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(together.std(correction=0)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
+def test_estimators_without_a_critic_need_no_values(estimator: str) -> None:
+    ppo = PpoSettings(batch=2, minibatches=1, samples=2, estimator=estimator)
+    made = make_episodes(
+        [trajectory(2), trajectory(3)], [without_critic(2, 0.0, 0.1), without_critic(3, 1.0, 0.1)], ppo, 0.1
+    )
+    assert [len(e.advantages) for e in made] == [2, 3]
+    assert [len(e.returns) + len(e.old_values) for e in made] == [0, 0]
+
+
+def test_kl_in_the_reward_lowers_the_total_that_rloo_compares() -> None:
+    ppo = PpoSettings(batch=2, minibatches=1, samples=2, estimator="rloo")
+    said = [without_critic(2, 1.0, 0.0), without_critic(2, 1.0, 0.5)]
+    made = make_episodes([trajectory(2), trajectory(2)], said, ppo, coefficient=1.0)
+    assert [e.advantages.tolist() for e in made] == [[1.0, 1.0], [-1.0, -1.0]]
+
+
+def test_length_penalty_is_paid_a_token() -> None:
+    ppo = PLAIN.model_copy(update={"length_penalty": 0.25})
+    assert one(True, ppo, scored(4, score=2.0)).returns.tolist() == [1.0] * 4
+
+
+def test_whitened_rewards_scale_the_returns() -> None:
+    plain, scaled = (
+        rows([1.0, 3.0, 5.0, 7.0], PLAIN.model_copy(update={"whiten_rewards": whiten}), lengths=(1, 1, 1, 1))
+        for whiten in (False, True)
+    )
+    returns = torch.cat([e.returns for e in scaled])
+    assert float(returns.mean()) == pytest.approx(4.0)
+    assert float(returns.std(correction=0)) == pytest.approx(1.0)
+    assert float(torch.cat([e.returns for e in plain]).std(correction=0)) > 2
+
+
+def test_importance_weights_are_the_ratio_of_learner_to_sampler_and_capped() -> None:
+    said = Scored(torch.tensor([0.0, -1.0, -0.5]), torch.zeros(3), torch.zeros(4), 1.0)
+    row = trajectory(3)
+    sampler = torch.tensor([-2.0, -1.0, -0.25])
+    row = Trajectory(row.request, row.response_ids, sampler, True, 3)
+    (plain,), (weighed,) = (
+        make_episodes([row], [said], PLAIN.model_copy(update={"importance_cap": cap}), 0.0) for cap in (None, 2.0)
+    )
+    ratios = weighed.advantages / plain.advantages
+    torch.testing.assert_close(ratios, torch.tensor([2.0, 1.0, 0.7788008]))
+    assert torch.equal(weighed.returns, plain.returns)
+
+
+def test_a_mean_over_sequences_weighs_each_of_them_alike() -> None:
+    made = rows([0.0] * 4, PLAIN.model_copy(update={"average": "sequences"}))
+    assert [e.weight * len(e.response_ids) for e in made] == pytest.approx([1.0] * 4)
+    assert {e.weight for e in rows([0.0] * 4, PLAIN)} == {1.0}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from align.ppo.build import Blueprint, build_roles
 from align.ppo.episodes import Episode
 from align.ppo.learner import Learner, Rates
-from align.schema import KlSettings, LearnerSettings, PpoSettings
+from align.schema import CriticSettings, KlSettings, LearnerSettings, PpoSettings
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.trajectory import Request, Scored, Trajectory
@@ -21,7 +21,11 @@ from rollouts.trajectory import Request, Scored, Trajectory
 TEMPERATURE = 0.7
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)  # dropout must be off in every forward of the loop
 PPO = PpoSettings(
-    clip_low=0.2, clip_high=0.3, value_clip=0.2, entropy=0.01, kl=KlSettings(where="loss", estimator="k3")
+    clip_low=0.2,
+    clip_high=0.3,
+    entropy=0.01,
+    kl=KlSettings(where="loss", estimator="k3"),
+    critic=CriticSettings(value_clip=0.2),
 )
 SGD = LearnerSettings(optimizer="sgd", clip=1e9, tokens_per_microbatch=40)
 ADAM = LearnerSettings(optimizer="adamw", clip=1.0, tokens_per_microbatch=40, weight_decay=0.1)
@@ -49,10 +53,10 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
 
     def new(settings: LearnerSettings = SGD, ppo: PpoSettings = PPO, recompute: bool = False) -> Learner:
         model = ModelSettings(path=str(tiny_model))
-        probe = build_roles(Blueprint(model, POLICY, 0, None, None, None)).trunk
+        probe = build_roles(Blueprint(model, POLICY, 0, None, None, None), None).trunk
         reward = probe.read_adapter("policy")
         head = {"weight": torch.randn(32, generator=torch.Generator().manual_seed(5)) / 6, "bias": torch.tensor([0.25])}
-        roles = build_roles(Blueprint(model, POLICY, 0, None, reward, head))
+        roles = build_roles(Blueprint(model, POLICY, 0, None, reward, head), ppo.critic_if_any)
         for role, weights in random_weights(roles.trunk).items():
             roles.trunk.write_adapter(role, weights)
         made.append(Learner(roles, ppo, settings, TEMPERATURE, gradient_checkpointing=recompute))
@@ -106,7 +110,7 @@ def flat(weights: AdapterWeights) -> Tensor:
 def snapshot(learner: Learner) -> dict[str, Tensor]:
     """Policy and critic, each as one vector."""
     critic = dict(learner.roles.trunk.read_adapter("critic"))
-    critic |= {f"~head.{name}": value.clone() for name, value in learner.roles.critic_head.state_dict().items()}
+    critic |= {f"~head.{name}": value.clone() for name, value in learner.roles.critic.head.state_dict().items()}
     return {"policy": flat(learner.roles.trunk.read_adapter("policy")), "critic": flat(critic)}
 
 
@@ -128,7 +132,7 @@ class Oracle:
             set_peft_model_state_dict(model, learner.roles.trunk.read_adapter(role), adapter_name=role)
         self.model = model.double().eval()
         self.heads = {
-            "critic": [p.detach().double().requires_grad_(True) for p in learner.roles.critic_head.parameters()],
+            "critic": [p.detach().double().requires_grad_(True) for p in learner.roles.critic.head.parameters()],
             "reward": [p.detach().double() for p in learner.roles.reward_head.parameters()],
         }
 
@@ -185,7 +189,7 @@ class Oracle:
             values = self.scalars(*row, "critic")[:-1]
             loss = torch.zeros((), dtype=torch.float64)
             for value, old, target in zip(values, episode.old_values, episode.returns):
-                near = old + (value - old).clamp(-ppo.value_clip, ppo.value_clip)
+                near = old + (value - old).clamp(-ppo.critic.value_clip, ppo.critic.value_clip)
                 loss = loss + torch.maximum((value - target) ** 2, (near - target) ** 2) / 2
             (loss / tokens).backward()
         grads = {r: {n: p.grad for n, p in self.parameters(r).items()} for r in ("policy", "critic")}
@@ -229,7 +233,7 @@ def test_dropout_is_off_when_scoring_and_training(new_learner: Factory) -> None:
 
 @pytest.mark.parametrize("value_clip", [0.2, 1e9])
 def test_gradient_is_that_of_the_oracle(new_learner: Factory, tiny_model: Path, value_clip: float) -> None:
-    ppo = PPO.model_copy(update={"value_clip": value_clip})
+    ppo = PPO.model_copy(update={"critic": CriticSettings(value_clip=value_clip)})
     learner = new_learner(ppo=ppo)
     batch = episodes(learner.score(trajectories()))
     expected, policy_loss = Oracle(learner, tiny_model).gradients(batch, ppo, RATES.kl_in_loss)
@@ -348,7 +352,7 @@ def test_update_changes_policy_and_critic_and_nothing_else(new_learner: Factory)
     before = {name: parameter.detach().clone() for name, parameter in learner.roles.named_parameters()}
     learner.update(episodes(learner.score(trajectories())), [HALVES], SMALL)
     changed = {name for name, p in learner.roles.named_parameters() if not torch.equal(before[name], p)}
-    trained = {n for n in before if ".policy." in n or ".critic." in n or n.startswith("critic_head.")}
+    trained = {n for n in before if ".policy." in n or ".critic." in n or n.startswith("critic.head.")}
     assert changed == trained
 
 
@@ -403,7 +407,7 @@ def test_policy_weights_are_a_copy_of_the_policy(new_learner: Factory) -> None:
 
 
 def test_without_a_reward_head_the_score_is_not_a_number(tiny_model: Path, process_group: None) -> None:
-    roles = build_roles(Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, None, None, None))
+    roles = build_roles(Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, None, None, None), CriticSettings())
     learner = Learner(roles, PPO, SGD, TEMPERATURE, gradient_checkpointing=False)
     (said,) = learner.score(trajectories()[:1])
     learner.close()
@@ -413,15 +417,15 @@ def test_without_a_reward_head_the_score_is_not_a_number(tiny_model: Path, proce
 
 def test_roles_start_as_the_plan_says(tiny_model: Path) -> None:
     model = ModelSettings(path=str(tiny_model))
-    probe = build_roles(Blueprint(model, POLICY, 0, None, None, None)).trunk
+    probe = build_roles(Blueprint(model, POLICY, 0, None, None, None), None).trunk
     sft = {name: torch.randn_like(tensor) for name, tensor in probe.read_adapter("policy").items()}
     reward = {name: torch.randn_like(tensor) for name, tensor in sft.items()}
     head = {"weight": torch.randn(32), "bias": torch.ones(1)}
-    roles = build_roles(Blueprint(model, POLICY, 0, sft, reward, head))
+    roles = build_roles(Blueprint(model, POLICY, 0, sft, reward, head), CriticSettings())
     assert torch.equal(flat(roles.trunk.read_adapter("policy")), flat(sft))
     assert torch.equal(flat(roles.trunk.read_adapter("reference")), flat(sft))
     assert torch.equal(flat(roles.trunk.read_adapter("critic")), flat(reward))
     assert torch.equal(flat(roles.trunk.read_adapter("reward")), flat(reward))
-    assert torch.equal(roles.critic_head.weight, head["weight"])
-    assert roles.critic_head.weight.data_ptr() != roles.reward_head.weight.data_ptr()
+    assert torch.equal(roles.critic.head.weight, head["weight"])
+    assert roles.critic.head.weight.data_ptr() != roles.reward_head.weight.data_ptr()
     assert not any(p.requires_grad for p in roles.reward_head.parameters())

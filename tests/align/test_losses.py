@@ -1,9 +1,13 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.ppo.kl import estimate_kl
 from align.ppo.losses import clipped_policy_loss, clipped_value_loss
+from rewards.losses import bradley_terry_loss
 
 NUMBERS = st.floats(-3, 3, width=32)
 CLIP = st.floats(0.05, 0.9)
@@ -91,3 +95,42 @@ def test_value_gradient_is_zero_where_the_clip_binds(value: float, gradient: flo
     loss.sum().backward()
     assert float(values.grad) == pytest.approx(gradient)
     assert clipped.tolist() == [float(gradient == 0)]
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=20), st.floats(1.1, 4))
+def test_dual_clip_bounds_the_loss_of_bad_tokens_alone(rows: list[tuple[float, float, float]], dual: float) -> None:
+    new, old, advantages = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+    without, _ = clipped_policy_loss(new, old, advantages, 0.2, 0.2)
+    loss, _ = clipped_policy_loss(new, old, advantages, 0.2, 0.2, dual)
+    bound = torch.where(advantages < 0, -advantages * dual, torch.inf)
+    torch.testing.assert_close(loss, torch.minimum(without, bound))
+
+
+def test_dual_clip_stops_the_gradient_of_a_bad_token_that_runs_away() -> None:
+    new = torch.tensor([math.log(4.0), math.log(2.0), math.log(4.0)], requires_grad=True)
+    loss, clipped = clipped_policy_loss(new, torch.zeros(3), torch.tensor([-1.0, -1.0, 1.0]), 0.2, 0.2, dual=3.0)
+    loss.sum().backward()
+    assert new.grad.tolist() == pytest.approx([0.0, 2.0, 0.0])
+    assert clipped.tolist() == [1.0, 0.0, 1.0]
+
+
+POINT = torch.tensor([-1.05, -0.62, -1.7, -0.9], dtype=torch.float64)
+OLD = torch.tensor([-1.0, -0.5, -2.0, -1.0], dtype=torch.float64)
+ADVANTAGES = torch.tensor([1.5, -0.5, 0.7, -2.0], dtype=torch.float64)
+HALF = torch.tensor([1.0, 0.5], dtype=torch.float64)
+LOSSES = {
+    "policy": lambda x: clipped_policy_loss(x, OLD, ADVANTAGES, 0.2, 0.3)[0],
+    "policy, a dual clip that binds": lambda x: clipped_policy_loss(x, OLD - 2, ADVANTAGES, 0.2, 0.3, 3.0)[0],
+    "value, a clip that binds": lambda x: clipped_value_loss(x, POINT + 0.7, ADVANTAGES, 0.2)[0],
+    "value, a clip that does not": lambda x: clipped_value_loss(x, POINT + 0.1, ADVANTAGES, 0.2)[0],
+    "value without a clip": lambda x: clipped_value_loss(x, POINT, ADVANTAGES, None)[0],
+    "k1": lambda x: estimate_kl(x, OLD, "k1"),
+    "k2": lambda x: estimate_kl(x, OLD, "k2"),
+    "k3": lambda x: estimate_kl(x, OLD, "k3"),
+    "pairs": lambda x: bradley_terry_loss(x[:2], x[2:], 0.1 * HALF, HALF),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_finite_differences_agree_with_the_gradient(name: str) -> None:
+    assert torch.autograd.gradcheck(LOSSES[name], (POINT.clone().requires_grad_(),))

@@ -26,9 +26,9 @@ from align.ppo.learner import Rates
 from align.ppo.loop import Step, learning_rates
 from align.ppo.metrics import step_metrics
 from align.ppo.ranks import RayLearners
-from align.ppo.roles import STATISTICS, Roles, score_group
+from align.ppo.roles import STATISTICS, Critic, Roles, score_group
 from align.run import RunFolder, read_facts
-from align.schema import ClusterSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
+from align.schema import ClusterSettings, CriticSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
 from align.seeds import seed_for
 from policies.adapters import load_adapter
 from policies.heads import ScalarHead
@@ -73,7 +73,8 @@ def roles(request: pytest.FixtureRequest, tiny_model: Path) -> Roles:
     names = ("policy", "reference", "critic", "reward")
     trunk = Trunk(request.param(tiny_model), POLICY, (*names, ROLE))
     randomise(trunk, *names)
-    return Roles(trunk, *(ScalarHead(trunk.width, torch.Generator().manual_seed(seed)) for seed in (1, 2))).eval()
+    critic, reward = (ScalarHead(trunk.width, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    return Roles(trunk, Critic(critic, "critic"), reward).eval()
 
 
 def requests() -> list[Request]:
@@ -121,7 +122,7 @@ def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pa
     for row, said in zip(rows, score(roles, rows)):
         assert said.score == pytest.approx(roles.reward_head(alone(roles, row, "reward")[1]).item(), abs=1e-4)
         assert said.values[-1].item() == pytest.approx(
-            roles.critic_head(alone(roles, row, "critic")[1]).item(), abs=1e-4
+            roles.critic.head(alone(roles, row, "critic")[1]).item(), abs=1e-4
         )
 
 
@@ -142,7 +143,9 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     lengths = (1, 9, 4, 12, 7, 2, 3)
     rows = [Trajectory(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]
     sgd = LearnerSettings(optimizer="sgd", tokens_per_microbatch=20, ranks=2)
-    advantages, statistics = one_round(LocalLearners(build_roles(blueprint), PpoSettings(), sgd, 1.0, False), rows)
+    advantages, statistics = one_round(
+        LocalLearners(build_roles(blueprint, CriticSettings()), PpoSettings(), sgd, 1.0, False), rows
+    )
     with ray_cluster(ClusterSettings(), 2):
         split, theirs = one_round(RayLearners(blueprint, PpoSettings(), sgd, 1.0, 1), rows)
     torch.testing.assert_close(split, advantages, **NEAR)
@@ -172,9 +175,18 @@ def test_kl_weighs_in_the_reward_or_in_the_loss_and_never_in_both(where: Any) ->
 def test_a_step_logs_the_gap_the_coefficient_the_skipped_steps_and_the_version() -> None:
     """The sampler's log-probabilities against the learner's: the gap is logged; skipped steps are counted, logged."""
     row, verdict = row_and_verdict(torch.tensor([0.1, -0.3, 0.2]))
-    names = (*STATISTICS, "policy_gradient_norm", "critic_gradient_norm", "optimizer_steps", "skipped_steps")
+    names = (
+        *STATISTICS,
+        "policy_gradient_norm",
+        "critic_gradient_norm",
+        "optimizer_steps",
+        "skipped_steps",
+        "ptx_loss",
+    )
     made = make_episodes([row], [verdict], PpoSettings(), 0.1)
-    logged = step_metrics(Step(0, [row], [verdict], made, Rates(0, 0, 0), 0.25, dict.fromkeys(names, 3.0), {}), None)
+    logged = step_metrics(
+        Step(0, [row], [verdict], made, Rates(0, 0, 0), 0.25, dict.fromkeys(names, 3.0), {}), PpoSettings(), None
+    )
     assert (logged["rollout/gap_mean"], logged["rollout/gap_max"]) == pytest.approx((0.2, 0.3))
     assert (logged["kl/coefficient"], logged["learner/skipped_steps"], logged["rollout/version"]) == (0.25, 3, 4)
 
@@ -184,7 +196,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 0.05},  # so large that responses of the base are other ones
     "reward": {"normalise": 1000},
     "rollouts": {"temperature": TEMPERATURE},
-    "ppo": {"steps": 4, "epochs": 1, "minibatches": 1, "critic_warmup": 1, "kl": {"target": 0.1, "horizon": 40}},
+    "ppo": {"steps": 4, "epochs": 1, "minibatches": 1, "critic": {"warmup": 1}, "kl": {"target": 0.1, "horizon": 40}},
     "learner": {"policy_learning_rate": 1e-2},
 }
 
@@ -207,7 +219,7 @@ def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(w
     """Reward normalised so that SFT responses have mean 0, the same shift and scale folded into the critic's head."""
     experiment, run = whole[0], RunFolder(whole[1])
     tokenizer = load_tokenizer(experiment.model.path)
-    roles = build_roles(make_judges(experiment, run, tokenizer).blueprint, (ROLE,))
+    roles = build_roles(make_judges(experiment, run, tokenizer).blueprint, CriticSettings(), (ROLE,))
     engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rows=8)
     engine.load_adapter(0, load_adapter(run.sft, experiment.policy))
     asked = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_inputs(experiment).prompts)]

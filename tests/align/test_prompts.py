@@ -12,8 +12,8 @@ BATCHES = st.integers(1, 40)
 SEEDS = st.integers(0, 99)
 
 
-def stream(count: int, batch: int, seed: int = 0) -> PromptStream:
-    return PromptStream([Request(f"p{n}", (n,), seed=0, columns={"n": n}) for n in range(count)], batch, seed)
+def stream(count: int, batch: int, seed: int = 0, samples: int = 1) -> PromptStream:
+    return PromptStream([Request(f"p{n}", (n,), seed=0, columns={"n": n}) for n in range(count)], batch, samples, seed)
 
 
 def drawn(count: int, batch: int, seed: int, steps: int) -> list[Request]:
@@ -92,3 +92,11 @@ def test_another_seed_or_step_gives_other_minibatches(seed: int, step: int) -> N
 def test_each_epoch_has_an_order_of_its_own() -> None:
     first, second = minibatch_orders(32, 4, 2, seed=0, step=0)
     assert first != second
+
+
+def test_samples_of_a_prompt_stand_side_by_side_with_seeds_of_their_own() -> None:
+    first, second = (stream(5, batch=12, samples=4).requests(step) for step in (0, 1))
+    prompts = [request.prompt for request in first + second]
+    assert all(len(set(prompts[start : start + 4])) == 1 for start in range(0, 24, 4))
+    assert len(set(prompts)) == 5  # six groups of five prompts: all are used before one comes again
+    assert len({request.seed for request in first + second}) == 24

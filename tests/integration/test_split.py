@@ -15,7 +15,7 @@ from align.ppo.episodes import Episode
 from align.ppo.group import Learners, LocalLearners
 from align.ppo.learner import Rates
 from align.ppo.ranks import RayLearners
-from align.schema import ClusterSettings, LearnerSettings, PpoSettings
+from align.schema import ClusterSettings, CriticSettings, LearnerSettings, PpoSettings
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.engine import Sampling
 from rollouts.hf import build_engine
@@ -85,7 +85,7 @@ def alone(tiny_model: Path) -> tuple[torch.Tensor, list[float]]:
 def build(model: Path) -> Any:
     from align.ppo.build import build_roles
 
-    return build_roles(blueprint(model))
+    return build_roles(blueprint(model), CriticSettings())
 
 
 SPLITS = [

@@ -5,7 +5,17 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from policies.adapters import CONFIG, HEAD, WEIGHTS, fingerprint, load_adapter, load_head, lora_config, save_adapter
+from policies.adapters import (
+    CONFIG,
+    HEAD,
+    WEIGHTS,
+    fingerprint,
+    load_adapter,
+    load_head,
+    lora_config,
+    save_adapter,
+    save_head,
+)
 from policies.errors import UserError
 from policies.schema import PolicySettings
 
@@ -17,7 +27,8 @@ SCALAR = {"weight": torch.arange(3.0), "bias": torch.ones(1)}
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "deep" / "adapter"
-    save_adapter(folder, ADAPTER, lora_config(SETTINGS, "base"), SCALAR)
+    save_adapter(folder, ADAPTER, lora_config(SETTINGS, "base"))
+    save_head(folder, SCALAR)
     return folder
 
 

@@ -1,0 +1,308 @@
+"""PPO here against TRL's, side by side on this machine: episodes and tokens a second, memory, and where time goes.
+
+    python experiments/benchmarks/bench.py --model MODEL --sft runs/reviews/sft --prompts PROMPTS.jsonl
+
+Each round runs the yardstick and then ours, as processes of their own, on the same model, prompts, lengths and threads.
+Ratios are taken within a round; the table gives their median, lowest and highest over the rounds. All figures go to
+`results.json`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from operations import Shape, matrix_rate, update_operations
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from align.seeds import seed_for
+from policies.export import export_merged
+from policies.heads import ScalarHead
+from policies.loading import load_base
+from policies.schema import ModelSettings, PolicySettings
+from policies.trunk import Trunk
+from rewards.model import ROLE, RewardModel
+
+HERE = Path(__file__).parent
+PEER = HERE / ".venv-trl"
+RANK, EPOCHS, BATCH, UPDATES = 16, 4, 32, 5
+PARTS = ("rollout", "score", "update", "sync", "between")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What both sides are given. model: the base as it is, its SFT model, or random weights of a size."""
+
+    model: str
+    response: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How ours is set up."""
+
+    critic: str = "adapter"
+    dtype: str = "float32"
+    workers: int = 0
+    ranks: int = 0
+
+
+WORKLOADS = {"A-7m": Workload("base", 64), "A-30m": Workload("512x8", 64), "B-7m": Workload("sft", 128)}
+VARIANTS = {
+    "adapter-float32": Variant(),
+    "adapter-bfloat16": Variant(dtype="bfloat16"),
+    "head-float32": Variant("head"),
+    "head-bfloat16": Variant("head", "bfloat16"),
+}
+RAY = {"adapter-float32-ray": Variant(workers=1, ranks=1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--sft", type=Path, required=True, help="the sft/ folder of a run of experiments/reviews")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with `prompt`")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="cases whose name holds this, such as A-7m or head-float32")
+    parser.add_argument("--to", type=Path, default=HERE / "results.json")
+    arguments = parser.parse_args()
+    peer = make_peer()
+    results: dict[str, Any] = {"machine": machine(arguments.threads), "cases": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, workload in WORKLOADS.items():
+            variants = VARIANTS | (RAY if name == "A-30m" else {})
+            wanted = {f"{name}-{v}": variant for v, variant in variants.items() if arguments.only in f"{name}-{v}"}
+            if not wanted:
+                continue
+            model = make_model(workload.model, arguments, Path(folder) / name)
+            rounds: dict[str, list[dict[str, Any]]] = {case: [] for case in wanted}
+            for _ in range(arguments.rounds):
+                theirs = run_peer(peer, model, workload, arguments)
+                print(
+                    f"{name} trl: {theirs['episodes_per_s']:.2f} episodes/s, {theirs['memory_mb']:.0f} MB", flush=True
+                )
+                for case, variant in wanted.items():
+                    ours = run_ours(model, workload, variant, arguments, results["machine"])
+                    rounds[case].append({"ours": ours, "theirs": theirs})
+                    ratio = ours["episodes_per_s"] / theirs["episodes_per_s"]
+                    print(f"{case}: {ours['episodes_per_s']:.2f} episodes/s, × {ratio:.2f}", flush=True)
+            for case, pairs in rounds.items():
+                results["cases"][case] = {
+                    "episodes_ratio": spread(pairs, "episodes_per_s"),
+                    "tokens_ratio": spread(pairs, "tokens_per_s"),
+                    "memory_ratio": spread(pairs, "memory_mb"),
+                    "rounds": pairs,
+                }
+            arguments.to.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def make_peer() -> Path:
+    """The interpreter of an environment with TRL, made where it is missing."""
+    python = PEER / "bin" / "python"
+    if not (PEER / ".installed").exists():
+        print("installing TRL into an environment of its own", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(PEER)], check=True)
+        constraints = str(HERE.parents[1] / "constraints.txt")
+        pip = [str(python), "-m", "pip", "install", "--quiet", "-c", constraints]
+        subprocess.run([*pip, "torch==2.13.0"], check=True)
+        subprocess.run([*pip, "trl==1.12.0", "transformers", "peft", "datasets", "accelerate"], check=True)
+        (PEER / ".installed").touch()
+    return python
+
+
+def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:
+    """The folder of the workload's model: the base, its SFT model merged, or a random one of WIDTHxLAYERS."""
+    if kind == "base":
+        return arguments.model
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if kind == "sft":
+        export_merged(ModelSettings(path=str(arguments.model)), arguments.sft, tokenizer, to)
+        return to
+    width, layers = map(int, kind.split("x"))
+    sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3 // 16 * 16, "head_dim": width // 8}
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(arguments.model, num_hidden_layers=layers, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return to
+
+
+def run_peer(python: Path, model: Path, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The yardstick's figures."""
+    settings = {"model": model, "prompts": arguments.prompts, "batch": BATCH, "updates": UPDATES, "epochs": EPOCHS}
+    settings |= {"response": workload.response, "rank": RANK, "threads": arguments.threads}
+    line = [str(python), str(HERE / "trl_ppo.py")]
+    output, memory = watched([*line, *(f"--{name}={value}" for name, value in settings.items())], {})
+    return figures(**json.loads(output.strip().splitlines()[-1]), memory=memory)
+
+
+def run_ours(
+    model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace, speeds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Our figures, by a whole run of the command, as a user would run it."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_reward(model, Path(folder) / "reward")
+        experiment = {
+            "name": "bench",
+            "runs": folder,
+            "stages": ["ppo"],
+            "model": {"path": str(model), "dtype": variant.dtype},
+            "policy": {"rank": RANK, "alpha": 2 * RANK},
+            "data": {"prompts": str(arguments.prompts)},
+            "reward": {"model": f"{folder}/reward"},
+            "rollouts": {"max_new_tokens": workload.response, "workers": variant.workers, "rows": BATCH},
+            "ppo": {
+                "steps": UPDATES + 1,
+                "batch": BATCH,
+                "epochs": EPOCHS,
+                "minibatches": 1,
+                "critic": {"kind": variant.critic},
+            },
+            "learner": {"ranks": variant.ranks},
+            "evaluation": {"prompts": 1},
+            "cluster": {"threads": arguments.threads},
+        }
+        file = Path(folder) / "experiment.yaml"
+        file.write_text(json.dumps(experiment))  # JSON is YAML
+        _, memory = watched([sys.executable, "-m", "align", "run", str(file)], {"CUDA_VISIBLE_DEVICES": ""})
+        lines = [json.loads(line) for line in (Path(folder) / "bench" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "time/step" in line][1:]
+    seconds = [line["time/step"] + line["time/between"] for line in steps]
+    found = figures(seconds, [line["rollout/tokens"] for line in steps], memory)
+    parts = {part: median(line[f"time/{part}"] for line in steps) for part in PARTS}
+    prompts = sum(line["rollout/prompt_tokens"] for line in steps) / len(steps) / BATCH
+    responses = [line["rollout/tokens"] / BATCH for line in steps]
+    shape = shape_of(model)
+    needed = median(
+        EPOCHS * BATCH * update_operations(shape, [(prompts, mean)], variant.critic == "adapter") for mean in responses
+    )
+    rate = needed / parts["update"]
+    share = rate / speeds[f"{variant.dtype}_operations_per_s"]
+    return found | {"parts": parts, "update_operations_per_s": rate, "update_share_of_matrix_rate": share}
+
+
+def write_reward(model: Path, to: Path) -> None:
+    """A reward model of ours with random weights, on the same trunk: what TRL's side has too."""
+    base = load_base(ModelSettings(path=str(model)))
+    trunk = Trunk(base, PolicySettings(rank=RANK, alpha=2 * RANK), (ROLE,))
+    generator = torch.Generator().manual_seed(seed_for(0, "reward head"))
+    RewardModel(trunk, ScalarHead(trunk.width, generator)).save(to)
+
+
+def shape_of(model: Path) -> Shape:
+    """Sizes of a Llama with an adapter, counted on the meta device."""
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(config)
+        blocks = [m for m in causal.base_model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return Shape(
+        linear=sum(block.weight.numel() for block in blocks),
+        adapter=sum(RANK * (block.in_features + block.out_features) for block in blocks),
+        attention=config.num_hidden_layers * width,
+        head=config.hidden_size * config.vocab_size,
+    )
+
+
+def watched(command: list[str], environment: Mapping[str, str]) -> tuple[str, float]:
+    """Run a command. Returns what it printed and the most memory that it and its children had at one time, in MB.
+
+    Memory is proportional set size, in which a page that processes share counts once.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(environment)
+    )
+    peak, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        root = psutil.Process(process.pid)
+        while not done.wait(0.25):
+            try:
+                peak = max(peak, sum(share_of(child) for child in [root, *root.children(recursive=True)]))
+            except psutil.Error:
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, errors = process.communicate()
+    done.set()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{errors[-4000:]}")
+    return output, peak / 2**20
+
+
+def share_of(process: psutil.Process) -> float:
+    """Proportional set size in bytes; 0 of a process that has gone."""
+    try:
+        return float(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0.0
+
+
+def figures(seconds: list[float], tokens: list[float], memory: float) -> dict[str, Any]:
+    """The figures of one run from the seconds and response tokens of its updates."""
+    middle = median(seconds)
+    return {
+        "episodes_per_s": BATCH / middle,
+        "tokens_per_s": median(count / time for count, time in zip(tokens, seconds, strict=True)),
+        "memory_mb": memory,
+        "seconds": seconds,
+        "tokens": tokens,
+    }
+
+
+def spread(pairs: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Ours over theirs: median, lowest and highest of the rounds."""
+    ratios = [pair["ours"][name] / pair["theirs"][name] for pair in pairs]
+    return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu_count": os.cpu_count(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "measured": time.strftime("%Y-%m-%d"),
+        **{f"{name}_operations_per_s": matrix_rate(getattr(torch, name), threads) for name in ("float32", "bfloat16")},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line a case, in Markdown."""
+    lines = [
+        "| case | episodes/s, ours over TRL's | tokens/s | memory | update's share of the matrix-product rate | "
+        "rollout · score · update · rest, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, found in results["cases"].items():
+        ratios = [found[f"{name}_ratio"] for name in ("episodes", "tokens", "memory")]
+        cells = [f"{r['median']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})" for r in ratios]
+        ours = [pair["ours"] for pair in found["rounds"]]
+        share = median(run["update_share_of_matrix_rate"] for run in ours)
+        parts = {part: median(run["parts"][part] for run in ours) for part in PARTS}
+        rest = parts["sync"] + parts["between"]
+        times = " · ".join(f"{parts[part]:.2f}" for part in PARTS[:3])
+        lines.append(f"| {case} | {' | '.join(cells)} | {share:.0%} | {times} · {rest:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

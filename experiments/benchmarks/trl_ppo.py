@@ -1,0 +1,117 @@
+"""The yardstick: PPO by TRL 1.12.0, the last release that has it, on a given model and prompts, on the CPU.
+
+    python experiments/benchmarks/trl_ppo.py --model MODEL --prompts PROMPTS.jsonl
+
+Runs in an environment of its own, which `bench.py` makes. Prints one line of JSON: seconds of each update, the first
+one left out, and real response tokens of each. The settings follow TRL's own advice where its defaults are faulty: no
+gradient accumulation, one minibatch an epoch, stop at EOS. Its critic trains in full; that cannot be changed.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from itertools import pairwise
+
+os.environ.update(
+    TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a causal language model and its tokenizer")
+    parser.add_argument("--prompts", required=True, help="JSONL with a `prompt` on each line")
+    parser.add_argument("--batch", type=int, default=32, help="episodes an update")
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--response", type=int, default=64, help="most new tokens")
+    parser.add_argument("--epochs", type=int, default=4, help="PPO epochs an update")
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    reward, value = (
+        AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32, num_labels=1)
+        for _ in range(2)
+    )
+    with open(arguments.prompts) as file:
+        prompts = [json.loads(line)["prompt"] for line in file]
+    need = arguments.batch * (arguments.updates + 1)
+    rows = [tokenizer(prompt)["input_ids"] for prompt in (prompts * (need // len(prompts) + 1))[:need]]
+    data = Dataset.from_dict({"input_ids": rows})
+    ends: list[float] = []
+    tokens: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            ends.append(time.perf_counter())
+
+    first_true = ppo_trainer.first_true_indices
+
+    def counted(bools: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        """TRL finds each response's end by this: the one place where real lengths can be seen."""
+        found = first_true(bools, *rest, **named)
+        if bools.shape[-1] <= arguments.response:
+            tokens.append(float(found.clamp(max=arguments.response).sum()))
+        return found
+
+    ppo_trainer.first_true_indices = counted
+    with tempfile.TemporaryDirectory() as folder:
+        config = PPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=arguments.batch,
+            gradient_accumulation_steps=1,
+            num_mini_batches=1,
+            num_ppo_epochs=arguments.epochs,
+            total_episodes=arguments.batch * (arguments.updates + 1),
+            response_length=arguments.response,
+            stop_token="eos",
+            temperature=1.0,
+            kl_coef=0.05,
+            learning_rate=1e-4,
+            local_rollout_forward_batch_size=arguments.batch,
+            num_sample_generations=0,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            gradient_checkpointing=False,
+        )
+        trainer = PPOTrainer(
+            args=config,
+            processing_class=tokenizer,
+            model=policy,
+            ref_model=None,
+            reward_model=reward,
+            value_model=value,
+            train_dataset=data,
+            eval_dataset=data.select(range(4)),
+            peft_config=LoraConfig(
+                r=arguments.rank, lora_alpha=2 * arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )
+        trainer.add_callback(Clock())
+        trainer.train()
+    seconds = [after - before for before, after in pairwise(ends)]
+    print(json.dumps({"seconds": seconds, "tokens": tokens[1:]}))
+
+
+if __name__ == "__main__":
+    main()
