@@ -147,13 +147,13 @@ def export(
         raise UserError(f"--to {to} exists already: give a new folder")
     tokenizer = load_tokenizer(settings.model.path)
     with new_folder(to) as temporary:
-        if merge:
+        if merge or settings.policy.method == "full":
             export_merged(settings.model, source, tokenizer, temporary)
         else:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copy(source / name, temporary / name)
             tokenizer.save_pretrained(temporary)
-    errors.print(f"{'model' if merge else 'adapter'} of {source} written to {to}")
+    errors.print(f"{'model' if merge or settings.policy.method == 'full' else 'adapter'} of {source} written to {to}")
 
 
 @app.command()

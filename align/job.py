@@ -19,6 +19,7 @@ from align.schema import Experiment
 from align.seeds import permutation, seed_for
 from align.tracking import Tracker
 from policies.adapters import load_adapter
+from policies.copies import make_trunk
 from policies.errors import UserError
 from policies.loading import load_base, stop_ids
 from policies.trunk import AdapterWeights, Trunk
@@ -48,7 +49,7 @@ class Job:
         `reference` holds the SFT adapter; where the base itself is the SFT model, an adapter that changes nothing.
         """
         torch.manual_seed(seed_for(self.experiment.seed, purpose, "adapters"))
-        trunk = Trunk(load_base(self.experiment.model), self.experiment.policy, ("reference", *roles))
+        trunk = make_trunk(load_base(self.experiment.model), self.experiment.policy, ("reference", *roles))
         if weights := self.sft_weights():
             trunk.write_adapter("reference", weights)
         return trunk

@@ -12,9 +12,9 @@ from align.cluster import cores, threads
 from align.fit import optimizer_steps
 from align.inputs import Inputs, trains_reward, trains_sft
 from align.schema import Experiment
+from policies.copies import make_trunk
 from policies.loading import load_model_config
 from policies.schema import ModelSettings, PolicySettings
-from policies.trunk import Trunk
 from rewards.schema import FitSettings
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -35,7 +35,7 @@ def measure(model: ModelSettings, policy: PolicySettings) -> Sizes:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         count = sum(parameter.numel() for parameter in base.parameters())
-        trunk = Trunk(base, policy, ("policy",))
+        trunk = make_trunk(base, policy, ("policy",))
     return Sizes(count, sum(p.numel() for p in trunk.adapter("policy").values()), trunk.width + 1)
 
 

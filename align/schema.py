@@ -243,3 +243,12 @@ class Experiment(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _trains_in_float32(self) -> "Experiment":
+        if self.policy.method == "full" and self.model.dtype != "float32":
+            raise ValueError(
+                f"policy.method full trains the weights themselves, which model.dtype {self.model.dtype} is too coarse "
+                "for: use float32"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from align.fit import fit
 from align.inputs import Example
 from align.job import Job
-from policies.adapters import load_adapter, save_adapter
+from policies.adapters import load_adapter
 from policies.batching import buckets, collate
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
@@ -29,7 +30,7 @@ class Likelihood(nn.Module):
     def forward(self, ids: Tensor, before: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> dict[str, Tensor]:
         """ids, before, labels: `ids`, `before` and `tokens` of a `Batch`."""
         states = self.trunk.hidden(ids, ROLE).flatten(0, 1)
-        logprobs, _ = token_logprobs(states[before], labels, self.trunk.head, temperature=1.0)
+        logprobs, _ = token_logprobs(states[before], labels, partial(self.trunk.head, role=ROLE), temperature=1.0)
         return {"loss": -logprobs.sum() / num_items_in_batch}
 
 
@@ -50,7 +51,7 @@ def run_sft(job: Job) -> None:
         job.tracker.log("sft", steps, {"sft/heldout_loss": loss})
         facts |= {"heldout_loss": loss, "skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}
     with job.new_product(job.run.sft, facts, started) as folder:
-        save_adapter(folder, trunk.read_adapter(ROLE), trunk.config)
+        trunk.save(ROLE, folder)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from align.schema import Experiment
 from align.seeds import seed_for
 from policies.adapters import load_adapter
 from policies.batching import buckets
+from policies.copies import make_trunk
 from policies.encoding import Prompt, decode_response, encode_prompt
 from policies.errors import UserError
 from policies.loading import load_base, load_tokenizer, stop_ids
-from policies.trunk import AdapterWeights, Trunk
+from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine
@@ -42,7 +43,8 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
         groups = buckets([t.total_length for t in trajectories], experiment.learner.tokens_per_microbatch)
         return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device)
 
-    pool = LocalPool(TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rollouts.rows))
+    stops = stop_ids(roles.trunk.causal, tokenizer)
+    pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows, rollouts.merge))
     score = judges.score_by(roles_score)
     evaluator = make_evaluator(experiment, judges, pool, score, reference, inputs.prompts_heldout)
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
@@ -55,8 +57,9 @@ class Answerer:
     def __init__(self, experiment: Experiment, run: RunFolder) -> None:
         self.tokenizer = load_tokenizer(experiment.model.path)
         base = load_base(experiment.model)
-        trunk = Trunk(base, experiment.policy, (SAMPLER,))
-        self.engine = TransformersEngine(trunk, stop_ids(base, self.tokenizer), experiment.rollouts.rows)
+        trunk = make_trunk(base, experiment.policy, (SAMPLER,))
+        rollouts = experiment.rollouts
+        self.engine = TransformersEngine(trunk, stop_ids(base, self.tokenizer), rollouts.rows, rollouts.merge)
         self.engine.load_adapter(0, policy_weights(experiment, run))
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[str]:

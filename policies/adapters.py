@@ -10,11 +10,13 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from policies.errors import UserError
 from policies.schema import PolicySettings
 
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+MODEL = "model.safetensors"
 
 
 def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
@@ -29,11 +31,19 @@ def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
     )
 
 
-def save_adapter(folder: Path, weights: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """Write an adapter so that `peft.PeftModel.from_pretrained` loads it."""
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], settings: PolicySettings, base: str) -> None:
+    """Write an adapter so that `peft.PeftModel.from_pretrained` loads it; base: the model that it is for.
+
+    With `method: full` the weights are a model's, and transformers loads the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    if settings.method == "full":
+        AutoConfig.from_pretrained(base).save_pretrained(folder)
+        save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+    else:
+        lora_config(settings, base).save_pretrained(str(folder))
+        save_file(tensors, folder / WEIGHTS)
 
 
 def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -43,7 +53,12 @@ def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:
-    """The weights of an adapter folder. Raises UserError where something is missing or not as `policy` says."""
+    """The weights of an adapter folder, or with `method: full` of a model's.
+
+    Raises UserError where something is missing or not as `policy` says.
+    """
+    if settings.method == "full":
+        return _load(Path(folder), MODEL, "a model in Hugging Face layout, which policy.method 'full' trains")
     weights = _load(Path(folder), WEIGHTS, "an adapter in PEFT layout")
     try:
         saved = json.loads((Path(folder) / CONFIG).read_text())

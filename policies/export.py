@@ -6,28 +6,35 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from policies.loading import load_base
+from policies.adapters import CONFIG
+from policies.loading import default_device, load_base
 from policies.schema import ModelSettings
 
 
 def export_merged(model: ModelSettings, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> float:
     """Write merged model and tokenizer, load them by plain transformers, and compare with the live policy.
 
+    adapter: the folder of an adapter on the model, or of a model that was trained as a whole.
     Returns the largest difference of log-probabilities on the tokenizer's own vocabulary, in nats: rounding only.
     Raises RuntimeError, with nothing to show for it, where it is more than rounding explains.
     """
-    live = PeftModel.from_pretrained(load_base(model), str(adapter))
+    whole = not (adapter / CONFIG).is_file()
+    live = _load(adapter, model) if whole else PeftModel.from_pretrained(load_base(model), str(adapter))
     ids = torch.arange(min(64, len(tokenizer)), device=live.device).unsqueeze(0)
     expected = _logprobs(live, ids)
-    merged = live.merge_and_unload()
+    merged = live if whole else live.merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, model.dtype)).to(live.device).eval()
-    gap = float((_logprobs(reloaded, ids) - expected).abs().max())
+    gap = float((_logprobs(_load(folder, model), ids) - expected).abs().max())
     bound = 1e-3 if model.dtype == "float32" else 0.5
     if not gap <= bound:  # NaN too
         raise RuntimeError(f"the exported model differs from the policy by {gap:.2g} nats, more than rounding explains")
     return gap
+
+
+def _load(folder: Path, settings: ModelSettings) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
+    return model.to(default_device()).eval()
 
 
 @torch.no_grad()

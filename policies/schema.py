@@ -30,7 +30,9 @@ class ModelSettings(Settings):
 class PolicySettings(Settings):
     """The adapter that every trained role has."""
 
-    method: Literal["lora"] = Field("lora", description="how weights are adapted")
+    method: Literal["lora", "full"] = Field(
+        "lora", description="lora: an adapter a role on one frozen base; full: all weights, a model a role"
+    )
     rank: int = Field(16, ge=1, description="rank of the low-rank matrices")
     alpha: float = Field(32.0, gt=0, description="scale: the product of the matrices is multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input, in SFT and reward training only")

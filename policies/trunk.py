@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policies.adapters import lora_config
+from policies.adapters import lora_config, save_adapter
 from policies.errors import UserError
+from policies.lora import AdaptedLinear
 from policies.schema import PolicySettings
 
 AdapterWeights = dict[str, Tensor]
@@ -34,22 +36,30 @@ class Trunk(nn.Module):
         super().__init__()
         self.width: int = base.get_input_embeddings().weight.shape[1]
         self.roles = roles
-        self.config = lora_config(settings, base.config.name_or_path)
-        try:
-            self.model = get_peft_model(base, self.config, adapter_name=roles[0])
-        except ValueError as error:
-            raise UserError(f"policy.targets: {error}") from error
-        for role in roles[1:]:
-            self.model.add_adapter(role, self.config)
-        self.causal: PreTrainedModel = self.model.get_base_model()
+        self.settings, self.base = settings, base.config.name_or_path
         self._role = roles[0]
         self._recomputed: list[nn.Module] = []
-        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._adapted: list[AdaptedLinear] = []
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
+        self._build(base)
         self.train_only()
         self.eval()
         if self.causal.device.type != "meta":  # a model without weights is only counted
             self._check_head()
+
+    def _build(self, base: PreTrainedModel) -> None:
+        config = lora_config(self.settings, self.base)
+        try:
+            self.model = get_peft_model(base, config, adapter_name=self.roles[0])
+        except ValueError as error:
+            raise UserError(f"policy.targets: {error}") from error
+        for role in self.roles[1:]:
+            self.model.add_adapter(role, config)
+        self.causal: PreTrainedModel = self.model.get_base_model()
+        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._adapted = [AdaptedLinear(layer) for layer in self._layers if AdaptedLinear.fits(layer)]
+        for adapted in self._adapted:
+            adapted.layer.forward = adapted
 
     def switch(self, role: str) -> None:
         """Make the next forward passes those of a role.
@@ -82,12 +92,15 @@ class Trunk(nn.Module):
         # are put in it, nothing below them, so that dropout stays off, and only while gradients flow.
         for layer in self._recomputed:
             layer.training = torch.is_grad_enabled()
-        return self.causal.base_model(**inputs).last_hidden_state
+        return self._model_of(self._role).base_model(**inputs).last_hidden_state
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., H]`."""
-        logits = self.causal.get_output_embeddings()(hidden)
+    def head(self, hidden: Tensor, role: str) -> Tensor:
+        """Logits `[..., V]` of a role's hidden states `[..., H]`."""
+        logits = self._model_of(role).get_output_embeddings()(hidden)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def _model_of(self, role: str) -> PreTrainedModel:
+        return self.causal
 
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
         """The live parameters of a role's adapter by their name in a PEFT file."""
@@ -100,7 +113,10 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:
-        """Overwrite a role's adapter. Raises UserError where names or shapes are not those of this trunk."""
+        """Overwrite a role's adapter; a merged role is so no longer.
+
+        Raises UserError where names or shapes are not those of this trunk.
+        """
         own = self.adapter(role)
         if own.keys() != weights.keys():
             odd = sorted(own.keys() ^ weights.keys())
@@ -112,6 +128,26 @@ class Trunk(nn.Module):
                 shapes = f"{tuple(weights[name].shape)}, here it is {tuple(parameter.shape)}"
                 raise UserError(f"the adapter's {name} is {shapes}: another base, or another policy.rank")
             parameter.copy_(weights[name])
+        for adapted in self._adapted:
+            adapted.merged.pop(role, None)
+
+    def save(self, role: str, folder: Path) -> None:
+        """Write what is trained of a role (see `save_adapter`)."""
+        save_adapter(folder, self.read_adapter(role), self.settings, self.base)
+
+    def merge(self, role: str) -> None:
+        """From now on, a role's passes use weights with its adapter, as it now is, in them: faster, and no gradient.
+
+        It costs the memory of the adapted weights once more. Layers that LoRA does not adapt plainly stay as they are.
+        """
+        for adapted in self._adapted:
+            adapted.merge(role)
+
+    def leave_to_peft(self) -> None:
+        """Use PEFT's own forward passes, which call the layers' parts as modules: sharding by ZeRO 3 hooks on these."""
+        for adapted in self._adapted:
+            del adapted.layer.forward
+        self._adapted = []
 
     def checkpoint_gradients(self) -> None:
         """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
@@ -137,7 +173,7 @@ class Trunk(nn.Module):
         ids = torch.arange(4).unsqueeze(0).to(self.causal.device)
         self.switch("")
         own = self.causal(input_ids=ids, use_cache=False).logits.float()
-        ours = self.head(self.hidden(ids, "")).float()
+        ours = self.head(self.hidden(ids, ""), "").float()
         if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
             raise UserError(
                 f"{type(self.causal).__name__} does more to its logits than its output layer and soft cap: "

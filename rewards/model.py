@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from policies.adapters import save_adapter, save_head
+from policies.adapters import save_head
 from policies.batching import Batch, buckets, collate
 from policies.errors import UserError
 from policies.heads import ScalarHead
@@ -50,5 +50,5 @@ class RewardModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write adapter and head in PEFT layout."""
-        save_adapter(folder, self.trunk.read_adapter(ROLE), self.trunk.config)
+        self.trunk.save(ROLE, folder)
         save_head(folder, self.head.state_dict())

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from policies.adapters import fingerprint
+from policies.copies import make_trunk
 from policies.loading import load_base, load_tokenizer, stop_ids
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
@@ -20,8 +21,10 @@ ROLE = "sampler"
 class TransformersEngine:
     """Decodes up to `rows` requests at a time; rows that have ended leave the batch."""
 
-    def __init__(self, trunk: Trunk, stop_ids: frozenset[int], rows: int) -> None:
+    def __init__(self, trunk: Trunk, stop_ids: frozenset[int], rows: int, merge: bool = True) -> None:
+        """merge: decode with the adapter merged into a copy of the weights."""
         self.trunk = trunk
+        self.merge = merge
         self.stop_ids = stop_ids
         self.rows = rows
         self.version = 0
@@ -29,6 +32,8 @@ class TransformersEngine:
     def load_adapter(self, version: int, weights: AdapterWeights) -> str:
         """Copy the weights into the engine's adapter. Returns the fingerprint of the adapter as it now is."""
         self.trunk.write_adapter(ROLE, weights)
+        if self.merge:
+            self.trunk.merge(ROLE)
         self.version = version
         return fingerprint(self.trunk.adapter(ROLE))
 
@@ -40,7 +45,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def _wave(self, requests: Sequence[Request], sampling: Sampling, role: str) -> list[Trajectory]:
         self.trunk.switch(role)
-        decoder = _Decoder(self.trunk, [request.prompt_ids for request in requests])
+        decoder = _Decoder(self.trunk, role, [request.prompt_ids for request in requests])
         uniforms = _uniforms([request.seed for request in requests], sampling.max_new_tokens)
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
@@ -68,10 +73,10 @@ class TransformersEngine:
 class _Decoder:
     """The forward passes of one wave: left-padded prompts first, then one token a row at a time."""
 
-    def __init__(self, trunk: Trunk, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, trunk: Trunk, role: str, prompts: Sequence[Sequence[int]]) -> None:
         width = max(map(len, prompts))
         device = trunk.causal.device
-        self.trunk = trunk
+        self.trunk, self.role = trunk, role
         self.ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.cache = DynamicCache(config=trunk.causal.config)
@@ -99,7 +104,7 @@ class _Decoder:
             past_key_values=self.cache,
             use_cache=True,
         )
-        return self.trunk.head(hidden[:, -1])
+        return self.trunk.head(hidden[:, -1], self.role)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -119,10 +124,11 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def build_engine(model: ModelSettings, policy: PolicySettings, rows: int) -> TransformersEngine:
+def build_engine(model: ModelSettings, policy: PolicySettings, rows: int, merge: bool) -> TransformersEngine:
     """An engine on a trunk of its own."""
     base = load_base(model)
-    return TransformersEngine(Trunk(base, policy, (ROLE,)), stop_ids(base, load_tokenizer(model.path)), rows)
+    trunk = make_trunk(base, policy, (ROLE,))
+    return TransformersEngine(trunk, stop_ids(base, load_tokenizer(model.path)), rows, merge)
 
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:

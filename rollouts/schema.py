@@ -11,6 +11,10 @@ class RolloutSettings(Settings):
     workers: int = Field(0, ge=0, description="Ray actors that generate; 0: in the controller's process")
     gpus: float = Field(0.0, ge=0, description="GPUs that each worker reserves of the Ray cluster")
     rows: int = Field(32, ge=1, description="prompts in flight in one engine, and handed to a worker at a time")
+    merge: bool = Field(
+        True,
+        description="generate with the adapter merged into a copy of the weights: faster, for their memory",
+    )
     temperature: float = Field(1.0, gt=0, description="of the sampled distribution; log-probabilities are of the same")
     max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are bad rows")
     max_new_tokens: int = Field(64, ge=1, description="a response that reaches this is cut")

@@ -9,6 +9,7 @@ from torch import Tensor
 from align.ppo.roles import Critic, Roles
 from align.schema import CriticSettings
 from align.seeds import seed_for
+from policies.copies import make_trunk
 from policies.heads import ScalarHead
 from policies.loading import load_base
 from policies.schema import ModelSettings, PolicySettings
@@ -44,7 +45,7 @@ def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles
         sources["critic"] = blueprint.reward or blueprint.reference
     if blueprint.reward is not None:
         sources["reward"] = blueprint.reward
-    trunk = Trunk(load_base(blueprint.model), blueprint.policy, (*sources, *extra_roles))
+    trunk = make_trunk(load_base(blueprint.model), blueprint.policy, (*sources, *extra_roles))
     for role, weights in sources.items():
         if weights is not None:
             trunk.write_adapter(role, weights)
@@ -58,7 +59,7 @@ def _critic(blueprint: Blueprint, settings: CriticSettings, trunk: Trunk) -> Cri
     if settings.kind == "adapter":
         return Critic(_head(trunk, blueprint.reward_head), "critic")
     base = blueprint.model if settings.model is None else blueprint.model.model_copy(update={"path": settings.model})
-    own = Trunk(load_base(base), blueprint.policy, ("critic",))
+    own = make_trunk(load_base(base), blueprint.policy, ("critic",))
     if settings.model is not None:
         return Critic(_head(own, None), "critic", own)
     if weights := blueprint.reward or blueprint.reference:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from align.files import write_json
@@ -33,11 +32,13 @@ class Progressed:
     zero: int
 
 
-def write_state(folder: Path, states: Sequence[LearnerState], config: LoraConfig, progressed: Progressed) -> None:
+def write_state(
+    folder: Path, states: Sequence[LearnerState], policy: PolicySettings, base: str, progressed: Progressed
+) -> None:
     """Write policy, critic where there is one, each rank's part of the optimizer, and how far PPO is."""
-    save_adapter(folder / "policy", states[0].policy, config)
+    save_adapter(folder / "policy", states[0].policy, policy, base)
     if states[0].critic:
-        save_adapter(folder / "critic", states[0].critic, config)
+        save_adapter(folder / "critic", states[0].critic, policy, base)
     if states[0].critic_head:
         save_head(folder / "critic", states[0].critic_head)
     for rank, state in enumerate(states):

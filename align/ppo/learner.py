@@ -67,10 +67,14 @@ class Learner:
             adapter = roles.critic_trunk.adapter("critic").values() if roles.critic_trunk else ()
             groups["critic"] = [*adapter, *roles.critic.head.parameters()]
         self.optimizer = make_optimizer(learner, groups)
+        if learner.zero == 3:
+            for trunk in roles.trunks:
+                trunk.leave_to_peft()
         self.engine = _deepspeed(roles, self.optimizer, learner.zero)
         self.roles = roles.eval()
         if gradient_checkpointing:
-            roles.checkpoint_gradients()
+            for trunk in roles.trunks:
+                trunk.checkpoint_gradients()
         self.clip = GroupClip(learner.clip, partitioned=learner.zero > 0)
         self.optimizer.register_step_pre_hook(self.clip)
         self._seen_skips = 0

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,11 +56,15 @@ class Roles(nn.Module):
             return None
         return self.critic.trunk or self.trunk
 
-    def checkpoint_gradients(self) -> None:
-        """Recompute activations in the backward passes of policy and critic."""
-        self.trunk.checkpoint_gradients()
-        if self.critic is not None and self.critic.trunk is not None:
-            self.critic.trunk.checkpoint_gradients()
+    @property
+    def trunks(self) -> list[Trunk]:
+        """The shared trunk, and the critic's own where it has one."""
+        own = None if self.critic is None else self.critic.trunk
+        return [self.trunk] if own is None else [self.trunk, own]
+
+    def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies `[P]` of a batch's response tokens under a role's states `[B·T, H]`."""
+        return token_logprobs(states[batch.before], batch.tokens, partial(self.trunk.head, role=role), temperature)
 
     def critic_states(self, ids: Tensor, policy_states: Tensor) -> Tensor:
         """Hidden states `[B·T, H]` under the critic's head; one forward pass more unless it reads the policy's."""
@@ -86,13 +91,15 @@ def judge(roles: Roles, batch: Batch, temperature: float) -> Verdicts:
     """Score a batch by policy, reference, critic and reward: one forward pass each, but for a critic that is a head."""
     trunk = roles.trunk
     states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    logprobs, _ = token_logprobs(states[batch.before], batch.tokens, trunk.head, temperature)
+    logprobs, _ = roles.logprobs("policy", states, batch, temperature)
     values = last_values = scores = None
     if roles.critic is not None:
         states = roles.critic_states(batch.ids, states)
         values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
     states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
-    reference_logprobs, _ = token_logprobs(states[batch.before], batch.tokens, trunk.head, temperature)
+    reference_logprobs, _ = token_logprobs(
+        states[batch.before], batch.tokens, partial(trunk.head, role="reference"), temperature
+    )
     if roles.reward_head is not None:
         scores = roles.reward_head(trunk.hidden(batch.ids, "reward").flatten(0, 1)[batch.last])
     return Verdicts(logprobs, reference_logprobs, values, last_values, scores)
@@ -167,7 +174,9 @@ def ppo_loss(
     0 where the KL is in the reward. The approximate KL is k3 of the old policy to the new, from samples of the old.
     """
     states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    logprobs, entropy = token_logprobs(states[batch.before], batch.tokens, roles.trunk.head, temperature)
+    logprobs, entropy = token_logprobs(
+        states[batch.before], batch.tokens, partial(roles.trunk.head, role="policy"), temperature
+    )
     policy, policy_clipped = clipped_policy_loss(
         logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip or math.inf
     )
@@ -186,4 +195,6 @@ def ppo_loss(
 def likelihood_loss(roles: Roles, batch: Batch) -> Tensor:
     """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens."""
     states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    return -token_logprobs(states[batch.before], batch.tokens, roles.trunk.head, temperature=1.0)[0].sum()
+    return -token_logprobs(
+        states[batch.before], batch.tokens, partial(roles.trunk.head, role="policy"), temperature=1.0
+    )[0].sum()

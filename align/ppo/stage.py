@@ -25,7 +25,7 @@ from align.ppo.prompts import PromptStream
 from align.progress import Progress
 from align.run import RunFolder, write_facts
 from align.schema import KlSettings
-from policies.adapters import lora_config, save_adapter
+from policies.adapters import save_adapter
 from policies.loading import stop_ids
 from policies.trunk import AdapterWeights
 from rollouts.hf import ROLE as SAMPLER
@@ -91,12 +91,12 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     if rollouts.workers:
         from rollouts.ray_pool import RayPool  # Ray is slow to import, and only wanted here
 
-        build = partial(build_engine, settings.model, settings.policy, rollouts.rows)
+        build = partial(build_engine, settings.model, settings.policy, rollouts.rows, rollouts.merge)
         each = threads(settings.cluster, rollouts.workers)
         pool = RayPool(build, rollouts.workers, rollouts.rows, rollouts.timeout, each, rollouts.gpus)
         stack.callback(pool.close)
     elif not shares:
-        pool = LocalPool(build_engine(settings.model, settings.policy, rollouts.rows))
+        pool = LocalPool(build_engine(settings.model, settings.policy, rollouts.rows, rollouts.merge))
     if learner.ranks:
         from align.ppo.ranks import RayLearners
 
@@ -106,7 +106,7 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
         roles = build_roles(blueprint, ppo.critic_if_any, (SAMPLER,) if shares else ())
         if shares:
             stops = stop_ids(roles.trunk.causal, job.tokenizer)
-            pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows))
+            pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows, rollouts.merge))
         learners = LocalLearners(roles, ppo, learner, rollouts.temperature, settings.model.gradient_checkpointing)
     stack.callback(learners.close)
     return learners, pool
@@ -157,7 +157,7 @@ def _evaluate(job: Job, evaluator: Evaluator, learners: Learners, step: int, pro
 
 def _write_policy(job: Job, weights: AdapterWeights, figures: dict[str, Any]) -> None:
     with new_folder(job.run.best) as folder:
-        save_adapter(folder, weights, lora_config(job.experiment.policy, job.experiment.model.path))
+        save_adapter(folder, weights, job.experiment.policy, job.experiment.model.path)
         write_json(folder / "evaluation.json", figures)
 
 
@@ -165,7 +165,7 @@ def _save(job: Job, learners: Learners, progressed: Progressed) -> None:
     settings = job.experiment
     states = learners.state()
     with new_checkpoint(job.run.checkpoints("ppo"), progressed.step, settings.checkpoint.keep) as folder:
-        write_state(folder, states, lora_config(settings.policy, settings.model.path), progressed)
+        write_state(folder, states, settings.policy, settings.model.path, progressed)
 
 
 def _finish(job: Job, seconds: float) -> None:

@@ -45,7 +45,7 @@ def test_the_base_has_as_many_parameters_as_the_real_model(tmp_path: Path, tied:
 def test_an_adapter_has_as_many_numbers_as_its_file(tiny_model: Path, tmp_path: Path, policy: PolicySettings) -> None:
     model = ModelSettings(path=str(tiny_model))
     trunk = Trunk(load_base(model), policy, ("policy",))
-    save_adapter(tmp_path, trunk.read_adapter("policy"), trunk.config)
+    save_adapter(tmp_path, trunk.read_adapter("policy"), trunk.settings, trunk.base)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert measure(model, policy).adapter == sum(tensor.numel() for tensor in saved.values())
 

@@ -132,7 +132,7 @@ def test_a_killed_worker_is_replaced_and_the_responses_are_the_same(tiny_model: 
     model = ModelSettings(path=str(tiny_model))
     requests = [Request("x", (5 + i, 6, 7), i) for i in range(24)]
     sampling = Sampling(1.0, 16)
-    local = LocalPool(build_engine(model, POLICY, 4))
+    local = LocalPool(build_engine(model, POLICY, 4, merge=True))
     weights = local.engine.trunk.read_adapter("sampler")
     local.load_adapter(3, weights)
     expected = [t.response_ids for t in local.generate(requests, sampling)]

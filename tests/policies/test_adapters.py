@@ -12,7 +12,6 @@ from policies.adapters import (
     fingerprint,
     load_adapter,
     load_head,
-    lora_config,
     save_adapter,
     save_head,
 )
@@ -27,7 +26,7 @@ SCALAR = {"weight": torch.arange(3.0), "bias": torch.ones(1)}
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "deep" / "adapter"
-    save_adapter(folder, ADAPTER, lora_config(SETTINGS, "base"))
+    save_adapter(folder, ADAPTER, SETTINGS, "base")
     save_head(folder, SCALAR)
     return folder
 
@@ -44,7 +43,7 @@ def test_adapter_and_head_come_back_bit_for_bit(saved: Path) -> None:
 
 
 def test_tensors_that_are_views_are_saved_as_they_look(tmp_path: Path) -> None:
-    save_adapter(tmp_path, {"t": torch.arange(6.0).reshape(2, 3).T}, lora_config(SETTINGS, "base"))
+    save_adapter(tmp_path, {"t": torch.arange(6.0).reshape(2, 3).T}, SETTINGS, "base")
     assert load_adapter(tmp_path, SETTINGS)["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
@@ -55,7 +54,7 @@ def test_config_is_peft_s_own(saved: Path) -> None:
 
 
 def test_without_a_head_there_is_no_head_file(tmp_path: Path) -> None:
-    save_adapter(tmp_path, ADAPTER, lora_config(SETTINGS, "base"))
+    save_adapter(tmp_path, ADAPTER, SETTINGS, "base")
     assert not (tmp_path / HEAD).exists()
     with pytest.raises(UserError, match=f"has no {HEAD}"):
         load_head(tmp_path)

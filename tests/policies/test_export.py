@@ -42,7 +42,7 @@ def exported(
 ) -> tuple[Path, float]:
     """The folder of the merged model, and the difference that the export measured."""
     root = tmp_path_factory.mktemp("export")
-    save_adapter(root / "policy", trunk.read_adapter("policy"), trunk.config)
+    save_adapter(root / "policy", trunk.read_adapter("policy"), trunk.settings, trunk.base)
     return root / "merged", export_merged(settings, root / "policy", tiny_tokenizer, root / "merged")
 
 
@@ -89,6 +89,6 @@ def test_a_policy_that_does_not_give_finite_numbers_is_refused(
     settings: ModelSettings, trunk: Trunk, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, weight: float
 ) -> None:
     weights = {name: torch.full_like(tensor, weight) for name, tensor in trunk.read_adapter("policy").items()}
-    save_adapter(tmp_path / "policy", weights, trunk.config)
+    save_adapter(tmp_path / "policy", weights, trunk.settings, trunk.base)
     with pytest.raises(RuntimeError, match="differs from the policy"):
         export_merged(settings, tmp_path / "policy", tiny_tokenizer, tmp_path / "merged")

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def gemma2() -> PreTrainedModel:
 
 def logits_of(trunk: Trunk, role: str) -> Tensor:
     with torch.no_grad():
-        return trunk.head(trunk.hidden(IDS, role))
+        return trunk.head(trunk.hidden(IDS, role), role)
 
 
 def test_each_role_is_what_peft_says_of_its_adapter(trunk: Trunk, tiny_model: Path) -> None:
@@ -170,7 +171,7 @@ def test_padding_and_neighbours_change_no_log_probability(
     def logprobs(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, ...]:
         batch = collate(prompts, responses, pad)
         states = trunk.hidden(batch.ids, "policy").flatten(0, 1)[batch.before]
-        return batch.split(token_logprobs(states, batch.tokens, trunk.head, 1.0)[0])
+        return batch.split(token_logprobs(states, batch.tokens, partial(trunk.head, role="policy"), 1.0)[0])
 
     with torch.no_grad():
         together = logprobs(*map(list, zip(*rows)))
@@ -248,7 +249,7 @@ def test_after_recomputation_scoring_is_as_before(own_trunk: Trunk) -> None:
 def test_saved_adapter_loads_in_peft_with_equal_logits(trunk: Trunk, tiny_model: Path, tmp_path: Path) -> None:
     from policies.adapters import save_adapter
 
-    save_adapter(tmp_path / "a", trunk.read_adapter("policy"), trunk.config)
+    save_adapter(tmp_path / "a", trunk.read_adapter("policy"), trunk.settings, trunk.base)
     theirs = PeftModel.from_pretrained(base_of(tiny_model), str(tmp_path / "a")).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=IDS).logits, logits_of(trunk, "policy"))

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from policies.adapters import fingerprint
+from policies.adapters import fingerprint, lora_config
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
@@ -39,7 +39,8 @@ def engine(tiny_model: Path) -> TransformersEngine:
 @pytest.fixture(scope="module")
 def plain(tiny_model: Path, engine: TransformersEngine) -> PeftModel:
     """The same model by PEFT and transformers as they come."""
-    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), engine.trunk.config)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    peft = get_peft_model(base, lora_config(POLICY, base.config.name_or_path))
     set_peft_model_state_dict(peft, engine.trunk.read_adapter(ROLE))
     return peft.eval()
 

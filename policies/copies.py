@@ -1,0 +1,43 @@
+"""Full fine-tuning: every role is a model of its own."""
+
+import copy
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from policies.schema import PolicySettings
+from policies.trunk import Trunk
+
+
+class Copies(Trunk):
+    """A trunk of which nothing is shared: what other methods call a role's adapter is here all its weights.
+
+    A role costs the memory of a model. Each starts as a copy of the base.
+    """
+
+    def _build(self, base: PreTrainedModel) -> None:
+        self.models = nn.ModuleDict({role: copy.deepcopy(base) for role in self.roles[1:]} | {self.roles[0]: base})
+        self.causal = base
+
+    def switch(self, role: str) -> None:
+        """Make the next forward passes those of a role."""
+        self._role = role
+
+    def adapter(self, role: str) -> dict[str, nn.Parameter]:
+        """The live weights of a role by their names in the base; tied ones once."""
+        return dict(self._model_of(role).named_parameters())
+
+    def checkpoint_gradients(self) -> None:
+        """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
+        for role in self.roles:
+            self._model_of(role).gradient_checkpointing_enable({"use_reentrant": False})
+        self._recomputed = [m for m in self.models.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    def _model_of(self, role: str) -> PreTrainedModel:
+        return self.models[role] if role in self.roles else self.causal
+
+
+def make_trunk(base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> Trunk:
+    """The trunk that `policy.method` asks for."""
+    return (Copies if settings.method == "full" else Trunk)(base, settings, roles)

@@ -1,0 +1,78 @@
+"""The forward pass of a linear layer with LoRA, in as few passes over memory as it needs."""
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+class AdaptedLinear:
+    """Takes the place of PEFT's forward for one layer: the same numbers, up to rounding.
+
+    PEFT moves activations to the adapter's dtype and back and adds the adapter's part in passes of its own; here the
+    adapter comes to the activations, and its part is added where the base's product is written.
+    `merged` holds, for roles that are merged, the base's weight with the adapter in it.
+    """
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        """Whether the layer is plain LoRA on a plain linear layer; any other is left to PEFT."""
+        return type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear and not layer.lora_variant
+
+    def __init__(self, layer: lora.Linear) -> None:
+        self.layer, self.base = layer, layer.base_layer
+        self.merged: dict[str, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, base = self.layer, self.base
+        if layer._disable_adapters:
+            return linear(x, base.weight, base.bias)
+        role = layer._active_adapter[0]
+        if role in self.merged:
+            return linear(x, self.merged[role], base.bias)
+        dropout = layer.lora_dropout[role]
+        if dropout.training and getattr(dropout, "p", 0.0) > 0:
+            return lora.Linear.forward(layer, x)
+        down, up = layer.lora_A[role].weight, layer.lora_B[role].weight
+        return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[role])
+
+    @torch.no_grad()
+    def merge(self, role: str) -> None:
+        """Compute the weight of a role with its adapter in it, in float32, and keep it in the base's dtype."""
+        layer, weight = self.layer, self.base.weight
+        down, up = layer.lora_A[role].weight.float(), layer.lora_B[role].weight.float()
+        self.merged[role] = torch.addmm(weight.float(), up, down, alpha=layer.scaling[role]).to(weight.dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for a frozen W, in the dtype of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        a, b = down.to(x.dtype), up.to(x.dtype)
+        inner = flat @ a.T
+        out = linear(flat, weight, bias).addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, inner)
+        ctx.scale, ctx.dtype = scale, down.dtype
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+        flat, weight, a, b, inner = ctx.saved_tensors
+        outer = gradient.reshape(-1, gradient.shape[-1])
+        back = (outer @ b) * ctx.scale
+        of_x = of_down = of_up = None
+        if ctx.needs_input_grad[0]:
+            of_x = (outer @ weight).addmm_(back, a).view(*gradient.shape[:-1], -1)
+        if ctx.needs_input_grad[3]:
+            of_down = (back.T @ flat).to(ctx.dtype)
+        if ctx.needs_input_grad[4]:
+            of_up = (outer.T @ inner).mul_(ctx.scale).to(ctx.dtype)
+        return of_x, None, None, of_down, of_up, None

@@ -1,0 +1,101 @@
+"""PPO, RLOO, GRPO and REINFORCE++ on problems whose best and worst policies are known."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align.ppo.build import Blueprint, build_roles
+from align.ppo.group import LocalLearners
+from align.ppo.kl import FixedKl
+from align.ppo.loop import Ppo
+from align.ppo.prompts import PromptStream
+from align.schema import LearnerSettings, PpoSettings
+from policies.schema import ModelSettings, PolicySettings
+from rollouts.engine import Sampling
+from rollouts.hf import ROLE, TransformersEngine
+from rollouts.pool import LocalPool
+from rollouts.trajectory import Request, Scored, Trajectory
+
+Reward = Callable[[Trajectory], float]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random Llama of a few tokens, so that every one is tried."""
+    folder = tmp_path_factory.mktemp("few-tokens")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=TOKENS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+NO_STOP: frozenset[int] = frozenset()
+
+
+TOKENS = 12
+
+
+def bandit(trajectory: Trajectory) -> float:
+    """One token, one of twelve arms: one pays 1, one pays 0, the others a half."""
+    return {7: 1.0, 4: 0.0}.get(trajectory.response_ids[0], 0.5)
+
+
+def chain(trajectory: Trajectory) -> float:
+    """Share of the tokens whose class, of three, follows that of the token before: what is best hangs on the state."""
+    tokens = (trajectory.request.prompt_ids[-1], *trajectory.response_ids)
+    return mean((after - before) % 3 == 1 for before, after in pairwise(tokens))
+
+
+def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int) -> float:
+    """Mean reward of the last steps' episodes."""
+    ppo = PpoSettings(steps=steps, batch=128, samples=4, epochs=4, minibatches=4, estimator=estimator, entropy=0.003)
+    learner = LearnerSettings(policy_learning_rate=6e-3, critic_learning_rate=6e-3, schedule="linear")
+    blueprint = Blueprint(ModelSettings(path=str(model)), PolicySettings(rank=8, alpha=16), 0, None, None, None)
+    roles = build_roles(blueprint, ppo.critic_if_any, (ROLE,))
+    learners = LocalLearners(roles, ppo, learner, 1.0, False)
+
+    def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
+        verdicts = zip(trajectories, learners.score(trajectories), strict=True)
+        return [replace(verdict, score=reward(trajectory)) for trajectory, verdict in verdicts]
+
+    loop = Ppo(
+        prompts=PromptStream([Request("", (token,), 0) for token in range(TOKENS)], ppo.batch, ppo.samples, 0),
+        pool=LocalPool(TransformersEngine(roles.trunk, NO_STOP, rows=ppo.batch)),
+        learners=learners,
+        score=score,
+        kl=FixedKl(0.0),
+        sampling=Sampling(1.0, length),
+        ppo=ppo,
+        learner=learner,
+        seed=0,
+    )
+    try:
+        scores = [mean(verdict.score for verdict in step.scored) for step in loop.steps()]
+    finally:
+        learners.close()
+    return mean(scores[-3:])
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce++"])
+@pytest.mark.parametrize(
+    ("reward", "length", "steps"), [(bandit, 1, 16), pytest.param(chain, 4, 70, marks=pytest.mark.slow)]
+)
+def test_finds_the_best_policy_and_with_the_sign_turned_the_worst(
+    model: Path, estimator: str, reward: Reward, length: int, steps: int
+) -> None:
+    assert learned(model, estimator, reward, length, steps) >= 0.95
+    assert -learned(model, estimator, lambda t: -reward(t), length, steps) <= 0.05

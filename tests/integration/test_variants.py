@@ -1,0 +1,80 @@
+"""Whole runs by every estimator, kind of critic and method, with the options of PPO switched on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from align.interrupt import Interrupted, Stop
+from align.pipeline import load_inputs, run_stages
+from align.run import begin_run, folder_of
+from align.schema import Experiment
+from policies.export import export_merged
+from policies.loading import load_tokenizer
+from policies.schema import ModelSettings
+from tests.integration.tiny_run import figures, make_settings, run_in_process
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "head": {"ppo": {"critic": {"kind": "head"}}},
+    "model": {"ppo": {"critic": {"kind": "model"}}},
+    "rloo": {"ppo": {"estimator": "rloo", "samples": 2}},
+    "grpo": {"ppo": {"estimator": "grpo", "samples": 4, "kl": {"where": "loss", "estimator": "k3"}}},
+    "reinforce++": {"ppo": {"estimator": "reinforce++", "average": "sequences", "whiten_rewards": True}},
+    "options": {
+        "ppo": {
+            "dual_clip": 3.0,
+            "entropy": 0.01,
+            "importance_cap": 2.0,
+            "max_gap": 0.1,
+            "ptx": 0.5,
+            "target_kl": 0.5,
+            "cut": "bootstrap",
+            "length_penalty": 0.01,
+        }
+    },
+    "full": {"policy": {"method": "full"}},
+}
+
+
+def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
+    settings = make_settings(model, folder)
+    for section, changes in VARIANTS[name].items():
+        settings[section] = changes if section == "policy" else settings[section] | changes
+    return settings
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_runs_to_its_end_and_goes_on_bit_for_bit_after_a_stop(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    whole = run_in_process(settings_of(name, tiny_model, tmp_path))
+    rows = [row for row in figures(whole) if row["stage"] == "ppo" and "policy/loss" in row]
+    assert len(rows) == 3
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    assert all(("value/loss" in row) == (name not in ("rloo", "grpo", "reinforce++")) for row in rows)
+    assert all(("policy/ptx_loss" in row) == (name == "options") for row in rows)
+
+    experiment = Experiment.model_validate(settings_of(name, tiny_model, tmp_path) | {"name": "stopped"})
+    run, stop = folder_of(experiment), Stop()
+    begin_run(run, experiment)
+    stop.requested = True
+    for _ in range(6):  # one step of a stage at a time
+        stop.requested = True
+        try:
+            run_stages(experiment, run, load_inputs(experiment), stop)
+        except Interrupted:
+            continue
+    stop.requested = False
+    run_stages(experiment, run, load_inputs(experiment), stop)
+    assert figures(run.path) == figures(whole)
+
+
+def test_a_fully_tuned_policy_is_a_model_that_transformers_loads(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("full", tiny_model, tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(run / "policy")
+    assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
+    tokenizer = load_tokenizer(str(tiny_model))
+    gap = export_merged(ModelSettings(path=str(tiny_model)), run / "policy", tokenizer, tmp_path / "exported")
+    assert gap == 0
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == "llama"

@@ -1,0 +1,95 @@
+"""Our forward and backward pass of LoRA against PEFT's."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from policies.lora import _LoraLinear
+from policies.schema import PolicySettings
+from policies.trunk import Trunk
+
+ROLES = ("policy", "critic")
+IDS = torch.arange(40).reshape(2, 20) + 5
+
+
+def make(folder: Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Trunk:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    trunk = Trunk(base, PolicySettings(rank=4, alpha=8.0, dropout=dropout), ROLES)
+    for seed, role in enumerate(ROLES):
+        generator = torch.Generator().manual_seed(seed)
+        own = trunk.adapter(role)
+        trunk.write_adapter(role, {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in own.items()})
+    return trunk
+
+
+def gradients(trunk: Trunk) -> tuple[Tensor, Tensor]:
+    """Hidden states, and the gradient of a function of them, for the policy."""
+    trunk.train_only("policy")
+    states = trunk.hidden(IDS, "policy")
+    states.float().sin().sum().backward()
+    return states.detach(), torch.cat([p.grad.flatten() for p in trunk.adapter("policy").values()])
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_and_gradients_are_as_near_to_float64_as_those_of_peft(tiny_model: Path, dtype: torch.dtype) -> None:
+    ours, theirs, exact = make(tiny_model, dtype), make(tiny_model, dtype), make(tiny_model)
+    theirs.leave_to_peft()
+    assert sum("forward" in vars(m) for m in ours.modules()) == 14  # the seven linear layers of two blocks
+    exact.leave_to_peft()
+    for value, peft, expected in zip(gradients(ours), gradients(theirs), gradients(exact.double())):
+        assert distance(value, expected) < 1.5 * distance(peft, expected) + 1e-6
+
+
+def test_parameters_keep_their_dtype_and_so_do_their_gradients(tiny_model: Path) -> None:
+    trunk = make(tiny_model, torch.bfloat16)
+    gradients(trunk)
+    assert {p.dtype for p in trunk.adapter("policy").values()} == {torch.float32}
+    assert {p.grad.dtype for p in trunk.adapter("policy").values()} == {torch.float32}
+    assert all(p.grad is None for n, p in trunk.named_parameters() if ".policy." not in n)
+
+
+def test_finite_differences_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, down, up = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 3, 5), (4, 5), (4,), (2, 5), (4, 2))
+    )
+    for tensor in (x, down, up):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *t: _LoraLinear.apply(t[0], weight, bias, t[1], t[2], 0.7), (x, down, up))
+
+
+def test_dropout_is_left_to_peft(tiny_model: Path) -> None:
+    trunk = make(tiny_model, dropout=0.5)
+    calm = trunk.hidden(IDS, "policy")
+    assert torch.equal(calm, trunk.hidden(IDS, "policy"))
+    trunk.train()
+    torch.manual_seed(0)
+    assert not torch.equal(trunk.hidden(IDS, "policy"), trunk.hidden(IDS, "policy"))
+
+
+def test_merged_weights_give_the_same_states_and_follow_the_adapter_when_merged_anew(tiny_model: Path) -> None:
+    trunk = make(tiny_model)
+    before = {role: trunk.hidden(IDS, role) for role in ROLES}
+    base = copy.deepcopy(trunk.causal.base_model.layers[0].self_attn.q_proj.base_layer.weight)
+    trunk.merge("policy")
+    torch.testing.assert_close(trunk.hidden(IDS, "policy"), before["policy"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(trunk.hidden(IDS, "critic"), before["critic"])
+    assert torch.equal(trunk.causal.base_model.layers[0].self_attn.q_proj.base_layer.weight, base)
+    trunk.write_adapter("policy", trunk.read_adapter("critic"))
+    trunk.merge("policy")
+    torch.testing.assert_close(trunk.hidden(IDS, "policy"), before["critic"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_is_not_linear_is_left_to_peft() -> None:
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    trunk = Trunk(GPT2LMHeadModel(config), PolicySettings(rank=4), ROLES)
+    assert not any("forward" in vars(module) for module in trunk.modules())
