@@ -92,7 +92,7 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
 
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce++"])
 @pytest.mark.parametrize(
-    ("reward", "length", "steps"), [(bandit, 1, 16), pytest.param(chain, 4, 70, marks=pytest.mark.slow)]
+    ("reward", "length", "steps"), [(bandit, 1, 28), pytest.param(chain, 4, 70, marks=pytest.mark.slow)]
 )
 def test_finds_the_best_policy_and_with_the_sign_turned_the_worst(
     model: Path, estimator: str, reward: Reward, length: int, steps: int
