@@ -1,6 +1,9 @@
 PYTHON ?= python3.11
 SEED ?= 0
 RUN ?= quickstart
+MODEL ?= ../shared/models/reviews-7m
+PROMPTS ?= runs/reviews/data/prompts.jsonl
+SENTENCES ?= ../shared/data/reviews/sentences.jsonl
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -8,7 +11,7 @@ WORLD := runs/$(RUN)/world
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test nightly lint types format clean
+.PHONY: help quickstart test nightly bench gpu-check lint types format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +32,16 @@ test: $(STAMP)  ## the tests that run on every change
 
 nightly: $(STAMP)  ## the slow proofs
 	$(BIN)/python -m pytest tests -m slow
+
+bench: $(STAMP) runs/reviews/sft  ## PPO beside TRL's, half an hour and more (MODEL=… SENTENCES=…)
+	$(BIN)/python experiments/benchmarks/bench.py --model $(MODEL) --sft runs/reviews/sft --prompts runs/reviews/data/prompts.jsonl
+
+gpu-check: $(STAMP)  ## PPO on a GPU, where there is one (MODEL=… PROMPTS=…)
+	$(BIN)/python experiments/benchmarks/gpu.py --model $(MODEL) --prompts $(PROMPTS)
+
+runs/reviews/sft:
+	$(BIN)/python experiments/reviews/make.py --sentences $(SENTENCES) --to runs/reviews/data
+	$(BIN)/align sft experiments/reviews/experiment.yaml model.path=$(MODEL)
 
 lint: $(STAMP) types  ## ruff's rules, formatting and types
 	$(BIN)/ruff check .

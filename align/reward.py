@@ -55,11 +55,12 @@ def run_reward(job: Job) -> None:
 
 
 def _run_on_trunk(job: Job, started: float) -> None:
-    settings, tokens = job.experiment.reward, job.experiment.learner.tokens_per_microbatch
+    settings = job.experiment.reward
     trunk = job.new_trunk("reward", ROLE)
     generator = torch.Generator().manual_seed(seed_for(job.experiment.seed, "reward head"))
     model = RewardModel(trunk, ScalarHead(trunk.width, generator).to(trunk.causal.device))
     facts: dict[str, Any] = {}
+    tokens = trunk.tokens_a_pass()
     if settings.model:
         trunk.write_adapter(ROLE, load_adapter(settings.model, job.experiment.policy))
         model.load_head(load_head(settings.model), settings.model)

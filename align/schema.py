@@ -182,7 +182,9 @@ class LearnerSettings(Settings):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient, of policy and of critic each by itself")
-    tokens_per_microbatch: int = Field(4096, ge=1, description="tokens, padding counted, of one forward pass")
+    tokens_per_microbatch: int | None = Field(
+        None, ge=1, description="tokens, padding counted, of one forward pass; unset: as the device likes it"
+    )
 
 
 class EvaluationSettings(Settings):

@@ -30,7 +30,7 @@ class Likelihood(nn.Module):
     def forward(self, ids: Tensor, before: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> dict[str, Tensor]:
         """ids, before, labels: `ids`, `before` and `tokens` of a `Batch`."""
         states = self.trunk.hidden(ids, ROLE).flatten(0, 1)
-        logprobs, _ = token_logprobs(states[before], labels, partial(self.trunk.head, role=ROLE), temperature=1.0)
+        logprobs = token_logprobs(states[before], labels, partial(self.trunk.head, role=ROLE), temperature=1.0)
         return {"loss": -logprobs.sum() / num_items_in_batch}
 
 
@@ -55,11 +55,11 @@ def run_sft(job: Job) -> None:
 
 
 @torch.no_grad()
-def heldout_loss(objective: Likelihood, examples: Sequence[Example], tokens: int = 4096) -> float:
-    """Mean negative log-likelihood of all response tokens, in nats; batches pad to at most `tokens` positions."""
+def heldout_loss(objective: Likelihood, examples: Sequence[Example]) -> float:
+    """Mean negative log-likelihood of all response tokens, in nats."""
     device, total = objective.trunk.causal.device, 0.0
     one = torch.ones((), device=device)
-    for group in buckets([e.length for e in examples], tokens):
+    for group in buckets([e.length for e in examples], objective.trunk.tokens_a_pass()):
         batch = {name: tensor.to(device) for name, tensor in _tensors([examples[i] for i in group]).items()}
         total += float(objective(**batch, num_items_in_batch=one)["loss"])
     return total / sum(len(e.response_ids) for e in examples)

@@ -40,7 +40,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
 
     @torch.no_grad()
     def roles_score(trajectories: Sequence[Trajectory]) -> list[Scored]:
-        groups = buckets([t.total_length for t in trajectories], experiment.learner.tokens_per_microbatch)
+        groups = buckets([t.total_length for t in trajectories], roles.trunk.tokens_a_pass())
         return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device)
 
     stops = stop_ids(roles.trunk.causal, tokenizer)

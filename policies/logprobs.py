@@ -1,6 +1,7 @@
 """Log-probabilities and entropy of response tokens, without logits for any other position."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,31 +10,52 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 1024
 """Positions whose logits exist at one time."""
 
+Head = Callable[[Tensor], Tensor]
+"""Hidden states `[*, H]` to logits `[*, V]`."""
 
-def token_logprobs(
-    hidden: Tensor, tokens: Tensor, head: Callable[[Tensor], Tensor], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token and entropy of the distribution that it was drawn from.
 
-    hidden: `[P, H]`, the states that predict the tokens; tokens: `[P]` int64; head: states to logits `[*, V]`.
-    The distribution is softmax(logits / temperature). Both results are `[P]` float32, in nats.
-    Logits are made for `CHUNK` positions at a time and, in the backward pass, made again.
+def token_logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> Tensor:
+    """Log-probability of each token, `[P]` float32, in nats.
+
+    hidden: `[P, H]`, the states that predict the tokens; tokens: `[P]` int64.
+    The distribution is softmax(logits / temperature). Logits are made for `CHUNK` positions at a time and, in the
+    backward pass, made again.
     """
-    if len(tokens) <= CHUNK:
-        return _chunk(hidden, tokens, head, temperature)
-    parts = [
-        checkpoint(_chunk, h, t, head, temperature, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else _chunk(h, t, head, temperature)
-        for h, t in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True)
-    ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return _chunked(partial(_logprobs, head=head, temperature=temperature), hidden, tokens)[0]
 
 
-def _chunk(
-    hidden: Tensor, tokens: Tensor, head: Callable[[Tensor], Tensor], temperature: float
+def token_logprobs_and_entropy(
+    hidden: Tensor, tokens: Tensor, head: Head, temperature: float, learn_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    logprobs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
+    """As `token_logprobs`, and the entropy of the distribution that each token was drawn from, both `[P]`.
+
+    learn_entropy: whether the entropy carries a gradient.
+    """
+    function = partial(_logprobs_and_entropy, head=head, temperature=temperature, learn_entropy=learn_entropy)
+    logprobs, entropies = _chunked(function, hidden, tokens)
+    return logprobs, entropies
+
+
+def _chunked(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, tokens: Tensor) -> list[Tensor]:
+    chunks = list(zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        function = partial(checkpoint, function, use_reentrant=False)
+    return [torch.cat(parts) for parts in zip(*(function(h, t) for h, t in chunks), strict=True)]
+
+
+def _distribution(hidden: Tensor, head: Head, temperature: float) -> Tensor:
+    logits = head(hidden).float()
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor]:
+    return (_distribution(hidden, head, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1),)
+
+
+def _logprobs_and_entropy(
+    hidden: Tensor, tokens: Tensor, head: Head, temperature: float, learn_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    whole = _distribution(hidden, head, temperature)
+    with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+        entropy = -(whole.exp() * whole).sum(-1)
+    return whole.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy

@@ -1,5 +1,6 @@
 """One frozen base model and an adapter for each role."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from policies.adapters import lora_config, save_adapter
 from policies.errors import UserError
 from policies.lora import AdaptedLinear
+from policies.norms import FrozenRmsNorm
 from policies.schema import PolicySettings
+
+CPU_TOKENS = 1024
 
 AdapterWeights = dict[str, Tensor]
 """Adapter weights by their name in a PEFT file, which does not hold the role."""
@@ -60,6 +64,8 @@ class Trunk(nn.Module):
         self._adapted = [AdaptedLinear(layer) for layer in self._layers if AdaptedLinear.fits(layer)]
         for adapted in self._adapted:
             adapted.layer.forward = adapted
+        for norm in filter(FrozenRmsNorm.fits, base.modules()):
+            norm.forward = FrozenRmsNorm(norm)
 
     def switch(self, role: str) -> None:
         """Make the next forward passes those of a role.
@@ -130,6 +136,19 @@ class Trunk(nn.Module):
             parameter.copy_(weights[name])
         for adapted in self._adapted:
             adapted.merged.pop(role, None)
+
+    def tokens_a_pass(self) -> int:
+        """How many tokens, padding counted, a forward and backward pass should have on this device.
+
+        On a CPU so few that activations stay in its caches. On a GPU as many as a third of the free memory holds, by
+        34 numbers a token and unit of width in each layer (Korthikanti et al. 2022, section 4.1), a power of two.
+        """
+        if self.causal.device.type != "cuda":
+            return CPU_TOKENS
+        free, _ = torch.cuda.mem_get_info(self.causal.device)
+        config = self.causal.config
+        numbers = 34 * config.num_hidden_layers * self.width + 3 * config.vocab_size
+        return max(CPU_TOKENS, 2 ** int(math.log2(free / 3 / (numbers * self.causal.dtype.itemsize))))
 
     def save(self, role: str, folder: Path) -> None:
         """Write what is trained of a role (see `save_adapter`)."""

@@ -11,6 +11,7 @@ from policies.copies import make_trunk
 from policies.loading import load_base, load_tokenizer, stop_ids
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
+from rollouts.attention import use_decoding_attention
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
 
@@ -23,6 +24,7 @@ class TransformersEngine:
 
     def __init__(self, trunk: Trunk, stop_ids: frozenset[int], rows: int, merge: bool = True) -> None:
         """merge: decode with the adapter merged into a copy of the weights."""
+        use_decoding_attention(trunk.causal)
         self.trunk = trunk
         self.merge = merge
         self.stop_ids = stop_ids

@@ -79,11 +79,12 @@ class Learner:
         self.optimizer.register_step_pre_hook(self.clip)
         self._seen_skips = 0
         self.device = self.engine.device
+        self.tokens = learner.tokens_per_microbatch or roles.trunk.tokens_a_pass()
 
     @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
         """What policy, reference, critic and reward say of each trajectory. The score is NaN without a reward head."""
-        groups = buckets([t.total_length for t in trajectories], self.learner.tokens_per_microbatch)
+        groups = buckets([t.total_length for t in trajectories], self.tokens)
         return score_groups(self.engine, trajectories, self._level(groups), self.temperature, self.device)
 
     def update(
@@ -193,10 +194,7 @@ class Learner:
         """
         rows = sorted(rows, key=lambda row: row.length)
         share = range(self.rank, len(rows), self.world)
-        groups = [
-            [share[i] for i in group]
-            for group in buckets([rows[i].length for i in share], self.learner.tokens_per_microbatch)
-        ]
+        groups = [[share[i] for i in group] for group in buckets([rows[i].length for i in share], self.tokens)]
         sums = []
         for place, group in enumerate(self._level(groups)):
             loss, parts = loss_of([rows[i] for i in group])

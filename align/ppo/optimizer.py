@@ -18,7 +18,7 @@ def make_optimizer(settings: LearnerSettings, groups: dict[str, list[nn.Paramete
     named: list[dict[str, Any]] = [{"params": parameters, "role": role} for role, parameters in groups.items()]
     if settings.optimizer == "sgd":
         return SGD(named, lr=0.0, weight_decay=settings.weight_decay)
-    return AdamW(named, lr=0.0, eps=1e-5, weight_decay=settings.weight_decay)
+    return AdamW(named, lr=0.0, eps=1e-5, weight_decay=settings.weight_decay, fused=True)
 
 
 def schedule_factor(name: Schedule, step: int, steps: int, warmup: float) -> float:

@@ -15,7 +15,7 @@ from align.ppo.losses import clipped_policy_loss, clipped_value_loss
 from align.schema import PpoSettings
 from policies.batching import Batch, collate
 from policies.heads import ScalarHead
-from policies.logprobs import token_logprobs
+from policies.logprobs import token_logprobs, token_logprobs_and_entropy
 from policies.trunk import Trunk
 from rollouts.trajectory import Scored, Trajectory
 
@@ -62,8 +62,8 @@ class Roles(nn.Module):
         own = None if self.critic is None else self.critic.trunk
         return [self.trunk] if own is None else [self.trunk, own]
 
-    def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies `[P]` of a batch's response tokens under a role's states `[B·T, H]`."""
+    def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> Tensor:
+        """Log-probabilities `[P]` of a batch's response tokens under a role's states `[B·T, H]`."""
         return token_logprobs(states[batch.before], batch.tokens, partial(self.trunk.head, role=role), temperature)
 
     def critic_states(self, ids: Tensor, policy_states: Tensor) -> Tensor:
@@ -91,15 +91,13 @@ def judge(roles: Roles, batch: Batch, temperature: float) -> Verdicts:
     """Score a batch by policy, reference, critic and reward: one forward pass each, but for a critic that is a head."""
     trunk = roles.trunk
     states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    logprobs, _ = roles.logprobs("policy", states, batch, temperature)
+    logprobs = roles.logprobs("policy", states, batch, temperature)
     values = last_values = scores = None
     if roles.critic is not None:
         states = roles.critic_states(batch.ids, states)
         values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
     states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
-    reference_logprobs, _ = token_logprobs(
-        states[batch.before], batch.tokens, partial(trunk.head, role="reference"), temperature
-    )
+    reference_logprobs = roles.logprobs("reference", states, batch, temperature)
     if roles.reward_head is not None:
         scores = roles.reward_head(trunk.hidden(batch.ids, "reward").flatten(0, 1)[batch.last])
     return Verdicts(logprobs, reference_logprobs, values, last_values, scores)
@@ -174,8 +172,9 @@ def ppo_loss(
     0 where the KL is in the reward. The approximate KL is k3 of the old policy to the new, from samples of the old.
     """
     states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    logprobs, entropy = token_logprobs(
-        states[batch.before], batch.tokens, partial(roles.trunk.head, role="policy"), temperature
+    head = partial(roles.trunk.head, role="policy")
+    logprobs, entropy = token_logprobs_and_entropy(
+        states[batch.before], batch.tokens, head, temperature, learn_entropy=ppo.entropy > 0
     )
     policy, policy_clipped = clipped_policy_loss(
         logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip or math.inf
@@ -195,6 +194,4 @@ def ppo_loss(
 def likelihood_loss(roles: Roles, batch: Batch) -> Tensor:
     """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens."""
     states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    return -token_logprobs(
-        states[batch.before], batch.tokens, partial(roles.trunk.head, role="policy"), temperature=1.0
-    )[0].sum()
+    return -roles.logprobs("policy", states, batch, temperature=1.0).sum()

@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this, such as A-7m or head-float32")
     parser.add_argument("--to", type=Path, default=HERE / "results.json")
     arguments = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the yardstick is on the CPU, and so are both sides
     peer = make_peer()
     results: dict[str, Any] = {"machine": machine(arguments.threads), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -132,9 +133,17 @@ def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:
         export_merged(ModelSettings(path=str(arguments.model)), arguments.sft, tokenizer, to)
         return to
     width, layers = map(int, kind.split("x"))
-    sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3 // 16 * 16, "head_dim": width // 8}
+    heads = max(8, width // 128)
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(arguments.model, num_hidden_layers=layers, **sizes)
+    config = AutoConfig.from_pretrained(
+        arguments.model,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=width // heads,
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(to)
     tokenizer.save_pretrained(to)
     return to
@@ -145,14 +154,14 @@ def run_peer(python: Path, model: Path, workload: Workload, arguments: argparse.
     settings = {"model": model, "prompts": arguments.prompts, "batch": BATCH, "updates": UPDATES, "epochs": EPOCHS}
     settings |= {"response": workload.response, "rank": RANK, "threads": arguments.threads}
     line = [str(python), str(HERE / "trl_ppo.py")]
-    output, memory = watched([*line, *(f"--{name}={value}" for name, value in settings.items())], {})
+    output, memory = watched([*line, *(f"--{name}={value}" for name, value in settings.items())])
     return figures(**json.loads(output.strip().splitlines()[-1]), memory=memory)
 
 
 def run_ours(
     model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace, speeds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Our figures, by a whole run of the command, as a user would run it."""
+    """Our figures, by a whole run of the command, as a user would run it; on a GPU where one can be seen."""
     with tempfile.TemporaryDirectory() as folder:
         write_reward(model, Path(folder) / "reward")
         experiment = {
@@ -177,7 +186,7 @@ def run_ours(
         }
         file = Path(folder) / "experiment.yaml"
         file.write_text(json.dumps(experiment))  # JSON is YAML
-        _, memory = watched([sys.executable, "-m", "align", "run", str(file)], {"CUDA_VISIBLE_DEVICES": ""})
+        _, memory = watched([sys.executable, "-m", "align", "run", str(file)])
         lines = [json.loads(line) for line in (Path(folder) / "bench" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "time/step" in line][1:]
     seconds = [line["time/step"] + line["time/between"] for line in steps]
@@ -219,14 +228,12 @@ def shape_of(model: Path) -> Shape:
     )
 
 
-def watched(command: list[str], environment: Mapping[str, str]) -> tuple[str, float]:
+def watched(command: list[str]) -> tuple[str, float]:
     """Run a command. Returns what it printed and the most memory that it and its children had at one time, in MB.
 
     Memory is proportional set size, in which a page that processes share counts once.
     """
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(environment)
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak, done = 0.0, threading.Event()
 
     def watch() -> None:
@@ -276,12 +283,13 @@ def spread(pairs: list[dict[str, Any]], name: str) -> dict[str, float]:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the figures were measured on."""
+    torch.set_num_threads(threads)
     return {
         "cpu_count": os.cpu_count(),
         "threads": threads,
         "torch": torch.__version__,
         "measured": time.strftime("%Y-%m-%d"),
-        **{f"{name}_operations_per_s": matrix_rate(getattr(torch, name), threads) for name in ("float32", "bfloat16")},
+        **{f"{name}_operations_per_s": matrix_rate(getattr(torch, name)) for name in ("float32", "bfloat16")},
     }
 
 

@@ -36,14 +36,15 @@ def update_operations(shape: Shape, episodes: Iterable[tuple[int, int]], critic_
     return total
 
 
-def matrix_rate(dtype: torch.dtype, threads: int, width: int = 512, rounds: int = 30) -> float:
+def matrix_rate(dtype: torch.dtype, device: str = "cpu", width: int = 512, rounds: int = 30) -> float:
     """Operations a second of products of 2048 × width by width × width: the median of several rounds."""
-    torch.set_num_threads(threads)
-    left, right = torch.randn(2048, width).to(dtype), torch.randn(width, width).to(dtype)
+    left, right = torch.randn(2048, width, device=device).to(dtype), torch.randn(width, width, device=device).to(dtype)
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(8):
             left @ right
+        finish()
         seconds.append((time.perf_counter() - start) / 8)
     return 2 * 2048 * width * width / sorted(seconds)[rounds // 2]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.logprobs import CHUNK, token_logprobs
+from policies.logprobs import CHUNK, token_logprobs, token_logprobs_and_entropy
 
 
 def oracle(hidden: Tensor, tokens: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_chunks_give_the_values_and_gradients_of_the_whole(count: int, temperature: float) -> None:
     hidden, tokens, weight = inputs(count)
     fast, slow = hidden.clone().requires_grad_(True), hidden.double().requires_grad_(True)
-    logprobs, entropy = token_logprobs(fast, tokens, lambda h: h @ weight.T, temperature)
+    logprobs, entropy = token_logprobs_and_entropy(fast, tokens, lambda h: h @ weight.T, temperature, True)
     expected, expected_entropy = oracle(slow, tokens, weight.double(), temperature)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-5)
@@ -43,8 +43,10 @@ def test_chunks_without_gradients_are_the_same() -> None:
     with torch.no_grad():
         quick = token_logprobs(hidden, tokens, lambda h: h @ weight.T, 1.0)
     slow = token_logprobs(hidden.requires_grad_(True), tokens, lambda h: h @ weight.T, 1.0)
-    assert torch.equal(quick[0], slow[0].detach())
-    assert torch.equal(quick[1], slow[1].detach())
+    both, entropy = token_logprobs_and_entropy(hidden, tokens, lambda h: h @ weight.T, 1.0, False)
+    assert torch.equal(quick, slow.detach())
+    assert torch.equal(quick, both.detach())
+    assert not entropy.requires_grad
 
 
 def test_no_more_than_a_chunk_of_logits_exists_at_one_time() -> None:
@@ -62,12 +64,13 @@ def test_no_more_than_a_chunk_of_logits_exists_at_one_time() -> None:
 def test_half_precision_logits_are_normalised_in_float32() -> None:
     hidden, tokens, weight = inputs(50)
     logits = (hidden @ weight.T).bfloat16()
-    logprobs, entropy = token_logprobs(hidden, tokens, lambda _: logits, 1.0)
+    logprobs, entropy = token_logprobs_and_entropy(hidden, tokens, lambda _: logits, 1.0, False)
     assert logprobs.dtype == entropy.dtype == torch.float32
     expected = torch.log_softmax(logits.float(), -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(logprobs, expected)
 
 
 def test_entropy_of_equal_logits_is_that_of_the_vocabulary() -> None:
-    _, entropy = token_logprobs(torch.zeros(1, 8), torch.zeros(1, dtype=torch.long), lambda h: h.new_zeros(1, 13), 0.5)
+    tokens = torch.zeros(1, dtype=torch.long)
+    _, entropy = token_logprobs_and_entropy(torch.zeros(1, 8), tokens, lambda h: h.new_zeros(1, 13), 0.5, False)
     assert float(entropy) == pytest.approx(torch.log(torch.tensor(13.0)).item())

@@ -171,7 +171,7 @@ def test_padding_and_neighbours_change_no_log_probability(
     def logprobs(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, ...]:
         batch = collate(prompts, responses, pad)
         states = trunk.hidden(batch.ids, "policy").flatten(0, 1)[batch.before]
-        return batch.split(token_logprobs(states, batch.tokens, partial(trunk.head, role="policy"), 1.0)[0])
+        return batch.split(token_logprobs(states, batch.tokens, partial(trunk.head, role="policy"), 1.0))
 
     with torch.no_grad():
         together = logprobs(*map(list, zip(*rows)))

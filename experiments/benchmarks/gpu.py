@@ -1,0 +1,54 @@
+"""PPO on a GPU, in bfloat16, on random models of half a billion and three billion weights: written to docs/gpu.md.
+
+    python experiments/benchmarks/gpu.py --model MODEL --prompts PROMPTS.jsonl
+
+MODEL gives the tokenizer. Without a GPU it says so and ends well.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from bench import Variant, Workload, make_model, run_ours
+from operations import matrix_rate
+
+SIZES = {"0.5 B": "1536x18", "3 B": "2560x38"}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model with its tokenizer")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with `prompt`")
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU on this machine: nothing was measured")
+        return
+    rate = matrix_rate(torch.bfloat16, "cuda", width=4096)
+    lines = [
+        "# On a GPU",
+        "",
+        f"`make gpu-check` on one {torch.cuda.get_device_name()}: PPO with LoRA of rank 16 on a bfloat16 trunk, "
+        f"32 prompts, up to 64 new tokens, four epochs, in one process. Matrix products reach {rate / 1e12:.0f} TFLOP/s.",
+        "",
+        "| weights | critic | response tokens/s | update's share of that rate | rollout · score · update, s |",
+        "|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in SIZES.items():
+            model = make_model(size, arguments, Path(folder) / size)
+            for critic in ("adapter", "head"):
+                variant = Variant(critic, "bfloat16")
+                found = run_ours(model, Workload(size, 64), variant, arguments, {"bfloat16_operations_per_s": rate})
+                share, parts = found["update_share_of_matrix_rate"], found["parts"]
+                times = " · ".join(f"{parts[part]:.2f}" for part in ("rollout", "score", "update"))
+                lines.append(f"| {name} | {critic} | {median([found['tokens_per_s']]):.0f} | {share:.0%} | {times} |")
+                print(lines[-1], flush=True)
+    DOCUMENT.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

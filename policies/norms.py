@@ -1,0 +1,45 @@
+"""RMSNorm with a frozen weight on the CPU, forward and backward, in as few passes over memory as it needs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+PLAIN = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "OlmoeRMSNorm")
+"""Classes of transformers that compute weight · x / √(mean x² + ε) and nothing else."""
+
+
+class FrozenRmsNorm:
+    """Takes the place of a norm's own forward where activations are float32: the same numbers, up to rounding."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether the module is such a norm, on the CPU."""
+        return type(module).__name__ in PLAIN and module.weight.device.type == "cpu"
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm, self.own = norm, norm.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self.norm.weight
+        if x.dtype != torch.float32 or weight.requires_grad:
+            return self.own(x)
+        return _RmsNorm.apply(x, weight, self.norm.variance_epsilon)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        squares = torch.linalg.vecdot(x, x).unsqueeze(-1)
+        scale = (squares / x.shape[-1] + epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        inner = gradient * weight
+        along = torch.linalg.vecdot(inner, x).unsqueeze(-1) * scale.square() / x.shape[-1]
+        return inner.addcmul_(x, along, value=-1).mul_(scale), None, None

@@ -1,0 +1,54 @@
+"""What the benchmarks count."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from policies.schema import PolicySettings
+from policies.trunk import Trunk
+
+BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import operations
+
+    yield operations
+    sys.modules.pop("operations")
+
+
+def test_operations_of_an_update_are_those_that_torch_counts(operations, tiny_model: Path) -> None:
+    trunk = Trunk(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), PolicySettings(rank=4), ("policy",)
+    )
+    trunk.leave_to_peft()  # torch counts no product that is added in place
+    trunk.train_only("policy")
+    trunk.switch("policy")
+    prompt, response = 5, 7
+    ids = torch.arange(prompt + response).unsqueeze(0)
+    embedded = trunk.causal.get_input_embeddings()(
+        ids
+    ).requires_grad_()  # so that the first layer's gradient counts too
+    with FlopCounterMode(display=False) as counter:
+        states = trunk.states(inputs_embeds=embedded, use_cache=False)
+        trunk.head(states[0, prompt - 1 : -1], "policy").sum().backward()
+    linear = [m for m in trunk.causal.base_model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    frozen = [m for m in linear if not m.weight.requires_grad]
+    shape = operations.Shape(
+        linear=sum(m.weight.numel() for m in frozen),
+        adapter=sum(m.weight.numel() for m in linear) - sum(m.weight.numel() for m in frozen),
+        attention=0,  # torch counts none for the kernel of the CPU
+        head=trunk.causal.get_output_embeddings().weight.numel(),
+    )
+    assert counter.get_total_flops() == operations.update_operations(shape, [(prompt, response)], critic_forward=False)
+
+
+def test_attention_is_counted_half_and_three_times(operations) -> None:
+    shape = operations.Shape(linear=0, adapter=0, attention=8, head=0)
+    assert operations.update_operations(shape, [(3, 7)], critic_forward=True) == 2 * 3 * (4 * 10**2 * 8) / 2
