@@ -32,7 +32,7 @@ def main() -> None:
         "# On a GPU",
         "",
         f"`make gpu-check` on one {torch.cuda.get_device_name()}: PPO with LoRA of rank 16 on a bfloat16 trunk, "
-        f"32 prompts, up to 64 new tokens, four epochs, in one process. Matrix products reach {rate / 1e12:.0f} TFLOP/s.",
+        f"32 prompts, up to 64 new tokens, four epochs, in one process. Products reach {rate / 1e12:.0f} TFLOP/s.",
         "",
         "| weights | critic | response tokens/s | update's share of that rate | rollout · score · update, s |",
         "|---|---|---|---|---|",
