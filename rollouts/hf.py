@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from policies.adapters import fingerprint
 from policies.copies import make_trunk
@@ -12,6 +11,7 @@ from policies.loading import load_base, load_tokenizer, stop_ids
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.attention import use_decoding_attention
+from rollouts.cache import make_cache
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
 
@@ -81,7 +81,7 @@ class _Decoder:
         self.trunk, self.role = trunk, role
         self.ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        self.cache = DynamicCache(config=trunk.causal.config)
+        self.cache = make_cache(trunk.causal.config)
 
     def prefill(self) -> Tensor:
         """Logits `[B, V]` of the token after each prompt."""
