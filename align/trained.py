@@ -10,7 +10,7 @@ import torch
 from align.inputs import Inputs
 from align.judges import make_evaluator, make_judges
 from align.ppo.build import build_roles
-from align.ppo.roles import score_groups
+from align.ppo.passes import score_groups
 from align.run import RunFolder
 from align.schema import Experiment
 from align.seeds import seed_for

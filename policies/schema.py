@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Settings(BaseModel):
@@ -19,12 +19,24 @@ class ModelSettings(Settings):
     """The frozen base model that all roles share."""
 
     path: str = Field(description="folder or hub name of a causal language model with its tokenizer")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of the frozen weights; adapters and heads are float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="precision of the frozen weights; adapters and heads are float32. auto: bfloat16 where the device "
+        "multiplies in it",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
+
+    @field_validator("dtype")
+    @classmethod
+    def _settle(cls, dtype: str) -> str:
+        """`auto` becomes what it means here, so that a run's `config.yaml` says what it ran in."""
+        if dtype != "auto":
+            return dtype
+        from policies.loading import fast_dtype  # torch is slow to import, and only wanted here
+
+        return fast_dtype()
 
 
 class PolicySettings(Settings):

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align.inputs import Example
+from align.ppo.engine import make_engine
 from align.ppo.episodes import Episode
 from align.ppo.optimizer import GroupClip, make_optimizer
-from align.ppo.roles import STATISTICS, Roles, likelihood_loss, microbatch, ppo_loss, score_groups
+from align.ppo.passes import STATISTICS, likelihood_loss, microbatch, ppo_loss, score_groups
+from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
 from policies.batching import buckets, collate
 from policies.trunk import AdapterWeights, Trunk
@@ -70,7 +72,7 @@ class Learner:
         if learner.zero == 3:
             for trunk in roles.trunks:
                 trunk.leave_to_peft()
-        self.engine = _deepspeed(roles, self.optimizer, learner.zero)
+        self.engine = make_engine(roles, self.optimizer, learner.zero)
         self.roles = roles.eval()
         if gradient_checkpointing:
             for trunk in roles.trunks:
@@ -267,39 +269,3 @@ def _finite_mean(values: Iterable[float]) -> float:
     """The mean of those that are finite; NaN where none is."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def _deepspeed(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> Any:
-    """The engine. Clipping, schedules and the count of microbatches are the learner's own."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Each rank is a process that sees one device. ZeRO 3 reads this at every step; `close` takes it back, or
-    # transformers' Trainer would take the process for one of a launcher's.
-    os.environ["LOCAL_RANK"] = "0"
-    import deepspeed
-
-    _without_compiler(deepspeed)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    engine, *_ = deepspeed.initialize(
-        model=roles,
-        optimizer=optimizer,
-        model_parameters=trainable,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "managed_gradient_accumulation": False,
-            "zero_allow_untested_optimizer": True,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {
-                "stage": stage,
-                "overlap_comm": False,
-                "sub_group_size": 10**12,  # one a parameter group, so that GroupClip sees a group's whole partition
-                "stage3_param_persistence_threshold": 0,
-            },
-        },
-    )
-    return engine
-
-
-def _without_compiler(deepspeed: Any) -> None:
-    """Keep DeepSpeed from building its shared-memory operator, which needs a compiler and ninja on the PATH."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -5,18 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from align.inputs import Example
 from align.ppo.episodes import Episode, make_episodes
+from align.ppo.gap import check_gap
 from align.ppo.group import Learners
 from align.ppo.kl import KlCoefficient
 from align.ppo.learner import Rates
 from align.ppo.optimizer import schedule_factor
-from align.ppo.prompts import PromptStream, minibatch_orders
+from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from align.schema import LearnerSettings, PpoSettings
-from align.seeds import permutation
 from rollouts.engine import Sampling
 from rollouts.pool import Pool
 from rollouts.trajectory import Scored, Trajectory
@@ -64,6 +61,7 @@ class Ppo:
             clock, index, beta = Clock(before), self.step, self.kl.value
             rates = learning_rates(self.learner, ppo, index, beta)
             orders = minibatch_orders(ppo.batch, ppo.minibatches, ppo.epochs, self.seed, index)
+            mixed_in = demonstration_batches(self.demonstrations, ppo, self.seed, index)
             with clock("rollout"):
                 trajectories = self.pool.generate(self.prompts.requests(index), self.sampling)
             with clock("score"):
@@ -71,7 +69,7 @@ class Ppo:
                 check_gap(trajectories, scored, ppo.max_gap)
                 episodes = make_episodes(trajectories, scored, ppo, beta)
             with clock("update"):
-                statistics = self.learners.update(episodes, orders, rates, self.mixed_in(index))
+                statistics = self.learners.update(episodes, orders, rates, mixed_in)
             with clock("sync"):
                 self.pool.load_adapter(index + 1, self.learners.policy_weights())
             self.kl.update(sum(verdict.kl for verdict in scored) / len(scored), len(scored))
@@ -79,35 +77,6 @@ class Ppo:
             seconds = clock.seconds()
             before = time.perf_counter()
             yield Step(index, trajectories, scored, episodes, rates, beta, statistics, seconds)
-
-    def mixed_in(self, index: int) -> list[list[Example]]:
-        """For each optimizer step of a step, as many demonstrations as a minibatch has episodes; none without ptx."""
-        if not self.ppo.ptx:
-            return []
-        rows, size = self.demonstrations, self.ppo.batch // self.ppo.minibatches
-        order = permutation(len(rows), self.seed, "demonstrations", index)
-        count = self.ppo.epochs * self.ppo.minibatches
-        return [[rows[order[(step * size + i) % len(rows)]] for i in range(size)] for step in range(count)]
-
-
-class SamplerGap(RuntimeError):
-    """Sampler and learner disagree about the policy's probabilities."""
-
-
-def check_gap(trajectories: Sequence[Trajectory], scored: Sequence[Scored], limit: float | None) -> None:
-    """Raise SamplerGap where the mean gap a token passes the limit, in nats."""
-    gap = float(sampler_gaps(trajectories, scored).mean())
-    if limit is not None and not gap <= limit:
-        raise SamplerGap(
-            f"the sampler's log-probabilities are {gap:.3g} nats a token off the learner's, and ppo.max_gap is "
-            f"{limit:g}: what is sampled is not the policy that is trained"
-        )
-
-
-def sampler_gaps(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> Tensor:
-    """|log π_sampler - log π_learner| of every response token of a batch, in nats."""
-    rows = zip(trajectories, scored, strict=True)
-    return torch.cat([(t.sampler_logprobs - s.logprobs).abs() for t, s in rows])
 
 
 def learning_rates(learner: LearnerSettings, ppo: PpoSettings, index: int, kl_coefficient: float) -> Rates:

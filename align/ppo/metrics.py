@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.ppo.advantages import explained_variance
-from align.ppo.loop import Step, sampler_gaps
+from align.ppo.gap import sampler_gaps
+from align.ppo.loop import Step
 from align.schema import PpoSettings
 from policies.encoding import decode_response, prompt_text
 from rollouts.trajectory import lengths

@@ -1,9 +1,11 @@
-"""Which prompts a step trains on, and with which random numbers."""
+"""Which prompts and demonstrations a step trains on, in which order, and with which random numbers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from align.inputs import Example
+from align.schema import PpoSettings
 from align.seeds import permutation, seed_for
 from rollouts.trajectory import Request
 
@@ -34,3 +36,12 @@ def minibatch_orders(batch: int, minibatches: int, epochs: int, seed: int, step:
     size = batch // minibatches
     orders = [permutation(batch, seed, "minibatch", step, epoch) for epoch in range(epochs)]
     return [[order[start : start + size] for start in range(0, batch, size)] for order in orders]
+
+
+def demonstration_batches(rows: Sequence[Example], ppo: PpoSettings, seed: int, step: int) -> list[list[Example]]:
+    """For each optimizer step of a step, as many demonstrations as a minibatch has episodes; none without `ptx`."""
+    if not ppo.ptx:
+        return []
+    size, order = ppo.batch // ppo.minibatches, permutation(len(rows), seed, "demonstrations", step)
+    starts = range(0, ppo.epochs * ppo.minibatches * size, size)
+    return [[rows[order[(start + i) % len(rows)]] for i in range(size)] for start in starts]

@@ -1,23 +1,15 @@
-"""The learner's forward passes: scoring by four roles, and PPO's loss, as functions of one module."""
+"""All that the learner holds: the trunk, the critic, and the heads."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from align.ppo.episodes import Episode
-from align.ppo.kl import estimate_kl
-from align.ppo.losses import clipped_policy_loss, clipped_value_loss
-from align.schema import PpoSettings
-from policies.batching import Batch, collate
+from policies.batching import Batch
 from policies.heads import ScalarHead
-from policies.logprobs import token_logprobs, token_logprobs_and_entropy
+from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
-from rollouts.trajectory import Scored, Trajectory
 
 
 class Critic(nn.Module):
@@ -70,128 +62,3 @@ class Roles(nn.Module):
         """Hidden states `[B·T, H]` under the critic's head; one forward pass more unless it reads the policy's."""
         trunk = self.critic_trunk
         return policy_states if trunk is None else trunk.hidden(ids, "critic").flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What four roles say of a batch: P response tokens of B rows, float32.
-
-    logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last;
-    both None without a critic. scores: `[B]`, or None where the reward is not on the trunk.
-    """
-
-    logprobs: Tensor
-    reference_logprobs: Tensor
-    values: Tensor | None
-    last_values: Tensor | None
-    scores: Tensor | None
-
-
-def judge(roles: Roles, batch: Batch, temperature: float) -> Verdicts:
-    """Score a batch by policy, reference, critic and reward: one forward pass each, but for a critic that is a head."""
-    trunk = roles.trunk
-    states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    logprobs = roles.logprobs("policy", states, batch, temperature)
-    values = last_values = scores = None
-    if roles.critic is not None:
-        states = roles.critic_states(batch.ids, states)
-        values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
-    states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
-    reference_logprobs = roles.logprobs("reference", states, batch, temperature)
-    if roles.reward_head is not None:
-        scores = roles.reward_head(trunk.hidden(batch.ids, "reward").flatten(0, 1)[batch.last])
-    return Verdicts(logprobs, reference_logprobs, values, last_values, scores)
-
-
-def score_group(
-    run: Callable[..., Any], rows: Sequence[Trajectory], temperature: float, device: torch.device
-) -> list[Scored]:
-    """Score trajectories in one padded batch. `run` is `Roles`, or what wraps it."""
-    batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(device)
-    verdicts: Verdicts = run(judge, batch, temperature)
-    logprobs, references = (batch.split(part.cpu()) for part in (verdicts.logprobs, verdicts.reference_logprobs))
-    scores = [math.nan] * len(rows) if verdicts.scores is None else verdicts.scores.tolist()
-    values = [torch.empty(0)] * len(rows)
-    if verdicts.values is not None and verdicts.last_values is not None:
-        before, after = batch.split(verdicts.values.cpu()), verdicts.last_values.cpu().split(1)
-        values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
-    return [Scored(*parts) for parts in zip(logprobs, references, values, scores, strict=True)]
-
-
-def score_groups(
-    run: Callable[..., Any],
-    rows: Sequence[Trajectory],
-    groups: Iterable[Sequence[int]],
-    temperature: float,
-    device: torch.device,
-) -> list[Scored]:
-    """Score trajectories, each group of indices in one pass. Where a row is in two groups the first one counts."""
-    scored: dict[int, Scored] = {}
-    for group in groups:
-        verdicts = score_group(run, [rows[i] for i in group], temperature, device)
-        scored = dict(zip(group, verdicts, strict=True)) | scored
-    return [scored[i] for i in range(len(rows))]
-
-
-@dataclass(frozen=True)
-class Targets:
-    """A microbatch's targets, each `[P]` float32 (see `Episode`); returns and old_values are empty without a critic."""
-
-    old_logprobs: Tensor
-    reference_logprobs: Tensor
-    advantages: Tensor
-    returns: Tensor
-    old_values: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, episodes: Sequence[Episode], device: torch.device) -> "Targets":
-        names = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
-        columns = [torch.cat([getattr(e, name) for e in episodes]) for name in names]
-        columns.append(torch.cat([torch.full((len(e.response_ids),), e.weight) for e in episodes]))
-        return cls(*(column.to(device) for column in columns))
-
-
-def microbatch(episodes: list[Episode], device: torch.device) -> tuple[Batch, Targets]:
-    """Episodes as the tensors of one forward pass."""
-    batch = collate([e.prompt_ids for e in episodes], [e.response_ids for e in episodes])
-    return batch.to(device), Targets.of(episodes, device)
-
-
-STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
-"""Names of the sums that `ppo_loss` returns, in order."""
-
-
-def ppo_loss(
-    roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings, temperature: float, kl_in_loss: float
-) -> tuple[Tensor, Tensor]:
-    """The loss summed over the tokens of a microbatch, and its statistics `[7]`, sums too (see `STATISTICS`).
-
-    policy + value + β·KL - entropy bonus, each token by its weight; the policy's parameters see no gradient of the
-    value loss, nor the critic's of the others, unless the critic is a head on the policy's states. `kl_in_loss` is β,
-    0 where the KL is in the reward. The approximate KL is k3 of the old policy to the new, from samples of the old.
-    """
-    states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    head = partial(roles.trunk.head, role="policy")
-    logprobs, entropy = token_logprobs_and_entropy(
-        states[batch.before], batch.tokens, head, temperature, learn_entropy=ppo.entropy > 0
-    )
-    policy, policy_clipped = clipped_policy_loss(
-        logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip or math.inf
-    )
-    value = value_clipped = torch.zeros_like(policy)
-    if roles.critic is not None:
-        values = roles.critic.head(roles.critic_states(batch.ids, states)[batch.before])
-        value, value_clipped = clipped_value_loss(values, targets.old_values, targets.returns, ppo.critic.value_clip)
-    kl = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)
-    moved = estimate_kl(targets.old_logprobs, logprobs, "k3")
-
-    loss = policy + ppo.critic.weight * value + kl - ppo.entropy * entropy
-    parts = torch.stack([policy, value, kl, entropy, moved, policy_clipped, value_clipped]).detach()
-    return loss @ targets.weights, parts @ targets.weights
-
-
-def likelihood_loss(roles: Roles, batch: Batch) -> Tensor:
-    """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens."""
-    states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    return -roles.logprobs("policy", states, batch, temperature=1.0).sum()

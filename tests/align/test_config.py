@@ -112,6 +112,24 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in problem(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("ppo: {estimator: rloo}", "ppo: rloo compares the samples of a prompt: set samples to 2 or more"),
+        ("ppo: {samples: 3}", "ppo: samples 3 does not divide batch 128"),
+        ("ppo: {estimator: reinforce++, cut: bootstrap}", "`cut: bootstrap` needs a critic, and reinforce++ has none"),
+        (
+            "ppo: {critic: {model: m}}",
+            "ppo.critic: `model` is the base of a critic of kind `model`, and kind is",
+        ),
+        ("policy: {method: full}", "model.dtype bfloat16 is too coarse"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, settings: str, expected: str) -> None:
+    coarse = MINIMAL.replace("path: m", "path: m, dtype: bfloat16") if "full" in settings else MINIMAL
+    assert expected in problem(tmp_path, f"{coarse}{settings}\n")
+
+
 @pytest.mark.parametrize("override", ["ppo.steps", "=3", "ppo..steps=1", "ppo.steps=[1"])
 def test_mistakes_in_an_override(tmp_path: Path, override: str) -> None:
     assert f"override {override!r}" in problem(tmp_path, MINIMAL, override)

@@ -32,9 +32,11 @@ Factory = Callable[..., Learner]
 def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
     made: list[Learner] = []
 
-    def new(policy: PolicySettings, ppo: PpoSettings, settings: LearnerSettings = SGD) -> Learner:
+    def new(
+        policy: PolicySettings, ppo: PpoSettings, settings: LearnerSettings = SGD, dtype: str = "float32"
+    ) -> Learner:
         roles = build_roles(
-            Blueprint(ModelSettings(path=str(tiny_model)), policy, 0, None, None, None), ppo.critic_if_any
+            Blueprint(ModelSettings(path=str(tiny_model), dtype=dtype), policy, 0, None, None, None), ppo.critic_if_any
         )
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -223,3 +225,18 @@ def test_full_fine_tuning_leaves_the_reference_as_it_was(new_learner: Factory) -
     after = learner.roles.trunk.read_adapter("reference")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(not torch.equal(policy[name], tensor) for name, tensor in learner.policy_weights().items())
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_gradient_is_the_same_for_every_cut_and_order_of_rows(
+    new_learner: Factory, kind: str, dtype: str, near: float
+) -> None:
+    gradients = []
+    rows: list[Episode] = []
+    for tokens, order in ((4096, [0, 1, 2, 3, 4, 5]), (1, [5, 0, 3, 1, 4, 2]), (30, [2, 4, 1, 0, 3, 5])):
+        learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": tokens}), dtype)
+        rows = rows or episodes(learner)
+        gradients.append(moved(learner, [rows[i] for i in order], ALL, Rates(1e3, 1e3, 0.0)))
+    for other in gradients[1:]:
+        assert distance(other, gradients[0]) < near

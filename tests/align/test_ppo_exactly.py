@@ -25,8 +25,9 @@ from align.ppo.kl import AdaptiveKl
 from align.ppo.learner import Rates
 from align.ppo.loop import Step, learning_rates
 from align.ppo.metrics import step_metrics
+from align.ppo.passes import STATISTICS, score_group
 from align.ppo.ranks import RayLearners
-from align.ppo.roles import STATISTICS, Critic, Roles, score_group
+from align.ppo.roles import Critic, Roles
 from align.run import RunFolder, read_facts
 from align.schema import ClusterSettings, CriticSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
 from align.seeds import seed_for

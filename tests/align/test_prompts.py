@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.ppo.prompts import PromptStream, minibatch_orders
+from align.inputs import Example
+from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
+from align.schema import PpoSettings
 from rollouts.trajectory import Request
 
 COUNTS = st.integers(1, 30)
@@ -100,3 +102,20 @@ def test_samples_of_a_prompt_stand_side_by_side_with_seeds_of_their_own() -> Non
     assert all(len(set(prompts[start : start + 4])) == 1 for start in range(0, 24, 4))
     assert len(set(prompts)) == 5  # six groups of five prompts: all are used before one comes again
     assert len({request.seed for request in first + second}) == 24
+
+
+def test_demonstrations_are_dealt_to_each_optimizer_step_all_of_them_before_one_comes_again() -> None:
+    rows = [Example([n], [n]) for n in range(20)]
+    ppo = PpoSettings(batch=8, minibatches=2, epochs=3, ptx=0.1)
+    batches = demonstration_batches(rows, ppo, seed=0, step=4)
+    assert [len(batch) for batch in batches] == [4] * 6
+    dealt = [row.prompt_ids[0] for batch in batches for row in batch]
+    assert sorted(dealt[:20]) == list(range(20))
+    assert demonstration_batches(rows, ppo, seed=0, step=5) != batches
+    assert demonstration_batches(rows, PpoSettings(), seed=0, step=4) == []
+
+
+def test_fewer_demonstrations_than_a_minibatch_come_again() -> None:
+    ppo = PpoSettings(batch=8, minibatches=1, epochs=1, ptx=0.1)
+    ((*rows,),) = demonstration_batches([Example([n], [n]) for n in range(3)], ppo, seed=0, step=0)
+    assert sorted(Counter(row.prompt_ids[0] for row in rows).values()) == [2, 3, 3]

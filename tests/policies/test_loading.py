@@ -110,3 +110,10 @@ def test_responses_stop_at_the_tokenizer_s_eos_and_at_the_model_s_own(tiny_model
         assert stop_ids(model, tokenizer) == expected
     model.generation_config = None
     assert stop_ids(model, tokenizer) == {1}
+
+
+def test_auto_dtype_is_settled_when_the_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
+        assert ModelSettings(path="m", dtype="auto").dtype == dtype
+    assert ModelSettings(path="m").dtype == "float32"

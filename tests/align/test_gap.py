@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from align.ppo.gap import SamplerGap, check_gap, sampler_gaps
+from rollouts.trajectory import Request, Scored, Trajectory
+
+
+def pair(sampler: list[float], learner: list[float]) -> tuple[Trajectory, Scored]:
+    row = Trajectory(Request("", (1,), 0), tuple(range(len(sampler))), torch.tensor(sampler), True, 0)
+    return row, Scored(torch.tensor(learner), torch.zeros(len(learner)), torch.empty(0), 0.0)
+
+
+ROWS, VERDICTS = zip(pair([-1.0, -2.0], [-1.5, -2.0]), pair([-3.0], [-2.5]))
+
+
+def test_gaps_are_the_distances_of_every_token() -> None:
+    assert sampler_gaps(ROWS, VERDICTS).tolist() == [0.5, 0.0, 0.5]
+
+
+def test_a_mean_gap_past_the_limit_ends_the_run() -> None:
+    check_gap(ROWS, VERDICTS, None)
+    check_gap(ROWS, VERDICTS, 0.34)
+    with pytest.raises(SamplerGap, match=r"0\.333 nats a token.*max_gap is 0\.3"):
+        check_gap(ROWS, VERDICTS, 0.3)
+
+
+def test_a_gap_that_is_not_a_number_ends_the_run() -> None:
+    row, verdict = pair([-1.0], [float("nan")])
+    with pytest.raises(SamplerGap):
+        check_gap([row], [verdict], 0.3)
