@@ -31,7 +31,7 @@ class Sizes:
 
     text: int = 7040
     demonstrations: int = 1500
-    pairs: int = 14400
+    pairs: int = 16000
     pairs_heldout: int = 2000
     prompts: int = 2048
     prompts_heldout: int = 512
