@@ -21,6 +21,9 @@ def make_cache(config: PretrainedConfig) -> DynamicCache:
 class RoomyLayer(DynamicLayer):
     """What transformers' own layer holds and returns, in storage with room behind it."""
 
+    keys: Tensor
+    values: Tensor
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self._rooms: dict[str, Tensor] = {}
