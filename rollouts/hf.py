@@ -126,7 +126,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def build_engine(model: ModelSettings, policy: PolicySettings, rows: int, merge: bool) -> TransformersEngine:
+def build_engine(model: ModelSettings, policy: PolicySettings, rows: int, merge: bool = True) -> TransformersEngine:
     """An engine on a trunk of its own."""
     base = load_base(model)
     trunk = make_trunk(base, policy, (ROLE,))

@@ -16,7 +16,7 @@ from align.ppo.kl import FixedKl
 from align.ppo.loop import Ppo
 from align.ppo.prompts import PromptStream
 from align.schema import LearnerSettings, PpoSettings
-from policies.schema import ModelSettings, PolicySettings
+from policies.schema import ModelSettings, PolicySettings, Schedule
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE, TransformersEngine
 from rollouts.pool import LocalPool
@@ -60,10 +60,10 @@ def chain(trajectory: Trajectory) -> float:
     return mean((after - before) % 3 == 1 for before, after in pairwise(tokens))
 
 
-def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int) -> float:
+def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int, schedule: Schedule) -> float:
     """Mean reward of the last steps' episodes."""
     ppo = PpoSettings(steps=steps, batch=128, samples=4, epochs=4, minibatches=4, estimator=estimator, entropy=0.003)
-    learner = LearnerSettings(policy_learning_rate=6e-3, critic_learning_rate=6e-3, schedule="linear")
+    learner = LearnerSettings(policy_learning_rate=6e-3, critic_learning_rate=6e-3, schedule=schedule)
     blueprint = Blueprint(ModelSettings(path=str(model)), PolicySettings(rank=8, alpha=16), 0, None, None, None)
     roles = build_roles(blueprint, ppo.critic_if_any, (ROLE,))
     learners = LocalLearners(roles, ppo, learner, 1.0, False)
@@ -92,10 +92,11 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
 
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce++"])
 @pytest.mark.parametrize(
-    ("reward", "length", "steps"), [(bandit, 1, 28), pytest.param(chain, 4, 70, marks=pytest.mark.slow)]
+    ("reward", "length", "steps", "schedule"),
+    [(bandit, 1, 30, "constant"), pytest.param(chain, 4, 70, "linear", marks=pytest.mark.slow)],
 )
 def test_finds_the_best_policy_and_with_the_sign_turned_the_worst(
-    model: Path, estimator: str, reward: Reward, length: int, steps: int
+    model: Path, estimator: str, reward: Reward, length: int, steps: int, schedule: Schedule
 ) -> None:
-    assert learned(model, estimator, reward, length, steps) >= 0.95
-    assert -learned(model, estimator, lambda t: -reward(t), length, steps) <= 0.05
+    assert learned(model, estimator, reward, length, steps, schedule) >= 0.95
+    assert -learned(model, estimator, lambda t: -reward(t), length, steps, schedule) <= 0.05
