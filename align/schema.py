@@ -160,6 +160,8 @@ class PpoSettings(Settings):
                 raise ValueError(f"{name} {getattr(self, name)} does not divide batch {self.batch}")
         if self.estimator in ("rloo", "grpo") and self.samples < 2:
             raise ValueError(f"{self.estimator} compares the samples of a prompt: set samples to 2 or more")
+        if not self.has_critic and self.critic != CriticSettings():
+            raise ValueError(f"{self.estimator} has no critic: remove `critic`")
         if self.cut == "bootstrap" and not self.has_critic:
             raise ValueError(f"`cut: bootstrap` needs a critic, and {self.estimator} has none: use `cut: score`")
         if self.cut == "bootstrap" and self.cut_penalty:

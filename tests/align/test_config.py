@@ -122,6 +122,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
             "ppo: {critic: {model: m}}",
             "ppo.critic: `model` is the base of a critic of kind `model`, and kind is",
         ),
+        ("ppo: {estimator: reinforce++, critic: {warmup: 3}}", "ppo: reinforce++ has no critic: remove `critic`"),
         ("policy: {method: full}", "model.dtype bfloat16 is too coarse"),
     ],
 )
