@@ -146,14 +146,15 @@ def export(
     if to.exists():
         raise UserError(f"--to {to} exists already: give a new folder")
     tokenizer = load_tokenizer(settings.model.path)
+    whole = merge or settings.policy.method == "full"
     with new_folder(to) as temporary:
-        if merge or settings.policy.method == "full":
+        if whole:
             export_merged(settings.model, source, tokenizer, temporary)
         else:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copy(source / name, temporary / name)
             tokenizer.save_pretrained(temporary)
-    errors.print(f"{'model' if merge or settings.policy.method == 'full' else 'adapter'} of {source} written to {to}")
+    errors.print(f"{'model' if whole else 'adapter'} of {source} written to {to}")
 
 
 @app.command()

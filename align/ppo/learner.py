@@ -157,9 +157,9 @@ class Learner:
             saved = {n.removeprefix(mark): t for n, t in state.optimizer.items() if n.startswith(mark)}
             self.optimizer.state.pop(master, None)
             if saved:
-                step = saved.pop("step").squeeze().clone() if "step" in saved else None
-                moments = {name: tensor.to(master.device, copy=True) for name, tensor in saved.items()}
-                self.optimizer.state[master] = moments | ({} if step is None else {"step": step})
+                own = {name: tensor.to(master.device, copy=True) for name, tensor in saved.items()}
+                # A count is saved as one number in a row; the fused optimizer wants it plain, and on the device.
+                self.optimizer.state[master] = own | ({"step": own["step"].squeeze()} if "step" in own else {})
 
     def close(self) -> None:
         """Free what DeepSpeed holds; without it ZeRO 3 aborts at exit."""

@@ -76,7 +76,8 @@ def score_groups(
     scored: dict[int, Scored] = {}
     for group in groups:
         verdicts = score_group(run, [rows[i] for i in group], temperature, device)
-        scored = dict(zip(group, verdicts, strict=True)) | scored
+        for i, verdict in zip(group, verdicts, strict=True):
+            scored.setdefault(i, verdict)
     return [scored[i] for i in range(len(rows))]
 
 

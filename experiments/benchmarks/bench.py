@@ -78,6 +78,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this, such as A-7m or head-float32")
     parser.add_argument("--to", type=Path, default=HERE / "results.json")
     arguments = parser.parse_args()
+    for given in (arguments.model, arguments.sft, arguments.prompts):
+        if not given.exists():
+            parser.error(f"{given} does not exist")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the yardstick is on the CPU, and so are both sides
     peer = make_peer()
     results: dict[str, Any] = {"machine": machine(arguments.threads), "cases": {}}
