@@ -131,30 +131,25 @@ def export(
     run: Run,
     to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="a whole model, the adapter merged into its weights")] = False,
+    reward: Annotated[bool, typer.Option("--reward", help="the reward model, as a sequence classifier")] = False,
+    task: Annotated[str, typer.Option(help="add a soft prompt under this name to a table of several, --to")] = "",
+    dtype: Annotated[str, typer.Option(help="of a whole model: float32, bfloat16 or float16")] = "float32",
 ) -> None:
-    """Write a run's policy for other programs: the adapter in PEFT layout, or a whole model."""
-    import shutil
-
-    from align.files import new_folder
+    """Write a run's policy for other programs, check it, and describe it in a model card."""
+    from align.exports import export_prompt, export_run
     from align.run import open_run
-    from align.trained import policy_folder
-    from policies.export import export_merged
-    from policies.loading import load_tokenizer
 
     folder, settings = open_run(run)
-    source = policy_folder(folder)
+    if task:
+        export_prompt(settings, folder, to, task)
+        errors.print(f"soft prompt of {folder.path} added to {to} as {task}; sft.adapter={to}#{task} starts from it")
+        return
     if to.exists():
         raise UserError(f"--to {to} exists already: give a new folder")
-    tokenizer = load_tokenizer(settings.model.path)
-    whole = merge or settings.policy.method == "full"
-    with new_folder(to) as temporary:
-        if whole:
-            export_merged(settings.model, source, tokenizer, temporary)
-        else:
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                shutil.copy(source / name, temporary / name)
-            tokenizer.save_pretrained(temporary)
-    errors.print(f"{'model' if whole else 'adapter'} of {source} written to {to}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: float32, bfloat16 or float16 was expected")
+    what, gap = export_run(settings, folder, to, "reward model" if reward else "model" if merge else "adapter", dtype)
+    errors.print(f"{what} of {folder.path} written to {to}; loaded afresh it differs from the live one by {gap:.2g}")
 
 
 @app.command()

@@ -52,6 +52,7 @@ class Evaluator:
         self,
         pool: Pool,
         score: Score,
+        rate: Score,
         gold: Gold | None,
         reference: AdapterWeights,
         prompts: Sequence[Request],
@@ -59,8 +60,12 @@ class Evaluator:
         seed: int,
         best_of: int,
     ) -> None:
-        """score: final verdicts of trajectories. best_of: how many reference samples a prompt to pick from; 0: not."""
-        self.pool, self.score, self.gold, self.sampling, self.best_of = pool, score, gold, sampling, best_of
+        """score: verdicts on the policy's trajectories, KL and score; rate: on the reference's, the score alone.
+
+        best_of: how many reference samples a prompt to pick from; 0: not.
+        """
+        self.pool, self.score, self.rate, self.gold = pool, score, rate, gold
+        self.sampling, self.best_of = sampling, best_of
         self.weights = reference
         self.draws = [
             [replace(p, seed=seed_for(seed, "heldout", index, draw)) for index, p in enumerate(prompts)]
@@ -74,7 +79,7 @@ class Evaluator:
         """
         reference, best_of = self._reference
         self.pool.load_adapter(version, policy)
-        side = self._sample(self.draws[0])
+        side = self._sample(self.draws[0], self.score)
         tokens = int(lengths(side.trajectories).sum())
         kl = torch.tensor([verdict.kl for verdict in side.scored], dtype=torch.float64)
         compared = {
@@ -94,13 +99,13 @@ class Evaluator:
     @cached_property
     def _reference(self) -> tuple[Side, dict[str, Any]]:
         self.pool.load_adapter(REFERENCE_VERSION, self.weights)
-        sides = [self._sample(requests) for requests in self.draws]
+        sides = [self._sample(requests, self.rate) for requests in self.draws]
         return sides[0], {"best_of": _best_of(sides)} if self.best_of else {}
 
-    def _sample(self, requests: Sequence[Request]) -> Side:
+    def _sample(self, requests: Sequence[Request], score: Score) -> Side:
         trajectories = self.pool.generate(requests, self.sampling)
         gold = None if self.gold is None else torch.tensor(self.gold(trajectories), dtype=torch.float64)
-        return Side(trajectories, self.score(trajectories), gold)
+        return Side(trajectories, score(trajectories), gold)
 
 
 def _best_of(sides: Sequence[Side]) -> dict[str, float]:

@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -20,6 +21,7 @@ from align.ppo.optimizer import warmed
 from align.progress import Progress
 from align.seeds import seed_for
 from align.tracking import Tracker
+from policies.lora import by_rate
 from rewards.schema import FitSettings
 
 WEIGHTS = "model.safetensors"
@@ -45,20 +47,31 @@ class Row(Protocol):
         """Its tokens; rows are batched with others of about as many."""
 
 
+class Objective(nn.Module):
+    """What a supervised stage minimises."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. The Trainer asks for it at every step, and many modules are slow to walk through."""
+        return self if self.training == mode else super().train(mode)
+
+
 def fit(
-    objective: nn.Module,
+    objective: Objective,
     rows: Sequence[Row],
     collate: Callable[[list[Any]], dict[str, Any]],
     settings: FitSettings,
     context: StageContext,
     metrics: str,
+    lora_plus: float | None = None,
 ) -> int:
     """Train the parameters of `objective` that require gradients. Returns the number of optimizer steps.
 
     objective: gives {"loss": …}, a sum over its microbatch divided by `num_items_in_batch`, the number of `labels`
     in the whole batch. metrics: the first part of the names that are logged. Batches are of rows of about one length.
+    lora_plus: `policy.lora_plus`.
     Goes on from the last checkpoint where there is one. Raises Interrupted after a checkpoint if asked to stop.
     """
+    objective.eval()  # whatever its parts were in, the Trainer's first `train` now reaches them
     objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer's way to ask for num_items_in_batch
     microbatch = settings.microbatch or settings.batch
     steps = optimizer_steps(len(rows), settings)
@@ -72,7 +85,7 @@ def fit(
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=settings.checkpoint_every,
@@ -89,6 +102,7 @@ def fit(
             args=arguments,
             train_dataset=rows,
             data_collator=collate,
+            optimizers=(_optimizer(objective, settings, lora_plus), None),
             callbacks=[_Watch(context, metrics, progress)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -98,6 +112,16 @@ def fit(
         raise Interrupted
     objective.eval()
     return steps
+
+
+def _optimizer(objective: nn.Module, settings: FitSettings, lora_plus: float | None) -> Optimizer | None:
+    """None leaves it to the Trainer."""
+    if lora_plus is None:
+        return None
+    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
+    groups = by_rate(trained, lora_plus)
+    rated = [{"params": parameters, "lr": settings.learning_rate * factor} for factor, parameters in groups]
+    return AdamW(rated, weight_decay=settings.weight_decay)
 
 
 def optimizer_steps(rows: int, settings: FitSettings) -> int:

@@ -39,8 +39,8 @@ class Comparison:
 
     @property
     def length(self) -> int:
-        """Of the longer of the two rows."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        """Of the prompt and both responses."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
 T = TypeVar("T", Example, Comparison, Request)

@@ -19,9 +19,9 @@ from align.schema import Experiment
 from align.seeds import permutation, seed_for
 from align.tracking import Tracker
 from policies.adapters import load_adapter
-from policies.copies import make_trunk
 from policies.errors import UserError
-from policies.loading import load_base, stop_ids
+from policies.loading import stop_ids
+from policies.methods import build_trunk
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.hf import TransformersEngine
@@ -46,12 +46,14 @@ class Job:
     def new_trunk(self, purpose: str, *roles: str) -> Trunk:
         """A trunk with `reference` and these roles, its first random weights seeded by purpose.
 
-        `reference` holds the SFT adapter; where the base itself is the SFT model, an adapter that changes nothing.
+        `reference` holds the SFT adapter; where the base itself is the SFT model, an adapter as it starts.
         """
         torch.manual_seed(seed_for(self.experiment.seed, purpose, "adapters"))
-        trunk = make_trunk(load_base(self.experiment.model), self.experiment.policy, ("reference", *roles))
+        trunk = build_trunk(self.experiment.model, self.experiment.policy, ("reference", *roles))
         if weights := self.sft_weights():
             trunk.write_adapter("reference", weights)
+        else:
+            trunk.initialise("reference")
         return trunk
 
     def fit_context(self, stage: str) -> StageContext:

@@ -1,15 +1,16 @@
 """What scores responses in PPO and in evaluation, from what the earlier stages left in a run's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from align.evaluate import Evaluator
 from align.ppo.build import Blueprint
+from align.ppo.passes import EVERY_ROLE
 from align.run import RunFolder, read_facts
 from align.schema import Experiment
-from align.scoring import Gold, Reward, Score, classifier_reward, gold_score, trunk_reward
+from align.scoring import Gold, Reward, RolesScore, Score, classifier_reward, gold_score, trunk_reward
 from policies.adapters import load_adapter, load_head
 from policies.trunk import AdapterWeights
 from rewards.classifier import Classifier
@@ -27,9 +28,9 @@ class Judges:
     reward: Reward
     gold: Gold | None
 
-    def score_by(self, roles_score: Score) -> Score:
-        """What the roles say of trajectories, and then the reward."""
-        return lambda trajectories: self.reward(trajectories, roles_score(trajectories))
+    def score_by(self, roles_score: RolesScore, asked: Collection[str] = EVERY_ROLE) -> Score:
+        """What these roles say of trajectories, and then the reward."""
+        return lambda trajectories: self.reward(trajectories, roles_score(trajectories, asked))
 
 
 def make_judges(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Judges:
@@ -50,11 +51,13 @@ def make_evaluator(
     experiment: Experiment,
     judges: Judges,
     pool: Pool,
-    score: Score,
+    roles_score: RolesScore,
     reference: AdapterWeights,
     prompts: Sequence[Request],
 ) -> Evaluator:
-    """The evaluator that the experiment asks for. score: final verdicts, as `Judges.score_by` makes them."""
+    """The evaluator that the experiment asks for."""
     rollouts, settings = experiment.rollouts, experiment.evaluation
     sampling = Sampling(rollouts.temperature, rollouts.max_new_tokens)
-    return Evaluator(pool, score, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of)
+    score = judges.score_by(roles_score, ("policy", "reference", "reward"))
+    rate = judges.score_by(roles_score, ("reward",))
+    return Evaluator(pool, score, rate, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of)

@@ -2,21 +2,24 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from align.fit import fit
+from align.fit import Objective, fit
 from align.inputs import Comparison
 from align.job import Job
 from align.seeds import seed_for
 from align.sft import ROLE as SFT
 from policies.adapters import load_adapter, load_head
-from policies.batching import collate
+from policies.batching import collate, collate_branches
 from policies.encoding import decode_response
 from policies.heads import ScalarHead
+from policies.places import linears
+from policies.trunk import Trunk
 from rewards.classifier import Classifier
 from rewards.losses import bradley_terry_loss, pair_accuracy
 from rewards.model import ROLE, RewardModel
@@ -32,7 +35,7 @@ class Accuracy:
     pairs: int
 
 
-class PairLoss(nn.Module):
+class PairLoss(Objective):
     """The mean Bradley-Terry loss of a whole batch of pairs, in nats."""
 
     def __init__(self, model: RewardModel) -> None:
@@ -40,10 +43,24 @@ class PairLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, ids: Tensor, last: Tensor, margin: Tensor, labels: Tensor, num_items_in_batch: Tensor
+        self,
+        ids: Tensor,
+        last: Tensor,
+        margin: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor,
+        positions: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """ids: chosen rows, then rejected rows. margin, labels: `[N]`; labels are the preferences."""
-        chosen, rejected = self.model.scores_at(ids, last).chunk(2)
+        """ids: chosen rows, then rejected rows; or, with positions and seen, the rows of `Branches`.
+
+        margin, labels: `[N]`; labels are the preferences.
+        """
+        if positions is None or seen is None:
+            scores = self.model.scores_at(ids, last)
+        else:
+            scores = self.model.scores_of_branches(ids, positions, seen, last)
+        chosen, rejected = scores.chunk(2)
         return {"loss": bradley_terry_loss(chosen, rejected, margin, labels).sum() / num_items_in_batch}
 
 
@@ -67,10 +84,18 @@ def _run_on_trunk(job: Job, started: float) -> None:
         facts["model"] = settings.model
     else:
         trunk.write_adapter(ROLE, trunk.read_adapter(SFT))
+        if not job.run.sft.is_dir():
+            trunk.start_training(ROLE)
         trunk.train_only(ROLE)
         context = job.fit_context("reward")
         facts["steps"] = fit(
-            PairLoss(model), job.inputs.comparisons, _tensors, settings, context, metrics="reward_model"
+            PairLoss(model),
+            job.inputs.comparisons,
+            _branches if _shares_prompts(trunk, job.inputs.comparisons) else _tensors,
+            settings,
+            context,
+            metrics="reward_model",
+            lora_plus=job.experiment.policy.lora_plus,
         )
         facts["skipped_rows"] = len(job.inputs.skipped.get("preferences", []))
     if heldout := [pair for pair in job.inputs.comparisons_heldout if not pair.pair.tie]:
@@ -129,11 +154,33 @@ def wilson(share: float, count: int) -> Accuracy:
     return Accuracy(share, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
+def _shares_prompts(trunk: Trunk, pairs: Sequence[Comparison]) -> bool:
+    """Whether the two responses of a pair go behind one prompt: where the model allows it, and it is less arithmetic.
+
+    It saves a prompt's linear layers and costs, in attention, the product of one response with the other.
+    """
+    linear = sum(layer.weight.numel() for layer in linears(trunk.causal).values())
+    attention = 2 * trunk.width * trunk.causal.config.get_text_config().num_hidden_layers
+    saved = sum(len(p.prompt_ids) * linear + len(p.prompt_ids) ** 2 * attention for p in pairs)
+    cost = sum(2 * len(p.chosen_ids) * len(p.rejected_ids) * attention for p in pairs)
+    return saved > cost and trunk.branches_agree(ROLE)
+
+
+def _branches(pairs: list[Comparison]) -> dict[str, Tensor]:
+    batch = collate_branches(
+        [p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs]
+    )
+    rows = {"ids": batch.ids, "last": batch.last, "positions": batch.positions, "seen": batch.seen}
+    return rows | _verdicts(pairs)
+
+
 def _tensors(pairs: list[Comparison]) -> dict[str, Tensor]:
     batch = collate([p.prompt_ids for p in pairs] * 2, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs])
+    return {"ids": batch.ids, "last": batch.last} | _verdicts(pairs)
+
+
+def _verdicts(pairs: list[Comparison]) -> dict[str, Tensor]:
     return {
-        "ids": batch.ids,
-        "last": batch.last,
         "margin": torch.tensor([p.pair.margin for p in pairs]),
         "labels": torch.tensor([p.preference for p in pairs]),
     }

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from policies.schema import ModelSettings, PolicySettings, Schedule, Settings
+from policies.schema import SELECTED, SOFT, ModelSettings, PolicySettings, Schedule, Settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import RolloutSettings
 
@@ -177,7 +177,9 @@ class LearnerSettings(Settings):
     ranks: int = Field(0, ge=0, description="Ray actors, one a rank; 0: one rank in the controller's process")
     gpus: float = Field(0.0, ge=0, description="GPUs that each actor reserves of the Ray cluster")
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "paged_adamw", "sgd"] = Field(
+        "adamw", description="paged_adamw: by bitsandbytes, its state in the host's memory when the GPU's is full"
+    )
     policy_learning_rate: float = Field(1e-4, ge=0)
     critic_learning_rate: float = Field(1e-4, ge=0)
     schedule: Schedule = Field("constant", description="how the rates go on from their peaks, as in transformers")
@@ -250,9 +252,30 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _trains_in_float32(self) -> "Experiment":
-        if self.policy.method == "full" and self.model.dtype != "float32":
+        method = self.policy.method
+        if method in {"full", *SELECTED} and self.model.dtype != "float32":
             raise ValueError(
-                f"policy.method full trains the weights themselves, which model.dtype {self.model.dtype} is too coarse "
-                "for: use float32"
+                f"policy.method {method} trains the weights themselves, which model.dtype {self.model.dtype} is too "
+                "coarse for: use float32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> "Experiment":
+        method, zero = self.policy.method, self.learner.zero
+        if zero == 3 and method in {"qlora", *SELECTED, *SOFT}:
+            raise ValueError(
+                f"learner.zero 3 shards weights by the layers that use them, which policy.method {method} does not "
+                "allow: use learner.zero 0, 1 or 2, or policy.method lora, ia3, bottleneck or full"
+            )
+        if method == "prefix_tuning" and self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.gradient_checkpointing recomputes layers without the cache that prefix_tuning's keys and values "
+                "are in: turn it off, or use policy.method prompt_tuning"
+            )
+        decays = {"sft": self.sft, "reward": self.reward, "learner": self.learner}
+        if self.policy.init == "pissa":
+            for name, settings in decays.items():
+                if settings.weight_decay:
+                    raise ValueError(f"policy.init pissa holds half of its matrices: set {name}.weight_decay to 0")
         return self

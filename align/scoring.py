@@ -1,7 +1,8 @@
 """From trajectories and what the roles say of them to final scores, by parts that are chosen before the loop starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,13 @@ Reward = Callable[[Sequence[Trajectory], list[Scored]], list[Scored]]
 
 Score = Callable[[Sequence[Trajectory]], list[Scored]]
 """Verdicts on trajectories."""
+
+
+class RolesScore(Protocol):
+    """What the roles that are asked say of trajectories."""
+
+    def __call__(self, trajectories: Sequence[Trajectory], asked: Collection[str], /) -> list[Scored]: ...
+
 
 Gold = Callable[[Sequence[Trajectory]], list[float]]
 """The true score of each trajectory, where the user has one."""

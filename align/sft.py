@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from align.fit import fit
+from align.fit import Objective, fit
 from align.inputs import Example
 from align.job import Job
 from policies.adapters import load_adapter
@@ -20,7 +20,7 @@ ROLE = "reference"
 """What the SFT model is to all later stages."""
 
 
-class Likelihood(nn.Module):
+class Likelihood(Objective):
     """Negative log-likelihood of responses, in nats a response token of the whole batch."""
 
     def __init__(self, trunk: Trunk) -> None:
@@ -44,9 +44,18 @@ def run_sft(job: Job) -> None:
         trunk.write_adapter(ROLE, load_adapter(settings.adapter, job.experiment.policy))
         facts["adapter"] = settings.adapter
     else:
+        trunk.start_training(ROLE)
         trunk.train_only(ROLE)
         objective = Likelihood(trunk)
-        steps = fit(objective, job.inputs.examples, _tensors, settings, job.fit_context("sft"), metrics="sft")
+        steps = fit(
+            objective,
+            job.inputs.examples,
+            _tensors,
+            settings,
+            job.fit_context("sft"),
+            metrics="sft",
+            lora_plus=job.experiment.policy.lora_plus,
+        )
         loss = heldout_loss(objective, job.inputs.examples_heldout)
         job.tracker.log("sft", steps, {"sft/heldout_loss": loss})
         facts |= {"heldout_loss": loss, "skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}

@@ -1,7 +1,7 @@
 """Judging and using what a run has trained, without a learner."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from align.schema import Experiment
 from align.seeds import seed_for
 from policies.adapters import load_adapter
 from policies.batching import buckets
-from policies.copies import make_trunk
 from policies.encoding import Prompt, decode_response, encode_prompt
 from policies.errors import UserError
-from policies.loading import load_base, load_tokenizer, stop_ids
+from policies.loading import load_tokenizer, stop_ids
+from policies.methods import build_trunk
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
@@ -39,14 +39,13 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
     rollouts = experiment.rollouts
 
     @torch.no_grad()
-    def roles_score(trajectories: Sequence[Trajectory]) -> list[Scored]:
+    def roles_score(trajectories: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
         groups = buckets([t.total_length for t in trajectories], roles.trunk.tokens_a_pass())
-        return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device)
+        return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
 
     stops = stop_ids(roles.trunk.causal, tokenizer)
     pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows, rollouts.merge))
-    score = judges.score_by(roles_score)
-    evaluator = make_evaluator(experiment, judges, pool, score, reference, inputs.prompts_heldout)
+    evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout)
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
     return evaluator.judge(step, policy)
 
@@ -56,10 +55,9 @@ class Answerer:
 
     def __init__(self, experiment: Experiment, run: RunFolder) -> None:
         self.tokenizer = load_tokenizer(experiment.model.path)
-        base = load_base(experiment.model)
-        trunk = make_trunk(base, experiment.policy, (SAMPLER,))
+        trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER,))
         rollouts = experiment.rollouts
-        self.engine = TransformersEngine(trunk, stop_ids(base, self.tokenizer), rollouts.rows, rollouts.merge)
+        self.engine = TransformersEngine(trunk, stop_ids(trunk.causal, self.tokenizer), rollouts.rows, rollouts.merge)
         self.engine.load_adapter(0, policy_weights(experiment, run))
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[str]:

@@ -2,48 +2,154 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from policies.errors import UserError
-from policies.schema import PolicySettings
+from policies.places import FEEDFORWARD_OUTPUTS, keys_and_values, linears, named_so
+from policies.schema import SOFT, PolicySettings
+from policies.table import MARK, read_task
 
 WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
 MODEL = "model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before a name in the base."""
+PROMPT = "prompt_embeddings"
+"""PEFT's name of a soft prompt's numbers."""
+
+PEFT_TYPES = {
+    "lora": "LORA",
+    "qlora": "LORA",
+    "ia3": "IA3",
+    "prompt_tuning": "PROMPT_TUNING",
+    "p_tuning": "P_TUNING",
+    "prefix_tuning": "PREFIX_TUNING",
+    "layer_norm": "LN_TUNING",
+    "bottleneck": "BOTTLENECK",
+    "bitfit": "BITFIT",
+    "top_layers": "TOP_LAYERS",
+    "feature": "FEATURE",
+}
+"""What `adapter_config.json` calls a method; the last four are not PEFT's."""
+
+_LORA = {"full_rank": "r", "full_alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+_SOFT = {"virtual_tokens": "num_virtual_tokens"}
+FACTS = {
+    "lora": _LORA,
+    "qlora": _LORA,
+    "prompt_tuning": _SOFT,
+    "p_tuning": _SOFT,
+    "prefix_tuning": _SOFT,
+    "bottleneck": {"bottleneck": "bottleneck", "activation": "activation"},
+    "top_layers": {"layers": "layers"},
+}
+"""Settings that an adapter's file must agree with, and their names there."""
+
+
+def peft_config(settings: PolicySettings, base: PreTrainedModel) -> PeftConfig:
+    """PEFT's description of the adapter that a method puts into this model's layers."""
+    if settings.method == "ia3":
+        targets, feedforward = keys_and_values(base)
+        if settings.targets is not None:
+            targets = named_so(linears(base), settings.target_names)
+            feedforward = named_so(targets, FEEDFORWARD_OUTPUTS)
+        return _ia3_config(targets, feedforward, base.config.name_or_path)
+    return lora_config(settings, base.config.name_or_path)
 
 
 def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
-    """PEFT's description of the adapter; base: folder or hub name of the model that it is for."""
+    """PEFT's description of a LoRA adapter; base: folder or hub name of the model that it is for."""
     return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
+        r=settings.full_rank,
+        lora_alpha=settings.full_alpha,
         lora_dropout=settings.dropout,
-        target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+        target_modules=settings.targets or "all-linear",
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
 
 
 def save_adapter(folder: Path, weights: Mapping[str, Tensor], settings: PolicySettings, base: str) -> None:
-    """Write an adapter so that `peft.PeftModel.from_pretrained` loads it; base: the model that it is for.
+    """Write an adapter in PEFT's layout; base: the model that it is for.
 
-    With `method: full` the weights are a model's, and transformers loads the folder.
+    What PEFT has, `peft.PeftModel.from_pretrained` loads. With `method: full` the weights are a model's, and
+    transformers loads the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if settings.method == "full":
         AutoConfig.from_pretrained(base).save_pretrained(folder)
         save_file(tensors, folder / MODEL, metadata={"format": "pt"})
-    else:
-        lora_config(settings, base).save_pretrained(str(folder))
-        save_file(tensors, folder / WEIGHTS)
+        return
+    config = _saved_config(settings, base, weights)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, folder / WEIGHTS)
+
+
+def _saved_config(settings: PolicySettings, base: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `adapter_config.json` says."""
+    modules = sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in weights})
+    match settings.method:
+        case "lora" | "qlora":
+            config = lora_config(settings, base)
+        case "ia3":
+            config = _ia3_config(modules, named_so(modules, FEEDFORWARD_OUTPUTS), base)
+        case "layer_norm":
+            norms = [module.removesuffix(".ln_tuning_layers") for module in modules]
+            config = LNTuningConfig(target_modules=norms, base_model_name_or_path=base, task_type="CAUSAL_LM")
+        case "prompt_tuning" | "p_tuning" | "prefix_tuning":
+            config = _prompt_config(settings, base, weights[PROMPT])
+        case _:  # what PEFT does not have
+            return {"peft_type": PEFT_TYPES[settings.method], "base_model_name_or_path": base} | {
+                theirs: getattr(settings, ours) for ours, theirs in FACTS.get(settings.method, {}).items()
+            }
+    config.inference_mode = True
+    with tempfile.TemporaryDirectory() as folder:  # the one way to PEFT's own form, sets made lists
+        config.save_pretrained(folder)
+        return json.loads((Path(folder) / CONFIG).read_text())
+
+
+def _ia3_config(targets: list[str], feedforward: list[str], base: str) -> IA3Config:
+    return IA3Config(
+        target_modules=targets, feedforward_modules=feedforward, base_model_name_or_path=base, task_type="CAUSAL_LM"
+    )
+
+
+def _prompt_config(settings: PolicySettings, base: str, tokens: Tensor) -> PeftConfig:
+    config = AutoConfig.from_pretrained(base).get_text_config()
+    layers, groups = config.num_hidden_layers, getattr(config, "num_key_value_heads", None)
+    sizes = {"token_dim": tokens.shape[1], "num_attention_heads": config.num_attention_heads}
+    if settings.method == "prefix_tuning":
+        heads = groups or config.num_attention_heads
+        sizes = {"token_dim": tokens.shape[1] // (2 * layers), "num_attention_heads": heads}
+    kinds = {"prompt_tuning": PromptTuningConfig, "p_tuning": PromptEncoderConfig, "prefix_tuning": PrefixTuningConfig}
+    return kinds[settings.method](
+        num_virtual_tokens=len(tokens),
+        num_layers=layers,
+        num_transformer_submodules=1,
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        **sizes,
+    )
 
 
 def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -53,10 +159,12 @@ def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:
-    """The weights of an adapter folder, or with `method: full` of a model's.
+    """The weights of an adapter folder; with `method: full` of a model's, with a soft prompt also of TABLE#TASK.
 
     Raises UserError where something is missing or not as `policy` says.
     """
+    if settings.method in SOFT and MARK in str(folder):
+        return {PROMPT: read_task(str(folder))}
     if settings.method == "full":
         return _load(Path(folder), MODEL, "a model in Hugging Face layout, which policy.method 'full' trains")
     weights = _load(Path(folder), WEIGHTS, "an adapter in PEFT layout")
@@ -64,11 +172,15 @@ def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tens
         saved = json.loads((Path(folder) / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"folder {folder} has no readable {CONFIG}: it is not an adapter in PEFT layout") from error
-    if saved.get("peft_type") != "LORA":
-        raise UserError(f"{folder}/{CONFIG}: peft_type is {saved.get('peft_type')!r}, and policy.method is 'lora'")
-    if odd := [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if saved.get(name)]:
-        raise UserError(f"{folder}/{CONFIG}: {odd[0]} is set, which policy.method 'lora' does not have")
-    for ours, theirs in (("rank", "r"), ("alpha", "lora_alpha")):
+    expected = PEFT_TYPES[settings.method]
+    if saved.get("peft_type") != expected:
+        raise UserError(
+            f"{folder}/{CONFIG}: peft_type is {saved.get('peft_type')!r}, and policy.method {settings.method!r} "
+            f"reads {expected!r}"
+        )
+    if odd := [name for name in ("rank_pattern", "alpha_pattern") if saved.get(name)]:
+        raise UserError(f"{folder}/{CONFIG}: {odd[0]} is set, which policy.method {settings.method!r} does not have")
+    for ours, theirs in FACTS.get(settings.method, {}).items():
         if saved.get(theirs) != getattr(settings, ours):
             raise UserError(
                 f"{folder}/{CONFIG}: {theirs} is {saved.get(theirs)}, and policy.{ours} is {getattr(settings, ours)}: "

@@ -57,6 +57,41 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     )
 
 
+@dataclass(frozen=True)
+class Branches:
+    """B prompts, each with one response of every side behind it; responses see their prompt, and not each other.
+
+    ids: `[B, T]` int64. positions: `[B, T]` int64; a response's go on from its prompt's. seen: `[B, 1, T, T]` bool,
+    which keys a query attends to. last: `[sides · B]` int64, index into the flattened `[B·T]` of each response's last
+    token, side after side.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    seen: Tensor
+    last: Tensor
+
+
+def collate_branches(prompts: Sequence[Sequence[int]], *sides: Sequence[Sequence[int]], pad: int = 0) -> Branches:
+    """Rows of a prompt and its responses, in which the prompt is computed once."""
+    rows = [[prompt, *responses] for prompt, *responses in zip(prompts, *sides, strict=True)]
+    width = max(sum(map(len, row)) for row in rows)
+    ids, positions, parts = (torch.full((len(rows), width), start) for start in (pad, 0, -1))
+    last = torch.empty(len(sides), len(rows), dtype=torch.long)
+    for index, row in enumerate(rows):
+        end = 0
+        for part, tokens in enumerate(row):
+            place = slice(end, end + len(tokens))
+            ids[index, place] = torch.tensor(tokens, dtype=torch.long)
+            positions[index, place] = torch.arange(len(tokens)) + (len(row[0]) if part else 0)
+            parts[index, place] = part
+            end += len(tokens)
+            if part:
+                last[part - 1, index] = index * width + end - 1
+    same = (parts.unsqueeze(1) == parts.unsqueeze(2)) | (parts.unsqueeze(1) == 0)
+    return Branches(ids, positions, (same & torch.ones(width, width).tril().bool()).unsqueeze(1), last.flatten())
+
+
 def buckets(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Indices of rows, grouped by length so that no group pads to more than `tokens` positions.
 

@@ -2,11 +2,10 @@
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policies.schema import PolicySettings
 from policies.trunk import Trunk
 
 
@@ -18,7 +17,6 @@ class Copies(Trunk):
 
     def _build(self, base: PreTrainedModel) -> None:
         self.models = nn.ModuleDict({role: copy.deepcopy(base) for role in self.roles[1:]} | {self.roles[0]: base})
-        self.causal = base
 
     def switch(self, role: str) -> None:
         """Make the next forward passes those of a role."""
@@ -28,6 +26,9 @@ class Copies(Trunk):
         """The live weights of a role by their names in the base; tied ones once."""
         return dict(self._model_of(role).named_parameters())
 
+    def merged_weights(self, role: str) -> dict[str, Tensor]:
+        return dict(self.read_adapter(role))
+
     def checkpoint_gradients(self) -> None:
         """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
         for role in self.roles:
@@ -36,8 +37,3 @@ class Copies(Trunk):
 
     def _model_of(self, role: str) -> PreTrainedModel:
         return self.models[role] if role in self.roles else self.causal
-
-
-def make_trunk(base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> Trunk:
-    """The trunk that `policy.method` asks for."""
-    return (Copies if settings.method == "full" else Trunk)(base, settings, roles)

@@ -1,13 +1,15 @@
 """A base model and its tokenizer, from a folder or a hub name."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from policies.errors import UserError
-from policies.schema import ModelSettings
+from policies.quantised import four_bits, leave_packed
+from policies.schema import ModelSettings, PolicySettings
 
 
 def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
@@ -49,14 +51,23 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(settings: ModelSettings) -> PreTrainedModel:
-    """The causal language model, frozen, in evaluation mode, in the dtype of the settings, on the default device."""
+def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> PreTrainedModel:
+    """The causal language model, frozen, in evaluation mode, in the dtype of the settings, on the default device.
+
+    With `policy.method: qlora` the weights of its linear layers, but for the output layer, are in four bits.
+    """
     check_model_folder(settings.path)
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    if policy is not None and policy.method == "qlora":
+        options["quantization_config"] = four_bits(settings, policy)
     try:
-        model = AutoModelForCausalLM.from_pretrained(settings.path, dtype=getattr(torch, settings.dtype))
+        model = AutoModelForCausalLM.from_pretrained(settings.path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model {settings.path} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
+    if "quantization_config" in options:
+        leave_packed(model)
+        return model.eval()
     return model.eval().to(default_device())
 
 

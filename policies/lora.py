@@ -1,5 +1,6 @@
 """The forward pass of a linear layer with LoRA, in as few passes over memory as it needs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,6 +8,17 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+
+def by_rate(named: Iterable[tuple[str, nn.Parameter]], ratio: float | None) -> list[tuple[float, list[nn.Parameter]]]:
+    """Parameters in groups, each with what its learning rate is multiplied by.
+
+    ratio: LoRA+'s (Hayou et al. 2024), of the rate of B to that of A; None: one group, as it comes.
+    """
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in named:
+        groups.setdefault(ratio if ratio and ".lora_B." in name else 1.0, []).append(parameter)
+    return list(groups.items())
 
 
 class AdaptedLinear:

@@ -1,41 +1,41 @@
-"""One frozen base model and an adapter for each role."""
+"""One frozen base model and, for each role, what is trained of it."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policies.adapters import lora_config, save_adapter
+from policies.adapters import save_adapter
+from policies.batching import collate, collate_branches
 from policies.errors import UserError
-from policies.lora import AdaptedLinear
 from policies.norms import FrozenRmsNorm
 from policies.schema import PolicySettings
 
 CPU_TOKENS = 1024
 
 AdapterWeights = dict[str, Tensor]
-"""Adapter weights by their name in a PEFT file, which does not hold the role."""
+"""What is trained of a role, by name in its file; the names do not hold the role."""
 
 
-class Trunk(nn.Module):
+class Trunk(nn.Module, ABC):
     """A causal language model whose frozen weights several roles share.
 
-    Each role is a LoRA adapter on the same layers; a role without an adapter of its own is the base model as it is.
-    The base's tensors exist once whatever the number of roles.
+    Each role has an adapter: what `policy.method` trains, and no other role sees. A role without an adapter of its own
+    is the base model as it is. The base's tensors exist once whatever the number of roles.
     """
 
     def __init__(self, base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> None:
-        """Roles: those that have an adapter. Every adapter starts as a no-op (B = 0).
+        """Roles: those that have an adapter. Each starts as one that changes nothing, but for
+        soft prompts, which all start alike.
 
-        Raises UserError where `policy.targets` matches no layer.
+        Raises UserError where the method finds nothing to train in this model.
         """
         super().__init__()
         self.width: int = base.get_input_embeddings().weight.shape[1]
@@ -43,42 +43,27 @@ class Trunk(nn.Module):
         self.settings, self.base = settings, base.config.name_or_path
         self._role = roles[0]
         self._recomputed: list[nn.Module] = []
-        self._adapted: list[AdaptedLinear] = []
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
+        self.causal = base
+        for norm in filter(FrozenRmsNorm.fits, base.modules()):
+            norm.forward = FrozenRmsNorm(norm)
         self._build(base)
         self.train_only()
         self.eval()
         if self.causal.device.type != "meta":  # a model without weights is only counted
             self._check_head()
 
+    @abstractmethod
     def _build(self, base: PreTrainedModel) -> None:
-        config = lora_config(self.settings, self.base)
-        try:
-            self.model = get_peft_model(base, config, adapter_name=self.roles[0])
-        except ValueError as error:
-            raise UserError(f"policy.targets: {error}") from error
-        for role in self.roles[1:]:
-            self.model.add_adapter(role, config)
-        self.causal: PreTrainedModel = self.model.get_base_model()
-        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        self._adapted = [AdaptedLinear(layer) for layer in self._layers if AdaptedLinear.fits(layer)]
-        for adapted in self._adapted:
-            adapted.layer.forward = adapted
-        for norm in filter(FrozenRmsNorm.fits, base.modules()):
-            norm.forward = FrozenRmsNorm(norm)
+        """Make the adapters of `self.roles`."""
 
+    @abstractmethod
     def switch(self, role: str) -> None:
-        """Make the next forward passes those of a role.
+        """Make the next forward passes those of a role, without copying a weight."""
 
-        Sets the layers' active adapter and leaves `requires_grad` alone: peft's own `set_adapter` would turn the
-        other adapters' gradients off, which DeepSpeed does not expect.
-        """
-        self._role = role
-        adapted = role in self.roles
-        for layer in self._layers:
-            layer._disable_adapters = not adapted
-            if adapted:
-                layer._active_adapter = [role]
+    @abstractmethod
+    def adapter(self, role: str) -> dict[str, nn.Parameter]:
+        """The live parameters of a role's adapter by their name in its file."""
 
     def train_only(self, *roles: str) -> None:
         """Let gradients flow to the adapters of these roles and to nothing else."""
@@ -91,6 +76,30 @@ class Trunk(nn.Module):
         """Last hidden states `[B, T, H]` of right-padded rows `[B, T]` under a role's adapter."""
         self.switch(role)
         return self.states(input_ids=ids, use_cache=False)
+
+    def hidden_of_branches(self, ids: Tensor, positions: Tensor, seen: Tensor, role: str) -> Tensor:
+        """Last hidden states `[B, T, H]` of the rows of `Branches`; see `branches_agree`."""
+        self.switch(role)
+        return self.states(input_ids=ids, position_ids=positions, attention_mask=seen, use_cache=False)
+
+    @torch.no_grad()
+    def branches_agree(self, role: str) -> bool:
+        """Whether this model gives a response behind a shared prompt the states that it has behind its own.
+
+        Not every family heeds a mask and positions that it is given; sliding windows count what lies between.
+        """
+        if getattr(self.causal.config.get_text_config(), "sliding_window", None) or self.causal.device.type == "meta":
+            return False
+        prompt, one, other = [5, 6, 7], [8, 9], [10, 11, 12]
+        branches = collate_branches([prompt], [one], [other])
+        parts = (part.to(self.causal.device) for part in (branches.ids, branches.positions, branches.seen))
+        alone = collate([prompt, prompt], [one, other])
+        try:
+            together = self.hidden_of_branches(*parts, role).flatten(0, 1)[branches.last]
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        apart = self.hidden(alone.ids.to(self.causal.device), role).flatten(0, 1)[alone.last]
+        return torch.allclose(together, apart, rtol=1e-3, atol=1e-3)
 
     def states(self, **inputs: Any) -> Tensor:
         """Last hidden states of what the base model is given, under the adapter in use."""
@@ -107,11 +116,6 @@ class Trunk(nn.Module):
 
     def _model_of(self, role: str) -> PreTrainedModel:
         return self.causal
-
-    def adapter(self, role: str) -> dict[str, nn.Parameter]:
-        """The live parameters of a role's adapter by their name in a PEFT file."""
-        marked = f".{role}."
-        return {n.replace(marked, "."): p for n, p in self.model.named_parameters() if marked in n}
 
     def read_adapter(self, role: str) -> AdapterWeights:
         """A copy of a role's adapter."""
@@ -132,10 +136,8 @@ class Trunk(nn.Module):
         for name, parameter in own.items():
             if parameter.shape != weights[name].shape:
                 shapes = f"{tuple(weights[name].shape)}, here it is {tuple(parameter.shape)}"
-                raise UserError(f"the adapter's {name} is {shapes}: another base, or another policy.rank")
+                raise UserError(f"the adapter's {name} is {shapes}: another base, or other sizes in `policy`")
             parameter.copy_(weights[name])
-        for adapted in self._adapted:
-            adapted.merged.pop(role, None)
 
     def tokens_a_pass(self) -> int:
         """How many tokens, padding counted, a forward and backward pass should have on this device.
@@ -155,18 +157,33 @@ class Trunk(nn.Module):
         save_adapter(folder, self.read_adapter(role), self.settings, self.base)
 
     def merge(self, role: str) -> None:
-        """From now on, a role's passes use weights with its adapter, as it now is, in them: faster, and no gradient.
+        """From now on, a role's passes may use a copy of the weights with its adapter, as it now is, in them.
 
-        It costs the memory of the adapted weights once more. Layers that LoRA does not adapt plainly stay as they are.
+        They are faster then, and give no gradient. Nothing changes where the method has nothing to merge.
         """
-        for adapted in self._adapted:
-            adapted.merge(role)
 
-    def leave_to_peft(self) -> None:
-        """Use PEFT's own forward passes, which call the layers' parts as modules: sharding by ZeRO 3 hooks on these."""
-        for adapted in self._adapted:
-            del adapted.layer.forward
-        self._adapted = []
+    def initialise(self, *roles: str) -> None:
+        """Give roles that start from no saved adapter the start that `policy.init` asks for."""
+
+    def start_training(self, role: str) -> None:
+        """Called where a supervised stage trains a role from nothing, before `train_only`."""
+
+    def merged_numbers(self) -> int:
+        """How many numbers `merge` makes of one role."""
+        return 0
+
+    def merged_weights(self, role: str) -> dict[str, Tensor]:
+        """The base's weights as a role changes them, by name in the base; those that are in four bits, in full.
+
+        Raises UserError where the method does more than change weights.
+        """
+        raise UserError(
+            f"policy.method {self.settings.method} cannot be merged into the weights: export it as it is, "
+            "for `policies.methods` to load"
+        )
+
+    def leave_to_modules(self) -> None:
+        """Let every weight be used by the module that holds it: sharding by ZeRO 3 hooks on these."""
 
     def checkpoint_gradients(self) -> None:
         """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""

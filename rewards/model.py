@@ -31,6 +31,10 @@ class RewardModel(nn.Module):
         """Scores `[B]` of rows `[B, T]` at their last tokens, indices into the flattened rows."""
         return self.head(self.trunk.hidden(ids, ROLE).flatten(0, 1)[last])
 
+    def scores_of_branches(self, ids: Tensor, positions: Tensor, seen: Tensor, last: Tensor) -> Tensor:
+        """Scores `[sides · B]` of `Branches`."""
+        return self.head(self.trunk.hidden_of_branches(ids, positions, seen, ROLE).flatten(0, 1)[last])
+
     def load_head(self, weights: Mapping[str, Tensor], folder: str | Path) -> None:
         """Take the head that was read from a folder. Raises UserError where it is of another width."""
         if weights["weight"].shape != self.head.weight.shape:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from policies.adapters import fingerprint
-from policies.copies import make_trunk
-from policies.loading import load_base, load_tokenizer, stop_ids
+from policies.loading import load_tokenizer, stop_ids
+from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.attention import use_decoding_attention
@@ -128,9 +128,8 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 
 def build_engine(model: ModelSettings, policy: PolicySettings, rows: int, merge: bool = True) -> TransformersEngine:
     """An engine on a trunk of its own."""
-    base = load_base(model)
-    trunk = make_trunk(base, policy, (ROLE,))
-    return TransformersEngine(trunk, stop_ids(base, load_tokenizer(model.path)), rows, merge)
+    trunk = build_trunk(model, policy, (ROLE,))
+    return TransformersEngine(trunk, stop_ids(trunk.causal, load_tokenizer(model.path)), rows, merge)
 
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 from align.ppo.roles import Critic, Roles
 from align.schema import CriticSettings
 from align.seeds import seed_for
-from policies.copies import make_trunk
 from policies.heads import ScalarHead
-from policies.loading import load_base
+from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 
@@ -36,7 +35,7 @@ def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles
     """Policy and reference start from the SFT adapter; the critic, adapter and head, from the reward model.
 
     Without a reward model on the trunk the critic starts from the SFT adapter and says 0, the mean of a normalised
-    reward. Without an SFT adapter those that would start from it start as adapters that change nothing.
+    reward. Without an SFT adapter those that would start from it start from nothing.
     A critic that is a head on the policy, or a model of another base, says 0 too. extra_roles get an adapter each.
     """
     torch.manual_seed(seed_for(blueprint.seed, "adapters"))
@@ -45,7 +44,8 @@ def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles
         sources["critic"] = blueprint.reward or blueprint.reference
     if blueprint.reward is not None:
         sources["reward"] = blueprint.reward
-    trunk = make_trunk(load_base(blueprint.model), blueprint.policy, (*sources, *extra_roles))
+    trunk = build_trunk(blueprint.model, blueprint.policy, (*sources, *extra_roles))
+    trunk.initialise(*(role for role, weights in sources.items() if weights is None))
     for role, weights in sources.items():
         if weights is not None:
             trunk.write_adapter(role, weights)
@@ -59,7 +59,7 @@ def _critic(blueprint: Blueprint, settings: CriticSettings, trunk: Trunk) -> Cri
     if settings.kind == "adapter":
         return Critic(_head(trunk, blueprint.reward_head), "critic")
     base = blueprint.model if settings.model is None else blueprint.model.model_copy(update={"path": settings.model})
-    own = make_trunk(load_base(base), blueprint.policy, ("critic",))
+    own = build_trunk(base, blueprint.policy, ("critic",))
     if settings.model is not None:
         return Critic(_head(own, None), "critic", own)
     if weights := blueprint.reward or blueprint.reference:

@@ -1,6 +1,6 @@
 """All ranks of the learner as one, and the simplest such thing: one rank in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from align.inputs import Example
 from align.ppo.episodes import Episode
 from align.ppo.learner import Learner, LearnerState, Rates
+from align.ppo.passes import EVERY_ROLE
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
 from policies.trunk import AdapterWeights
@@ -24,7 +25,7 @@ Mixed = Sequence[Sequence[Example]]
 class Learners(Protocol):
     """All ranks of the learner as one."""
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]: ...
+    def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]: ...
 
     def update(
         self, episodes: Sequence[Episode], orders: Orders, rates: Rates, demonstrations: Mixed = ()

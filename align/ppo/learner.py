@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from align.inputs import Example
 from align.ppo.engine import make_engine
 from align.ppo.episodes import Episode
 from align.ppo.optimizer import GroupClip, make_optimizer
-from align.ppo.passes import STATISTICS, likelihood_loss, microbatch, ppo_loss, score_groups
+from align.ppo.passes import EVERY_ROLE, STATISTICS, likelihood_loss, microbatch, ppo_loss, score_groups
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
 from policies.batching import buckets, collate
@@ -64,14 +64,11 @@ class Learner:
         """The default process group must exist, one process a rank."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ppo, self.learner, self.temperature = ppo, learner, temperature
-        groups = {"policy": list(roles.trunk.adapter("policy").values())}
-        if roles.critic is not None:
-            adapter = roles.critic_trunk.adapter("critic").values() if roles.critic_trunk else ()
-            groups["critic"] = [*adapter, *roles.critic.head.parameters()]
-        self.optimizer = make_optimizer(learner, groups)
+        groups, factors = roles.groups()
+        self.optimizer = make_optimizer(learner, groups, factors)
         if learner.zero == 3:
             for trunk in roles.trunks:
-                trunk.leave_to_peft()
+                trunk.leave_to_modules()
         self.engine = make_engine(roles, self.optimizer, learner.zero)
         self.roles = roles.eval()
         if gradient_checkpointing:
@@ -84,10 +81,10 @@ class Learner:
         self.tokens = learner.tokens_per_microbatch or roles.trunk.tokens_a_pass()
 
     @torch.no_grad()
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
-        """What policy, reference, critic and reward say of each trajectory. The score is NaN without a reward head."""
-        groups = buckets([t.total_length for t in trajectories], self.tokens)
-        return score_groups(self.engine, trajectories, self._level(groups), self.temperature, self.device)
+    def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]:
+        """What the roles that are asked say of each trajectory. The score is NaN without a reward head."""
+        groups = self._level(buckets([t.total_length for t in trajectories], self.tokens))
+        return score_groups(self.engine, trajectories, groups, self.temperature, self.device, asked)
 
     def update(
         self,
@@ -122,7 +119,7 @@ class Learner:
             "ptx_loss": sum(likelihoods) / steps,
             "optimizer_steps": steps,
             "skipped_steps": self.clip.skipped - skipped + self._skipped_by_deepspeed(),
-            **{f"{role}_gradient_norm": _finite_mean(n.get(role, math.nan) for n in norms) for role in ROLES},
+            **{f"{role}_gradient_norm": _finite_mean(_norm_of(role, of) for of in norms) for role in ROLES},
         }
 
     def policy_weights(self) -> AdapterWeights:
@@ -135,7 +132,7 @@ class Learner:
         for index, master in enumerate(self._masters()):
             optimizer[f"{index}.master"] = master.detach()
             for name, value in self.optimizer.state.get(master, {}).items():
-                optimizer[f"{index}.state.{name}"] = torch.atleast_1d(value)
+                optimizer[f"{index}.state.{name}"] = torch.atleast_1d(torch.as_tensor(value))
         return LearnerState(
             policy=self._read(self.roles.trunk, "policy"),
             critic=self._read(self.roles.critic_trunk, "critic"),
@@ -224,7 +221,7 @@ class Learner:
 
     def _set_rates(self, rates: Rates) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = getattr(rates, group["role"])
+            group["lr"] = getattr(rates, group["role"].partition(".")[0]) * group["factor"]
 
     def _skipped_by_deepspeed(self) -> int:
         """Steps that ZeRO itself skipped since last asked: there it looks for non-finite gradients before we do."""
@@ -263,6 +260,12 @@ class Learner:
         if trunk is not None:
             with self._gathered(list(trunk.adapter(role).values()), write=True):
                 trunk.write_adapter(role, weights)
+
+
+def _norm_of(role: str, norms: Mapping[str, float]) -> float:
+    """The norm of a role's gradient from those of its groups; NaN where it had none."""
+    parts = [norm for name, norm in norms.items() if name.partition(".")[0] == role]
+    return math.hypot(*parts) if parts else math.nan
 
 
 def _finite_mean(values: Iterable[float]) -> float:

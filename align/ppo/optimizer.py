@@ -1,6 +1,6 @@
 """The optimizer under DeepSpeed: groups clipped each by its own norm, and steps that non-finite gradients skip."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,15 +10,38 @@ from torch.optim import SGD, AdamW, Optimizer
 from transformers import get_scheduler
 
 from align.schema import LearnerSettings
+from policies.errors import UserError
 from policies.schema import Schedule
 
 
-def make_optimizer(settings: LearnerSettings, groups: dict[str, list[nn.Parameter]]) -> Optimizer:
-    """AdamW (ε 1e-5, as PPO's reference implementations have it) or SGD over named groups."""
-    named: list[dict[str, Any]] = [{"params": parameters, "role": role} for role, parameters in groups.items()]
+def make_optimizer(
+    settings: LearnerSettings, groups: Mapping[str, list[nn.Parameter]], factors: Mapping[str, float] | None = None
+) -> Optimizer:
+    """AdamW (ε 1e-5, as PPO's reference implementations have it), paged or not, or SGD over named groups.
+
+    groups: parameters by the role that they are of, or ROLE.PART. factors: what a group's learning rate is a multiple
+    of its role's by, where it is not the same. Raises UserError where there is nothing to page.
+    """
+    factors = factors or {}
+    named: list[dict[str, Any]] = [
+        {"params": parameters, "role": name, "factor": factors.get(name, 1.0)} for name, parameters in groups.items()
+    ]
     if settings.optimizer == "sgd":
         return SGD(named, lr=0.0, weight_decay=settings.weight_decay)
+    if settings.optimizer == "paged_adamw":
+        return _paged(named, settings.weight_decay)
     return AdamW(named, lr=0.0, eps=1e-5, weight_decay=settings.weight_decay, fused=True)
+
+
+def _paged(named: list[dict[str, Any]], weight_decay: float) -> Optimizer:
+    if not torch.cuda.is_available():
+        raise UserError(
+            "learner.optimizer paged_adamw moves its state between the memories of a GPU and its host, "
+            "and there is no GPU here: use adamw"
+        )
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    return PagedAdamW32bit(named, lr=0.0, eps=1e-5, weight_decay=weight_decay)
 
 
 def schedule_factor(name: Schedule, step: int, steps: int, warmup: float) -> float:

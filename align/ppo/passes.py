@@ -1,7 +1,7 @@
 """The learner's forward passes: scoring by four roles, and the losses, as functions of one module."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,50 +18,61 @@ from policies.batching import Batch, collate
 from policies.logprobs import token_logprobs_and_entropy
 from rollouts.trajectory import Scored, Trajectory
 
+EVERY_ROLE = ("policy", "reference", "critic", "reward")
+"""Who may be asked to score; a critic only together with the policy, whose states it may read."""
+
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What four roles say of a batch: P response tokens of B rows, float32.
+    """What four roles say of a batch: P response tokens of B rows, float32. None: was not asked, or is not there.
 
-    logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last;
-    both None without a critic. scores: `[B]`, or None where the reward is not on the trunk.
+    logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last.
+    scores: `[B]`.
     """
 
-    logprobs: Tensor
-    reference_logprobs: Tensor
+    logprobs: Tensor | None
+    reference_logprobs: Tensor | None
     values: Tensor | None
     last_values: Tensor | None
     scores: Tensor | None
 
 
-def judge(roles: Roles, batch: Batch, temperature: float) -> Verdicts:
-    """Score a batch by policy, reference, critic and reward: one forward pass each, but for a critic that is a head."""
+def judge(roles: Roles, batch: Batch, temperature: float, asked: Collection[str]) -> Verdicts:
+    """Score a batch by the roles that are asked: one forward pass each, but for a critic that is a head."""
     trunk = roles.trunk
-    states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    logprobs = roles.logprobs("policy", states, batch, temperature)
-    values = last_values = scores = None
-    if roles.critic is not None:
-        states = roles.critic_states(batch.ids, states)
-        values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
-    states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
-    reference_logprobs = roles.logprobs("reference", states, batch, temperature)
-    if roles.reward_head is not None:
+    logprobs = reference_logprobs = values = last_values = scores = None
+    if "policy" in asked:
+        states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
+        logprobs = roles.logprobs("policy", states, batch, temperature)
+        if roles.critic is not None and "critic" in asked:
+            states = roles.critic_states(batch.ids, states)
+            values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
+    if "reference" in asked:
+        states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
+        reference_logprobs = roles.logprobs("reference", states, batch, temperature)
+    if roles.reward_head is not None and "reward" in asked:
         scores = roles.reward_head(trunk.hidden(batch.ids, "reward").flatten(0, 1)[batch.last])
     return Verdicts(logprobs, reference_logprobs, values, last_values, scores)
 
 
 def score_group(
-    run: Callable[..., Any], rows: Sequence[Trajectory], temperature: float, device: torch.device
+    run: Callable[..., Any],
+    rows: Sequence[Trajectory],
+    temperature: float,
+    device: torch.device,
+    asked: Collection[str] = EVERY_ROLE,
 ) -> list[Scored]:
     """Score trajectories in one padded batch. `run` is `Roles`, or what wraps it."""
     batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(device)
-    verdicts: Verdicts = run(judge, batch, temperature)
-    logprobs, references = (batch.split(part.cpu()) for part in (verdicts.logprobs, verdicts.reference_logprobs))
+    verdicts: Verdicts = run(judge, batch, temperature, asked)
+    nothing: Sequence[Tensor] = [torch.empty(0)] * len(rows)
+    logprobs, references, before = (
+        nothing if part is None else batch.split(part.cpu())
+        for part in (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values)
+    )
+    after = nothing if verdicts.last_values is None else verdicts.last_values.cpu().split(1)
+    values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
     scores = [math.nan] * len(rows) if verdicts.scores is None else verdicts.scores.tolist()
-    values = [torch.empty(0)] * len(rows)
-    if verdicts.values is not None and verdicts.last_values is not None:
-        before, after = batch.split(verdicts.values.cpu()), verdicts.last_values.cpu().split(1)
-        values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
     return [Scored(*parts) for parts in zip(logprobs, references, values, scores, strict=True)]
 
 
@@ -71,11 +82,12 @@ def score_groups(
     groups: Iterable[Sequence[int]],
     temperature: float,
     device: torch.device,
+    asked: Collection[str] = EVERY_ROLE,
 ) -> list[Scored]:
     """Score trajectories, each group of indices in one pass. Where a row is in two groups the first one counts."""
     scored: dict[int, Scored] = {}
     for group in groups:
-        verdicts = score_group(run, [rows[i] for i in group], temperature, device)
+        verdicts = score_group(run, [rows[i] for i in group], temperature, device, asked)
         for i, verdict in zip(group, verdicts, strict=True):
             scored.setdefault(i, verdict)
     return [scored[i] for i in range(len(rows))]

@@ -1,6 +1,6 @@
 """The learner's ranks as Ray actors."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -11,6 +11,7 @@ from align.ppo.build import Blueprint, build_roles
 from align.ppo.episodes import Episode
 from align.ppo.group import Mixed, Orders, backend
 from align.ppo.learner import Learner, LearnerState, Rates
+from align.ppo.passes import EVERY_ROLE
 from align.schema import LearnerSettings, PpoSettings
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import Scored, Trajectory
@@ -29,12 +30,12 @@ class RayLearners:
         plan = ray.put(blueprint)
         self._all("join", store, self.ranks, plan, ppo, learner, temperature)
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+    def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]:
         by_length = sorted(range(len(trajectories)), key=lambda i: trajectories[i].total_length)
         # Every rank must take part, the one without a row of its own by scoring one that another scores too.
         shares = [by_length[rank :: self.ranks] or by_length[:1] for rank in range(self.ranks)]
         calls = [
-            actor.score.remote([trajectories[i] for i in share])
+            actor.score.remote([trajectories[i] for i in share], asked)
             for actor, share in zip(self.actors, shares, strict=True)
         ]
         scored = {
@@ -94,8 +95,8 @@ class _Rank:
         roles = build_roles(blueprint, ppo.critic_if_any)
         self.learner = Learner(roles, ppo, learner, temperature, blueprint.model.gradient_checkpointing)
 
-    def score(self, trajectories: list[Trajectory]) -> list[Scored]:
-        return self.learner.score(trajectories)
+    def score(self, trajectories: list[Trajectory], asked: Collection[str]) -> list[Scored]:
+        return self.learner.score(trajectories, asked)
 
     def update(self, episodes: list[Episode], orders: Orders, rates: Rates, demonstrations: Mixed) -> dict[str, float]:
         return self.learner.update(episodes, orders, rates, demonstrations)

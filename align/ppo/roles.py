@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from policies.batching import Batch
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
+from policies.lora import by_rate
 from policies.trunk import Trunk
 
 
@@ -53,6 +54,21 @@ class Roles(nn.Module):
         """The shared trunk, and the critic's own where it has one."""
         own = None if self.critic is None else self.critic.trunk
         return [self.trunk] if own is None else [self.trunk, own]
+
+    def groups(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
+        """What is trained, by role or ROLE.PART, and what a part's learning rate is a multiple of its role's by."""
+        groups: dict[str, list[nn.Parameter]] = {"policy": [], **({} if self.critic is None else {"critic": []})}
+        factors: dict[str, float] = {}
+        for role, trunk in (("policy", self.trunk), ("critic", self.critic_trunk)):
+            if trunk is None:
+                continue
+            for factor, parameters in by_rate(trunk.adapter(role).items(), trunk.settings.lora_plus):
+                name = role if factor == 1.0 else f"{role}.up"
+                groups.setdefault(name, []).extend(parameters)
+                factors[name] = factor
+        if self.critic is not None:
+            groups["critic"].extend(self.critic.head.parameters())
+        return groups, factors
 
     def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> Tensor:
         """Log-probabilities `[P]` of a batch's response tokens under a role's states `[B·T, H]`."""

@@ -47,7 +47,7 @@ def run_ppo(job: Job) -> None:
         score = judges.score_by(learners.score)
         # Without an SFT adapter the policy's own, before the first update, changes nothing: it is the base.
         reference = judges.blueprint.reference or learners.policy_weights()
-        evaluator = make_evaluator(settings, judges, pool, score, reference, job.inputs.prompts_heldout)
+        evaluator = make_evaluator(settings, judges, pool, learners.score, reference, job.inputs.prompts_heldout)
         progressed = _resume(job, learners)
         ppo = Ppo(
             prompts=PromptStream(job.inputs.prompts, settings.ppo.batch, settings.ppo.samples, settings.seed),

@@ -30,13 +30,14 @@ from align.seeds import seed_for
 from policies.export import export_merged
 from policies.heads import ScalarHead
 from policies.loading import load_base
+from policies.methods import make_trunk
 from policies.schema import ModelSettings, PolicySettings
-from policies.trunk import Trunk
 from rewards.model import ROLE, RewardModel
 
 HERE = Path(__file__).parent
 PEER = HERE / ".venv-trl"
 RANK, EPOCHS, BATCH, UPDATES = 16, 4, 32, 5
+POLICY = PolicySettings(rank=RANK, alpha=2 * RANK)
 PARTS = ("rollout", "score", "update", "sync", "between")
 
 
@@ -133,7 +134,7 @@ def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:
         return arguments.model
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if kind == "sft":
-        export_merged(ModelSettings(path=str(arguments.model)), arguments.sft, tokenizer, to)
+        export_merged(ModelSettings(path=str(arguments.model)), POLICY, arguments.sft, tokenizer, to)
         return to
     width, layers = map(int, kind.split("x"))
     heads = max(8, width // 128)
@@ -209,7 +210,7 @@ def run_ours(
 def write_reward(model: Path, to: Path) -> None:
     """A reward model of ours with random weights, on the same trunk: what TRL's side has too."""
     base = load_base(ModelSettings(path=str(model)))
-    trunk = Trunk(base, PolicySettings(rank=RANK, alpha=2 * RANK), (ROLE,))
+    trunk = make_trunk(base, POLICY, (ROLE,))
     generator = torch.Generator().manual_seed(seed_for(0, "reward head"))
     RewardModel(trunk, ScalarHead(trunk.width, generator)).save(to)
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils.logging import disable_progress_bar
 
 from align.files import new_folder, write_json
@@ -187,10 +188,14 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, texts: list[str], size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches without end: each text, ended by EOS, in a row of its own, padded. int64; labels are -100 on padding."""
+    """Batches without end: each text, ended by EOS, in a row of its own, padded. int64; labels are -100 on padding.
+
+    Those of a batch are of about one length.
+    """
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    order = get_length_grouped_indices([len(row) for row in rows], size, generator=torch.Generator().manual_seed(0))
     for start in count(0, size):
-        batch = [torch.tensor(rows[i % len(rows)]) for i in range(start, start + size)]
+        batch = [torch.tensor(rows[order[i % len(rows)]]) for i in range(start, start + size)]
         ids = pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
         yield {"input_ids": ids, "labels": pad_sequence(batch, batch_first=True, padding_value=-100)}
 

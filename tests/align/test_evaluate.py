@@ -58,7 +58,7 @@ def gold(trajectories: Sequence[Trajectory]) -> list[float]:
 
 def evaluator(pool: ListedPool, best_of: int = 0, with_gold: bool = True) -> Evaluator:
     weights = {"a": torch.zeros(1)}
-    return Evaluator(pool, score, gold if with_gold else None, weights, PROMPTS, Sampling(1.0, 4), 7, best_of)
+    return Evaluator(pool, score, score, gold if with_gold else None, weights, PROMPTS, Sampling(1.0, 4), 7, best_of)
 
 
 def test_a_tie_is_half_a_win() -> None:

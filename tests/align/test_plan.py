@@ -7,13 +7,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from align.inputs import Inputs, read_inputs
-from align.plan import measure, plan_lines, plan_table
+from align.memory import measure
+from align.plan import plan_lines, plan_table
 from align.schema import STAGES, Experiment
 from policies.adapters import save_adapter
 from policies.heads import ScalarHead
 from policies.loading import load_base
+from policies.methods import make_trunk
 from policies.schema import ModelSettings, PolicySettings
-from policies.trunk import Trunk
 from tests.integration.tiny_run import make_settings
 
 
@@ -44,7 +45,7 @@ def test_the_base_has_as_many_parameters_as_the_real_model(tmp_path: Path, tied:
 @pytest.mark.parametrize("policy", [PolicySettings(rank=3), PolicySettings(rank=8, targets=["q_proj", "down_proj"])])
 def test_an_adapter_has_as_many_numbers_as_its_file(tiny_model: Path, tmp_path: Path, policy: PolicySettings) -> None:
     model = ModelSettings(path=str(tiny_model))
-    trunk = Trunk(load_base(model), policy, ("policy",))
+    trunk = make_trunk(load_base(model), policy, ("policy",))
     save_adapter(tmp_path, trunk.read_adapter("policy"), trunk.settings, trunk.base)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert measure(model, policy).adapter == sum(tensor.numel() for tensor in saved.values())

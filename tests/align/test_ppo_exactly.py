@@ -34,6 +34,7 @@ from align.seeds import seed_for
 from policies.adapters import load_adapter
 from policies.heads import ScalarHead
 from policies.loading import load_tokenizer, stop_ids
+from policies.methods import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
@@ -72,7 +73,7 @@ def gpt2(_: Path) -> PreTrainedModel:
 def roles(request: pytest.FixtureRequest, tiny_model: Path) -> Roles:
     """Four roles that differ, and the sampler."""
     names = ("policy", "reference", "critic", "reward")
-    trunk = Trunk(request.param(tiny_model), POLICY, (*names, ROLE))
+    trunk = make_trunk(request.param(tiny_model), POLICY, (*names, ROLE))
     randomise(trunk, *names)
     critic, reward = (ScalarHead(trunk.width, torch.Generator().manual_seed(seed)) for seed in (1, 2))
     return Roles(trunk, Critic(critic, "critic"), reward).eval()
@@ -137,7 +138,7 @@ def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[
 
 def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     """Advantages whitened over the whole batch, across all ranks; every loss over the token count of all ranks."""
-    randomise(probe := Trunk(llama(tiny_model), POLICY, ("policy", "reward")), "policy", "reward")
+    randomise(probe := make_trunk(llama(tiny_model), POLICY, ("policy", "reward")), "policy", "reward")
     head = ScalarHead(probe.width, torch.Generator().manual_seed(1)).state_dict()
     adapters = [probe.read_adapter(role) for role in ("policy", "reward")]
     blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, *adapters, head)

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from policies.methods import make_trunk
 from policies.schema import PolicySettings
-from policies.trunk import Trunk
 
 BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
@@ -24,10 +24,10 @@ def operations(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_operations_of_an_update_are_those_that_torch_counts(operations, tiny_model: Path) -> None:
-    trunk = Trunk(
+    trunk = make_trunk(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), PolicySettings(rank=4), ("policy",)
     )
-    trunk.leave_to_peft()  # torch counts no product that is added in place
+    trunk.leave_to_modules()  # torch counts no product that is added in place
     trunk.train_only("policy")
     trunk.switch("policy")
     prompt, response = 5, 7

@@ -14,7 +14,7 @@ from align.run import begin_run, folder_of
 from align.schema import Experiment
 from policies.export import export_merged
 from policies.loading import load_tokenizer
-from policies.schema import ModelSettings
+from policies.schema import ModelSettings, PolicySettings
 from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -75,6 +75,12 @@ def test_a_fully_tuned_policy_is_a_model_that_transformers_loads(tiny_model: Pat
     model = AutoModelForCausalLM.from_pretrained(run / "policy")
     assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
     tokenizer = load_tokenizer(str(tiny_model))
-    gap = export_merged(ModelSettings(path=str(tiny_model)), run / "policy", tokenizer, tmp_path / "exported")
+    gap = export_merged(
+        ModelSettings(path=str(tiny_model)),
+        PolicySettings(method="full"),
+        run / "policy",
+        tokenizer,
+        tmp_path / "exported",
+    )
     assert gap == 0
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == "llama"

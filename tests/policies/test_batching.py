@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.batching import buckets, collate, shares
+from policies.batching import buckets, collate, collate_branches, shares
 
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=7)
 ROWS = st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6)
@@ -72,3 +72,17 @@ def test_shares_are_even_runs_that_cover_all(count: int, parts: int) -> None:
     assert [i for run in runs for i in run] == list(range(count))
     assert len(runs) == parts
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+@given(st.lists(st.tuples(IDS, IDS, IDS), min_size=1, max_size=5))
+def test_a_branch_sees_its_prompt_and_itself_alone(rows: list[tuple[list[int], list[int], list[int]]]) -> None:
+    prompts, *sides = zip(*rows)
+    batch = collate_branches(prompts, *sides)
+    width = batch.ids.shape[1]
+    flat, positions = batch.ids.flatten().tolist(), batch.positions.flatten().tolist()
+    for side, responses in enumerate(sides):
+        for index, (prompt, response) in enumerate(zip(prompts, responses)):
+            last = int(batch.last[side * len(rows) + index])
+            seen = [index * width + k for k in batch.seen[index, 0, last - index * width].nonzero().flatten().tolist()]
+            assert [flat[k] for k in seen] == [*prompt, *response]
+            assert [positions[k] for k in seen] == list(range(len(prompt) + len(response)))

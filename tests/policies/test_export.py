@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from policies.adapters import save_adapter
 from policies.export import export_merged
 from policies.loading import load_base
+from policies.methods import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
@@ -26,7 +27,7 @@ def settings(tiny_model: Path) -> ModelSettings:
 @pytest.fixture(scope="module")
 def trunk(settings: ModelSettings) -> Trunk:
     """A live trunk whose policy is far from its base."""
-    trunk, generator = Trunk(load_base(settings), POLICY, ("critic", "policy")), torch.Generator().manual_seed(1)
+    trunk, generator = make_trunk(load_base(settings), POLICY, ("critic", "policy")), torch.Generator().manual_seed(1)
     for role in trunk.roles:
         weights = {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in trunk.adapter(role).items()}
         trunk.write_adapter(role, weights)
@@ -43,7 +44,7 @@ def exported(
     """The folder of the merged model, and the difference that the export measured."""
     root = tmp_path_factory.mktemp("export")
     save_adapter(root / "policy", trunk.read_adapter("policy"), trunk.settings, trunk.base)
-    return root / "merged", export_merged(settings, root / "policy", tiny_tokenizer, root / "merged")
+    return root / "merged", export_merged(settings, POLICY, root / "policy", tiny_tokenizer, root / "merged")
 
 
 def continuations(trunk: Trunk, role: str) -> list[tuple[int, ...]]:
@@ -91,4 +92,4 @@ def test_a_policy_that_does_not_give_finite_numbers_is_refused(
     weights = {name: torch.full_like(tensor, weight) for name, tensor in trunk.read_adapter("policy").items()}
     save_adapter(tmp_path / "policy", weights, trunk.settings, trunk.base)
     with pytest.raises(RuntimeError, match="differs from the policy"):
-        export_merged(settings, tmp_path / "policy", tiny_tokenizer, tmp_path / "merged")
+        export_merged(settings, POLICY, tmp_path / "policy", tiny_tokenizer, tmp_path / "merged")

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from policies.lora import AdaptedLinear, _LoraLinear
+from policies.methods import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
 
@@ -18,7 +19,7 @@ IDS = torch.arange(40).reshape(2, 20) + 5
 
 def make(folder: Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Trunk:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    trunk = Trunk(base, PolicySettings(rank=4, alpha=8.0, dropout=dropout), ROLES)
+    trunk = make_trunk(base, PolicySettings(rank=4, alpha=8.0, dropout=dropout), ROLES)
     for seed, role in enumerate(ROLES):
         generator = torch.Generator().manual_seed(seed)
         own = trunk.adapter(role)
@@ -41,11 +42,11 @@ def distance(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_and_gradients_are_as_near_to_float64_as_those_of_peft(tiny_model: Path, dtype: torch.dtype) -> None:
     ours, theirs, exact = make(tiny_model, dtype), make(tiny_model, dtype), make(tiny_model)
-    theirs.leave_to_peft()
+    theirs.leave_to_modules()
     assert (
         sum(isinstance(vars(m).get("forward"), AdaptedLinear) for m in ours.modules()) == 14
     )  # the seven linear layers of two blocks
-    exact.leave_to_peft()
+    exact.leave_to_modules()
     for value, peft, expected in zip(gradients(ours), gradients(theirs), gradients(exact.double())):
         assert distance(value, expected) < 1.5 * distance(peft, expected) + 1e-6
 
@@ -93,5 +94,5 @@ def test_merged_weights_give_the_same_states_and_follow_the_adapter_when_merged_
 
 def test_a_layer_that_is_not_linear_is_left_to_peft() -> None:
     config = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    trunk = Trunk(GPT2LMHeadModel(config), PolicySettings(rank=4), ROLES)
+    trunk = make_trunk(GPT2LMHeadModel(config), PolicySettings(rank=4), ROLES)
     assert not any("forward" in vars(module) for module in trunk.modules())

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from policies.methods import make_trunk
 from policies.norms import FrozenRmsNorm, _RmsNorm
 from policies.schema import PolicySettings
-from policies.trunk import Trunk
 
 
 def norm_of(width: int) -> LlamaRMSNorm:
@@ -48,7 +48,7 @@ def test_other_cases_are_left_to_the_module(case: str) -> None:
 
 def test_a_trunk_has_it_in_every_norm(tiny_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    trunk = Trunk(base, PolicySettings(rank=4), ("policy",))
+    trunk = make_trunk(base, PolicySettings(rank=4), ("policy",))
     norms = [m for m in trunk.modules() if isinstance(m, LlamaRMSNorm)]
     assert len(norms) == 5
     assert all(isinstance(vars(m)["forward"], FrozenRmsNorm) for m in norms)

@@ -25,6 +25,7 @@ from transformers import (
 from policies.batching import collate
 from policies.errors import UserError
 from policies.logprobs import token_logprobs
+from policies.methods import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 
@@ -51,12 +52,12 @@ def randomise(trunk: Trunk) -> Trunk:
 @pytest.fixture(scope="module")
 def trunk(tiny_model: Path) -> Trunk:
     """Policy and critic with adapters that differ; no test may change it."""
-    return randomise(Trunk(base_of(tiny_model), POLICY, ROLES))
+    return randomise(make_trunk(base_of(tiny_model), POLICY, ROLES))
 
 
 @pytest.fixture
 def own_trunk(tiny_model: Path) -> Trunk:
-    return randomise(Trunk(base_of(tiny_model), POLICY, ROLES))
+    return randomise(make_trunk(base_of(tiny_model), POLICY, ROLES))
 
 
 def gemma2() -> PreTrainedModel:
@@ -97,7 +98,7 @@ def test_a_role_without_an_adapter_is_the_base(trunk: Trunk, tiny_model: Path) -
 
 
 def test_a_new_adapter_changes_nothing(tiny_model: Path) -> None:
-    trunk = Trunk(base_of(tiny_model), POLICY, ROLES)
+    trunk = make_trunk(base_of(tiny_model), POLICY, ROLES)
     assert torch.equal(logits_of(trunk, "policy"), logits_of(trunk, "reference"))
 
 
@@ -106,7 +107,7 @@ def test_the_base_exists_once_whatever_the_number_of_roles(tiny_model: Path, rol
     base = base_of(tiny_model)
     pointers = {parameter.data_ptr() for parameter in base.parameters()}
     count = sum(parameter.numel() for parameter in base.parameters())
-    trunk = Trunk(base, POLICY, roles)
+    trunk = make_trunk(base, POLICY, roles)
     adapters = sum(p.numel() for p in trunk.adapter("policy").values())
     assert sum(parameter.numel() for parameter in trunk.parameters()) == count + len(roles) * adapters
     own = {p.data_ptr() for role in roles for p in trunk.adapter(role).values()}
@@ -145,18 +146,18 @@ def test_an_adapter_with_other_names_is_refused(own_trunk: Trunk) -> None:
 
 
 def test_an_adapter_of_another_rank_is_refused(own_trunk: Trunk, tiny_model: Path) -> None:
-    other = Trunk(base_of(tiny_model), PolicySettings(rank=2), ("policy",))
+    other = make_trunk(base_of(tiny_model), PolicySettings(rank=2), ("policy",))
     with pytest.raises(UserError, match=r"policy.rank"):
         own_trunk.write_adapter("policy", other.read_adapter("policy"))
 
 
 def test_targets_that_match_no_layer_are_refused(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"policy.targets"):
-        Trunk(base_of(tiny_model), PolicySettings(targets=["no_such_layer"]), ROLES)
+        make_trunk(base_of(tiny_model), PolicySettings(targets=["no_such_layer"]), ROLES)
 
 
 def test_named_targets_are_the_only_ones(tiny_model: Path) -> None:
-    trunk = Trunk(base_of(tiny_model), PolicySettings(targets=["q_proj"]), ROLES)
+    trunk = make_trunk(base_of(tiny_model), PolicySettings(targets=["q_proj"]), ROLES)
     assert all("q_proj" in name for name in trunk.adapter("policy"))
     assert len(trunk.adapter("policy")) == 2 * 2
 
@@ -185,7 +186,7 @@ def test_logits_made_by_hand_are_the_models_own(make: Callable[[], PreTrainedMod
     base = make()
     with torch.no_grad():
         expected = base(input_ids=IDS).logits
-    trunk = Trunk(copy.deepcopy(base), POLICY, ROLES)
+    trunk = make_trunk(copy.deepcopy(base), POLICY, ROLES)
     assert trunk._softcap == 3.0
     assert float(expected.abs().max()) > 1.0  # so that the cap bends something
     torch.testing.assert_close(logits_of(trunk, "reference"), expected)
@@ -198,7 +199,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
         bos_token_id=2,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"CohereForCausalLM.*not supported"):
-        Trunk(CohereForCausalLM(config), POLICY, ROLES)
+        make_trunk(CohereForCausalLM(config), POLICY, ROLES)
 
 
 def gradients(trunk: Trunk, role: str) -> Tensor:
@@ -233,7 +234,7 @@ def gpt2() -> PreTrainedModel:
 
 @pytest.mark.parametrize("make", [gpt2, opt])
 def test_dropout_stays_off_while_activations_are_recomputed(make: Callable[[], PreTrainedModel]) -> None:
-    trunk = randomise(Trunk(make(), PolicySettings(rank=4, dropout=0.5), ROLES))
+    trunk = randomise(make_trunk(make(), PolicySettings(rank=4, dropout=0.5), ROLES))
     expected = gradients(trunk, "policy")
     trunk.checkpoint_gradients()
     torch.testing.assert_close(gradients(trunk, "policy"), expected)

@@ -5,14 +5,14 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 
 from policies.adapters import load_adapter, load_head
-from policies.batching import collate
+from policies.batching import collate, collate_branches
 from policies.errors import UserError
 from policies.heads import ScalarHead
+from policies.methods import make_trunk
 from policies.schema import PolicySettings
-from policies.trunk import Trunk
 from rewards.model import RewardModel
 
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
@@ -35,7 +35,7 @@ def new_model(tiny_model: Path) -> Factory:
 
     def new() -> RewardModel:
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        trunk = Trunk(base, POLICY, ("policy", "reward"))
+        trunk = make_trunk(base, POLICY, ("policy", "reward"))
         return RewardModel(trunk, ScalarHead.zeros(trunk.width))
 
     return new
@@ -115,3 +115,49 @@ def test_a_saved_model_scores_the_same_when_it_is_loaded(model: RewardModel, sav
 def test_a_head_of_another_width_is_refused(new_model: Factory) -> None:
     with pytest.raises(UserError, match=r"head in old/reward was made for another base: .* 16 wide, this one is 32"):
         new_model().load_head(ScalarHead(16).state_dict(), "old/reward")
+
+
+def test_responses_behind_one_prompt_score_as_behind_their_own(model: RewardModel) -> None:
+    """Scores and gradients, whatever the lengths beside them."""
+    others = RESPONSES[3:] + RESPONSES[:3]
+    lone = collate(PROMPTS * 2, RESPONSES + others)
+    branches = collate_branches(PROMPTS, RESPONSES, others, pad=3)
+    assert model.trunk.branches_agree("reward")
+    model.trunk.train_only("reward")
+    weights = torch.randn(2 * len(PROMPTS), generator=torch.Generator().manual_seed(0))
+    rows = [i for i, row in enumerate(RESPONSES + others) if row]  # an empty response has no token of its own
+    found = []
+    for scores in (
+        model.scores_at(lone.ids, lone.last),
+        model.scores_of_branches(branches.ids, branches.positions, branches.seen, branches.last),
+    ):
+        model.zero_grad()
+        (scores * weights)[rows].sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.trunk.adapter("reward").values()])
+        found.append((scores.detach()[rows], gradient))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_that_does_not_heed_the_mask_is_found_out() -> None:
+    config = OPTConfig(
+        vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    torch.manual_seed(0)
+    opt = make_trunk(OPTForCausalLM(config), POLICY, ("reward",))
+    windowed = MistralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        sliding_window=6,
+    )
+    mistral = make_trunk(MistralForCausalLM(windowed), POLICY, ("reward",))
+    assert not mistral.branches_agree("reward")
+    branches = collate_branches([[5, 6, 7]], [[8, 9]], [[10, 11]])
+    alone = collate([[5, 6, 7]] * 2, [[8, 9], [10, 11]])
+    with torch.no_grad():
+        states = opt.hidden_of_branches(branches.ids, branches.positions, branches.seen, "reward").flatten(0, 1)
+        lone = opt.hidden(alone.ids, "reward").flatten(0, 1)
+    same = torch.allclose(states[branches.last], lone[alone.last], rtol=1e-3, atol=1e-3)
+    assert opt.branches_agree("reward") == same

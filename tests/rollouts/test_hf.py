@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from policies.adapters import fingerprint, lora_config
+from policies.methods import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
@@ -29,7 +30,7 @@ def random_weights(trunk: Trunk, seed: int) -> AdapterWeights:
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> TransformersEngine:
     """An engine of eight rows, with random weights of version 7 beside another random adapter, `policy`."""
-    trunk = Trunk(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), POLICY, ("policy", ROLE))
+    trunk = make_trunk(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), POLICY, ("policy", ROLE))
     trunk.write_adapter("policy", random_weights(trunk, 2))
     engine = TransformersEngine(trunk, STOPS, rows=8)
     engine.load_adapter(7, random_weights(trunk, 1))

@@ -1,0 +1,35 @@
+"""Bottleneck adapters: Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP", section 2.1."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from policies.schema import PolicySettings
+
+
+class Bottleneck(nn.Module):
+    """A layer and, behind it, for each role: h + up(f(down(h))). `up` starts at zero: it changes nothing at first."""
+
+    def __init__(self, base_layer: nn.Module, width: int, settings: PolicySettings, roles: tuple[str, ...]) -> None:
+        """width: of h, what the layer gives."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down = nn.ModuleDict({role: nn.Linear(width, settings.bottleneck) for role in roles})
+        self.bottleneck_up = nn.ModuleDict({role: nn.Linear(settings.bottleneck, width) for role in roles})
+        self.activation = ACT2FN[settings.activation]
+        for role in roles:
+            self.bottleneck_down[role].load_state_dict(self.bottleneck_down[roles[0]].state_dict())
+            nn.init.zeros_(self.bottleneck_up[role].weight)
+            nn.init.zeros_(self.bottleneck_up[role].bias)
+        self._active_adapter, self._disable_adapters = [roles[0]], False
+
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """What the layer gives, and the adapter's part in float32 added to it."""
+        hidden = self.base_layer(*inputs, **options)
+        if self._disable_adapters:
+            return hidden
+        role = self._active_adapter[0]
+        inner = self.activation(self.bottleneck_down[role](hidden.to(torch.float32)))
+        return hidden + self.bottleneck_up[role](inner).to(hidden.dtype)
