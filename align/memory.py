@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from align.inputs import trains_reward, trains_sft
 from align.schema import Experiment
@@ -66,7 +67,8 @@ def measure(model: ModelSettings, policy: PolicySettings) -> Sizes:
 
 def _four_bit_bytes(base: PreTrainedModel, policy: PolicySettings, size: int) -> int:
     """Linear layers but the output layer in four bits, with a scale for each 64 numbers (Dettmers et al. 2023)."""
-    packed = [m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not base.lm_head]
+    head = base.get_output_embeddings()
+    packed = [m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     rest = sum(parameter.numel() for parameter in base.parameters()) - sum(packed)
     scales = sum(packed) // 64
     return rest * size + sum(packed) // 2 + (scales + scales // 64 if policy.double_quantization else scales * 4)

@@ -183,8 +183,8 @@ def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tens
     for ours, theirs in FACTS.get(settings.method, {}).items():
         if saved.get(theirs) != getattr(settings, ours):
             raise UserError(
-                f"{folder}/{CONFIG}: {theirs} is {saved.get(theirs)}, and policy.{ours} is {getattr(settings, ours)}: "
-                "set them alike"
+                f"{folder}/{CONFIG}: {theirs} is {saved.get(theirs)}, and policy.{ours.removeprefix('full_')} is "
+                f"{getattr(settings, ours)}: set them alike"
             )
     return weights
 

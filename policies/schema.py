@@ -125,7 +125,7 @@ class PolicySettings(Settings):
     def _consistent(self) -> "PolicySettings":
         fields = type(self).model_fields
         read = READS.get(self.method, set()) | {"method"}
-        for name in fields.keys() - read:
+        for name in sorted(fields.keys() - read):
             if getattr(self, name) != fields[name].default:
                 methods = " or ".join(method for method, names in READS.items() if name in names)
                 raise ValueError(f"method {self.method} does not read {name}, which is for {methods}: remove it")

@@ -108,7 +108,8 @@ class PrefixTrunk(SoftTrunk):
 
     def _first(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The pass in which the virtual tokens come in: as what the cache holds before it."""
-        cache = inputs.pop("past_key_values", None) or DynamicCache(config=self.causal.config)
+        cache = inputs.pop("past_key_values", None)
+        cache = DynamicCache(config=self.causal.config) if cache is None else cache
         inputs["use_cache"] = True
         states = self._virtual(self._role).to(self.causal.dtype).unflatten(1, (-1, 2, *self._shape))
         for index, layer in enumerate(states.permute(1, 2, 3, 0, 4).unsqueeze(2).unbind(0)):

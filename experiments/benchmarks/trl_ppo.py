@@ -29,6 +29,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="PPO epochs an update")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reward", help="folder of a classifier, reward and start of the critic; default: MODEL")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of policy and critic")
+    parser.add_argument("--penalty", type=float, help="taken off the score of a response without EOS")
+    parser.add_argument("--save-every", type=int, default=0, help="updates between adapters written to --to; 0: none")
+    parser.add_argument("--to", help="folder of the adapters")
     arguments = parser.parse_args()
 
     import torch
@@ -48,7 +53,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32, num_labels=1)
+        AutoModelForSequenceClassification.from_pretrained(
+            arguments.reward or arguments.model, dtype=torch.float32, num_labels=1
+        )
         for _ in range(2)
     )
     with open(arguments.prompts) as file:
@@ -62,6 +69,8 @@ def main() -> None:
     class Clock(TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
             ends.append(time.perf_counter())
+            if arguments.save_every and len(ends) % arguments.save_every == 0:
+                trainer.model.policy.save_pretrained(f"{arguments.to}/{len(ends)}")
 
     first_true = ppo_trainer.first_true_indices
 
@@ -85,7 +94,9 @@ def main() -> None:
             stop_token="eos",
             temperature=1.0,
             kl_coef=0.05,
-            learning_rate=1e-4,
+            learning_rate=arguments.rate,
+            lr_scheduler_type="constant",
+            missing_eos_penalty=arguments.penalty,
             local_rollout_forward_batch_size=arguments.batch,
             num_sample_generations=0,
             report_to=[],

@@ -1,0 +1,106 @@
+"""Train the quickstart's policy by every method of adaptation, and compare what comes of it.
+
+    python experiments/quickstart/methods.py --run runs/quickstart --to runs/methods
+
+Uses the world of a run that is done. Each method runs SFT, a reward model on some of the pairs, and PPO, as a run of
+its own. Prints a table: what is trained, peak memory, time a step, SFT's held-out loss, and wins by gold score.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from align.config import load_experiment
+from align.memory import measure
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8, "alpha": 16},
+    "lora, rsLoRA": {"rank": 8, "alpha": 16, "rslora": True},
+    "lora, DoRA": {"rank": 8, "alpha": 16, "dora": True},
+    "lora, PiSSA": {"rank": 8, "alpha": 16, "init": "pissa"},
+    "lora, LoRA+": {"rank": 8, "alpha": 16, "lora_plus": 4},
+    "qlora": {"method": "qlora", "rank": 8, "alpha": 16},
+    "ia3": {"method": "ia3"},
+    "bottleneck": {"method": "bottleneck", "bottleneck": 16},
+    "bitfit": {"method": "bitfit"},
+    "layer_norm": {"method": "layer_norm"},
+    "top_layers": {"method": "top_layers", "layers": 2},
+    "feature": {"method": "feature"},
+    "prompt_tuning": {"method": "prompt_tuning"},
+    "p_tuning": {"method": "p_tuning"},
+    "prefix_tuning": {"method": "prefix_tuning"},
+    "full": {"method": "full"},
+}
+RATES = {"lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
+"""Learning rates; a method that trains few numbers wants a higher one."""
+HIGH = 1e-2
+
+
+def main() -> None:
+    """Run what is not there yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="a quickstart run that is done")
+    parser.add_argument("--to", type=Path, required=True, help="the folder of the runs")
+    parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--only", default="", help="methods whose name holds this")
+    arguments = parser.parse_args()
+    print(
+        "| method | trained, of the base | peak memory | PPO step | SFT loss, held out | gold wins over its SFT model |"
+    )
+    print("|---|---|---|---|---|---|", flush=True)
+    for name, policy in METHODS.items():
+        if arguments.only in name:
+            print(row(name, train(arguments, name, policy)), flush=True)
+
+
+def train(arguments: argparse.Namespace, name: str, policy: dict[str, Any]) -> Path:
+    """The folder of a method's run."""
+    folder = arguments.to / name.replace(", ", "-")
+    if (folder / "evaluation.json").is_file():
+        return folder
+    experiment = load_experiment(arguments.run / "config.yaml").model_dump(mode="json")
+    rate = RATES.get(policy.get("method", "lora"), HIGH)
+    experiment |= {"name": folder.name, "runs": str(arguments.to), "policy": policy}
+    experiment["sft"]["learning_rate"] = experiment["reward"]["learning_rate"] = rate
+    experiment["learner"] |= {"policy_learning_rate": rate / 2, "critic_learning_rate": rate / 2}
+    experiment["data"]["preferences"]["limit"] = arguments.pairs
+    experiment["evaluation"]["best_of"] = 0
+    file = arguments.to / f"{folder.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(experiment))  # JSON is YAML
+    run = subprocess.Popen([sys.executable, "-m", "align", "run", str(file), "--replace"], stdout=sys.stderr)
+    _, status, usage = os.wait4(run.pid, 0)
+    if status:
+        raise SystemExit(f"{name}: align run ended with {os.waitstatus_to_exitcode(status)}")
+    (folder / "memory.json").write_text(json.dumps({"peak_mb": usage.ru_maxrss / 1024}))
+    return folder
+
+
+def row(name: str, folder: Path) -> str:
+    """One line of the table, in Markdown."""
+    experiment = load_experiment(folder / "config.yaml")
+    sizes = measure(experiment.model, experiment.policy)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    step = median(line["time/step"] for line in metrics if "time/step" in line)
+    loss = next(line["sft/heldout_loss"] for line in metrics if "sft/heldout_loss" in line)
+    peak = json.loads((folder / "memory.json").read_text())["peak_mb"]
+    policy, reference = evaluation["policy"], evaluation["reference"]
+    cells = [
+        name,
+        f"{sizes.adapter:,}, {sizes.adapter / sizes.base:.2%}",
+        f"{peak:.0f} MB",
+        f"{step:.2f} s",
+        f"{loss:.3f}",
+        f"{policy['gold_win_rate']:.1%}, {reference['gold_mean']:.2f} → {policy['gold_mean']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
