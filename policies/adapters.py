@@ -136,11 +136,12 @@ def _ia3_config(targets: list[str], feedforward: list[str], base: str) -> IA3Con
 
 def _prompt_config(settings: PolicySettings, base: str, tokens: Tensor) -> PeftConfig:
     config = AutoConfig.from_pretrained(base).get_text_config()
-    layers, groups = config.num_hidden_layers, getattr(config, "num_key_value_heads", None)
+    layers = config.num_hidden_layers
     sizes = {"token_dim": tokens.shape[1], "num_attention_heads": config.num_attention_heads}
     if settings.method == "prefix_tuning":
-        heads = groups or config.num_attention_heads
-        sizes = {"token_dim": tokens.shape[1] // (2 * layers), "num_attention_heads": heads}
+        states = tokens.shape[1] // (2 * layers)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        sizes = {"token_dim": states, "num_attention_heads": states // width}
     kinds = {"prompt_tuning": PromptTuningConfig, "p_tuning": PromptEncoderConfig, "prefix_tuning": PrefixTuningConfig}
     return kinds[settings.method](
         num_virtual_tokens=len(tokens),

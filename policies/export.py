@@ -36,7 +36,7 @@ def export_adapter(
     """
     live = _live(model, policy, source)
     ids = _probe(live)
-    expected, before = _of_role(live, ROLE, ids), _of_role(live, "", ids)
+    expected, before = _of_role(live, ROLE, ids), _of_model(load_base(model, policy), ids)
     del live
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS):
@@ -67,7 +67,7 @@ def export_merged(
     """
     live = _live(model, policy, source)
     ids = _probe(live)
-    expected, before = _of_role(live, ROLE, ids), _of_role(live, "", ids)
+    expected, before = _of_role(live, ROLE, ids), _of_model(load_base(model, policy), ids)
     write_whole(model, live.merged_weights(ROLE), folder, dtype)
     tokenizer.save_pretrained(folder)
     fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(default_device()).eval()
@@ -104,6 +104,9 @@ def export_reward(
     place: its scores are ours less that.
     """
     live, head = _live(model, policy, source), load_head(source)
+    ids = _probe(live)
+    with torch.no_grad():
+        scores = live.hidden(ids, ROLE)[:, -1].float() @ head["weight"].to(ids.device)
     write_whole(model, live.merged_weights(ROLE), folder, "float32")
     tokenizer.save_pretrained(folder)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -111,9 +114,7 @@ def export_reward(
     classifier.score.weight.data.copy_(head["weight"].unsqueeze(0))
     classifier.save_pretrained(folder)
     fresh = AutoModelForSequenceClassification.from_pretrained(folder).to(default_device()).eval()
-    ids = _probe(live)
     with torch.no_grad():
-        scores = live.hidden(ids, ROLE)[:, -1].float() @ head["weight"].to(ids.device)
         gap = float((fresh(input_ids=ids).logits.squeeze(-1) - scores).abs().max())
     if not gap <= 1e-3 * max(1.0, float(scores.abs().max())):
         raise RuntimeError(f"the exported reward model differs from the live one by {gap:.2g}, more than rounding")

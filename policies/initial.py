@@ -52,8 +52,9 @@ def hold_principal(layers: Iterable[LoraLayer], rank: int) -> None:
 
     for layer in layers:
         for role in layer.lora_A:
-            layer.lora_A[role].weight.register_hook(first_rows)
-            layer.lora_B[role].weight.register_hook(lambda gradient: first_rows(gradient.T).T)
+            down, up = layer.lora_A[role].weight, layer.lora_B[role].weight
+            down.requires_grad_().register_hook(first_rows)
+            up.requires_grad_().register_hook(lambda gradient: first_rows(gradient.T).T)
 
 
 def _write(layer: LoraLayer, roles: Sequence[str], down: Tensor, up: Tensor) -> None:

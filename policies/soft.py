@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from policies.adapters import PROMPT
+from policies.errors import UserError
 from policies.trunk import Trunk
 
 
@@ -76,21 +77,30 @@ class SoftTrunk(Trunk):
             return super().states(**inputs)
         ids, cache = inputs.pop("input_ids"), inputs.get("past_key_values")
         if (mask := inputs.get("attention_mask")) is not None:
-            inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
+            inputs["attention_mask"] = self._with_virtual(mask)
         if (positions := inputs.get("position_ids")) is not None:
             inputs["position_ids"] = positions + self.count
         if cache is not None and cache.get_seq_length():
             return super().states(input_ids=ids, **inputs)
         return self._first(ids, inputs)
 
+    def _with_virtual(self, mask: Tensor) -> Tensor:
+        """Padding stands on the left: with the virtual tokens, there are as many more ones on the right."""
+        return torch.cat([mask, mask.new_ones(len(mask), self.count)], dim=1)
+
     def _first(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The pass in which the virtual tokens come in: as embeddings before those of the ids."""
         embeddings = self.causal.get_input_embeddings()(ids)
         virtual = self._virtual(self._role).to(embeddings.dtype).expand(len(ids), -1, -1)
-        if (positions := inputs.get("position_ids")) is not None:
-            before = torch.arange(self.count, device=ids.device).expand(len(ids), -1)
-            inputs["position_ids"] = torch.cat([before, positions], dim=1)
-        return super().states(inputs_embeds=torch.cat([virtual, embeddings], dim=1), **inputs)[:, self.count :]
+        together = torch.cat([virtual, embeddings], dim=1)
+        if (mask := inputs.get("attention_mask")) is not None:  # between padding and prompt: a window counts places
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+            place = torch.arange(together.shape[1], device=ids.device)
+            padding = (mask == 0).sum(-1, keepdim=True)
+            order = torch.where(place < padding, place + self.count, place)
+            order = torch.where((place >= padding) & (place < padding + self.count), place - padding, order)
+            together = together.gather(1, order.unsqueeze(-1).expand_as(together))
+        return super().states(inputs_embeds=together, **inputs)[:, self.count :]
 
 
 class PrefixTrunk(SoftTrunk):
@@ -99,12 +109,21 @@ class PrefixTrunk(SoftTrunk):
     @torch.no_grad()
     def _start(self, base: PreTrainedModel) -> Tensor:
         """Keys and values of real tokens, `[tokens, layers · 2 · groups · D]`, as their section 7.4 finds best."""
+        if getattr(base.config.get_text_config(), "sliding_window", None):
+            raise UserError(
+                "policy.method prefix_tuning: this model attends through a sliding window, in which keys and values "
+                "that stand before padding are not where they should be: use prompt_tuning"
+            )
         ids = self._real_tokens(base).unsqueeze(0)
         cache = DynamicCache(config=base.config)
         base.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         states = [state[0].transpose(0, 1) for layer in cache.layers for state in (layer.keys, layer.values)]
         self._shape = states[0].shape[1:]
         return torch.stack(states, dim=1).flatten(1).float()
+
+    def _with_virtual(self, mask: Tensor) -> Tensor:
+        """Keys and values of the virtual tokens stand before all others, padding too."""
+        return torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
 
     def _first(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The pass in which the virtual tokens come in: as what the cache holds before it."""

@@ -173,9 +173,9 @@ class Trunk(nn.Module, ABC):
         return 0
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:
-        """The base's weights as a role changes them, by name in the base; those that are in four bits, in full.
+        """The base's weights as a role changes them, by name in the base, none in four bits.
 
-        Raises UserError where the method does more than change weights.
+        The trunk is of no use afterwards. Raises UserError where the method does more than change weights.
         """
         raise UserError(
             f"policy.method {self.settings.method} cannot be merged into the weights: export it as it is, "

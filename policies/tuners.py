@@ -16,7 +16,7 @@ from policies.errors import UserError
 from policies.initial import hold_principal, write_loftq, write_pissa
 from policies.lora import AdaptedLinear
 from policies.places import outputs_of_sublayers
-from policies.quantised import dequantise, is_packed
+from policies.quantised import is_packed
 from policies.trunk import Trunk
 
 
@@ -85,11 +85,17 @@ class TunedTrunk(Trunk):
     @torch.no_grad()
     def merged_weights(self, role: str) -> dict[str, Tensor]:
         self.switch(role)
-        return {
-            f"{name}.weight": _whole_weight(layer)
-            for name, layer in self.causal.named_modules()
-            if isinstance(layer, BaseTunerLayer) or is_packed(layer)
-        }
+        found: dict[str, Tensor] = {}
+        for name, layer in list(self.causal.named_modules()):
+            tuned = isinstance(layer, BaseTunerLayer)
+            if is_packed(layer.get_base_layer() if tuned else layer):
+                found.setdefault(f"{name.removesuffix('.base_layer')}.weight", _unpacked(layer))
+            elif tuned:
+                layer.merge(adapter_names=[role])
+        for name, parameter in self.causal.named_parameters():
+            if not set(name.split(".")) & {*self.roles}:
+                found.setdefault(name.replace(".base_layer", ""), parameter.detach())
+        return found
 
     def leave_to_modules(self) -> None:
         """Use PEFT's own forward passes, which call the layers' parts as modules."""
@@ -111,17 +117,13 @@ class BottleneckTrunk(TunedTrunk):
             yield layer
 
 
-def _whole_weight(layer: nn.Module) -> Tensor:
-    """The weight of the linear map that a layer is, its adapter in it, as a plain layer in its place holds it."""
+def _unpacked(layer: nn.Module) -> Tensor:
+    """The weight of the linear map that a four-bit layer is, its adapter in it, as the layer that it was made from."""
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if layer is base:
-        return dequantise(layer)
-    rows = base.weight.shape[0] if isinstance(base, Conv1D) else base.in_features
-    device = next(layer.parameters()).device
-    inputs = torch.cat([torch.eye(rows, device=device), torch.zeros(1, rows, device=device)])
+    inputs = torch.cat([torch.eye(base.in_features), torch.zeros(1, base.in_features)]).to(base.weight.device)
     outputs = layer(inputs).float()
     weight = outputs[:-1] - outputs[-1]
-    return weight if isinstance(base, Conv1D) else weight.T.contiguous()
+    return weight if getattr(base, "source_cls", None) is Conv1D else weight.T.contiguous()
 
 
 def _in_file(parts: list[str], role: str) -> str:
