@@ -22,12 +22,14 @@ TRAINED = {"adamw": 16, "paged_adamw": 16, "sgd": 8}
 
 @dataclass(frozen=True)
 class Sizes:
-    """base: parameters; base_bytes: as they lie in memory. adapter, head: numbers of one. merged: bytes of a merged
-    copy of what the adapter changes. token: bytes of a token's keys and values."""
+    """base: parameters; base_bytes: as they lie in memory. adapter: numbers of a policy's; judge: of a reward's or a
+    critic's, which may lack an output layer; head: of a scalar head. merged: bytes of a merged copy of what the adapter
+    changes. token: bytes of a token's keys and values."""
 
     base: int
     base_bytes: int
     adapter: int
+    judge: int
     head: int
     merged: int
     token: int
@@ -51,7 +53,7 @@ def measure(model: ModelSettings, policy: PolicySettings) -> Sizes:
         base = AutoModelForCausalLM.from_config(config)
         count = sum(parameter.numel() for parameter in base.parameters())
         held = _four_bit_bytes(base, policy, size) if policy.method == "qlora" else count * size
-        trunk = make_trunk(base, policy, ("policy",))
+        trunk = make_trunk(base, policy, ("policy", "critic"))
     text = config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -59,6 +61,7 @@ def measure(model: ModelSettings, policy: PolicySettings) -> Sizes:
         base=count,
         base_bytes=held,
         adapter=sum(p.numel() for p in trunk.adapter("policy").values()),
+        judge=sum(p.numel() for p in trunk.adapter("critic").values()),
         head=trunk.width + 1,
         merged=0 if policy.method == "qlora" else trunk.merged_numbers() * size,
         token=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * size,
@@ -105,7 +108,7 @@ def _sft(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
 def _reward(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
     yield "trunk", _trunk(experiment, sizes)
     yield "reference", sizes.adapter * 4
-    yield "reward, which trains", (sizes.adapter + sizes.head) * 16
+    yield "reward, which trains", (sizes.judge + sizes.head) * 16
 
 
 def _learner(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
@@ -117,7 +120,7 @@ def _learner(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]
     if experiment.reward.classifier:
         yield "reward, a model of its own", _classifier_bytes(experiment.reward.classifier)
     else:
-        yield "reward", (sizes.adapter + sizes.head) * 4 / sharded
+        yield "reward", (sizes.judge + sizes.head) * 4 / sharded
     yield "policy, which trains", _trained(experiment, sizes.adapter)
     if ppo.has_critic and ppo.critic.kind == "head":
         yield "critic, which trains", _trained(experiment, sizes.head)
@@ -125,7 +128,7 @@ def _learner(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]
         own = sizes if ppo.critic.model is None else measure(_critic_base(experiment), experiment.policy)
         if ppo.critic.kind == "model":
             yield "critic's trunk", _trunk(experiment, own) / sharded
-        yield "critic, which trains", _trained(experiment, own.adapter + own.head)
+        yield "critic, which trains", _trained(experiment, own.judge + own.head)
     if not experiment.rollouts.workers:
         if learner.ranks or learner.zero == 3:
             yield "sampler's trunk", _trunk(experiment, sizes)

@@ -273,7 +273,11 @@ class Experiment(Settings):
                 "model.gradient_checkpointing recomputes layers without the cache that prefix_tuning's keys and values "
                 "are in: turn it off, or use policy.method prompt_tuning"
             )
-        decays = {"sft": self.sft, "reward": self.reward, "learner": self.learner}
+        decays: dict[str, FitSettings | LearnerSettings] = {
+            "sft": self.sft,
+            "reward": self.reward,
+            "learner": self.learner,
+        }
         if self.policy.init == "pissa":
             for name, settings in decays.items():
                 if settings.weight_decay:

@@ -16,13 +16,14 @@ class Bottleneck(nn.Module):
         """width: of h, what the layer gives."""
         super().__init__()
         self.base_layer = base_layer
-        self.bottleneck_down = nn.ModuleDict({role: nn.Linear(width, settings.bottleneck) for role in roles})
-        self.bottleneck_up = nn.ModuleDict({role: nn.Linear(settings.bottleneck, width) for role in roles})
+        downs = {role: nn.Linear(width, settings.bottleneck) for role in roles}
+        ups = {role: nn.Linear(settings.bottleneck, width) for role in roles}
         self.activation = ACT2FN[settings.activation]
         for role in roles:
-            self.bottleneck_down[role].load_state_dict(self.bottleneck_down[roles[0]].state_dict())
-            nn.init.zeros_(self.bottleneck_up[role].weight)
-            nn.init.zeros_(self.bottleneck_up[role].bias)
+            downs[role].load_state_dict(downs[roles[0]].state_dict())
+            nn.init.zeros_(ups[role].weight)
+            nn.init.zeros_(ups[role].bias)
+        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(downs), nn.ModuleDict(ups)
         self._active_adapter, self._disable_adapters = [roles[0]], False
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:

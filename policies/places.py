@@ -1,6 +1,7 @@
 """Where things are in a model, whatever its family."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__} has no list of {count} decoder layers: use policy.method lora")
 
 
-def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linears(model: PreTrainedModel) -> dict[str, Any]:
     """The linear layers of the decoder's layers, by name in the model."""
     inside = {id(module) for module in blocks(model).modules()}
     kinds = (nn.Linear, Conv1D)

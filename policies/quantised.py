@@ -1,6 +1,7 @@
 """Four-bit linear weights by bitsandbytes: Dettmers et al. 2023, "QLoRA"."""
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def leave_packed(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # not an attribute of every module
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -38,7 +39,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def dequantise(layer: nn.Module) -> torch.Tensor:
+def dequantise(layer: Any) -> torch.Tensor:
     """The weight of a four-bit layer as its products see it, `[out, in]`."""
     from bitsandbytes.functional import dequantize_4bit
 

@@ -20,7 +20,7 @@ WITHOUT_HEAD = ("reward", "critic")
 class Slot:
     """A place in the base where a role puts a parameter of its own. A layer without a bias has room for one."""
 
-    module: nn.Module
+    module: Any
     attribute: str
     name: str
     base: nn.Parameter | None
@@ -47,9 +47,8 @@ class SelectedTrunk(Trunk):
             role: [slot for slot in self._slots if not (role in WITHOUT_HEAD and slot.module is head)]
             for role in self.roles
         }
-        self.own = nn.ModuleDict(
-            {role: nn.ParameterList([nn.Parameter(slot.start()) for slot in slots]) for role, slots in self._of.items()}
-        )
+        self._own = {role: [nn.Parameter(slot.start()) for slot in slots] for role, slots in self._of.items()}
+        self.own = nn.ModuleDict({role: nn.ParameterList(own) for role, own in self._own.items()})
 
     def _select(self, base: PreTrainedModel) -> list[Slot]:
         chosen: dict[str, Any] = {
@@ -65,7 +64,7 @@ class SelectedTrunk(Trunk):
         for slot in self._slots:
             slot.module._parameters[slot.attribute] = slot.base
         if role in self.roles:
-            for slot, parameter in zip(self._of[role], self.own[role], strict=True):
+            for slot, parameter in zip(self._of[role], self._own[role], strict=True):
                 slot.module._parameters[slot.attribute] = parameter
 
     def head(self, hidden: Tensor, role: str) -> Tensor:
@@ -73,13 +72,13 @@ class SelectedTrunk(Trunk):
             return super().head(hidden, role)
 
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
-        return dict(zip((slot.name for slot in self._of[role]), self.own[role], strict=True))
+        return dict(zip((slot.name for slot in self._of[role]), self._own[role], strict=True))
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:
         names = {id(module): name for name, module in self.causal.named_modules()}
         return {
             f"{names[id(slot.module)]}.{slot.attribute}": parameter.detach()
-            for slot, parameter in zip(self._of[role], self.own[role], strict=True)
+            for slot, parameter in zip(self._of[role], self._own[role], strict=True)
         }
 
     def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:

@@ -92,13 +92,13 @@ class Trunk(nn.Module, ABC):
             return False
         prompt, one, other = [5, 6, 7], [8, 9], [10, 11, 12]
         branches = collate_branches([prompt], [one], [other])
-        parts = (part.to(self.causal.device) for part in (branches.ids, branches.positions, branches.seen))
-        alone = collate([prompt, prompt], [one, other])
+        device, alone = self.causal.device, collate([prompt, prompt], [one, other])
+        ids, positions, seen = branches.ids.to(device), branches.positions.to(device), branches.seen.to(device)
         try:
-            together = self.hidden_of_branches(*parts, role).flatten(0, 1)[branches.last]
+            together = self.hidden_of_branches(ids, positions, seen, role).flatten(0, 1)[branches.last]
         except (TypeError, ValueError, RuntimeError):
             return False
-        apart = self.hidden(alone.ids.to(self.causal.device), role).flatten(0, 1)[alone.last]
+        apart = self.hidden(alone.ids.to(device), role).flatten(0, 1)[alone.last]
         return torch.allclose(together, apart, rtol=1e-3, atol=1e-3)
 
     def states(self, **inputs: Any) -> Tensor:

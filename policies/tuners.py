@@ -1,6 +1,7 @@
 """Adapters inside the base's layers: PEFT's LoRA and (IA)³, and bottleneck adapters."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -119,7 +120,7 @@ class BottleneckTrunk(TunedTrunk):
 
 def _unpacked(layer: nn.Module) -> Tensor:
     """The weight of the linear map that a four-bit layer is, its adapter in it, as the layer that it was made from."""
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     inputs = torch.cat([torch.eye(base.in_features), torch.zeros(1, base.in_features)]).to(base.weight.device)
     outputs = layer(inputs).float()
     weight = outputs[:-1] - outputs[-1]

@@ -99,7 +99,7 @@ def test_processes(experiment: Experiment, inputs: Inputs, workers: int, ranks: 
 
 
 def test_only_the_stages_that_are_left_are_planned(experiment: Experiment, inputs: Inputs) -> None:
-    assert planned(experiment, inputs, "reward").keys() == {"stages", "reward", "written to"}
+    assert planned(experiment, inputs, "reward").keys() == {"stages", "reward", "memory, reward: trainer", "written to"}
 
 
 def test_skipped_rows_are_told(experiment: Experiment, inputs: Inputs) -> None:
