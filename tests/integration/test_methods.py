@@ -1,0 +1,65 @@
+"""Every method of adaptation through all stages, and out of the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from align.cli import app
+from align.config import load_experiment
+from policies.adapters import load_adapter
+from policies.schema import SOFT
+from policies.table import read_task
+from tests.integration.tiny_run import make_settings, run_in_process
+
+METHODS: dict[str, dict[str, Any]] = {
+    "qlora": {"method": "qlora", "rank": 2, "alpha": 4, "init": "loftq", "lora_plus": 4},
+    "bitfit": {"method": "bitfit"},
+    "p_tuning": {"method": "p_tuning", "virtual_tokens": 3, "encoder_width": 8},
+    "pissa": {"rank": 2, "alpha": 4, "init": "pissa"},
+    "dora": {"rank": 2, "alpha": 4, "dora": True},
+    "ia3": {"method": "ia3"},
+    "bottleneck": {"method": "bottleneck", "bottleneck": 4},
+    "layer_norm": {"method": "layer_norm"},
+    "top_layers": {"method": "top_layers"},
+    "feature": {"method": "feature"},
+    "prompt_tuning": {"method": "prompt_tuning", "virtual_tokens": 3},
+    "prefix_tuning": {"method": "prefix_tuning", "virtual_tokens": 3},
+}
+QUICK = ("qlora", "bitfit", "p_tuning")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in METHODS])
+def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path) | {"policy": METHODS[name]}
+    settings["sft"]["learning_rate"] = settings["reward"]["learning_rate"] = 1e-2
+    settings["learner"] |= {"policy_learning_rate": 1e-2, "critic_learning_rate": 1e-2}
+    run = run_in_process(settings)
+    policy = load_experiment(run / "config.yaml").policy
+    sft, trained = load_adapter(run / "sft", policy), load_adapter(run / "policy", policy)
+    assert sft.keys() == trained.keys()
+    assert any(not torch.equal(sft[key], trained[key]) for key in sft)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    gaps = [line["rollout/gap_mean"] for line in metrics if "rollout/gap_mean" in line]
+    assert max(gaps) < 1e-4
+
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["export", str(run), "--to", str(out)])
+    assert result.exit_code == 0, result.output
+    card = (out / "README.md").read_text()
+    assert f"base_model: {tiny_model}" in card
+    assert "| KL to the reference, nats a sequence |" in card
+    if policy.method in SOFT:
+        table = tmp_path / "prompts.safetensors"
+        assert CliRunner().invoke(app, ["export", str(run), "--to", str(table), "--task", "one"]).exit_code == 0
+        (tokens,) = trained.values()
+        assert torch.equal(read_task(f"{table}#one"), tokens)
+    elif policy.method != "bottleneck":
+        merged = tmp_path / "merged"
+        result = CliRunner().invoke(app, ["export", str(run), "--to", str(merged), "--merge", "--dtype", "bfloat16"])
+        assert result.exit_code == 0, result.output
+        assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16
