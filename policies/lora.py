@@ -63,7 +63,11 @@ class AdaptedLinear:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for a frozen W, in the dtype of x."""
+    """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for a frozen W, in the dtype of x.
+
+    For training, and for more rows than W has, W + s · B A is made anew in each direction, which is less work than to
+    add the adapter's part to every row. In float32 alone: a coarser sum would lose what the adapter has learned.
+    """
 
     @staticmethod
     def forward(
@@ -71,23 +75,31 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = down.to(x.dtype), up.to(x.dtype)
-        inner = flat @ a.T
-        out = linear(flat, weight, bias).addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(flat, weight, a, b, inner)
+        trains = any(ctx.needs_input_grad)  # then whatever the number of rows, lest the cut into passes shows
+        ctx.summed = x.dtype == torch.float32 and (trains or len(flat) > max(weight.shape))
+        if ctx.summed:
+            out = linear(flat, torch.addmm(weight, b, a, alpha=scale), bias)
+        else:
+            out = linear(flat, weight, bias).addmm_(flat @ a.T, b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b)
         ctx.scale, ctx.dtype = scale, down.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
-        flat, weight, a, b, inner = ctx.saved_tensors
+        flat, weight, a, b = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
-        back = (outer @ b) * ctx.scale
+        back = outer @ b
         of_x = of_down = of_up = None
         if ctx.needs_input_grad[0]:
-            of_x = (outer @ weight).addmm_(back, a).view(*gradient.shape[:-1], -1)
+            if ctx.summed:
+                of_x = outer @ torch.addmm(weight, b, a, alpha=ctx.scale)
+            else:
+                of_x = (outer @ weight).addmm_(back, a, alpha=ctx.scale)
+            of_x = of_x.view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[3]:
-            of_down = (back.T @ flat).to(ctx.dtype)
+            of_down = (back.T @ flat).mul_(ctx.scale).to(ctx.dtype)
         if ctx.needs_input_grad[4]:
-            of_up = (outer.T @ inner).mul_(ctx.scale).to(ctx.dtype)
+            of_up = (outer.T @ (flat @ a.T)).mul_(ctx.scale).to(ctx.dtype)
         return of_x, None, None, of_down, of_up, None

@@ -18,7 +18,7 @@ from policies.errors import UserError
 from policies.norms import FrozenRmsNorm
 from policies.schema import PolicySettings
 
-CPU_TOKENS = 1024
+CPU_TOKENS = 2048
 
 AdapterWeights = dict[str, Tensor]
 """What is trained of a role, by name in its file; the names do not hold the role."""

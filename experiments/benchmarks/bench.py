@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from align.seeds import seed_for
 from policies.export import export_merged
 from policies.heads import ScalarHead
-from policies.loading import load_base
+from policies.loading import fast_dtype, load_base
 from policies.methods import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import ROLE, RewardModel
@@ -88,7 +88,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, workload in WORKLOADS.items():
             variants = VARIANTS | (RAY if name == "A-30m" else {})
-            wanted = {f"{name}-{v}": variant for v, variant in variants.items() if arguments.only in f"{name}-{v}"}
+            wanted = {
+                f"{name}-{v}": variant
+                for v, variant in variants.items()
+                if arguments.only in f"{name}-{v}" and variant.dtype in ("float32", fast_dtype())
+            }
             if not wanted:
                 continue
             model = make_model(workload.model, arguments, Path(folder) / name)
