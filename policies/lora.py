@@ -51,7 +51,10 @@ class AdaptedLinear:
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             return lora.Linear.forward(layer, x)
         down, up = layer.lora_A[role].weight, layer.lora_B[role].weight
-        return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[role])
+        # While gradients flow, whatever the number of rows, lest the cut into passes shows in them.
+        many = torch.is_grad_enabled() or x.numel() > x.shape[-1] * max(base.weight.shape)
+        summed = many and x.dtype == torch.float32
+        return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[role], summed)
 
     @torch.no_grad()
     def merge(self, role: str) -> None:
@@ -65,29 +68,27 @@ class AdaptedLinear:
 class _LoraLinear(torch.autograd.Function):
     """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for a frozen W, in the dtype of x.
 
-    For training, and for more rows than W has, W + s · B A is made anew in each direction, which is less work than to
-    add the adapter's part to every row. In float32 alone: a coarser sum would lose what the adapter has learned.
+    summed: W + s · B A is made anew in each direction, which with many rows is less work than to add the adapter's part
+    to each. In float32 alone: a coarser sum would lose what the adapter has learned.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, summed: bool
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = down.to(x.dtype), up.to(x.dtype)
-        trains = any(ctx.needs_input_grad)  # then whatever the number of rows, lest the cut into passes shows
-        ctx.summed = x.dtype == torch.float32 and (trains or len(flat) > max(weight.shape))
-        if ctx.summed:
+        if summed:
             out = linear(flat, torch.addmm(weight, b, a, alpha=scale), bias)
         else:
             out = linear(flat, weight, bias).addmm_(flat @ a.T, b.T, alpha=scale)
         ctx.save_for_backward(flat, weight, a, b)
-        ctx.scale, ctx.dtype = scale, down.dtype
+        ctx.scale, ctx.summed, ctx.dtype = scale, summed, down.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, a, b = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
         back = outer @ b
@@ -102,4 +103,4 @@ class _LoraLinear(torch.autograd.Function):
             of_down = (back.T @ flat).mul_(ctx.scale).to(ctx.dtype)
         if ctx.needs_input_grad[4]:
             of_up = (outer.T @ (flat @ a.T)).mul_(ctx.scale).to(ctx.dtype)
-        return of_x, None, None, of_down, of_up, None
+        return of_x, None, None, of_down, of_up, None, None
