@@ -127,7 +127,9 @@ def test_log_probabilities_are_those_of_the_model_itself_row_by_row(family: tupl
     check(name, "log-probabilities", does)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name == "lora" else pytest.mark.slow) for name in METHODS]
+)
 def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
     family: tuple[str, Path], method: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
     check(name, method, does)
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_what_came_out() -> None:
     columns = ["log-probabilities", *METHODS]
     if len(outcomes) < len(FAMILIES) * len(columns):
