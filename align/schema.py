@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from policies.schema import SELECTED, SOFT, ModelSettings, PolicySettings, Schedule, Settings
+from policies.schema import SELECTED, ModelSettings, PolicySettings, Schedule, Settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import RolloutSettings
 
@@ -262,11 +262,13 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _method_fits(self) -> "Experiment":
-        method, zero = self.policy.method, self.learner.zero
-        if zero == 3 and method in {"qlora", *SELECTED, *SOFT}:
+        method = self.policy.method
+        plain = not self.policy.dora and self.policy.init == "zero"
+        if self.learner.zero == 3 and not (method in ("lora", "bottleneck", "full") and plain):
             raise ValueError(
-                f"learner.zero 3 shards weights by the layers that use them, which policy.method {method} does not "
-                "allow: use learner.zero 0, 1 or 2, or policy.method lora, ia3, bottleneck or full"
+                f"learner.zero 3 shards weights by the layers that use them, which policy.method {method} as it is set "
+                "does not allow: use learner.zero 0, 1 or 2, or policy.method bottleneck, full, or lora without dora "
+                "and init"
             )
         if method == "prefix_tuning" and self.model.gradient_checkpointing:
             raise ValueError(

@@ -158,3 +158,29 @@ def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     dump_experiment(experiment, path)
     assert load_experiment(path) == experiment
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["policy.method=lore"], "policy.method"),
+        (["policy.rank=0"], "policy.rank"),
+        (
+            ["policy.method=ia3", "policy.rank=4"],
+            "method ia3 does not read rank, which is for lora or qlora: remove it",
+        ),
+        (["policy.method=bitfit", "model.dtype=bfloat16"], "too coarse for: use float32"),
+        (["policy.method=qlora", "learner.zero=3"], "use learner.zero 0, 1 or 2"),
+        (["policy.dora=true", "learner.zero=3"], "lora without dora"),
+        (["policy.method=prefix_tuning", "model.gradient_checkpointing=true"], "use policy.method prompt_tuning"),
+        (["policy.init=pissa", "learner.weight_decay=0.1"], "set learner.weight_decay to 0"),
+    ],
+)
+def test_methods_that_do_not_go_with_a_setting_say_what_does(tmp_path: Path, overrides: list[str], said: str) -> None:
+    assert said in problem(tmp_path, MINIMAL, *overrides)
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "full"])
+def test_methods_that_zero_3_can_shard(tmp_path: Path, method: str) -> None:
+    overrides = [f"policy.method={method}", "learner.zero=3"]
+    assert load_experiment(write(tmp_path, MINIMAL), overrides).learner.zero == 3
