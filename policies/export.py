@@ -22,7 +22,7 @@ from policies.methods import build_trunk
 from policies.schema import SELECTED, ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
-ROLE = "exported"
+ROLE = "policy"
 OWN = {"bottleneck", *SELECTED} - {"layer_norm"}
 """Methods that PEFT does not have: their adapters are loaded by `policies.methods`."""
 
@@ -103,11 +103,11 @@ def export_reward(
     Returns the largest difference of scores of short rows, and the head's bias, for which such a classifier has no
     place: its scores are ours less that.
     """
-    live, head = _live(model, policy, source), load_head(source)
+    live, head = _live(model, policy, source, "reward"), load_head(source)
     ids = _probe(live)
     with torch.no_grad():
-        scores = live.hidden(ids, ROLE)[:, -1].float() @ head["weight"].to(ids.device)
-    write_whole(model, live.merged_weights(ROLE), folder, "float32")
+        scores = live.hidden(ids, "reward")[:, -1].float() @ head["weight"].to(ids.device)
+    write_whole(model, live.merged_weights("reward"), folder, "float32")
     tokenizer.save_pretrained(folder)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad)
@@ -135,9 +135,9 @@ def compare(fresh: Tensor, expected: Tensor, before: Tensor, dtype: str) -> floa
     return gap
 
 
-def _live(model: ModelSettings, policy: PolicySettings, source: Path) -> Trunk:
-    trunk = build_trunk(model, policy, (ROLE,))
-    trunk.write_adapter(ROLE, load_adapter(source, policy))
+def _live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = ROLE) -> Trunk:
+    trunk = build_trunk(model, policy, (role,))
+    trunk.write_adapter(role, load_adapter(source, policy))
     return trunk
 
 

@@ -87,10 +87,10 @@ class SelectedTrunk(Trunk):
         super().write_adapter(role, {name: tensor for name, tensor in weights.items() if name not in spare})
 
 
-def _slots(name: str, module: nn.Module, prefix: str = PREFIX, layer: str = "") -> Iterator[Slot]:
-    """The parameters that a module itself holds."""
+def _slots(name: str, module: nn.Module, layer: str = "") -> Iterator[Slot]:
+    """The parameters that a module itself holds; layer: what PEFT puts behind the module's name."""
     for attribute, parameter in module.named_parameters(recurse=False):
-        yield Slot(module, attribute, f"{prefix}{name}{layer}.{attribute}", parameter)
+        yield Slot(module, attribute, f"{PREFIX}{name}{layer}.{attribute}", parameter)
 
 
 def _biases(model: PreTrainedModel) -> Iterator[Slot]:

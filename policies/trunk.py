@@ -32,8 +32,7 @@ class Trunk(nn.Module, ABC):
     """
 
     def __init__(self, base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> None:
-        """Roles: those that have an adapter. Each starts as one that changes nothing, but for
-        soft prompts, which all start alike.
+        """roles: those that have an adapter. Each starts as one that changes nothing; soft prompts all start alike.
 
         Raises UserError where the method finds nothing to train in this model.
         """

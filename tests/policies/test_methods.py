@@ -242,7 +242,7 @@ def test_a_policy_that_is_the_base_is_not_exported(
         )
 
 
-@pytest.mark.parametrize("name", ["lora", "qlora", "bitfit", "full"])
+@pytest.mark.parametrize("name", ["lora", "qlora", "bitfit", "top_layers", "feature", "full"])
 @torch.no_grad()
 def test_a_reward_model_is_a_classifier_that_transformers_loads(
     name: str, tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
