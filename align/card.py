@@ -6,8 +6,6 @@ from align.run import RunFolder, read_facts
 from align.schema import DataSettings, Experiment
 from align.tables import ROWS
 
-PEFT_LIBRARY = "peft"
-
 
 def model_card(experiment: Experiment, run: RunFolder, what: str, notes: list[str]) -> str:
     """README.md of an exported folder: what it is, what it was made from, and how it did.
@@ -17,7 +15,7 @@ def model_card(experiment: Experiment, run: RunFolder, what: str, notes: list[st
     lines = [
         "---",
         f"base_model: {experiment.model.path}",
-        f"library_name: {PEFT_LIBRARY if what == 'adapter' else 'transformers'}",
+        f"library_name: {'peft' if what == 'adapter' else 'transformers'}",
         "tags: [align-rlhf]",
         "---",
         "",

@@ -148,6 +148,10 @@ def export(
         raise UserError(f"--to {to} exists already: give a new folder")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: float32, bfloat16 or float16 was expected")
+    if merge and reward:
+        raise UserError("--merge is for the policy; a reward model is written whole in any case: leave one of them out")
+    if dtype != "float32" and not merge:
+        raise UserError("--dtype is of a whole model: give --merge with it")
     what, gap = export_run(settings, folder, to, "reward model" if reward else "model" if merge else "adapter", dtype)
     errors.print(f"{what} of {folder.path} written to {to}; loaded afresh it differs from the live one by {gap:.2g}")
 

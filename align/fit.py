@@ -121,7 +121,7 @@ def _optimizer(objective: nn.Module, settings: FitSettings, lora_plus: float | N
     trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     groups = by_rate(trained, lora_plus)
     rated = [{"params": parameters, "lr": settings.learning_rate * factor} for factor, parameters in groups]
-    return AdamW(rated, weight_decay=settings.weight_decay)
+    return AdamW(rated, weight_decay=settings.weight_decay, fused=True)
 
 
 def optimizer_steps(rows: int, settings: FitSettings) -> int:

@@ -90,7 +90,7 @@ def memory(experiment: Experiment, stages: list[str], sizes: Sizes) -> list[Hold
         workers = experiment.rollouts.workers
         if workers:
             each = "worker" if workers == 1 else f"each of {workers} workers"
-            holdings += [Holding("ppo", each, "trunk", sizes.base_bytes)]
+            holdings += [Holding("ppo", each, "trunk", _trunk(experiment, sizes))]
             holdings += [Holding("ppo", each, role, size) for role, size in _sampler(experiment, sizes)]
     return holdings
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from align.cli import app
 from align.config import load_experiment
 from policies.adapters import load_adapter
+from policies.errors import UserError
 from policies.schema import SOFT
 from policies.table import read_task
 from tests.integration.tiny_run import make_settings, run_in_process
@@ -58,7 +59,11 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
         assert CliRunner().invoke(app, ["export", str(run), "--to", str(table), "--task", "one"]).exit_code == 0
         (tokens,) = trained.values()
         assert torch.equal(read_task(f"{table}#one"), tokens)
-    elif policy.method != "bottleneck":
+    for mixed_up in (["--merge", "--reward"], ["--dtype", "bfloat16"]):
+        result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "no"), *mixed_up])
+        assert isinstance(result.exception, UserError)
+        assert not (tmp_path / "no").exists()
+    if policy.method not in {*SOFT, "bottleneck"}:
         merged = tmp_path / "merged"
         result = CliRunner().invoke(app, ["export", str(run), "--to", str(merged), "--merge", "--dtype", "bfloat16"])
         assert result.exit_code == 0, result.output
