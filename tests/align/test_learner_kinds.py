@@ -240,3 +240,15 @@ def test_gradient_is_the_same_for_every_cut_and_order_of_rows(
         gradients.append(moved(learner, [rows[i] for i in order], ALL, Rates(1e3, 1e3, 0.0)))
     for other in gradients[1:]:
         assert distance(other, gradients[0]) < near
+
+
+def test_lora_plus_steps_b_by_a_multiple_of_the_rate_of_a(new_learner: Factory) -> None:
+    moved = {}
+    for ratio in (None, 4.0):
+        learner = new_learner(LORA.model_copy(update={"lora_plus": ratio}), settings("adapter"))
+        before = learner.policy_weights()
+        learner.update(episodes(learner), ALL, RATES)
+        moved[ratio] = {name: after - before[name] for name, after in learner.policy_weights().items()}
+    for name, step in moved[None].items():
+        expected = step * (4.0 if "lora_B" in name else 1.0)
+        torch.testing.assert_close(moved[4.0][name], expected, rtol=1e-3, atol=1e-6)
