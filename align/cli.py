@@ -81,14 +81,27 @@ def plan(experiment: File, overrides: Overrides = None) -> None:
 
 
 @app.command(name="eval")
-def evaluate(run: Run) -> None:
-    """Judge a run's policy against its reference again, and write evaluation.json."""
+def evaluate(
+    run: Run,
+    reward: Annotated[bool, typer.Option("--reward", help="judge the reward model instead")] = False,
+    data: Annotated[Path | None, typer.Option(help="with --reward: feedback to judge it by; unset: the run's")] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="with --reward: judge this sequence-classification model in its place")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="with --reward: the folder to write figures and plot to")] = None,
+) -> None:
+    """Judge a run's policy against its reference again, and write evaluation.json; or judge its reward model."""
     from align.files import write_json
     from align.pipeline import load_inputs
     from align.run import open_run
     from align.trained import evaluate_run
 
     folder, settings = open_run(run)
+    if reward:
+        _judge_reward(folder, settings, data, classifier, to)
+        return
+    if data or classifier or to:
+        raise UserError("--data, --classifier and --to are for --reward: give it too")
     if not folder.done("ppo"):
         raise UserError(f"run {folder.path} has no policy/ yet: `align resume {folder.path}` goes on with it")
     evaluation = folder.read_evaluation() | evaluate_run(settings, folder, load_inputs(settings))
@@ -236,6 +249,24 @@ def _show(evaluation: dict[str, Any]) -> None:
     from align.tables import evaluation_table
 
     console.print(evaluation_table(evaluation))
+
+
+def _judge_reward(
+    folder: "RunFolder", settings: Experiment, data: Path | None, classifier: str | None, to: Path | None
+) -> None:
+    from align.diagnose import write_diagnostics
+    from align.inputs import read_cases
+    from align.tables import diagnostics_table
+    from align.trained import judge_reward
+
+    if not classifier and not folder.done("reward"):
+        raise UserError(f"run {folder.path} has no reward/ yet: `align resume {folder.path}` goes on with it")
+    facts, worst = judge_reward(settings, folder, read_cases(settings, data), classifier)
+    console.print(diagnostics_table(facts))
+    if to:
+        to.mkdir(parents=True, exist_ok=True)
+        write_diagnostics(to, facts, worst)
+        console.print(f"written to {to}")
 
 
 def _prompts_of(file: Path | None) -> list[Any]:

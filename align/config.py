@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -162,11 +162,12 @@ def _parse_override(text: str) -> _Source:
 
 def _explain(problem: Any, source: _Source) -> str:
     """A problem that pydantic found, in words for people."""
-    keys = tuple(str(key) for key in problem["loc"])
+    path = tuple(str(key) for key in problem["loc"])
+    keys = _written(path, source)
     if problem["type"] == "missing":
         return f"{source.place(keys)}: {'.'.join(keys)} is missing"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
+        known = _known_keys(path[:-1])
         near = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"{source.place(keys)}: {'.'.join(keys)} is no setting; {hint}"
@@ -179,11 +180,41 @@ def _explain(problem: Any, source: _Source) -> str:
     return f"{source.place(keys)}: {'.'.join(keys) or 'experiment'}: {message}{got}"
 
 
-def _known_keys(keys: Keys) -> list[str]:
-    """The names of the settings under a path of keys."""
+def _written(path: Keys, source: _Source) -> Keys:
+    """The key as the user wrote it: pydantic names in its path the kind of a union that it tried, as a key would be."""
+    places = range(1, len(path) - 1)
+    shorter = (path[:i] + path[i + 1 :] for i in places)
+    if path[:-1] in source.places or path in source.places:
+        return path
+    return next((keys for keys in shorter if keys in source.places or keys[:-1] in source.places), path)
+
+
+def _known_keys(path: Keys) -> list[str]:
+    """The names of the settings under pydantic's path of keys, kinds of unions included."""
     model: type[BaseModel] = Experiment
-    for key in keys:
-        annotation = model.model_fields[key].annotation if key in model.model_fields else None
-        inner = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-    return list(model.model_fields)
+    annotation: Any = Experiment
+    for key in path:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[key].annotation if key in annotation.model_fields else None
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:  # the kind of a union
+            annotation = next((kind for kind in _models(annotation) if _kind(kind) == key), None)
+        inner = _models(annotation)
+        if len(inner) == 1:
+            annotation = inner[0]
+            model = inner[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _kind(model: type[BaseModel]) -> str:
+    """What tells this member of a union from the others."""
+    return get_args(model.model_fields["kind"].annotation)[0]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes that an annotation names, itself or in a union."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    inner = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]

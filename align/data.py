@@ -128,17 +128,22 @@ def split_heldout(items: Sequence[T], share: float, seed: int, key: Callable[[T]
 
 
 def _rows(source: SourceSettings) -> Iterator[Row]:
-    path = Path(source.path).expanduser()
+    for path in [source.path] if isinstance(source.path, str) else source.path:
+        yield from _rows_of(path, source.split)
+
+
+def _rows_of(name: str, split: str) -> Iterator[Row]:
+    path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _reader(file))
         if not files:
             raise UserError(f"folder {path} holds no {', '.join(READERS)} file")
     elif path.is_file():
         files = [path]
-    elif _reader(path) or len(path.parts) > 2 or source.path.startswith((".", "/", "~")):
+    elif _reader(path) or len(path.parts) > 2 or name.startswith((".", "/", "~")):
         raise UserError(f"{path} does not exist")
     else:
-        yield from _read_hub(source)
+        yield from _read_hub(name, split)
         return
     for file in files:
         read = _reader(file)
@@ -211,16 +216,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             yield Row(f"{path}, row {number}", values)
 
 
-def _read_hub(source: SourceSettings) -> Iterator[Row]:
+def _read_hub(name: str, split: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source.path, split=source.split)
+        rows = load_dataset(name, split=split)
     except Exception as error:  # a wrong name, no network, a wrong split: each library below has kinds of its own
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{source.path} is no file here and cannot be loaded from the hub: {reason}") from None
+        raise UserError(f"{name} is no file here and cannot be loaded from the hub: {reason}") from None
     for number, values in enumerate(rows, start=1):
-        yield Row(f"{source.path} ({source.split}), row {number}", values)
+        yield Row(f"{name} ({split}), row {number}", values)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

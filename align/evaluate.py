@@ -1,15 +1,17 @@
 """Reference and policy side by side on held-out prompts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.scoring import Gold, Score
+from align.scoring import Ask, Gold, Verdicts
 from align.seeds import seed_for
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
@@ -42,17 +44,19 @@ class Side:
             "distinct_2": distinct_2([t.response_ids for t in self.trajectories]),
             "eos_share": sum(t.ended for t in self.trajectories) / len(self.trajectories),
         }
+        if "spread" in self.scored[0].notes:
+            figures["spread_mean"] = fmean(verdict.notes["spread"] for verdict in self.scored)
         return figures if self.gold is None else figures | {"gold_mean": float(self.gold.mean())}
 
 
 class Evaluator:
-    """Samples both sides with the same seeds and compares them. The reference is judged once."""
+    """Samples both sides with the same seeds and compares them. The reference is sampled once."""
 
     def __init__(
         self,
         pool: Pool,
-        score: Score,
-        rate: Score,
+        score: Ask,
+        rate: Ask,
         gold: Gold | None,
         reference: AdapterWeights,
         prompts: Sequence[Request],
@@ -77,9 +81,9 @@ class Evaluator:
 
         The pool holds the policy when this returns.
         """
-        reference, best_of = self._reference
+        reference, best_of = self._reference()
         self.pool.load_adapter(version, policy)
-        side = self._sample(self.draws[0], self.score)
+        side = self._sample(self.draws[0], self.score).now()
         tokens = int(lengths(side.trajectories).sum())
         kl = torch.tensor([verdict.kl for verdict in side.scored], dtype=torch.float64)
         compared = {
@@ -96,31 +100,61 @@ class Evaluator:
             "prompts": len(side.trajectories),
         }
 
-    @cached_property
     def _reference(self) -> tuple[Side, dict[str, Any]]:
-        self.pool.load_adapter(REFERENCE_VERSION, self.weights)
-        sides = [self._sample(requests, self.rate) for requests in self.draws]
+        sides = [sampled.now() for sampled in self._samples]
         return sides[0], {"best_of": _best_of(sides)} if self.best_of else {}
 
-    def _sample(self, requests: Sequence[Request], score: Score) -> Side:
+    @cached_property
+    def _samples(self) -> list["Sampled"]:
+        self.pool.load_adapter(REFERENCE_VERSION, self.weights)
+        return [self._sample(requests, self.rate) for requests in self.draws]
+
+    def _sample(self, requests: Sequence[Request], ask: Ask) -> "Sampled":
         trajectories = self.pool.generate(requests, self.sampling)
         gold = None if self.gold is None else torch.tensor(self.gold(trajectories), dtype=torch.float64)
-        return Side(trajectories, score(trajectories), gold)
+        return Sampled(trajectories, ask(trajectories), gold)
 
 
-def _best_of(sides: Sequence[Side]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Sampled:
+    """Responses, and what is asked for their verdicts: a reward that learns says another thing later."""
+
+    trajectories: list[Trajectory]
+    verdicts: Verdicts
+    gold: Tensor | None
+
+    def now(self) -> Side:
+        return Side(self.trajectories, self.verdicts(), self.gold)
+
+
+def _best_of(sides: Sequence[Side]) -> dict[str, Any]:
     """For each prompt the sample that the reward scores highest: its mean score, and its mean gold score.
 
     `gold_best_mean` is that of the samples that the gold score itself would pick: no reward can do better.
+    `curve`: the same for fewer samples a prompt, with their KL to the reference.
     """
-    scores = torch.stack([side.scores for side in sides])
-    figures = {"n": len(sides), "score_mean": float(scores.amax(0).mean())}
+    scores = torch.stack([side.scores.double() for side in sides])
     gold = [side.gold for side in sides if side.gold is not None]
-    if not gold:
-        return figures
-    table = torch.stack(gold)
-    picked = table.gather(0, scores.argmax(0, keepdim=True))
-    return figures | {"gold_mean": float(picked.mean()), "gold_best_mean": float(table.amax(0).mean())}
+    table = torch.stack(gold) if gold else None
+    powers = [2**i for i in range(len(sides).bit_length()) if 2**i < len(sides)]
+    curve = [best_of_n(scores, table, n) for n in (*powers, len(sides))]
+    figures = {name: value for name, value in curve[-1].items() if name != "kl"} | {"curve": curve}
+    return figures if table is None else figures | {"gold_best_mean": float(table.amax(0).mean())}
+
+
+def best_of_n(scores: Tensor, gold: Tensor | None, n: int) -> dict[str, float]:
+    """Expected score, and gold score, of the best by score of n of the N samples a prompt; both `[N, prompts]`.
+
+    Unbiased, over all choices of n: the sample of rank i is the best of C(i - 1, n - 1) of C(N, n) (Nakano et al. 2021,
+    "WebGPT", appendix I). kl: log n - (n - 1) / n nats, that of the best of n to the one (Stiennon et al. 2020,
+    appendix G.3).
+    """
+    count = len(scores)
+    shares = [math.comb(rank, n - 1) / math.comb(count, n) for rank in range(count)]
+    weights = torch.tensor(shares, dtype=torch.float64)
+    rising, order = scores.sort(dim=0, stable=True)
+    figures = {"n": n, "kl": math.log(n) - (n - 1) / n, "score_mean": float((weights @ rising).mean())}
+    return figures if gold is None else figures | {"gold_mean": float((weights @ gold.gather(0, order)).mean())}
 
 
 def win_rate(ours: Tensor, theirs: Tensor) -> float:

@@ -1,21 +1,23 @@
 """Supervised training on transformers' Trainer, with checkpoints and metrics of our own form."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from align.checkpoint import latest, prune, seal
+from align.checkpoint import latest, prune, seal, step_of
+from align.files import new_folder, write_json
 from align.interrupt import Interrupted, Stop
 from align.ppo.optimizer import warmed
 from align.progress import Progress
@@ -25,11 +27,12 @@ from policies.lora import by_rate
 from rewards.schema import FitSettings
 
 WEIGHTS = "model.safetensors"
+BEST = "best"
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a supervised stage needs besides its model and data."""
+    """What a supervised stage needs besides its model and data. first: the stage's steps before this training."""
 
     stage: str
     checkpoints: Path
@@ -37,6 +40,16 @@ class StageContext:
     seed: int
     tracker: Tracker
     stop: Stop
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a training. steps: optimizer steps done; best_step: that of the weights that were kept."""
+
+    steps: int
+    best_step: int
+    heldout_loss: float
 
 
 class Row(Protocol):
@@ -62,19 +75,26 @@ def fit(
     settings: FitSettings,
     context: StageContext,
     metrics: str,
+    heldout: Callable[[], float],
     lora_plus: float | None = None,
-) -> int:
-    """Train the parameters of `objective` that require gradients. Returns the number of optimizer steps.
+) -> Fitted:
+    """Train the parameters of `objective` that require gradients; it then holds those of the best held-out loss.
 
     objective: gives {"loss": …}, a sum over its microbatch divided by `num_items_in_batch`, the number of `labels`
     in the whole batch. metrics: the first part of the names that are logged. Batches are of rows of about one length.
+    heldout: the loss of `objective` on held-out rows, asked for every `evaluate_every` steps and at the end.
     lora_plus: `policy.lora_plus`.
     Goes on from the last checkpoint where there is one. Raises Interrupted after a checkpoint if asked to stop.
     """
+    done = context.checkpoints / f"done-{context.first}"
+    if done.is_dir():
+        write_trained(objective, load_file(done / WEIGHTS))
+        return Fitted(**json.loads((done / "fitted.json").read_text()))
     objective.eval()  # whatever its parts were in, the Trainer's first `train` now reaches them
     objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer's way to ask for num_items_in_batch
     microbatch = settings.microbatch or settings.batch
     steps = optimizer_steps(len(rows), settings)
+    watch = _Watch(context, metrics, settings, steps, heldout)
     arguments = TrainingArguments(
         output_dir=str(context.checkpoints),
         per_device_train_batch_size=microbatch,
@@ -103,15 +123,39 @@ def fit(
             train_dataset=rows,
             data_collator=collate,
             optimizers=(_optimizer(objective, settings, lora_plus), None),
-            callbacks=[_Watch(context, metrics, progress)],
+            callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
+        watch.progress = progress
         last = latest(context.checkpoints)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        begun = last is not None and step_of(last) > context.first
+        trainer.train(resume_from_checkpoint=str(last) if begun else None)
+    objective.eval()
+    state = trainer.state
+    if not watch.ended:
+        raise Interrupted
+    assert state.best_metric is not None  # the last step is always looked at
+    write_trained(objective, load_file(context.checkpoints / BEST / WEIGHTS))
+    fitted = Fitted(state.global_step, state.best_global_step, state.best_metric)
+    with new_folder(done) as folder:
+        save_file(trained(objective), folder / WEIGHTS)
+        write_json(folder / "fitted.json", asdict(fitted))
     if context.stop.requested:
         raise Interrupted
-    objective.eval()
-    return steps
+    return fitted
+
+
+def trained(objective: nn.Module) -> dict[str, Tensor]:
+    """A copy of what is trained, by name."""
+    return {n: p.detach().cpu().clone() for n, p in objective.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def write_trained(objective: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Overwrite what is trained."""
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(weights[name])
 
 
 def _optimizer(objective: nn.Module, settings: FitSettings, lora_plus: float | None) -> Optimizer | None:
@@ -158,45 +202,55 @@ class _Trainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / WEIGHTS)
+        save_file(trained(self.model), folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(saved[name])
+        write_trained(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 class _Watch(TrainerCallback):
-    """Logs every step, seals checkpoints, and ends training when asked to."""
+    """Logs every step, looks at the held-out loss, seals checkpoints, and ends training when it is time to."""
 
-    def __init__(self, context: StageContext, metrics: str, progress: Progress) -> None:
-        self.context, self.metrics, self.progress = context, metrics, progress
+    progress: Progress
+    ended = False
+
+    def __init__(
+        self, context: StageContext, metrics: str, settings: FitSettings, steps: int, heldout: Callable[[], float]
+    ) -> None:
+        self.context, self.metrics, self.settings = context, metrics, settings
+        self.steps, self.heldout = steps, heldout
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
             loss, rate = logs["loss"], logs["learning_rate"]
-            self.context.tracker.log(
-                self.context.stage,
-                state.global_step,
-                {
-                    f"{self.metrics}/loss": loss,
-                    f"{self.metrics}/learning_rate": rate,
-                    f"{self.metrics}/gradient_norm": logs["grad_norm"],
-                },
-            )
+            self._log(state, {"loss": loss, "learning_rate": rate, "gradient_norm": logs["grad_norm"]})
             self.progress.advance(state.global_step, loss=loss)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        every, patience = self.settings.evaluate_every, self.settings.patience
+        if state.global_step == self.steps or (every and state.global_step % every == 0):
+            model.eval()
+            loss = self.heldout()
+            self._log(state, {"heldout_loss": loss})
+            if state.best_metric is None or loss < state.best_metric:
+                # In the state, so that it is in the checkpoint.
+                state.best_metric, state.best_global_step = loss, state.global_step
+                with new_folder(self.context.checkpoints / BEST) as folder:
+                    save_file(trained(model), folder / WEIGHTS)
+            elif patience and state.global_step - state.best_global_step >= patience * every:
+                self.ended = control.should_training_stop = True
+            self.ended |= state.global_step == self.steps
         if self.context.stop.requested:
             control.should_save = control.should_training_stop = True
+
+    def _log(self, state: Any, figures: dict[str, float]) -> None:
+        named = {f"{self.metrics}/{name}": value for name, value in figures.items()}
+        self.context.tracker.log(self.context.stage, self.context.first + state.global_step, named)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         seal(written)
-        target = written.with_name(f"step-{state.global_step}")
+        target = written.with_name(f"step-{self.context.first + state.global_step}")
         shutil.rmtree(target, ignore_errors=True)
         written.rename(target)
         prune(self.context.checkpoints, self.context.keep)

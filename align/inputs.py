@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,9 @@ from align.schema import Experiment, SourceSettings
 from align.seeds import seed_for
 from policies.encoding import encode_prompt, encode_response
 from policies.errors import UserError
-from rewards.preferences import Pair, parse_pair
+from policies.loading import load_tokenizer
+from rewards.preferences import OVERALL, Feedback, parse_feedback
+from rewards.schema import RewardSettings
 from rollouts.trajectory import Request
 
 
@@ -28,22 +31,20 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A pair and its tokens. preference: the probability that the label is right (½ for a tie)."""
+class Case:
+    """Feedback and its tokens; responses_ids: of each response, in the feedback's order."""
 
-    pair: Pair
+    feedback: Feedback
     prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    preference: float
+    responses_ids: list[list[int]]
 
     @property
     def length(self) -> int:
-        """Of the prompt and both responses."""
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        """Of the prompt and all responses."""
+        return len(self.prompt_ids) + sum(map(len, self.responses_ids))
 
 
-T = TypeVar("T", Example, Comparison, Request)
+T = TypeVar("T", Example, Case, Request)
 
 
 @dataclass
@@ -55,8 +56,8 @@ class Inputs:
 
     examples: list[Example] = field(default_factory=list)
     examples_heldout: list[Example] = field(default_factory=list)
-    comparisons: list[Comparison] = field(default_factory=list)
-    comparisons_heldout: list[Comparison] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+    cases_heldout: list[Case] = field(default_factory=list)
     prompts: list[Request] = field(default_factory=list)
     prompts_heldout: list[Request] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
@@ -69,7 +70,8 @@ def trains_sft(experiment: Experiment) -> bool:
 
 def trains_reward(experiment: Experiment) -> bool:
     """Whether a reward model is trained, rather than given or not wanted."""
-    return "reward" in experiment.stages and not (experiment.reward.model or experiment.reward.classifier)
+    reward = experiment.reward
+    return "reward" in experiment.stages and reward.has_model and not (reward.model or reward.classifier)
 
 
 def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Inputs:
@@ -82,11 +84,11 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
     if trains_sft(experiment) or ("ppo" in experiment.stages and experiment.ppo.ptx):
         parse = example_parser(tokenizer, experiment.sft.max_tokens)
         inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse)
-    compare = comparison_parser(tokenizer, experiment.reward.max_tokens, experiment.reward.label_smoothing)
+    judged = case_parser(tokenizer, experiment.reward)
     if trains_reward(experiment):
-        inputs.comparisons, inputs.comparisons_heldout = reader.both("preferences", "preferences_heldout", compare)
+        inputs.cases, inputs.cases_heldout = reader.both("preferences", "preferences_heldout", judged)
     elif experiment.data.preferences_heldout:
-        inputs.comparisons_heldout = reader.one("preferences_heldout", compare)
+        inputs.cases_heldout = reader.one("preferences_heldout", judged)
     if "ppo" in experiment.stages:
         ask = request_parser(
             tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context
@@ -96,7 +98,19 @@ def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, cont
     return inputs
 
 
-def _prompt(row: Example | Comparison | Request) -> Hashable:
+def read_cases(experiment: Experiment, path: Path | None) -> list[Case]:
+    """Feedback to judge a reward model by: of a file, or the experiment's held-out rows."""
+    tokenizer = load_tokenizer(experiment.model.path)
+    if path is not None:
+        data = experiment.data.model_copy(update={"preferences_heldout": SourceSettings(path=str(path))})
+        experiment = experiment.model_copy(update={"data": data})
+    reader = _Reader(experiment)
+    if experiment.data.preferences_heldout:
+        return reader.one("preferences_heldout", case_parser(tokenizer, experiment.reward))
+    return reader.both("preferences", None, case_parser(tokenizer, experiment.reward))[1]
+
+
+def _prompt(row: Example | Case | Request) -> Hashable:
     """What must not stand on both sides of a split. Plain text has no prompt but the start: there it is the text."""
     if isinstance(row, Example) and len(row.prompt_ids) == 1:
         return tuple(row.response_ids)
@@ -145,23 +159,23 @@ def example_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Calla
     return parse
 
 
-def comparison_parser(
-    tokenizer: PreTrainedTokenizerBase, max_tokens: int, label_smoothing: float
-) -> Callable[[Mapping[str, Any]], Comparison]:
-    """From a row to a comparison; the parser raises ValueError with the reason for people."""
+def case_parser(tokenizer: PreTrainedTokenizerBase, settings: RewardSettings) -> Callable[[Mapping[str, Any]], Case]:
+    """From a row to a case; the parser raises ValueError with the reason for people."""
 
-    def parse(values: Mapping[str, Any]) -> Comparison:
-        pair = parse_pair(values)
-        comparison = Comparison(
-            pair=pair,
-            prompt_ids=encode_prompt(tokenizer, pair.prompt),
-            chosen_ids=encode_response(tokenizer, pair.chosen),
-            rejected_ids=encode_response(tokenizer, pair.rejected),
-            preference=0.5 if pair.tie else 1.0 - label_smoothing,
+    def parse(values: Mapping[str, Any]) -> Case:
+        feedback = parse_feedback(values, open_ties=settings.ties == "unknown")
+        for attribute in feedback.attributes:
+            if attribute != OVERALL and attribute not in settings.attributes:
+                known = ", ".join(settings.attributes) or "none"
+                raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({known})")
+        case = Case(
+            feedback=feedback,
+            prompt_ids=encode_prompt(tokenizer, feedback.prompt),
+            responses_ids=[encode_response(tokenizer, response) for response in feedback.responses],
         )
-        longest = max(len(comparison.chosen_ids), len(comparison.rejected_ids))
-        _refuse_long(len(comparison.prompt_ids) + longest, max_tokens, "reward.max_tokens")
-        return comparison
+        longest = max(map(len, case.responses_ids))
+        _refuse_long(len(case.prompt_ids) + longest, settings.max_tokens, "reward.max_tokens")
+        return case
 
     return parse
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.files import new_folder
-from align.fit import StageContext
+from align.fit import StageContext, optimizer_steps
 from align.inputs import Inputs
 from align.interrupt import Stop
 from align.run import RunFolder, write_facts
@@ -56,10 +56,13 @@ class Job:
             trunk.initialise("reference")
         return trunk
 
-    def fit_context(self, stage: str) -> StageContext:
-        keep = self.experiment.checkpoint.keep
-        folder = self.run.checkpoints(stage)
-        return StageContext(stage, folder, keep, self.experiment.seed, self.tracker, self.stop)
+    def fit_context(self, stage: str, member: int = 0) -> StageContext:
+        """member: of an ensemble, each of which sees the data in another order, and after the one before it."""
+        seed, keep, folder = self.experiment.seed, self.experiment.checkpoint.keep, self.run.checkpoints(stage)
+        if not member:
+            return StageContext(stage, folder, keep, seed, self.tracker, self.stop)
+        first = member * optimizer_steps(len(self.inputs.cases), self.experiment.reward)
+        return StageContext(stage, folder, keep, seed_for(seed, "member", member), self.tracker, self.stop, first)
 
     @contextmanager
     def new_product(self, folder: Path, facts: dict[str, Any], started: float) -> Iterator[Path]:
@@ -70,9 +73,7 @@ class Job:
 
     def sample_sft(self, trunk: Trunk, count: int) -> list[Trajectory]:
         """Responses of the SFT model, role `reference` of the trunk, to so many of the training prompts."""
-        prompts = self.inputs.prompts or [
-            Request(c.pair.prompt, tuple(c.prompt_ids), 0) for c in self.inputs.comparisons
-        ]
+        prompts = self.inputs.prompts or [Request(c.feedback.prompt, tuple(c.prompt_ids), 0) for c in self.inputs.cases]
         if not prompts:
             raise UserError("reward.normalise needs prompts: set data.prompts, or reward.normalise to 0")
         seed, rollouts = self.experiment.seed, self.experiment.rollouts

@@ -14,6 +14,8 @@ from align.schema import Experiment
 from policies.loading import load_model_config
 from policies.methods import make_trunk
 from policies.schema import ModelSettings, PolicySettings
+from rewards.model import members_in
+from rewards.terms import ClassifierTerm
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINED = {"adamw": 16, "paged_adamw": 16, "sgd": 8}
@@ -108,7 +110,11 @@ def _sft(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
 def _reward(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
     yield "trunk", _trunk(experiment, sizes)
     yield "reference", sizes.adapter * 4
-    yield "reward, which trains", (sizes.judge + sizes.head) * 16
+    heads = sizes.head * len(experiment.reward.weights)
+    trained = heads if experiment.reward.trains == "head" else sizes.judge + heads
+    yield "reward, which trains", trained * 16 + (sizes.judge + heads - trained) * 4
+    if others := (experiment.reward.ensemble.members or 1) - 1:
+        yield "reward's other members", (sizes.judge + heads) * 4 * others
 
 
 def _learner(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
@@ -117,10 +123,15 @@ def _learner(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]
     sharded = ranks if learner.zero == 3 else 1
     yield "trunk", _trunk(experiment, sizes) / sharded
     yield "reference", sizes.adapter * 4 / sharded
-    if experiment.reward.classifier:
-        yield "reward, a model of its own", _classifier_bytes(experiment.reward.classifier)
-    else:
-        yield "reward", (sizes.judge + sizes.head) * 4 / sharded
+    reward = experiment.reward
+    for name, term in reward.terms.items():
+        if isinstance(term, ClassifierTerm):
+            yield f"reward {name}, a model of its own", _classifier_bytes(term.path)
+    if reward.classifier:
+        yield "reward, a model of its own", _classifier_bytes(reward.classifier)
+    elif reward.has_model:
+        members = reward.ensemble.members or (members_in(reward.model) if reward.model else 1)
+        yield "reward", (sizes.judge + sizes.head * (1 + len(reward.attributes))) * members * 4 / sharded
     yield "policy, which trains", _trained(experiment, sizes.adapter)
     if ppo.has_critic and ppo.critic.kind == "head":
         yield "critic, which trains", _trained(experiment, sizes.head)

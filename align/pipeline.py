@@ -7,16 +7,18 @@ from align.files import write_json
 from align.inputs import Inputs, read_inputs
 from align.interrupt import Stop
 from align.job import Job
+from align.judges import check_term
 from align.ppo.stage import policy_figures, run_ppo
 from align.reward import run_reward
 from align.run import RunFolder, folder_of, read_facts
 from align.schema import STAGES, Experiment
 from align.sft import run_sft
 from align.tracking import open_tracker, truncate_after
-from policies.adapters import load_adapter, load_head
+from policies.adapters import load_adapter
 from policies.errors import UserError
 from policies.loading import check_model_folder, load_model_config, load_tokenizer
 from rewards.functions import load_function
+from rewards.model import read_heads
 
 RUNNERS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
 
@@ -28,7 +30,9 @@ def stages_left(experiment: Experiment, run: RunFolder) -> list[str]:
         wanted.add("sft")
     if experiment.reward.model or experiment.reward.classifier:
         wanted.add("reward")
-    if "ppo" in wanted and "reward" not in wanted and not run.done("reward"):
+    if not experiment.reward.has_model:
+        wanted.discard("reward")
+    elif "ppo" in wanted and "reward" not in wanted and not run.done("reward"):
         raise UserError("ppo needs a reward: add `reward` to `stages`, or set reward.model or reward.classifier")
     return [stage for stage in STAGES if stage in wanted and not run.done(stage)]
 
@@ -47,9 +51,12 @@ def _check_given(experiment: Experiment) -> None:
         load_adapter(experiment.sft.adapter, experiment.policy)
     if experiment.reward.model:
         load_adapter(experiment.reward.model, experiment.policy)
-        load_head(experiment.reward.model)
+        read_heads(experiment.reward.model, experiment.reward.weights)
     if experiment.reward.classifier:
         check_model_folder(experiment.reward.classifier)
+    if "ppo" in experiment.stages:
+        for name, term in experiment.reward.terms.items():
+            check_term(name, term)
     if experiment.evaluation.gold:
         load_function(experiment.evaluation.gold, "evaluation.gold")
 

@@ -29,7 +29,7 @@ def plan_lines(experiment: Experiment, inputs: Inputs, stages: list[str], sizes:
     if trains_sft(experiment) and "sft" in stages:
         lines.append(("sft", _fit(len(inputs.examples), "demonstrations", experiment.sft)))
     if trains_reward(experiment) and "reward" in stages:
-        lines.append(("reward", _fit(len(inputs.comparisons), "pairs", experiment.reward)))
+        lines.append(("reward", _fit(len(inputs.cases), "rows of feedback", experiment.reward)))
     if "ppo" in stages:
         lines += _ppo(experiment, inputs, sizes)
     lines += _memory(experiment, stages, sizes)

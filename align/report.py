@@ -1,5 +1,6 @@
 """A run on one page: its curves as PNG files, its evaluation, and samples from its beginning and its end."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from align.diagnose import RELIABILITY
 from align.files import new_folder
 from align.tables import ROWS
 from align.tracking import METRICS, SAMPLES, read_lines
@@ -30,6 +32,7 @@ PLOTS = (
     Plot("reward_model_loss", "Reward model loss", "reward", ("reward_model/loss",), "nats a pair"),
     Plot("reward", "Reward", "ppo", ("reward/mean", "eval/score_mean"), "score"),
     Plot("gold", "Gold score", "ppo", ("reward/gold_mean", "eval/gold_mean"), "gold score"),
+    Plot("spread", "Spread of the ensemble", "ppo", ("reward/spread", "eval/spread_mean"), "score"),
     Plot("kl", "KL to the reference", "ppo", ("kl/sequence", "eval/kl_per_sequence"), "nats a sequence"),
     Plot("length", "Response length", "ppo", ("rollout/length_mean",), "tokens"),
     Plot("policy_loss", "Policy loss", "ppo", ("policy/loss",), "loss"),
@@ -53,9 +56,41 @@ def write_report(run: Path, evaluation: dict[str, Any]) -> Path:
     """Draw what the run has logged so far into `report/`, whole or not at all. Returns the page's path."""
     metrics, samples = read_lines(run / METRICS), read_lines(run / SAMPLES)
     with new_folder(run / "report") as folder:
-        drawn = [plot for plot in PLOTS if draw(plot, metrics, folder / f"{plot.name}.png")]
+        drawn = [(plot.name, plot.title) for plot in PLOTS if draw(plot, metrics, folder / f"{plot.name}.png")]
+        if draw_optimisation(metrics, evaluation, folder / "optimisation.png"):
+            drawn.append(("optimisation", "Score against √KL"))
+        if (run / "reward" / RELIABILITY).is_file():
+            shutil.copyfile(run / "reward" / RELIABILITY, folder / RELIABILITY)
+            drawn.append((Path(RELIABILITY).stem, "Reliability of the reward model"))
         (folder / "index.html").write_text(_page(run.name, drawn, evaluation, samples), encoding="utf-8")
     return run / "report" / "index.html"
+
+
+def draw_optimisation(rows: Sequence[dict[str, Any]], evaluation: dict[str, Any], path: Path) -> bool:
+    """Draw score, and gold score, against √KL: of the policy as PPO went on, and of the best of n SFT samples.
+
+    Where the score still rises and the gold score falls, the policy has learned the reward model's mistakes (Gao et al.
+    2023, "Scaling laws for reward model overoptimization"). Returns whether there is enough to draw.
+    """
+    kl = dict(_curve(rows, "ppo", "eval/kl_per_sequence"))
+    best = evaluation.get("best_of", {}).get("curve", [])
+    if len(kl) < 2 and not best:
+        return False
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes: Axes = figure.add_subplot()
+    for key, label, colour in (("score_mean", "score", "tab:blue"), ("gold_mean", "gold score", "tab:orange")):
+        points = sorted((max(kl[step], 0.0) ** 0.5, value) for step, value in _curve(rows, "ppo", f"eval/{key}"))
+        if key in evaluation.get("reference", {}):
+            points = [(0.0, evaluation["reference"][key]), *points]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=f"{label}, PPO")
+        if own := [(point["kl"] ** 0.5, point[key]) for point in best if key in point]:
+            axes.plot(*zip(*own, strict=True), color=colour, linestyle="--", marker="x", label=f"{label}, best of n")
+    axes.set(title="Score against distance from the SFT model", xlabel="√KL, nats a sequence", ylabel="score")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+    return True
 
 
 def draw(plot: Plot, rows: Sequence[dict[str, Any]], path: Path) -> bool:
@@ -81,8 +116,10 @@ def _curve(rows: Sequence[dict[str, Any]], stage: str, name: str) -> list[tuple[
     return [(row["step"], row[name]) for row in rows if row["stage"] == stage and row.get(name) is not None]
 
 
-def _page(name: str, plots: Sequence[Plot], evaluation: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
-    images = "".join(f'<img src="{plot.name}.png" alt="{plot.title}">' for plot in plots)
+def _page(
+    name: str, plots: Sequence[tuple[str, str]], evaluation: dict[str, Any], samples: Sequence[dict[str, Any]]
+) -> str:
+    images = "".join(f'<img src="{file}.png" alt="{title}">' for file, title in plots)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style>'
         f"<h1>{escape(name)}</h1>{_evaluation(evaluation)}<h2>Curves</h2><div class=plots>{images}</div>"

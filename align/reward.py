@@ -1,116 +1,126 @@
-"""Stage two: a reward model from pairwise preferences."""
+"""Stage two: a reward model from feedback of every kind, or the one that is given, and whether to trust it."""
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.fit import Objective, fit
-from align.inputs import Comparison
+from align.diagnose import diagnose, invariance, write_diagnostics
+from align.feedback import FeedbackObjective, branches, rows, score_cases, shares_prompts
+from align.fit import fit
+from align.inputs import Case
 from align.job import Job
+from align.schema import Experiment
 from align.seeds import seed_for
 from align.sft import ROLE as SFT
-from policies.adapters import load_adapter, load_head
-from policies.batching import collate, collate_branches
+from policies.adapters import load_adapter
 from policies.encoding import decode_response
+from policies.errors import UserError
 from policies.heads import ScalarHead
-from policies.places import linears
+from policies.methods import build_trunk
+from policies.schema import PolicySettings
 from policies.trunk import Trunk
 from rewards.classifier import Classifier
-from rewards.losses import bradley_terry_loss, pair_accuracy
-from rewards.model import ROLE, RewardModel
+from rewards.diagnostics import distribution
+from rewards.model import RewardModel, load_heads, member_folder, members_in, read_heads, role_of
+from rewards.objective import FeedbackLoss
+from rewards.schema import RewardSettings
 
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of held-out pairs in the right order, ties left out, with its 95 % interval (Wilson 1927)."""
-
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    pairs: int
-
-
-class PairLoss(Objective):
-    """The mean Bradley-Terry loss of a whole batch of pairs, in nats."""
-
-    def __init__(self, model: RewardModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        ids: Tensor,
-        last: Tensor,
-        margin: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor,
-        positions: Tensor | None = None,
-        seen: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """ids: chosen rows, then rejected rows; or, with positions and seen, the rows of `Branches`.
-
-        margin, labels: `[N]`; labels are the preferences.
-        """
-        if positions is None or seen is None:
-            scores = self.model.scores_at(ids, last)
-        else:
-            scores = self.model.scores_of_branches(ids, positions, seen, last)
-        chosen, rejected = scores.chunk(2)
-        return {"loss": bradley_terry_loss(chosen, rejected, margin, labels).sum() / num_items_in_batch}
+PROBED = 16
+"""Held-out rows whose scores are looked at for what padding and batches change."""
 
 
 def run_reward(job: Job) -> None:
-    """Train the reward model on the preferences, or adopt the one that is given; write it to `reward/`."""
+    """Train the reward model on the feedback, or adopt the one that is given; write it and its figures to `reward/`."""
     started = time.perf_counter()
     adopt = _run_classifier if job.experiment.reward.classifier else _run_on_trunk
     adopt(job, started)
 
 
 def _run_on_trunk(job: Job, started: float) -> None:
-    settings = job.experiment.reward
-    trunk = job.new_trunk("reward", ROLE)
-    generator = torch.Generator().manual_seed(seed_for(job.experiment.seed, "reward head"))
-    model = RewardModel(trunk, ScalarHead(trunk.width, generator).to(trunk.causal.device))
-    facts: dict[str, Any] = {}
-    tokens = trunk.tokens_a_pass()
+    settings, inputs = job.experiment.reward, job.inputs
+    roles = [role_of(member) for member in range(_members(settings))]
+    trunk = job.new_trunk("reward", *roles)
+    models = [_new_model(job, trunk, member) for member in range(len(roles))]
+    facts: dict[str, Any] = {"members": len(models)}
     if settings.model:
-        trunk.write_adapter(ROLE, load_adapter(settings.model, job.experiment.policy))
-        model.load_head(load_head(settings.model), settings.model)
+        for member, model in enumerate(models):
+            load_member(model, job.experiment.policy, member_folder(settings.model, member))
         facts["model"] = settings.model
     else:
-        trunk.write_adapter(ROLE, trunk.read_adapter(SFT))
-        if not job.run.sft.is_dir():
-            trunk.start_training(ROLE)
-        trunk.train_only(ROLE)
-        context = job.fit_context("reward")
-        facts["steps"] = fit(
-            PairLoss(model),
-            job.inputs.comparisons,
-            _branches if _shares_prompts(trunk, job.inputs.comparisons) else _tensors,
-            settings,
-            context,
-            metrics="reward_model",
-            lora_plus=job.experiment.policy.lora_plus,
-        )
-        facts["skipped_rows"] = len(job.inputs.skipped.get("preferences", []))
-    if heldout := [pair for pair in job.inputs.comparisons_heldout if not pair.pair.tie]:
-        prompts = [pair.prompt_ids for pair in heldout]
-        chosen = model.score(prompts, [pair.chosen_ids for pair in heldout], tokens)
-        rejected = model.score(prompts, [pair.rejected_ids for pair in heldout], tokens)
-        facts |= _judged(job, chosen, rejected, facts.get("steps", 0))
-    if settings.normalise and not settings.model:
+        fitted = [_train(job, model, member) for member, model in enumerate(models)]
+        facts |= {name: [each[name] for each in fitted] if len(fitted) > 1 else fitted[0][name] for name in fitted[0]}
+        facts["skipped_rows"] = len(inputs.skipped.get("preferences", []))
+    tokens = trunk.tokens_a_pass()
+    figures: dict[str, Any] = {}
+    worst: list[dict[str, Any]] = []
+    if heldout := inputs.cases_heldout:
+        scores = torch.stack([score_cases(model, heldout, tokens) for model in models])
+        figures, worst = diagnose(heldout, scores, settings.weights, inputs.cases)
+        figures["invariance"] = invariance(models[0], heldout[:PROBED], tokens)
+    moments_of = [(0.0, 1.0)] * len(models)
+    if settings.normalise and (not settings.model or settings.attributes):
         samples = job.sample_sft(trunk, settings.normalise)
-        scores = model.score([t.request.prompt_ids for t in samples], [t.response_ids for t in samples], tokens)
-        mean, deviation = moments(scores)
-        model.head.fold(mean, deviation)
-        facts |= {"mean": mean, "deviation": deviation}
-    with job.new_product(job.run.reward, facts, started) as folder:
-        model.save(folder)
+        prompts, responses = [t.request.prompt_ids for t in samples], [t.response_ids for t in samples]
+        of_samples = [model.score(prompts, responses, tokens) for model in models]
+        moments_of = [moments(scores) for scores in of_samples]
+        figures["sft_scores"] = distribution(torch.stack(of_samples).mean(0))
+        facts |= {"mean": moments_of[0][0], "deviation": moments_of[0][1]}
+    _finish(job, facts, figures, worst, started, partial(_save_members, models, moments_of))
+
+
+def _members(settings: RewardSettings) -> int:
+    wanted = settings.ensemble.members
+    if not settings.model:
+        return wanted or 1
+    there = members_in(settings.model)
+    if wanted and wanted > there:
+        raise UserError(f"reward.ensemble.members is {wanted}, and {settings.model} holds {there}")
+    return wanted or there
+
+
+def _new_model(job: Job, trunk: Trunk, member: int) -> RewardModel:
+    """With first heads that depend on the seed, the member, and their place."""
+    weights, seed = job.experiment.reward.weights, job.experiment.seed
+    generator = torch.Generator().manual_seed(seed_for(seed, "reward head", *[member] * (member > 0)))
+    heads = [ScalarHead(trunk.width, generator).to(trunk.causal.device) for _ in weights]
+    return RewardModel(trunk, heads, weights, role_of(member))
+
+
+def load_member(model: RewardModel, policy: PolicySettings, folder: Path) -> None:
+    """Give a reward model the adapter and heads of a folder."""
+    model.trunk.write_adapter(model.role, load_adapter(folder, policy))
+    load_heads(model.heads, read_heads(folder, model.weights), folder)
+
+
+def _train(job: Job, model: RewardModel, member: int) -> dict[str, Any]:
+    """Train a member; what is known of it."""
+    settings, inputs, trunk = job.experiment.reward, job.inputs, model.trunk
+    trunk.write_adapter(model.role, trunk.read_adapter(SFT))
+    if settings.trains == "head":
+        trunk.train_only()
+    else:
+        if not job.run.sft.is_dir():
+            trunk.start_training(model.role)
+        trunk.train_only(model.role)
+    loss = FeedbackLoss([case.feedback for case in inputs.cases], settings.weights, settings.ratings)
+    objective = FeedbackObjective(model, loss.to(trunk.causal.device), settings.label_smoothing, settings.centering)
+    fitted = fit(
+        objective,
+        inputs.cases,
+        branches if shares_prompts(trunk, model.role, inputs.cases) else rows,
+        settings,
+        job.fit_context("reward", member),
+        metrics="reward_model",
+        heldout=partial(objective.heldout_loss, inputs.cases_heldout, trunk.tokens_a_pass()),
+        lora_plus=job.experiment.policy.lora_plus,
+    )
+    return asdict(fitted)
 
 
 def _run_classifier(job: Job, started: float) -> None:
@@ -118,69 +128,66 @@ def _run_classifier(job: Job, started: float) -> None:
     assert settings.classifier is not None
     classifier = Classifier(settings.classifier)
     facts: dict[str, Any] = {"classifier": settings.classifier, "mean": 0.0, "deviation": 1.0}
-    if heldout := [pair.pair for pair in job.inputs.comparisons_heldout if not pair.pair.tie]:
-        prompts = [pair.prompt for pair in heldout]
-        chosen = classifier.score(prompts, [pair.chosen for pair in heldout])
-        facts |= _judged(job, chosen, classifier.score(prompts, [pair.rejected for pair in heldout]), 0)
+    figures: dict[str, Any] = {}
+    worst: list[dict[str, Any]] = []
+    if heldout := job.inputs.cases_heldout:
+        figures, worst = diagnose(heldout, classifier_scores(classifier, heldout), {"": 1.0})
     if settings.normalise:
         samples = job.sample_sft(job.new_trunk("reward"), settings.normalise)
         responses = [decode_response(job.tokenizer, t.response_ids) for t in samples]
-        mean, deviation = moments(classifier.score([t.request.prompt for t in samples], responses))
-        facts |= {"mean": mean, "deviation": deviation}
-    with job.new_product(job.run.reward, facts, started):
-        pass  # the model stays where it is; the folder holds what is known of it
+        scores = classifier.score([t.request.prompt for t in samples], responses)
+        facts["mean"], facts["deviation"] = moments(scores)
+        figures["sft_scores"] = distribution(scores)
+    _finish(job, facts, figures, worst, started, lambda folder: None)  # the model stays where it is
 
 
-def _judged(job: Job, chosen: Tensor, rejected: Tensor, step: int) -> dict[str, Any]:
-    accuracy = wilson(float(pair_accuracy(chosen, rejected)), len(chosen))
-    job.tracker.log("reward", step, {"reward_model/heldout_accuracy": accuracy.accuracy})
-    return asdict(accuracy)
+def classifier_scores(classifier: Classifier, cases: Sequence[Case]) -> Tensor:
+    """What a classifier says of the cases' responses, in the form that `diagnose` takes."""
+    prompts = [case.feedback.prompt for case in cases for _ in case.feedback.responses]
+    return classifier.score(prompts, [text for case in cases for text in case.feedback.responses])[None, :, None]
+
+
+def load_models(experiment: Experiment, folder: Path) -> list[RewardModel]:
+    """The members of the reward model that a folder holds, on one trunk."""
+    settings = experiment.reward
+    members = range(members_in(folder))
+    trunk = build_trunk(experiment.model, experiment.policy, tuple(role_of(member) for member in members))
+    models = []
+    for member in members:
+        heads = [ScalarHead.zeros(trunk.width).to(trunk.causal.device) for _ in settings.weights]
+        models.append(RewardModel(trunk, heads, settings.weights, role_of(member)))
+        load_member(models[-1], experiment.policy, member_folder(folder, member))
+    return models
+
+
+def _finish(
+    job: Job,
+    facts: dict[str, Any],
+    figures: dict[str, Any],
+    worst: list[dict[str, Any]],
+    started: float,
+    save: Any,
+) -> None:
+    """Write the stage's folder: the model, what is known of it, and whether to trust it."""
+    judged = {name: figures[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs") if name in figures}
+    if judged:
+        job.tracker.log("reward", _steps(facts), {"reward_model/heldout_accuracy": judged["accuracy"]})
+    with job.new_product(job.run.reward, facts | judged, started) as folder:
+        save(folder)
+        write_diagnostics(folder, figures, worst)
+
+
+def _steps(facts: dict[str, Any]) -> int:
+    steps = facts.get("steps", 0)
+    return sum(steps) if isinstance(steps, list) else steps
+
+
+def _save_members(models: Sequence[RewardModel], moments_of: Sequence[tuple[float, float]], folder: Path) -> None:
+    for member, (model, (mean, deviation)) in enumerate(zip(models, moments_of, strict=True)):
+        model.save(member_folder(folder, member), mean, deviation)
 
 
 def moments(scores: Tensor) -> tuple[float, float]:
     """Mean and deviation of scores, the deviation 1 where all are the same."""
     deviation = float(scores.std(correction=0))
     return float(scores.mean()), deviation if deviation > 0 else 1.0
-
-
-def wilson(share: float, count: int) -> Accuracy:
-    """A share of `count` trials with its 95 % score interval (Wilson 1927, "Probable inference")."""
-    if count == 0:
-        return Accuracy(math.nan, 0.0, 1.0, 0)
-    z = 1.959964
-    scale = 1 + z**2 / count
-    centre = (share + z**2 / (2 * count)) / scale
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
-    return Accuracy(share, max(0.0, centre - half), min(1.0, centre + half), count)
-
-
-def _shares_prompts(trunk: Trunk, pairs: Sequence[Comparison]) -> bool:
-    """Whether the two responses of a pair go behind one prompt: where the model allows it, and it is less arithmetic.
-
-    It saves a prompt's linear layers and costs, in attention, the product of one response with the other.
-    """
-    linear = sum(layer.weight.numel() for layer in linears(trunk.causal).values())
-    attention = 2 * trunk.width * trunk.causal.config.get_text_config().num_hidden_layers
-    saved = sum(len(p.prompt_ids) * linear + len(p.prompt_ids) ** 2 * attention for p in pairs)
-    cost = sum(2 * len(p.chosen_ids) * len(p.rejected_ids) * attention for p in pairs)
-    return saved > cost and trunk.branches_agree(ROLE)
-
-
-def _branches(pairs: list[Comparison]) -> dict[str, Tensor]:
-    batch = collate_branches(
-        [p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs]
-    )
-    rows = {"ids": batch.ids, "last": batch.last, "positions": batch.positions, "seen": batch.seen}
-    return rows | _verdicts(pairs)
-
-
-def _tensors(pairs: list[Comparison]) -> dict[str, Tensor]:
-    batch = collate([p.prompt_ids for p in pairs] * 2, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs])
-    return {"ids": batch.ids, "last": batch.last} | _verdicts(pairs)
-
-
-def _verdicts(pairs: list[Comparison]) -> dict[str, Tensor]:
-    return {
-        "margin": torch.tensor([p.pair.margin for p in pairs]),
-        "labels": torch.tensor([p.preference for p in pairs]),
-    }

@@ -15,7 +15,9 @@ STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
 class SourceSettings(Settings):
     """One source of rows. A bare string is short for `path`."""
 
-    path: str = Field(description="file (JSONL, JSON, CSV, Parquet), folder of such files, or a dataset's hub name")
+    path: str | list[str] = Field(
+        description="file (JSONL, JSON, CSV, Parquet), folder of such files, or a dataset's hub name; or a list of them"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: its name in the data")
     split: str = Field("train", description="which split, for a hub name")
     limit: int | None = Field(None, ge=1, description="read only the first rows")
@@ -23,15 +25,15 @@ class SourceSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: object) -> object:
-        return {"path": value} if isinstance(value, str) else value
+        return {"path": value} if isinstance(value, str | list) else value
 
 
 class DataSettings(Settings):
     """Where the rows of each stage come from."""
 
     demonstrations: SourceSettings | None = Field(None, description="SFT: prompt + completion, messages, or text")
-    preferences: SourceSettings | None = Field(None, description="reward: prompt, chosen, rejected")
-    preferences_heldout: SourceSettings | None = Field(None, description="pairs that the reward model is judged by")
+    preferences: SourceSettings | None = Field(None, description="reward: pairs, rankings, choices, ratings")
+    preferences_heldout: SourceSettings | None = Field(None, description="what the reward model is judged by")
     prompts: SourceSettings | None = Field(None, description="PPO: prompt")
     prompts_heldout: SourceSettings | None = Field(None, description="prompts that reference and policy are judged by")
     heldout_share: float = Field(
@@ -94,6 +96,22 @@ class CriticSettings(Settings):
         return self
 
 
+class StopSettings(Settings):
+    """A figure of each step at which PPO ends early. The policy is the best evaluated, as at any end."""
+
+    metric: str = Field(description="a name in metrics.jsonl, as reward/spread, reward/gold_mean or kl/sequence")
+    above: float | None = None
+    below: float | None = None
+    falls_by: float | None = Field(None, gt=0, description="under the highest value so far")
+    patience: int = Field(1, ge=1, description="steps in a row that must be so")
+
+    @model_validator(mode="after")
+    def _says_when(self) -> "StopSettings":
+        if self.above is None and self.below is None and self.falls_by is None:
+            raise ValueError("one of above, below and falls_by was expected")
+        return self
+
+
 class PpoSettings(Settings):
     """Proximal policy optimization. Sizes are in episodes (one prompt with one response)."""
 
@@ -135,6 +153,7 @@ class PpoSettings(Settings):
     )
     cut_penalty: float = Field(0.0, ge=0, description="taken off the score of a cut response (with cut: score)")
     length_penalty: float = Field(0.0, description="taken off the score for each response token; negative: a bonus")
+    stop: StopSettings | None = Field(None, description="a rule that ends PPO early; unset: none")
     kl: KlSettings = KlSettings()
     critic: CriticSettings = CriticSettings()
 

@@ -1,21 +1,35 @@
 """From trajectories and what the roles say of them to final scores, by parts that are chosen before the loop starts."""
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policies.encoding import decode_response, prompt_text
 from rewards.classifier import Classifier
-from rewards.functions import ScoreFunction, call_function
+from rewards.compose import Composition, combine, spread
+from rewards.functions import ScoreFunction, Scores, call_function
+from rewards.schema import EnsembleSettings
+from rewards.terms import LengthTerm
 from rollouts.trajectory import Scored, Trajectory
 
-Reward = Callable[[Sequence[Trajectory], list[Scored]], list[Scored]]
-"""Puts the score into each verdict."""
+Notes = dict[str, Tensor]
+"""More that is known of the trajectories `[B]`, by name, to be logged."""
+
+TermScore = Callable[[Sequence[Trajectory], Sequence[Scored]], tuple[Tensor, Notes]]
+"""What one term says of trajectories `[B]`, by their texts or by the outputs of the trunk's reward heads."""
 
 Score = Callable[[Sequence[Trajectory]], list[Scored]]
 """Verdicts on trajectories."""
+
+
+Verdicts = Callable[[], list[Scored]]
+"""Verdicts on the trajectories that were asked about, as the reward now composes them."""
+
+Ask = Callable[[Sequence[Trajectory]], Verdicts]
 
 
 class RolesScore(Protocol):
@@ -28,33 +42,114 @@ Gold = Callable[[Sequence[Trajectory]], list[float]]
 """The true score of each trajectory, where the user has one."""
 
 
-def trunk_reward(trajectories: Sequence[Trajectory], scored: list[Scored]) -> list[Scored]:
-    """The reward is a role on the trunk: the score is there already."""
-    return scored
+@dataclass(frozen=True)
+class Reward:
+    """The terms by name, and their composition."""
+
+    terms: Mapping[str, TermScore]
+    composition: Composition
+
+    def score(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> list[Scored]:
+        """Puts score and notes into each verdict."""
+        return self.ask(trajectories, scored)()
+
+    def ask(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> Verdicts:
+        """What gives `score` of these whenever it is called: the terms are asked now, and composed then."""
+        raw, notes = self.raw(trajectories, scored)
+        return lambda: _noted(scored, *self.composition.score(raw), notes)
+
+    def learn(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> list[Scored]:
+        """`score` of a batch of training, from which the composition learns."""
+        raw, notes = self.raw(trajectories, scored)
+        return _noted(scored, *self.composition.learn(raw), notes)
+
+    def raw(self, trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[dict[str, Tensor], Notes]:
+        """What each term says, before it is normalised, and the notes of all."""
+        raw: dict[str, Tensor] = {}
+        notes: Notes = {}
+        for name, term in self.terms.items():
+            raw[name], own = term(trajectories, scored)
+            notes |= {key.format(name=name): values for key, values in own.items()}
+        return raw, notes
 
 
-def classifier_reward(
-    classifier: Classifier, tokenizer: PreTrainedTokenizerBase, mean: float, deviation: float
-) -> Reward:
-    """A ready classifier's scores of the text, shifted and scaled by those of SFT responses."""
+def _noted(scored: list[Scored], total: Tensor, parts: Mapping[str, Tensor], notes: Notes) -> list[Scored]:
+    if len(parts) > 1:
+        notes = {f"term/{name}": values for name, values in parts.items()} | notes
+    rows = [dict(zip(notes, row, strict=True)) for row in zip(*(n.tolist() for n in notes.values()), strict=True)]
+    rows = rows or [{} for _ in scored]
+    return [replace(v, score=s, notes=n) for v, s, n in zip(scored, total.tolist(), rows, strict=True)]
 
-    def reward(trajectories: Sequence[Trajectory], scored: list[Scored]) -> list[Scored]:
+
+def model_term(ensemble: EnsembleSettings, attributes: Sequence[str]) -> TermScore:
+    """The reward roles on the trunk: outputs are, for each member, the whole score and that of each attribute."""
+
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
+        outputs = torch.stack([verdict.outputs for verdict in scored]).double()
+        outputs = outputs.view(len(scored), -1, 1 + len(attributes))
+        notes = {f"attribute/{name}": outputs[:, :, 1 + i].mean(1) for i, name in enumerate(attributes)}
+        members = outputs[:, :, 0]
+        if members.shape[1] > 1:
+            notes["spread"] = spread(members)
+        return combine(members, ensemble.combine, ensemble.penalty or 1.0), notes
+
+    return term
+
+
+def classifier_term(
+    classifier: Classifier, tokenizer: PreTrainedTokenizerBase, mean: float = 0.0, deviation: float = 1.0
+) -> TermScore:
+    """A ready classifier's scores of the text, shifted and scaled."""
+
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
         responses = [decode_response(tokenizer, t.response_ids) for t in trajectories]
-        scores = (classifier.score([t.request.prompt for t in trajectories], responses) - mean) / deviation
-        return [replace(verdict, score=score) for verdict, score in zip(scored, scores.tolist(), strict=True)]
+        scores = classifier.score([t.request.prompt for t in trajectories], responses)
+        return (scores - mean) / deviation, {}
 
-    return reward
+    return term
+
+
+def function_term(
+    function: ScoreFunction, tokenizer: PreTrainedTokenizerBase, timeout: float | None, fallback: float | None
+) -> TermScore:
+    """A function of texts and columns. Where it fails, rows get the fallback, and a note of it."""
+
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
+        scores = _call(function, tokenizer, trajectories, timeout, fallback)
+        values = torch.tensor(scores.values, dtype=torch.float64)
+        if fallback is None:
+            return values, {}
+        failed = torch.zeros_like(values)
+        failed[list(scores.failed)] = 1.0
+        return values, {"failed/{name}": failed}
+
+    return term
+
+
+def length_term(settings: LengthTerm) -> TermScore:
+    """0, falling to -1 as the response's tokens come to the most that are wanted."""
+
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
+        over = torch.tensor([t.length - settings.most for t in trajectories], dtype=torch.float64)
+        if not settings.window:
+            return -(over > 0).double(), {}
+        return -(1 + over / settings.window).clamp(0, 1), {}
+
+    return term
 
 
 def gold_score(function: ScoreFunction, tokenizer: PreTrainedTokenizerBase) -> Gold:
     """The user's function as a score of trajectories."""
+    return lambda trajectories: _call(function, tokenizer, trajectories, None, None).values
 
-    def gold(trajectories: Sequence[Trajectory]) -> list[float]:
-        return call_function(
-            function,
-            [prompt_text(t.request.prompt) for t in trajectories],
-            [decode_response(tokenizer, t.response_ids) for t in trajectories],
-            [t.request.columns for t in trajectories],
-        )
 
-    return gold
+def _call(
+    function: ScoreFunction,
+    tokenizer: PreTrainedTokenizerBase,
+    trajectories: Sequence[Trajectory],
+    timeout: float | None,
+    fallback: float | None,
+) -> Scores:
+    prompts = [prompt_text(t.request.prompt) for t in trajectories]
+    responses = [decode_response(tokenizer, t.response_ids) for t in trajectories]
+    return call_function(function, prompts, responses, [t.request.columns for t in trajectories], timeout, fallback)

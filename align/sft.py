@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -47,18 +48,17 @@ def run_sft(job: Job) -> None:
         trunk.start_training(ROLE)
         trunk.train_only(ROLE)
         objective = Likelihood(trunk)
-        steps = fit(
+        fitted = fit(
             objective,
             job.inputs.examples,
             _tensors,
             settings,
             job.fit_context("sft"),
             metrics="sft",
+            heldout=partial(heldout_loss, objective, job.inputs.examples_heldout),
             lora_plus=job.experiment.policy.lora_plus,
         )
-        loss = heldout_loss(objective, job.inputs.examples_heldout)
-        job.tracker.log("sft", steps, {"sft/heldout_loss": loss})
-        facts |= {"heldout_loss": loss, "skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}
+        facts |= asdict(fitted) | {"skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}
     with job.new_product(job.run.sft, facts, started) as folder:
         trunk.save(ROLE, folder)
 

@@ -8,6 +8,7 @@ from rich.table import Table
 ROWS = (
     ("score_mean", "score, mean", "{:.3f}"),
     ("score_std", "score, deviation", "{:.3f}"),
+    ("spread_mean", "spread of the ensemble, mean", "{:.3f}"),
     ("gold_mean", "gold score, mean", "{:.3f}"),
     ("win_rate", "wins over the reference by score", "{:.1%}"),
     ("gold_win_rate", "wins over the reference by gold score", "{:.1%}"),
@@ -46,4 +47,27 @@ def _sides(evaluation: dict[str, Any]) -> Table:
         cells = [form.format(side[key]) if key in side else "" for side in sides.values()]
         if any(cells):
             table.add_row(name, *cells)
+    return table
+
+
+def diagnostics_table(facts: dict[str, Any]) -> Table:
+    """Whether to trust a reward model, in a few lines."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+
+    def share(known: dict[str, Any]) -> str:
+        return f"{known['accuracy']:.1%} ({known['accuracy_low']:.1%} to {known['accuracy_high']:.1%})"
+
+    if "accuracy" in facts:
+        table.add_row("accuracy, 95 % interval", f"{share(facts)} of {facts['pairs']:,} comparisons")
+        for name, known in facts["baselines"].items():
+            table.add_row(f"the length alone: {name.replace('_', ' ')}", share(known))
+        table.add_row("log loss, Brier score", f"{facts['log_loss']:.4f} nats, {facts['brier']:.4f}")
+        table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
+        for row in facts["by_length_difference"]:
+            table.add_row(f"better one longer by {row['from']:g} to {row['to']:g} tokens", share(row))
+    for name in ("agreement", "rank_correlation", "rating_correlation"):
+        if name in facts:
+            table.add_row(name.replace("_", " "), f"{facts[name]:.3f}")
+    if "invariance" in facts:
+        table.add_row("scores move by", ", ".join(f"{gap:.1g} {name}" for name, gap in facts["invariance"].items()))
     return table

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from align.inputs import Inputs
-from align.judges import make_evaluator, make_judges
+from align.diagnose import diagnose, invariance
+from align.feedback import score_cases
+from align.inputs import Case, Inputs
+from align.judges import REWARD_STATE, make_evaluator, make_judges
 from align.ppo.build import build_roles
 from align.ppo.passes import score_groups
-from align.run import RunFolder
+from align.reward import PROBED, classifier_scores, load_models
+from align.run import RunFolder, read_facts
 from align.schema import Experiment
 from align.seeds import seed_for
 from policies.adapters import load_adapter
@@ -21,6 +24,7 @@ from policies.errors import UserError
 from policies.loading import load_tokenizer, stop_ids
 from policies.methods import build_trunk
 from policies.trunk import AdapterWeights
+from rewards.classifier import Classifier
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine
@@ -33,6 +37,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
     policy = policy_weights(experiment, run)
     tokenizer = load_tokenizer(experiment.model.path)
     judges = make_judges(experiment, run, tokenizer)
+    judges.reward.composition.restore(json.loads((run.policy / REWARD_STATE).read_text()))
     roles = build_roles(judges.blueprint, None, (SAMPLER,))
     reference = judges.blueprint.reference or roles.trunk.read_adapter("reference")
     roles.trunk.write_adapter("policy", policy)
@@ -48,6 +53,20 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
     evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout)
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
     return evaluator.judge(step, policy)
+
+
+def judge_reward(
+    experiment: Experiment, run: RunFolder, cases: Sequence[Case], classifier: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and worst errors of the run's reward model, or of a classifier, on these cases."""
+    path = classifier or read_facts(run.reward).get("classifier")
+    if path:
+        return diagnose(cases, classifier_scores(Classifier(path, "--classifier"), cases), {"": 1.0})
+    models = load_models(experiment, run.reward)
+    tokens = models[0].trunk.tokens_a_pass()
+    scores = torch.stack([score_cases(model, cases, tokens) for model in models])
+    figures, worst = diagnose(cases, scores, experiment.reward.weights)
+    return figures | {"invariance": invariance(models[0], cases[:PROBED], tokens)}, worst
 
 
 class Answerer:

@@ -59,11 +59,11 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Branches:
-    """B prompts, each with one response of every side behind it; responses see their prompt, and not each other.
+    """B prompts, each with its responses behind it, N in all; responses see their prompt, and not each other.
 
     ids: `[B, T]` int64. positions: `[B, T]` int64; a response's go on from its prompt's. seen: `[B, 1, T, T]` bool,
-    which keys a query attends to. last: `[sides · B]` int64, index into the flattened `[B·T]` of each response's last
-    token, side after side.
+    which keys a query attends to. last: `[N]` int64, index into the flattened `[B·T]` of each response's last token,
+    prompt after prompt.
     """
 
     ids: Tensor
@@ -72,12 +72,14 @@ class Branches:
     last: Tensor
 
 
-def collate_branches(prompts: Sequence[Sequence[int]], *sides: Sequence[Sequence[int]], pad: int = 0) -> Branches:
+def collate_branches(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], pad: int = 0
+) -> Branches:
     """Rows of a prompt and its responses, in which the prompt is computed once."""
-    rows = [[prompt, *responses] for prompt, *responses in zip(prompts, *sides, strict=True)]
+    rows = [[prompt, *behind] for prompt, behind in zip(prompts, responses, strict=True)]
     width = max(sum(map(len, row)) for row in rows)
     ids, positions, parts = (torch.full((len(rows), width), start) for start in (pad, 0, -1))
-    last = torch.empty(len(sides), len(rows), dtype=torch.long)
+    last: list[int] = []
     for index, row in enumerate(rows):
         end = 0
         for part, tokens in enumerate(row):
@@ -87,9 +89,10 @@ def collate_branches(prompts: Sequence[Sequence[int]], *sides: Sequence[Sequence
             parts[index, place] = part
             end += len(tokens)
             if part:
-                last[part - 1, index] = index * width + end - 1
+                last.append(index * width + end - 1)
     same = (parts.unsqueeze(1) == parts.unsqueeze(2)) | (parts.unsqueeze(1) == 0)
-    return Branches(ids, positions, (same & torch.ones(width, width).tril().bool()).unsqueeze(1), last.flatten())
+    seen = (same & torch.ones(width, width).tril().bool()).unsqueeze(1)
+    return Branches(ids, positions, seen, torch.tensor(last))
 
 
 def buckets(lengths: Sequence[int], tokens: int) -> list[list[int]]:

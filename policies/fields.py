@@ -1,6 +1,8 @@
 """Columns of a data row, checked. Every function raises ValueError with a reason for people."""
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from policies.encoding import Message, Prompt
@@ -54,6 +56,17 @@ def number(values: Values, name: str) -> float:
     if not abs(result) < float("inf"):
         raise ValueError(f"`{name}` is {value!r}; a number was expected")
     return result
+
+
+def numbers(values: Values, name: str) -> list[float]:
+    """A column with a list of finite numbers; JSON's text of one, as CSV has it, counts."""
+    value = present(values, name)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list):
+        raise ValueError(f"`{name}` is {kind(value)}; a list of numbers was expected")
+    return [number({f"{name}[{i}]": item}, f"{name}[{i}]") for i, item in enumerate(value)]
 
 
 def flag(values: Values, name: str) -> bool:

@@ -90,7 +90,7 @@ class Trunk(nn.Module, ABC):
         if getattr(self.causal.config.get_text_config(), "sliding_window", None) or self.causal.device.type == "meta":
             return False
         prompt, one, other = [5, 6, 7], [8, 9], [10, 11, 12]
-        branches = collate_branches([prompt], [one], [other])
+        branches = collate_branches([prompt], [[one, other]])
         device, alone = self.causal.device, collate([prompt, prompt], [one, other])
         ids, positions, seen = branches.ids.to(device), branches.positions.to(device), branches.seen.to(device)
         try:

@@ -16,23 +16,22 @@ from policies.loading import check_model_folder, default_device
 class Classifier:
     """Scores text by a model with one output: the score; or with two: the log-odds of the second class."""
 
-    def __init__(self, path: str, tokens: int = 4096) -> None:
-        """Raises UserError where the folder is no such model or it has another number of outputs."""
+    def __init__(self, path: str, key: str = "reward.classifier", tokens: int = 4096) -> None:
+        """key: the setting that names the path.
+
+        Raises UserError where the folder is no such model or it has another number of outputs.
+        """
         check_model_folder(path)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model, loading = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"reward.classifier: {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise UserError(f"{key}: {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         if loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))
-            raise UserError(f"reward.classifier: {path} is no trained classifier: its weights lack {missing}")
+            raise UserError(f"{key}: {path} is no trained classifier: its weights lack {missing}")
         if model.config.num_labels not in (1, 2):
-            raise UserError(
-                f"reward.classifier: {path} has {model.config.num_labels} outputs; a reward has 1, or 2 classes"
-            )
+            raise UserError(f"{key}: {path} has {model.config.num_labels} outputs; a reward has 1, or 2 classes")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.pad_token_id = self.tokenizer.pad_token_id  # the model looks for a row's end by it

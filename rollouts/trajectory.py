@@ -56,13 +56,16 @@ class Scored:
 
     logprobs, reference_logprobs: `[T]`, nats, of each response token under policy and reference.
     values: `[T + 1]`, the critic before each response token and after the last; empty without a critic.
-    score: what the reward gives to the whole response.
+    score: what the reward gives to the whole response. outputs: of the reward heads on the trunk. notes: what else is
+    known of the response, by name, to be logged.
     """
 
     logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor
     score: float
+    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    notes: dict[str, float] = field(default_factory=dict)
 
     @property
     def kl(self) -> float:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -20,13 +21,17 @@ class Progressed:
     """How far PPO is, besides the learner's state.
 
     step: rounds that are done. kl_coefficient: of the next. best_step, best: of the best policy evaluated so far.
-    seconds: spent so far. ranks, zero: the layout that the optimizer's state was saved in.
+    reward: what the composition of the reward has learned. stop: best and offences of the rule that ends PPO early;
+    stopped: why it did. seconds: spent so far. ranks, zero: the layout that the optimizer's state was saved in.
     """
 
     step: int
     kl_coefficient: float
     best_step: int
     best: float | None
+    reward: dict[str, Any]
+    stop: list[float]
+    stopped: str | None
     seconds: float
     ranks: int
     zero: int

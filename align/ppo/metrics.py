@@ -1,6 +1,7 @@
 """What is logged of a PPO step."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
     }
     if ppo.has_critic:
         metrics |= _value_metrics(step)
+    metrics |= _notes(step)
     if ppo.ptx:
         metrics["policy/ptx_loss"] = of["ptx_loss"]
     if gold is not None:
@@ -66,6 +68,12 @@ def _value_metrics(step: Step) -> dict[str, float]:
     }
 
 
+def _notes(step: Step) -> dict[str, float]:
+    """The mean of each of the reward's terms, attributes, and what else is known of it."""
+    names = step.scored[0].notes
+    return {f"reward/{name}": fmean(verdict.notes[name] for verdict in step.scored) for name in names}
+
+
 def step_samples(
     step: Step, tokenizer: PreTrainedTokenizerBase, count: int, gold: Sequence[float] | None
 ) -> list[dict[str, Any]]:
@@ -75,6 +83,7 @@ def step_samples(
             "prompt": prompt_text(trajectory.request.prompt),
             "response": decode_response(tokenizer, trajectory.response_ids),
             "score": verdict.score,
+            **verdict.notes,
             "kl": verdict.kl,
             "ended": trajectory.ended,
         }

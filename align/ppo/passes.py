@@ -27,20 +27,20 @@ class Verdicts:
     """What four roles say of a batch: P response tokens of B rows, float32. None: was not asked, or is not there.
 
     logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last.
-    scores: `[B]`.
+    outputs: `[B, C]`, of the reward heads.
     """
 
     logprobs: Tensor | None
     reference_logprobs: Tensor | None
     values: Tensor | None
     last_values: Tensor | None
-    scores: Tensor | None
+    outputs: Tensor | None
 
 
 def judge(roles: Roles, batch: Batch, temperature: float, asked: Collection[str]) -> Verdicts:
     """Score a batch by the roles that are asked: one forward pass each, but for a critic that is a head."""
     trunk = roles.trunk
-    logprobs = reference_logprobs = values = last_values = scores = None
+    logprobs = reference_logprobs = values = last_values = outputs = None
     if "policy" in asked:
         states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
         logprobs = roles.logprobs("policy", states, batch, temperature)
@@ -50,9 +50,9 @@ def judge(roles: Roles, batch: Batch, temperature: float, asked: Collection[str]
     if "reference" in asked:
         states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
         reference_logprobs = roles.logprobs("reference", states, batch, temperature)
-    if roles.reward_head is not None and "reward" in asked:
-        scores = roles.reward_head(trunk.hidden(batch.ids, "reward").flatten(0, 1)[batch.last])
-    return Verdicts(logprobs, reference_logprobs, values, last_values, scores)
+    if roles.reward_heads and "reward" in asked:
+        outputs = roles.reward_outputs(batch)
+    return Verdicts(logprobs, reference_logprobs, values, last_values, outputs)
 
 
 def score_group(
@@ -72,8 +72,9 @@ def score_group(
     )
     after = nothing if verdicts.last_values is None else verdicts.last_values.cpu().split(1)
     values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
-    scores = [math.nan] * len(rows) if verdicts.scores is None else verdicts.scores.tolist()
-    return [Scored(*parts) for parts in zip(logprobs, references, values, scores, strict=True)]
+    outputs = nothing if verdicts.outputs is None else verdicts.outputs.cpu().unbind()
+    first = [float(row[0]) if len(row) else math.nan for row in outputs]
+    return [Scored(*parts) for parts in zip(logprobs, references, values, first, outputs, strict=True)]
 
 
 def score_groups(

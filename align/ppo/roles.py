@@ -1,9 +1,11 @@
 """All that the learner holds: the trunk, the critic, and the heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from policies.batching import Batch
@@ -28,16 +30,18 @@ class Roles(nn.Module):
     DeepSpeed's hooks, which gather sharded parameters.
     """
 
-    def __init__(self, trunk: Trunk, critic: Critic | None, reward_head: ScalarHead | None) -> None:
+    def __init__(
+        self, trunk: Trunk, critic: Critic | None, rewards: Mapping[str, Sequence[ScalarHead]] = MappingProxyType({})
+    ) -> None:
+        """rewards: the heads on the states of each reward role."""
         super().__init__()
         self.trunk = trunk
         self.critic = critic
-        self.reward_head = reward_head
+        self.reward_heads = nn.ModuleDict({role: nn.ModuleList(heads) for role, heads in rewards.items()})
         trunk.train_only("policy", *(["critic"] if "critic" in trunk.roles else []))
         if critic is not None and critic.trunk is not None:
             critic.trunk.train_only("critic")
-        if reward_head is not None:
-            reward_head.requires_grad_(False)
+        self.reward_heads.requires_grad_(False)
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self, *arguments)
@@ -73,6 +77,14 @@ class Roles(nn.Module):
     def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> Tensor:
         """Log-probabilities `[P]` of a batch's response tokens under a role's states `[B·T, H]`."""
         return token_logprobs(states[batch.before], batch.tokens, partial(self.trunk.head, role=role), temperature)
+
+    def reward_outputs(self, batch: Batch) -> Tensor:
+        """What the reward heads say of a batch's rows `[B, C]`, role after role."""
+        outputs = []
+        for role, heads in self.reward_heads.items():
+            states = self.trunk.hidden(batch.ids, role).flatten(0, 1)[batch.last]
+            outputs += [head(states) for head in heads.children()]
+        return torch.stack(outputs, dim=-1)
 
     def critic_states(self, ids: Tensor, policy_states: Tensor) -> Tensor:
         """Hidden states `[B·T, H]` under the critic's head; one forward pass more unless it reads the policy's."""

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 
 from align.checkpoint import latest, new_checkpoint
 from align.cluster import ray_cluster, threads
-from align.evaluate import Evaluator
+from align.evaluate import REFERENCE_VERSION, Evaluator
 from align.files import new_folder, write_json
 from align.interrupt import Interrupted
 from align.job import Job
-from align.judges import Judges, make_evaluator, make_judges
+from align.judges import REWARD_STATE, Judges, make_evaluator, make_judges
 from align.ppo.build import build_roles
 from align.ppo.checkpoint import Progressed, read_progress, read_states, write_state
 from align.ppo.group import Learners, LocalLearners
@@ -22,12 +23,16 @@ from align.ppo.kl import AdaptiveKl, FixedKl, KlCoefficient
 from align.ppo.loop import Ppo, Step
 from align.ppo.metrics import step_metrics, step_samples
 from align.ppo.prompts import PromptStream
+from align.ppo.stopping import StopRule
 from align.progress import Progress
 from align.run import RunFolder, write_facts
 from align.schema import KlSettings
+from align.scoring import RolesScore
+from align.seeds import permutation, seed_for
 from policies.adapters import save_adapter
 from policies.loading import stop_ids
 from policies.trunk import AdapterWeights
+from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine, build_engine
 from rollouts.pool import LocalPool, Pool
@@ -44,16 +49,19 @@ def run_ppo(job: Job) -> None:
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(settings.cluster, actors))
         learners, pool = _build(job, judges, stack)
-        score = judges.score_by(learners.score)
         # Without an SFT adapter the policy's own, before the first update, changes nothing: it is the base.
         reference = judges.blueprint.reference or learners.policy_weights()
         evaluator = make_evaluator(settings, judges, pool, learners.score, reference, job.inputs.prompts_heldout)
         progressed = _resume(job, learners)
+        if progressed.reward:
+            judges.reward.composition.restore(progressed.reward)
+        else:
+            _calibrate(job, judges, pool, learners.score, reference)
         ppo = Ppo(
             prompts=PromptStream(job.inputs.prompts, settings.ppo.batch, settings.ppo.samples, settings.seed),
             pool=pool,
             learners=learners,
-            score=score,
+            score=judges.learn_by(learners.score),
             kl=_kl_coefficient(settings.ppo.kl, progressed.kl_coefficient),
             sampling=evaluator.sampling,
             ppo=settings.ppo,
@@ -62,19 +70,26 @@ def run_ppo(job: Job) -> None:
             demonstrations=job.inputs.examples,
             step=progressed.step,
         )
+        rule = None if settings.ppo.stop is None else StopRule(settings.ppo.stop, *progressed.stop)
         before = progressed.seconds
         with Progress("ppo", settings.ppo.steps) as progress:
-            for step in ppo.steps():
-                _log(job, judges, step, progress)
-                if _due(ppo.step, settings.evaluation.every, settings.ppo.steps):
-                    _evaluate(job, evaluator, learners, ppo.step, progressed)
-                if _due(ppo.step, settings.checkpoint.every, settings.ppo.steps) or job.stop.requested:
+            for step in () if progressed.stopped else ppo.steps():
+                metrics = _log(job, judges, step, progress)
+                progressed.stopped = rule.reason(metrics) if rule else None
+                last = ppo.step == settings.ppo.steps or progressed.stopped is not None
+                if last or _due(ppo.step, settings.evaluation.every):
+                    _evaluate(job, judges, evaluator, learners, ppo.step, progressed)
+                if last or _due(ppo.step, settings.checkpoint.every) or job.stop.requested:
                     progressed.step, progressed.kl_coefficient = ppo.step, ppo.kl.value
+                    progressed.reward = judges.reward.composition.state()
+                    progressed.stop = [rule.best, rule.offences] if rule else []
                     progressed.seconds = before + time.perf_counter() - started
                     _save(job, learners, progressed)
                 if job.stop.requested:
                     raise Interrupted
-    _finish(job, before + time.perf_counter() - started)
+                if last:
+                    break
+    _finish(job, before + time.perf_counter() - started, progressed.stopped)
 
 
 def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
@@ -122,43 +137,60 @@ def _resume(job: Job, learners: Learners) -> Progressed:
     ranks, zero = settings.learner.ranks, settings.learner.zero
     last = latest(job.run.checkpoints("ppo"))
     if last is None:
-        return Progressed(0, settings.ppo.kl.coefficient, 0, None, 0.0, ranks, zero)
+        return Progressed(0, settings.ppo.kl.coefficient, 0, None, {}, [], None, 0.0, ranks, zero)
     progressed = read_progress(last, ranks, zero)
     learners.restore(read_states(last, settings.policy, settings.ppo.critic_if_any, ranks))
     return progressed
 
 
-def _due(done: int, every: int, last: int) -> bool:
-    return done == last or (every > 0 and done % every == 0)
+def _calibrate(job: Job, judges: Judges, pool: Pool, roles_score: RolesScore, reference: AdapterWeights) -> None:
+    """Normalise the terms that want it by what they say of the reference's responses."""
+    composition, count = judges.reward.composition, job.experiment.reward.normalise
+    if not composition.calibrated:
+        return
+    pool.load_adapter(REFERENCE_VERSION, reference)
+    seed, rollouts, prompts = job.experiment.seed, job.experiment.rollouts, job.inputs.prompts
+    chosen = permutation(len(prompts), seed, "normalise terms")[:count]
+    requests = [replace(prompts[i], seed=seed_for(seed, "normalise terms", i)) for i in chosen]
+    samples = pool.generate(requests, Sampling(rollouts.temperature, rollouts.max_new_tokens))
+    raw, _ = judges.reward.raw(samples, roles_score(samples, ("reward",)))
+    composition.calibrate(raw)
 
 
-def _log(job: Job, judges: Judges, step: Step, progress: Progress) -> None:
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _log(job: Job, judges: Judges, step: Step, progress: Progress) -> dict[str, float]:
+    """Write the step down; its figures."""
     gold = None if judges.gold is None else judges.gold(step.trajectories)
     metrics = step_metrics(step, job.experiment.ppo, gold)
+    if job.experiment.reward.constraint:
+        metrics["reward/multiplier"] = judges.reward.composition.multiplier
     job.tracker.log("ppo", step.index + 1, metrics)
     rows = step_samples(step, job.tokenizer, job.experiment.tracking.samples, gold)
     job.tracker.samples("ppo", step.index + 1, rows)
     figures = {"episodes": (step.index + 1) * len(step.episodes), "reward": metrics["reward/mean"]}
     progress.advance(step.index + 1, **figures, kl=metrics["kl/sequence"])
+    return metrics
 
 
-def _evaluate(job: Job, evaluator: Evaluator, learners: Learners, step: int, progressed: Progressed) -> None:
+def _evaluate(
+    job: Job, judges: Judges, evaluator: Evaluator, learners: Learners, step: int, progressed: Progressed
+) -> None:
     """Judge the policy; if no earlier one was better, keep it in `best/`."""
     weights = learners.policy_weights()
     figures = evaluator.judge(step, weights)
     policy: dict[str, float] = figures["policy"]
-    shown = ("score_mean", "gold_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
+    shown = ("score_mean", "gold_mean", "spread_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
     job.tracker.log("ppo", step, {f"eval/{name}": policy[name] for name in shown if name in policy})
     value = policy[job.experiment.evaluation.best]
     if progressed.best is None or value >= progressed.best:
         progressed.best_step, progressed.best = step, value
-        _write_policy(job, weights, figures)
-
-
-def _write_policy(job: Job, weights: AdapterWeights, figures: dict[str, Any]) -> None:
-    with new_folder(job.run.best) as folder:
-        save_adapter(folder, weights, job.experiment.policy, job.experiment.model.path)
-        write_json(folder / "evaluation.json", figures)
+        with new_folder(job.run.best) as folder:
+            save_adapter(folder, weights, job.experiment.policy, job.experiment.model.path)
+            write_json(folder / "evaluation.json", figures)
+            write_json(folder / REWARD_STATE, judges.reward.composition.state())
 
 
 def _save(job: Job, learners: Learners, progressed: Progressed) -> None:
@@ -168,9 +200,9 @@ def _save(job: Job, learners: Learners, progressed: Progressed) -> None:
         write_state(folder, states, settings.policy, settings.model.path, progressed)
 
 
-def _finish(job: Job, seconds: float) -> None:
-    """The best policy becomes the run's."""
-    write_facts(job.run.best, {"seconds": seconds})
+def _finish(job: Job, seconds: float, stopped: str | None) -> None:
+    """The best policy becomes the run's. stopped: why PPO ended early."""
+    write_facts(job.run.best, {"seconds": seconds} | ({"stopped": stopped} if stopped else {}))
     job.run.best.rename(job.run.policy)
 
 

@@ -216,7 +216,7 @@ def write_reward(model: Path, to: Path) -> None:
     base = load_base(ModelSettings(path=str(model)))
     trunk = make_trunk(base, POLICY, (ROLE,))
     generator = torch.Generator().manual_seed(seed_for(0, "reward head"))
-    RewardModel(trunk, ScalarHead(trunk.width, generator)).save(to)
+    RewardModel(trunk, [ScalarHead(trunk.width, generator)]).save(to)
 
 
 def shape_of(model: Path) -> Shape:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from align.data import parse_prompt, parse_rows, read_rows
 from align.schema import SourceSettings
 from align.seeds import seed_for
-from policies.adapters import load_adapter, load_head
+from policies.adapters import load_adapter
 from policies.batching import buckets, collate
 from policies.encoding import encode_prompt
 from policies.export import export_merged, export_reward
@@ -37,7 +37,7 @@ from policies.methods import build_trunk
 from policies.schema import ModelSettings
 from policies.trunk import AdapterWeights
 from rewards.model import ROLE as REWARD
-from rewards.model import RewardModel
+from rewards.model import RewardModel, load_heads, read_heads
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine
@@ -115,8 +115,8 @@ def read_reward(model: ModelSettings, folder: Path) -> RewardModel:
     """The run's reward model."""
     trunk = build_trunk(model, POLICY, (REWARD,))
     trunk.write_adapter(REWARD, load_adapter(folder, POLICY))
-    reward = RewardModel(trunk, ScalarHead(trunk.width))
-    reward.load_head(load_head(folder), folder)
+    reward = RewardModel(trunk, [ScalarHead(trunk.width)])
+    load_heads(reward.heads, read_heads(folder, reward.weights), folder)
     return reward
 
 

@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora, rsLoRA": {"rank": 8, "alpha": 16, "rslora": True},
     "lora, DoRA": {"rank": 8, "alpha": 16, "dora": True},
     "lora, PiSSA": {"rank": 8, "alpha": 16, "init": "pissa"},
-    "lora, LoRA+": {"rank": 8, "alpha": 16, "lora_plus": 4},
+    "lora, LoRA-plus": {"rank": 8, "alpha": 16, "lora_plus": 4},
     "qlora": {"method": "qlora", "rank": 8, "alpha": 16},
     "ia3": {"method": "ia3"},
     "bottleneck": {"method": "bottleneck", "bottleneck": 16},

@@ -1,11 +1,13 @@
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.evaluate import REFERENCE_VERSION, Evaluator, distinct_2, win_rate
+from align.evaluate import REFERENCE_VERSION, Evaluator, best_of_n, distinct_2, win_rate
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Scored, Trajectory
@@ -52,13 +54,17 @@ def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
     return [Scored(row, row - 0.5, torch.zeros(len(row) + 1), said(t)[0]) for row, t in zip(rows, trajectories)]
 
 
+def ask(trajectories: Sequence[Trajectory]) -> Callable[[], list[Scored]]:
+    return lambda: score(trajectories)
+
+
 def gold(trajectories: Sequence[Trajectory]) -> list[float]:
     return [said(t)[1] for t in trajectories]
 
 
 def evaluator(pool: ListedPool, best_of: int = 0, with_gold: bool = True) -> Evaluator:
     weights = {"a": torch.zeros(1)}
-    return Evaluator(pool, score, score, gold if with_gold else None, weights, PROMPTS, Sampling(1.0, 4), 7, best_of)
+    return Evaluator(pool, ask, ask, gold if with_gold else None, weights, PROMPTS, Sampling(1.0, 4), 7, best_of)
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -80,7 +86,22 @@ def test_distinct_2_counts_pairs_within_rows_and_once_over_all_rows(rows: list[l
 
 def test_the_best_of_is_what_the_reward_picks_and_the_gold_best_what_gold_picks() -> None:
     best = evaluator(ListedPool(), best_of=3).judge(5, {})["best_of"]
+    curve = best.pop("curve")
     assert best == {"n": 3, "score_mean": (3 + 4) / 2, "gold_mean": (20 + 40) / 2, "gold_best_mean": (90 + 60) / 2}
+    assert [point["n"] for point in curve] == [1, 2, 3]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
+def test_the_best_of_n_is_the_mean_over_all_choices_of_n_samples(count: int, n: int, seed: int) -> None:
+    n = min(n, count)
+    scores, gold = torch.rand(2, count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    choices = [list(chosen) for chosen in combinations(range(count), n)]
+    best = [scores[chosen].max(0) for chosen in choices]
+    picked = [gold[chosen].gather(0, found.indices[None])[0] for chosen, found in zip(choices, best)]
+    figures = best_of_n(scores, gold, n)
+    assert figures["score_mean"] == pytest.approx(float(torch.stack([found.values for found in best]).mean()))
+    assert figures["gold_mean"] == pytest.approx(float(torch.stack(picked).mean()))
+    assert figures["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
 
 
 def test_the_best_of_one_is_the_reference_itself() -> None:

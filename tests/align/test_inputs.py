@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from align.inputs import Inputs, comparison_parser, example_parser, read_inputs, request_parser
+from align.inputs import Inputs, case_parser, example_parser, read_inputs, request_parser
 from align.schema import Experiment
 from policies.errors import UserError
+from rewards.schema import RewardSettings
 from tests.integration.tiny_run import make_settings, write_rows
 
 PROMPT = "User: name a colour."
@@ -41,16 +42,16 @@ def test_the_longer_side_of_a_pair_may_fill_the_limit(
     tiny_tokenizer: PreTrainedTokenizerBase, pair: Mapping[str, Any]
 ) -> None:
     length = tokens(tiny_tokenizer, PROMPT, PAIR["rejected"]) + 1
-    comparison_parser(tiny_tokenizer, length, 0.0)(pair)
+    case_parser(tiny_tokenizer, RewardSettings(max_tokens=length))(pair)
     with pytest.raises(ValueError, match=f"{length} tokens are more than reward.max_tokens, {length - 1}"):
-        comparison_parser(tiny_tokenizer, length - 1, 0.0)(pair)
+        case_parser(tiny_tokenizer, RewardSettings(max_tokens=length - 1))(pair)
 
 
-@pytest.mark.parametrize(("tie", "preference"), [(False, 0.9), (True, 0.5)])
-def test_labels_are_smoothed_and_ties_are_even(
-    tiny_tokenizer: PreTrainedTokenizerBase, tie: bool, preference: float
-) -> None:
-    assert comparison_parser(tiny_tokenizer, 99, 0.1)(PAIR | {"tie": tie}).preference == preference
+def test_an_attribute_that_has_no_weight_is_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    kind = PAIR | {"attribute": "kind"}
+    assert case_parser(tiny_tokenizer, RewardSettings(attributes={"kind": 1.0}))(kind).feedback.attribute == "kind"
+    with pytest.raises(ValueError, match=r"attribute 'kind' is not in reward.attributes \(true\)"):
+        case_parser(tiny_tokenizer, RewardSettings(attributes={"true": 1.0}))(kind)
 
 
 def test_a_prompt_may_fill_its_limit_and_no_more(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -85,7 +86,7 @@ def test_a_row_that_is_too_long_is_told_or_skipped(
     ("source", "ours", "other"),
     [
         ("demonstrations", "examples", {"completion": " a{n}"}),
-        ("preferences", "comparisons", {"chosen": " a{n}", "rejected": " b{n}"}),
+        ("preferences", "cases", {"chosen": " a{n}", "rejected": " b{n}"}),
         ("prompts", "prompts", {"id": "{n}"}),
     ],
 )

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from align.ppo.build import Blueprint, build_roles
+from align.ppo.build import Blueprint, RewardRole, build_roles
 from align.ppo.episodes import Episode
 from align.ppo.learner import Learner, Rates
 from align.schema import CriticSettings, KlSettings, LearnerSettings, PpoSettings
@@ -53,10 +53,10 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
 
     def new(settings: LearnerSettings = SGD, ppo: PpoSettings = PPO, recompute: bool = False) -> Learner:
         model = ModelSettings(path=str(tiny_model))
-        probe = build_roles(Blueprint(model, POLICY, 0, None, None, None), None).trunk
+        probe = build_roles(Blueprint(model, POLICY, 0, None), None).trunk
         reward = probe.read_adapter("policy")
         head = {"weight": torch.randn(32, generator=torch.Generator().manual_seed(5)) / 6, "bias": torch.tensor([0.25])}
-        roles = build_roles(Blueprint(model, POLICY, 0, None, reward, head), ppo.critic_if_any)
+        roles = build_roles(Blueprint(model, POLICY, 0, None, (RewardRole(reward, (head,)),)), ppo.critic_if_any)
         for role, weights in random_weights(roles.trunk).items():
             roles.trunk.write_adapter(role, weights)
         made.append(Learner(roles, ppo, settings, TEMPERATURE, gradient_checkpointing=recompute))
@@ -133,7 +133,7 @@ class Oracle:
         self.model = model.double().eval()
         self.heads = {
             "critic": [p.detach().double().requires_grad_(True) for p in learner.roles.critic.head.parameters()],
-            "reward": [p.detach().double() for p in learner.roles.reward_head.parameters()],
+            "reward": [p.detach().double() for p in learner.roles.reward_heads.parameters()],
         }
 
     def parameters(self, role: str) -> dict[str, Tensor]:
@@ -407,7 +407,7 @@ def test_policy_weights_are_a_copy_of_the_policy(new_learner: Factory) -> None:
 
 
 def test_without_a_reward_head_the_score_is_not_a_number(tiny_model: Path, process_group: None) -> None:
-    roles = build_roles(Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, None, None, None), CriticSettings())
+    roles = build_roles(Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, None), CriticSettings())
     learner = Learner(roles, PPO, SGD, TEMPERATURE, gradient_checkpointing=False)
     (said,) = learner.score(trajectories()[:1])
     learner.close()
@@ -417,15 +417,15 @@ def test_without_a_reward_head_the_score_is_not_a_number(tiny_model: Path, proce
 
 def test_roles_start_as_the_plan_says(tiny_model: Path) -> None:
     model = ModelSettings(path=str(tiny_model))
-    probe = build_roles(Blueprint(model, POLICY, 0, None, None, None), None).trunk
+    probe = build_roles(Blueprint(model, POLICY, 0, None), None).trunk
     sft = {name: torch.randn_like(tensor) for name, tensor in probe.read_adapter("policy").items()}
     reward = {name: torch.randn_like(tensor) for name, tensor in sft.items()}
     head = {"weight": torch.randn(32), "bias": torch.ones(1)}
-    roles = build_roles(Blueprint(model, POLICY, 0, sft, reward, head), CriticSettings())
+    roles = build_roles(Blueprint(model, POLICY, 0, sft, (RewardRole(reward, (head,)),)), CriticSettings())
     assert torch.equal(flat(roles.trunk.read_adapter("policy")), flat(sft))
     assert torch.equal(flat(roles.trunk.read_adapter("reference")), flat(sft))
     assert torch.equal(flat(roles.trunk.read_adapter("critic")), flat(reward))
     assert torch.equal(flat(roles.trunk.read_adapter("reward")), flat(reward))
     assert torch.equal(roles.critic.head.weight, head["weight"])
-    assert roles.critic.head.weight.data_ptr() != roles.reward_head.weight.data_ptr()
-    assert not any(p.requires_grad for p in roles.reward_head.parameters())
+    assert roles.critic.head.weight.data_ptr() != roles.reward_heads["reward"][0].weight.data_ptr()
+    assert not any(p.requires_grad for p in roles.reward_heads.parameters())

@@ -36,7 +36,7 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
         policy: PolicySettings, ppo: PpoSettings, settings: LearnerSettings = SGD, dtype: str = "float32"
     ) -> Learner:
         roles = build_roles(
-            Blueprint(ModelSettings(path=str(tiny_model), dtype=dtype), policy, 0, None, None, None), ppo.critic_if_any
+            Blueprint(ModelSettings(path=str(tiny_model), dtype=dtype), policy, 0, None), ppo.critic_if_any
         )
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from align.memory import measure, memory
-from align.ppo.build import Blueprint, build_roles
+from align.ppo.build import Blueprint, RewardRole, build_roles
 from align.ppo.learner import Learner
 from align.schema import Experiment
 from policies.loading import load_base
@@ -50,11 +50,11 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     planned = sum(holding.bytes for holding in held if "at most" not in holding.role)
 
     before = storages()
-    donor = build_roles(Blueprint(experiment.model, experiment.policy, 0, None, None, None), None).trunk
+    donor = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), None).trunk
     weights = donor.read_adapter("policy")
     head = {"weight": torch.zeros(donor.width), "bias": torch.zeros(1)}
     del donor
-    blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, weights, head)
+    blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, (RewardRole(weights, (head,)),))
     roles = build_roles(blueprint, experiment.ppo.critic, (SAMPLER,))
     del blueprint
     learner = Learner(roles, experiment.ppo, experiment.learner, 1.0, gradient_checkpointing=False)

@@ -59,7 +59,7 @@ def test_a_head_has_as_many_parameters_as_the_real_one(tiny_model: Path) -> None
 def test_the_rows_are_those_that_train(experiment: Experiment, inputs: Inputs) -> None:
     lines = planned(experiment, inputs)
     assert lines["sft"] == "36 demonstrations, 1 epochs of batches of 12: 3 optimizer steps"
-    assert lines["reward"] == "36 pairs, 1 epochs of batches of 12: 3 optimizer steps"
+    assert lines["reward"] == "36 rows of feedback, 1 epochs of batches of 12: 3 optimizer steps"
     assert lines["ppo"] == "3 steps of 8: 24 episodes from 36 prompts"
     assert lines["evaluation"] == "4 held-out prompts"
 

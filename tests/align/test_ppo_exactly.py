@@ -17,7 +17,7 @@ from align.checkpoint import latest
 from align.cluster import ray_cluster
 from align.judges import make_judges
 from align.pipeline import load_inputs
-from align.ppo.build import Blueprint, build_roles
+from align.ppo.build import Blueprint, RewardRole, build_roles
 from align.ppo.checkpoint import read_progress
 from align.ppo.episodes import make_episodes
 from align.ppo.group import Learners, LocalLearners
@@ -76,7 +76,7 @@ def roles(request: pytest.FixtureRequest, tiny_model: Path) -> Roles:
     trunk = make_trunk(request.param(tiny_model), POLICY, (*names, ROLE))
     randomise(trunk, *names)
     critic, reward = (ScalarHead(trunk.width, torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    return Roles(trunk, Critic(critic, "critic"), reward).eval()
+    return Roles(trunk, Critic(critic, "critic"), {"reward": [reward]}).eval()
 
 
 def requests() -> list[Request]:
@@ -120,9 +120,9 @@ def test_sampler_and_learner_agree_with_each_row_alone_at_the_sampling_temperatu
 def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pad(roles: Roles) -> None:
     """The score lands on the last token, EOS included; masks come from lengths: pad is EOS in half of tokenizers."""
     rows = [replace(row, response_ids=(*row.response_ids[:-1], PAD)) for row in sample(roles)]
-    assert roles.reward_head is not None
+    head = roles.reward_heads["reward"][0]
     for row, said in zip(rows, score(roles, rows)):
-        assert said.score == pytest.approx(roles.reward_head(alone(roles, row, "reward")[1]).item(), abs=1e-4)
+        assert said.score == pytest.approx(head(alone(roles, row, "reward")[1]).item(), abs=1e-4)
         assert said.values[-1].item() == pytest.approx(
             roles.critic.head(alone(roles, row, "critic")[1]).item(), abs=1e-4
         )
@@ -140,8 +140,8 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     """Advantages whitened over the whole batch, across all ranks; every loss over the token count of all ranks."""
     randomise(probe := make_trunk(llama(tiny_model), POLICY, ("policy", "reward")), "policy", "reward")
     head = ScalarHead(probe.width, torch.Generator().manual_seed(1)).state_dict()
-    adapters = [probe.read_adapter(role) for role in ("policy", "reward")]
-    blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, *adapters, head)
+    reference, reward = (probe.read_adapter(role) for role in ("policy", "reward"))
+    blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, reference, (RewardRole(reward, (head,)),))
     lengths = (1, 9, 4, 12, 7, 2, 3)
     rows = [Trajectory(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]
     sgd = LearnerSettings(optimizer="sgd", tokens_per_microbatch=20, ranks=2)

@@ -64,7 +64,7 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
     """Mean reward of the last steps' episodes."""
     ppo = PpoSettings(steps=steps, batch=128, samples=4, epochs=4, minibatches=4, estimator=estimator, entropy=0.003)
     learner = LearnerSettings(policy_learning_rate=6e-3, critic_learning_rate=6e-3, schedule=schedule)
-    blueprint = Blueprint(ModelSettings(path=str(model)), PolicySettings(rank=8, alpha=16), 0, None, None, None)
+    blueprint = Blueprint(ModelSettings(path=str(model)), PolicySettings(rank=8, alpha=16), 0, None)
     roles = build_roles(blueprint, ppo.critic_if_any, (ROLE,))
     learners = LocalLearners(roles, ppo, learner, 1.0, False)
 

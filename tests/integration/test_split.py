@@ -37,7 +37,7 @@ def cluster() -> Iterator[None]:
 
 
 def blueprint(model: Path) -> Blueprint:
-    return Blueprint(ModelSettings(path=str(model)), POLICY, 0, None, None, None)
+    return Blueprint(ModelSettings(path=str(model)), POLICY, 0, None)
 
 
 def episodes() -> list[Episode]:

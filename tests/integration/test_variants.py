@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from align.interrupt import Interrupted, Stop
-from align.pipeline import load_inputs, run_stages
-from align.run import begin_run, folder_of
-from align.schema import Experiment
 from policies.export import export_merged
 from policies.loading import load_tokenizer
 from policies.schema import ModelSettings, PolicySettings
-from tests.integration.tiny_run import figures, make_settings, run_in_process
+from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "head": {"ppo": {"critic": {"kind": "head"}}},
@@ -55,19 +51,8 @@ def test_runs_to_its_end_and_goes_on_bit_for_bit_after_a_stop(name: str, tiny_mo
     assert all(("value/loss" in row) == (name not in ("rloo", "grpo", "reinforce++")) for row in rows)
     assert all(("policy/ptx_loss" in row) == (name == "options") for row in rows)
 
-    experiment = Experiment.model_validate(settings_of(name, tiny_model, tmp_path) | {"name": "stopped"})
-    run, stop = folder_of(experiment), Stop()
-    begin_run(run, experiment)
-    stop.requested = True
-    for _ in range(6):  # one step of a stage at a time
-        stop.requested = True
-        try:
-            run_stages(experiment, run, load_inputs(experiment), stop)
-        except Interrupted:
-            continue
-    stop.requested = False
-    run_stages(experiment, run, load_inputs(experiment), stop)
-    assert figures(run.path) == figures(whole)
+    stopped = run_a_step_at_a_time(settings_of(name, tiny_model, tmp_path) | {"name": "stopped"})
+    assert figures(stopped) == figures(whole)
 
 
 def test_a_fully_tuned_policy_is_a_model_that_transformers_loads(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from align.interrupt import Stop
+from align.interrupt import Interrupted, Stop
 from align.pipeline import load_inputs, run_stages
 from align.run import begin_run, folder_of
 from align.schema import Experiment
@@ -66,6 +66,20 @@ def run_in_process(settings: dict[str, Any]) -> Path:
     begin_run(run, experiment)
     run_stages(experiment, run, inputs, Stop())
     return run.path
+
+
+def run_a_step_at_a_time(settings: dict[str, Any]) -> Path:
+    """Run all stages, stopped after every step of each and taken up again. Gives the run's folder."""
+    experiment = Experiment.model_validate(settings)
+    run, stop = folder_of(experiment), Stop()
+    begin_run(run, experiment)
+    while True:
+        stop.requested = True
+        try:
+            run_stages(experiment, run, load_inputs(experiment), stop)
+        except Interrupted:
+            continue
+        return run.path
 
 
 def figures(run: Path) -> list[dict[str, Any]]:

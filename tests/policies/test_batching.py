@@ -76,13 +76,15 @@ def test_shares_are_even_runs_that_cover_all(count: int, parts: int) -> None:
 
 @given(st.lists(st.tuples(IDS, IDS, IDS), min_size=1, max_size=5))
 def test_a_branch_sees_its_prompt_and_itself_alone(rows: list[tuple[list[int], list[int], list[int]]]) -> None:
-    prompts, *sides = zip(*rows)
-    batch = collate_branches(prompts, *sides)
+    prompts = [prompt for prompt, *_ in rows]
+    responses_of = [list(responses) for _, *responses in rows]
+    batch = collate_branches(prompts, responses_of)
+    last = iter(batch.last.tolist())
     width = batch.ids.shape[1]
     flat, positions = batch.ids.flatten().tolist(), batch.positions.flatten().tolist()
-    for side, responses in enumerate(sides):
-        for index, (prompt, response) in enumerate(zip(prompts, responses)):
-            last = int(batch.last[side * len(rows) + index])
-            seen = [index * width + k for k in batch.seen[index, 0, last - index * width].nonzero().flatten().tolist()]
+    for index, (prompt, responses) in enumerate(zip(prompts, responses_of)):
+        for response in responses:
+            query = next(last) - index * width
+            seen = [index * width + k for k in batch.seen[index, 0, query].nonzero().flatten().tolist()]
             assert [flat[k] for k in seen] == [*prompt, *response]
             assert [positions[k] for k in seen] == list(range(len(prompt) + len(response)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from policies.errors import UserError
-from rewards.functions import call_function, load_function
+from rewards.functions import Scores, call_function, load_function
 
 KEY = "evaluation.gold"
 
@@ -32,7 +32,10 @@ def complaint(scores: object, responses: Sequence[str]) -> str:
 
 def test_a_function_of_a_file_is_found_and_called(tmp_path: Path) -> None:
     path = write(tmp_path, "def lengths(prompts, responses, columns):\n    return [len(r) for r in responses]\n")
-    assert call_function(load_function(f"{path}:lengths", KEY), ["p", "q"], ["a", "bcd"], [{}, {}]) == [1.0, 3.0]
+    assert call_function(load_function(f"{path}:lengths", KEY), ["p", "q"], ["a", "bcd"], [{}, {}]).values == [
+        1.0,
+        3.0,
+    ]
 
 
 def test_a_function_of_a_module_is_found() -> None:
@@ -112,3 +115,48 @@ def test_a_score_that_is_not_finite_is_refused_with_its_response(score: float) -
 @pytest.mark.parametrize("scores", [None, 1.0, [None], ["good"]])
 def test_what_is_no_list_of_numbers_is_refused(scores: object) -> None:
     assert "<lambda> gave" in complaint(scores, ["a"])
+
+
+def score(text: str, tmp_path: Path, count: int = 3, **settings: float) -> Scores:
+    function = load_function(f"{write(tmp_path, text)}:f", KEY)
+    rows = [f"r{i}" for i in range(count)]
+    return call_function(function, [f"p{i}" for i in range(count)], rows, [{}] * count, **settings)
+
+
+RAISES = "def f(p, r, c):\n    return [1 / (x != 'r1') for x in r]\n"
+HANGS = "import time\ndef f(p, r, c):\n    if 'r1' in r: time.sleep(30)\n    return [5.0] * len(r)\n"
+NANS = "def f(p, r, c): return [float('nan') if x == 'r1' else 2.0 for x in r]\n"
+SHORT = "def f(p, r, c): return [1.0] * (len(r) - ('r1' in r))\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (RAISES, r"f raised ZeroDivisionError: .*\.py:2\); row 1 of the batch, prompt 'p1', response 'r1'"),
+        (HANGS, r"f took longer than 0.3 s; row 1 of the batch"),
+        (NANS, r"f gave nan for the response 'r1'; a score must be finite; row 1"),
+        (SHORT, r"f gave 2 scores for 3 responses; row 1"),
+    ],
+    ids=["raises", "hangs", "nan", "count"],
+)
+def test_the_row_at_fault_is_named_or_gets_the_fallback(tmp_path: Path, text: str, reason: str) -> None:
+    timeout = {"timeout": 0.3} if text == HANGS else {}
+    with pytest.raises(UserError, match=reason):
+        score(text, tmp_path, **timeout)
+    found = score(text, tmp_path, fallback=-4.0, **timeout)
+    assert found.values[1] == -4.0
+    assert min(found.values[0], found.values[2]) >= 1.0
+    assert found.failed == (1,)
+
+
+def test_a_function_that_fails_for_the_batch_alone_is_named(tmp_path: Path) -> None:
+    text = "def f(p, r, c): return [1.0] * (len(r) if len(r) == 1 else 0)\n"
+    with pytest.raises(UserError, match="f gave 0 scores for 3 responses; though it scores each of them alone"):
+        score(text, tmp_path)
+    assert score(text, tmp_path, fallback=0.0) == Scores([1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_a_function_may_be_async(tmp_path: Path, timeout: float | None) -> None:
+    text = "import asyncio\nasync def f(p, r, c):\n    await asyncio.sleep(0)\n    return [float(len(x)) for x in r]\n"
+    assert score(text, tmp_path, timeout=timeout) == Scores([2.0, 2.0, 2.0])

@@ -13,7 +13,7 @@ from policies.errors import UserError
 from policies.heads import ScalarHead
 from policies.methods import make_trunk
 from policies.schema import PolicySettings
-from rewards.model import RewardModel
+from rewards.model import RewardModel, load_heads, read_heads
 
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
 SHAPES = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3), (8, 8), (5, 0)]
@@ -36,7 +36,7 @@ def new_model(tiny_model: Path) -> Factory:
     def new() -> RewardModel:
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         trunk = make_trunk(base, POLICY, ("policy", "reward"))
-        return RewardModel(trunk, ScalarHead.zeros(trunk.width))
+        return RewardModel(trunk, [ScalarHead.zeros(trunk.width)])
 
     return new
 
@@ -48,7 +48,7 @@ def model(new_model: Factory) -> RewardModel:
     for role in ("policy", "reward"):
         weights = {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in made.trunk.adapter(role).items()}
         made.trunk.write_adapter(role, weights)
-    made.load_head({"weight": torch.randn(32, generator=generator), "bias": torch.tensor([0.25])}, "here")
+    load_heads(made.heads, [{"weight": torch.randn(32, generator=generator), "bias": torch.tensor([0.25])}], "here")
     return made
 
 
@@ -83,7 +83,7 @@ def test_rows_differ_by_more_than_the_tolerance_of_these_tests(alone: Tensor) ->
 
 
 def test_a_batch_of_two_sides_is_scored_by_its_last_tokens(model: RewardModel, alone: Tensor) -> None:
-    torch.testing.assert_close(model(collate(PROMPTS, RESPONSES, pad=3)).detach(), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(collate(PROMPTS, RESPONSES, pad=3)).detach()[:, 0], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_are_float32_on_the_cpu_without_a_graph(model: RewardModel) -> None:
@@ -98,39 +98,42 @@ def test_no_rows_have_no_scores(model: RewardModel) -> None:
 def test_gradients_reach_the_head_and_the_reward_adapter_alone(new_model: Factory) -> None:
     model = new_model()
     model.trunk.train_only("reward")
-    model.load_head({"weight": torch.ones(32), "bias": torch.zeros(1)}, "here")
+    load_heads(model.heads, [{"weight": torch.ones(32), "bias": torch.zeros(1)}], "here")
     model(collate(PROMPTS, RESPONSES)).square().sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {"head.weight", "head.bias"} < reached
-    assert all(".reward." in name for name in reached - {"head.weight", "head.bias"})
+    heads = {"heads.0.weight", "heads.0.bias"}
+    assert heads < reached
+    assert all(".reward." in name for name in reached - heads)
 
 
 def test_a_saved_model_scores_the_same_when_it_is_loaded(model: RewardModel, saved: Path, new_model: Factory) -> None:
     loaded = new_model()
     loaded.trunk.write_adapter("reward", load_adapter(saved, POLICY))
-    loaded.load_head(load_head(saved), saved)
+    load_heads(loaded.heads, read_heads(saved, {"": 1.0}), saved)
     assert torch.equal(loaded.score(PROMPTS, RESPONSES, 40), model.score(PROMPTS, RESPONSES, 40))
 
 
 def test_a_head_of_another_width_is_refused(new_model: Factory) -> None:
     with pytest.raises(UserError, match=r"head in old/reward was made for another base: .* 16 wide, this one is 32"):
-        new_model().load_head(ScalarHead(16).state_dict(), "old/reward")
+        load_heads(new_model().heads, [ScalarHead(16).state_dict()], "old/reward")
 
 
 def test_responses_behind_one_prompt_score_as_behind_their_own(model: RewardModel) -> None:
     """Scores and gradients, whatever the lengths beside them."""
     others = RESPONSES[3:] + RESPONSES[:3]
-    lone = collate(PROMPTS * 2, RESPONSES + others)
-    branches = collate_branches(PROMPTS, RESPONSES, others, pad=3)
+    both = [side for sides in zip(RESPONSES, others) for side in sides]
+    lone = collate([prompt for prompt in PROMPTS for _ in range(2)], both)
+    branches = collate_branches(PROMPTS, list(zip(RESPONSES, others)), pad=3)
     assert model.trunk.branches_agree("reward")
     model.trunk.train_only("reward")
     weights = torch.randn(2 * len(PROMPTS), generator=torch.Generator().manual_seed(0))
-    rows = [i for i, row in enumerate(RESPONSES + others) if row]  # an empty response has no token of its own
+    rows = [i for i, row in enumerate(both) if row]  # an empty response has no token of its own
     found = []
     for scores in (
         model.scores_at(lone.ids, lone.last),
-        model.scores_of_branches(branches.ids, branches.positions, branches.seen, branches.last),
+        model.scores_at(branches.ids, branches.last, branches.positions, branches.seen),
     ):
+        scores = scores[:, 0]
         model.zero_grad()
         (scores * weights)[rows].sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.trunk.adapter("reward").values()])

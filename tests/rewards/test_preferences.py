@@ -4,33 +4,82 @@ from typing import Any
 
 import pytest
 
-from rewards.preferences import Pair, parse_pair
+from rewards.preferences import Feedback, Pair, Ranking, Rating, parse_feedback
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 OTHER = [CHAT[0], {"role": "assistant", "content": "What?"}]
-HARMLESS = Path(__file__).parents[3] / "shared" / "data" / "hh" / "harmless.jsonl"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+HARMLESS = SHARED / "hh" / "harmless.jsonl"
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def pair(prompt: Any = "p", chosen: str = "c", rejected: str = "r", **judged: Any) -> Feedback:
+    return Feedback(prompt, (chosen, rejected), Pair(**judged))
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, Pair("p", "c", "r")),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": 2}, Pair("p", "c", "r", margin=2.0)),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "0.5"}, Pair("p", "c", "r", margin=0.5)),
-        ({"prompt": "p", "chosen": "c", "rejected": "c", "tie": True}, Pair("p", "c", "c", tie=True)),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "tie": "false"}, Pair("p", "c", "r")),
-        ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": OTHER[1:]}, Pair(CHAT[:1], "Hello", "What?")),
-        ({"chosen": CHAT, "rejected": OTHER}, Pair(CHAT[:1], "Hello", "What?")),
+        (PAIR, pair()),
+        (PAIR | {"margin": 2}, pair(margin=2.0)),
+        (PAIR | {"margin": "0.5"}, pair(margin=0.5)),
+        (PAIR | {"confidence": 0.7}, pair(certainty=0.7)),
+        (PAIR | {"rejected": "c", "tie": True}, pair(rejected="c", certainty=0.5)),
+        (PAIR | {"tie": "false"}, pair()),
+        ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": OTHER[1:]}, pair(CHAT[:1], "Hello", "What?")),
+        ({"chosen": CHAT, "rejected": OTHER}, pair(CHAT[:1], "Hello", "What?")),
     ],
 )
-def test_pairs_in_every_form(values: dict[str, Any], expected: Pair) -> None:
-    assert parse_pair(values) == expected
+def test_pairs_in_every_form(values: dict[str, Any], expected: Feedback) -> None:
+    assert parse_feedback(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "order", "sizes"),
+    [
+        ([2, 1, 3], "bac", (1, 1, 1)),
+        ([2, 1, 2], "bac", (1, 2)),
+        ([1, 1, 1], "abc", (3,)),
+        ([10, 20, 5.5], "cab", (1, 1, 1)),
+        ("[3, 1, 1]", "bca", (2, 1)),
+    ],
+)
+def test_rankings_come_best_first_in_groups_of_equal_rank(ranks: Any, order: str, sizes: tuple[int, ...]) -> None:
+    values = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": ranks}
+    assert parse_feedback(values) == Feedback("p", tuple(order), Ranking(sizes))
+
+
+def test_the_row_says_what_its_ties_are_and_else_the_settings() -> None:
+    values = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]}
+    assert parse_feedback(values, open_ties=True).judgement == Ranking((2, 1), open=True)
+    assert parse_feedback(values | {"ties": "judged"}, open_ties=True).judgement == Ranking((2, 1))
+    assert parse_feedback(values | {"ties": "unknown"}).judgement == Ranking((2, 1), open=True)
+
+
+def test_a_choice_is_one_before_all_others_whose_order_is_unknown() -> None:
+    values = {"prompt": "p", "responses": ["a", "b", "c"], "best": 2}
+    assert parse_feedback(values) == Feedback("p", ("c", "a", "b"), Ranking((1, 2), open=True))
+
+
+def test_ratings_are_a_number_or_one_for_each_attribute() -> None:
+    row = {"prompt": "p", "response": "r"}
+    assert parse_feedback(row | {"rating": "4"}) == Feedback("p", ("r",), Rating({"": 4.0}))
+    rated = parse_feedback(row | {"rating": {"kind": 1, "helpful": 3, "unasked": None}})
+    assert rated.judgement == Rating({"helpful": 3.0, "kind": 1.0})
+    assert rated.attributes == ("helpful", "kind")
+
+
+def test_comparisons_may_be_by_an_attribute() -> None:
+    assert parse_feedback(PAIR | {"attribute": "kind"}).attributes == ("kind",)
 
 
 def test_a_common_beginning_may_run_on_into_the_reply() -> None:
     start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A joke?\n\nAssistant:"
-    pair = parse_pair({"chosen": start + " I will not.", "rejected": start + " I will."})
-    assert pair == Pair(start, " I will not.", " I will.")
+    found = parse_feedback({"chosen": start + " I will not.", "rejected": start + " I will."})
+    assert found == pair(start, " I will not.", " I will.")
+
+
+RANKING = {"prompt": "p", "responses": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
@@ -38,19 +87,34 @@ def test_a_common_beginning_may_run_on_into_the_reply() -> None:
     [
         ({"prompt": "p", "rejected": "r"}, "no `chosen`; the row has `prompt`, `rejected`"),
         ({"prompt": "p", "chosen": "c"}, "no `rejected`"),
-        ({"prompt": "p", "chosen": "c", "rejected": "c"}, "are the same"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "x"}, "`margin` is 'x'; a number"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")}, "a number"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "tie": "maybe"}, "true or false"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "tie": True, "margin": 1}, "a tie has no `margin`"),
+        (PAIR | {"rejected": "c"}, "are the same"),
+        (PAIR | {"margin": "x"}, "`margin` is 'x'; a number"),
+        (PAIR | {"margin": float("nan")}, "a number"),
+        (PAIR | {"tie": "maybe"}, "true or false"),
+        (PAIR | {"tie": True, "margin": 1}, "a tie has no `margin`"),
+        (PAIR | {"confidence": 0.3}, "`confidence` is 0.3: .* from 0.5 to 1"),
         ({"chosen": "c", "rejected": "r"}, "no common beginning"),
         ({"chosen": CHAT, "rejected": CHAT[:1]}, "the same messages but for the last"),
         ({"chosen": CHAT, "rejected": 3}, "`rejected` is a number"),
+        ({"prompt": "p", "text": "t"}, "neither `chosen` and `rejected`, nor .* the row has `prompt`, `text`"),
+        (RANKING, "no `ranks`"),
+        (RANKING | {"ranks": [1]}, "1 `ranks` for 2 `responses`"),
+        (RANKING | {"ranks": [1, "x"]}, r"`ranks\[1\]` is 'x'"),
+        (RANKING | {"ranks": 3}, "`ranks` is a number; a list of numbers"),
+        (RANKING | {"ranks": [1, 1], "ties": "unknown"}, "says nothing"),
+        (RANKING | {"ranks": [1, 2], "ties": "some"}, "`judged` or `unknown`"),
+        (RANKING | {"best": 2}, "from 0 to 1"),
+        (RANKING | {"responses": ["a"], "ranks": [1]}, "a list of two or more"),
+        (RANKING | {"responses": ["a", ""], "ranks": [1, 2]}, r"`responses\[1\]` is empty"),
+        ({"prompt": "p", "responses": ["a"] * 12, "ranks": [1] * 11 + [2], "ties": "unknown"}, "a tie of 11"),
+        ({"prompt": "p", "rating": 3}, "no `response`"),
+        ({"prompt": "p", "response": "r", "rating": "good"}, "`rating` is 'good'"),
+        ({"prompt": "p", "response": "r", "rating": {}}, "an empty object"),
     ],
 )
-def test_bad_pairs(values: dict[str, Any], reason: str) -> None:
+def test_bad_rows(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        parse_pair(values)
+        parse_feedback(values)
 
 
 @pytest.mark.skipif(not HARMLESS.is_file(), reason="shared/data is not here")
@@ -59,10 +123,10 @@ def test_real_transcripts() -> None:
     for line in HARMLESS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         try:
-            pair = parse_pair(row)
+            found = parse_feedback(row)
         except ValueError:
             bad += 1
             continue
-        assert pair.prompt.endswith("\n\nAssistant:")
-        assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
+        assert found.prompt.endswith("\n\nAssistant:")
+        assert [found.prompt + response for response in found.responses] == [row["chosen"], row["rejected"]]
     assert bad <= 5

@@ -1,0 +1,160 @@
+"""Whole runs by every kind of feedback and of reward."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.diagnose import DIAGNOSTICS, RELIABILITY, WORST
+from align.run import RunFolder
+from align.tracking import METRICS, read_lines
+from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process, write_rows
+
+PROMPTS = [f"User: {i} {i + 1} Assistant:" for i in range(12)]
+FEEDBACK = [
+    *({"prompt": p, "chosen": " blue.", "rejected": " red dog.", "confidence": 0.8} for p in PROMPTS),
+    *({"prompt": p, "responses": [" cat.", " mat.", " red."], "ranks": [2, 1, 2]} for p in PROMPTS),
+    *({"prompt": p, "responses": [" cat.", " mat.", " red."], "best": 1} for p in PROMPTS),
+    *({"prompt": p, "response": f" {w}.", "rating": i % 3} for i, (p, w) in enumerate(zip(PROMPTS, "abcdefghijkl"))),
+]  # fmt: skip
+OF_ATTRIBUTES = [
+    *({"prompt": p, "response": f" {'x' * (i % 5 + 1)}.", "rating": {"kind": i % 3, "brief": -i}}
+      for i, p in enumerate(PROMPTS)),
+    *({"prompt": p, "chosen": " blue.", "rejected": " red dog.", "attribute": "kind"} for p in PROMPTS),
+    *({"prompt": p, "chosen": " blue.", "rejected": " red."} for p in PROMPTS),
+]  # fmt: skip
+FUNCTION = """
+def count(prompts, responses, columns):
+    if any(len(r) > 12 for r in responses):
+        raise RuntimeError("too long")
+    return [float(len(r)) for r in responses]
+"""
+TERMS = {
+    "model": {"kind": "model", "weight": 0.5},
+    "count": {"kind": "function", "function": "{folder}/score.py:count", "fallback": -1.0, "normalise": "running"},
+    "short": {"kind": "length", "most": 4, "window": 2, "normalise": "sft", "clip": [-2, 2]},
+    "cost": {"kind": "regex", "pattern": "e"},
+}
+REWARDS: dict[str, dict[str, Any]] = {
+    "mixed": {"rows": FEEDBACK, "ratings": "ordinal", "label_smoothing": 0.05, "centering": 0.01},
+    "attributes": {"rows": OF_ATTRIBUTES, "attributes": {"kind": 0.7, "brief": 0.3}},
+    "ensemble": {"ensemble": {"members": 2, "combine": "mean_less_deviation", "penalty": 0.5}},
+    "patience": {"evaluate_every": 1, "patience": 1, "epochs": 3, "learning_rate": 0.5},
+    "head": {"trains": "head"},
+    "composed": {"terms": TERMS, "constraint": {"term": "cost", "at_most": 0.2, "rate": 0.5}},
+    "rules": {"terms": {name: term for name, term in TERMS.items() if name != "model"}},
+}
+
+
+def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
+    settings, reward = make_settings(model, folder), dict(REWARDS[name])
+    if rows := reward.pop("rows", None):
+        settings["data"]["preferences"] = write_rows(folder / "feedback.jsonl", rows)
+    (folder / "score.py").write_text(FUNCTION)
+    settings["reward"] |= json.loads(json.dumps(reward).replace("{folder}", str(folder)))
+    return settings
+
+
+def of_stage(run: Path, stage: str) -> list[dict[str, Any]]:
+    return [row for row in read_lines(run / METRICS) if row["stage"] == stage]
+
+
+def ppo_steps(run: Path) -> list[dict[str, Any]]:
+    return [row for row in of_stage(run, "ppo") if "policy/loss" in row]
+
+
+FAST = ("mixed", "ensemble", "composed")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in REWARDS])
+def test_runs_to_its_end_and_goes_on_bit_for_bit_after_every_stop(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_of(name, tiny_model, tmp_path)
+    whole = run_in_process(settings)
+    steps = ppo_steps(whole)
+    assert len(steps) == 3
+    assert all(math.isfinite(value) for row in steps for value in row.values() if isinstance(value, float))
+    stopped = run_a_step_at_a_time(settings | {"name": "stopped"})
+    assert figures(stopped) == figures(whole)
+
+
+def test_every_member_of_an_ensemble_is_trained_and_their_spread_is_logged(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("ensemble", tiny_model, tmp_path))
+    losses = [row for row in of_stage(run, "reward") if "reward_model/loss" in row]
+    assert [row["step"] for row in losses] == [1, 2, 3, 4, 5, 6]
+    heads = [(run / "reward" / member / "head.safetensors").read_bytes() for member in ("", "member-1")]
+    assert heads[0] != heads[1]
+    found = json.loads((run / "reward" / DIAGNOSTICS).read_text())
+    assert len(found["members"]) == 2
+    assert 0 <= found["agreement"] <= 1
+    assert all(row["reward/spread"] > 0 for row in ppo_steps(run))
+    assert RunFolder(run).read_evaluation()["policy"]["spread_mean"] > 0
+
+
+def test_attributes_are_logged_and_can_be_weighed_anew(tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_of("attributes", tiny_model, tmp_path)
+    run = run_in_process(settings)
+    assert all({"reward/attribute/kind", "reward/attribute/brief"} <= row.keys() for row in ppo_steps(run))
+    given = settings["reward"] | {"model": str(run / "reward"), "attributes": {"brief": 1.0}}
+    again = run_in_process(settings | {"name": "again", "reward": given})
+    (first, *_) = of_stage(again, "ppo")
+    assert "reward/attribute/kind" not in first
+    assert first["reward/mean"] != of_stage(run, "ppo")[0]["reward/mean"]
+
+
+def test_training_ends_early_and_keeps_the_best(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("patience", tiny_model, tmp_path))
+    losses = [row["reward_model/heldout_loss"] for row in of_stage(run, "reward") if "reward_model/heldout_loss" in row]
+    facts = json.loads((run / "reward" / "stage.json").read_text())
+    best = losses.index(min(losses)) + 1
+    assert facts["best_step"] == best
+    assert facts["steps"] == best + 1 == len(losses) < 9
+    assert facts["heldout_loss"] == min(losses)
+
+
+def test_a_head_alone_leaves_the_adapter_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("head", tiny_model, tmp_path))
+    adapters = [(run / stage / "adapter_model.safetensors").read_bytes() for stage in ("sft", "reward")]
+    assert adapters[0] == adapters[1]
+
+
+def test_every_term_is_logged_by_its_name(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("composed", tiny_model, tmp_path))
+    steps = ppo_steps(run)
+    for row in steps:
+        assert {f"reward/term/{name}" for name in TERMS} | {"reward/failed/count"} <= row.keys()
+        assert -2 <= row["reward/term/short"] <= 2
+    multipliers = [row["reward/multiplier"] for row in steps]
+    expected = 0.0
+    for row, multiplier in zip(steps, multipliers):
+        expected = max(0.0, expected + 0.5 * (row["reward/term/cost"] - 0.2))
+        assert multiplier == pytest.approx(expected)
+
+
+def test_rules_alone_need_no_reward_stage(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("rules", tiny_model, tmp_path))
+    assert not (run / "reward").exists()
+    assert not of_stage(run, "reward")
+
+
+def test_a_rule_ends_ppo_and_the_best_policy_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path)
+    settings["ppo"] |= {"stop": {"metric": "kl/sequence", "above": -1e9, "patience": 2}}
+    whole = run_in_process(settings)
+    assert [row["step"] for row in ppo_steps(whole)] == [1, 2]
+    assert "kl/sequence is" in json.loads((whole / "policy" / "stage.json").read_text())["stopped"]
+    stopped = run_a_step_at_a_time(settings | {"name": "stopped"})
+    assert figures(stopped) == figures(whole)
+
+
+def test_the_figures_that_tell_whether_to_trust_it_are_beside_the_model(finished: Path) -> None:
+    found = json.loads((finished / "reward" / DIAGNOSTICS).read_text())
+    assert {
+        *("accuracy", "log_loss", "brier", "calibration_error", "reliability", "by_length_difference"),
+        *("baselines", "invariance", "sft_scores"),
+    } <= found.keys()
+    assert max(found["invariance"].values()) <= 1e-5
+    assert (finished / "reward" / RELIABILITY).is_file()
+    wrong = round((1 - found["accuracy"]) * found["pairs"])
+    assert len((finished / "reward" / WORST).read_text().splitlines()) == min(wrong, 20)

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.compose import Composition, Moments, combine, spread
+from rewards.terms import ConstraintSettings, RegexTerm
+
+
+def term(**settings: object) -> RegexTerm:
+    return RegexTerm(kind="regex", pattern="x", **settings)  # type: ignore[arg-type]
+
+
+def doubles(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_terms_are_weighed_and_summed() -> None:
+    composition = Composition({"one": term(weight=2.0), "two": term(weight=-0.5)})
+    total, parts = composition.score({"one": doubles(1, 2), "two": doubles(4, 0)})
+    assert total.tolist() == [0.0, 4.0]
+    assert {name: part.tolist() for name, part in parts.items()} == {"one": [1.0, 2.0], "two": [4.0, 0.0]}
+
+
+def test_clipping_comes_before_the_weight() -> None:
+    total, _ = Composition({"one": term(weight=10.0, clip=(-1.0, 1.0))}).score({"one": doubles(-7, 0.5, 7)})
+    assert total.tolist() == [-10.0, 5.0, 10.0]
+
+
+@given(st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_running_moments_are_those_of_all_values_together(batches: list[list[float]]) -> None:
+    moments = Moments()
+    for batch in batches:
+        moments.add(doubles(*batch))
+    everything = doubles(*(value for batch in batches for value in batch))
+    assert moments.mean == pytest.approx(float(everything.mean()), abs=1e-9)
+    deviation = float(everything.std(correction=0))
+    assert moments.deviation == pytest.approx(deviation if deviation > 1e-8 else 1.0, abs=1e-6)
+
+
+def test_a_term_is_normalised_by_what_was_seen_before_and_in_its_batch() -> None:
+    composition = Composition({"one": term(normalise="running")})
+    composition.learn({"one": doubles(0, 2)})
+    total, _ = composition.learn({"one": doubles(4, 6)})
+    seen = doubles(0, 2, 4, 6)
+    torch.testing.assert_close(total, (seen[2:] - seen.mean()) / seen.std(correction=0))
+
+
+def test_judging_changes_nothing() -> None:
+    composition = Composition({"one": term(normalise="running")})
+    composition.learn({"one": doubles(0, 2)})
+    before = json.dumps(composition.state())
+    composition.score({"one": doubles(50, 60)})
+    assert json.dumps(composition.state()) == before
+
+
+def test_a_term_is_normalised_by_sft_responses_once() -> None:
+    composition = Composition({"one": term(normalise="sft"), "two": term()})
+    assert composition.calibrated == ["one"]
+    composition.calibrate({"one": doubles(1, 3), "two": doubles(9, 9)})
+    for _ in range(2):
+        total, _ = composition.learn({"one": doubles(1, 3, 7), "two": doubles(0, 0, 0)})
+        assert total.tolist() == [-1.0, 1.0, 5.0]
+
+
+def test_the_multiplier_grows_while_the_cost_is_above_its_bound_and_falls_to_zero_below() -> None:
+    constraint = ConstraintSettings(term="cost", at_most=0.5, rate=2.0)
+    composition = Composition({"gain": term(), "cost": term()}, constraint)
+    batch = {"gain": doubles(1, 1), "cost": doubles(1, 2)}
+    first, _ = composition.learn(batch)
+    assert (first.tolist(), composition.multiplier) == ([1.0, 1.0], 2.0)
+    second, _ = composition.learn(batch)
+    assert (second.tolist(), composition.multiplier) == ([(1 - 2) / 3, (1 - 4) / 3], 4.0)
+    composition.learn({"gain": doubles(1), "cost": doubles(-9)})
+    assert composition.multiplier == 0.0
+
+
+def test_what_was_learned_comes_back_through_json() -> None:
+    constraint = ConstraintSettings(term="cost", at_most=0.0)
+    terms = {"gain": term(normalise="running"), "cost": term(normalise="sft")}
+    one, other = Composition(terms, constraint), Composition(terms, constraint)
+    one.calibrate({"cost": doubles(1, 2, 4)})
+    one.learn({"gain": doubles(0.1, 0.7), "cost": doubles(3.0, 1.0)})
+    other.restore(json.loads(json.dumps(one.state())))
+    batch = {"gain": doubles(5.5, 2.25), "cost": doubles(0.3, 8.0)}
+    assert torch.equal(one.learn(batch)[0], other.learn(batch)[0])
+    assert one.state() == other.state()
+
+
+def test_an_ensembles_scores_in_one() -> None:
+    members = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+    assert combine(members, "mean").tolist() == [2.0, 2.0]
+    assert combine(members, "minimum").tolist() == [1.0, 2.0]
+    assert combine(members, "mean_less_deviation", 0.5).tolist() == [1.5, 2.0]
+    assert spread(members).tolist() == [1.0, 0.0]
