@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -23,6 +24,7 @@ from align.ppo.optimizer import warmed
 from align.progress import Progress
 from align.seeds import seed_for
 from align.tracking import Tracker
+from policies.batching import buckets
 from policies.lora import by_rate
 from rewards.schema import FitSettings
 
@@ -76,12 +78,14 @@ def fit(
     context: StageContext,
     metrics: str,
     heldout: Callable[[], float],
+    tokens: int,
     lora_plus: float | None = None,
 ) -> Fitted:
     """Train the parameters of `objective` that require gradients; it then holds those of the best held-out loss.
 
-    objective: gives {"loss": …}, a sum over its microbatch divided by `num_items_in_batch`, the number of `labels`
-    in the whole batch. metrics: the first part of the names that are logged. Batches are of rows of about one length.
+    collate: from rows to the arguments of one pass of `objective`, which gives {"loss": …}, a sum over these rows
+    divided by `num_items_in_batch`, the number of `labels` in the whole batch. Batches are of rows of about one length,
+    and cut into passes of at most so many tokens. metrics: the first part of the names that are logged.
     heldout: the loss of `objective` on held-out rows, asked for every `evaluate_every` steps and at the end.
     lora_plus: `policy.lora_plus`.
     Goes on from the last checkpoint where there is one. Raises Interrupted after a checkpoint if asked to stop.
@@ -92,13 +96,11 @@ def fit(
         return Fitted(**json.loads((done / "fitted.json").read_text()))
     objective.eval()  # whatever its parts were in, the Trainer's first `train` now reaches them
     objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer's way to ask for num_items_in_batch
-    microbatch = settings.microbatch or settings.batch
     steps = optimizer_steps(len(rows), settings)
     watch = _Watch(context, metrics, settings, steps, heldout)
     arguments = TrainingArguments(
         output_dir=str(context.checkpoints),
-        per_device_train_batch_size=microbatch,
-        gradient_accumulation_steps=settings.batch // microbatch,
+        per_device_train_batch_size=settings.batch,
         max_steps=steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=warmed(settings.schedule),
@@ -121,7 +123,7 @@ def fit(
             model=objective,
             args=arguments,
             train_dataset=rows,
-            data_collator=collate,
+            data_collator=partial(_passes, collate, settings.tokens_per_microbatch or tokens),
             optimizers=(_optimizer(objective, settings, lora_plus), None),
             callbacks=[watch],
         )
@@ -143,6 +145,12 @@ def fit(
     if context.stop.requested:
         raise Interrupted
     return fitted
+
+
+def _passes(collate: Callable[[list[Any]], dict[str, Any]], tokens: int, rows: list[Row]) -> dict[str, Any]:
+    """A batch, cut into passes of at most so many tokens."""
+    passes = [collate([rows[i] for i in group]) for group in buckets([row.length for row in rows], tokens)]
+    return {"labels": torch.cat([part["labels"] for part in passes]), "passes": passes}
 
 
 def trained(objective: nn.Module) -> dict[str, Tensor]:
@@ -196,8 +204,19 @@ class _Trainer(Trainer):
     """A Trainer that groups rows by length, and whose checkpoints hold what is trained and not the frozen base."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroups([row.length for row in self.train_dataset], batch, self.args.seed)
+        return LengthGroups([row.length for row in self.train_dataset], self.args.train_batch_size, self.args.seed)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The loss of a batch, its gradient added up pass by pass."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for part in inputs["passes"]:
+            loss = model(**self._prepare_inputs(part), num_items_in_batch=num_items_in_batch)["loss"]
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

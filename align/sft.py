@@ -56,6 +56,7 @@ def run_sft(job: Job) -> None:
             job.fit_context("sft"),
             metrics="sft",
             heldout=partial(heldout_loss, objective, job.inputs.examples_heldout),
+            tokens=trunk.tokens_a_pass(),
             lora_plus=job.experiment.policy.lora_plus,
         )
         facts |= asdict(fitted) | {"skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}

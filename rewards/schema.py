@@ -13,7 +13,9 @@ class FitSettings(Settings):
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch: int = Field(32, ge=1, description="samples an optimizer step")
-    microbatch: int | None = Field(None, ge=1, description="samples a forward pass; unset: the whole batch")
+    tokens_per_microbatch: int | None = Field(
+        None, ge=1, description="tokens, padding counted, of one forward pass; unset: as the device likes it"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak, as in transformers")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
@@ -32,8 +34,6 @@ class FitSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "FitSettings":
-        if self.microbatch and self.batch % self.microbatch:
-            raise ValueError(f"microbatch {self.microbatch} does not divide batch {self.batch}")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience counts looks at the held-out loss: set evaluate_every too")
         return self

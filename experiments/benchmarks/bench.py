@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 from operations import Shape, matrix_rate, update_operations
+from peer import make_peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align.seeds import seed_for
@@ -36,6 +37,8 @@ from rewards.model import ROLE, RewardModel
 
 HERE = Path(__file__).parent
 PEER = HERE / ".venv-trl"
+TRL = "1.12.0"
+"""The last release with PPO."""
 RANK, EPOCHS, BATCH, UPDATES = 16, 4, 32, 5
 POLICY = PolicySettings(rank=RANK, alpha=2 * RANK)
 PARTS = ("rollout", "score", "update", "sync", "between")
@@ -83,7 +86,7 @@ def main() -> None:
         if not given.exists():
             parser.error(f"{given} does not exist")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the yardstick is on the CPU, and so are both sides
-    peer = make_peer()
+    peer = make_peer(PEER, TRL)
     results: dict[str, Any] = {"machine": machine(arguments.threads), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, workload in WORKLOADS.items():
@@ -116,20 +119,6 @@ def main() -> None:
                 }
             arguments.to.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-
-
-def make_peer() -> Path:
-    """The interpreter of an environment with TRL, made where it is missing."""
-    python = PEER / "bin" / "python"
-    if not (PEER / ".installed").exists():
-        print("installing TRL into an environment of its own", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(PEER)], check=True)
-        constraints = str(HERE.parents[1] / "constraints.txt")
-        pip = [str(python), "-m", "pip", "install", "--quiet", "-c", constraints]
-        subprocess.run([*pip, "torch==2.13.0"], check=True)
-        subprocess.run([*pip, "trl==1.12.0", "transformers", "peft", "datasets", "accelerate"], check=True)
-        (PEER / ".installed").touch()
-    return python
 
 
 def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:

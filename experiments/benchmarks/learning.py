@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import HERE, POLICY, make_peer
+from bench import HERE, PEER, POLICY, TRL
 from matplotlib.figure import Figure
+from peer import make_peer
 from transformers import AutoTokenizer
 
 from align.data import parse_prompt, parse_rows, read_rows
@@ -125,7 +126,7 @@ def theirs(arguments: argparse.Namespace, folder: Path) -> Path:
     given = SETTINGS | {"model": folder / "sft", "reward": folder / "reward", "batch": arguments.batch}
     given |= {"prompts": arguments.run / "data" / "prompts.jsonl", "updates": arguments.updates - 1}
     given |= {"threads": arguments.threads, "rank": POLICY.rank, "save-every": arguments.every, "to": folder / "trl"}
-    line = [str(make_peer()), str(HERE / "trl_ppo.py"), *(f"--{n}={v}" for n, v in given.items() if n != "kl")]
+    line = [str(make_peer(PEER, TRL)), str(HERE / "trl_ppo.py"), *(f"--{n}={v}" for n, v in given.items() if n != "kl")]
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
     return folder / "trl"
 

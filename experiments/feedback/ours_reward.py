@@ -1,0 +1,83 @@
+"""Our side of the benchmark: a reward model on given feedback, on the CPU.
+
+    python experiments/feedback/ours_reward.py --model MODEL --feedback ROWS.jsonl
+
+Prints one line of JSON: seconds of each step but the first.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from align.feedback import FeedbackObjective, branches, rows, shares_prompts
+from align.fit import StageContext, fit
+from align.inputs import case_parser
+from align.interrupt import Stop
+from align.quiet import quiet_libraries
+from align.tracking import Tracker
+from policies.heads import ScalarHead
+from policies.loading import load_tokenizer
+from policies.methods import build_trunk
+from policies.schema import ModelSettings, PolicySettings
+from rewards.model import ROLE, RewardModel
+from rewards.objective import FeedbackLoss
+from rewards.schema import RewardSettings
+
+
+class Clock(Tracker):
+    """Keeps when each step ended in place of its figures."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), None)
+        self.ends: list[float] = []
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        if "reward_model/loss" in metrics:
+            self.ends.append(time.perf_counter())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a causal language model and its tokenizer")
+    parser.add_argument("--feedback", type=Path, required=True, help="JSONL of feedback")
+    parser.add_argument("--batch", type=int, default=16, help="rows a step")
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(arguments.threads)
+    settings = RewardSettings(
+        batch=arguments.batch, max_tokens=arguments.max_tokens, learning_rate=5e-4, ties="unknown",
+        checkpoint_every=10**6,
+    )  # fmt: skip
+    parse = case_parser(load_tokenizer(arguments.model), settings)
+    cases = [parse(json.loads(line)) for line in arguments.feedback.read_text().splitlines()]
+    policy = PolicySettings(rank=arguments.rank, alpha=2 * arguments.rank)
+    trunk = build_trunk(ModelSettings(path=arguments.model), policy, (ROLE,))
+    trunk.train_only(ROLE)
+    model = RewardModel(trunk, [ScalarHead(trunk.width, torch.Generator().manual_seed(0))])
+    loss = FeedbackLoss([case.feedback for case in cases], settings.weights, settings.ratings)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            FeedbackObjective(model, loss, smoothing=0.0, centering=0.0),
+            cases,
+            branches if shares_prompts(trunk, ROLE, cases) else rows,
+            settings,
+            StageContext("reward", Path(folder), 1, 0, clock, Stop()),
+            metrics="reward_model",
+            heldout=lambda: 0.0,
+            tokens=trunk.tokens_a_pass(),
+        )
+    print(json.dumps({"seconds": [b - a for a, b in pairwise(clock.ends)]}))
+
+
+if __name__ == "__main__":
+    main()
