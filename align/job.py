@@ -20,11 +20,10 @@ from align.seeds import permutation, seed_for
 from align.tracking import Tracker
 from policies.adapters import load_adapter
 from policies.errors import UserError
-from policies.loading import stop_ids
 from policies.methods import build_trunk
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
-from rollouts.hf import TransformersEngine
+from rollouts.hf import make_engine
 from rollouts.trajectory import Request, Trajectory
 
 
@@ -79,5 +78,5 @@ class Job:
         seed, rollouts = self.experiment.seed, self.experiment.rollouts
         chosen = permutation(len(prompts), seed, "normalise")[:count]
         requests = [replace(prompts[i], seed=seed_for(seed, "normalise", i)) for i in chosen]
-        engine = TransformersEngine(trunk, stop_ids(trunk.causal, self.tokenizer), rollouts.rows)
+        engine = make_engine(trunk, self.tokenizer, rollouts.model_copy(update={"merge": False}))
         return engine.generate(requests, Sampling(rollouts.temperature, rollouts.max_new_tokens), role="reference")

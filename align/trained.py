@@ -21,13 +21,13 @@ from policies.adapters import load_adapter
 from policies.batching import buckets
 from policies.encoding import Prompt, decode_response, encode_prompt
 from policies.errors import UserError
-from policies.loading import load_tokenizer, stop_ids
+from policies.loading import load_tokenizer
 from policies.methods import build_trunk
 from policies.trunk import AdapterWeights
 from rewards.classifier import Classifier
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import TransformersEngine
+from rollouts.hf import make_engine
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, Scored, Trajectory
 
@@ -48,8 +48,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
         groups = buckets([t.total_length for t in trajectories], roles.trunk.tokens_a_pass())
         return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
 
-    stops = stop_ids(roles.trunk.causal, tokenizer)
-    pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows, rollouts.merge))
+    pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts))
     evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout)
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
     return evaluator.judge(step, policy)
@@ -75,8 +74,7 @@ class Answerer:
     def __init__(self, experiment: Experiment, run: RunFolder) -> None:
         self.tokenizer = load_tokenizer(experiment.model.path)
         trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER,))
-        rollouts = experiment.rollouts
-        self.engine = TransformersEngine(trunk, stop_ids(trunk.causal, self.tokenizer), rollouts.rows, rollouts.merge)
+        self.engine = make_engine(trunk, self.tokenizer, experiment.rollouts)
         self.engine.load_adapter(0, policy_weights(experiment, run))
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[str]:

@@ -106,6 +106,8 @@ class SoftTrunk(Trunk):
 class PrefixTrunk(SoftTrunk):
     """Li and Liang 2021, "Prefix-tuning": each role has keys and values of virtual tokens in every layer."""
 
+    joins_rows = False
+
     @torch.no_grad()
     def _start(self, base: PreTrainedModel) -> Tensor:
         """Keys and values of real tokens, `[tokens, layers · 2 · groups · D]`, as their section 7.4 finds best."""

@@ -31,6 +31,9 @@ class Trunk(nn.Module, ABC):
     is the base model as it is. The base's tensors exist once whatever the number of roles.
     """
 
+    joins_rows = True
+    """Whether rows decoded apart may go on in one batch, padded on the left."""
+
     def __init__(self, base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> None:
         """roles: those that have an adapter. Each starts as one that changes nothing; soft prompts all start alike.
 

@@ -1,5 +1,6 @@
-"""A key-value cache that writes new tokens where there is room for them."""
+"""A key-value cache that writes new tokens where there is room for them, and takes in the rows of another."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ def make_cache(config: PretrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def can_join(cache: DynamicCache) -> bool:
+    """Whether rows of several caches of this kind may stand in one: a layer that slides counts places, not tokens."""
+    return bool(cache.layers) and all(type(layer) is RoomyLayer for layer in cache.layers)
+
+
+def join(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache with the rows of all, in their order, padded on the left with zeros to the widest."""
+    joined = caches[0]
+    if len(caches) == 1:
+        return joined
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        layers[0].take_in(layers[1:])
+    return joined
 
 
 class RoomyLayer(DynamicLayer):
@@ -40,6 +56,28 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows only."""
         super().batch_select_indices(indices)
+        self._rooms = {}
+
+    def take_in(self, others: Sequence["RoomyLayer"]) -> None:
+        """Put the rows of other layers behind these."""
+        layers = [self, *others]
+        width = max(layer.get_seq_length() for layer in layers)
+        for name in ("keys", "values"):
+            parts = [getattr(layer, name) for layer in layers]
+            rows, (_, groups, _, size) = sum(map(len, parts)), parts[0].shape
+            room = parts[0].new_empty(rows, groups, width + BLOCK, size)
+            start = 0
+            for part in parts:
+                own = room[start : start + len(part), :, :width]
+                own[:, :, : width - part.shape[2]] = 0  # what is masked must still be a number
+                own[:, :, width - part.shape[2] :] = part
+                start += len(part)
+            self._rooms[name] = room
+            setattr(self, name, room[:, :, :width])
+
+    def drop_left(self, columns: int) -> None:
+        """Forget the first tokens of all rows."""
+        self.keys, self.values = self.keys[:, :, columns:], self.values[:, :, columns:]
         self._rooms = {}
 
     def _append(self, name: str, held: Tensor, start: int, new: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """The engine on transformers: it runs wherever torch runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from policies.adapters import fingerprint
 from policies.loading import load_tokenizer, stop_ids
@@ -11,23 +13,37 @@ from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.attention import use_decoding_attention
-from rollouts.cache import make_cache
+from rollouts.decoding import Decoder
 from rollouts.engine import Sampling
+from rollouts.schema import RolloutSettings
+from rollouts.stops import StopStrings
 from rollouts.trajectory import Request, Trajectory
 
 ROLE = "sampler"
 """The engine's own adapter on the trunk, so that it may share the trunk with a learner."""
 
 
-class TransformersEngine:
-    """Decodes up to `rows` requests at a time; rows that have ended leave the batch."""
+REFILL, LEAVE = 4, 8
+"""Prompts come in when one row in so many is free, and rows that have ended leave when one in so many has: each time,
+the keys and values of all rows are copied."""
 
-    def __init__(self, trunk: Trunk, stop_ids: frozenset[int], rows: int, merge: bool = True) -> None:
+
+class TransformersEngine:
+    """Decodes up to `rows` requests at a time; rows that have ended leave, and those that wait come in."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        stop_ids: frozenset[int],
+        rows: int,
+        merge: bool = True,
+        stop_strings: StopStrings | None = None,
+    ) -> None:
         """merge: decode with the adapter merged into a copy of the weights."""
         use_decoding_attention(trunk.causal)
         self.trunk = trunk
         self.merge = merge
-        self.stop_ids = stop_ids
+        self.stop_ids, self.stop_strings = stop_ids, stop_strings
         self.rows = rows
         self.version = 0
 
@@ -39,74 +55,76 @@ class TransformersEngine:
         self.version = version
         return fingerprint(self.trunk.adapter(ROLE))
 
+    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling, role: str = ROLE) -> list[Trajectory]:
         """One trajectory a request, in their order; `role` other than the engine's own serves evaluation."""
-        waves = [requests[start : start + self.rows] for start in range(0, len(requests), self.rows)]
-        return [trajectory for wave in waves for trajectory in self._wave(wave, sampling, role)]
-
-    @torch.inference_mode()
-    def _wave(self, requests: Sequence[Request], sampling: Sampling, role: str) -> list[Trajectory]:
         self.trunk.switch(role)
-        decoder = _Decoder(self.trunk, role, [request.prompt_ids for request in requests])
-        uniforms = _uniforms([request.seed for request in requests], sampling.max_new_tokens)
-        tokens: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[float]] = [[] for _ in requests]
-        alive = list(range(len(requests)))
-        logits = decoder.prefill()
-        for step in range(sampling.max_new_tokens):
-            chosen, chosen_logprobs = draw(logits, uniforms[alive, step].to(logits.device), sampling.temperature)
-            for row, token, logprob in zip(alive, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
-                tokens[row].append(token)
-                logprobs[row].append(logprob)
-            going = [place for place, row in enumerate(alive) if tokens[row][-1] not in self.stop_ids]
-            if not going or step + 1 == sampling.max_new_tokens:
-                break
-            if len(going) < len(alive):
-                alive = [alive[place] for place in going]
-                decoder.keep(going)
-                chosen = chosen[going]
-            logits = decoder.step(chosen)
+        responses = [Response(_uniforms(request.seed, sampling.max_new_tokens)) for request in requests]
+        # Longest first: prompts that come in together are of about one length, those of one group beside each other.
+        waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        while waiting:
+            self._run(requests, responses, waiting, Decoder(self.trunk, role), sampling)
         return [
-            Trajectory(request, tuple(ids), torch.tensor(values), ids[-1] in self.stop_ids, self.version)
-            for request, ids, values in zip(requests, tokens, logprobs, strict=True)
+            Trajectory(request, tuple(r.tokens), torch.tensor(r.logprobs), self._ends(r.tokens), self.version)
+            for request, r in zip(requests, responses, strict=True)
         ]
 
+    def _run(
+        self,
+        requests: Sequence[Request],
+        responses: Sequence["Response"],
+        waiting: list[int],
+        decoder: Decoder,
+        sampling: Sampling,
+    ) -> None:
+        """Decode what is waiting; where the decoder takes in rows only all at once, as much as fits."""
+        rows: list[int] = []
+        logits = torch.empty(0)
+        while rows or waiting:
+            free = self.rows - len(rows)
+            if waiting and (not rows or (decoder.joins and free * REFILL >= self.rows)):
+                new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                entered = decoder.enter([requests[i].prompt_ids for i in new])
+                logits = torch.cat([logits, entered]) if rows else entered
+                rows += new
+            uniforms = torch.stack([responses[i].next_uniform() for i in rows])
+            chosen, logprobs = draw(logits, uniforms.to(logits.device), sampling.temperature)
+            for i, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+                if not responses[i].done:
+                    responses[i].add(token, logprob, self._ends)
+            going = [place for place, i in enumerate(rows) if not responses[i].done]
+            if (len(rows) - len(going)) * LEAVE >= len(rows):
+                rows = [rows[place] for place in going]
+                if not rows and not decoder.joins:
+                    return
+                decoder.keep(going)
+                chosen = chosen[going]
+            if rows:
+                logits = decoder.step(chosen)
 
-class _Decoder:
-    """The forward passes of one wave: left-padded prompts first, then one token a row at a time."""
+    def _ends(self, tokens: Sequence[int]) -> bool:
+        return tokens[-1] in self.stop_ids or (self.stop_strings is not None and self.stop_strings(tokens))
 
-    def __init__(self, trunk: Trunk, role: str, prompts: Sequence[Sequence[int]]) -> None:
-        width = max(map(len, prompts))
-        device = trunk.causal.device
-        self.trunk, self.role = trunk, role
-        self.ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        self.cache = make_cache(trunk.causal.config)
 
-    def prefill(self) -> Tensor:
-        """Logits `[B, V]` of the token after each prompt."""
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        return self._forward(self.ids, positions)
+@dataclass
+class Response:
+    """One being made. uniforms: `[max_new_tokens]` float64, what its tokens are drawn by.
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, V]` of the token after these, `[B]`."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        return self._forward(tokens.unsqueeze(1), self.mask.sum(-1, keepdim=True) - 1)
+    A row that is done stays in the batch for a while; what is drawn for it then is left out.
+    """
 
-    def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these."""
-        self.mask = self.mask[rows]
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.mask.device))
+    uniforms: Tensor
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    done: bool = False
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.trunk.states(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return self.trunk.head(hidden[:, -1], self.role)
+    def next_uniform(self) -> Tensor:
+        return self.uniforms[min(len(self.tokens), len(self.uniforms) - 1)]
+
+    def add(self, token: int, logprob: float, ends: Callable[[Sequence[int]], bool]) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.done = ends(self.tokens) or len(self.tokens) == len(self.uniforms)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -126,14 +144,17 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def build_engine(model: ModelSettings, policy: PolicySettings, rows: int, merge: bool = True) -> TransformersEngine:
+def make_engine(trunk: Trunk, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutSettings) -> TransformersEngine:
+    """An engine on this trunk, which may be shared."""
+    stop_strings = StopStrings(rollouts.stop, tokenizer) if rollouts.stop else None
+    return TransformersEngine(trunk, stop_ids(trunk.causal, tokenizer), rollouts.rows, rollouts.merge, stop_strings)
+
+
+def build_engine(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> TransformersEngine:
     """An engine on a trunk of its own."""
-    trunk = build_trunk(model, policy, (ROLE,))
-    return TransformersEngine(trunk, stop_ids(trunk.causal, load_tokenizer(model.path)), rows, merge)
+    return make_engine(build_trunk(model, policy, (ROLE,)), load_tokenizer(model.path), rollouts)
 
 
-def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """One row of `steps` numbers for each seed, `[B, steps]` float64: a row depends on its seed alone."""
-    return torch.stack(
-        [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
+def _uniforms(seed: int, steps: int) -> Tensor:
+    """Numbers `[steps]` float64 that depend on the seed alone."""
+    return torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -15,6 +15,9 @@ class RolloutSettings(Settings):
         True,
         description="generate with the adapter merged into a copy of the weights: faster, for their memory",
     )
+    stop: list[str] = Field(
+        default_factory=list, description="strings that end a response, besides EOS; they stay in its text"
+    )
     temperature: float = Field(1.0, gt=0, description="of the sampled distribution; log-probabilities are of the same")
     max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are bad rows")
     max_new_tokens: int = Field(64, ge=1, description="a response that reaches this is cut")

@@ -30,11 +30,10 @@ from align.schema import KlSettings
 from align.scoring import RolesScore
 from align.seeds import permutation, seed_for
 from policies.adapters import save_adapter
-from policies.loading import stop_ids
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import TransformersEngine, build_engine
+from rollouts.hf import build_engine, make_engine
 from rollouts.pool import LocalPool, Pool
 
 
@@ -106,12 +105,12 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     if rollouts.workers:
         from rollouts.ray_pool import RayPool  # Ray is slow to import, and only wanted here
 
-        build = partial(build_engine, settings.model, settings.policy, rollouts.rows, rollouts.merge)
+        build = partial(build_engine, settings.model, settings.policy, rollouts)
         each = threads(settings.cluster, rollouts.workers)
         pool = RayPool(build, rollouts.workers, rollouts.rows, rollouts.timeout, each, rollouts.gpus)
         stack.callback(pool.close)
     elif not shares:
-        pool = LocalPool(build_engine(settings.model, settings.policy, rollouts.rows, rollouts.merge))
+        pool = LocalPool(build_engine(settings.model, settings.policy, rollouts))
     if learner.ranks:
         from align.ppo.ranks import RayLearners
 
@@ -120,8 +119,7 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     else:
         roles = build_roles(blueprint, ppo.critic_if_any, (SAMPLER,) if shares else ())
         if shares:
-            stops = stop_ids(roles.trunk.causal, job.tokenizer)
-            pool = LocalPool(TransformersEngine(roles.trunk, stops, rollouts.rows, rollouts.merge))
+            pool = LocalPool(make_engine(roles.trunk, job.tokenizer, rollouts))
         learners = LocalLearners(roles, ppo, learner, rollouts.temperature, settings.model.gradient_checkpointing)
     stack.callback(learners.close)
     return learners, pool

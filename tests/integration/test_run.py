@@ -171,7 +171,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "empty file": ({"data": {"prompts": "empty.jsonl"}}, "data.prompts: empty.jsonl has no rows"),
     "no tokenizer": ({"model": {"path": "bare"}}, "bare has no tokenizer"),
-    "no chosen": ({"data": {"preferences": "rows.jsonl"}}, "data.preferences: rows.jsonl:2: no `chosen`"),
+    "no chosen": ({"data": {"preferences": "rows.jsonl"}}, "data.preferences: rows.jsonl:2: neither `chosen` and"),
     "no source": ({"data": {"prompts": None}}, "data.prompts is not set"),
     "long prompt": ({"rollouts": {"max_prompt_tokens": 2}}, "tokens are more than rollouts.max_prompt_tokens, 2"),
     "no adapter": ({"sft": {"adapter": "nowhere"}}, "nowhere"),

@@ -21,6 +21,7 @@ from rollouts.engine import Sampling
 from rollouts.hf import build_engine
 from rollouts.pool import LocalPool
 from rollouts.ray_pool import RayPool
+from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request, Trajectory
 
 POLICY = PolicySettings(rank=4, alpha=8)
@@ -132,12 +133,12 @@ def test_a_killed_worker_is_replaced_and_the_responses_are_the_same(tiny_model: 
     model = ModelSettings(path=str(tiny_model))
     requests = [Request("x", (5 + i, 6, 7), i) for i in range(24)]
     sampling = Sampling(1.0, 16)
-    local = LocalPool(build_engine(model, POLICY, 4, merge=True))
+    local = LocalPool(build_engine(model, POLICY, RolloutSettings(rows=4)))
     weights = local.engine.trunk.read_adapter("sampler")
     local.load_adapter(3, weights)
     expected = [t.response_ids for t in local.generate(requests, sampling)]
 
-    pool = RayPool(partial(build_engine, model, POLICY, 4), 2, 4, 60.0, 1, 0.0)
+    pool = RayPool(partial(build_engine, model, POLICY, RolloutSettings(rows=4)), 2, 4, 60.0, 1, 0.0)
     pool.load_adapter(3, weights)
     worker = next(p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Worker"))
     worker.kill()

@@ -42,7 +42,10 @@ def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
     return settings
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+FAST = ("head", "grpo", "options")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS])
 def test_runs_to_its_end_and_goes_on_bit_for_bit_after_a_stop(name: str, tiny_model: Path, tmp_path: Path) -> None:
     whole = run_in_process(settings_of(name, tiny_model, tmp_path))
     rows = [row for row in figures(whole) if row["stage"] == "ppo" and "policy/loss" in row]

@@ -78,6 +78,17 @@ def test_scores_are_those_of_single_unpadded_rows_in_their_order(
     torch.testing.assert_close(model.score(PROMPTS, RESPONSES, tokens), alone, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_on_the_left_changes_no_score(model: RewardModel, alone: Tensor) -> None:
+    rows = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
+    width = max(map(len, rows)) + 5
+    ids = torch.tensor([[3] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    model.trunk.switch("reward")
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    states = model.trunk.states(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
+    torch.testing.assert_close(model.heads[0](states[:, -1]).detach(), alone, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_differ_by_more_than_the_tolerance_of_these_tests(alone: Tensor) -> None:
     assert float(alone.sort().values.diff().min()) > 1e-2
 

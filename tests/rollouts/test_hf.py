@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from policies.adapters import fingerprint, lora_config
 from policies.methods import make_trunk
@@ -119,3 +119,45 @@ def test_draws_have_the_frequencies_of_the_distribution() -> None:
     frequencies = torch.bincount(tokens, minlength=7) / count
     torch.testing.assert_close(frequencies, torch.softmax(logits / 2.0, -1), rtol=0, atol=2 / count)
     assert not frequencies[logits.isinf()].any()
+
+
+def passes(engine: TransformersEngine, requests: list[Request]) -> list[tuple[int, int]]:
+    """Rows and columns of the ids of every forward pass."""
+    seen: list[tuple[int, int]] = []
+    states = engine.trunk.states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine.trunk, "states", lambda **inputs: seen.append(tuple(inputs["input_ids"].shape)) or states(**inputs)
+        )
+        engine.generate(requests, SAMPLING)
+    return seen
+
+
+def test_a_prompt_that_several_rows_share_is_computed_once(engine: TransformersEngine) -> None:
+    requests = [Request("p", tuple(IDS[i % 2][: 5 + i % 2]), seed) for i, seed in enumerate(range(8))]
+    (rows, columns), *decoding = passes(engine, requests)
+    assert (rows, columns) == (2, 6)
+    assert decoding[0] == (8, 1)
+
+
+def test_rows_that_wait_come_in_while_others_are_decoded(engine: TransformersEngine) -> None:
+    narrow = TransformersEngine(engine.trunk, STOPS, rows=4)
+    requests = [Request("p", tuple(IDS[i % 8][: LENGTHS[i % 8]]), seed=i) for i in range(24)]
+    shapes = passes(narrow, requests)
+    entered = [place for place, (_, columns) in enumerate(shapes) if columns > 1 or shapes[place][0] > 4]
+    assert len(entered) > 2
+    assert max(rows for rows, columns in shapes if columns == 1) <= 4
+    assert responses(narrow, requests, SAMPLING) == responses(
+        TransformersEngine(engine.trunk, STOPS, rows=24), requests, SAMPLING
+    )
+
+
+def test_a_model_with_a_sliding_window_decodes_in_waves() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=6,
+    )  # fmt: skip
+    trunk = make_trunk(MistralForCausalLM(config).eval(), POLICY, (ROLE,))
+    alone = [TransformersEngine(trunk, STOPS, rows=1).generate([r], SAMPLING)[0].response_ids for r in REQUESTS]
+    assert responses(TransformersEngine(trunk, STOPS, rows=3), REQUESTS, SAMPLING) == alone

@@ -1,0 +1,98 @@
+"""Bytes of tensors of PPO's four roles on one trunk, beside four models of their own.
+
+    python experiments/benchmarks/memory.py --model MODEL
+
+Counts all tensors that a process holds for a random Llama of about 30 M, and works out the same by `align plan`'s
+figures for one of 7 B in bfloat16. Both sides train LoRA of rank 16 on policy and critic with Adam.
+"""
+
+import argparse
+import gc
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from align.memory import measure, memory
+from align.ppo.build import Blueprint, RewardRole, build_roles
+from align.schema import Experiment
+
+LORA = {"rank": 16, "alpha": 32}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="whose tokenizer and family the 30 M model has")
+    arguments = parser.parse_args()
+    print("| model | four roles on one trunk | four models | of that |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        small = make_small(arguments.model, Path(folder) / "small")
+        planned, separate = figures(small, "float32")
+        row("30 M, float32, as planned", planned, separate)
+        row("30 M, float32, measured", *measured(small))
+        config = LlamaConfig(max_position_embeddings=4096)  # the defaults are those of Llama 2 7 B
+        config.save_pretrained(Path(folder) / "large")
+        row("7 B, bfloat16, as planned", *figures(Path(folder) / "large", "bfloat16"))
+
+
+def row(name: str, shared: float, separate: float) -> None:
+    print(f"| {name} | {shared / 1e6:,.0f} MB | {separate / 1e6:,.0f} MB | {shared / separate:.2f} |")
+
+
+def make_small(model: Path, to: Path) -> Path:
+    """A random Llama 512 wide with 8 layers."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(
+        model, hidden_size=512, intermediate_size=1360, num_hidden_layers=8, head_dim=64
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(to)
+    AutoTokenizer.from_pretrained(model).save_pretrained(to)
+    return to
+
+
+def experiment_of(model: Path, dtype: str) -> Experiment:
+    return Experiment.model_validate({
+        "name": "memory", "model": {"path": str(model), "dtype": dtype}, "policy": LORA,
+        "rollouts": {"merge": False, "rows": 1, "max_prompt_tokens": 1, "max_new_tokens": 1},
+    })  # fmt: skip
+
+
+def figures(model: Path, dtype: str) -> tuple[float, float]:
+    """Bytes by the plan: of the learner without its sampler; and the same with a trunk for each role."""
+    experiment = experiment_of(model, dtype)
+    sizes = measure(experiment.model, experiment.policy)
+    held = [h.bytes for h in memory(experiment, ["ppo"], sizes) if "sampler" not in h.role and "at most" not in h.role]
+    return sum(held), sum(held) + 3 * sizes.base_bytes
+
+
+def measured(model: Path) -> tuple[float, float]:
+    """Bytes of all tensors that are there once the roles are built and have trained a step."""
+    experiment = experiment_of(model, "float32")
+    before = held()
+    probe = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), None).trunk
+    weights, head = probe.read_adapter("policy"), {"weight": torch.zeros(probe.width), "bias": torch.zeros(1)}
+    base = sum(p.numel() * 4 for n, p in probe.causal.named_parameters() if "lora" not in n)
+    del probe
+    blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, (RewardRole(weights, (head,)),))
+    roles = build_roles(blueprint, experiment.ppo.critic)
+    del blueprint, weights, head
+    trained = [p for p in roles.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.Adam(trained)
+    optimizer.step()
+    shared = held() - before
+    return shared, shared + 3 * base
+
+
+def held() -> int:
+    """Bytes of the storages of all tensors."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+if __name__ == "__main__":
+    main()
