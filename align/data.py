@@ -153,9 +153,9 @@ def _rows_of(name: str, split: str) -> Iterator[Row]:
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    taken = set(columns.values())
-    kept = {name: value for name, value in values.items() if name not in taken and name not in columns}
-    return {ours: values[theirs] for ours, theirs in columns.items() if theirs in values} | kept
+    there = {ours: theirs for ours, theirs in columns.items() if theirs in values}
+    kept = {name: value for name, value in values.items() if name not in there and name not in there.values()}
+    return {ours: values[theirs] for ours, theirs in there.items()} | kept
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

@@ -20,6 +20,8 @@ from rewards.model import RewardModel
 from rewards.preferences import OVERALL, Ranking, Rating
 
 DIAGNOSTICS, WORST, RELIABILITY = "diagnostics.json", "worst.jsonl", "reliability.png"
+PROBED = 32
+"""At most so many responses are scored in several ways."""
 SHOWN = 20
 """How many of the worst errors are kept in full."""
 
@@ -63,13 +65,17 @@ def diagnose(
 
 def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[str, float]:
     """How far the same responses' scores lie apart: in batches, alone, with padding beside them, behind one prompt."""
+    cases = [case for i, case in enumerate(cases) if sum(len(c.responses_ids) for c in cases[: i + 1]) <= PROBED]
+    if not cases:
+        return {}
     prompts = [case.prompt_ids for case in cases for _ in case.responses_ids]
     responses = [ids for case in cases for ids in case.responses_ids]
     alone = model.attribute_scores(prompts, responses, 1)
     found = {"batched": model.attribute_scores(prompts, responses, tokens)}
     device, longest = model.trunk.causal.device, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     with torch.no_grad():
-        beside = collate([[0] * (longest + 16), *prompts], [[], *responses]).to(device)
+        most = getattr(model.trunk.causal.config.get_text_config(), "max_position_embeddings", None) or longest + 16
+        beside = collate([[0] * max(longest, min(longest + 16, most)), *prompts], [[], *responses]).to(device)
         found["padded"] = model(beside)[1:].cpu()
         if model.trunk.branches_agree(model.role):
             batch = collate_branches([case.prompt_ids for case in cases], [case.responses_ids for case in cases])
@@ -105,7 +111,7 @@ def _differences(compared: Sequence[Comparison], scores: Mapping[str, Tensor], s
     """Better less worse `[M]` float64."""
     found = []
     for each in compared:
-        own = scores[each.attribute]
+        own = scores.get(each.attribute, scores[OVERALL])
         (row, response), (other_row, other) = each.better, each.worse
         found.append(own[starts[row] + response] - own[starts[other_row] + other])
     return torch.stack(found)
@@ -138,20 +144,21 @@ def _correlations(
         feedback = case.feedback
         if isinstance(feedback.judgement, Rating):
             for attribute, value in feedback.judgement.values.items():
-                rated.setdefault(attribute, []).append((float(named[attribute][start]), value))
+                own = named.get(attribute, named[OVERALL])
+                rated.setdefault(attribute, []).append((float(own[start]), value))
         elif isinstance(feedback.judgement, Ranking) and len(feedback.judgement.sizes) > 1:
             ranks = [-i for i, size in enumerate(feedback.judgement.sizes) for _ in range(size)]
-            own = named[feedback.attribute][start : start + len(ranks)].tolist()
-            if len(set(own)) > 1:
-                ranked.append(figures.rank_correlation(own, ranks))
+            said = named.get(feedback.attribute, named[OVERALL])[start : start + len(ranks)].tolist()
+            if len(set(said)) > 1:
+                ranked.append(figures.rank_correlation(said, ranks))
     facts: dict[str, Any] = {}
     if ranked:
         facts["rank_correlation"] = sum(ranked) / len(ranked)
     for attribute, pairs in rated.items():
-        said, values = zip(*pairs, strict=True)
-        if len(set(values)) > 1 and len(set(said)) > 1:
+        predicted, values = zip(*pairs, strict=True)
+        if len(set(values)) > 1 and len(set(predicted)) > 1:
             name = f"rating_correlation.{attribute}" if attribute else "rating_correlation"
-            facts[name] = figures.rank_correlation(said, values)
+            facts[name] = figures.rank_correlation(predicted, values)
     return facts
 
 

@@ -1,11 +1,12 @@
 """Reference and policy side by side on held-out prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from align.scoring import Ask, Gold, Verdicts
 from align.seeds import seed_for
+from align.styles import Style
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
 from rollouts.engine import Sampling
@@ -63,11 +65,14 @@ class Evaluator:
         sampling: Sampling,
         seed: int,
         best_of: int,
+        styles: Mapping[str, Style] = MappingProxyType({}),
     ) -> None:
         """score: verdicts on the policy's trajectories, KL and score; rate: on the reference's, the score alone.
 
-        best_of: how many reference samples a prompt to pick from; 0: not.
+        best_of: how many reference samples a prompt to pick from; 0: not. styles: in which the reference is asked too;
+        its responses are judged as answers to the prompts as they were.
         """
+        self.styles = styles
         self.pool, self.score, self.rate, self.gold = pool, score, rate, gold
         self.sampling, self.best_of = sampling, best_of
         self.weights = reference
@@ -82,21 +87,21 @@ class Evaluator:
         The pool holds the policy when this returns.
         """
         reference, best_of = self._reference()
+        if self.styles:
+            _ = self._samples_by_style  # before the pool holds the policy
         self.pool.load_adapter(version, policy)
         side = self._sample(self.draws[0], self.score).now()
         tokens = int(lengths(side.trajectories).sum())
         kl = torch.tensor([verdict.kl for verdict in side.scored], dtype=torch.float64)
-        compared = {
-            "win_rate": win_rate(side.scores, reference.scores),
+        compared = _wins(side, reference) | {
             "kl_per_sequence": float(kl.mean()),
             "kl_per_token": float(kl.sum()) / tokens,
         }
-        if side.gold is not None and reference.gold is not None:
-            compared["gold_win_rate"] = win_rate(side.gold, reference.gold)
         return {
             "reference": reference.figures(),
             "policy": side.figures() | compared | {"step": version},
             **best_of,
+            **self._styled(side),
             "prompts": len(side.trajectories),
         }
 
@@ -104,13 +109,29 @@ class Evaluator:
         sides = [sampled.now() for sampled in self._samples]
         return sides[0], {"best_of": _best_of(sides)} if self.best_of else {}
 
+    def _styled(self, policy: Side) -> dict[str, Any]:
+        """The section `styles`: figures of the reference by style, and how often the policy wins over it."""
+        if not self.styles:
+            return {}
+        sides = {name: sampled.now() for name, sampled in self._samples_by_style.items()}
+        return {
+            "styles": {name: side.figures() | _wins(policy, side) for name, side in sides.items()},
+        }
+
+    @cached_property
+    def _samples_by_style(self) -> dict[str, "Sampled"]:
+        self.pool.load_adapter(REFERENCE_VERSION, self.weights)
+        return {name: self._sample(self.draws[0], self.rate, style) for name, style in self.styles.items()}
+
     @cached_property
     def _samples(self) -> list["Sampled"]:
         self.pool.load_adapter(REFERENCE_VERSION, self.weights)
         return [self._sample(requests, self.rate) for requests in self.draws]
 
-    def _sample(self, requests: Sequence[Request], ask: Ask) -> "Sampled":
-        trajectories = self.pool.generate(requests, self.sampling)
+    def _sample(self, requests: Sequence[Request], ask: Ask, style: Style | None = None) -> "Sampled":
+        asked = requests if style is None else [style(request) for request in requests]
+        answers = self.pool.generate(asked, self.sampling)
+        trajectories = [replace(t, request=request) for t, request in zip(answers, requests, strict=True)]
         gold = None if self.gold is None else torch.tensor(self.gold(trajectories), dtype=torch.float64)
         return Sampled(trajectories, ask(trajectories), gold)
 
@@ -125,6 +146,14 @@ class Sampled:
 
     def now(self) -> Side:
         return Side(self.trajectories, self.verdicts(), self.gold)
+
+
+def _wins(ours: Side, theirs: Side) -> dict[str, float]:
+    """How often ours scores higher than theirs."""
+    wins = {"win_rate": win_rate(ours.scores, theirs.scores)}
+    if ours.gold is None or theirs.gold is None:
+        return wins
+    return wins | {"gold_win_rate": win_rate(ours.gold, theirs.gold)}
 
 
 def _best_of(sides: Sequence[Side]) -> dict[str, Any]:

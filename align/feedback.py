@@ -67,7 +67,8 @@ def shares_prompts(trunk: Trunk, role: str, cases: Sequence[Case]) -> bool:
     saved = 0
     for case in cases:
         prompt, apart = len(case.prompt_ids), [len(case.prompt_ids) + len(ids) for ids in case.responses_ids]
-        saved += (len(apart) - 1) * prompt * linear + (sum(n * n for n in apart) - case.length**2) * attention
+        together = sum(apart) - (len(apart) - 1) * prompt
+        saved += (len(apart) - 1) * prompt * linear + (sum(n * n for n in apart) - together**2) * attention
     return saved > 0 and trunk.branches_agree(role)
 
 

@@ -257,7 +257,7 @@ class _Watch(TrainerCallback):
                 with new_folder(self.context.checkpoints / BEST) as folder:
                     save_file(trained(model), folder / WEIGHTS)
             elif patience and state.global_step - state.best_global_step >= patience * every:
-                self.ended = control.should_training_stop = True
+                self.ended = control.should_training_stop = control.should_save = True
             self.ended |= state.global_step == self.steps
         if self.context.stop.requested:
             control.should_save = control.should_training_stop = True

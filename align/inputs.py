@@ -13,7 +13,8 @@ from align.seeds import seed_for
 from policies.encoding import encode_prompt, encode_response
 from policies.errors import UserError
 from policies.loading import load_tokenizer
-from rewards.preferences import OVERALL, Feedback, parse_feedback
+from rewards.preferences import OVERALL, Feedback, Ranking, parse_feedback
+from rewards.rankings import MOST_OPEN
 from rewards.schema import RewardSettings
 from rollouts.trajectory import Request
 
@@ -32,16 +33,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Case:
-    """Feedback and its tokens; responses_ids: of each response, in the feedback's order."""
+    """Feedback and its tokens; responses_ids: of each response, in the feedback's order.
+
+    shared: the responses stand behind one copy of the prompt, and not each behind its own.
+    """
 
     feedback: Feedback
     prompt_ids: list[int]
     responses_ids: list[list[int]]
+    shared: bool = True
 
     @property
     def length(self) -> int:
-        """Of the prompt and all responses."""
-        return len(self.prompt_ids) + sum(map(len, self.responses_ids))
+        """Tokens that it is computed in, padding counted."""
+        if self.shared:
+            return len(self.prompt_ids) + sum(map(len, self.responses_ids))
+        return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
 
 
 T = TypeVar("T", Example, Case, Request)
@@ -164,6 +171,10 @@ def case_parser(tokenizer: PreTrainedTokenizerBase, settings: RewardSettings) ->
 
     def parse(values: Mapping[str, Any]) -> Case:
         feedback = parse_feedback(values, open_ties=settings.ties == "unknown")
+        judgement = feedback.judgement
+        largest = max(judgement.sizes) if isinstance(judgement, Ranking) and judgement.open else 0
+        if settings.label_smoothing and largest > MOST_OPEN:
+            raise ValueError(f"a tie of {largest}: with reward.label_smoothing it may have {MOST_OPEN}")
         for attribute in feedback.attributes:
             if attribute != OVERALL and attribute not in settings.attributes:
                 known = ", ".join(settings.attributes) or "none"

@@ -24,6 +24,7 @@ from align.scoring import (
     length_term,
     model_term,
 )
+from align.styles import make_style
 from policies.adapters import load_adapter
 from policies.loading import check_model_folder
 from policies.trunk import AdapterWeights
@@ -161,10 +162,15 @@ def make_evaluator(
     roles_score: RolesScore,
     reference: AdapterWeights,
     prompts: Sequence[Request],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluator:
     """The evaluator that the experiment asks for."""
     rollouts, settings = experiment.rollouts, experiment.evaluation
-    sampling = Sampling(rollouts.temperature, rollouts.max_new_tokens)
+    warm = rollouts.temperature if settings.temperature is None else settings.temperature
+    sampling = Sampling(warm, rollouts.max_new_tokens)
+    styles = {name: make_style(style, tokenizer) for name, style in settings.styles.items()}
     score = judges.ask_by(roles_score, ("policy", "reference", "reward"))
     rate = judges.ask_by(roles_score, ("reward",))
-    return Evaluator(pool, score, rate, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of)
+    return Evaluator(
+        pool, score, rate, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of, styles
+    )

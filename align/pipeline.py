@@ -1,6 +1,10 @@
 """The stages in order: each is done when its folder is there, so that running them again goes on where they stopped."""
 
+import math
 from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import latest, step_of
 from align.files import write_json
@@ -13,12 +17,14 @@ from align.reward import run_reward
 from align.run import RunFolder, folder_of, read_facts
 from align.schema import STAGES, Experiment
 from align.sft import run_sft
+from align.styles import make_style
 from align.tracking import open_tracker, truncate_after
 from policies.adapters import load_adapter
 from policies.errors import UserError
 from policies.loading import check_model_folder, load_model_config, load_tokenizer
 from rewards.functions import load_function
-from rewards.model import read_heads
+from rewards.model import member_folder, members_in, read_heads
+from rewards.terms import columns_of
 
 RUNNERS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
 
@@ -43,15 +49,54 @@ def load_inputs(experiment: Experiment) -> Inputs:
     config = load_model_config(experiment.model.path)
     stages_left(experiment, folder_of(experiment))
     _check_given(experiment)
-    return read_inputs(experiment, tokenizer, getattr(config, "max_position_embeddings", None))
+    context = getattr(config, "max_position_embeddings", None)
+    inputs = read_inputs(experiment, tokenizer, context)
+    _check_styles(experiment, tokenizer, inputs, context)
+    _check_columns(experiment, inputs)
+    return inputs
+
+
+def _check_columns(experiment: Experiment, inputs: Inputs) -> None:
+    """What the reward's terms read of a row must be in every one."""
+    for name, term in experiment.reward.terms.items():
+        for column in columns_of(term):
+            for request in (*inputs.prompts, *inputs.prompts_heldout):
+                if column not in request.columns:
+                    there = ", ".join(request.columns) or "none"
+                    raise UserError(
+                        f"reward.terms.{name} reads the column {column!r}, which a row of data.prompts or "
+                        f"data.prompts_heldout lacks; it has {there}"
+                    )
+
+
+def _check_styles(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, context: int | None
+) -> None:
+    room = math.inf if context is None else context - experiment.rollouts.max_new_tokens
+    for name, settings in experiment.evaluation.styles.items():
+        style = make_style(settings, tokenizer)
+        try:
+            longest = max((len(style(request).prompt_ids) for request in inputs.prompts_heldout), default=0)
+        except (ValueError, TemplateError) as error:
+            raise UserError(f"evaluation.styles.{name}: a prompt cannot be put so: {error}") from error
+        if longest > room:
+            raise UserError(
+                f"evaluation.styles.{name}: a prompt has {longest} tokens, more than the model's context less "
+                f"rollouts.max_new_tokens, {room}"
+            )
 
 
 def _check_given(experiment: Experiment) -> None:
     if experiment.sft.adapter:
         load_adapter(experiment.sft.adapter, experiment.policy)
     if experiment.reward.model:
-        load_adapter(experiment.reward.model, experiment.policy)
-        read_heads(experiment.reward.model, experiment.reward.weights)
+        wanted, there = experiment.reward.ensemble.members, members_in(experiment.reward.model)
+        if wanted and wanted > there:
+            raise UserError(f"reward.ensemble.members is {wanted}, and {experiment.reward.model} holds {there}")
+        for member in range(wanted or there):
+            folder = member_folder(experiment.reward.model, member)
+            load_adapter(folder, experiment.policy)
+            read_heads(folder, experiment.reward.weights)
     if experiment.reward.classifier:
         check_model_folder(experiment.reward.classifier)
     if "ppo" in experiment.stages:

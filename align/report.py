@@ -29,7 +29,13 @@ class Plot:
 
 PLOTS = (
     Plot("sft_loss", "SFT loss", "sft", ("sft/loss", "sft/heldout_loss"), "nats a token"),
-    Plot("reward_model_loss", "Reward model loss", "reward", ("reward_model/loss",), "nats a pair"),
+    Plot(
+        "reward_model_loss",
+        "Reward model loss",
+        "reward",
+        ("reward_model/loss", "reward_model/heldout_loss"),
+        "nats a row",
+    ),
     Plot("reward", "Reward", "ppo", ("reward/mean", "eval/score_mean"), "score"),
     Plot("gold", "Gold score", "ppo", ("reward/gold_mean", "eval/gold_mean"), "gold score"),
     Plot("spread", "Spread of the ensemble", "ppo", ("reward/spread", "eval/spread_mean"), "score"),
@@ -79,7 +85,9 @@ def draw_optimisation(rows: Sequence[dict[str, Any]], evaluation: dict[str, Any]
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes: Axes = figure.add_subplot()
     for key, label, colour in (("score_mean", "score", "tab:blue"), ("gold_mean", "gold score", "tab:orange")):
-        points = sorted((max(kl[step], 0.0) ** 0.5, value) for step, value in _curve(rows, "ppo", f"eval/{key}"))
+        points = sorted(
+            (max(kl[step], 0.0) ** 0.5, value) for step, value in _curve(rows, "ppo", f"eval/{key}") if step in kl
+        )
         if key in evaluation.get("reference", {}):
             points = [(0.0, evaluation["reference"][key]), *points]
         if points:

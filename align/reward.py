@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from align.feedback import FeedbackObjective, branches, rows, score_cases, share
 from align.fit import fit
 from align.inputs import Case
 from align.job import Job
+from align.run import read_facts
 from align.schema import Experiment
 from align.seeds import seed_for
 from align.sft import ROLE as SFT
 from policies.adapters import load_adapter
 from policies.encoding import decode_response
-from policies.errors import UserError
 from policies.heads import ScalarHead
 from policies.methods import build_trunk
 from policies.schema import PolicySettings
@@ -30,9 +30,6 @@ from rewards.diagnostics import distribution
 from rewards.model import RewardModel, load_heads, member_folder, members_in, read_heads, role_of
 from rewards.objective import FeedbackLoss
 from rewards.schema import RewardSettings
-
-PROBED = 16
-"""Held-out rows whose scores are looked at for what padding and batches change."""
 
 
 def run_reward(job: Job) -> None:
@@ -52,7 +49,9 @@ def _run_on_trunk(job: Job, started: float) -> None:
         for member, model in enumerate(models):
             load_member(model, job.experiment.policy, member_folder(settings.model, member))
         facts["model"] = settings.model
+        moments_of = folded_moments(Path(settings.model), len(models))
     else:
+        moments_of = [(0.0, 1.0)] * len(models)
         fitted = [_train(job, model, member) for member, model in enumerate(models)]
         facts |= {name: [each[name] for each in fitted] if len(fitted) > 1 else fitted[0][name] for name in fitted[0]}
         facts["skipped_rows"] = len(inputs.skipped.get("preferences", []))
@@ -60,28 +59,41 @@ def _run_on_trunk(job: Job, started: float) -> None:
     figures: dict[str, Any] = {}
     worst: list[dict[str, Any]] = []
     if heldout := inputs.cases_heldout:
-        scores = torch.stack([score_cases(model, heldout, tokens) for model in models])
+        scores = torch.stack(
+            [
+                score_cases(model, heldout, tokens) * unfolded(settings, deviation)
+                for model, (_, deviation) in zip(models, moments_of, strict=True)
+            ]
+        )
         figures, worst = diagnose(heldout, scores, settings.weights, inputs.cases)
-        figures["invariance"] = invariance(models[0], heldout[:PROBED], tokens)
-    moments_of = [(0.0, 1.0)] * len(models)
+        figures["invariance"] = invariance(models[0], heldout, tokens)
+    fold = [(0.0, 1.0)] * len(models)
     if settings.normalise and (not settings.model or settings.attributes):
         samples = job.sample_sft(trunk, settings.normalise)
         prompts, responses = [t.request.prompt_ids for t in samples], [t.response_ids for t in samples]
         of_samples = [model.score(prompts, responses, tokens) for model in models]
-        moments_of = [moments(scores) for scores in of_samples]
+        fold = moments_of = [moments(scores) for scores in of_samples]
         figures["sft_scores"] = distribution(torch.stack(of_samples).mean(0))
-        facts |= {"mean": moments_of[0][0], "deviation": moments_of[0][1]}
-    _finish(job, facts, figures, worst, started, partial(_save_members, models, moments_of))
+    facts["moments"] = moments_of
+    _finish(job, facts, figures, worst, started, partial(_save_members, models, fold))
+
+
+def folded_moments(folder: Path, members: int) -> list[tuple[float, float]]:
+    """Mean and deviation by which the scores of a reward's folder are normalised, of each member."""
+    known = read_facts(folder).get("moments", [])
+    return [(mean, deviation) for mean, deviation in known[:members]] or [(0.0, 1.0)] * members
+
+
+def unfolded(settings: RewardSettings, deviation: float) -> float:
+    """What brings differences of a folder's scores back to the scale of training; attributes' heads are still on it."""
+    return 1.0 if settings.attributes else deviation
 
 
 def _members(settings: RewardSettings) -> int:
     wanted = settings.ensemble.members
     if not settings.model:
         return wanted or 1
-    there = members_in(settings.model)
-    if wanted and wanted > there:
-        raise UserError(f"reward.ensemble.members is {wanted}, and {settings.model} holds {there}")
-    return wanted or there
+    return wanted or members_in(settings.model)
 
 
 def _new_model(job: Job, trunk: Trunk, member: int) -> RewardModel:
@@ -108,12 +120,14 @@ def _train(job: Job, model: RewardModel, member: int) -> dict[str, Any]:
         if not job.run.sft.is_dir():
             trunk.start_training(model.role)
         trunk.train_only(model.role)
-    loss = FeedbackLoss([case.feedback for case in inputs.cases], settings.weights, settings.ratings)
+    everything = [case.feedback for case in (*inputs.cases, *inputs.cases_heldout)]
+    loss = FeedbackLoss(everything, settings.weights, settings.ratings)
     objective = FeedbackObjective(model, loss.to(trunk.causal.device), settings.label_smoothing, settings.centering)
+    shared = shares_prompts(trunk, model.role, inputs.cases)
     fitted = fit(
         objective,
-        inputs.cases,
-        branches if shares_prompts(trunk, model.role, inputs.cases) else rows,
+        inputs.cases if shared else [replace(case, shared=False) for case in inputs.cases],
+        branches if shared else rows,
         settings,
         job.fit_context("reward", member),
         metrics="reward_model",

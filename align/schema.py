@@ -181,6 +181,11 @@ class PpoSettings(Settings):
             raise ValueError(f"{self.estimator} compares the samples of a prompt: set samples to 2 or more")
         if not self.has_critic and self.critic != CriticSettings():
             raise ValueError(f"{self.estimator} has no critic: remove `critic`")
+        readers = {"gamma": ("gae", "reinforce++"), "lam": ("gae",)}
+        for name, estimators in readers.items():
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and self.estimator not in estimators:
+                raise ValueError(f"{self.estimator} does not read {name}: remove it, or use {' or '.join(estimators)}")
         if self.cut == "bootstrap" and not self.has_critic:
             raise ValueError(f"`cut: bootstrap` needs a critic, and {self.estimator} has none: use `cut: score`")
         if self.cut == "bootstrap" and self.cut_penalty:
@@ -210,20 +215,45 @@ class LearnerSettings(Settings):
     )
 
 
+class ExampleSettings(Settings):
+    """A prompt and what a good answer to it is."""
+
+    prompt: str
+    completion: str
+
+
+class StyleSettings(Settings):
+    """A way to put the held-out prompts to the reference: what prompting alone can do."""
+
+    system: str | None = Field(None, description="a system prompt")
+    examples: list[ExampleSettings] = Field(default_factory=list, description="answered before the prompt: few-shot")
+    suffix: str = Field("", description="added to the prompt, as in ` Think step by step.`")
+
+
 class EvaluationSettings(Settings):
     """How reference and policy are judged."""
 
     prompts: int = Field(256, ge=1, description="held-out prompts, one sample of each side a prompt")
     every: int = Field(0, ge=0, description="PPO steps between evaluations; 0: at the end only")
     best: Literal["score_mean", "gold_mean"] = Field(
-        "score_mean", description="what the best policy is picked by, among the steps that were evaluated"
+        "score_mean",
+        description="what the best policy is picked by, among the steps that were evaluated; where the reward learns "
+        "(running moments, a constraint), score_mean keeps the last",
     )
     gold: str | None = Field(None, description="true score of a response: FILE.py:function or module:function")
+    temperature: float | None = Field(
+        None, ge=0, description="of the samples; 0: greedy; unset: that of the rollouts, at which alone KL is unbiased"
+    )
+    styles: dict[str, StyleSettings] = Field(
+        default_factory=dict, description="NAME: also judge the reference with the prompts put in this way"
+    )
     best_of: int = Field(0, ge=0, description="also judge the best of so many reference samples; 0: not")
     seed: int = Field(1234, description="of the samples; the same in every run, so that runs compare")
 
     @model_validator(mode="after")
     def _has_gold(self) -> "EvaluationSettings":
+        if self.best_of > 1 and self.temperature == 0:
+            raise ValueError("best_of: greedy samples, of `temperature` 0, are all the same")
         if self.best == "gold_mean" and not self.gold:
             raise ValueError("`best: gold_mean` needs `gold`")
         return self

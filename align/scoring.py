@@ -49,17 +49,13 @@ class Reward:
     terms: Mapping[str, TermScore]
     composition: Composition
 
-    def score(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> list[Scored]:
-        """Puts score and notes into each verdict."""
-        return self.ask(trajectories, scored)()
-
     def ask(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> Verdicts:
-        """What gives `score` of these whenever it is called: the terms are asked now, and composed then."""
+        """What gives the verdicts, with score and notes, when it is called: terms are asked now and composed then."""
         raw, notes = self.raw(trajectories, scored)
         return lambda: _noted(scored, *self.composition.score(raw), notes)
 
     def learn(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> list[Scored]:
-        """`score` of a batch of training, from which the composition learns."""
+        """The same of a batch of training, at once; the composition learns from it."""
         raw, notes = self.raw(trajectories, scored)
         return _noted(scored, *self.composition.learn(raw), notes)
 

@@ -41,6 +41,8 @@ def _sides(evaluation: dict[str, Any]) -> Table:
     sides = {"reference": evaluation["reference"], "policy": evaluation["policy"]}
     if best:
         sides[f"best of {best['n']}"] = best
+    for name, figures in evaluation.get("styles", {}).items():
+        sides[f"reference, {name}"] = {key: value for key, value in figures.items() if "win" not in key}
     title = f"{evaluation['prompts']} held-out prompts; policy of step {evaluation['policy']['step']}"
     table = Table("", *sides, title=title, title_justify="left", box=None, padding=(0, 2))
     for key, name, form in ROWS:

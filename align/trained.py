@@ -13,7 +13,7 @@ from align.inputs import Case, Inputs
 from align.judges import REWARD_STATE, make_evaluator, make_judges
 from align.ppo.build import build_roles
 from align.ppo.passes import score_groups
-from align.reward import PROBED, classifier_scores, load_models
+from align.reward import classifier_scores, folded_moments, load_models, unfolded
 from align.run import RunFolder, read_facts
 from align.schema import Experiment
 from align.seeds import seed_for
@@ -49,7 +49,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
         return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
 
     pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts))
-    evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout)
+    evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout, tokenizer)
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
     return evaluator.judge(step, policy)
 
@@ -63,9 +63,15 @@ def judge_reward(
         return diagnose(cases, classifier_scores(Classifier(path, "--classifier"), cases), {"": 1.0})
     models = load_models(experiment, run.reward)
     tokens = models[0].trunk.tokens_a_pass()
-    scores = torch.stack([score_cases(model, cases, tokens) for model in models])
-    figures, worst = diagnose(cases, scores, experiment.reward.weights)
-    return figures | {"invariance": invariance(models[0], cases[:PROBED], tokens)}, worst
+    settings, moments = experiment.reward, folded_moments(run.reward, len(models))
+    scores = torch.stack(
+        [
+            score_cases(model, cases, tokens) * unfolded(settings, deviation)
+            for model, (_, deviation) in zip(models, moments, strict=True)
+        ]
+    )
+    figures, worst = diagnose(cases, scores, settings.weights)
+    return figures | {"invariance": invariance(models[0], cases, tokens)}, worst
 
 
 class Answerer:

@@ -58,12 +58,18 @@ def number(values: Values, name: str) -> float:
     return result
 
 
-def numbers(values: Values, name: str) -> list[float]:
-    """A column with a list of finite numbers; JSON's text of one, as CSV has it, counts."""
+def items(values: Values, name: str) -> Any:
+    """A column that should hold a list; JSON's text of one, as CSV has it, is read."""
     value = present(values, name)
     if isinstance(value, str):
         with suppress(ValueError):
-            value = json.loads(value)
+            return json.loads(value)
+    return value
+
+
+def numbers(values: Values, name: str) -> list[float]:
+    """A column with a list of finite numbers."""
+    value = items(values, name)
     if not isinstance(value, list):
         raise ValueError(f"`{name}` is {kind(value)}; a list of numbers was expected")
     return [number({f"{name}[{i}]": item}, f"{name}[{i}]") for i, item in enumerate(value)]

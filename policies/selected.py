@@ -13,7 +13,7 @@ from policies.places import blocks, linears, norms
 from policies.trunk import Trunk
 
 WITHOUT_HEAD = ("reward", "critic")
-"""Roles that have a scalar head in the place of the base's output layer."""
+"""Roles that have a scalar head in the place of the base's output layer; `reward_1` is a member of an ensemble."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SelectedTrunk(Trunk):
             raise UserError(f"policy.method {self.settings.method}: {type(base).__name__} has nothing of the kind")
         head = base.get_output_embeddings()
         self._of = {
-            role: [slot for slot in self._slots if not (role in WITHOUT_HEAD and slot.module is head)]
+            role: [slot for slot in self._slots if not (role.partition("_")[0] in WITHOUT_HEAD and slot.module is head)]
             for role in self.roles
         }
         self._own = {role: [nn.Parameter(slot.start()) for slot in slots] for role, slots in self._of.items()}

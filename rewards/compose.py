@@ -66,6 +66,11 @@ class Composition:
         self.multiplier = self.constraint.start if self.constraint else 0.0
 
     @property
+    def learns(self) -> bool:
+        """Whether the same response may score otherwise later."""
+        return self.constraint is not None or any(term.normalise == "running" for term in self.terms.values())
+
+    @property
     def calibrated(self) -> list[str]:
         """The terms that are normalised by SFT responses."""
         return [name for name, term in self.terms.items() if term.normalise == "sft"]

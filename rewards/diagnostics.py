@@ -47,9 +47,10 @@ class Comparison:
 
 
 def comparisons(feedback: Sequence[Feedback]) -> list[Comparison]:
-    """All that the feedback compares: a pair once, a ranking each two of different rank; of ratings two rows each.
+    """All that the feedback compares: a pair once, a ranking each two of different rank; ratings two rows each.
 
-    Rows of ratings are paired at random, none twice, so that the pairs are independent; those rated alike drop out.
+    Of ratings the lower half is paired with the upper half at random, no row twice, so that the pairs are independent;
+    those rated alike drop out.
     """
     found: list[Comparison] = []
     rated: dict[str, list[tuple[float, int]]] = {}
@@ -67,9 +68,10 @@ def comparisons(feedback: Sequence[Feedback]) -> list[Comparison]:
                 rated.setdefault(attribute, []).append((value, row))
     for attribute, rows in rated.items():
         random.Random(0).shuffle(rows)
-        for (one, first), (other, second) in zip(rows[::2], rows[1::2], strict=False):
-            if one != other:
-                better, worse = (first, second) if one > other else (second, first)
+        rows.sort(key=lambda rated: rated[0])
+        half = len(rows) // 2
+        for (low, worse), (high, better) in zip(rows, rows[half + len(rows) % 2 :], strict=False):
+            if low < high:
                 found.append(Comparison((better, 0), (worse, 0), attribute))
     return found
 

@@ -41,6 +41,10 @@ class Scores:
     failed: tuple[int, ...] = ()
 
 
+SEARCH = 60.0
+"""Seconds that the search for rows at fault may take, once it has begun on its last one."""
+
+
 class Failure(Exception):
     """A function gave no score for a row, or not one for each; says why."""
 
@@ -56,62 +60,50 @@ def call_function(
     """The function's scores: one finite number a response. It may be `async`.
 
     timeout: seconds that a call may take; unset: any. Where a call fails, by an error, a wrong count, a score that is
-    not finite, or the time, each row is tried alone, to find those at fault: they get the fallback.
-    Raises UserError that names function and row where there is none.
+    not finite, or the time, rows are tried one by one to find those at fault, for `SEARCH` seconds: these, and those
+    that were not come to, get the fallback. Raises UserError that names function and row where there is none.
     """
     name = getattr(function, "__name__", "the score function")
-    rows = [([p], [r], [c]) for p, r, c in zip(prompts, responses, columns, strict=True)]
-    try:
-        return Scores(_within(timeout, [(function, (prompts, responses, columns))])[0])
-    except Failure as failure:
-        reason = failure
-    alone = _each(timeout, [(function, row) for row in rows])
-    failed = tuple(i for i, result in enumerate(alone) if isinstance(result, Failure))
+    together = _attempt(function, (prompts, responses, columns), timeout)
+    if not isinstance(together, Failure):
+        return Scores(together)
+    values: list[float] = []
+    failed: list[int] = []
+    end = time.monotonic() + SEARCH
+    for i, (prompt, response, row) in enumerate(zip(prompts, responses, columns, strict=True)):
+        alone = _attempt(function, ([prompt], [response], [row]), timeout) if time.monotonic() < end else together
+        if not isinstance(alone, Failure):
+            values += alone
+            continue
+        if fallback is None:
+            where = f"row {i} of the batch, prompt {prompt[-80:]!r}, response {response[:80]!r}"
+            raise UserError(f"{name} {together}; {where}") from together.__cause__
+        failed.append(i)
+        values.append(fallback)
     if fallback is None:
-        row = "though it scores each of them alone"
-        if failed:
-            i = failed[0]
-            row = f"row {i} of the batch, prompt {prompts[i][-80:]!r}, response {responses[i][:80]!r}"
-        raise UserError(f"{name} {reason}; {row}") from reason.__cause__
-    values = [fallback if isinstance(result, Failure) else result[0] for result in alone]
-    return Scores(values, failed)
+        raise UserError(f"{name} {together}; though it scores each of them alone") from together.__cause__
+    return Scores(values, tuple(failed))
 
 
-Call = tuple[ScoreFunction, tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]]
+Arguments = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]
 
 
-def _within(timeout: float | None, calls: Sequence[Call]) -> list[list[float]]:
-    """The scores of calls that all succeed."""
-    for result in (results := _each(timeout, calls)):
-        if isinstance(result, Failure):
-            raise result
-    return [result for result in results if not isinstance(result, Failure)]
+def _attempt(function: ScoreFunction, arguments: Arguments, timeout: float | None) -> list[float] | Failure:
+    """The scores of a call, or why there are none.
 
-
-def _each(timeout: float | None, calls: Sequence[Call]) -> list[list[float] | Failure]:
-    """The scores of each call, or why there are none. With a timeout all run at once, each in a thread of its own.
-
-    A thread cannot be stopped: one that hangs is left behind, and does not hold up the end of the program.
+    With a timeout the call is made in a thread. A thread cannot be stopped: one that hangs is left behind, and does not
+    hold up the end of the program.
     """
     if timeout is None:
-        return [_scores(function, arguments) for function, arguments in calls]
-    found: list[list[float] | Failure] = [Failure(f"took longer than {timeout:g} s")] * len(calls)
-
-    def run(i: int) -> None:
-        found[i] = _scores(*calls[i])
-
-    threads = [Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + timeout
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    return found.copy()
+        return _scores(function, arguments)
+    found: list[list[float] | Failure] = [Failure(f"took longer than {timeout:g} s")]
+    thread = Thread(target=lambda: found.append(_scores(function, arguments)), daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return found[-1]
 
 
-def _scores(
-    function: ScoreFunction, arguments: tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]
-) -> list[float] | Failure:
+def _scores(function: ScoreFunction, arguments: Arguments) -> list[float] | Failure:
     responses = arguments[1]
     try:
         given: Any = function(*arguments)

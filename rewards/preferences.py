@@ -165,7 +165,7 @@ def _rating(values: Mapping[str, Any]) -> Feedback:
 
 
 def _responses(values: Mapping[str, Any]) -> list[str]:
-    given = fields.present(values, "responses")
+    given = fields.items(values, "responses")
     if not isinstance(given, list) or len(given) < 2:
         raise ValueError(f"`responses` is {fields.kind(given)}; a list of two or more was expected")
     return [fields.reply(response, f"responses[{i}]") for i, response in enumerate(given)]

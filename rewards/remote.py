@@ -16,6 +16,8 @@ from rewards.functions import ScoreFunction
 from rewards.terms import EndpointTerm, HttpSettings, JudgeTerm
 
 RETRIED = (429, 500, 502, 503, 504)
+LONGEST_WAIT = 60
+"""Seconds that a server may ask for between two tries."""
 
 
 def endpoint(term: EndpointTerm) -> ScoreFunction:
@@ -48,7 +50,7 @@ def judge(term: JudgeTerm) -> ScoreFunction:
     session, known = _session(term), dict[str, float]()
     worst, best = term.scale
 
-    def grade(instruction: str) -> float:
+    def grade(instruction: str) -> None:
         asked = {
             "model": term.model,
             "messages": [{"role": "user", "content": instruction}],
@@ -60,13 +62,14 @@ def judge(term: JudgeTerm) -> ScoreFunction:
             said = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"{term.url} answered {str(answer)[:80]!r}, which holds no message") from None
-        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", said or "")
+        # "8/10" is a grade of 8.
+        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", re.sub(r"/\s*\d+(?:\.\d+)?", "", said or ""))
         if not numbers:
             raise ValueError(f"the judge gave no grade: {said!r}")
         grade = float(numbers[-1])
         if not min(term.scale) <= grade <= max(term.scale):
             raise ValueError(f"the judge gave {grade:g}, which is not within scale {list(term.scale)}")
-        return (grade - worst) / (best - worst)
+        known[instruction] = (grade - worst) / (best - worst)
 
     def score(
         prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
@@ -75,7 +78,7 @@ def judge(term: JudgeTerm) -> ScoreFunction:
         asked = [_filled(term.instruction, {**row, "prompt": p, "response": r}) for p, r, row in rows]
         new = [instruction for instruction in dict.fromkeys(asked) if instruction not in known]
         with ThreadPoolExecutor(term.parallel) as pool:
-            known.update(zip(new, pool.map(grade, new), strict=True))
+            list(pool.map(grade, new))
         return [known[instruction] for instruction in asked]
 
     score.__name__ = f"the judge {term.model}"
@@ -94,15 +97,26 @@ def _filled(instruction: str, values: Mapping[str, Any]) -> str:
 def _session(term: HttpSettings) -> requests.Session:
     """Connections that try again, waiting longer each time, or as long as the server says."""
     retry = Retry(
-        total=term.retries, backoff_factor=0.5, status_forcelist=RETRIED, allowed_methods=None, raise_on_status=False
+        total=term.retries,
+        backoff_factor=0.5,
+        status_forcelist=RETRIED,
+        allowed_methods=None,
+        raise_on_status=False,
+        retry_after_max=LONGEST_WAIT,
     )
     session = requests.Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
+        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=64))
     if term.key_env:
         if term.key_env not in os.environ:
             raise UserError(f"key_env: the environment variable {term.key_env} is not set")
-        session.headers["Authorization"] = f"Bearer {os.environ[term.key_env]}"
+        key = os.environ[term.key_env]
+
+        def authorise(request: Any) -> Any:
+            request.headers["Authorization"] = f"Bearer {key}"
+            return request
+
+        session.auth = authorise  # a header alone would give way to what ~/.netrc has for the host
     return session
 
 

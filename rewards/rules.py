@@ -12,8 +12,13 @@ from policies.errors import UserError
 from rewards.functions import ScoreFunction
 from rewards.terms import ExactTerm, JsonTerm, MathTerm, NumberTerm, RegexTerm, RepetitionTerm
 
-NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
-MARKS = (re.compile(r"####\s*(.+)"), re.compile(r"\\boxed\{([^{}]*)\}"), re.compile(r"(?:^|\s)A:\s*(.+)"))
+NUMBER = re.compile(r"(?<![\d.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<!\d)[-+]?\.\d+")
+"""A sign behind a digit is a minus between two numbers."""
+MARKS = (
+    re.compile(r"####\s*(.+)"),
+    re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
+    re.compile(r"(?:^|\s)A:\s*(.+)"),
+)
 """What stands before a final answer, the surest first."""
 
 
@@ -49,8 +54,7 @@ def math(term: MathTerm) -> ScoreFunction:
         raise UserError("a reward of kind math needs math-verify: pip install 'align-rlhf[math]'") from None
 
     def agree(response: str, answer: str) -> bool:
-        # Its time-outs are by signals, which only a program's main thread can have.
-        return verify(parse(answer, parsing_timeout=None), parse(response, parsing_timeout=None), timeout_seconds=None)
+        return verify(parse(answer), parse(response))  # it gives up on each after seconds
 
     return _against(term.column, agree)
 
@@ -86,7 +90,7 @@ def final_number(text: str) -> float | None:
     """The number that a text ends in: behind its last mark, else the last one there is."""
     for mark in MARKS:
         if marked := mark.findall(text):
-            found = NUMBER.findall(marked[-1])
+            found = [] if "{" in marked[-1] else NUMBER.findall(marked[-1])  # a fraction, a root: no plain number
             return _value(found[0]) if found else None
     found = NUMBER.findall(text)
     return _value(found[-1]) if found else None

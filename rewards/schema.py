@@ -130,6 +130,10 @@ class RewardSettings(FitSettings):
             raise ValueError(f"terms: {odd!r} is no name: letters, digits and _ were expected")
         if sum(isinstance(term, ModelTerm) for term in self.terms.values()) > 1:
             raise ValueError("terms: the reward model is in more than one of them")
+        if not self.normalise and any(term.normalise == "sft" for term in self.terms.values()):
+            raise ValueError("terms: `normalise: sft` is by `normalise` SFT responses, and that is 0")
+        if not self.has_model and self.attributes:
+            raise ValueError("terms: none is of kind `model`, so that `attributes` has no effect")
         if not self.has_model and (self.model or self.classifier):
             raise ValueError("terms: none is of kind `model`, so that `model` and `classifier` have no effect")
         if self.constraint:
@@ -138,6 +142,8 @@ class RewardSettings(FitSettings):
                 raise ValueError(f"constraint.term: {cost!r} is none of the terms {', '.join(self.terms)}")
             if self.terms[cost].weight != 1.0:
                 raise ValueError(f"terms.{cost}.weight has no effect: as the constraint's cost it is weighed by λ")
+            if self.terms[cost].normalise != "no":
+                raise ValueError(f"terms.{cost}.normalise: a bound on a cost is on the cost as it is: remove it")
             if len(self.terms) == 1:
                 raise ValueError("constraint: there is no term besides the cost")
         return self

@@ -1,6 +1,7 @@
 """The settings of a reward's terms: what each scores a response by, and how it goes into the sum."""
 
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -202,6 +203,10 @@ class JudgeTerm(HttpSettings):
 
     @model_validator(mode="after")
     def _usable(self) -> "JudgeTerm":
+        try:
+            list(Formatter().parse(self.instruction))
+        except ValueError as error:
+            raise ValueError(f"instruction: {error}; a brace itself is written twice") from None
         if "{response}" not in self.instruction:
             raise ValueError("instruction has no {response}: the judge would not see it")
         if self.scale[0] == self.scale[1]:
@@ -224,6 +229,14 @@ Term = Annotated[
     | JudgeTerm,
     Field(discriminator="kind"),
 ]
+
+
+def columns_of(term: TermSettings) -> list[str]:
+    """The columns of a prompt's row that a term reads by name."""
+    if isinstance(term, JudgeTerm):
+        fields = [name for _, name, _, _ in Formatter().parse(term.instruction) if name is not None]
+        return [name for name in fields if name not in ("prompt", "response")]
+    return [term.column] if isinstance(term, ExactTerm | NumberTerm | MathTerm) else []
 
 
 class ConstraintSettings(Settings):

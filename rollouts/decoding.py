@@ -10,6 +10,9 @@ from policies.batching import buckets
 from policies.trunk import Trunk
 from rollouts.cache import can_join, join, make_cache
 
+PREFILL = 4096
+"""Tokens of prompts, padding counted, in one pass: the same on every machine, so that rounding is."""
+
 
 class Decoder:
     """Rows with their keys and values, padded on the left to one width; a new row stands behind those that are there.
@@ -30,7 +33,7 @@ class Decoder:
         place = {prompt: i for i, prompt in enumerate(distinct)}
         groups = [list(range(len(distinct)))]
         if self.joins:  # prompts of about one length together: little padding, and no more than caches hold
-            groups = buckets([len(prompt) for prompt in distinct], self.trunk.tokens_a_pass())
+            groups = buckets([len(prompt) for prompt in distinct], PREFILL)
         parts = [self._prefill([distinct[i] for i in group]) for group in groups]
         computed = {i: row for row, i in enumerate(i for group in groups for i in group)}
         rows = [computed[place[tuple(prompt)]] for prompt in prompts]
@@ -46,9 +49,10 @@ class Decoder:
         self.mask, self.cache = mask, cache
         return logits
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, V]` of the token after these, `[B]`, one for each row."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+    def step(self, tokens: Tensor, going: Sequence[bool]) -> Tensor:
+        """Logits `[B, V]` of the token after these, `[B]`; a row that does not go on keeps its position."""
+        new = torch.tensor(going, dtype=self.mask.dtype, device=self.mask.device)
+        self.mask = torch.cat([self.mask, new[:, None]], dim=1)
         positions = self.mask.sum(-1, keepdim=True) - 1
         return self._forward(tokens.unsqueeze(1), self.mask, positions, self.cache)
 

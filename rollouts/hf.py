@@ -100,7 +100,7 @@ class TransformersEngine:
                 decoder.keep(going)
                 chosen = chosen[going]
             if rows:
-                logits = decoder.step(chosen)
+                logits = decoder.step(chosen, [not responses[i].done for i in rows])
 
     def _ends(self, tokens: Sequence[int]) -> bool:
         return tokens[-1] in self.stop_ids or (self.stop_strings is not None and self.stop_strings(tokens))

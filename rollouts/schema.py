@@ -1,5 +1,7 @@
 """The settings of the rollouts."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from policies.schema import Settings
@@ -15,7 +17,7 @@ class RolloutSettings(Settings):
         True,
         description="generate with the adapter merged into a copy of the weights: faster, for their memory",
     )
-    stop: list[str] = Field(
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="strings that end a response, besides EOS; they stay in its text"
     )
     temperature: float = Field(1.0, gt=0, description="of the sampled distribution; log-probabilities are of the same")

@@ -50,7 +50,9 @@ def run_ppo(job: Job) -> None:
         learners, pool = _build(job, judges, stack)
         # Without an SFT adapter the policy's own, before the first update, changes nothing: it is the base.
         reference = judges.blueprint.reference or learners.policy_weights()
-        evaluator = make_evaluator(settings, judges, pool, learners.score, reference, job.inputs.prompts_heldout)
+        evaluator = make_evaluator(
+            settings, judges, pool, learners.score, reference, job.inputs.prompts_heldout, job.tokenizer
+        )
         progressed = _resume(job, learners)
         if progressed.reward:
             judges.reward.composition.restore(progressed.reward)
@@ -62,7 +64,7 @@ def run_ppo(job: Job) -> None:
             learners=learners,
             score=judges.learn_by(learners.score),
             kl=_kl_coefficient(settings.ppo.kl, progressed.kl_coefficient),
-            sampling=evaluator.sampling,
+            sampling=Sampling(settings.rollouts.temperature, settings.rollouts.max_new_tokens),
             ppo=settings.ppo,
             learner=settings.learner,
             seed=settings.seed,
@@ -183,7 +185,9 @@ def _evaluate(
     shown = ("score_mean", "gold_mean", "spread_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
     job.tracker.log("ppo", step, {f"eval/{name}": policy[name] for name in shown if name in policy})
     value = policy[job.experiment.evaluation.best]
-    if progressed.best is None or value >= progressed.best:
+    # Scores of a reward that has learned since cannot be compared: the newest policy is the best known.
+    moved = judges.reward.composition.learns and job.experiment.evaluation.best == "score_mean"
+    if moved or progressed.best is None or value >= progressed.best:
         progressed.best_step, progressed.best = step, value
         with new_folder(job.run.best) as folder:
             save_adapter(folder, weights, job.experiment.policy, job.experiment.model.path)

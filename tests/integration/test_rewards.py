@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from align.diagnose import DIAGNOSTICS, RELIABILITY, WORST
-from align.run import RunFolder
+from align.inputs import read_cases
+from align.run import RunFolder, open_run
 from align.tracking import METRICS, read_lines
+from align.trained import judge_reward
+from policies.errors import UserError
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process, write_rows
 
 PROMPTS = [f"User: {i} {i + 1} Assistant:" for i in range(12)]
@@ -52,6 +55,9 @@ def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
     settings, reward = make_settings(model, folder), dict(REWARDS[name])
     if rows := reward.pop("rows", None):
         settings["data"]["preferences"] = write_rows(folder / "feedback.jsonl", rows)
+    if name == "composed":
+        few = {"system": "Answer.", "examples": [{"prompt": "User: 1 Assistant:", "completion": " one."}]}
+        settings["evaluation"] |= {"temperature": 0.5, "styles": {"few": few}}
     (folder / "score.py").write_text(FUNCTION)
     settings["reward"] |= json.loads(json.dumps(reward).replace("{folder}", str(folder)))
     return settings
@@ -132,6 +138,13 @@ def test_every_term_is_logged_by_its_name(tiny_model: Path, tmp_path: Path) -> N
         assert multiplier == pytest.approx(expected)
 
 
+def test_the_reference_is_judged_in_other_styles_too(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("composed", tiny_model, tmp_path))
+    few = RunFolder(run).read_evaluation()["styles"]["few"]
+    assert {"score_mean", "length_mean", "win_rate"} <= few.keys()
+    assert few["score_mean"] != RunFolder(run).read_evaluation()["reference"]["score_mean"]
+
+
 def test_rules_alone_need_no_reward_stage(tiny_model: Path, tmp_path: Path) -> None:
     run = run_in_process(settings_of("rules", tiny_model, tmp_path))
     assert not (run / "reward").exists()
@@ -158,3 +171,27 @@ def test_the_figures_that_tell_whether_to_trust_it_are_beside_the_model(finished
     assert (finished / "reward" / RELIABILITY).is_file()
     wrong = round((1 - found["accuracy"]) * found["pairs"])
     assert len((finished / "reward" / WORST).read_text().splitlines()) == min(wrong, 20)
+
+
+def test_judging_the_reward_model_again_gives_the_same_figures(finished: Path) -> None:
+    """On the scale of training, though the saved head is normalised."""
+    run, experiment = open_run(str(finished))
+    again, _ = judge_reward(experiment, run, read_cases(experiment, None), None)
+    found = json.loads((finished / "reward" / DIAGNOSTICS).read_text())
+    assert json.loads((finished / "reward" / "stage.json").read_text())["moments"][0][1] != 1.0
+    for name in ("accuracy", "log_loss", "brier", "calibration_error"):
+        assert again[name] == pytest.approx(found[name], rel=1e-4)
+
+
+def test_feedback_that_training_has_no_equal_of_is_judged_all_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path)
+    settings["data"]["preferences_heldout"] = write_rows(tmp_path / "heldout.jsonl", FEEDBACK)
+    run = run_in_process(settings | {"stages": ["reward"]})
+    assert "rank_correlation" in json.loads((run / "reward" / DIAGNOSTICS).read_text())
+
+
+def test_a_column_that_a_rule_reads_and_a_row_lacks_is_told_before_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path)
+    settings["reward"]["terms"] = {"right": {"kind": "number", "column": "answer"}}
+    with pytest.raises(UserError, match=r"reward.terms.right reads the column 'answer', which a row .* has none"):
+        run_in_process(settings)

@@ -49,6 +49,11 @@ def test_rankings_come_best_first_in_groups_of_equal_rank(ranks: Any, order: str
     assert parse_feedback(values) == Feedback("p", tuple(order), Ranking(sizes))
 
 
+def test_a_row_of_csv_spells_its_lists_in_json() -> None:
+    values = {"prompt": "p", "responses": '["a", "b"]', "ranks": "[2, 1]"}
+    assert parse_feedback(values) == Feedback("p", ("b", "a"), Ranking((1, 1)))
+
+
 def test_the_row_says_what_its_ties_are_and_else_the_settings() -> None:
     values = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]}
     assert parse_feedback(values, open_ties=True).judgement == Ranking((2, 1), open=True)

@@ -124,7 +124,7 @@ def test_the_key_is_sent_and_comes_from_the_environment(server: Server, monkeypa
 
 
 def test_a_judge_is_shown_prompt_and_response_and_its_last_number_counts(server: Server) -> None:
-    server.answer = says("Of 10 I would give it a 7.5")
+    server.answer = says("I would give it 7.5/10")
     assert graded(server, ["fine {prompt}"]) == [0.75]
     path, body, _ = server.asked[0]
     assert (path, body["model"], body["temperature"]) == ("/chat/completions", "grader", 0)

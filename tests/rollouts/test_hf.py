@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from policies.adapters import fingerprint, lora_config
 from policies.methods import make_trunk
@@ -161,3 +161,14 @@ def test_a_model_with_a_sliding_window_decodes_in_waves() -> None:
     trunk = make_trunk(MistralForCausalLM(config).eval(), POLICY, (ROLE,))
     alone = [TransformersEngine(trunk, STOPS, rows=1).generate([r], SAMPLING)[0].response_ids for r in REQUESTS]
     assert responses(TransformersEngine(trunk, STOPS, rows=3), REQUESTS, SAMPLING) == alone
+
+
+def test_a_row_that_has_ended_does_not_run_past_the_positions_of_the_model() -> None:
+    """Rows that come in later go on while it is still in the batch."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=30)
+    trunk = make_trunk(GPT2LMHeadModel(config).eval(), POLICY, (ROLE,))
+    requests = [Request("p", tuple(IDS[i % 8][: 6 - i % 2]), seed=i) for i in range(80)]
+    found = TransformersEngine(trunk, STOPS, rows=16).generate(requests, SAMPLING)
+    assert max(t.length for t in found) == SAMPLING.max_new_tokens
+    assert len({t.length for t in found}) > 5
