@@ -82,51 +82,34 @@ class Evaluator:
         ]
 
     def judge(self, version: int, policy: AdapterWeights) -> dict[str, Any]:
-        """The sections `reference`, `policy`, `best_of` and `prompts` of `evaluation.json`.
+        """The sections `reference`, `policy`, `best_of`, `styles` and `prompts` of `evaluation.json`.
 
         The pool holds the policy when this returns.
         """
-        reference, best_of = self._reference()
-        if self.styles:
-            _ = self._samples_by_style  # before the pool holds the policy
+        draws, styled = self._of_reference
+        references = [sampled.now() for sampled in draws]
         self.pool.load_adapter(version, policy)
         side = self._sample(self.draws[0], self.score).now()
-        tokens = int(lengths(side.trajectories).sum())
         kl = torch.tensor([verdict.kl for verdict in side.scored], dtype=torch.float64)
-        compared = _wins(side, reference) | {
+        compared = _wins(side, references[0]) | {
             "kl_per_sequence": float(kl.mean()),
-            "kl_per_token": float(kl.sum()) / tokens,
+            "kl_per_token": float(kl.sum()) / int(lengths(side.trajectories).sum()),
+            "step": version,
         }
-        return {
-            "reference": reference.figures(),
-            "policy": side.figures() | compared | {"step": version},
-            **best_of,
-            **self._styled(side),
-            "prompts": len(side.trajectories),
-        }
-
-    def _reference(self) -> tuple[Side, dict[str, Any]]:
-        sides = [sampled.now() for sampled in self._samples]
-        return sides[0], {"best_of": _best_of(sides)} if self.best_of else {}
-
-    def _styled(self, policy: Side) -> dict[str, Any]:
-        """The section `styles`: figures of the reference by style, and how often the policy wins over it."""
-        if not self.styles:
-            return {}
-        sides = {name: sampled.now() for name, sampled in self._samples_by_style.items()}
-        return {
-            "styles": {name: side.figures() | _wins(policy, side) for name, side in sides.items()},
-        }
+        sections: dict[str, Any] = {"reference": references[0].figures(), "policy": side.figures() | compared}
+        if self.best_of:
+            sections["best_of"] = _best_of(references)
+        if styled:
+            now = {name: sampled.now() for name, sampled in styled.items()}
+            sections["styles"] = {name: own.figures() | _wins(side, own) for name, own in now.items()}
+        return sections | {"prompts": len(side.trajectories)}
 
     @cached_property
-    def _samples_by_style(self) -> dict[str, "Sampled"]:
+    def _of_reference(self) -> tuple[list["Sampled"], dict[str, "Sampled"]]:
+        """The reference's responses at each draw, and to the first draw's prompts in each style."""
         self.pool.load_adapter(REFERENCE_VERSION, self.weights)
-        return {name: self._sample(self.draws[0], self.rate, style) for name, style in self.styles.items()}
-
-    @cached_property
-    def _samples(self) -> list["Sampled"]:
-        self.pool.load_adapter(REFERENCE_VERSION, self.weights)
-        return [self._sample(requests, self.rate) for requests in self.draws]
+        draws = [self._sample(requests, self.rate) for requests in self.draws]
+        return draws, {name: self._sample(self.draws[0], self.rate, style) for name, style in self.styles.items()}
 
     def _sample(self, requests: Sequence[Request], ask: Ask, style: Style | None = None) -> "Sampled":
         asked = requests if style is None else [style(request) for request in requests]

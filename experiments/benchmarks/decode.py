@@ -1,10 +1,10 @@
 """The transformers engine against `model.generate`, on the same prompts and weights: response tokens a second.
 
-    python experiments/benchmarks/rollouts.py --run runs/reviews
+    python experiments/benchmarks/decode.py --run runs/reviews
 
 Two workloads, in float32: 256 prompts whose responses by the run's SFT model end by EOS at their own lengths, up to 128
 new tokens; and prompts of 512 tokens with 8 samples each. Both sides have as many rows in flight, and take turns.
-Writes `rollouts.json`.
+Writes `decode.json`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="a run of experiments/reviews with an SFT model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--to", type=Path, default=Path(__file__).with_name("rollouts.json"))
+    parser.add_argument("--to", type=Path, default=Path(__file__).with_name("decode.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     experiment = load_experiment(arguments.run / "config.yaml")
