@@ -45,13 +45,14 @@ def _run_on_trunk(job: Job, started: float) -> None:
     trunk = job.new_trunk("reward", *roles)
     models = [_new_model(job, trunk, member) for member in range(len(roles))]
     facts: dict[str, Any] = {"members": len(models)}
+    moments_of = fold = [(0.0, 1.0)] * len(models)
     if settings.model:
         for member, model in enumerate(models):
             load_member(model, job.experiment.policy, member_folder(settings.model, member))
         facts["model"] = settings.model
-        moments_of = folded_moments(Path(settings.model), len(models))
+        if not settings.attributes:
+            moments_of = folded_moments(Path(settings.model), len(models))
     else:
-        moments_of = [(0.0, 1.0)] * len(models)
         fitted = [_train(job, model, member) for member, model in enumerate(models)]
         facts |= {name: [each[name] for each in fitted] if len(fitted) > 1 else fitted[0][name] for name in fitted[0]}
         facts["skipped_rows"] = len(inputs.skipped.get("preferences", []))
@@ -61,13 +62,12 @@ def _run_on_trunk(job: Job, started: float) -> None:
     if heldout := inputs.cases_heldout:
         scores = torch.stack(
             [
-                score_cases(model, heldout, tokens) * unfolded(settings, deviation)
+                score_cases(model, heldout, tokens) * deviation
                 for model, (_, deviation) in zip(models, moments_of, strict=True)
             ]
         )
         figures, worst = diagnose(heldout, scores, settings.weights, inputs.cases)
         figures["invariance"] = invariance(models[0], heldout, tokens)
-    fold = [(0.0, 1.0)] * len(models)
     if settings.normalise and (not settings.model or settings.attributes):
         samples = job.sample_sft(trunk, settings.normalise)
         prompts, responses = [t.request.prompt_ids for t in samples], [t.response_ids for t in samples]
