@@ -71,7 +71,7 @@ def ppo_steps(run: Path) -> list[dict[str, Any]]:
     return [row for row in of_stage(run, "ppo") if "policy/loss" in row]
 
 
-FAST = ("ensemble", "composed")
+FAST = ("composed",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in REWARDS])

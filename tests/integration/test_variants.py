@@ -42,7 +42,7 @@ def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
     return settings
 
 
-FAST = ("head", "grpo", "options")
+FAST = ("grpo", "options")
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS])
