@@ -34,6 +34,7 @@ def main() -> None:
         row("30 M, float32, measured", *measured(small))
         config = LlamaConfig(max_position_embeddings=4096)  # the defaults are those of Llama 2 7 B
         config.save_pretrained(Path(folder) / "large")
+        AutoTokenizer.from_pretrained(arguments.model).save_pretrained(Path(folder) / "large")
         row("7 B, bfloat16, as planned", *figures(Path(folder) / "large", "bfloat16"))
 
 
