@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from align.feedback import branches, flat
 from align.files import write_json
 from align.inputs import Case
-from policies.batching import collate, collate_branches
+from policies.batching import collate
 from policies.encoding import prompt_text
 from rewards import diagnostics as figures
 from rewards.diagnostics import Comparison, LengthModel
@@ -65,11 +67,11 @@ def diagnose(
 
 def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[str, float]:
     """How far the same responses' scores lie apart: in batches, alone, with padding beside them, behind one prompt."""
-    cases = [case for i, case in enumerate(cases) if sum(len(c.responses_ids) for c in cases[: i + 1]) <= PROBED]
+    counts = accumulate(len(case.responses_ids) for case in cases)
+    cases = cases[: sum(1 for _ in takewhile(lambda count: count <= PROBED, counts))]
     if not cases:
         return {}
-    prompts = [case.prompt_ids for case in cases for _ in case.responses_ids]
-    responses = [ids for case in cases for ids in case.responses_ids]
+    prompts, responses = flat(cases)
     alone = model.attribute_scores(prompts, responses, 1)
     found = {"batched": model.attribute_scores(prompts, responses, tokens)}
     device, longest = model.trunk.causal.device, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -78,9 +80,9 @@ def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[s
         beside = collate([[0] * max(longest, min(longest + 16, most)), *prompts], [[], *responses]).to(device)
         found["padded"] = model(beside)[1:].cpu()
         if model.trunk.branches_agree(model.role):
-            batch = collate_branches([case.prompt_ids for case in cases], [case.responses_ids for case in cases])
-            places = (batch.ids, batch.last, batch.positions, batch.seen)
-            found["packed"] = model.scores_at(*(place.to(device) for place in places)).cpu()
+            batch = branches(list(cases))
+            places = {name: batch[name].to(device) for name in ("ids", "last", "positions", "seen")}
+            found["packed"] = model.scores_at(**places).cpu()
     return {name: float((scores - alone).abs().max()) for name, scores in found.items()}
 
 
@@ -93,10 +95,7 @@ def write_diagnostics(folder: Path, facts: Mapping[str, Any], worst: Sequence[Ma
 
 
 def _starts(cases: Sequence[Case]) -> list[int]:
-    starts = [0]
-    for case in cases:
-        starts.append(starts[-1] + len(case.responses_ids))
-    return starts
+    return list(accumulate((len(case.responses_ids) for case in cases), initial=0))
 
 
 def _by_attribute(scores: Tensor, weights: Mapping[str, float]) -> list[dict[str, Tensor]]:

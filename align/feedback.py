@@ -52,8 +52,13 @@ class FeedbackObjective(Objective):
 
 def score_cases(model: RewardModel, cases: Sequence[Case], tokens: int) -> Tensor:
     """Scores by attribute `[N, A]` of all responses, row after row; each with its prompt, as PPO will score it."""
+    return model.attribute_scores(*flat(cases), tokens)
+
+
+def flat(cases: Sequence[Case]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompt and tokens of every response, row after row."""
     prompts = [case.prompt_ids for case in cases for _ in case.responses_ids]
-    return model.attribute_scores(prompts, [ids for case in cases for ids in case.responses_ids], tokens)
+    return prompts, [ids for case in cases for ids in case.responses_ids]
 
 
 def shares_prompts(trunk: Trunk, role: str, cases: Sequence[Case]) -> bool:
@@ -81,8 +86,7 @@ def branches(cases: list[Case]) -> dict[str, Any]:
 
 def rows(cases: list[Case]) -> dict[str, Any]:
     """A batch of one row for each response."""
-    prompts = [case.prompt_ids for case in cases for _ in case.responses_ids]
-    batch = collate(prompts, [ids for case in cases for ids in case.responses_ids])
+    batch = collate(*flat(cases))
     return {"ids": batch.ids, "last": batch.last} | _verdicts(cases)
 
 

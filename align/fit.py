@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.checkpoint import latest, prune, seal, step_of
@@ -29,6 +29,7 @@ from policies.lora import by_rate
 from rewards.schema import FitSettings
 
 WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"
 BEST = "best"
 
 
@@ -131,10 +132,12 @@ def fit(
         watch.progress = progress
         last = latest(context.checkpoints)
         begun = last is not None and step_of(last) > context.first
-        trainer.train(resume_from_checkpoint=str(last) if begun else None)
+        state = TrainerState.load_from_json(str(last / STATE)) if last and begun else trainer.state
+        if not watch.ended(state):
+            trainer.train(resume_from_checkpoint=str(last) if begun else None)
+            state = trainer.state
     objective.eval()
-    state = trainer.state
-    if not watch.ended:
+    if not watch.ended(state):
         raise Interrupted
     assert state.best_metric is not None  # the last step is always looked at
     write_trained(objective, load_file(context.checkpoints / BEST / WEIGHTS))
@@ -231,7 +234,6 @@ class _Watch(TrainerCallback):
     """Logs every step, looks at the held-out loss, seals checkpoints, and ends training when it is time to."""
 
     progress: Progress
-    ended = False
 
     def __init__(
         self, context: StageContext, metrics: str, settings: FitSettings, steps: int, heldout: Callable[[], float]
@@ -246,7 +248,7 @@ class _Watch(TrainerCallback):
             self.progress.advance(state.global_step, loss=loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        every, patience = self.settings.evaluate_every, self.settings.patience
+        every = self.settings.evaluate_every
         if state.global_step == self.steps or (every and state.global_step % every == 0):
             model.eval()
             loss = self.heldout()
@@ -256,11 +258,17 @@ class _Watch(TrainerCallback):
                 state.best_metric, state.best_global_step = loss, state.global_step
                 with new_folder(self.context.checkpoints / BEST) as folder:
                     save_file(trained(model), folder / WEIGHTS)
-            elif patience and state.global_step - state.best_global_step >= patience * every:
-                self.ended = control.should_training_stop = control.should_save = True
-            self.ended |= state.global_step == self.steps
+        if self.ended(state):
+            control.should_save = control.should_training_stop = True
         if self.context.stop.requested:
             control.should_save = control.should_training_stop = True
+
+    def ended(self, state: TrainerState) -> bool:
+        """Whether the last step is done, or too many looks have gone by without a better held-out loss."""
+        looked, patience = state.best_metric is not None, self.settings.patience
+        waited = state.global_step - (state.best_global_step or 0)
+        given_up = looked and patience is not None and waited >= patience * self.settings.evaluate_every
+        return given_up or (looked and state.global_step == self.steps)
 
     def _log(self, state: Any, figures: dict[str, float]) -> None:
         named = {f"{self.metrics}/{name}": value for name, value in figures.items()}

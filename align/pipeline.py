@@ -22,6 +22,7 @@ from align.tracking import open_tracker, truncate_after
 from policies.adapters import load_adapter
 from policies.errors import UserError
 from policies.loading import check_model_folder, load_model_config, load_tokenizer
+from rewards.diagnostics import ACCURACY
 from rewards.functions import load_function
 from rewards.model import member_folder, members_in, read_heads
 from rewards.terms import columns_of
@@ -132,8 +133,7 @@ def _evaluation(run: RunFolder) -> dict[str, Any]:
     facts = {stage: read_facts(folder) for stage, folder in products.items() if folder.is_dir()}
     evaluation: dict[str, Any] = {}
     if "accuracy" in facts.get("reward", {}):
-        names = ("accuracy", "accuracy_low", "accuracy_high", "pairs")
-        evaluation["reward_model"] = {name: facts["reward"][name] for name in names}
+        evaluation["reward_model"] = {name: facts["reward"][name] for name in ACCURACY}
     if "ppo" in facts:
         evaluation |= policy_figures(run)
     return evaluation | {"seconds": {stage: round(known["seconds"], 1) for stage, known in facts.items()}}

@@ -1,7 +1,7 @@
 """Stage two: a reward model from feedback of every kind, or the one that is given, and whether to trust it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from policies.methods import build_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
 from rewards.classifier import Classifier
-from rewards.diagnostics import distribution
+from rewards.diagnostics import ACCURACY, distribution
 from rewards.model import RewardModel, load_heads, member_folder, members_in, read_heads, role_of
 from rewards.objective import FeedbackLoss
 from rewards.schema import RewardSettings
@@ -50,43 +50,42 @@ def _run_on_trunk(job: Job, started: float) -> None:
         for member, model in enumerate(models):
             load_member(model, job.experiment.policy, member_folder(settings.model, member))
         facts["model"] = settings.model
-        if not settings.attributes:
-            moments_of = folded_moments(Path(settings.model), len(models))
+        moments_of = folded_moments(settings, Path(settings.model), len(models))
     else:
         fitted = [_train(job, model, member) for member, model in enumerate(models)]
         facts |= {name: [each[name] for each in fitted] if len(fitted) > 1 else fitted[0][name] for name in fitted[0]}
         facts["skipped_rows"] = len(inputs.skipped.get("preferences", []))
-    tokens = trunk.tokens_a_pass()
     figures: dict[str, Any] = {}
     worst: list[dict[str, Any]] = []
     if heldout := inputs.cases_heldout:
-        scores = torch.stack(
-            [
-                score_cases(model, heldout, tokens) * deviation
-                for model, (_, deviation) in zip(models, moments_of, strict=True)
-            ]
-        )
-        figures, worst = diagnose(heldout, scores, settings.weights, inputs.cases)
-        figures["invariance"] = invariance(models[0], heldout, tokens)
+        figures, worst = judge_models(models, moments_of, heldout, inputs.cases)
     if settings.normalise and (not settings.model or settings.attributes):
         samples = job.sample_sft(trunk, settings.normalise)
         prompts, responses = [t.request.prompt_ids for t in samples], [t.response_ids for t in samples]
-        of_samples = [model.score(prompts, responses, tokens) for model in models]
+        of_samples = [model.score(prompts, responses, trunk.tokens_a_pass()) for model in models]
         fold = moments_of = [moments(scores) for scores in of_samples]
         figures["sft_scores"] = distribution(torch.stack(of_samples).mean(0))
     facts["moments"] = moments_of
     _finish(job, facts, figures, worst, started, partial(_save_members, models, fold))
 
 
-def folded_moments(folder: Path, members: int) -> list[tuple[float, float]]:
-    """Mean and deviation by which the scores of a reward's folder are normalised, of each member."""
-    known = read_facts(folder).get("moments", [])
+def folded_moments(settings: RewardSettings, folder: Path, members: int) -> list[tuple[float, float]]:
+    """Mean and deviation that a folder's scores are normalised by, of each member; the heads of attributes are not."""
+    known = [] if settings.attributes else read_facts(folder).get("moments", [])
     return [(mean, deviation) for mean, deviation in known[:members]] or [(0.0, 1.0)] * members
 
 
-def unfolded(settings: RewardSettings, deviation: float) -> float:
-    """What brings differences of a folder's scores back to the scale of training; attributes' heads are still on it."""
-    return 1.0 if settings.attributes else deviation
+def judge_models(
+    models: Sequence[RewardModel],
+    moments_of: Sequence[tuple[float, float]],
+    cases: Sequence[Case],
+    trained: Sequence[Case] = (),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and worst errors of an ensemble, on the scale of training, whatever its scores are normalised by."""
+    tokens = models[0].trunk.tokens_a_pass()
+    scores = [score_cases(m, cases, tokens) * deviation for m, (_, deviation) in zip(models, moments_of, strict=True)]
+    figures, worst = diagnose(cases, torch.stack(scores), models[0].weights, trained)
+    return figures | {"invariance": invariance(models[0], cases, tokens)}, worst
 
 
 def _members(settings: RewardSettings) -> int:
@@ -181,10 +180,10 @@ def _finish(
     figures: dict[str, Any],
     worst: list[dict[str, Any]],
     started: float,
-    save: Any,
+    save: Callable[[Path], None],
 ) -> None:
     """Write the stage's folder: the model, what is known of it, and whether to trust it."""
-    judged = {name: figures[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs") if name in figures}
+    judged = {name: figures[name] for name in ACCURACY if name in figures}
     if judged:
         job.tracker.log("reward", _steps(facts), {"reward_model/heldout_accuracy": judged["accuracy"]})
     with job.new_product(job.run.reward, facts | judged, started) as folder:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from align.diagnose import diagnose, invariance
-from align.feedback import score_cases
+from align.diagnose import diagnose
 from align.inputs import Case, Inputs
 from align.judges import REWARD_STATE, make_evaluator, make_judges
 from align.ppo.build import build_roles
 from align.ppo.passes import score_groups
-from align.reward import classifier_scores, folded_moments, load_models, unfolded
+from align.reward import classifier_scores, folded_moments, judge_models, load_models
 from align.run import RunFolder, read_facts
 from align.schema import Experiment
 from align.seeds import seed_for
@@ -62,16 +61,7 @@ def judge_reward(
     if path:
         return diagnose(cases, classifier_scores(Classifier(path, "--classifier"), cases), {"": 1.0})
     models = load_models(experiment, run.reward)
-    tokens = models[0].trunk.tokens_a_pass()
-    settings, moments = experiment.reward, folded_moments(run.reward, len(models))
-    scores = torch.stack(
-        [
-            score_cases(model, cases, tokens) * unfolded(settings, deviation)
-            for model, (_, deviation) in zip(models, moments, strict=True)
-        ]
-    )
-    figures, worst = diagnose(cases, scores, settings.weights)
-    return figures | {"invariance": invariance(models[0], cases, tokens)}, worst
+    return judge_models(models, folded_moments(experiment.reward, run.reward, len(models)), cases)
 
 
 class Answerer:

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate, combinations, pairwise
 from typing import Any
 
@@ -26,6 +26,9 @@ class Accuracy:
     accuracy_low: float
     accuracy_high: float
     pairs: int
+
+
+ACCURACY = tuple(field.name for field in fields(Accuracy))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import fmean, pstdev
 from typing import Literal
 
@@ -46,10 +46,9 @@ class FeedbackLoss(nn.Module):
         smoothing: the share of comparisons that are taken to be the reverse of the truth.
         """
         places: dict[tuple[object, ...], list[int]] = {}
-        starts = [0]
         for row, each in enumerate(feedback):
             places.setdefault(_kind(each), []).append(row)
-            starts.append(starts[-1] + len(each.responses))
+        starts = list(accumulate((len(each.responses) for each in feedback), initial=0))
         losses = scores.new_zeros(len(feedback))
         for rows in places.values():
             alike = [feedback[row] for row in rows]

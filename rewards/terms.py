@@ -168,7 +168,8 @@ class HttpSettings(CallSettings):
 
     @property
     def call_timeout(self) -> None:
-        """Each request has its own."""
+        """None: a batch is many requests, and each has the timeout for itself."""
+        return None
 
     @field_validator("url", check_fields=False)
     @classmethod

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 
 from align.diagnose import DIAGNOSTICS, RELIABILITY, WORST
 from align.inputs import read_cases
+from align.interrupt import Stop
+from align.pipeline import load_inputs, run_stages
 from align.run import RunFolder, open_run
+from align.schema import Experiment
 from align.tracking import METRICS, read_lines
 from align.trained import judge_reward
 from policies.errors import UserError
@@ -119,6 +123,24 @@ def test_training_ends_early_and_keeps_the_best(tiny_model: Path, tmp_path: Path
     assert facts["heldout_loss"] == min(losses)
 
 
+@pytest.mark.parametrize("name", ["patience", "ensemble"])
+def test_a_kill_between_the_last_checkpoint_and_the_product_costs_no_step(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(name, tiny_model, tmp_path) | {"stages": ["sft", "reward"]}
+    run = run_in_process(settings)
+    before, weights = figures(run), (run / "reward" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "reward")
+    lines = (run / METRICS).read_text().splitlines(keepends=True)
+    (run / METRICS).write_text("".join(lines[:-1]))  # the accuracy is logged just before the product is written
+    for done in sorted((run / "checkpoints" / "reward").glob("done-*"))[-1:]:
+        shutil.rmtree(done)
+    experiment = Experiment.model_validate(settings)
+    run_stages(experiment, RunFolder(run), load_inputs(experiment), Stop())
+    assert figures(run) == before
+    assert (run / "reward" / "adapter_model.safetensors").read_bytes() == weights
+
+
 def test_a_head_alone_leaves_the_adapter_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
     run = run_in_process(settings_of("head", tiny_model, tmp_path))
     adapters = [(run / stage / "adapter_model.safetensors").read_bytes() for stage in ("sft", "reward")]
@@ -136,6 +158,8 @@ def test_every_term_is_logged_by_its_name(tiny_model: Path, tmp_path: Path) -> N
     for row, multiplier in zip(steps, multipliers):
         expected = max(0.0, expected + 0.5 * (row["reward/term/cost"] - 0.2))
         assert multiplier == pytest.approx(expected)
+    # Scores of a reward that learns do not compare: the last policy is kept, whatever its score.
+    assert json.loads((run / "policy" / "evaluation.json").read_text())["policy"]["step"] == 3
 
 
 def test_the_reference_is_judged_in_other_styles_too(tiny_model: Path, tmp_path: Path) -> None:

@@ -163,6 +163,30 @@ def test_a_ready_adapter_and_reward_model_are_used_as_they_are(finished: Path, s
     assert ours == [row for row in figures(finished) if row["stage"] == "ppo"]
 
 
+def test_the_reward_model_is_judged_by_other_feedback(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "User: two Assistant:", "chosen": f" {i}.", "rejected": f" {i} red dog."} for i in range(9)]
+    data = tmp_path / "more.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        "sys.argv", ["align", "eval", str(finished), "--reward", "--data", str(data), "--to", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "of 9 comparisons" in " ".join(capfd.readouterr().out.split())
+    assert json.loads((tmp_path / "out" / "diagnostics.json").read_text())["pairs"] == 9
+
+
+@pytest.mark.parametrize("option", ["--data", "--classifier", "--to"])
+def test_options_of_judging_a_reward_model_are_refused_without_it(
+    option: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, said = call(monkeypatch, capfd, "eval", finished, option, "x")
+    assert (status, "are for --reward: give it too" in said) == (2, True)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "wrong key": ({"ppo": {"stepz": 3}}, "experiment.yaml:.*ppo.stepz is no setting; did you mean steps"),
     "missing file": (
