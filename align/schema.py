@@ -1,12 +1,13 @@
 """The settings of the stages and of what drives them. `align.config` puts them together with those of the packages."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from policies.schema import SELECTED, ModelSettings, PolicySettings, Schedule, Settings
 from rewards.schema import FitSettings, RewardSettings
-from rollouts.schema import RolloutSettings
+from rollouts.schema import LARGEST_RANK, RolloutSettings
 
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
@@ -306,6 +307,34 @@ class Experiment(Settings):
             raise ValueError(
                 f"policy.method {method} trains the weights themselves, which model.dtype {self.model.dtype} is too "
                 "coarse for: use float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit(self) -> "Experiment":
+        rollouts, ppo = self.rollouts, self.ppo
+        chunks = math.ceil(ppo.batch / rollouts.prompts_a_chunk)
+        if rollouts.workers > chunks:
+            raise ValueError(
+                f"rollouts.workers {rollouts.workers}: a batch of {ppo.batch} is {chunks} chunks of "
+                f"{rollouts.prompts_a_chunk} prompts, and some workers would idle: set rollouts.chunk to at most "
+                f"{max(1, ppo.batch // rollouts.workers)}, or fewer workers"
+            )
+        plain = self.policy.method == "lora" and not self.policy.dora and self.policy.full_rank <= LARGEST_RANK
+        if rollouts.engine == "vllm" and not plain:
+            raise ValueError(
+                f"rollouts.engine vllm swaps adapters of policy.method lora, without dora, of rank {LARGEST_RANK} at "
+                "most; this policy is another: use engine transformers"
+            )
+        if rollouts.max_age and ppo.importance_cap is None:
+            raise ValueError(
+                "rollouts.max_age samples from older weights than are trained, which ppo.importance_cap corrects: set "
+                "it, to 2.0 as is usual"
+            )
+        if rollouts.max_age and ppo.max_gap is not None:
+            raise ValueError(
+                "ppo.max_gap compares sampler and learner under the same weights, which rollouts.max_age lets differ: "
+                "remove one of them"
             )
         return self
 

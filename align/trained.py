@@ -47,7 +47,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
         groups = buckets([t.total_length for t in trajectories], roles.trunk.tokens_a_pass())
         return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
 
-    pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts))
+    pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts), rollouts.prompts_a_chunk)
     evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout, tokenizer)
     step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
     return evaluator.judge(step, policy)

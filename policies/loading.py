@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from policies.errors import UserError
 from policies.quantised import four_bits, leave_packed
@@ -95,9 +102,17 @@ def load_model_config(path: str) -> AutoConfig:
         raise UserError(f"model {path} cannot be read: {_first_line(error)}") from error
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def load_generation_config(path: str) -> GenerationConfig:
+    """The model's generation config; without one, what its configuration says of it."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_model_config(load_model_config(path))
+
+
+def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a response: the tokenizer's EOS and those of the generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    configured = generation.eos_token_id if generation else None
     listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return frozenset([tokenizer.eos_token_id, *listed])
 

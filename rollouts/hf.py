@@ -147,10 +147,10 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 def make_engine(trunk: Trunk, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutSettings) -> TransformersEngine:
     """An engine on this trunk, which may be shared."""
     stop_strings = StopStrings(rollouts.stop, tokenizer) if rollouts.stop else None
-    return TransformersEngine(trunk, stop_ids(trunk.causal, tokenizer), rollouts.rows, rollouts.merge, stop_strings)
+    return TransformersEngine(trunk, stop_ids(trunk.causal.generation_config, tokenizer), rollouts.rows, rollouts.merge, stop_strings)
 
 
-def build_engine(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> TransformersEngine:
+def build_transformers(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> TransformersEngine:
     """An engine on a trunk of its own."""
     return make_engine(build_trunk(model, policy, (ROLE,)), load_tokenizer(model.path), rollouts)
 

@@ -23,14 +23,20 @@ class Pool(Protocol):
 class LocalPool:
     """One engine in this process."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, chunk: int) -> None:
+        """chunk: requests that the engine is handed at a time, as workers of a pool are."""
+        self.engine, self.chunk = engine, chunk
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
         self.engine.load_adapter(version, weights)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        return self.engine.generate(requests, sampling)
+        return [t for chunk in cut(requests, self.chunk) for t in self.engine.generate(chunk, sampling)]
 
     def close(self) -> None:
         pass  # the engine goes with its owner
+
+
+def cut(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
+    """Chunks of at most so many requests. Rounding depends on what is decoded together, and a chunk always is."""
+    return [requests[start : start + size] for start in range(0, len(requests), size)]

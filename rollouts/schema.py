@@ -1,21 +1,35 @@
 """The settings of the rollouts."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from policies.schema import Settings
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The largest ranks of an adapter that vLLM can be told to make room for."""
+LARGEST_RANK = RANKS[-1]
 
 
 class RolloutSettings(Settings):
     """Who generates responses, and how they are sampled."""
 
     workers: int = Field(0, ge=0, description="Ray actors that generate; 0: in the controller's process")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what generates; vllm in workers only")
+    vllm: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of vllm.LLM, as gpu_memory_utilization"
+    )
     gpus: float = Field(0.0, ge=0, description="GPUs that each worker reserves of the Ray cluster")
-    rows: int = Field(32, ge=1, description="prompts in flight in one engine, and handed to a worker at a time")
+    rows: int = Field(32, ge=1, description="prompts in flight in one engine")
+    chunk: int | None = Field(
+        None, ge=1, description="prompts that an engine is handed at a time; unset: twice `rows`"
+    )
+    max_age: int = Field(
+        0, ge=0, description="steps that the sampling weights may be old: rollouts then go on while the learner trains"
+    )
     merge: bool = Field(
         True,
-        description="generate with the adapter merged into a copy of the weights: faster, for their memory",
+        description="transformers: generate with the adapter merged into a copy of the weights: faster, for their memory",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="strings that end a response, besides EOS; they stay in its text"
@@ -24,3 +38,21 @@ class RolloutSettings(Settings):
     max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are bad rows")
     max_new_tokens: int = Field(64, ge=1, description="a response that reaches this is cut")
     timeout: float = Field(600.0, gt=0, description="seconds after which a worker that has not answered is given up")
+    slow: float = Field(
+        4.0, gt=1, description="times the median chunk's seconds after which another worker is handed the same chunk"
+    )
+
+    @property
+    def prompts_a_chunk(self) -> int:
+        """The chunk in force."""
+        return self.chunk or 2 * self.rows
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> "RolloutSettings":
+        if self.max_age and not self.workers:
+            raise ValueError("max_age lets rollouts go on beside the learner, in workers: set workers to 1 or more")
+        if self.engine == "vllm" and not self.workers:
+            raise ValueError("engine vllm runs in workers, beside the learner's process: set workers to 1 or more")
+        if self.vllm and self.engine != "vllm":
+            raise ValueError(f"`vllm` is of engine vllm, and engine is {self.engine}: remove it")
+        return self

@@ -9,15 +9,15 @@ from ray.rllib.utils.actor_manager import FaultAwareApply
 
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
+from rollouts.roster import Weights
 from rollouts.trajectory import Request, Trajectory
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a worker says: the weights that it holds, by version and fingerprint, and trajectories if asked for them."""
+    """What a worker says: the weights that it holds, and trajectories if asked for them."""
 
-    version: int
-    fingerprint: str
+    held: Weights
     trajectories: list[Trajectory]
 
 
@@ -27,16 +27,14 @@ class Worker(FaultAwareApply):
     def __init__(self, build: Callable[[], Engine], threads: int) -> None:
         torch.set_num_threads(threads)
         self.engine = build()
-        self.version, self.fingerprint = -1, ""
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """RLlib's entry point. An exception goes back to the caller; RLlib's own version would end the process."""
         return func(self, *args, **kwargs)
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> Reply:
-        self.fingerprint = self.engine.load_adapter(version, weights)
-        self.version = version
-        return Reply(version, self.fingerprint, [])
+        self.held = Weights(version, self.engine.load_adapter(version, weights))
+        return Reply(self.held, [])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Reply:
-        return Reply(self.version, self.fingerprint, self.engine.generate(requests, sampling))
+        return Reply(self.held, self.engine.generate(requests, sampling))

@@ -1,7 +1,7 @@
 """What a PPO checkpoint holds, in files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from align.files import write_json
 from align.ppo.learner import LearnerState
+from align.ppo.loop import Asked
 from align.schema import CriticSettings
 from policies.adapters import load_adapter, load_head, save_adapter, save_head
 from policies.errors import UserError
 from policies.schema import PolicySettings
+from policies.trunk import AdapterWeights
+
+ASKED = "asked"
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Progressed:
     step: rounds that are done. kl_coefficient: of the next. best_step, best: of the best policy evaluated so far.
     reward: what the composition of the reward has learned. stop: best and offences of the rule that ends PPO early;
     stopped: why it did. seconds: spent so far. ranks, zero: the layout that the optimizer's state was saved in.
+    asked: the versions under which the batches of the next steps were being answered.
     """
 
     step: int
@@ -35,13 +40,24 @@ class Progressed:
     seconds: float
     ranks: int
     zero: int
+    asked: list[int]
 
 
 def write_state(
-    folder: Path, states: Sequence[LearnerState], policy: PolicySettings, base: str, progressed: Progressed
+    folder: Path,
+    states: Sequence[LearnerState],
+    policy: PolicySettings,
+    base: str,
+    progressed: Progressed,
+    asked: Collection[Asked] = (),
 ) -> None:
-    """Write policy, critic where there is one, each rank's part of the optimizer, and how far PPO is."""
+    """Write policy, critic where there is one, each rank's part of the optimizer, and how far PPO is.
+
+    asked: the batches that are being answered, of which the weights are kept: the same answers come of them again.
+    """
     save_adapter(folder / "policy", states[0].policy, policy, base)
+    for batch in asked:
+        save_adapter(folder / ASKED / str(batch.step), batch.weights, policy, base)
     if states[0].critic:
         save_adapter(folder / "critic", states[0].critic, policy, base)
     if states[0].critic_head:
@@ -60,6 +76,13 @@ def read_progress(folder: Path, ranks: int, zero: int) -> Progressed:
             f"learner.ranks is {ranks}, learner.zero {zero}: set them as they were"
         )
     return progressed
+
+
+def read_asked(folder: Path, policy: PolicySettings, progressed: Progressed) -> list[tuple[int, int, AdapterWeights]]:
+    """Step, version and weights of each batch that was being answered."""
+    steps = range(progressed.step, progressed.step + len(progressed.asked))
+    versions = zip(steps, progressed.asked, strict=True)
+    return [(step, version, load_adapter(folder / ASKED / str(step), policy)) for step, version in versions]
 
 
 def read_states(folder: Path, policy: PolicySettings, critic: CriticSettings | None, ranks: int) -> list[LearnerState]:

@@ -1,9 +1,10 @@
 """Stage three, PPO: the controller."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from align.inputs import Example
 from align.ppo.episodes import Episode, make_episodes
@@ -14,8 +15,9 @@ from align.ppo.learner import Rates
 from align.ppo.optimizer import schedule_factor
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from align.schema import LearnerSettings, PpoSettings
+from policies.trunk import AdapterWeights
+from rollouts.ahead import Answers, Asker
 from rollouts.engine import Sampling
-from rollouts.pool import Pool
 from rollouts.trajectory import Scored, Trajectory
 
 
@@ -33,12 +35,25 @@ class Step:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A batch that is being answered: for which step, under which weights."""
+
+    step: int
+    version: int
+    weights: AdapterWeights
+    answers: Answers
+
+
 @dataclass
 class Ppo:
-    """The parts of the loop, each chosen before it starts, and its state: the next step and the KL coefficient."""
+    """The parts of the loop, each chosen before it starts, and its state.
+
+    step: the next. asked: the batches of the steps to come that are being answered, `max_age` of them when a step ends.
+    """
 
     prompts: PromptStream
-    pool: Pool
+    asker: Asker
     learners: Learners
     score: Callable[[Sequence[Trajectory]], list[Scored]]
     kl: KlCoefficient
@@ -47,15 +62,17 @@ class Ppo:
     learner: LearnerSettings
     seed: int
     demonstrations: Sequence[Example] = ()
+    max_age: int = 0
     step: int = 0
+    asked: deque[Asked] = field(default_factory=deque)
 
     def steps(self) -> Iterator[Step]:
-        """Run the steps that are left; after each, the pool holds the updated policy.
+        """Run the steps that are left.
 
         prompts → trajectories → scores → advantages → update → adapter weights, version n + 1
         """
         ppo = self.ppo
-        self.pool.load_adapter(self.step, self.learners.policy_weights())
+        weights = self.learners.policy_weights()
         before = time.perf_counter()
         while self.step < ppo.steps:
             clock, index, beta = Clock(before), self.step, self.kl.value
@@ -63,7 +80,9 @@ class Ppo:
             orders = minibatch_orders(ppo.batch, ppo.minibatches, ppo.epochs, self.seed, index)
             mixed_in = demonstration_batches(self.demonstrations, ppo, self.seed, index)
             with clock("rollout"):
-                trajectories = self.pool.generate(self.prompts.requests(index), self.sampling)
+                for step in range(index + len(self.asked), min(index + self.max_age + 1, ppo.steps)):
+                    self.ask(step, index, weights)
+                trajectories = self.asked.popleft().answers()
             with clock("score"):
                 scored = self.score(trajectories)
                 check_gap(trajectories, scored, ppo.max_gap)
@@ -71,12 +90,17 @@ class Ppo:
             with clock("update"):
                 statistics = self.learners.update(episodes, orders, rates, mixed_in)
             with clock("sync"):
-                self.pool.load_adapter(index + 1, self.learners.policy_weights())
+                weights = self.learners.policy_weights()
             self.kl.update(sum(verdict.kl for verdict in scored) / len(scored), len(scored))
             self.step += 1
             seconds = clock.seconds()
             before = time.perf_counter()
             yield Step(index, trajectories, scored, episodes, rates, beta, statistics, seconds)
+
+    def ask(self, step: int, version: int, weights: AdapterWeights) -> None:
+        """Have a step's prompts answered under these weights."""
+        answers = self.asker.ask(version, weights, self.prompts.requests(step), self.sampling)
+        self.asked.append(Asked(step, version, weights, answers))
 
 
 def learning_rates(learner: LearnerSettings, ppo: PpoSettings, index: int, kl_coefficient: float) -> Rates:

@@ -14,6 +14,9 @@ from align.schema import PpoSettings
 from policies.encoding import decode_response, prompt_text
 from rollouts.trajectory import lengths
 
+WIDE = 0.1
+"""Nats beyond which sampler and learner are said to differ about a token."""
+
 
 def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> dict[str, float]:
     """The step's figures by their names in `metrics.jsonl`."""
@@ -41,7 +44,9 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
         "rollout/prompt_tokens": sum(len(t.request.prompt_ids) for t in step.trajectories),
         "rollout/gap_mean": float(gaps.mean()),
         "rollout/gap_max": float(gaps.max()),
+        "rollout/gap_share": float((gaps > WIDE).double().mean()),
         "rollout/version": step.trajectories[0].version,
+        "rollout/age": step.index - step.trajectories[0].version,
         "learner/optimizer_steps": of["optimizer_steps"],
         "learner/skipped_steps": of["skipped_steps"],
     }

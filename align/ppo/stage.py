@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,10 +18,10 @@ from align.interrupt import Interrupted
 from align.job import Job
 from align.judges import REWARD_STATE, Judges, make_evaluator, make_judges
 from align.ppo.build import build_roles
-from align.ppo.checkpoint import Progressed, read_progress, read_states, write_state
+from align.ppo.checkpoint import Progressed, read_asked, read_progress, read_states, write_state
 from align.ppo.group import Learners, LocalLearners
 from align.ppo.kl import AdaptiveKl, FixedKl, KlCoefficient
-from align.ppo.loop import Ppo, Step
+from align.ppo.loop import Asked, Ppo, Step
 from align.ppo.metrics import step_metrics, step_samples
 from align.ppo.prompts import PromptStream
 from align.ppo.stopping import StopRule
@@ -31,9 +32,11 @@ from align.scoring import RolesScore
 from align.seeds import permutation, seed_for
 from policies.adapters import save_adapter
 from policies.trunk import AdapterWeights
+from rollouts.ahead import Ahead, AtOnce
+from rollouts.build import build_engine
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import build_engine, make_engine
+from rollouts.hf import make_engine
 from rollouts.pool import LocalPool, Pool
 
 
@@ -53,14 +56,14 @@ def run_ppo(job: Job) -> None:
         evaluator = make_evaluator(
             settings, judges, pool, learners.score, reference, job.inputs.prompts_heldout, job.tokenizer
         )
-        progressed = _resume(job, learners)
+        progressed, asked = _resume(job, learners)
         if progressed.reward:
             judges.reward.composition.restore(progressed.reward)
         else:
             _calibrate(job, judges, pool, learners.score, reference)
         ppo = Ppo(
             prompts=PromptStream(job.inputs.prompts, settings.ppo.batch, settings.ppo.samples, settings.seed),
-            pool=pool,
+            asker=pool if isinstance(pool, Ahead) else AtOnce(pool),
             learners=learners,
             score=judges.learn_by(learners.score),
             kl=_kl_coefficient(settings.ppo.kl, progressed.kl_coefficient),
@@ -69,8 +72,11 @@ def run_ppo(job: Job) -> None:
             learner=settings.learner,
             seed=settings.seed,
             demonstrations=job.inputs.examples,
+            max_age=settings.rollouts.max_age,
             step=progressed.step,
         )
+        for batch in asked:
+            ppo.ask(*batch)
         rule = None if settings.ppo.stop is None else StopRule(settings.ppo.stop, *progressed.stop)
         before = progressed.seconds
         with Progress("ppo", settings.ppo.steps) as progress:
@@ -85,7 +91,8 @@ def run_ppo(job: Job) -> None:
                     progressed.reward = judges.reward.composition.state()
                     progressed.stop = [rule.best, rule.offences] if rule else []
                     progressed.seconds = before + time.perf_counter() - started
-                    _save(job, learners, progressed)
+                    progressed.asked = [batch.version for batch in ppo.asked]
+                    _save(job, learners, progressed, ppo.asked)
                 if job.stop.requested:
                     raise Interrupted
                 if last:
@@ -109,10 +116,13 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
 
         build = partial(build_engine, settings.model, settings.policy, rollouts)
         each = threads(settings.cluster, rollouts.workers)
-        pool = RayPool(build, rollouts.workers, rollouts.rows, rollouts.timeout, each, rollouts.gpus)
+        workers = RayPool(
+            build, rollouts.workers, rollouts.prompts_a_chunk, rollouts.timeout, rollouts.slow, each, rollouts.gpus
+        )
+        pool = Ahead(workers) if rollouts.max_age else workers
         stack.callback(pool.close)
     elif not shares:
-        pool = LocalPool(build_engine(settings.model, settings.policy, rollouts))
+        pool = LocalPool(build_engine(settings.model, settings.policy, rollouts), rollouts.prompts_a_chunk)
     if learner.ranks:
         from align.ppo.ranks import RayLearners
 
@@ -121,7 +131,7 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     else:
         roles = build_roles(blueprint, ppo.critic_if_any, (SAMPLER,) if shares else ())
         if shares:
-            pool = LocalPool(make_engine(roles.trunk, job.tokenizer, rollouts))
+            pool = LocalPool(make_engine(roles.trunk, job.tokenizer, rollouts), rollouts.prompts_a_chunk)
         learners = LocalLearners(roles, ppo, learner, rollouts.temperature, settings.model.gradient_checkpointing)
     stack.callback(learners.close)
     return learners, pool
@@ -131,16 +141,16 @@ def _kl_coefficient(kl: KlSettings, value: float) -> KlCoefficient:
     return FixedKl(value) if kl.target is None else AdaptiveKl(value, kl.target, kl.horizon)
 
 
-def _resume(job: Job, learners: Learners) -> Progressed:
-    """Take up the last checkpoint; without one, the start."""
+def _resume(job: Job, learners: Learners) -> tuple[Progressed, list[tuple[int, int, AdapterWeights]]]:
+    """Take up the last checkpoint; without one, the start. Also the batches that were being answered."""
     settings = job.experiment
     ranks, zero = settings.learner.ranks, settings.learner.zero
     last = latest(job.run.checkpoints("ppo"))
     if last is None:
-        return Progressed(0, settings.ppo.kl.coefficient, 0, None, {}, [], None, 0.0, ranks, zero)
+        return Progressed(0, settings.ppo.kl.coefficient, 0, None, {}, [], None, 0.0, ranks, zero, []), []
     progressed = read_progress(last, ranks, zero)
     learners.restore(read_states(last, settings.policy, settings.ppo.critic_if_any, ranks))
-    return progressed
+    return progressed, read_asked(last, settings.policy, progressed)
 
 
 def _calibrate(job: Job, judges: Judges, pool: Pool, roles_score: RolesScore, reference: AdapterWeights) -> None:
@@ -195,11 +205,11 @@ def _evaluate(
             write_json(folder / REWARD_STATE, judges.reward.composition.state())
 
 
-def _save(job: Job, learners: Learners, progressed: Progressed) -> None:
+def _save(job: Job, learners: Learners, progressed: Progressed, asked: Collection[Asked]) -> None:
     settings = job.experiment
     states = learners.state()
     with new_checkpoint(job.run.checkpoints("ppo"), progressed.step, settings.checkpoint.keep) as folder:
-        write_state(folder, states, settings.policy, settings.model.path, progressed)
+        write_state(folder, states, settings.policy, settings.model.path, progressed, asked)
 
 
 def _finish(job: Job, seconds: float, stopped: str | None) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
     experiment = load_experiment(arguments.run / "config.yaml")
     tokenizer = load_tokenizer(experiment.model.path)
     trunk = build_trunk(experiment.model, experiment.policy, (ROLE,))
-    stops = stop_ids(trunk.causal, tokenizer)
+    stops = stop_ids(trunk.causal.generation_config, tokenizer)
     plain = build_trunk(experiment.model, experiment.policy, (ROLE,))
     weights = load_adapter(arguments.run / "sft", experiment.policy)
     plain.write_adapter(ROLE, weights)

@@ -59,7 +59,7 @@ class Judge:
         if reference is not None:
             self.trunk.write_adapter(REFERENCE, load_adapter(reference, POLICY))
         tokenizer = AutoTokenizer.from_pretrained(base)
-        self.engine = TransformersEngine(self.trunk, stop_ids(self.trunk.causal, tokenizer), rows=128)
+        self.engine = TransformersEngine(self.trunk, stop_ids(self.trunk.causal.generation_config, tokenizer), rows=128)
         self.reward = reward
         self.requests = [replace(p, seed=seed_for(1234, "heldout", i, 0)) for i, p in enumerate(prompts)]
 

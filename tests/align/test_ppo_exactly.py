@@ -222,7 +222,7 @@ def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(w
     experiment, run = whole[0], RunFolder(whole[1])
     tokenizer = load_tokenizer(experiment.model.path)
     roles = build_roles(make_judges(experiment, run, tokenizer).blueprint, CriticSettings(), (ROLE,))
-    engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal, tokenizer), rows=8)
+    engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal.generation_config, tokenizer), rows=8)
     engine.load_adapter(0, load_adapter(run.sft, experiment.policy))
     asked = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_inputs(experiment).prompts)]
     scored = score(roles, engine.generate(asked, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens)))

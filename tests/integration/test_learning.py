@@ -19,6 +19,7 @@ from align.schema import LearnerSettings, PpoSettings
 from policies.schema import ModelSettings, PolicySettings, Schedule
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE, TransformersEngine
+from rollouts.ahead import AtOnce
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, Scored, Trajectory
 
@@ -74,7 +75,7 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
 
     loop = Ppo(
         prompts=PromptStream([Request("", (token,), 0) for token in range(TOKENS)], ppo.batch, ppo.samples, 0),
-        pool=LocalPool(TransformersEngine(roles.trunk, NO_STOP, rows=ppo.batch)),
+        asker=AtOnce(LocalPool(TransformersEngine(roles.trunk, NO_STOP, rows=ppo.batch), ppo.batch)),
         learners=learners,
         score=score,
         kl=FixedKl(0.0),

@@ -1,11 +1,9 @@
 """The same gradient and the same responses however the work is split over Ray actors."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -17,11 +15,6 @@ from align.ppo.learner import Rates
 from align.ppo.ranks import RayLearners
 from align.schema import ClusterSettings, CriticSettings, LearnerSettings, PpoSettings
 from policies.schema import ModelSettings, PolicySettings
-from rollouts.engine import Sampling
-from rollouts.hf import build_engine
-from rollouts.pool import LocalPool
-from rollouts.ray_pool import RayPool
-from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request, Trajectory
 
 POLICY = PolicySettings(rank=4, alpha=8)
@@ -127,22 +120,3 @@ def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> 
         results.append([*scored.logprobs.tolist(), update["policy_loss"], update["policy_gradient_norm"]])
         learners.close()
     assert results[1] == pytest.approx(results[0], rel=1e-5)
-
-
-def test_a_killed_worker_is_replaced_and_the_responses_are_the_same(tiny_model: Path, cluster: None) -> None:
-    model = ModelSettings(path=str(tiny_model))
-    requests = [Request("x", (5 + i, 6, 7), i) for i in range(24)]
-    sampling = Sampling(1.0, 16)
-    local = LocalPool(build_engine(model, POLICY, RolloutSettings(rows=4)))
-    weights = local.engine.trunk.read_adapter("sampler")
-    local.load_adapter(3, weights)
-    expected = [t.response_ids for t in local.generate(requests, sampling)]
-
-    pool = RayPool(partial(build_engine, model, POLICY, RolloutSettings(rows=4)), 2, 4, 60.0, 1, 0.0)
-    pool.load_adapter(3, weights)
-    worker = next(p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Worker"))
-    worker.kill()
-    trajectories = pool.generate(requests, sampling)
-    pool.close()
-    assert [t.response_ids for t in trajectories] == expected
-    assert {t.version for t in trajectories} == {3}

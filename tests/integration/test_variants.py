@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "full": {"policy": {"method": "full"}},
+    "ahead": {"rollouts": {"workers": 2, "chunk": 4, "max_age": 1}, "ppo": {"importance_cap": 2.0}},
 }
 
 

@@ -107,9 +107,9 @@ def test_responses_stop_at_the_tokenizer_s_eos_and_at_the_model_s_own(tiny_model
     model, tokenizer = load_base(settings(tiny_model)), AutoTokenizer.from_pretrained(tiny_model)
     for configured, expected in ((None, {1}), (7, {1, 7}), ([7, 8], {1, 7, 8})):
         model.generation_config = GenerationConfig(eos_token_id=configured)
-        assert stop_ids(model, tokenizer) == expected
+        assert stop_ids(model.generation_config, tokenizer) == expected
     model.generation_config = None
-    assert stop_ids(model, tokenizer) == {1}
+    assert stop_ids(model.generation_config, tokenizer) == {1}
 
 
 def test_auto_dtype_is_settled_when_the_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,176 @@
+"""Real workers, killed, stopped and deceived for real."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from align.cluster import ray_cluster
+from align.schema import ClusterSettings
+from policies.methods import build_trunk
+from policies.schema import ModelSettings, PolicySettings
+from policies.trunk import AdapterWeights
+from rollouts.ahead import Ahead
+from rollouts.build import build_engine
+from rollouts.engine import Engine, Sampling
+from rollouts.hf import ROLE
+from rollouts.pool import LocalPool
+from rollouts.ray_pool import RayPool
+from rollouts.schema import RolloutSettings
+from rollouts.trajectory import Request, Trajectory
+
+POLICY = PolicySettings(rank=4, alpha=8)
+ROLLOUTS = RolloutSettings(rows=4, chunk=8)
+REQUESTS = [Request("x", (5 + i % 40, 6, 7), i) for i in range(64)]
+SAMPLING = Sampling(1.0, 32)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with ray_cluster(ClusterSettings(), 2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def local(tiny_model: Path) -> LocalPool:
+    return LocalPool(build_engine(ModelSettings(path=str(tiny_model)), POLICY, ROLLOUTS), 8)
+
+
+@pytest.fixture(scope="module")
+def versions(tiny_model: Path) -> list[AdapterWeights]:
+    """Adapters that differ."""
+    first = build_trunk(ModelSettings(path=str(tiny_model)), POLICY, (ROLE,)).read_adapter(ROLE)
+    return [{name: tensor + 0.02 * version for name, tensor in first.items()} for version in range(6)]
+
+
+def pool_of(model: Path, workers: int = 2, timeout: float = 60.0, slow: float = 4.0) -> RayPool:
+    build = partial(build_engine, ModelSettings(path=str(model)), POLICY, ROLLOUTS)
+    return RayPool(build, workers, 8, timeout, slow, 1, 0.0)
+
+
+def processes() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Worker")]
+
+
+def tokens(trajectories: Sequence[Trajectory]) -> list[tuple[int, ...]]:
+    return [trajectory.response_ids for trajectory in trajectories]
+
+
+def answers(local: LocalPool, version: int, weights: AdapterWeights) -> list[tuple[int, ...]]:
+    local.load_adapter(version, weights)
+    return tokens(local.generate(REQUESTS, SAMPLING))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_responses(
+    workers: int, tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
+) -> None:
+    pool = pool_of(tiny_model, workers)
+    for version in (1, 2):
+        pool.load_adapter(version, versions[version])
+        trajectories = pool.generate(REQUESTS, SAMPLING)
+        assert tokens(trajectories) == answers(local, version, versions[version])
+        assert [t.request for t in trajectories] == REQUESTS
+        assert {t.version for t in trajectories} == {version}
+    pool.close()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_workers_killed_at_random_moments_change_nothing(
+    kills: int, tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
+) -> None:
+    pool, moments = pool_of(tiny_model), random.Random(0)
+    pool.load_adapter(0, versions[0])
+    pool.wait()
+    for kill in range(kills):
+        version = kill % len(versions)
+        victim = moments.choice(processes())
+        threading.Timer(moments.uniform(0.0, 0.3), victim.kill).start()
+        pool.load_adapter(version, versions[version])
+        trajectories = pool.generate(REQUESTS, SAMPLING)
+        assert tokens(trajectories) == answers(local, version, versions[version])
+        assert {t.version for t in trajectories} == {version}
+        victim.wait(10)
+    pool.close()
+
+
+def test_a_worker_that_hangs_holds_nothing_up(
+    tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
+) -> None:
+    pool = pool_of(tiny_model, timeout=15.0)
+    pool.load_adapter(0, versions[0])
+    pool.wait()
+    pool.generate(REQUESTS, SAMPLING)  # so that it is known what a chunk takes
+    victim = processes()[0]
+    threading.Timer(0.05, victim.suspend).start()
+    for version in (1, 2):
+        pool.load_adapter(version, versions[version])
+        assert tokens(pool.generate(REQUESTS, SAMPLING)) == answers(local, version, versions[version])
+    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:  # given up after its 15 seconds
+        pool.generate(REQUESTS[:8], SAMPLING)
+        time.sleep(0.5)
+    pool.wait()
+    assert tokens(pool.generate(REQUESTS, SAMPLING)) == answers(local, 2, versions[2])
+    pool.close()
+
+
+class Forgetful:
+    """An engine that keeps its old adapter once, when it first finds no such file, and says which it holds."""
+
+    def __init__(self, engine: Engine, mark: Path) -> None:
+        self.engine, self.mark, self.held = engine, mark, ""
+
+    def load_adapter(self, version: int, weights: AdapterWeights) -> str:
+        if version == 2 and not self.mark.exists():
+            self.mark.touch()
+            return self.held
+        self.held = self.engine.load_adapter(version, weights)
+        return self.held
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        return self.engine.generate(requests, sampling)
+
+
+def build_forgetful(model: Path, mark: Path) -> Engine:
+    return Forgetful(build_engine(ModelSettings(path=str(model)), POLICY, ROLLOUTS), mark)
+
+
+def test_a_worker_with_a_wrong_adapter_never_serves(
+    tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None, tmp_path: Path
+) -> None:
+    build = partial(build_forgetful, tiny_model, tmp_path / "forgot")
+    pool = RayPool(build, 2, 8, 60.0, 4.0, 1, 0.0)
+    for version in (1, 2, 3):
+        pool.load_adapter(version, versions[version])
+        assert tokens(pool.generate(REQUESTS, SAMPLING)) == answers(local, version, versions[version])
+    assert (tmp_path / "forgot").exists()
+    pool.close()
+
+
+def test_what_no_worker_can_do_is_said(tiny_model: Path, versions: list[AdapterWeights], cluster: None) -> None:
+    pool = pool_of(tiny_model)
+    pool.load_adapter(1, {name: tensor[:, :1] for name, tensor in versions[0].items()})
+    with pytest.raises(RuntimeError, match="another base, or other sizes"):
+        pool.generate(REQUESTS[:8], SAMPLING)
+    pool.close()
+
+
+def test_batches_asked_ahead_are_each_made_under_their_own_weights(
+    tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
+) -> None:
+    pool = Ahead(pool_of(tiny_model))
+    batches = [pool.ask(version, versions[version], REQUESTS, SAMPLING) for version in (1, 2)]
+    pool.load_adapter(3, versions[3])  # takes its turn
+    assert tokens(pool.generate(REQUESTS, SAMPLING)) == answers(local, 3, versions[3])
+    for version, batch in zip((1, 2), batches, strict=True):
+        assert tokens(batch()) == answers(local, version, versions[version])
+    unfinished = pool.ask(4, versions[4], REQUESTS, SAMPLING)
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        unfinished()
+    assert not processes()
