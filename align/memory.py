@@ -169,7 +169,9 @@ def _sampler(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]
         yield "sampler's merged weights", sizes.merged
     yield (
         "keys and values, at most",
-        min(rollouts.rows, rollouts.prompts_a_chunk) * (rollouts.max_prompt_tokens + rollouts.max_new_tokens) * sizes.token,
+        min(rollouts.rows, rollouts.prompts_a_chunk)
+        * (rollouts.max_prompt_tokens + rollouts.max_new_tokens)
+        * sizes.token,
     )
 
 

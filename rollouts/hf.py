@@ -147,7 +147,9 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 def make_engine(trunk: Trunk, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutSettings) -> TransformersEngine:
     """An engine on this trunk, which may be shared."""
     stop_strings = StopStrings(rollouts.stop, tokenizer) if rollouts.stop else None
-    return TransformersEngine(trunk, stop_ids(trunk.causal.generation_config, tokenizer), rollouts.rows, rollouts.merge, stop_strings)
+    return TransformersEngine(
+        trunk, stop_ids(trunk.causal.generation_config, tokenizer), rollouts.rows, rollouts.merge, stop_strings
+    )
 
 
 def build_transformers(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> TransformersEngine:

@@ -7,6 +7,7 @@ import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from policies.adapters import fingerprint
+from policies.errors import UserError
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
 from rollouts.pool import cut
@@ -110,7 +111,9 @@ class RayPool:
         self._manager.foreach_actor_async(name, kwargs=arguments, remote_actor_ids=[order.worker], healthy_only=False)
 
     def _replace(self, worker: int, error: Exception) -> None:
-        """Put a new worker in the place of a lost one."""
+        """Put a new worker in the place of a lost one. What is the user's to mend would befall that one too."""
+        if isinstance(error, UserError):
+            raise error
         ray.kill(self._manager.remove_actor(worker))
         self._losses += 1
         if self._losses > self._most_losses:

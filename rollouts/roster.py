@@ -185,8 +185,10 @@ class Roster:
             if member.task is None:
                 continue
             if now - member.since > self.timeout:
+                starting = member.state == State.STARTING
+                what = "did not start: has the Ray cluster a CPU, and GPUs, for it?" if starting else "gave no answer"
                 self.lose(worker)
-                yield Order(worker, None, f"no answer for {self.timeout:g} s (rollouts.timeout)")
+                yield Order(worker, None, f"after {self.timeout:g} s (rollouts.timeout) one {what}")
             elif member.state == State.HEALTHY and self.took and now - member.since > self.slow * median(self.took):
                 _move(member, Event.LATE)
 

@@ -21,9 +21,7 @@ class RolloutSettings(Settings):
     )
     gpus: float = Field(0.0, ge=0, description="GPUs that each worker reserves of the Ray cluster")
     rows: int = Field(32, ge=1, description="prompts in flight in one engine")
-    chunk: int | None = Field(
-        None, ge=1, description="prompts that an engine is handed at a time; unset: twice `rows`"
-    )
+    chunk: int | None = Field(None, ge=1, description="prompts that an engine is handed at a time; unset: twice `rows`")
     max_age: int = Field(
         0, ge=0, description="steps that the sampling weights may be old: rollouts then go on while the learner trains"
     )

@@ -67,9 +67,7 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         parameters = [self._parameters(request.seed, sampling) for request in requests]
         outputs = self.llm.generate(prompts, parameters, lora_request=self._adapter, use_tqdm=False)
-        return [
-            self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)
-        ]
+        return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
     def _parameters(self, seed: int, sampling: Sampling) -> "SamplingParams":
         return self._vllm.SamplingParams(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ray.rllib.utils.actor_manager import FaultAwareApply
 
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
@@ -21,7 +20,7 @@ class Reply:
     trajectories: list[Trajectory]
 
 
-class Worker(FaultAwareApply):
+class Worker:
     """Serves one engine. Every reply names the weights in use, so that a worker with others is found out."""
 
     def __init__(self, build: Callable[[], Engine], threads: int) -> None:
@@ -29,7 +28,7 @@ class Worker(FaultAwareApply):
         self.engine = build()
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """RLlib's entry point. An exception goes back to the caller; RLlib's own version would end the process."""
+        """What RLlib's manager calls. An exception goes back to it; RLlib's own actors would end their process."""
         return func(self, *args, **kwargs)
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> Reply:

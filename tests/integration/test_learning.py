@@ -17,9 +17,9 @@ from align.ppo.loop import Ppo
 from align.ppo.prompts import PromptStream
 from align.schema import LearnerSettings, PpoSettings
 from policies.schema import ModelSettings, PolicySettings, Schedule
+from rollouts.ahead import AtOnce
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE, TransformersEngine
-from rollouts.ahead import AtOnce
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, Scored, Trajectory
 
