@@ -167,12 +167,8 @@ def _sampler(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]
     yield "sampler", sizes.adapter * 4
     if rollouts.merge and sizes.merged:
         yield "sampler's merged weights", sizes.merged
-    yield (
-        "keys and values, at most",
-        min(rollouts.rows, rollouts.prompts_a_chunk)
-        * (rollouts.max_prompt_tokens + rollouts.max_new_tokens)
-        * sizes.token,
-    )
+    rows, tokens = min(rollouts.rows, rollouts.prompts_a_chunk), rollouts.max_prompt_tokens + rollouts.max_new_tokens
+    yield "keys and values, at most", rows * tokens * sizes.token
 
 
 def _classifier_bytes(path: str) -> int:

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import latest, step_of
@@ -78,7 +77,7 @@ def _check_styles(
         style = make_style(settings, tokenizer)
         try:
             longest = max((len(style(request).prompt_ids) for request in inputs.prompts_heldout), default=0)
-        except (ValueError, TemplateError) as error:
+        except ValueError as error:
             raise UserError(f"evaluation.styles.{name}: a prompt cannot be put so: {error}") from error
         if longest > room:
             raise UserError(

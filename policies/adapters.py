@@ -195,14 +195,20 @@ def load_head(folder: str | Path) -> dict[str, Tensor]:
     return _load(Path(folder), HEAD, "a reward model of align")
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names and bytes: two sides that agree on it hold the same adapter."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor: its dtype, its shape and its bytes."""
+    made = {}
+    for name, weight in weights.items():
+        tensor = weight.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        made[name] = digest.hexdigest()
+    return made
+
+
+def fingerprint(of_each: Mapping[str, str]) -> str:
+    """SHA-256 of names and digests: two sides that agree on it hold the same weights."""
+    return hashlib.sha256(json.dumps(of_each, sort_keys=True).encode()).hexdigest()
 
 
 def _load(folder: Path, name: str, what: str) -> dict[str, Tensor]:

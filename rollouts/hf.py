@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policies.adapters import fingerprint
+from policies.adapters import digests, fingerprint
 from policies.loading import load_tokenizer, stop_ids
 from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings
@@ -53,7 +53,7 @@ class TransformersEngine:
         if self.merge:
             self.trunk.merge(ROLE)
         self.version = version
-        return fingerprint(self.trunk.adapter(ROLE))
+        return fingerprint(digests(self.trunk.adapter(ROLE)))
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling, role: str = ROLE) -> list[Trajectory]:

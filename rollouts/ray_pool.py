@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-from policies.adapters import fingerprint
+from policies.adapters import digests, fingerprint
 from policies.errors import UserError
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
+from rollouts.parcels import groups, pack
 from rollouts.pool import cut
 from rollouts.roster import Order, Roster, Weights, WrongWeights
 from rollouts.trajectory import Request, Trajectory
@@ -45,14 +46,26 @@ class RayPool:
         )
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
         self._most_losses, self._losses = 3 * workers, 0
+        self._parcels: dict[tuple[tuple[str, str], ...], ray.ObjectRef] = {}
+        self.sent = 0
+        """Bytes of the weights that went out last."""
         self._closed = False
         for _ in range(workers):
             self._start_worker()
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
-        """Let every worker use these weights before it serves again; one copy a node travels through Ray's store."""
-        self._weights = ray.put(dict(weights))
-        self.roster.renew(Weights(version, fingerprint(weights)))
+        """Let every worker use these weights before it serves again.
+
+        They go through Ray's store, to each node once; what has not changed since the last time does not go again.
+        """
+        of_each, known, self._parcels, self.sent = digests(weights), self._parcels, {}, 0
+        for names in groups(weights):
+            content = tuple((name, of_each[name]) for name in names)
+            if content not in known:
+                parcel = pack(weights, names)
+                known[content], self.sent = ray.put(parcel), self.sent + parcel.data.nbytes
+            self._parcels[content] = known[content]
+        self.roster.renew(Weights(version, fingerprint(of_each)))
 
     def wait(self) -> None:
         """Until every worker has confirmed the current weights."""
@@ -105,7 +118,7 @@ class RayPool:
         task = order.task
         assert task is not None
         if task.chunk is None:
-            name, arguments = "load_adapter", {"version": task.weights.version, "weights": self._weights}
+            name, arguments = "load_adapter", {"version": task.weights.version, "parcels": list(self._parcels.values())}
         else:
             name, arguments = "generate", {"requests": chunks[task.chunk], "sampling": sampling}
         self._manager.foreach_actor_async(name, kwargs=arguments, remote_actor_ids=[order.worker], healthy_only=False)

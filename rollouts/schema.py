@@ -27,7 +27,7 @@ class RolloutSettings(Settings):
     )
     merge: bool = Field(
         True,
-        description="transformers: generate with the adapter merged into a copy of the weights: faster, for their memory",
+        description="engine transformers: generate with the adapter merged into a copy of the weights, for speed",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="strings that end a response, besides EOS; they stay in its text"

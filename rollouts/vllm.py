@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from policies.adapters import fingerprint, load_adapter, save_adapter
+from policies.adapters import digests, fingerprint, load_adapter, save_adapter
 from policies.errors import UserError
 from policies.loading import load_generation_config, load_tokenizer, stop_ids
 from policies.schema import ModelSettings, PolicySettings
@@ -61,7 +61,7 @@ class VllmEngine:
         self._adapter = self._lora_request(f"version {version}", self._loads, str(folder))
         self.llm.llm_engine.add_lora(self._adapter)
         self.version = version
-        return fingerprint(load_adapter(folder, self.policy))
+        return fingerprint(digests(load_adapter(folder, self.policy)))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
+from ray import ObjectRef
 
-from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
+from rollouts.parcels import unpack
 from rollouts.roster import Weights
 from rollouts.trajectory import Request, Trajectory
 
@@ -31,7 +33,9 @@ class Worker:
         """What RLlib's manager calls. An exception goes back to it; RLlib's own actors would end their process."""
         return func(self, *args, **kwargs)
 
-    def load_adapter(self, version: int, weights: AdapterWeights) -> Reply:
+    def load_adapter(self, version: int, parcels: Sequence[ObjectRef]) -> Reply:
+        """Use the weights in these parcels, which lie in Ray's store."""
+        weights = unpack(ray.get(list(parcels)))
         self.held = Weights(version, self.engine.load_adapter(version, weights))
         return Reply(self.held, [])
 

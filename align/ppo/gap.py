@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rollouts.trajectory import Scored, Trajectory
+from align.scoring import RolesScore
+from rollouts.engine import Sampling
+from rollouts.pool import Pool
+from rollouts.trajectory import Request, Scored, Trajectory
+
+PROMPTS = 4
+PARITY = 0.1
+"""Mean nats a token that one policy's probabilities may differ by in two places; bfloat16 alone gives a hundredth."""
 
 
 class SamplerGap(RuntimeError):
@@ -20,6 +27,19 @@ def check_gap(trajectories: Sequence[Trajectory], scored: Sequence[Scored], limi
             f"the sampler's log-probabilities are {gap:.3g} nats a token off the learner's, and ppo.max_gap is "
             f"{limit:g}: what is sampled is not the policy that is trained"
         )
+
+
+def check_parity(pool: Pool, roles_score: RolesScore, requests: Sequence[Request], sampling: Sampling) -> None:
+    """Raise SamplerGap where the pool's weights and the learner's policy, before any update, are not the same."""
+    for trajectory in pool.generate(requests[:PROMPTS], sampling):
+        gaps = sampler_gaps([trajectory], roles_score([trajectory], ("policy",)))
+        if not float(gaps.mean()) <= PARITY:
+            widest = int(gaps.argmax())
+            raise SamplerGap(
+                f"before the first update the sampler's log-probabilities of a response to {trajectory.request.prompt!r} "
+                f"are {float(gaps.mean()):.3g} nats a token off the learner's, most at token {widest + 1} "
+                f"({float(gaps[widest]):.3g}): the engine holds other weights, or computes them otherwise"
+            )
 
 
 def sampler_gaps(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> Tensor:

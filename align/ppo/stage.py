@@ -19,6 +19,7 @@ from align.job import Job
 from align.judges import REWARD_STATE, Judges, make_evaluator, make_judges
 from align.ppo.build import build_roles
 from align.ppo.checkpoint import Progressed, read_asked, read_progress, read_states, write_state
+from align.ppo.gap import check_parity
 from align.ppo.group import Learners, LocalLearners
 from align.ppo.kl import AdaptiveKl, FixedKl, KlCoefficient
 from align.ppo.loop import Asked, Ppo, Step
@@ -75,6 +76,8 @@ def run_ppo(job: Job) -> None:
             max_age=settings.rollouts.max_age,
             step=progressed.step,
         )
+        pool.load_adapter(ppo.step, learners.policy_weights())
+        check_parity(pool, learners.score, ppo.prompts.requests(ppo.step), ppo.sampling)
         for batch in asked:
             ppo.ask(*batch)
         rule = None if settings.ppo.stop is None else StopRule(settings.ppo.stop, *progressed.stop)

@@ -1,7 +1,12 @@
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 
-from align.ppo.gap import SamplerGap, check_gap, sampler_gaps
+from align.ppo.gap import SamplerGap, check_gap, check_parity, sampler_gaps
+from policies.trunk import AdapterWeights
+from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Scored, Trajectory
 
 
@@ -28,3 +33,27 @@ def test_a_gap_that_is_not_a_number_ends_the_run() -> None:
     row, verdict = pair([-1.0], [float("nan")])
     with pytest.raises(SamplerGap):
         check_gap([row], [verdict], 0.3)
+
+
+class Recorded:
+    """A pool that answers what it was given."""
+
+    def load_adapter(self, version: int, weights: AdapterWeights) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        return [replace(row, request=request) for row, request in zip(ROWS, requests, strict=True)]
+
+    def close(self) -> None:
+        pass
+
+
+def test_other_weights_than_the_learners_are_found_before_the_first_update() -> None:
+    requests = [Request("Why?", (1,), 0), Request("How?", (1,), 0)]
+
+    def same(rows: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
+        return [pair([], row.sampler_logprobs.tolist())[1] for row in rows]
+
+    check_parity(Recorded(), same, requests, Sampling(1.0, 2))
+    with pytest.raises(SamplerGap, match=r"to 'Why\?' are 0\.25 nats a token .* most at token 1 \(0\.5\)"):
+        check_parity(Recorded(), lambda rows, asked: [VERDICTS[0]], requests, Sampling(1.0, 2))

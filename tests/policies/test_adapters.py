@@ -9,7 +9,7 @@ from policies.adapters import (
     CONFIG,
     HEAD,
     WEIGHTS,
-    fingerprint,
+    digests, fingerprint,
     load_adapter,
     load_head,
     save_adapter,
@@ -112,13 +112,13 @@ def test_an_adapter_that_is_not_as_the_settings_say_is_refused(saved: Path, chan
 
 
 def test_fingerprint_depends_on_bytes_names_and_shapes_and_not_on_order() -> None:
-    first = fingerprint(ADAPTER)
-    assert fingerprint(dict(reversed(ADAPTER.items()))) == first
-    assert fingerprint({name: tensor.clone() for name, tensor in ADAPTER.items()}) == first
+    first = fingerprint(digests(ADAPTER))
+    assert fingerprint(digests(dict(reversed(ADAPTER.items())))) == first
+    assert fingerprint(digests({name: tensor.clone() for name, tensor in ADAPTER.items()})) == first
     others = [
         {**ADAPTER, "layer.lora_B.weight": ADAPTER["layer.lora_B.weight"].index_fill(0, torch.tensor(0), 1.0000001)},
         {**ADAPTER, "layer.lora_B.weight": ADAPTER["layer.lora_B.weight"].T},
         {name.replace("layer", "other"): tensor for name, tensor in ADAPTER.items()},
         {name: tensor.to(torch.bfloat16) for name, tensor in ADAPTER.items()},
     ]
-    assert len({first, *map(fingerprint, others)}) == 5
+    assert len({first, *map(digests, fingerprint, others)}) == 5

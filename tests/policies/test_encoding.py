@@ -70,6 +70,13 @@ def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedToken
         encode_prompt(tokenizer, MESSAGES)
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9].content + 1 }}"])
+def test_a_chat_template_that_fails_is_told(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="the chat template fails on these messages"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
 def test_a_response_that_says_eos_has_one(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encode_response(tokenizer, "blue</s>") == encode_response(tokenizer, "blue")
 

@@ -100,7 +100,7 @@ def test_loading_weights_changes_responses_version_and_fingerprint(engine: Trans
     held = engine.load_adapter(8, weights)
     loaded = [(t.response_ids, t.version) for t in engine.generate(REQUESTS, SAMPLING)]
     engine.load_adapter(7, before)
-    assert held == fingerprint(weights)
+    assert held == fingerprint(digests(weights))
     assert loaded == [(t.response_ids, 8) for t in engine.generate(REQUESTS, SAMPLING, role="policy")]
     assert [ids for ids, _ in loaded] != responses(engine, REQUESTS, SAMPLING)
 

@@ -49,7 +49,8 @@ def test_weights_that_were_replaced_while_loading_are_loaded_again() -> None:
     r.reply(0, OLD, 1.0)
     assert r.members[0].state == State.STALE
     (order,) = r.orders(1.0)
-    assert order.task and order.task.weights == NEW and order.task.chunk is None
+    assert order.task
+    assert (order.task.weights, order.task.chunk) == (NEW, None)
 
 
 def test_the_chunk_of_a_lost_worker_goes_before_all_others() -> None:

@@ -1,0 +1,95 @@
+"""The engine on vLLM, where it is installed: `make vllm`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from policies.adapters import digests, fingerprint
+from policies.methods import build_trunk
+from policies.schema import ModelSettings, PolicySettings
+from rollouts.build import build_engine
+from rollouts.engine import Sampling
+from rollouts.hf import ROLE, TransformersEngine, build_transformers
+from rollouts.schema import RolloutSettings
+from rollouts.trajectory import Request
+from rollouts.vllm import VllmEngine
+
+POLICY = PolicySettings(rank=4, alpha=8)
+SETTINGS = {"rows": 8, "stop": [".", " dog"]}
+REQUESTS = [Request("x", (5 + i, 6, 7, *range(8, 8 + i % 5)), i) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> ModelSettings:
+    return ModelSettings(path=str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def engine(model: ModelSettings) -> VllmEngine:
+    vllm = {"max_model_len": 256, "enforce_eager": True}
+    made = build_engine(model, POLICY, RolloutSettings(engine="vllm", workers=1, vllm=vllm, **SETTINGS))
+    assert isinstance(made, VllmEngine)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ours(model: ModelSettings) -> TransformersEngine:
+    return build_transformers(model, POLICY, RolloutSettings(**SETTINGS))
+
+
+def versions(model: ModelSettings) -> list[dict[str, torch.Tensor]]:
+    first = build_trunk(model, POLICY, (ROLE,)).read_adapter(ROLE)
+    return [{name: tensor + 0.03 * version for name, tensor in first.items()} for version in range(3)]
+
+
+def test_greedy_text_and_logprobs_are_those_of_transformers_under_each_adapter(
+    engine: VllmEngine, ours: TransformersEngine, model: ModelSettings
+) -> None:
+    texts = set()
+    for version, weights in enumerate(versions(model)):
+        assert engine.load_adapter(version, weights) == fingerprint(digests(weights))
+        ours.load_adapter(version, weights)
+        theirs, expected = (e.generate(REQUESTS, Sampling(0.0, 16)) for e in (engine, ours))
+        assert [t.response_ids for t in theirs] == [t.response_ids for t in expected]
+        assert [t.ended for t in theirs] == [t.ended for t in expected]
+        for mine, other in zip(expected, theirs, strict=True):
+            torch.testing.assert_close(other.sampler_logprobs, mine.sampler_logprobs, atol=1e-4, rtol=0)
+        assert {t.version for t in theirs} == {version}
+        texts.add(tuple(t.response_ids for t in theirs))
+    assert len(texts) > 1
+
+
+def test_samples_carry_the_logprobs_of_their_temperature(
+    engine: VllmEngine, ours: TransformersEngine, model: ModelSettings
+) -> None:
+    weights = versions(model)[1]
+    engine.load_adapter(1, weights)
+    sampled = engine.generate(REQUESTS, Sampling(0.7, 16))
+    trunk = ours.trunk
+    trunk.write_adapter(ROLE, weights)
+    for t in sampled:
+        ids = torch.tensor([[*t.request.prompt_ids, *t.response_ids]])
+        with torch.no_grad():
+            logits = trunk.head(trunk.hidden(ids, ROLE), ROLE)[0, len(t.request.prompt_ids) - 1 : -1]
+        logprobs = torch.log_softmax(logits / 0.7, -1)
+        expected = logprobs.gather(-1, torch.tensor(t.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(t.sampler_logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_a_response_depends_on_its_seed(engine: VllmEngine) -> None:
+    one, same, other = (engine.generate([Request("x", (5, 6, 7), seed)], Sampling(1.0, 24))[0] for seed in (1, 1, 2))
+    assert one.response_ids == same.response_ids != other.response_ids
+
+
+def test_a_response_ends_at_a_stop_string_or_the_limit(engine: VllmEngine, ours: TransformersEngine) -> None:
+    assert ours.stop_strings
+    sampled = engine.generate([Request("x", (5 + i, 6), i) for i in range(40)], Sampling(1.0, 24))
+    assert {t.ended for t in sampled} == {True, False}
+    for t in sampled:
+        stops = [ours.stop_strings(t.response_ids[:n]) or t.response_ids[n - 1] in ours.stop_ids
+                 for n in range(1, t.length + 1)]  # fmt: skip
+        assert stops == [*[False] * (t.length - 1), t.ended]
+        assert t.ended or t.length == 24
