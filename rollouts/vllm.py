@@ -17,6 +17,14 @@ from rollouts.engine import Sampling
 from rollouts.schema import RANKS, RolloutSettings
 from rollouts.trajectory import Request, Trajectory
 
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a worker is a process of its own already
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers side by side would bind the same cores
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM's own 4 are written at the start
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""What vLLM is told by its environment, unless the user has."""
+
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
 
@@ -26,8 +34,10 @@ class VllmEngine:
 
     def __init__(self, model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> None:
         """Raises UserError where vLLM is not there."""
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a worker is a process of its own already
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if not torch.cuda.is_available():
+            torch._dynamo.config.disable = True  # it would compile, for a minute, what is small beside the rest
         try:
             import vllm
             from vllm.lora.request import LoRARequest

@@ -1,9 +1,8 @@
 """The engine on vLLM, where it is installed: `make vllm`."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("vllm")
 
@@ -23,8 +22,25 @@ REQUESTS = [Request("x", (5 + i, 6, 7, *range(8, 8 + i % 5)), i) for i in range(
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> ModelSettings:
-    return ModelSettings(path=str(tiny_model))
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> ModelSettings:
+    """A random Llama whose heads are as wide as vLLM's kernels want them."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return ModelSettings(path=str(folder))
 
 
 @pytest.fixture(scope="module")
