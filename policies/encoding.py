@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
@@ -12,7 +13,7 @@ Prompt = str | list[Message]
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The tokens of a prompt: plain text with the tokenizer's own special tokens, messages by the chat template.
 
-    Raises ValueError for messages where the tokenizer has no chat template, and for a prompt without tokens.
+    Raises ValueError for messages where the tokenizer has no chat template, or one that refuses them.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -22,7 +23,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     else:
         if not tokenizer.chat_template:
             raise ValueError("the prompt is a list of messages, and the tokenizer has no chat template")
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return list(ids) or [start]
 

@@ -75,7 +75,7 @@ class RegexTerm(TermSettings):
 
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"no regular expression: {error}") from None
         return pattern
 
@@ -146,9 +146,12 @@ class JsonTerm(TermSettings):
 
         try:
             loaded = json.loads(Path(schema).read_text(encoding="utf-8")) if isinstance(schema, str) else schema
-            if loaded is not None:
-                validator_for(loaded).check_schema(loaded)
-        except (OSError, ValueError) as error:
+            if loaded is None and schema is None:
+                return None
+            if not isinstance(loaded, dict) or not isinstance(loaded.get("$schema", ""), str):
+                raise ValueError("an object was expected, its $schema a name")
+            validator_for(loaded).check_schema(loaded)
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{schema} cannot be read: {error}") from None
         except SchemaError as error:
             raise ValueError(f"no JSON schema: {error.message}") from None

@@ -85,7 +85,7 @@ def read_progress(folder: Path, ranks: int, zero: int) -> Progressed:
 
 def _progressed(path: Path) -> Progressed:
     try:
-        return _PROGRESSED.validate_python(read_object(path), strict=True, extra="forbid")
+        return _PROGRESSED.validate_python(read_object(path), extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
