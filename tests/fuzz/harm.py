@@ -127,7 +127,7 @@ def _listen(event: str, arguments: Sequence[Any]) -> None:
         paths = arguments[:1]
     elif event in ("os.rename", "os.link", "os.symlink"):
         paths = arguments[:2]
-    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
+    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class"):
         _watched[-1][1].append(f"{event} {arguments}")
     for path in paths:
         if isinstance(path, str | bytes | os.PathLike) and "__pycache__" not in str(path) and str(path) != os.devnull:
@@ -141,7 +141,7 @@ sys.addaudithook(_listen)
 
 @contextmanager
 def confined(folder: Path) -> Iterator[None]:
-    """Fail where the block writes a file outside of a folder, starts a process or connects to anything."""
+    """Fail where the block writes a file outside of a folder, starts a process, connects to anything, or unpickles a name."""
     _watched.append((folder.resolve(), []))
     try:
         yield

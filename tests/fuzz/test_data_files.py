@@ -169,6 +169,7 @@ def test_a_bad_row_says_why(
         ("r.json", b"[" * 100_000, "r.json: no valid JSON"),
         ("r.parquet", b"PAR1" * 9, "r.parquet cannot be read as Parquet"),
     ],
+    ids=["no gzip", "cut gzip", "deep line", "deep file", "no parquet"],
 )
 def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -181,16 +182,6 @@ def test_text_in_parquet_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": broken}), tmp_path / "r.parquet")
     with pytest.raises(UserError, match=r"r\.parquet cannot be read as Parquet"):
         read_rows(SourceSettings(path=str(tmp_path / "r.parquet")))
-
-
-def test_a_parquet_file_names_no_other_file_to_be_read(tmp_path: Path) -> None:
-    """datasets, told by the file itself that a column holds images, would open the paths in it."""
-    features = {"info": {"features": {"prompt": {"_type": "Value", "dtype": "string"}, "i": {"_type": "Image"}}}}
-    table = pa.table({"prompt": ["a"], "i": [{"bytes": None, "path": "/etc/hostname"}]})
-    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
-    pq.write_table(table, tmp_path / "r.parquet")
-    (row,) = read_rows(SourceSettings(path=str(tmp_path / "r.parquet")))
-    assert row.values == {"prompt": "a", "i": {"bytes": None, "path": "/etc/hostname"}}
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "./\ud800", "~nobody-here/rows.jsonl", "", "/dev/null", "a/" * 3000])
