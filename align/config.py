@@ -1,6 +1,7 @@
 """Experiment files: YAML with `include:`, `${…}` and overrides, into settings that are known to be right."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from align.files import write_text
 from align.schema import Experiment
 from policies.errors import UserError
+from policies.fields import shown
+from rewards.terms import SECRET
 
 Keys = tuple[str, ...]
 
@@ -44,6 +47,24 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     except ValidationError as error:
         problems = dict.fromkeys(_explain(problem, source) for problem in error.errors())
         raise UserError("\n".join(problems)) from None
+
+
+NO_DEFAULT = object()
+
+
+def _environment(name: str, default: Any = NO_DEFAULT) -> Any:
+    """`${oc.env:NAME,default}`. What it gives is written to `config.yaml` and sent to W&B, so it gives no secret."""
+    if SECRET.search(name):
+        raise ValueError(
+            f"{name} seems to hold a secret, which would be written to config.yaml and W&B: an endpoint reads its key "
+            "by itself from the variable that key_env names"
+        )
+    if name not in os.environ and default is NO_DEFAULT:
+        raise ValueError(f"the environment variable {name} is not set")
+    return os.environ.get(name, default)
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def dump_experiment(experiment: Experiment, path: Path) -> None:
@@ -233,7 +254,9 @@ def _explain(problem: Any, source: _Source) -> str:
         keys = keys[:-1]
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    got = "" if isinstance(given, dict | BaseModel) else f", not {given!r}"
+    # A secret may stand where an address or a variable's name should, and messages go to logs.
+    hidden = isinstance(given, dict | BaseModel) or {"url", "key_env"} & set(keys)
+    got = "" if hidden else f", not {shown(given)}"
     return f"{source.place(keys)}: {'.'.join(keys) or 'experiment'}: {message}{got}"
 
 
