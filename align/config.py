@@ -105,12 +105,12 @@ MOST_NODES, MOST_DEEP = 10_000, 32
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as people mean it, and in which aliases cannot stand for more than memory holds."""
+    """YAML in which 1e-4 is a number, as people mean it, and in which aliases cannot stand for more than fits."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.nodes = self.depth = 0
-        self.sizes: dict[str, int] = {}
+        self.sizes: dict[str | None, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """As SafeLoader's, counted. Raises MarkedYAMLError for too many nodes, or one that holds itself."""

@@ -145,7 +145,7 @@ def _rows_of(name: str, split: str) -> Iterator[Row]:
             raise UserError(f"folder {path} holds no {', '.join(READERS)} file")
     elif file_itself:
         files = [path]
-    elif "\0" in name or not name or path.exists() or _reader(path) or len(path.parts) > 2 or name.startswith((".", "/", "~")):
+    elif not _like_a_hub_name(name):
         raise UserError(f"{path} does not exist")
     else:
         yield from _read_hub(name, split)
@@ -158,6 +158,12 @@ def _rows_of(name: str, split: str) -> Iterator[Row]:
             yield from read(file)
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def _like_a_hub_name(name: str) -> bool:
+    path = Path(name)
+    plain = name and "\0" not in name and not name.startswith((".", "/", "~"))
+    return bool(plain and len(path.parts) <= 2 and _reader(path) is None and not path.exists())
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -224,7 +230,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches():
-                for number, values in enumerate(batch.to_pylist(), start=number + 1):
+                for values in batch.to_pylist():
+                    number += 1
                     yield Row(f"{path}, row {number}", values)
     except (ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None

@@ -44,10 +44,10 @@ def read_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -
 
 def write_random(folder: Path) -> None:
     """Write the states of Python's, NumPy's and torch's random numbers."""
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, *rest = tuple(np.random.get_state())
     states = {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
         "cpu": torch.get_rng_state().tolist(),
         "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
     }

@@ -71,7 +71,9 @@ def export_merged(
     expected, before = _of_role(live, ROLE, ids), _of_model(load_base(model, policy), ids)
     write_whole(model, live.merged_weights(ROLE), folder, dtype)
     tokenizer.save_pretrained(folder)
-    fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE).to(default_device()).eval()
+    fresh = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE).to(default_device()).eval()
+    )
     exact = dtype == model.dtype == "float32"
     return compare(_of_model(fresh, ids), expected, before, "float32" if exact else "bfloat16")
 

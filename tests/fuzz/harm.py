@@ -15,17 +15,54 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from policies.errors import UserError
+
 SLOWEST = 20.0
 """Seconds that reading one small file may take, on a machine that is busy with other things too."""
 
 odd_text = st.sampled_from(
-    ["", " ", "\0", "a\0b", "\x1b[2J", "\ud800", "a\udfff", "\ufeff", "\u202e", "é", "e\u0301", "💥", "../x", "/", "~"]
-    + ["~nobody/x", "x" * 5000, "true", "null", "1e5", "nan", "-", "${name}", "${", "$", "${oc.env:HOME}", "???", "%s"]
-    + ["{}", "{0.__class__}", "#", "\r\n", "\u2028", "0x", "0x_", "2024-13-45", "١", "[1, 2", "(" * 300, "a{99999999999}"]
+    [
+        *(
+            "",
+            " ",
+            "\0",
+            "a\0b",
+            "\x1b[2J",
+            "\ud800",
+            "a\udfff",
+            "\ufeff",
+            "\u202e",
+            "é",
+            "e\u0301",
+            "💥",
+            "../x",
+            "/",
+            "~",
+        ),
+        *(
+            "~nobody/x",
+            "x" * 5000,
+            "true",
+            "null",
+            "1e5",
+            "nan",
+            "-",
+            "${name}",
+            "${",
+            "$",
+            "${oc.env:HOME}",
+            "???",
+            "%s",
+        ),
+        *("{}", "{0.__class__}", "#", "\r\n", "\u2028", "0x", "0x_", "2024-13-45", "١", "[1, 2", "(" * 300),
+        "a{99999999999}",
+    ]
 )
 odd_number = st.sampled_from(
-    [0, -1, 1, 2, 10**18, -(10**18), 2**63, 10**400, -(10**400), 0.5, -0.0, 1e-320, 1e308, -1e308]
-    + [math.nan, math.inf, -math.inf]
+    [
+        *(0, -1, 1, 2, 10**18, -(10**18), 2**63, 10**400, -(10**400), 0.5, -0.0, 1e-320, 1e308, -1e308),
+        *(math.nan, math.inf, -math.inf),
+    ]
 )
 
 
@@ -91,7 +128,9 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
         elif how == "cut":
             del data[place:]
         elif how == "insert":
-            data[place:place] = draw(st.sampled_from([b"\0", b"\0" * 64, b"\xff", b"\xed\xa0\x80", b'"', b"[", b"{" * 99]))
+            data[place:place] = draw(
+                st.sampled_from([b"\0", b"\0" * 64, b"\xff", b"\xed\xa0\x80", b'"', b"[", b"{" * 99])
+            )
         elif how == "remove":
             del data[place : place + draw(st.integers(1, 40))]
         elif how == "double":
@@ -114,6 +153,15 @@ def run(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], examples
     quiet(given(strategy)(timed))()
 
 
+def refusal(act: Callable[[], Any]) -> str | None:
+    """What the UserError says that an action raises; None where it raises nothing."""
+    try:
+        act()
+    except UserError as error:
+        return str(error)
+    return None
+
+
 _watched: list[tuple[Path, list[str]]] = []
 
 
@@ -121,9 +169,8 @@ def _listen(event: str, arguments: Sequence[Any]) -> None:
     if not _watched:
         return
     paths: Sequence[Any] = ()
-    if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        paths = arguments[:1]
-    elif event in ("os.mkdir", "os.remove", "os.rmdir"):
+    opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if opened or event in ("os.mkdir", "os.remove", "os.rmdir"):
         paths = arguments[:1]
     elif event in ("os.rename", "os.link", "os.symlink"):
         paths = arguments[:2]
@@ -141,7 +188,7 @@ sys.addaudithook(_listen)
 
 @contextmanager
 def confined(folder: Path) -> Iterator[None]:
-    """Fail where the block writes a file outside of a folder, starts a process, connects to anything, or unpickles a name."""
+    """Fail where the block writes outside of a folder, starts a process, connects to anything, or unpickles a name."""
     _watched.append((folder.resolve(), []))
     try:
         yield

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from align.config import dump_experiment, load_experiment
 from policies.errors import UserError
-from tests.fuzz.harm import altered, confined, damaged, odd_text, odd_value, run
+from tests.fuzz.harm import altered, confined, damaged, odd_text, odd_value, refusal, run
 
 TERMS: dict[str, Any] = {
     "model": {"kind": "model", "weight": 2.0, "clip": [-1, 1]},
@@ -142,12 +142,12 @@ def test_a_damaged_experiment_gives_settings_or_a_user_error(tmp_path: Path, exa
         path = tmp_path / "experiment.yaml"
         path.write_bytes(content)
         with confined(tmp_path):
-            try:
-                experiment = load_experiment(path, overrides)
-            except UserError as error:
-                assert str(error).strip()
-                assert len(str(error)) < 100_000
+            said = refusal(lambda: load_experiment(path, overrides))
+            if said is not None:
+                assert said.strip()
+                assert len(said) < 100_000
                 return
+            experiment = load_experiment(path, overrides)
             dump_experiment(experiment, tmp_path / "config.yaml")
             assert load_experiment(tmp_path / "config.yaml") == experiment
 
@@ -164,10 +164,8 @@ def test_each_snippet_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for text in (snippet, f"model: {{path: m}}\nname: x\n{snippet}"):
         Path("experiment.yaml").write_text(text)
         with confined(tmp_path):
-            try:
-                load_experiment("experiment.yaml")
-            except UserError as error:
-                assert "experiment.yaml" in str(error)
+            said = refusal(lambda: load_experiment("experiment.yaml"))
+            assert said is None or "experiment.yaml" in said
     assert not Path("planted").exists()
 
 

@@ -19,7 +19,7 @@ from align.inputs import case_parser, example_parser, request_parser
 from align.schema import SourceSettings
 from policies.errors import UserError
 from rewards.schema import RewardSettings
-from tests.fuzz.harm import NOW, altered, confined, damaged, odd_text, odd_value, run
+from tests.fuzz.harm import NOW, altered, confined, damaged, odd_text, odd_value, refusal, run
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: "
@@ -115,17 +115,16 @@ def test_a_damaged_file_gives_rows_or_a_user_error(
         kind, suffix, content, columns = example
         path = tmp_path / f"rows{suffix}"
         path.write_bytes(content)
-        try:
-            with confined(tmp_path):
-                rows = read_rows(SourceSettings(path=str(path), columns=columns))
+        source = SourceSettings(path=str(path), columns=columns)
+        with confined(tmp_path):
+            said = refusal(lambda: parse_rows(read_rows(source), parsers[kind], "skip"))
+            assert said is None or str(path) in said
+            if said is None:
+                rows = read_rows(source)
                 parsed = parse_rows(rows, parsers[kind], "skip")
-        except UserError as error:
-            assert str(path) in str(error)
-        else:
-            assert len(parsed.items) + len(parsed.skipped) == len(rows)
-            assert all(str(path) in reason for reason in parsed.skipped)
-        finally:
-            path.unlink()
+                assert len(parsed.items) + len(parsed.skipped) == len(rows)
+                assert all(str(path) in reason for reason in parsed.skipped)
+        path.unlink()
 
     run(check, files(), examples)
 
@@ -184,7 +183,9 @@ def test_text_in_parquet_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
         read_rows(SourceSettings(path=str(tmp_path / "r.parquet")))
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "./\ud800", "~nobody-here/rows.jsonl", "", "/dev/null", "a/" * 3000])
+@pytest.mark.parametrize(
+    "path", ["a\0b", "x" * 5000, "./\ud800", "~nobody-here/rows.jsonl", "", "/dev/null", "a/" * 3000]
+)
 def test_paths_that_no_file_can_have(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError), confined(tmp_path):

@@ -23,6 +23,7 @@ from policies.schema import ModelSettings, PolicySettings
 from policies.table import read_task
 from rewards.classifier import Classifier
 from rewards.model import read_heads
+from tests.fuzz.harm import refusal
 from tests.integration.tiny_run import make_settings
 
 POLICY = PolicySettings(rank=2, alpha=4)
@@ -183,11 +184,9 @@ def test_code_in_a_models_folder_is_never_run(
         with pytest.raises(UserError, match="code from its own folder, which is never run here"):
             load(model)
     else:
-        try:
-            load(model)
-            load_generation_config(str(model))
-        except UserError as error:
-            assert str(model) in str(error)
+        load_generation_config(str(model))
+        said = refusal(lambda: load(model))
+        assert said is None or str(model) in said
     assert not marker.exists()
 
 
