@@ -1,8 +1,8 @@
 """Checkpoints: folders `step-N` with a manifest of every file, written under another name and then renamed."""
 
 import hashlib
-import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from align.files import new_folder, write_json
 from policies.errors import UserError
+from policies.reading import read_object
 
 MANIFEST = "manifest.json"
 
@@ -35,7 +36,7 @@ def prune(folder: Path, keep: int) -> None:
 def seal(folder: Path) -> None:
     """Write the manifest: every file with its size and SHA-256, and the version of the code."""
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        str(path.relative_to(folder)): _facts(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
@@ -44,7 +45,11 @@ def seal(folder: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a stage, oldest first."""
-    return sorted(folder.glob("step-*"), key=step_of)
+    return sorted((path for path in folder.glob("step-*") if _is_checkpoint(path)), key=step_of)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"step-[0-9]{1,18}", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -74,19 +79,32 @@ def latest(folder: Path) -> Path | None:
 def verify(checkpoint: Path) -> None:
     """Raise UserError, naming the file, where a checkpoint is not what its manifest says."""
     try:
-        listed: dict[str, dict[str, str | int]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}") from error
-    present = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST}
+        listed = read_object(checkpoint / MANIFEST).get("files")
+    except UserError as error:
+        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}: {error}") from error
+    if not isinstance(listed, dict) or not all(isinstance(facts, dict) for facts in listed.values()):
+        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}: its `files` are no objects by name")
+    present = {}
+    for path in checkpoint.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"checkpoint {checkpoint}: {path.relative_to(checkpoint)} is neither file nor folder")
+        if path.is_file():
+            present[str(path.relative_to(checkpoint))] = path
+    present.pop(MANIFEST, None)
     for name, facts in listed.items():
+        # Only what was found here is opened, whatever names the manifest has.
         if name not in present:
             raise UserError(f"checkpoint {checkpoint} lacks {name}")
-        if _sha256(checkpoint / name) != facts.get("sha256"):
+        if facts != _facts(present[name]):
             raise UserError(f"checkpoint {checkpoint}: {name} is damaged")
-    if extra := sorted(present - listed.keys()):
+    if extra := sorted(present.keys() - listed.keys()):
         raise UserError(f"checkpoint {checkpoint}: {extra[0]} is not in its manifest")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _facts(path: Path) -> dict[str, int | str]:
+    """What a manifest says of a file. Raises UserError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

@@ -1,6 +1,7 @@
 """Experiment files: YAML with `include:`, `${…}` and overrides, into settings that are known to be right."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from align.files import write_text
 from align.schema import Experiment
 from policies.errors import UserError
+from policies.fields import shown
+from rewards.terms import SECRET
 
 Keys = tuple[str, ...]
 
@@ -33,13 +36,35 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     try:
         values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)
     except OmegaConfBaseException as error:
-        keys = tuple(str(error.full_key).split("."))
-        raise UserError(f"{source.place(keys)}: {error.full_key}: {str(error).splitlines()[0]}") from None
+        keys = tuple(str(error.full_key or "").split("."))
+        said = str(error).strip().split("\n")[0]
+        raise UserError(f"{source.place(keys)}: {error.full_key or 'experiment'}: {said}") from None
+    except RecursionError:
+        raise UserError(f"{path}: a setting is put into itself by ${{…}}") from None
+    _refuse_odd_text(values, (), source)
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
         problems = dict.fromkeys(_explain(problem, source) for problem in error.errors())
         raise UserError("\n".join(problems)) from None
+
+
+NO_DEFAULT = object()
+
+
+def _environment(name: str, default: Any = NO_DEFAULT) -> Any:
+    """`${oc.env:NAME,default}`. What it gives is written to `config.yaml` and sent to W&B, so it gives no secret."""
+    if SECRET.search(name):
+        raise ValueError(
+            f"{name} seems to hold a secret, which would be written to config.yaml and W&B: an endpoint reads its key "
+            "by itself from the variable that key_env names"
+        )
+    if name not in os.environ and default is NO_DEFAULT:
+        raise ValueError(f"the environment variable {name} is not set")
+    return os.environ.get(name, default)
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def dump_experiment(experiment: Experiment, path: Path) -> None:
@@ -75,8 +100,46 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = value
 
 
+MOST_NODES, MOST_DEEP = 10_000, 32
+"""How much YAML may hold, each alias counted as all that it stands for, and how deep it may nest."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as people mean it."""
+    """YAML in which 1e-4 is a number, as people mean it, and in which aliases cannot stand for more than fits."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.nodes = self.depth = 0
+        self.sizes: dict[str | None, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As SafeLoader's, counted. Raises MarkedYAMLError for too many nodes, or one that holds itself."""
+        event = self.peek_event()
+        mark, before = event.start_mark, self.nodes
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in self.anchors and anchor not in self.sizes:
+                raise yaml.MarkedYAMLError(problem=f"{anchor} holds itself", problem_mark=mark)
+            self.nodes += self.sizes.get(anchor, 0)
+        self.nodes += 1
+        self.depth += 1
+        if self.nodes > MOST_NODES or self.depth > MOST_DEEP:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MOST_NODES} values, or more than {MOST_DEEP} inside each other", problem_mark=mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if anchor is not None and not isinstance(event, yaml.AliasEvent):
+            self.sizes[anchor] = self.nodes - before
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As SafeLoader's, which lets Python's own errors through for 2024-13-45 or `!!bool x`."""
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"no {kind}: {error}", problem_mark=node.start_mark) from None
 
 
 _Loader.add_implicit_resolver(
@@ -98,12 +161,12 @@ def _read(path: Path, including: tuple[Path, ...]) -> _Source:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{asked}{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{asked}{path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:  # no UTF-8, or a name that no file can have
+        raise UserError(f"{asked}{str(path)!r} cannot be read: {error}") from None
     written = _parse(text, path)
     included = written.values.pop("include", [])
     names = [included] if isinstance(included, str) else included
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and "\0" not in name for name in names):
         raise UserError(f"{written.place(('include',))}: include: a file name or a list of them was expected")
     source = _Source(path)
     for name in names:
@@ -145,10 +208,25 @@ def _lines(node: yaml.MappingNode, above: Keys, path: Path) -> Iterator[tuple[Ke
             yield from _lines(value, keys, path)
 
 
+def _refuse_odd_text(value: Any, keys: Keys, source: _Source) -> None:
+    """Raise UserError where text holds what neither a file's name nor UTF-8 can."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_odd_text(name, keys, source)
+            _refuse_odd_text(item, (*keys, str(name)), source)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_odd_text(item, keys, source)
+    elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise UserError(f"{source.place(keys)}: {'.'.join(keys)}: {value!r} holds a character that no text may have")
+
+
 def _parse_override(text: str) -> _Source:
     keys, separator, value = text.partition("=")
     names = tuple(keys.strip().split("."))
     where = f"override {text!r}"
+    if len(names) > MOST_DEEP:
+        raise UserError(f"override {text[:80]!r}…: more than {MOST_DEEP} keys inside each other")
     if not separator or not all(names):
         raise UserError(f"{where}: key.path=value was expected, as in ppo.kl.coefficient=0.1")
     try:
@@ -176,7 +254,9 @@ def _explain(problem: Any, source: _Source) -> str:
         keys = keys[:-1]
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    got = "" if isinstance(given, dict | BaseModel) else f", not {given!r}"
+    # A secret may stand where an address or a variable's name should, and messages go to logs.
+    hidden = isinstance(given, dict | BaseModel) or {"url", "key_env"} & set(keys)
+    got = "" if hidden else f", not {shown(given)}"
     return f"{source.place(keys)}: {'.'.join(keys) or 'experiment'}: {message}{got}"
 
 

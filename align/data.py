@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import random
-import tempfile
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -133,14 +133,19 @@ def _rows(source: SourceSettings) -> Iterator[Row]:
 
 
 def _rows_of(name: str, split: str) -> Iterator[Row]:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _reader(file))
+    try:
+        path = Path(name).expanduser()
+        folder, file_itself = path.is_dir(), path.is_file()
+        str(path).encode()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, nobody's home, half of a surrogate pair
+        raise UserError(f"{name!r} is no path: {error}") from None
+    if folder:
+        files = sorted(file for file in path.rglob("*") if _reader(file) and file.is_file())
         if not files:
             raise UserError(f"folder {path} holds no {', '.join(READERS)} file")
-    elif path.is_file():
+    elif file_itself:
         files = [path]
-    elif _reader(path) or len(path.parts) > 2 or name.startswith((".", "/", "~")):
+    elif not _like_a_hub_name(name):
         raise UserError(f"{path} does not exist")
     else:
         yield from _read_hub(name, split)
@@ -149,7 +154,16 @@ def _rows_of(name: str, split: str) -> Iterator[Row]:
         read = _reader(file)
         if read is None:
             raise UserError(f"{file}: rows are read from {', '.join(READERS)} files")
-        yield from read(file)
+        try:
+            yield from read(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def _like_a_hub_name(name: str) -> bool:
+    path = Path(name)
+    plain = name and "\0" not in name and not name.startswith((".", "/", "~"))
+    return bool(plain and len(path.parts) <= 2 and _reader(path) is None and not path.exists())
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -159,16 +173,20 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, An
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
+    number = 0
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _json_row(f"{path}:{number}", line)
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _json_row(f"{path}:{number}", line)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path}:{number + 1} cannot be read: {error}") from None
 
 
 def _json_row(where: str, line: bytes) -> Row:
     try:
         value = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(where, problem=f"no valid JSON: {error}")
     if not isinstance(value, dict):
         return Row(where, problem=f"{fields.kind(value)}; an object with columns was expected")
@@ -178,7 +196,7 @@ def _json_row(where: str, line: bytes) -> Row:
 def _read_json(path: Path) -> Iterator[Row]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid JSON: {error}") from None
     if not isinstance(values, list):
         raise UserError(f"{path}: a list of objects was expected; a file with one object a line is .jsonl")
@@ -205,15 +223,18 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    from datasets import Dataset
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
-    with tempfile.TemporaryDirectory(prefix="align-data-") as cache:
-        try:
-            rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:  # pyarrow's and datasets' own kinds, none of them public
-            raise UserError(f"{path} cannot be read as Parquet: {error}") from None
-        for number, values in enumerate(rows, start=1):
-            yield Row(f"{path}, row {number}", values)
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", values)
+    except (ArrowException, OSError, OverflowError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 def _read_hub(name: str, split: str) -> Iterator[Row]:

@@ -1,6 +1,5 @@
 """Supervised training on transformers' Trainer, with checkpoints and metrics of our own form."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Sampler
@@ -19,17 +18,19 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.checkpoint import latest, prune, seal, step_of
 from align.files import new_folder, write_json
+from align.fit_state import read_optimizer, read_random, read_state, write_optimizer, write_random
 from align.interrupt import Interrupted, Stop
 from align.ppo.optimizer import warmed
 from align.progress import Progress
 from align.seeds import seed_for
 from align.tracking import Tracker
 from policies.batching import buckets
+from policies.errors import UserError
 from policies.lora import by_rate
+from policies.reading import check_like, read_object, read_tensors
 from rewards.schema import FitSettings
 
 WEIGHTS = "model.safetensors"
-STATE = "trainer_state.json"
 BEST = "best"
 
 
@@ -93,8 +94,8 @@ def fit(
     """
     done = context.checkpoints / f"done-{context.first}"
     if done.is_dir():
-        write_trained(objective, load_file(done / WEIGHTS))
-        return Fitted(**json.loads((done / "fitted.json").read_text()))
+        read_trained(objective, done / WEIGHTS)
+        return _read_fitted(done / "fitted.json")
     objective.eval()  # whatever its parts were in, the Trainer's first `train` now reaches them
     objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer's way to ask for num_items_in_batch
     steps = optimizer_steps(len(rows), settings)
@@ -132,7 +133,7 @@ def fit(
         watch.progress = progress
         last = latest(context.checkpoints)
         begun = last is not None and step_of(last) > context.first
-        state = TrainerState.load_from_json(str(last / STATE)) if last and begun else trainer.state
+        state = read_state(last) if last and begun else trainer.state
         if not watch.ended(state):
             trainer.train(resume_from_checkpoint=str(last) if begun else None)
             state = trainer.state
@@ -140,7 +141,7 @@ def fit(
     if not watch.ended(state):
         raise Interrupted
     assert state.best_metric is not None  # the last step is always looked at
-    write_trained(objective, load_file(context.checkpoints / BEST / WEIGHTS))
+    read_trained(objective, context.checkpoints / BEST / WEIGHTS)
     fitted = Fitted(state.global_step, state.best_global_step, state.best_metric)
     with new_folder(done) as folder:
         save_file(trained(objective), folder / WEIGHTS)
@@ -162,11 +163,20 @@ def trained(objective: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def write_trained(objective: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Overwrite what is trained."""
-    for name, parameter in objective.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(weights[name])
+def read_trained(objective: nn.Module, path: Path) -> None:
+    """Overwrite what is trained by a file's. Raises UserError where it cannot be read or is of another model."""
+    weights, own = read_tensors(path), {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    check_like(weights, own, path)
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+
+
+def _read_fitted(path: Path) -> Fitted:
+    values = read_object(path)
+    try:
+        return Fitted(int(values["steps"]), int(values["best_step"]), float(values["heldout_loss"]))
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _optimizer(objective: nn.Module, settings: FitSettings, lora_plus: float | None) -> Optimizer | None:
@@ -227,7 +237,26 @@ class _Trainer(Trainer):
         save_file(trained(self.model), folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        write_trained(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        read_trained(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
+
+    # The Trainer's own forms of all below are pickles.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        write_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            read_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        write_random(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            read_random(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: what is trained is float32."""
 
 
 class _Watch(TrainerCallback):

@@ -20,7 +20,7 @@ from align.styles import make_style
 from align.tracking import open_tracker, truncate_after
 from policies.adapters import load_adapter
 from policies.errors import UserError
-from policies.loading import check_model_folder, load_model_config, load_tokenizer
+from policies.loading import check_model_folder, check_weights, load_model_config, load_tokenizer
 from rewards.diagnostics import ACCURACY
 from rewards.functions import load_function
 from rewards.model import member_folder, members_in, read_heads
@@ -47,6 +47,7 @@ def load_inputs(experiment: Experiment) -> Inputs:
     """Check all that the experiment names, and read all rows that it needs, before anything is trained."""
     tokenizer = load_tokenizer(experiment.model.path)
     config = load_model_config(experiment.model.path)
+    check_weights(experiment.model.path)
     stages_left(experiment, folder_of(experiment))
     _check_given(experiment)
     context = getattr(config, "max_position_embeddings", None)
@@ -99,6 +100,7 @@ def _check_given(experiment: Experiment) -> None:
             read_heads(folder, experiment.reward.weights)
     if experiment.reward.classifier:
         check_model_folder(experiment.reward.classifier)
+        check_weights(experiment.reward.classifier)
     if "ppo" in experiment.stages:
         for name, term in experiment.reward.terms.items():
             check_term(name, term)

@@ -1,6 +1,5 @@
 """A run's folder: what lies where in it."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from align.config import dump_experiment, load_experiment
 from align.files import write_json
 from align.schema import STAGES, Experiment
 from policies.errors import UserError
+from policies.reading import read_object
 
 PRODUCTS = {
     "sft": ("sft", "checkpoints/sft"),
@@ -59,7 +59,7 @@ class RunFolder:
 
     def read_evaluation(self) -> dict[str, Any]:
         """What `evaluation.json` holds; nothing where it is not there yet."""
-        return json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
+        return read_object(self.evaluation) if self.evaluation.is_file() else {}
 
     def done(self, stage: str) -> bool:
         """Whether a stage has written its product."""
@@ -112,7 +112,7 @@ def open_run(where: str, runs: str = "runs") -> tuple[RunFolder, Experiment]:
 def read_facts(folder: Path) -> dict[str, Any]:
     """What a stage wrote about itself beside its product."""
     path = folder / "stage.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Judging and using what a run has trained, without a learner."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from policies.encoding import Prompt, decode_response, encode_prompt
 from policies.errors import UserError
 from policies.loading import load_tokenizer
 from policies.methods import build_trunk
+from policies.reading import read_object
 from policies.trunk import AdapterWeights
 from rewards.classifier import Classifier
 from rollouts.engine import Sampling
@@ -36,7 +36,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
     policy = policy_weights(experiment, run)
     tokenizer = load_tokenizer(experiment.model.path)
     judges = make_judges(experiment, run, tokenizer)
-    judges.reward.composition.restore(json.loads((run.policy / REWARD_STATE).read_text()))
+    judges.reward.composition.restore(read_object(run.policy / REWARD_STATE))
     roles = build_roles(judges.blueprint, None, (SAMPLER,))
     reference = judges.blueprint.reference or roles.trunk.read_adapter("reference")
     roles.trunk.write_adapter("policy", policy)
@@ -49,7 +49,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
 
     pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts), rollouts.prompts_a_chunk)
     evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout, tokenizer)
-    step = json.loads((run.policy / "evaluation.json").read_text())["policy"]["step"]
+    step = read_object(run.policy / "evaluation.json")["policy"]["step"]
     return evaluator.judge(step, policy)
 
 

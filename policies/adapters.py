@@ -17,13 +17,13 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from policies.errors import UserError
 from policies.places import FEEDFORWARD_OUTPUTS, keys_and_values, linears, named_so
+from policies.reading import NO_CODE, read_object, read_tensors
 from policies.schema import SOFT, PolicySettings
 from policies.table import MARK, read_task
 
@@ -97,7 +97,7 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], settings: PolicySe
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if settings.method == "full":
-        AutoConfig.from_pretrained(base).save_pretrained(folder)
+        AutoConfig.from_pretrained(base, **NO_CODE).save_pretrained(folder)
         save_file(tensors, folder / MODEL, metadata={"format": "pt"})
         return
     config = _saved_config(settings, base, weights)
@@ -135,7 +135,7 @@ def _ia3_config(targets: list[str], feedforward: list[str], base: str) -> IA3Con
 
 
 def _prompt_config(settings: PolicySettings, base: str, tokens: Tensor) -> PeftConfig:
-    config = AutoConfig.from_pretrained(base).get_text_config()
+    config = AutoConfig.from_pretrained(base, **NO_CODE).get_text_config()
     layers = config.num_hidden_layers
     sizes = {"token_dim": tokens.shape[1], "num_attention_heads": config.num_attention_heads}
     if settings.method == "prefix_tuning":
@@ -170,8 +170,8 @@ def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tens
         return _load(Path(folder), MODEL, "a model in Hugging Face layout, which policy.method 'full' trains")
     weights = _load(Path(folder), WEIGHTS, "an adapter in PEFT layout")
     try:
-        saved = json.loads((Path(folder) / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+        saved = read_object(Path(folder) / CONFIG)
+    except UserError as error:
         raise UserError(f"folder {folder} has no readable {CONFIG}: it is not an adapter in PEFT layout") from error
     expected = PEFT_TYPES[settings.method]
     if saved.get("peft_type") != expected:
@@ -216,7 +216,4 @@ def _load(folder: Path, name: str, what: str) -> dict[str, Tensor]:
         raise UserError(f"folder {folder} does not exist: it should be {what}")
     if not (folder / name).is_file():
         raise UserError(f"folder {folder} has no {name}: it is not {what}")
-    try:
-        return load_file(folder / name)
-    except SafetensorError as error:
-        raise UserError(f"{folder / name} is damaged: {error}") from error
+    return read_tensors(folder / name)

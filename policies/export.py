@@ -19,6 +19,7 @@ from policies.adapters import CONFIG, WEIGHTS, load_adapter, load_head
 from policies.errors import UserError
 from policies.loading import default_device, load_base
 from policies.methods import build_trunk
+from policies.reading import NO_CODE, SAFE
 from policies.schema import SELECTED, ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
@@ -70,14 +71,16 @@ def export_merged(
     expected, before = _of_role(live, ROLE, ids), _of_model(load_base(model, policy), ids)
     write_whole(model, live.merged_weights(ROLE), folder, dtype)
     tokenizer.save_pretrained(folder)
-    fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(default_device()).eval()
+    fresh = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE).to(default_device()).eval()
+    )
     exact = dtype == model.dtype == "float32"
     return compare(_of_model(fresh, ids), expected, before, "float32" if exact else "bfloat16")
 
 
 def write_whole(model: ModelSettings, weights: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
     """The base with some of its weights replaced, as transformers saves it."""
-    config = AutoConfig.from_pretrained(model.path)
+    config = AutoConfig.from_pretrained(model.path, **NO_CODE)
     whole = _whole(model, config)
     head = next(name for name, module in whole.named_modules() if module is whole.get_output_embeddings())
     if f"{head}.weight" in weights:
@@ -110,10 +113,10 @@ def export_reward(
     write_whole(model, live.merged_weights("reward"), folder, "float32")
     tokenizer.save_pretrained(folder)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad, **SAFE)
     classifier.score.weight.data.copy_(head["weight"].unsqueeze(0))
     classifier.save_pretrained(folder)
-    fresh = AutoModelForSequenceClassification.from_pretrained(folder).to(default_device()).eval()
+    fresh = AutoModelForSequenceClassification.from_pretrained(folder, **SAFE).to(default_device()).eval()
     with torch.no_grad():
         gap = float((fresh(input_ids=ids).logits.squeeze(-1) - scores).abs().max())
     if not gap <= 1e-3 * max(1.0, float(scores.abs().max())):
@@ -142,7 +145,7 @@ def _live(model: ModelSettings, policy: PolicySettings, source: Path, role: str 
 
 
 def _whole(model: ModelSettings, config: AutoConfig) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=torch.float32, **SAFE)
 
 
 def _probe(trunk: Trunk) -> Tensor:

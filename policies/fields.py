@@ -1,6 +1,7 @@
 """Columns of a data row, checked. Every function raises ValueError with a reason for people."""
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from policies.encoding import Message, Prompt
 
 Values = Mapping[str, Any]
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def text(values: Values, name: str) -> str:
@@ -17,7 +20,7 @@ def text(values: Values, name: str) -> str:
         raise ValueError(f"`{name}` is {kind(value)}; text was expected")
     if not value.strip():
         raise ValueError(f"`{name}` is empty")
-    return value
+    return _whole(value, name)
 
 
 def prompt(values: Values) -> Prompt:
@@ -32,7 +35,9 @@ def messages(value: Any, name: str) -> list[Message]:
         raise ValueError(f"`{name}` is {kind(value)}; a list of messages was expected")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"`{name}` has a message that is not {{role: text, content: text}}: {str(message)[:80]}")
+            raise ValueError(f"`{name}` has a message that is not {{role: text, content: text}}: {shown(message)}")
+        _whole(message["role"], name)
+        _whole(message["content"], name)
     return value
 
 
@@ -51,10 +56,10 @@ def number(values: Values, name: str) -> float:
     value = present(values, name)
     try:
         result = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         result = float("nan")
     if not abs(result) < float("inf"):
-        raise ValueError(f"`{name}` is {value!r}; a number was expected")
+        raise ValueError(f"`{name}` is {shown(value)}; a number was expected")
     return result
 
 
@@ -62,7 +67,7 @@ def items(values: Values, name: str) -> Any:
     """A column that should hold a list; JSON's text of one, as CSV has it, is read."""
     value = present(values, name)
     if isinstance(value, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
 
@@ -79,9 +84,10 @@ def flag(values: Values, name: str) -> bool:
     """A column with yes or no: true, false, 1, 0, or text that spells one of them."""
     value = present(values, name)
     known = {"true": True, "1": True, "false": False, "0": False}
-    if str(value).lower() not in known:
-        raise ValueError(f"`{name}` is {value!r}; true or false was expected")
-    return known[str(value).lower()]
+    said = str(value).lower() if isinstance(value, str | int | float) else ""
+    if said not in known:
+        raise ValueError(f"`{name}` is {shown(value)}; true or false was expected")
+    return known[said]
 
 
 def has(values: Values, name: str) -> bool:
@@ -95,6 +101,22 @@ def present(values: Values, name: str) -> Any:
         there = ", ".join(f"`{key}`" for key in values) or "no columns"
         raise ValueError(f"no `{name}`; the row has {there}, and the source's `columns` can rename them")
     return values[name]
+
+
+def _whole(value: str, name: str) -> str:
+    """Text that UTF-8 can hold; JSON's escapes can spell what it cannot."""
+    if _HALF.search(value):
+        raise ValueError(f"`{name}` has half of a surrogate pair, which is no character: {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # deep lists, and numbers too long to spell
+        return kind(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def kind(value: Any) -> str:

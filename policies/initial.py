@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from policies.quantised import dequantise
+from policies.reading import SAFE
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def write_loftq(layers: Mapping[str, LoraLayer], roles: Sequence[str], rank: int
     """Start these roles as LoftQ (Li et al. 2023, algorithm 1 with T = 1): the best low-rank part of what the base's
     weights lose by quantisation. base: folder or hub name of the model, which is read once more, unquantised.
     """
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **SAFE)
     for name, layer in layers.items():
         lost = whole.get_submodule(name).weight - dequantise(layer.get_base_layer()).float().cpu()
         _write(layer, roles, *principal(lost, rank, layer.scaling[roles[0]]))

@@ -16,6 +16,7 @@ from transformers import (
 
 from policies.errors import UserError
 from policies.quantised import four_bits, leave_packed
+from policies.reading import NO_CODE, SAFE, read_object
 from policies.schema import ModelSettings, PolicySettings
 
 
@@ -50,12 +51,53 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; it must have an end-of-sequence token, or no response would ever end."""
     check_model_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise UserError(f"tokenizer of {path} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {path} has no eos_token: without one no response would ever end")
     return tokenizer
+
+
+LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What transformers raises for a damaged folder."""
+
+CONVERT = (
+    "other files of weights are pickles, which run what they hold when they are read: load the model where it can be "
+    "trusted, and save it by save_pretrained, which writes safetensors"
+)
+
+
+def check_weights(path: str) -> None:
+    """Raise UserError where the weights in a model's folder are not in safetensors. A hub name is the hub's client's.
+
+    transformers would heed file names in `config.json` and in an index, whatever kind of file they are of.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"model folder {path} has an adapter_config.json, which names another model: remove the file")
+    named = read_object(folder / "config.json").get("transformers_weights", "model.safetensors")
+    files = [named, f"{named}.index.json"]
+    if not isinstance(named, str) or Path(named).name != named or not named.removesuffix(_INDEX).endswith(_WEIGHTS):
+        raise UserError(f"{path}/config.json: transformers_weights is {named!r}; a .safetensors file was expected")
+    if not any((folder / name).is_file() for name in files):
+        raise UserError(f"model {path} cannot be loaded: it has no {named}; {CONVERT}")
+    for index in (folder / name for name in files if name.endswith(_INDEX) and (folder / name).is_file()):
+        _check_index(index)
+
+
+_WEIGHTS, _INDEX = ".safetensors", ".index.json"
+
+
+def _check_index(path: Path) -> None:
+    places = read_object(path).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{path} is damaged: it has no weight_map")
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(_WEIGHTS):
+            raise UserError(f"{path}: {name!r} is no .safetensors file beside it; {CONVERT}")
 
 
 def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> PreTrainedModel:
@@ -64,13 +106,14 @@ def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> 
     With `policy.method: qlora` the weights of its linear layers, but for the output layer, are in four bits.
     """
     check_model_folder(settings.path)
+    check_weights(settings.path)
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
     if policy is not None and policy.method == "qlora":
         options["quantization_config"] = four_bits(settings, policy)
     try:
-        model = AutoModelForCausalLM.from_pretrained(settings.path, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {settings.path} cannot be loaded: {_first_line(error)}") from error
+        model = AutoModelForCausalLM.from_pretrained(settings.path, **options, **SAFE)
+    except LOADING_ERRORS as error:
+        raise UserError(f"model {settings.path} cannot be loaded: {reason(error)}") from error
     model.requires_grad_(False)
     if "quantization_config" in options:
         leave_packed(model)
@@ -97,16 +140,18 @@ def load_model_config(path: str) -> AutoConfig:
     """The model's own configuration alone, without its weights."""
     check_model_folder(path)
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {path} cannot be read: {_first_line(error)}") from error
+        return AutoConfig.from_pretrained(path, **NO_CODE)
+    except LOADING_ERRORS as error:
+        raise UserError(f"model {path} cannot be read: {reason(error)}") from error
 
 
 def load_generation_config(path: str) -> GenerationConfig:
     """The model's generation config; without one, what its configuration says of it."""
     try:
         return GenerationConfig.from_pretrained(path)
-    except OSError:
+    except OSError as error:
+        if (Path(path) / "generation_config.json").is_file():
+            raise UserError(f"{path}/generation_config.json cannot be read: {reason(error)}") from error
         return GenerationConfig.from_model_config(load_model_config(path))
 
 
@@ -117,5 +162,10 @@ def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizer
     return frozenset([tokenizer.eos_token_id, *listed])
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def reason(error: Exception) -> str:
+    """Why transformers could not load something, in a line for people."""
+    if "trust_remote_code" in str(error):
+        return "it needs code from its own folder, which is never run here: use a model that transformers itself has"
+    if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
+        return f"it has no model.safetensors; {CONVERT}"
+    return str(error).strip().split("\n")[0] or type(error).__name__

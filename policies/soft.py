@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from policies.adapters import PROMPT
 from policies.errors import UserError
+from policies.reading import NO_CODE
 from policies.trunk import Trunk
 
 
@@ -32,7 +33,8 @@ class SoftTrunk(Trunk):
     def _real_tokens(self, base: PreTrainedModel) -> Tensor:
         if self.settings.start is None:
             return torch.randint(base.config.vocab_size, (self.count,), device="cpu").to(base.device)
-        ids = AutoTokenizer.from_pretrained(self.base)(self.settings.start, add_special_tokens=False)["input_ids"]
+        tokenizer = AutoTokenizer.from_pretrained(self.base, **NO_CODE)
+        ids = tokenizer(self.settings.start, add_special_tokens=False)["input_ids"]
         return torch.tensor((ids * (self.count // len(ids) + 1))[: self.count], device=base.device)
 
     def switch(self, role: str) -> None:

@@ -4,11 +4,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from policies.errors import UserError
+from policies.reading import read_tensors
 
 MARK = "#"
 """FILE#TASK names one task's tokens in a table."""
@@ -45,12 +46,10 @@ def add_task(path: Path, task: str, tokens: Tensor, facts: Mapping[str, str]) ->
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"prompt table {path} does not exist")
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"prompt table {path} is damaged: {error}") from error
+        return read_tensors(path)
+    except UserError as error:
+        raise UserError(f"prompt table {error}") from error
 
 
 def _facts(path: Path) -> dict[str, str]:

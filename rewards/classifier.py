@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from policies.batching import buckets
 from policies.encoding import Prompt, prompt_text
 from policies.errors import UserError
-from policies.loading import check_model_folder, default_device
+from policies.loading import check_model_folder, check_weights, default_device, reason
+from policies.reading import NO_CODE, SAFE
 
 
 class Classifier:
@@ -22,11 +22,12 @@ class Classifier:
         Raises UserError where the folder is no such model or it has another number of outputs.
         """
         check_model_folder(path)
+        check_weights(path)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model, loading = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{key}: {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **SAFE)
+        except Exception as error:  # the tokenizers library raises plain ones
+            raise UserError(f"{key}: {path} cannot be loaded: {reason(error)}") from error
         if loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))
             raise UserError(f"{key}: {path} is no trained classifier: its weights lack {missing}")

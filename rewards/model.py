@@ -5,14 +5,14 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from policies.adapters import load_head, save_head
 from policies.batching import Batch, buckets, collate
 from policies.errors import UserError
 from policies.heads import ScalarHead
+from policies.reading import check_like, read_tensors
 from policies.trunk import Trunk
 
 ROLE = "reward"
@@ -119,14 +119,13 @@ def read_heads(folder: str | Path, weights: Mapping[str, float]) -> list[dict[st
     path = Path(folder) / ATTRIBUTES
     if not path.is_file():
         raise UserError(f"reward.attributes: {folder} has no {ATTRIBUTES}; it was trained without named attributes")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    tensors = read_tensors(path)
     known = sorted({name.rpartition(".")[0] for name in tensors})
     for name in weights:
         if name not in known:
             raise UserError(f"reward.attributes: {folder} has no attribute {name}; it has {', '.join(known)}")
+    if odd := [f"{name}.{part}" for name in weights for part in ("weight", "bias") if f"{name}.{part}" not in tensors]:
+        raise UserError(f"{path} is damaged: it has no {odd[0]}")
     return [{part: tensors[f"{name}.{part}"] for part in ("weight", "bias")} for name in weights]
 
 
@@ -134,7 +133,8 @@ def load_heads(heads: Iterable[nn.Module], weights: Sequence[Mapping[str, Tensor
     """Give heads the weights that were read from a folder. Raises UserError where they are of another width."""
     for head, own in zip(heads, weights, strict=True):
         width = sum(p.numel() for p in head.parameters()) - 1
-        if len(own["weight"]) != width:
+        if own.keys() >= {"weight"} and own["weight"].dim() == 1 and len(own["weight"]) != width:
             made = f"{len(own['weight'])} wide, this one is {width}"
             raise UserError(f"the head in {folder} was made for another base: hidden states {made}")
+        check_like(own, head.state_dict(), f"the head in {folder}")
         head.load_state_dict(dict(own))

@@ -140,7 +140,7 @@ def _ranking(values: Mapping[str, Any], attribute: str, open_ties: bool) -> Feed
 
 def _ties(values: Mapping[str, Any]) -> bool:
     if (said := values["ties"]) not in ("judged", "unknown"):
-        raise ValueError(f"`ties` is {said!r}; `judged` or `unknown` was expected")
+        raise ValueError(f"`ties` is {fields.shown(said)}; `judged` or `unknown` was expected")
     return said == "unknown"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonschema.validators import validator_for
+from referencing import Registry
 
 from policies.errors import UserError
 from rewards.functions import ScoreFunction
@@ -74,7 +75,8 @@ def json_rule(term: JsonTerm) -> ScoreFunction:
     """1 where the response is JSON of the schema, else 0."""
     given = term.schema_
     schema = json.loads(Path(given).read_text(encoding="utf-8")) if isinstance(given, str) else given
-    validator = None if schema is None else validator_for(schema)(schema)
+    # A registry of nothing: without one, what a $ref names is fetched, from wherever it is.
+    validator = None if schema is None else validator_for(schema)(schema, registry=Registry())
 
     def holds(response: str) -> bool:
         try:

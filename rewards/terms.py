@@ -1,12 +1,17 @@
 """The settings of a reward's terms: what each scores a response by, and how it goes into the sum."""
 
+import re
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from policies.schema import Settings
+
+SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)
+"""What is in the names of variables and parameters that hold secrets."""
 
 
 class TermSettings(Settings):
@@ -71,11 +76,9 @@ class RegexTerm(TermSettings):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        import re
-
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"no regular expression: {error}") from None
         return pattern
 
@@ -146,9 +149,12 @@ class JsonTerm(TermSettings):
 
         try:
             loaded = json.loads(Path(schema).read_text(encoding="utf-8")) if isinstance(schema, str) else schema
-            if loaded is not None:
-                validator_for(loaded).check_schema(loaded)
-        except (OSError, ValueError) as error:
+            if loaded is None and schema is None:
+                return None
+            if not isinstance(loaded, dict) or not isinstance(loaded.get("$schema", ""), str):
+                raise ValueError("an object was expected, its $schema a name")
+            validator_for(loaded).check_schema(loaded)
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{schema} cannot be read: {error}") from None
         except SchemaError as error:
             raise ValueError(f"no JSON schema: {error.message}") from None
@@ -163,7 +169,9 @@ class HttpSettings(CallSettings):
         3, ge=0, description="further tries after a lost connection, or status 429, 500, 502, 503, 504"
     )
     key_env: str | None = Field(
-        None, description="the environment variable that holds the key, sent as a bearer token; never written anywhere"
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="the environment variable that holds the key, sent as a bearer token; never written anywhere",
     )
 
     @property
@@ -176,6 +184,9 @@ class HttpSettings(CallSettings):
     def _is_http(cls, url: str) -> str:
         if not url.startswith(("http://", "https://")):
             raise ValueError("an http:// or https:// address was expected")
+        parts = urlsplit(url)
+        if "@" in parts.netloc or SECRET.search(parts.query):
+            raise ValueError("a key in an address would be written to config.yaml and W&B: use key_env")
         return url
 
 

@@ -56,6 +56,8 @@ class VllmEngine:
             max_num_seqs=rollouts.rows,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
+            load_format="safetensors",
+            trust_remote_code=False,
             **rollouts.vllm,
         )
         self._folder = tempfile.TemporaryDirectory(prefix="align-adapter-")

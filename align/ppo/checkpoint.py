@@ -1,12 +1,12 @@
 """What a PPO checkpoint holds, in files."""
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors.torch import load_file, save_file
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors.torch import save_file
 
 from align.files import write_json
 from align.ppo.learner import LearnerState
@@ -14,10 +14,12 @@ from align.ppo.loop import Asked
 from align.schema import CriticSettings
 from policies.adapters import load_adapter, load_head, save_adapter, save_head
 from policies.errors import UserError
+from policies.reading import read_object, read_tensors
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 
 ASKED = "asked"
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass
@@ -30,17 +32,20 @@ class Progressed:
     asked: the versions under which the batches of the next steps were being answered.
     """
 
-    step: int
-    kl_coefficient: float
-    best_step: int
+    step: Count
+    kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    best_step: Count
     best: float | None
     reward: dict[str, Any]
     stop: list[float]
     stopped: str | None
     seconds: float
-    ranks: int
-    zero: int
-    asked: list[int]
+    ranks: Count
+    zero: Count
+    asked: list[Count]
+
+
+_PROGRESSED = TypeAdapter(Progressed)
 
 
 def write_state(
@@ -68,14 +73,23 @@ def write_state(
 
 
 def read_progress(folder: Path, ranks: int, zero: int) -> Progressed:
-    """Raises UserError where the optimizer's state was saved in another layout."""
-    progressed = Progressed(**json.loads((folder / "state.json").read_text()))
+    """Raises UserError where the file does not say how far, or the optimizer's state was saved in another layout."""
+    progressed = _progressed(folder / "state.json")
     if (progressed.ranks, progressed.zero) != (ranks, zero):
         raise UserError(
             f"checkpoint {folder} was written by {progressed.ranks} ranks at ZeRO {progressed.zero}, and "
             f"learner.ranks is {ranks}, learner.zero {zero}: set them as they were"
         )
     return progressed
+
+
+def _progressed(path: Path) -> Progressed:
+    try:
+        return _PROGRESSED.validate_python(read_object(path), extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is damaged: {key}: {first['msg']}") from error
 
 
 def read_asked(folder: Path, policy: PolicySettings, progressed: Progressed) -> list[tuple[int, int, AdapterWeights]]:
@@ -92,5 +106,5 @@ def read_states(folder: Path, policy: PolicySettings, critic: CriticSettings | N
         "critic": load_adapter(folder / "critic", policy) if critic and critic.kind != "head" else {},
         "critic_head": load_head(folder / "critic") if critic else {},
     }
-    optimizers = [load_file(folder / f"optimizer-{rank}.safetensors") for rank in range(max(1, ranks))]
+    optimizers = [read_tensors(folder / f"optimizer-{rank}.safetensors") for rank in range(max(1, ranks))]
     return [LearnerState(optimizer=optimizer, **whole) for optimizer in optimizers]

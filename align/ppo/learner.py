@@ -21,6 +21,8 @@ from align.ppo.passes import EVERY_ROLE, STATISTICS, likelihood_loss, microbatch
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
 from policies.batching import buckets, collate
+from policies.errors import UserError
+from policies.reading import check_like
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.trajectory import Scored, Trajectory
 
@@ -142,7 +144,11 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, state: LearnerState) -> None:
-        """Take up, bit for bit, a state of the same rank, number of ranks and ZeRO stage."""
+        """Take up, bit for bit, a state of the same rank, number of ranks and ZeRO stage.
+
+        Raises UserError where it is of another model, or was saved otherwise.
+        """
+        self._check(state)
         self._write(self.roles.trunk, "policy", state.policy)
         self._write(self.roles.critic_trunk, "critic", state.critic)
         if self.roles.critic is not None:
@@ -157,6 +163,19 @@ class Learner:
                 own = {name: tensor.to(master.device, copy=True) for name, tensor in saved.items()}
                 # A count is saved as one number in a row; the fused optimizer wants it plain, and on the device.
                 self.optimizer.state[master] = own | ({"step": own["step"].squeeze()} if "step" in own else {})
+
+    def _check(self, state: LearnerState) -> None:
+        masters, what = self._masters(), "the checkpoint's optimizer"
+        expected = {f"{index}.master": master for index, master in enumerate(masters)}
+        check_like({name: t for name, t in state.optimizer.items() if name.endswith(".master")}, expected, what)
+        for name, tensor in state.optimizer.items():
+            number, kind, _ = name.split(".", 2) if name.count(".") > 1 else (name.partition(".")[0], "master", "")
+            if f"{number}.master" not in expected or kind not in ("master", "state"):
+                raise UserError(f"{what} is not of this model: it has {name}")
+            if tensor.numel() not in (1, masters[int(number)].numel()):
+                raise UserError(f"{what} is not of this model: {name} is {list(tensor.shape)}")
+        if self.roles.critic is not None:
+            check_like(state.critic_head, self._read_head(), "the checkpoint's critic head")
 
     def close(self) -> None:
         """Free what DeepSpeed holds; without it ZeRO 3 aborts at exit."""
