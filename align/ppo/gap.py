@@ -36,9 +36,10 @@ def check_parity(pool: Pool, roles_score: RolesScore, requests: Sequence[Request
         if not float(gaps.mean()) <= PARITY:
             widest = int(gaps.argmax())
             raise SamplerGap(
-                f"before the first update the sampler's log-probabilities of a response to {trajectory.request.prompt!r} "
-                f"are {float(gaps.mean()):.3g} nats a token off the learner's, most at token {widest + 1} "
-                f"({float(gaps[widest]):.3g}): the engine holds other weights, or computes them otherwise"
+                "before the first update the sampler's log-probabilities of a response to "
+                f"{trajectory.request.prompt!r} are {float(gaps.mean()):.3g} nats a token off the learner's, most at "
+                f"token {widest + 1} ({float(gaps[widest]):.3g}): the engine holds other weights, or computes them "
+                "otherwise"
             )
 
 
