@@ -58,11 +58,16 @@ class AdaptedLinear:
 
     @torch.no_grad()
     def merge(self, role: str) -> None:
-        """Compute the weight of a role with its adapter in it, in float32, and keep it in the base's dtype."""
+        """Compute the weight of a role with its adapter in it, in float32, and keep it in the base's dtype.
+
+        It is written where the last one was: how a product rounds may depend on where its weight lies.
+        """
         layer, weight = self.layer, self.base.weight
         down, up = layer.lora_A[role].weight.float(), layer.lora_B[role].weight.float()
         merged = torch.addmm(weight.float(), up, down, alpha=layer.scaling[role])
-        self.merged[role] = merged.to(weight.dtype).T.contiguous()
+        if role not in self.merged:
+            self.merged[role] = weight.new_empty(weight.shape[::-1])
+        self.merged[role].copy_(merged.T)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -46,18 +46,21 @@ class TransformersEngine:
         self.stop_ids, self.stop_strings = stop_ids, stop_strings
         self.rows = rows
         self.version = 0
+        self._unmerged = False
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> str:
         """Copy the weights into the engine's adapter. Returns the fingerprint of the adapter as it now is."""
         self.trunk.write_adapter(ROLE, weights)
-        if self.merge:
-            self.trunk.merge(ROLE)
+        self._unmerged = self.merge
         self.version = version
         return fingerprint(digests(self.trunk.adapter(ROLE)))
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling, role: str = ROLE) -> list[Trajectory]:
         """One trajectory a request, in their order; `role` other than the engine's own serves evaluation."""
+        if self._unmerged and role == ROLE:
+            self.trunk.merge(ROLE)
+            self._unmerged = False
         self.trunk.switch(role)
         responses = [Response(_uniforms(request.seed, sampling.max_new_tokens)) for request in requests]
         # Longest first: prompts that come in together are of about one length, those of one group beside each other.

@@ -16,7 +16,7 @@ from rollouts.roster import Order, Roster, Weights, WrongWeights
 from rollouts.trajectory import Request, Trajectory
 from rollouts.worker import Reply, Worker
 
-POLL = 0.01
+POLL = 0.005
 """Seconds that the pool waits for answers before it looks at the clock."""
 
 

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from policies.adapters import fingerprint, lora_config
+from policies.adapters import digests, fingerprint, lora_config
 from policies.methods import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
