@@ -59,13 +59,20 @@ def ppo(experiment: File, overrides: Overrides = None, replace: Replace = False)
 
 
 @app.command()
-def resume(run: Run) -> None:
-    """Go on with a run that was stopped, from its last whole checkpoint."""
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Go on with a run that was stopped, from its last whole checkpoint; settings that do not change what is learned,
+    as more steps or other workers, may be others now."""
+    from align.config import dump_experiment
+    from align.origins import check_origins
     from align.pipeline import load_inputs
-    from align.run import open_run
+    from align.run import locked, open_run
 
-    folder, settings = open_run(run)
-    _go(settings, folder, load_inputs(settings))
+    folder, settings = open_run(run, overrides=overrides or [])
+    inputs = load_inputs(settings)
+    with locked(folder):
+        check_origins(folder, settings, inputs)
+        dump_experiment(settings, folder.config)
+        _go(settings, folder, inputs)
 
 
 @app.command()
@@ -203,33 +210,40 @@ def _load(path: Path, overrides: list[str] | None) -> Experiment:
 
 
 def _start(settings: Experiment, replace: bool) -> None:
+    from align.origins import write_origins
     from align.pipeline import load_inputs
-    from align.run import begin_run, folder_of, refuse_run
+    from align.run import begin_run, folder_of, locked, refuse_run
 
     folder = folder_of(settings)
     if not replace:
         refuse_run(folder)
     inputs = load_inputs(settings)
-    begin_run(folder, settings)
-    _go(settings, folder, inputs)
+    with locked(folder):
+        write_origins(folder, settings, inputs)
+        begin_run(folder, settings)
+        _go(settings, folder, inputs)
 
 
 def _one_stage(stage: str, path: Path, overrides: list[str] | None, replace: bool) -> None:
     """A stage on top of what the run has."""
+    from align.origins import write_origins
     from align.pipeline import load_inputs
-    from align.run import begin_run, folder_of, refuse_stage
+    from align.run import begin_run, folder_of, locked, refuse_stage
 
     settings = _load(path, overrides).model_copy(update={"stages": [stage]})
     folder = folder_of(settings)
     if not replace:
         refuse_stage(folder, stage)
     inputs = load_inputs(settings)
-    begin_run(folder, settings, STAGES[STAGES.index(stage) :])
-    _go(settings, folder, inputs)
+    with locked(folder):
+        write_origins(folder, settings, inputs)
+        begin_run(folder, settings, STAGES[STAGES.index(stage) :])
+        _go(settings, folder, inputs)
 
 
 def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
     """Print the plan, run what is left, show the evaluation and draw the report."""
+    from align.failures import Fault, around
     from align.interrupt import Interrupted, graceful_stop
     from align.pipeline import run_stages, stages_left
     from align.plan import plan_table
@@ -241,6 +255,18 @@ def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
             evaluation = run_stages(settings, folder, inputs, stop)
         except Interrupted:
             raise Interrupted(folder.path) from None
+        except Fault as fault:
+            errors.print(f"[red]stopped:[/red] {_escaped(fault)}", soft_wrap=True)
+            sys.exit(1)
+        except Exception as error:
+            if (said := around(error)) is None:
+                raise
+            errors.print(
+                f"[red]error:[/red] {_escaped(said)}. The last checkpoint is whole: `align resume {folder.path}` goes "
+                "on with it",
+                soft_wrap=True,
+            )
+            sys.exit(1)
     _show(evaluation)
     console.print(f"report: {write_report(folder.path, evaluation)}")
 
@@ -286,7 +312,7 @@ def _ask() -> str:
         return ""
 
 
-def _escaped(error: Exception) -> str:
+def _escaped(error: Exception | str) -> str:
     from rich.markup import escape
 
     return escape(str(error))

@@ -64,7 +64,7 @@ def _environment(name: str, default: Any = NO_DEFAULT) -> Any:
     return os.environ.get(name, default)
 
 
-OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+OmegaConf.register_resolver("oc.env", _environment, replace=True)
 
 
 def dump_experiment(experiment: Experiment, path: Path) -> None:

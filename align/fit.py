@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.checkpoint import latest, prune, seal, step_of
+from align.failures import Fault
 from align.files import new_folder, write_json
 from align.fit_state import read_optimizer, read_random, read_state, write_optimizer, write_random
 from align.interrupt import Interrupted, Stop
@@ -130,6 +131,7 @@ def fit(
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.create_optimizer().register_step_pre_hook(SkipNonFinite(settings.max_skipped, context.stage))
         watch.progress = progress
         last = latest(context.checkpoints)
         begun = last is not None and step_of(last) > context.first
@@ -192,6 +194,26 @@ def _optimizer(objective: nn.Module, settings: FitSettings, lora_plus: float | N
 def optimizer_steps(rows: int, settings: FitSettings) -> int:
     """How many optimizer steps a stage takes over so many rows; the last batch of an epoch may be smaller."""
     return math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
+
+
+class SkipNonFinite:
+    """Leaves out steps whose gradient is not finite: they would end all training. To be called before each step."""
+
+    def __init__(self, limit: int, stage: str) -> None:
+        """limit: such steps in a row at which it raises Fault."""
+        self.limit, self.stage, self.in_a_row = limit, stage, 0
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm([p.grad for p in parameters])).sum()
+        if torch.isfinite(norm):
+            self.in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        self.in_a_row += 1
+        if self.in_a_row == self.limit:
+            raise Fault(f"the gradient was not finite in {self.limit} steps in a row ({self.stage}.max_skipped)")
 
 
 class LengthGroups(Sampler[int]):

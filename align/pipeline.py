@@ -1,11 +1,13 @@
 """The stages in order: each is done when its folder is there, so that running them again goes on where they stopped."""
 
+import logging
 import math
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import latest, step_of
+from align.failures import RankLost
 from align.files import write_json
 from align.inputs import Inputs, read_inputs
 from align.interrupt import Stop
@@ -25,6 +27,8 @@ from rewards.diagnostics import ACCURACY
 from rewards.functions import load_function
 from rewards.model import member_folder, members_in, read_heads
 from rewards.terms import columns_of
+
+log = logging.getLogger(__name__)
 
 RUNNERS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
 
@@ -117,10 +121,22 @@ def run_stages(experiment: Experiment, run: RunFolder, inputs: Inputs, stop: Sto
     with open_tracker(run.path, experiment.tracking, experiment.name, experiment.model_dump(mode="json")) as tracker:
         job = Job(experiment, run, tokenizer, inputs, tracker, stop)
         for stage in left:
-            RUNNERS[stage](job)
+            _run_stage(job, stage)
     evaluation = _evaluation(run)
     write_json(run.evaluation, evaluation)
     return evaluation
+
+
+def _run_stage(job: Job, stage: str) -> None:
+    """Run a stage to its end. Where a rank of the learner dies, go on from the last checkpoint with new ones."""
+    for left in reversed(range(job.experiment.learner.restarts + 1)):
+        try:
+            return RUNNERS[stage](job)
+        except RankLost as error:
+            if not left:
+                raise
+            log.warning("%s; going on from the last checkpoint, %d times more if need be", error, left - 1)
+            _forget_beyond_checkpoint(job.run, stage)
 
 
 def _forget_beyond_checkpoint(run: RunFolder, stage: str) -> None:

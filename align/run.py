@@ -1,7 +1,10 @@
 """A run's folder: what lies where in it."""
 
+import fcntl
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,16 @@ PRODUCTS = {
 }
 """What each stage writes into the run's folder."""
 
-WRITTEN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "checkpoints", "report", "wandb")
+WRITTEN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "evaluation.json",
+    "checkpoints",
+    "faults",
+    "report",
+    "wandb",
+)
 """What a run writes besides; other files in its folder are not ours."""
 
 
@@ -49,6 +61,10 @@ class RunFolder:
     @property
     def policy(self) -> Path:
         return self.path / "policy"
+
+    @property
+    def origins(self) -> Path:
+        return self.path / "origins.json"
 
     @property
     def evaluation(self) -> Path:
@@ -87,6 +103,25 @@ def refuse_stage(run: RunFolder, stage: str) -> None:
             raise UserError(f"{run.path} has done {later}: --replace does {stage} anew and forgets what came after it")
 
 
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Keep other processes from writing this run. Raises UserError where one does."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with (run.path / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{run.path} is being written by process {file.read().strip() or 'of another'}: wait for its end, or "
+                "give this run a `name` of its own"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] = STAGES) -> None:
     """Remove what an earlier run wrote of these stages, and nothing else that lies there; write `config.yaml`."""
     whole = tuple(stages) == STAGES
@@ -101,11 +136,11 @@ def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] = ST
     dump_experiment(experiment, run.config)
 
 
-def open_run(where: str, runs: str = "runs") -> tuple[RunFolder, Experiment]:
-    """The run of a folder, or of a name under `runs`. Raises UserError where there is none."""
+def open_run(where: str, runs: str = "runs", overrides: Sequence[str] = ()) -> tuple[RunFolder, Experiment]:
+    """The run of a folder, or of a name under `runs`, and its settings. Raises UserError where there is none."""
     for path in (Path(where), Path(runs) / where):
         if (path / "config.yaml").is_file():
-            return RunFolder(path), load_experiment(path / "config.yaml")
+            return RunFolder(path), load_experiment(path / "config.yaml", overrides)
     raise UserError(f"{where} is no run: there is no {where}/config.yaml, nor {runs}/{where}/config.yaml")
 
 

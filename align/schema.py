@@ -201,6 +201,9 @@ class LearnerSettings(Settings):
 
     ranks: int = Field(0, ge=0, description="Ray actors, one a rank; 0: one rank in the controller's process")
     gpus: float = Field(0.0, ge=0, description="GPUs that each actor reserves of the Ray cluster")
+    restarts: int = Field(
+        3, ge=0, description="times that a run goes on by itself from its last checkpoint when a rank has died"
+    )
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     optimizer: Literal["adamw", "paged_adamw", "sgd"] = Field(
         "adamw", description="paged_adamw: by bitsandbytes, its state in the host's memory when the GPU's is full"
@@ -211,6 +214,9 @@ class LearnerSettings(Settings):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient, of policy and of critic each by itself")
+    max_skipped: int = Field(
+        3, ge=1, description="steps in a row with a gradient that is not finite, and is left out, at which PPO stops"
+    )
     tokens_per_microbatch: int | None = Field(
         None, ge=1, description="tokens, padding counted, of one forward pass; unset: as the device likes it"
     )

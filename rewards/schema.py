@@ -27,6 +27,9 @@ class FitSettings(Settings):
     patience: int | None = Field(
         None, ge=1, description="end training early after so many looks without a better held-out loss; unset: do not"
     )
+    max_skipped: int = Field(
+        10, ge=1, description="steps in a row with a gradient that is not finite, and is left out, at which it stops"
+    )
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     max_tokens: int = Field(
         512, ge=2, description="rows with more tokens are refused or skipped, as data.on_bad_row says"

@@ -1,6 +1,6 @@
 """What a PPO checkpoint holds, in files."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,8 @@ class Progressed:
     step: rounds that are done. kl_coefficient: of the next. best_step, best: of the best policy evaluated so far.
     reward: what the composition of the reward has learned. stop: best and offences of the rule that ends PPO early;
     stopped: why it did. seconds: spent so far. ranks, zero: the layout that the optimizer's state was saved in.
-    asked: the versions under which the batches of the next steps were being answered.
+    asked: the versions under which the batches of the next steps were being answered. products: hashes of the
+    reference and the reward model.
     """
 
     step: Count
@@ -43,6 +44,7 @@ class Progressed:
     ranks: Count
     zero: Count
     asked: list[Count]
+    products: dict[str, str]
 
 
 _PROGRESSED = TypeAdapter(Progressed)
@@ -72,14 +74,12 @@ def write_state(
     write_json(folder / "state.json", asdict(progressed))
 
 
-def read_progress(folder: Path, ranks: int, zero: int) -> Progressed:
-    """Raises UserError where the file does not say how far, or the optimizer's state was saved in another layout."""
+def read_progress(folder: Path, products: Mapping[str, str]) -> Progressed:
+    """Raises UserError where the file does not say how far, or the run's reference or reward model is another now."""
     progressed = _progressed(folder / "state.json")
-    if (progressed.ranks, progressed.zero) != (ranks, zero):
-        raise UserError(
-            f"checkpoint {folder} was written by {progressed.ranks} ranks at ZeRO {progressed.zero}, and "
-            f"learner.ranks is {ranks}, learner.zero {zero}: set them as they were"
-        )
+    for name, digest in products.items():
+        if progressed.products.get(name) != digest:
+            raise UserError(f"{name}/ is not what checkpoint {folder} was trained with: put the run's own back")
     return progressed
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from align.failures import Fault
 from align.scoring import RolesScore
 from rollouts.engine import Sampling
 from rollouts.pool import Pool
@@ -15,7 +16,7 @@ PARITY = 0.1
 """Mean nats a token that one policy's probabilities may differ by in two places; bfloat16 alone gives a hundredth."""
 
 
-class SamplerGap(RuntimeError):
+class SamplerGap(Fault):
     """Sampler and learner disagree about the policy's probabilities."""
 
 

@@ -37,7 +37,9 @@ class Learners(Protocol):
         """One state a rank."""
         ...
 
-    def restore(self, states: Sequence[LearnerState]) -> None: ...
+    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
+        """Take up the states that so many ranks have saved at this ZeRO stage; bit for bit where these are as many."""
+        ...
 
     def close(self) -> None: ...
 
@@ -57,8 +59,11 @@ class LocalLearners:
     def state(self) -> list[LearnerState]:
         return [self.learner.state()]
 
-    def restore(self, states: Sequence[LearnerState]) -> None:
-        self.learner.restore(states[0])
+    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
+        if (len(states), zero) == (1, self.learner.learner.zero):
+            self.learner.restore(states[0])
+        else:
+            self.learner.restore_from(states, zero)
 
     def close(self) -> None:
         import deepspeed

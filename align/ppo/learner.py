@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from align.ppo.engine import make_engine
 from align.ppo.episodes import Episode
 from align.ppo.optimizer import GroupClip, make_optimizer
 from align.ppo.passes import EVERY_ROLE, STATISTICS, likelihood_loss, microbatch, ppo_loss, score_groups
+from align.ppo.reslice import cut, join
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
 from policies.batching import buckets, collate
@@ -67,6 +68,7 @@ class Learner:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ppo, self.learner, self.temperature = ppo, learner, temperature
         groups, factors = roles.groups()
+        self._sizes = [[parameter.numel() for parameter in parameters] for parameters in groups.values()]
         self.optimizer = make_optimizer(learner, groups, factors)
         if learner.zero == 3:
             for trunk in roles.trunks:
@@ -141,6 +143,13 @@ class Learner:
             critic_head=self._read_head(),
             optimizer={name: tensor.cpu().contiguous().clone() for name, tensor in optimizer.items()},
         )
+
+    def restore_from(self, states: Sequence[LearnerState], zero: int) -> None:
+        """Take up what other ranks, or other numbers of them, have saved at this ZeRO stage."""
+        whole = join([state.optimizer for state in states], self._sizes, zero)
+        shapes = [master.shape for master in self._masters()]
+        own = cut(whole, self._sizes, self.learner.zero, self.rank, self.world, shapes)
+        self.restore(replace(states[0], optimizer=own))
 
     @torch.no_grad()
     def restore(self, state: LearnerState) -> None:

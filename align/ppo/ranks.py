@@ -6,7 +6,9 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from align.failures import RankLost
 from align.ppo.build import Blueprint, build_roles
 from align.ppo.episodes import Episode
 from align.ppo.group import Mixed, Orders, backend
@@ -16,6 +18,9 @@ from align.schema import LearnerSettings, PpoSettings
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import Scored, Trajectory
 
+GRACE = 5.0
+"""Seconds that a rank is given to say that it lives."""
+
 
 class RayLearners:
     """`learner.ranks` Ray actors that form one process group."""
@@ -23,10 +28,10 @@ class RayLearners:
     def __init__(
         self, blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float, threads: int
     ) -> None:
-        self.ranks = learner.ranks
+        self.ranks, self.zero = learner.ranks, learner.zero
         options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
         self.actors = [ray.remote(_Rank).options(**options).remote(rank, threads) for rank in range(self.ranks)]
-        store = ray.get(self.actors[0].open_store.remote(self.ranks))
+        store = self._get([self.actors[0].open_store.remote(self.ranks)])[0]
         plan = ray.put(blueprint)
         self._all("join", store, self.ranks, plan, ppo, learner, temperature)
 
@@ -40,7 +45,7 @@ class RayLearners:
         ]
         scored = {
             i: verdict
-            for share, verdicts in zip(shares, ray.get(calls), strict=True)
+            for share, verdicts in zip(shares, self._get(calls), strict=True)
             for i, verdict in zip(share, verdicts, strict=True)
         }
         return [scored[i] for i in range(len(trajectories))]
@@ -56,15 +61,32 @@ class RayLearners:
     def state(self) -> list[LearnerState]:
         return self._all("state")
 
-    def restore(self, states: Sequence[LearnerState]) -> None:
-        ray.get([actor.restore.remote(state) for actor, state in zip(self.actors, states, strict=True)])
+    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
+        if (len(states), zero) == (self.ranks, self.zero):
+            self._get([actor.restore.remote(state) for actor, state in zip(self.actors, states, strict=True)])
+        else:
+            self._all("restore_from", ray.put(list(states)), zero)
 
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return ray.get([getattr(actor, method).remote(*arguments) for actor in self.actors])
+        return self._get([getattr(actor, method).remote(*arguments) for actor in self.actors])
+
+    def _get(self, calls: list[Any]) -> list[Any]:
+        """What the calls give. Raises RankLost where a rank has died, even if another one said so first."""
+        try:
+            return ray.get(calls)
+        except RayError as error:
+            for rank, actor in enumerate(self.actors):
+                try:
+                    ray.get(actor.ready.remote(), timeout=GRACE)
+                except RayActorError as death:
+                    raise RankLost(f"rank {rank} of the learner has died: {_first_line(death)}") from error
+                except GetTimeoutError:
+                    continue  # it hangs in talk with the dead one
+            raise
 
 
 class _Rank:
@@ -73,6 +95,9 @@ class _Rank:
     def __init__(self, rank: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self.rank = rank
+
+    def ready(self) -> None:
+        """Answers, once what was asked before is done, where the process lives."""
 
     def open_store(self, world: int) -> tuple[str, int]:
         """Open the store at which the ranks meet, on a port that the system picks. Returns where it is."""
@@ -109,3 +134,10 @@ class _Rank:
 
     def restore(self, state: LearnerState) -> None:
         self.learner.restore(state)
+
+    def restore_from(self, states: list[LearnerState], zero: int) -> None:
+        self.learner.restore_from(states, zero)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -13,14 +13,17 @@ import torch
 from align.checkpoint import latest, new_checkpoint
 from align.cluster import ray_cluster, threads
 from align.evaluate import REFERENCE_VERSION, Evaluator
+from align.failures import Fault
 from align.files import new_folder, write_json
 from align.interrupt import Interrupted
 from align.job import Job
 from align.judges import REWARD_STATE, Judges, make_evaluator, make_judges
+from align.origins import product_digests
 from align.ppo.build import build_roles
 from align.ppo.checkpoint import Progressed, read_asked, read_progress, read_states, write_state
 from align.ppo.gap import check_parity
 from align.ppo.group import Learners, LocalLearners
+from align.ppo.inspection import write_batch
 from align.ppo.kl import AdaptiveKl, FixedKl, KlCoefficient
 from align.ppo.loop import Asked, Ppo, Step
 from align.ppo.metrics import step_metrics, step_samples
@@ -81,10 +84,13 @@ def run_ppo(job: Job) -> None:
         for batch in asked:
             ppo.ask(*batch)
         rule = None if settings.ppo.stop is None else StopRule(settings.ppo.stop, *progressed.stop)
-        before = progressed.seconds
+        before, skipped = progressed.seconds, 0
         with Progress("ppo", settings.ppo.steps) as progress:
             for step in () if progressed.stopped else ppo.steps():
                 metrics = _log(job, judges, step, progress)
+                skipped = skipped + 1 if metrics["learner/skipped_steps"] else 0
+                if skipped == settings.learner.max_skipped:
+                    raise _fault(job, step, skipped)
                 progressed.stopped = rule.reason(metrics) if rule else None
                 last = ppo.step == settings.ppo.steps or progressed.stopped is not None
                 if last or _due(ppo.step, settings.evaluation.every):
@@ -148,11 +154,13 @@ def _resume(job: Job, learners: Learners) -> tuple[Progressed, list[tuple[int, i
     """Take up the last checkpoint; without one, the start. Also the batches that were being answered."""
     settings = job.experiment
     ranks, zero = settings.learner.ranks, settings.learner.zero
-    last = latest(job.run.checkpoints("ppo"))
+    last, products = latest(job.run.checkpoints("ppo")), product_digests(job.run)
     if last is None:
-        return Progressed(0, settings.ppo.kl.coefficient, 0, None, {}, [], None, 0.0, ranks, zero, []), []
-    progressed = read_progress(last, ranks, zero)
-    learners.restore(read_states(last, settings.policy, settings.ppo.critic_if_any, ranks))
+        return Progressed(0, settings.ppo.kl.coefficient, 0, None, {}, [], None, 0.0, ranks, zero, [], products), []
+    progressed = read_progress(last, products)
+    states = read_states(last, settings.policy, settings.ppo.critic_if_any, progressed.ranks)
+    learners.restore(states, progressed.zero)
+    progressed.ranks, progressed.zero = ranks, zero
     return progressed, read_asked(last, settings.policy, progressed)
 
 
@@ -168,6 +176,16 @@ def _calibrate(job: Job, judges: Judges, pool: Pool, roles_score: RolesScore, re
     samples = pool.generate(requests, Sampling(rollouts.temperature, rollouts.max_new_tokens))
     raw, _ = judges.reward.raw(samples, roles_score(samples, ("reward",)))
     composition.calibrate(raw)
+
+
+def _fault(job: Job, step: Step, skipped: int) -> Fault:
+    """Keep the batch for people to look at."""
+    folder = job.run.path / "faults" / f"step-{step.index + 1}"
+    write_batch(folder, step, job.tokenizer)
+    return Fault(
+        f"the gradient was not finite in {skipped} steps in a row (learner.max_skipped); the last one's episodes are in "
+        f"{folder}"
+    )
 
 
 def _due(done: int, every: int) -> bool:

@@ -49,6 +49,7 @@ def train(arguments: argparse.Namespace, workers: int, ranks: int, seed: int) ->
             "rollouts.workers": workers,
             "learner.ranks": ranks,
             "rollouts.rows": 64,
+            "rollouts.chunk": 64,
             "evaluation.best_of": 0,
         }
         overrides = [f"{key}={value}" for key, value in settings.items()]

@@ -259,5 +259,5 @@ def test_the_adaptive_coefficient_follows_from_the_kl_before(series: Series, who
     assert len({*expected, coefficient.value}) == 5
     saved = latest(RunFolder(whole[1]).checkpoints("ppo"))
     assert saved is not None
-    assert read_progress(saved, 0, 0).kl_coefficient == pytest.approx(coefficient.value, rel=1e-6)
+    assert read_progress(saved, {}).kl_coefficient == pytest.approx(coefficient.value, rel=1e-6)
     assert series("kl/loss") == [0] * 4

@@ -34,7 +34,7 @@ Read = Callable[[Path], None]
 
 def read_ppo(checkpoint: Path) -> None:
     """All that PPO reads of a checkpoint."""
-    progressed = read_progress(checkpoint, 0, 0)
+    progressed = read_progress(checkpoint, {})
     read_states(checkpoint, POLICY, CriticSettings(), 0)
     if len(progressed.asked) < 9:
         read_asked(checkpoint, POLICY, progressed)

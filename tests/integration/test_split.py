@@ -120,3 +120,34 @@ def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> 
         results.append([*scored.logprobs.tolist(), update["policy_loss"], update["policy_gradient_norm"]])
         learners.close()
     assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("old", "new"), [((0, 0), (2, 2)), ((2, 2), (1, 0)), ((2, 3), (2, 1)), ((1, 1), (2, 3))])
+def test_a_state_goes_on_in_another_layout(
+    old: tuple[int, int], new: tuple[int, int], tiny_model: Path, cluster: None
+) -> None:
+    settings = LearnerSettings(tokens_per_microbatch=100)
+    rates, order = Rates(1e-2, 1e-2, 0.0), [[list(range(13))]]
+
+    def learners(split: tuple[int, int]) -> Learners:
+        ranks, zero = split
+        chosen = settings.model_copy(update={"ranks": ranks, "zero": zero})
+        if ranks:
+            return RayLearners(blueprint(tiny_model), PPO, chosen, 1.0, 1)
+        return LocalLearners(build(tiny_model), PPO, chosen, 1.0, False)
+
+    first = learners(old)
+    first.update(episodes(), order, rates)
+    states, weights = first.state(), first.policy_weights()
+    expected = first.update(episodes(), order, rates)
+    after = first.policy_weights()
+    first.close()
+    second = learners(new)
+    second.restore(states, old[1])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in second.policy_weights().items())
+    update = second.update(episodes(), order, rates)
+    assert update["policy_gradient_norm"] == pytest.approx(expected["policy_gradient_norm"], rel=1e-5)
+    for name, tensor in second.policy_weights().items():
+        torch.testing.assert_close(tensor, after[name], atol=1e-5, rtol=1e-4)
+    second.close()
