@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.files import new_folder, write_text
@@ -16,7 +18,8 @@ TENSORS = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_v
 
 def write_batch(folder: Path, step: Step, tokenizer: PreTrainedTokenizerBase) -> None:
     """`episodes.jsonl`, a line an episode, and `episodes.safetensors`: `N.NAME`, `[T]`, of the N-th line."""
-    rows, tensors = [], {}
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
     for number, (trajectory, scored, episode) in enumerate(
         zip(step.trajectories, step.scored, step.episodes, strict=True)
     ):

@@ -183,8 +183,8 @@ def _fault(job: Job, step: Step, skipped: int) -> Fault:
     folder = job.run.path / "faults" / f"step-{step.index + 1}"
     write_batch(folder, step, job.tokenizer)
     return Fault(
-        f"the gradient was not finite in {skipped} steps in a row (learner.max_skipped); the last one's episodes are in "
-        f"{folder}"
+        f"the gradient was not finite in {skipped} steps in a row (learner.max_skipped); the episodes of the last one "
+        f"are in {folder}"
     )
 
 
