@@ -245,12 +245,14 @@ def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
     """Print the plan, run what is left, show the evaluation and draw the report."""
     from align.failures import Fault, around
     from align.interrupt import Interrupted, graceful_stop
+    from align.last_words import last_words
     from align.pipeline import run_stages, stages_left
     from align.plan import plan_table
     from align.report import write_report
 
     console.print(plan_table(settings, inputs, stages_left(settings, folder)))
-    with graceful_stop() as stop:
+    goes_on = f"`align resume {folder.path}` goes on from the last checkpoint"
+    with graceful_stop() as stop, last_words(f"the run was ended from outside, without a word; {goes_on}"):
         try:
             evaluation = run_stages(settings, folder, inputs, stop)
         except Interrupted:
@@ -261,11 +263,7 @@ def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
         except Exception as error:
             if (said := around(error)) is None:
                 raise
-            errors.print(
-                f"[red]error:[/red] {_escaped(said)}. The last checkpoint is whole: `align resume {folder.path}` goes "
-                "on with it",
-                soft_wrap=True,
-            )
+            errors.print(f"[red]error:[/red] {_escaped(said)}; {_escaped(goes_on)}", soft_wrap=True)
             sys.exit(1)
     _show(evaluation)
     console.print(f"report: {write_report(folder.path, evaluation)}")

@@ -5,17 +5,10 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
-
-from align.failures import ClusterLost
 from align.schema import ClusterSettings
-
-WATCH = 0.5
-"""Seconds between looks at whether Ray's own processes live."""
 
 
 @contextmanager
@@ -47,44 +40,11 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     try:
-        with _watched():
-            yield
+        yield
     finally:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _watched() -> Iterator[None]:
-    """Raise ClusterLost in this, the main, thread once Ray's processes that this one has started are no more.
-
-    Ray itself would end this process some seconds later, without a word.
-    """
-    servers = [p for p in psutil.Process().children(recursive=True) if p.name() in ("raylet", "gcs_server")]
-    ended, lost = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(WATCH):
-            if not all(server.is_running() and server.status() != psutil.STATUS_ZOMBIE for server in servers):
-                lost.set()
-                signal.pthread_kill(main, signal.SIGUSR1)
-                return
-
-    main = threading.get_ident()
-    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        if lost.is_set():
-            raise ClusterLost("the processes of the Ray cluster are gone") from None
-        raise
-    finally:
-        ended.set()
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
 
 
 def threads(settings: ClusterSettings, processes: int) -> int:

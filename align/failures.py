@@ -13,10 +13,6 @@ class RankLost(RuntimeError):
     """A rank of the learner has died."""
 
 
-class ClusterLost(RuntimeError):
-    """The Ray cluster of the run is no more."""
-
-
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -26,7 +22,7 @@ def around(error: BaseException) -> str | None:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
     if isinstance(error, SafetensorError) and "os error" in str(error):
         return f"weights cannot be written: {error}"
-    if isinstance(error, RankLost | ClusterLost):
+    if isinstance(error, RankLost):
         return str(error)
     if type(error).__module__.startswith("ray."):
         first = str(error).strip().split("\n")[0]

@@ -165,7 +165,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
         said = " ".join(errors.split())
         assert process.returncode == 1, errors
         assert "Traceback" not in errors
-        assert re.search(r"No space left on device.*`align resume \S+` goes on", said), said
+        assert re.search(r"No space left on device.*`align resume \S+` goes on from the last checkpoint", said), said
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         same(runs.finish("full"), tmp_path / "runs" / "whole")
     finally:
