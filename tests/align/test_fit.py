@@ -1,7 +1,10 @@
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.fit import LengthGroups
+from align.failures import Fault
+from align.fit import LengthGroups, SkipNonFinite
 
 row_lengths = st.lists(st.integers(1, 100), min_size=1, max_size=300)
 
@@ -28,3 +31,23 @@ def test_rows_of_a_batch_are_of_about_one_length() -> None:
     batches = [[lengths[i] for i in order[start : start + 32]] for start in range(0, len(order), 32)]
     assert max(max(batch) - min(batch) for batch in batches) <= 5
     assert [max(batch) for batch in batches] != sorted(max(batch) for batch in batches)
+
+
+def test_steps_with_gradients_that_are_not_finite_change_nothing_and_end_training_in_a_row() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    optimizer.register_step_pre_hook(SkipNonFinite(2, "sft"))
+
+    def step(gradient: float) -> None:
+        weight.grad = torch.full((2,), gradient)
+        optimizer.step()
+
+    step(float("nan"))
+    assert weight.tolist() == [1.0, 1.0]
+    step(1.0)
+    moved = weight.tolist()
+    assert moved != [1.0, 1.0]
+    step(float("inf"))
+    with pytest.raises(Fault, match=r"in 2 steps in a row \(sft\.max_skipped\)"):
+        step(float("inf"))
+    assert weight.tolist() == moved

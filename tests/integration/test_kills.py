@@ -146,6 +146,7 @@ def test_a_run_that_is_stopped_or_loses_ray_says_so_and_goes_on(
     same(runs.finish("hurt"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(psutil.Process().username() != "root", reason="mounts a file system of its own")
 def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
     settings: dict[str, Any], runs: Runs, tmp_path: Path

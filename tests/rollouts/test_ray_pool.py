@@ -87,6 +87,7 @@ def test_workers_give_the_same_responses_as_this_process(
         assert {t.version for t in trajectories} == {version}
 
 
+@pytest.mark.slow
 def test_one_worker_gives_the_same_too(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
 ) -> None:
@@ -156,6 +157,7 @@ def build_forgetful(model: Path, mark: Path) -> Engine:
     return Forgetful(build_engine(ModelSettings(path=str(model)), POLICY, ROLLOUTS), mark)
 
 
+@pytest.mark.slow
 def test_a_worker_with_a_wrong_adapter_never_serves(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None, tmp_path: Path
 ) -> None:
