@@ -33,7 +33,9 @@ def write_batch(folder: Path, step: Step, tokenizer: PreTrainedTokenizerBase) ->
             "score": repr(scored.score),
             "finite": finite,
         })  # fmt: skip
-        tensors |= {f"{number}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        tensors |= {
+            f"{number}.{name}": tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()
+        }
     with new_folder(folder) as temporary:
         write_text(temporary / "episodes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         save_file(tensors, temporary / "episodes.safetensors")
