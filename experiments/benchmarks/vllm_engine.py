@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/vllm_engine.py --model MODEL --prompts PROMPTS.jsonl
 
-`make vllm` installs vLLM's CPU build. Both sides take turns on the same `vllm.LLM`, adapter, prompts and seeds; ours adds
+`make vllm` installs its CPU build. Both sides take turns on the same `vllm.LLM`, adapter, prompts and seeds; ours adds
 the making of requests and the reading of tokens and log-probabilities. Writes `vllm_engine.json`.
 """
 
