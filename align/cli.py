@@ -64,7 +64,7 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     as more steps or other workers, may be others now."""
     from align.config import dump_experiment
     from align.origins import check_origins
-    from align.pipeline import load_inputs
+    from align.pipeline import load_inputs, reopen
     from align.run import locked, open_run
 
     folder, settings = open_run(run, overrides=overrides or [])
@@ -72,6 +72,7 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     with locked(folder):
         check_origins(folder, settings, inputs)
         dump_experiment(settings, folder.config)
+        reopen(settings, folder)
         _go(settings, folder, inputs)
 
 

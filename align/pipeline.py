@@ -127,6 +127,13 @@ def run_stages(experiment: Experiment, run: RunFolder, inputs: Inputs, stop: Sto
     return evaluation
 
 
+def reopen(experiment: Experiment, run: RunFolder) -> None:
+    """Let PPO that came to its last step go on where more steps are asked for now."""
+    last = latest(run.checkpoints("ppo"))
+    if last and run.done("ppo") and step_of(last) < experiment.ppo.steps and "stopped" not in read_facts(run.policy):
+        run.policy.rename(run.best)
+
+
 def _run_stage(job: Job, stage: str) -> None:
     """Run a stage to its end. Where a rank of the learner dies, go on from the last checkpoint with new ones."""
     for left in reversed(range(job.experiment.learner.restarts + 1)):

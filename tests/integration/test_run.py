@@ -15,6 +15,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.cli import main
+from align.interrupt import Stop
+from align.pipeline import load_inputs, reopen, run_stages
+from align.run import folder_of
+from align.schema import Experiment
 from tests.integration.conftest import Command
 from tests.integration.tiny_run import COMMAND, ENVIRONMENT, figures, run_in_process
 
@@ -93,6 +97,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(finished: Path, settings: d
     assert figures(run) == figures(finished)
     mine, theirs = (json.loads((where / "evaluation.json").read_text()) for where in (run, finished))
     assert mine | {"seconds": {}} == theirs | {"seconds": {}}
+
+
+def test_a_run_that_is_done_goes_on_for_more_steps(settings: dict[str, Any], tmp_path: Path) -> None:
+    longer = settings["ppo"] | {"steps": 5}
+    whole = run_in_process(settings | {"name": "whole", "ppo": longer})
+    run_in_process(settings)
+    experiment = Experiment.model_validate(settings | {"ppo": longer})
+    folder = folder_of(experiment)
+    reopen(experiment, folder)
+    run_stages(experiment, folder, load_inputs(experiment), Stop())
+    assert figures(folder.path) == figures(whole)
+    assert (folder.policy / "evaluation.json").read_bytes() == (whole / "policy" / "evaluation.json").read_bytes()
 
 
 def interrupted(line: tuple[str, ...], run: Path, stage: str, folder: Path) -> tuple[int, str]:
