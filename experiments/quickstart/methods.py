@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"method": "prefix_tuning"},
     "full": {"method": "full"},
 }
-RATES = {"lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
+RATES = {"bitfit": 5e-2, "lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
 """Learning rates; a method that trains few numbers wants a higher one."""
 HIGH = 1e-2
 
