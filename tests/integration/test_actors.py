@@ -9,9 +9,10 @@ import pytest
 from tests.integration.tiny_run import figures, run_in_process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "ranks"),
-    [(1, 1), pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+    [(1, 1), (0, 1), (2, 2)],
 )
 def test_the_first_update_is_the_same_in_actors(
     workers: int, ranks: int, settings: dict[str, Any], tmp_path: Path

@@ -91,7 +91,15 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
     return mean(scores[-3:])
 
 
-@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo", "reinforce++"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        "gae",
+        "grpo",
+        pytest.param("rloo", marks=pytest.mark.slow),
+        pytest.param("reinforce++", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("reward", "length", "steps", "schedule"),
     [(bandit, 1, 30, "constant"), pytest.param(chain, 4, 70, "linear", marks=pytest.mark.slow)],

@@ -133,6 +133,7 @@ def test_generate_answers_and_repeats_itself(finished: Path, align: Command) -> 
     assert first.stdout == align(*line).stdout
 
 
+@pytest.mark.slow
 def test_an_exported_model_continues_as_the_policy_does(finished: Path, align: Command, tmp_path: Path) -> None:
     done = align("export", finished, "--merge", "--to", tmp_path / "model")
     assert done.returncode == 0, done.stderr

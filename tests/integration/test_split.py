@@ -107,6 +107,7 @@ def test_ranks_and_zero_stages_give_one_gradient(
             assert measured == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> None:
     trajectory = Trajectory(Request("", (5, 6), 0), (7, 8, 9), torch.zeros(3), True, 0)
     results = []

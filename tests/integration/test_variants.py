@@ -43,7 +43,7 @@ def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
     return settings
 
 
-FAST = ("grpo", "options")
+FAST = ("options",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS])

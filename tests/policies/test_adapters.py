@@ -122,4 +122,4 @@ def test_fingerprint_depends_on_bytes_names_and_shapes_and_not_on_order() -> Non
         {name.replace("layer", "other"): tensor for name, tensor in ADAPTER.items()},
         {name: tensor.to(torch.bfloat16) for name, tensor in ADAPTER.items()},
     ]
-    assert len({first, *map(digests, fingerprint, others)}) == 5
+    assert len({first, *(fingerprint(digests(other)) for other in others)}) == 5
