@@ -26,14 +26,14 @@ from rollouts.trajectory import Request
 from rollouts.vllm import VllmEngine
 
 POLICY = PolicySettings(rank=16, alpha=32)
-NEW, ROWS, PROMPTS = 128, 64, 256
+NEW, ROWS, PROMPTS = 128, 64, 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--to", type=Path, default=Path(__file__).with_name("vllm_engine.json"))
     arguments = parser.parse_args()
     model = ModelSettings(path=arguments.model, dtype="float32")
