@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from align.files import write_text
 from align.schema import Experiment
-from policies.errors import UserError
+from policies.errors import UserError, first_line
 from policies.fields import shown
 from rewards.terms import SECRET
 
@@ -37,7 +37,7 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
         values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)
     except OmegaConfBaseException as error:
         keys = tuple(str(error.full_key or "").split("."))
-        said = str(error).strip().split("\n")[0]
+        said = first_line(error)
         raise UserError(f"{source.place(keys)}: {error.full_key or 'experiment'}: {said}") from None
     except RecursionError:
         raise UserError(f"{path}: a setting is put into itself by ${{…}}") from None

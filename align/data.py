@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from align.schema import SourceSettings
 from policies import fields
 from policies.encoding import Prompt
-from policies.errors import UserError
+from policies.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -243,7 +243,7 @@ def _read_hub(name: str, split: str) -> Iterator[Row]:
     try:
         rows = load_dataset(name, split=split)
     except Exception as error:  # a wrong name, no network, a wrong split: each library below has kinds of its own
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{name} is no file here and cannot be loaded from the hub: {reason}") from None
     for number, values in enumerate(rows, start=1):
         yield Row(f"{name} ({split}), row {number}", values)

@@ -4,6 +4,8 @@ import errno
 
 from safetensors import SafetensorError
 
+from policies.errors import first_line
+
 
 class Fault(RuntimeError):
     """The run stopped itself: its figures are such that going on would be of no use. The message says which."""
@@ -25,6 +27,5 @@ def around(error: BaseException) -> str | None:
     if isinstance(error, RankLost):
         return str(error)
     if type(error).__module__.startswith("ray."):
-        first = str(error).strip().split("\n")[0]
-        return f"Ray is lost: {type(error).__name__}: {first}"
+        return f"Ray is lost: {type(error).__name__}: {first_line(error)}"
     return None

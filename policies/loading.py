@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from policies.errors import UserError
+from policies.errors import UserError, first_line
 from policies.quantised import four_bits, leave_packed
 from policies.reading import NO_CODE, SAFE, read_object
 from policies.schema import ModelSettings, PolicySettings
@@ -168,4 +168,4 @@ def reason(error: Exception) -> str:
         return "it needs code from its own folder, which is never run here: use a model that transformers itself has"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
         return f"it has no model.safetensors; {CONVERT}"
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return first_line(error)

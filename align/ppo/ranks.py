@@ -15,6 +15,7 @@ from align.ppo.group import Mixed, Orders, backend
 from align.ppo.learner import Learner, LearnerState, Rates
 from align.ppo.passes import EVERY_ROLE
 from align.schema import LearnerSettings, PpoSettings
+from policies.errors import first_line
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import Scored, Trajectory
 
@@ -83,7 +84,7 @@ class RayLearners:
                 try:
                     ray.get(actor.ready.remote(), timeout=GRACE)
                 except RayActorError as death:
-                    raise RankLost(f"rank {rank} of the learner has died: {_first_line(death)}") from error
+                    raise RankLost(f"rank {rank} of the learner has died: {first_line(death)}") from error
                 except GetTimeoutError:
                     continue  # it hangs in talk with the dead one
             raise
@@ -137,7 +138,3 @@ class _Rank:
 
     def restore_from(self, states: list[LearnerState], zero: int) -> None:
         self.learner.restore_from(states, zero)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

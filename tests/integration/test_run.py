@@ -245,5 +245,25 @@ def test_mistakes_are_told_in_one_message(
     assert not (tmp_path / "runs").exists()
 
 
+def test_gradients_that_are_not_finite_stop_the_run_and_their_batch_is_kept(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By a reward near the largest float: its gradient is beyond it."""
+    (tmp_path / "huge.py").write_text("def huge(prompts, responses, columns):\n    return [3e38] * len(responses)\n")
+    settings["reward"] = {"terms": {"huge": {"kind": "function", "function": f"{tmp_path}/huge.py:huge"}}}
+    settings["stages"] = ["sft", "ppo"]
+    settings["learner"] |= {"max_skipped": 2}
+    settings["ppo"] |= {"whiten_advantages": False, "critic": {"value_clip": None}}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(settings))
+    status, errors = call(monkeypatch, capfd, "run", tmp_path / "experiment.yaml")
+    run = tmp_path / "runs" / "tiny"
+    assert (status, "Traceback" in errors) == (1, False), errors
+    assert "not finite in 2 steps in a row (learner.max_skipped)" in " ".join(errors.split())
+    steps = [row for row in figures(run) if "policy/loss" in row]
+    assert [row["learner/skipped_steps"] > 0 for row in steps] == [True, True]
+    kept = [json.loads(line) for line in (run / "faults" / "step-2" / "episodes.jsonl").read_text().splitlines()]
+    assert len(kept) == settings["ppo"]["batch"]
+
+
 def test_nothing_is_left_running_by_a_run(finished: Path) -> None:
     assert not [child for child in psutil.Process().children(recursive=True) if "ray" in child.name()]
