@@ -178,6 +178,28 @@ def export(
 
 
 @app.command()
+def average(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="folders, as runs/NAME/policy", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
+    weight: Annotated[list[float] | None, typer.Option(help="of each, in their order; unset: all alike")] = None,
+) -> None:
+    """Write the mean of adapters that started alike, with that of their heads: of policies, or of reward models."""
+    from align.files import new_folder
+    from policies.averaging import average_adapters
+
+    shares = weight or [1.0] * len(adapters)
+    if len(shares) != len(adapters) or min(shares) <= 0:
+        raise UserError(f"--weight: one for each of the {len(adapters)} adapters, above 0, was expected")
+    if to.exists():
+        raise UserError(f"--to {to} exists already: give a new folder")
+    with new_folder(to) as folder:
+        average_adapters(adapters, shares, folder)
+    errors.print(f"mean of {len(adapters)} adapters written to {to}")
+
+
+@app.command()
 def report(run: Run) -> None:
     """Draw a run's curves on one page, report/index.html."""
     from align.report import write_report

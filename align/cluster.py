@@ -8,7 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from align.schema import ClusterSettings
+import torch
+
+from align.schema import ClusterSettings, Experiment
+from policies.computing import Computing
 
 
 @contextmanager
@@ -50,6 +53,12 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
 def threads(settings: ClusterSettings, processes: int) -> int:
     """Threads of each of so many processes that compute at the same time."""
     return settings.threads or max(1, cores() // max(1, processes))
+
+
+def computing(experiment: Experiment, processes: int) -> Computing:
+    """How each of so many processes computes."""
+    deterministic = not torch.cuda.is_available() if experiment.deterministic is None else experiment.deterministic
+    return Computing(threads(experiment.cluster, processes), deterministic)
 
 
 def cores() -> int:

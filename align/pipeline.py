@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import latest, step_of
+from align.cluster import computing
 from align.failures import RankLost
 from align.files import write_json
 from align.inputs import Inputs, read_inputs
@@ -115,6 +116,7 @@ def _check_given(experiment: Experiment) -> None:
 def run_stages(experiment: Experiment, run: RunFolder, inputs: Inputs, stop: Stop) -> dict[str, Any]:
     """Run what is left, write `evaluation.json` and return it. Raises Interrupted if asked to stop in between."""
     left = stages_left(experiment, run)
+    computing(experiment, 1).begin()
     if left:
         _forget_beyond_checkpoint(run, left[0])
     tokenizer = load_tokenizer(experiment.model.path)

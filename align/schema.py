@@ -291,6 +291,11 @@ class Experiment(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
     seed: int = Field(0, ge=0)
+    deterministic: bool | None = Field(
+        None,
+        description="use only operations that give the same figures each time, bit for bit, on the same machine; "
+        "unset: on CPUs yes, and on GPUs, where it is slower, no",
+    )
     runs: str = Field("runs", description="the folder of all runs")
     stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
     model: ModelSettings
@@ -332,6 +337,9 @@ class Experiment(Settings):
                 f"rollouts.engine vllm swaps adapters of policy.method lora, without dora, of rank {LARGEST_RANK} at "
                 "most; this policy is another: use engine transformers"
             )
+        if self.deterministic and (rollouts.engine == "vllm" or rollouts.stretch):
+            what = "engine vllm, which batches as requests come" if rollouts.engine == "vllm" else "stretch"
+            raise ValueError(f"deterministic: no two runs are the same with rollouts.{what}: remove one of them")
         if rollouts.max_age and ppo.importance_cap is None:
             raise ValueError(
                 "rollouts.max_age samples from older weights than are trained, which ppo.importance_cap corrects: set "

@@ -36,6 +36,11 @@ def token_logprobs_and_entropy(
     return logprobs, entropies
 
 
+def shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
+    """How much less likely each token is than the most likely one: `[P]` float32, in nats; 0 for the greedy choice."""
+    return _chunked(partial(_shortfalls, head=head), hidden, tokens)[0]
+
+
 def _chunked(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, tokens: Tensor) -> list[Tensor]:
     chunks = list(zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True))
     if len(chunks) > 1 and torch.is_grad_enabled():
@@ -50,6 +55,11 @@ def _distribution(hidden: Tensor, head: Head, temperature: float) -> Tensor:
 
 def _logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor]:
     return (_distribution(hidden, head, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1),)
+
+
+def _shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor]:
+    logits = head(hidden).float()
+    return (logits.amax(-1) - logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1),)
 
 
 def _logprobs_and_entropy(

@@ -56,6 +56,27 @@ class Ahead:
         self._thread.shutdown(cancel_futures=True)
 
 
+class Renewable(Pool, Protocol):
+    """A pool that takes up new weights within a batch."""
+
+    def renew(self, version: int, weights: AdapterWeights) -> None:
+        """What goes on of the batch at hand, and what is new, is under these weights; from any thread."""
+        ...
+
+
+class Renewing(Ahead):
+    """Ahead, but what is under way, or was asked for earlier, goes on under the weights that came last."""
+
+    def __init__(self, pool: Renewable) -> None:
+        super().__init__(pool)
+        self._renew = pool.renew
+
+    def ask(self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling) -> Answers:
+        self._newest = version, weights
+        self._renew(version, weights)
+        return self._thread.submit(lambda: _answer(self.pool, *self._newest, requests, sampling)).result
+
+
 def _answer(
     pool: Pool, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
 ) -> list[Trajectory]:

@@ -62,23 +62,26 @@ class TransformersEngine:
             self.trunk.merge(ROLE)
             self._unmerged = False
         self.trunk.switch(role)
-        responses = [Response(_uniforms(request.seed, sampling.max_new_tokens)) for request in requests]
+        prompts = [request.prompt_ids + request.begun_ids for request in requests]
+        responses = [
+            Response(_uniforms(r.seed, sampling.max_new_tokens), sampling.limit(r), list(r.begun_ids)) for r in requests
+        ]
         # Longest first: prompts that come in together are of about one length, those of one group beside each other.
-        waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        waiting = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
         while waiting:
-            self._run(requests, responses, waiting, Decoder(self.trunk, role), sampling)
+            self._run(prompts, responses, waiting, Decoder(self.trunk, role), sampling.temperature)
         return [
-            Trajectory(request, tuple(r.tokens), torch.tensor(r.logprobs), self._ends(r.tokens), self.version)
+            Trajectory.made(request, r.tokens[len(request.begun_ids) :], r.logprobs, self._ends(r.tokens), self.version)
             for request, r in zip(requests, responses, strict=True)
         ]
 
     def _run(
         self,
-        requests: Sequence[Request],
+        prompts: Sequence[Sequence[int]],
         responses: Sequence["Response"],
         waiting: list[int],
         decoder: Decoder,
-        sampling: Sampling,
+        temperature: float,
     ) -> None:
         """Decode what is waiting; where the decoder takes in rows only all at once, as much as fits."""
         rows: list[int] = []
@@ -87,11 +90,11 @@ class TransformersEngine:
             free = self.rows - len(rows)
             if waiting and (not rows or (decoder.joins and free * REFILL >= self.rows)):
                 new = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                entered = decoder.enter([requests[i].prompt_ids for i in new])
+                entered = decoder.enter([prompts[i] for i in new])
                 logits = torch.cat([logits, entered]) if rows else entered
                 rows += new
             uniforms = torch.stack([responses[i].next_uniform() for i in rows])
-            chosen, logprobs = draw(logits, uniforms.to(logits.device), sampling.temperature)
+            chosen, logprobs = draw(logits, uniforms.to(logits.device), temperature)
             for i, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
                 if not responses[i].done:
                     responses[i].add(token, logprob, self._ends)
@@ -111,12 +114,14 @@ class TransformersEngine:
 
 @dataclass
 class Response:
-    """One being made. uniforms: `[max_new_tokens]` float64, what its tokens are drawn by.
+    """One being made. uniforms: `[max_new_tokens]` float64, what its tokens are drawn by. limit: tokens at which it is
+    done, at the latest. logprobs: of the tokens that were drawn here, which may be the last of `tokens` only.
 
     A row that is done stays in the batch for a while; what is drawn for it then is left out.
     """
 
     uniforms: Tensor
+    limit: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     done: bool = False
@@ -127,7 +132,7 @@ class Response:
     def add(self, token: int, logprob: float, ends: Callable[[Sequence[int]], bool]) -> None:
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.done = ends(self.tokens) or len(self.tokens) == len(self.uniforms)
+        self.done = ends(self.tokens) or len(self.tokens) == self.limit
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

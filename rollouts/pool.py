@@ -1,11 +1,13 @@
 """What answers a batch of prompts, and the simplest such thing: one engine in this process."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
 from rollouts.trajectory import Request, Trajectory
+
+T = TypeVar("T")
 
 
 class Pool(Protocol):
@@ -37,6 +39,6 @@ class LocalPool:
         pass  # the engine goes with its owner
 
 
-def cut(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:
-    """Chunks of at most so many requests. Rounding depends on what is decoded together, and a chunk always is."""
-    return [requests[start : start + size] for start in range(0, len(requests), size)]
+def cut(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Chunks of at most so many rows. Rounding depends on what is decoded together, and a chunk always is."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,12 +1,15 @@
 """A pool of Ray actors that may die."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from policies.adapters import digests, fingerprint
+from policies.computing import Computing
 from policies.errors import UserError
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
@@ -25,7 +28,8 @@ class RayPool:
 
     What a chunk is made of does not depend on who takes it, so neither do the responses. A worker that dies, raises,
     answers under other weights or stays silent for `timeout` seconds is replaced; while one is slow, another is handed
-    the same chunk.
+    the same chunk. Responses that are given back before their end (see `Sampling.stretch`) are a chunk again, which
+    goes on under the weights that are current by then.
     """
 
     def __init__(
@@ -35,20 +39,21 @@ class RayPool:
         chunk: int,
         timeout: float,
         slow: float,
-        threads: int,
+        computing: Computing,
         gpus: float,
     ) -> None:
         """build: makes the engine, in the worker's process. gpus: what each worker reserves."""
         self.chunk = chunk
         self.roster = Roster(timeout, slow)
         self._spawn = lambda: (
-            ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0).remote(build, threads)
+            ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0).remote(build, computing)
         )
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
         self._most_losses, self._losses = 3 * workers, 0
         self._parcels: dict[tuple[tuple[str, str], ...], ray.ObjectRef] = {}
         self.sent = 0
         """Bytes of the weights that went out last."""
+        self._newer: deque[tuple[int, AdapterWeights]] = deque(maxlen=1)
         self._closed = False
         for _ in range(workers):
             self._start_worker()
@@ -67,6 +72,10 @@ class RayPool:
             self._parcels[content] = known[content]
         self.roster.renew(Weights(version, fingerprint(of_each)))
 
+    def renew(self, version: int, weights: AdapterWeights) -> None:
+        """The same from another thread, while this one generates: what is handed out next is under these weights."""
+        self._newer.append((version, weights))
+
     def wait(self) -> None:
         """Until every worker has confirmed the current weights."""
         while not self.roster.ready:
@@ -74,11 +83,18 @@ class RayPool:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
         chunks = cut(requests, self.chunk)
+        places = cut(range(len(requests)), self.chunk)
         self.roster.begin(len(chunks))
-        done: dict[int, list[Trajectory]] = {}
-        while len(done) < len(chunks):
-            done |= self._advance(chunks, sampling)
-        return [trajectory for index in range(len(chunks)) for trajectory in done[index]]
+        done: dict[int, Trajectory] = {}
+        while len(done) < len(requests):
+            for index, trajectories in self._advance(chunks, sampling).items():
+                answers = list(zip(places[index], trajectories, strict=True))
+                done |= {place: t for place, t in answers if not sampling.goes_on(t)}
+                if unfinished := [(place, t) for place, t in answers if sampling.goes_on(t)]:
+                    places.append([place for place, _ in unfinished])
+                    chunks.append([replace(t.request, begun=t) for _, t in unfinished])
+                    self.roster.add()
+        return [done[place] for place in range(len(requests))]
 
     def close(self) -> None:
         self._closed = True
@@ -91,6 +107,8 @@ class RayPool:
         """Carry out what is due, and take in what comes within a moment: the chunks that it answers, by their place."""
         if self._closed:
             raise RuntimeError("the pool of rollout workers is closed")
+        if self._newer:
+            self.load_adapter(*self._newer.pop())
         for order in self.roster.orders(time.monotonic()):
             if order.task is None:
                 self._replace(order.worker, TimeoutError(order.why))

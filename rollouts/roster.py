@@ -119,6 +119,7 @@ class Roster:
     members: dict[int, Member] = field(default_factory=dict)
     weights: Weights | None = None
     batch: int = 0
+    chunks: int = 0
     waiting: deque[int] = field(default_factory=deque)
     answered: set[int] = field(default_factory=set)
     took: deque[float] = field(default_factory=lambda: deque(maxlen=32))
@@ -129,14 +130,21 @@ class Roster:
 
     def renew(self, weights: Weights) -> None:
         """These are the current weights from now on: nobody serves before it has confirmed them."""
+        if weights == self.weights:
+            return
         self.weights = weights
         for member in self.members.values():
             _move(member, Event.RENEWED)
 
     def begin(self, chunks: int) -> None:
         """A new batch of so many chunks; what is still being made of the one before is of no use any more."""
-        self.batch += 1
+        self.batch, self.chunks = self.batch + 1, chunks
         self.waiting, self.answered = deque(range(chunks)), set()
+
+    def add(self) -> None:
+        """One chunk more of the batch at hand, behind the others."""
+        self.waiting.append(self.chunks)
+        self.chunks += 1
 
     @property
     def ready(self) -> bool:

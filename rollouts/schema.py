@@ -25,6 +25,12 @@ class RolloutSettings(Settings):
     max_age: int = Field(
         0, ge=0, description="steps that the sampling weights may be old: rollouts then go on while the learner trains"
     )
+    stretch: int | None = Field(
+        None,
+        ge=1,
+        description="with max_age: new tokens after which a response under way takes up the newest weights; unset: a "
+        "response is made under one version",
+    )
     merge: bool = Field(
         True,
         description="engine transformers: generate with the adapter merged into a copy of the weights, for speed",
@@ -49,6 +55,10 @@ class RolloutSettings(Settings):
     def _has_workers(self) -> "RolloutSettings":
         if self.max_age and not self.workers:
             raise ValueError("max_age lets rollouts go on beside the learner, in workers: set workers to 1 or more")
+        if self.stretch and not self.max_age:
+            raise ValueError("stretch lets responses go on under weights that come while they are made: set max_age")
+        if self.stretch and self.stop and self.engine == "vllm":
+            raise ValueError("stretch: vllm would miss a stop string that begins before a stretch ends: remove one")
         if self.engine == "vllm" and not self.workers:
             raise ValueError("engine vllm runs in workers, beside the learner's process: set workers to 1 or more")
         if self.vllm and self.engine != "vllm":

@@ -15,12 +15,19 @@ class Request:
     """A prompt to answer. The response depends on these, the sampling and the weights, and on nothing else.
 
     prompt: as the user wrote it; prompt_ids: its tokens; seed: of the sampling; columns: the row's other columns.
+    begun: the response so far, which goes on (see `Sampling.stretch`).
     """
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     seed: int
     columns: dict[str, Any] = field(default_factory=dict)
+    begun: "Trajectory | None" = None
+
+    @property
+    def begun_ids(self) -> tuple[int, ...]:
+        """The tokens of the response so far."""
+        return self.begun.response_ids if self.begun else ()
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,31 @@ class Trajectory:
     response_ids: the tokens up to and with the first that stops, at most `max_new_tokens`.
     sampler_logprobs: `[T]` float32, nats, of the sampled distribution, as the engine computed them.
     ended: whether the last token stops the response; if not, it was cut at the length limit.
-    version: of the adapter weights that made it.
+    versions: of the adapter weights that made each token, never falling.
     """
 
     request: Request
     response_ids: tuple[int, ...]
     sampler_logprobs: Tensor
     ended: bool
-    version: int
+    versions: tuple[int, ...]
+
+    @classmethod
+    def made(
+        cls, request: Request, tokens: Sequence[int], logprobs: Sequence[float] | Tensor, ended: bool, version: int
+    ) -> "Trajectory":
+        """Tokens that weights of one version have added to what was begun of the response, if anything was."""
+        before = request.begun
+        new = torch.as_tensor(logprobs, dtype=torch.float32)
+        if before is None:
+            return cls(request, tuple(tokens), new, ended, (version,) * len(tokens))
+        return cls(
+            before.request,
+            before.response_ids + tuple(tokens),
+            torch.cat([before.sampler_logprobs, new]),
+            ended,
+            before.versions + (version,) * len(tokens),
+        )
 
     @property
     def length(self) -> int:
@@ -56,6 +80,7 @@ class Scored:
 
     logprobs, reference_logprobs: `[T]`, nats, of each response token under policy and reference.
     values: `[T + 1]`, the critic before each response token and after the last; empty without a critic.
+    shortfalls: `[T]`, nats, how much less likely each token is to the policy than the likeliest; empty where not asked.
     score: what the reward gives to the whole response. outputs: of the reward heads on the trunk. notes: what else is
     known of the response, by name, to be logged.
     """
@@ -66,6 +91,7 @@ class Scored:
     score: float
     outputs: Tensor = field(default_factory=lambda: torch.empty(0))
     notes: dict[str, float] = field(default_factory=dict)
+    shortfalls: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def kl(self) -> float:

@@ -76,16 +76,17 @@ class VllmEngine:
         return fingerprint(digests(load_adapter(folder, self.policy)))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        parameters = [self._parameters(request.seed, sampling) for request in requests]
+        prompts = [{"prompt_token_ids": [*request.prompt_ids, *request.begun_ids]} for request in requests]
+        parameters = [self._parameters(request, sampling) for request in requests]
         outputs = self.llm.generate(prompts, parameters, lora_request=self._adapter, use_tqdm=False)
         return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
-    def _parameters(self, seed: int, sampling: Sampling) -> "SamplingParams":
+    def _parameters(self, request: Request, sampling: Sampling) -> "SamplingParams":
+        begun = len(request.begun_ids)
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
-            seed=seed,
+            max_tokens=sampling.limit(request) - begun,
+            seed=(request.seed + begun) % 2**63,  # vLLM draws by the seed from its start each time
             logprobs=0,  # of the sampled token, and of no other
             stop_token_ids=self.stop_ids,
             stop=self.stop or None,
@@ -94,6 +95,5 @@ class VllmEngine:
         )
 
     def _trajectory(self, request: Request, output: "CompletionOutput") -> Trajectory:
-        tokens = tuple(output.token_ids)
-        logprobs = [place[token].logprob for token, place in zip(tokens, output.logprobs, strict=True)]
-        return Trajectory(request, tokens, torch.tensor(logprobs), output.finish_reason == "stop", self.version)
+        logprobs = [place[token].logprob for token, place in zip(output.token_ids, output.logprobs, strict=True)]
+        return Trajectory.made(request, output.token_ids, logprobs, output.finish_reason == "stop", self.version)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from ray import ObjectRef
 
+from policies.computing import Computing
 from rollouts.engine import Engine, Sampling
 from rollouts.parcels import unpack
 from rollouts.roster import Weights
@@ -25,8 +25,8 @@ class Reply:
 class Worker:
     """Serves one engine. Every reply names the weights in use, so that a worker with others is found out."""
 
-    def __init__(self, build: Callable[[], Engine], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, build: Callable[[], Engine], computing: Computing) -> None:
+        computing.begin()
         self.engine = build()
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,13 @@
 """What the sampler computes against what the learner does: the two should hold the same policy."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from align.failures import Fault
+from align.ppo.passes import GREEDY
 from align.scoring import RolesScore
 from rollouts.engine import Sampling
 from rollouts.pool import Pool
@@ -31,7 +33,20 @@ def check_gap(trajectories: Sequence[Trajectory], scored: Sequence[Scored], limi
 
 
 def check_parity(pool: Pool, roles_score: RolesScore, requests: Sequence[Request], sampling: Sampling) -> None:
-    """Raise SamplerGap where the pool's weights and the learner's policy, before any update, are not the same."""
+    """Raise SamplerGap where the pool's weights and the learner's policy, before any update, are not the same.
+
+    A few prompts are answered twice: greedily, where each token must be the likeliest to the learner too, or as good
+    as; and as in training, where the log-probabilities must agree.
+    """
+    for trajectory in pool.generate(requests[:PROMPTS], replace(sampling, temperature=0.0)):
+        (verdict,) = roles_score([trajectory], (GREEDY,))
+        widest = int(verdict.shortfalls.argmax())
+        if not float(verdict.shortfalls[widest]) <= PARITY:
+            raise SamplerGap(
+                f"before the first update the sampler's greedy response to {trajectory.request.prompt!r} is not the "
+                f"learner's: its token {widest + 1} is {float(verdict.shortfalls[widest]):.3g} nats less likely than "
+                "the learner's choice: the engine holds other weights, or computes them otherwise"
+            )
     for trajectory in pool.generate(requests[:PROMPTS], sampling):
         gaps = sampler_gaps([trajectory], roles_score([trajectory], ("policy",)))
         if not float(gaps.mean()) <= PARITY:

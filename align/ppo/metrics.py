@@ -24,6 +24,7 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
     kl = torch.tensor([verdict.kl for verdict in step.scored], dtype=torch.float64)
     tokens = lengths(step.trajectories)
     gaps = sampler_gaps(step.trajectories, step.scored)
+    versions = [version for trajectory in step.trajectories for version in trajectory.versions]
     of = step.statistics
     metrics = {
         "reward/mean": float(scores.mean()),
@@ -45,8 +46,8 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
         "rollout/gap_mean": float(gaps.mean()),
         "rollout/gap_max": float(gaps.max()),
         "rollout/gap_share": float((gaps > WIDE).double().mean()),
-        "rollout/version": step.trajectories[0].version,
-        "rollout/age": step.index - step.trajectories[0].version,
+        "rollout/version": max(versions),
+        "rollout/age": step.index - fmean(versions),
         "learner/optimizer_steps": of["optimizer_steps"],
         "learner/skipped_steps": of["skipped_steps"],
     }

@@ -15,11 +15,13 @@ from align.ppo.losses import clipped_policy_loss, clipped_value_loss
 from align.ppo.roles import Roles
 from align.schema import PpoSettings
 from policies.batching import Batch, collate
-from policies.logprobs import token_logprobs_and_entropy
+from policies.logprobs import shortfalls, token_logprobs_and_entropy
 from rollouts.trajectory import Scored, Trajectory
 
 EVERY_ROLE = ("policy", "reference", "critic", "reward")
-"""Who may be asked to score; a critic only together with the policy, whose states it may read."""
+"""Who is asked to score; a critic only together with the policy, whose states it may read."""
+GREEDY = "greedy"
+"""What may be asked besides: the policy's, how much less likely each token is than the likeliest."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Verdicts:
     """What four roles say of a batch: P response tokens of B rows, float32. None: was not asked, or is not there.
 
     logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last.
-    outputs: `[B, C]`, of the reward heads.
+    outputs: `[B, C]`, of the reward heads. shortfalls: `[P]`, see `Scored`.
     """
 
     logprobs: Tensor | None
@@ -35,12 +37,13 @@ class Verdicts:
     values: Tensor | None
     last_values: Tensor | None
     outputs: Tensor | None
+    shortfalls: Tensor | None
 
 
 def judge(roles: Roles, batch: Batch, temperature: float, asked: Collection[str]) -> Verdicts:
     """Score a batch by the roles that are asked: one forward pass each, but for a critic that is a head."""
     trunk = roles.trunk
-    logprobs = reference_logprobs = values = last_values = outputs = None
+    logprobs = reference_logprobs = values = last_values = outputs = short = None
     if "policy" in asked:
         states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
         logprobs = roles.logprobs("policy", states, batch, temperature)
@@ -52,7 +55,10 @@ def judge(roles: Roles, batch: Batch, temperature: float, asked: Collection[str]
         reference_logprobs = roles.logprobs("reference", states, batch, temperature)
     if roles.reward_heads and "reward" in asked:
         outputs = roles.reward_outputs(batch)
-    return Verdicts(logprobs, reference_logprobs, values, last_values, outputs)
+    if GREEDY in asked:
+        states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
+        short = shortfalls(states[batch.before], batch.tokens, partial(trunk.head, role="policy"))
+    return Verdicts(logprobs, reference_logprobs, values, last_values, outputs, short)
 
 
 def score_group(
@@ -66,15 +72,16 @@ def score_group(
     batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(device)
     verdicts: Verdicts = run(judge, batch, temperature, asked)
     nothing: Sequence[Tensor] = [torch.empty(0)] * len(rows)
-    logprobs, references, before = (
+    logprobs, references, before, short = (
         nothing if part is None else batch.split(part.cpu())
-        for part in (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values)
+        for part in (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values, verdicts.shortfalls)
     )
     after = nothing if verdicts.last_values is None else verdicts.last_values.cpu().split(1)
     values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
     outputs = nothing if verdicts.outputs is None else verdicts.outputs.cpu().unbind()
     first = [float(row[0]) if len(row) else math.nan for row in outputs]
-    return [Scored(*parts) for parts in zip(logprobs, references, values, first, outputs, strict=True)]
+    rows = zip(logprobs, references, values, first, outputs, short, strict=True)
+    return [Scored(p, r, v, score, outputs=o, shortfalls=s) for p, r, v, score, o, s in rows]
 
 
 def score_groups(

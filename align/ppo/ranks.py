@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
-import torch
 import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
@@ -15,6 +14,7 @@ from align.ppo.group import Mixed, Orders, backend
 from align.ppo.learner import Learner, LearnerState, Rates
 from align.ppo.passes import EVERY_ROLE
 from align.schema import LearnerSettings, PpoSettings
+from policies.computing import Computing
 from policies.errors import first_line
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import Scored, Trajectory
@@ -27,11 +27,11 @@ class RayLearners:
     """`learner.ranks` Ray actors that form one process group."""
 
     def __init__(
-        self, blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float, threads: int
+        self, blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float, computing: Computing
     ) -> None:
         self.ranks, self.zero = learner.ranks, learner.zero
         options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
-        self.actors = [ray.remote(_Rank).options(**options).remote(rank, threads) for rank in range(self.ranks)]
+        self.actors = [ray.remote(_Rank).options(**options).remote(rank, computing) for rank in range(self.ranks)]
         store = self._get([self.actors[0].open_store.remote(self.ranks)])[0]
         plan = ray.put(blueprint)
         self._all("join", store, self.ranks, plan, ppo, learner, temperature)
@@ -93,8 +93,8 @@ class RayLearners:
 class _Rank:
     """The actor of one rank."""
 
-    def __init__(self, rank: int, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, rank: int, computing: Computing) -> None:
+        computing.begin()
         self.rank = rank
 
     def ready(self) -> None:

@@ -8,10 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from align.checkpoint import latest, new_checkpoint
-from align.cluster import ray_cluster, threads
+from align.cluster import computing, ray_cluster
 from align.evaluate import REFERENCE_VERSION, Evaluator
 from align.failures import Fault
 from align.files import new_folder, write_json
@@ -36,7 +34,7 @@ from align.scoring import RolesScore
 from align.seeds import permutation, seed_for
 from policies.adapters import save_adapter
 from policies.trunk import AdapterWeights
-from rollouts.ahead import Ahead, AtOnce
+from rollouts.ahead import Ahead, AtOnce, Renewing
 from rollouts.build import build_engine
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
@@ -71,7 +69,9 @@ def run_ppo(job: Job) -> None:
             learners=learners,
             score=judges.learn_by(learners.score),
             kl=_kl_coefficient(settings.ppo.kl, progressed.kl_coefficient),
-            sampling=Sampling(settings.rollouts.temperature, settings.rollouts.max_new_tokens),
+            sampling=Sampling(
+                settings.rollouts.temperature, settings.rollouts.max_new_tokens, settings.rollouts.stretch
+            ),
             ppo=settings.ppo,
             learner=settings.learner,
             seed=settings.seed,
@@ -117,25 +117,28 @@ def _build(job: Job, judges: Judges, stack: ExitStack) -> tuple[Learners, Pool]:
     settings, blueprint = job.experiment, judges.blueprint
     rollouts, learner, ppo = settings.rollouts, settings.learner, settings.ppo
     shares = rollouts.workers == 0 and learner.ranks == 0 and learner.zero < 3
-    torch.set_num_threads(threads(settings.cluster, 1))
     pool: Pool
     learners: Learners
     if rollouts.workers:
         from rollouts.ray_pool import RayPool  # Ray is slow to import, and only wanted here
 
         build = partial(build_engine, settings.model, settings.policy, rollouts)
-        each = threads(settings.cluster, rollouts.workers)
+        each = computing(settings, rollouts.workers)
+        if rollouts.engine == "vllm":
+            each = replace(each, deterministic=False)  # it has kernels that torch does not know to be so
         workers = RayPool(
             build, rollouts.workers, rollouts.prompts_a_chunk, rollouts.timeout, rollouts.slow, each, rollouts.gpus
         )
-        pool = Ahead(workers) if rollouts.max_age else workers
+        pool = workers
+        if rollouts.max_age:
+            pool = Renewing(workers) if rollouts.stretch else Ahead(workers)
         stack.callback(pool.close)
     elif not shares:
         pool = LocalPool(build_engine(settings.model, settings.policy, rollouts), rollouts.prompts_a_chunk)
     if learner.ranks:
         from align.ppo.ranks import RayLearners
 
-        each = threads(settings.cluster, learner.ranks)
+        each = computing(settings, learner.ranks)
         learners = RayLearners(blueprint, ppo, learner, rollouts.temperature, each)
     else:
         roles = build_roles(blueprint, ppo.critic_if_any, (SAMPLER,) if shares else ())

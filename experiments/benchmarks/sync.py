@@ -19,6 +19,7 @@ from memory import make_small
 
 from align.cluster import ray_cluster
 from align.schema import ClusterSettings
+from policies.computing import Computing
 from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
@@ -48,7 +49,8 @@ def measure(model: Path, updates: int) -> dict[str, float]:
     """Seconds from having the weights until both workers have confirmed them."""
     settings = ModelSettings(path=str(model))
     weights = build_trunk(settings, POLICY, (ROLE,)).read_adapter(ROLE)
-    pool = RayPool(partial(build_engine, settings, POLICY, RolloutSettings()), WORKERS, 64, 600.0, 4.0, 1, 0.0)
+    build = partial(build_engine, settings, POLICY, RolloutSettings())
+    pool = RayPool(build, WORKERS, 64, 600.0, 4.0, Computing(1), 0.0)
     seconds = []
     for version in range(updates + 3):
         changed = {name: tensor + 1e-3 * version for name, tensor in weights.items()}

@@ -123,6 +123,15 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
             "ppo.critic: `model` is the base of a critic of kind `model`, and kind is",
         ),
         ("rollouts: {max_age: 1}", "max_age lets rollouts go on beside the learner, in workers: set workers"),
+        (
+            "deterministic: true\nrollouts: {max_age: 1, stretch: 8, workers: 2}\nppo: {importance_cap: 2}",
+            "deterministic: no two runs are the same with rollouts.stretch",
+        ),
+        ("rollouts: {stretch: 8}", "under weights that come while they are made: set max_age"),
+        (
+            "rollouts: {max_age: 1, stretch: 8, workers: 2, engine: vllm, stop: [x]}",
+            "vllm would miss a stop string that begins before a stretch ends",
+        ),
         ("rollouts: {max_age: 1, workers: 2}", "which ppo.importance_cap corrects: set it, to 2.0"),
         (
             "rollouts: {max_age: 1, workers: 2}\nppo: {importance_cap: 2, max_gap: 1}",

@@ -12,7 +12,7 @@ PLAIN = PpoSettings(gamma=1.0, lam=1.0, whiten_advantages=False)
 
 
 def trajectory(length: int, ended: bool = True) -> Trajectory:
-    return Trajectory(
+    return Trajectory.made(
         Request("p", (5, 6), seed=0), tuple(range(10, 10 + length)), torch.zeros(length), ended, version=3
     )
 
@@ -199,7 +199,7 @@ def test_importance_weights_are_the_ratio_of_learner_to_sampler_and_capped() -> 
     said = Scored(torch.tensor([0.0, -1.0, -0.5]), torch.zeros(3), torch.zeros(4), 1.0)
     row = trajectory(3)
     sampler = torch.tensor([-2.0, -1.0, -0.25])
-    row = Trajectory(row.request, row.response_ids, sampler, True, 3)
+    row = Trajectory.made(row.request, row.response_ids, sampler, True, 3)
     (plain,), (weighed,) = (
         make_episodes([row], [said], PLAIN.model_copy(update={"importance_cap": cap}), 0.0) for cap in (None, 2.0)
     )

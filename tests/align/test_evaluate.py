@@ -38,7 +38,7 @@ class ListedPool:
         for request in requests:
             token = (DRAWS[request.prompt][draw] if version == REFERENCE_VERSION else POLICY[request.prompt])[0]
             ids = (token,) * (2 if request.prompt == "p" else 4)
-            made.append(Trajectory(request, ids, torch.zeros(len(ids)), request.prompt == "p", version))
+            made.append(Trajectory.made(request, ids, torch.zeros(len(ids)), request.prompt == "p", version))
         return made
 
     def close(self) -> None: ...

@@ -11,7 +11,7 @@ from rollouts.trajectory import Request, Scored, Trajectory
 
 
 def pair(sampler: list[float], learner: list[float]) -> tuple[Trajectory, Scored]:
-    row = Trajectory(Request("", (1,), 0), tuple(range(len(sampler))), torch.tensor(sampler), True, 0)
+    row = Trajectory.made(Request("", (1,), 0), tuple(range(len(sampler))), torch.tensor(sampler), True, 0)
     return row, Scored(torch.tensor(learner), torch.zeros(len(learner)), torch.empty(0), 0.0)
 
 
@@ -52,8 +52,17 @@ def test_other_weights_than_the_learners_are_found_before_the_first_update() -> 
     requests = [Request("Why?", (1,), 0), Request("How?", (1,), 0)]
 
     def same(rows: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
-        return [pair([], row.sampler_logprobs.tolist())[1] for row in rows]
+        verdicts = [pair([], row.sampler_logprobs.tolist())[1] for row in rows]
+        return [replace(verdict, shortfalls=torch.zeros(len(verdict.logprobs))) for verdict in verdicts]
+
+    def greedy(rows: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
+        return [replace(VERDICTS[0], shortfalls=torch.tensor([0.0, 0.01]))]
+
+    def other(rows: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
+        return [replace(VERDICTS[0], shortfalls=torch.tensor([0.0, 0.3]))]
 
     check_parity(Recorded(), same, requests, Sampling(1.0, 2))
     with pytest.raises(SamplerGap, match=r"to 'Why\?' are 0\.25 nats a token .* most at token 1 \(0\.5\)"):
-        check_parity(Recorded(), lambda rows, asked: [VERDICTS[0]], requests, Sampling(1.0, 2))
+        check_parity(Recorded(), greedy, requests, Sampling(1.0, 2))
+    with pytest.raises(SamplerGap, match=r"greedy response to 'Why\?' .* token 2 is 0\.3 nats less likely"):
+        check_parity(Recorded(), other, requests, Sampling(1.0, 2))

@@ -13,7 +13,7 @@ from rollouts.trajectory import Request, Scored, Trajectory
 
 
 def test_a_batch_is_written_for_people(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    row = Trajectory(Request("Why?", (5, 6), 0), (7, 8), torch.zeros(2), True, 0)
+    row = Trajectory.made(Request("Why?", (5, 6), 0), (7, 8), torch.zeros(2), True, 0)
     verdict = Scored(torch.zeros(2), torch.zeros(2), torch.zeros(3), float("inf"))
     numbers = [torch.arange(2.0) + i for i in range(5)]
     good, bad = Episode((5, 6), (7, 8), *numbers), Episode((5, 6), (7, 8), *numbers[:4], torch.tensor([0.0, torch.nan]))

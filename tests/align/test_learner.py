@@ -74,7 +74,7 @@ def trajectories() -> list[Trajectory]:
         return tuple(torch.randint(2, 290, (count,), generator=generator).tolist())
 
     return [
-        Trajectory(Request("", ids(prompt), 0), ids(response), torch.zeros(response), index % 3 > 0, 1)
+        Trajectory.made(Request("", ids(prompt), 0), ids(response), torch.zeros(response), index % 3 > 0, 1)
         for index, (prompt, response) in enumerate(ROWS)
     ]
 

@@ -61,7 +61,7 @@ def trajectories() -> list[Trajectory]:
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(2, 290, (prompt + response,), generator=generator).tolist() for prompt, response in ROWS]
     return [
-        Trajectory(Request("", tuple(row[:prompt]), 0), tuple(row[prompt:]), torch.zeros(response), True, 0)
+        Trajectory.made(Request("", tuple(row[:prompt]), 0), tuple(row[prompt:]), torch.zeros(response), True, 0)
         for row, (prompt, response) in zip(rows, ROWS)
     ]
 

@@ -32,6 +32,7 @@ from align.run import RunFolder, read_facts
 from align.schema import ClusterSettings, CriticSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
 from align.seeds import seed_for
 from policies.adapters import load_adapter
+from policies.computing import Computing
 from policies.heads import ScalarHead
 from policies.loading import load_tokenizer, stop_ids
 from policies.methods import make_trunk
@@ -143,13 +144,13 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     reference, reward = (probe.read_adapter(role) for role in ("policy", "reward"))
     blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, reference, (RewardRole(reward, (head,)),))
     lengths = (1, 9, 4, 12, 7, 2, 3)
-    rows = [Trajectory(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]
+    rows = [Trajectory.made(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]
     sgd = LearnerSettings(optimizer="sgd", tokens_per_microbatch=20, ranks=2)
     advantages, statistics = one_round(
         LocalLearners(build_roles(blueprint, CriticSettings()), PpoSettings(), sgd, 1.0, False), rows
     )
     with ray_cluster(ClusterSettings(), 2):
-        split, theirs = one_round(RayLearners(blueprint, PpoSettings(), sgd, 1.0, 1), rows)
+        split, theirs = one_round(RayLearners(blueprint, PpoSettings(), sgd, 1.0, Computing(1)), rows)
     torch.testing.assert_close(split, advantages, **NEAR)
     assert float(advantages.std(correction=0)) == pytest.approx(1, abs=1e-3)
     assert statistics["policy_gradient_norm"] > 0.1
@@ -159,7 +160,7 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
 def row_and_verdict(difference: Tensor) -> tuple[Trajectory, Scored]:
     """A trajectory whose log-probabilities under the learner differ so from the sampler's and the reference's."""
     zeros = torch.zeros(len(difference))
-    row = Trajectory(Request("", (5,), 0), tuple(range(10, 10 + len(zeros))), zeros, True, 4)
+    row = Trajectory.made(Request("", (5,), 0), tuple(range(10, 10 + len(zeros))), zeros, True, 4)
     return row, Scored(difference, zeros, torch.zeros(len(zeros) + 1), 1.0)
 
 

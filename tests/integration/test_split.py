@@ -14,6 +14,7 @@ from align.ppo.group import Learners, LocalLearners
 from align.ppo.learner import Rates
 from align.ppo.ranks import RayLearners
 from align.schema import ClusterSettings, CriticSettings, LearnerSettings, PpoSettings
+from policies.computing import Computing
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.trajectory import Request, Trajectory
 
@@ -97,7 +98,7 @@ def test_ranks_and_zero_stages_give_one_gradient(
 ) -> None:
     split = SGD.model_copy(update={"ranks": ranks, "zero": zero})
     for measure, expected in zip((gradient, losses), alone, strict=True):
-        learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, 1)
+        learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, Computing(1))
         measured = measure(learners)
         learners.close()
         if isinstance(expected, torch.Tensor):
@@ -109,11 +110,11 @@ def test_ranks_and_zero_stages_give_one_gradient(
 
 @pytest.mark.slow
 def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> None:
-    trajectory = Trajectory(Request("", (5, 6), 0), (7, 8, 9), torch.zeros(3), True, 0)
+    trajectory = Trajectory.made(Request("", (5, 6), 0), (7, 8, 9), torch.zeros(3), True, 0)
     results = []
     for split in (SGD, SGD.model_copy(update={"ranks": 2})):
         if split.ranks:
-            learners: Learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, 1)
+            learners: Learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, Computing(1))
         else:
             learners = LocalLearners(build(tiny_model), PPO, split, 1.0, False)
         (scored,) = learners.score([trajectory])
@@ -135,7 +136,7 @@ def test_a_state_goes_on_in_another_layout(
         ranks, zero = split
         chosen = settings.model_copy(update={"ranks": ranks, "zero": zero})
         if ranks:
-            return RayLearners(blueprint(tiny_model), PPO, chosen, 1.0, 1)
+            return RayLearners(blueprint(tiny_model), PPO, chosen, 1.0, Computing(1))
         return LocalLearners(build(tiny_model), PPO, chosen, 1.0, False)
 
     first = learners(old)

@@ -59,6 +59,16 @@ def test_runs_to_its_end_and_goes_on_bit_for_bit_after_a_stop(name: str, tiny_mo
     assert figures(stopped) == figures(whole)
 
 
+@pytest.mark.slow
+def test_responses_under_way_take_up_the_weights_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_of("ahead", tiny_model, tmp_path)
+    settings["rollouts"] |= {"stretch": 2}
+    rows = [row for row in figures(run_in_process(settings)) if row["stage"] == "ppo" and "policy/loss" in row]
+    ages = [row["rollout/age"] for row in rows]
+    assert ages[0] == 0
+    assert all(0 <= age <= 1 for age in ages)
+
+
 def test_a_fully_tuned_policy_is_a_model_that_transformers_loads(tiny_model: Path, tmp_path: Path) -> None:
     run = run_in_process(settings_of("full", tiny_model, tmp_path))
     model = AutoModelForCausalLM.from_pretrained(run / "policy")

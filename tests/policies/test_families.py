@@ -1,6 +1,7 @@
 """Tiny random models of many families through everything that a policy is put through."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from rollouts.engine import Sampling
 from rollouts.hf import ROLE as SAMPLER
 from rollouts.hf import TransformersEngine
 from rollouts.trajectory import Request
+from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -174,8 +176,27 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
 
 
 @pytest.mark.slow
+def test_all_stages_with_a_step_of_ppo(family: tuple[str, Path], tmp_path: Path) -> None:
+    name, folder = family
+
+    def does() -> str:
+        settings = make_settings(folder, tmp_path)
+        settings["ppo"] |= {"steps": 1}
+        run = run_in_process(settings)
+        (step,) = (row for row in figures(run) if "policy/loss" in row)
+        assert all(math.isfinite(value) for value in step.values() if isinstance(value, float))
+        assert (step["learner/optimizer_steps"], step["learner/skipped_steps"]) == (4, 0)
+        assert step["policy/gradient_norm"] > 0
+        assert step["value/gradient_norm"] > 0
+        assert step["rollout/gap_max"] < 1e-3
+        return "✓"
+
+    check(name, "PPO step", does)
+
+
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_what_came_out() -> None:
-    columns = ["log-probabilities", *METHODS]
+    columns = ["log-probabilities", *METHODS, "PPO step"]
     if len(outcomes) < len(FAMILIES) * len(columns):
         pytest.skip("only with all the checks of this file")
     lines = [f"| family | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE, TransformersEngine, draw
-from rollouts.trajectory import Request
+from rollouts.trajectory import Request, Trajectory
 
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
 STOPS = frozenset(range(1, 300, 20))
@@ -92,16 +93,57 @@ def test_same_seed_same_response_and_another_seed_another(engine: TransformersEn
 
 
 def test_trajectories_carry_the_request_and_the_version(engine: TransformersEngine) -> None:
-    assert [(t.request, t.version) for t in engine.generate(REQUESTS, SAMPLING)] == [(r, 7) for r in REQUESTS]
+    assert [(t.request, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)] == [(r, {7}) for r in REQUESTS]
+
+
+def go_on(engine: TransformersEngine, begun: list[Trajectory], sampling: Sampling) -> list[Trajectory]:
+    """The responses with another stretch of those that go on."""
+    going = [place for place, t in enumerate(begun) if sampling.goes_on(t)]
+    more = engine.generate([replace(begun[place].request, begun=begun[place]) for place in going], sampling)
+    return [dict(zip(going, more)).get(place, t) for place, t in enumerate(begun)]
+
+
+def test_a_response_made_in_stretches_is_the_same(engine: TransformersEngine) -> None:
+    whole, stretched = engine.generate(REQUESTS, SAMPLING), replace(SAMPLING, stretch=5)
+    begun = engine.generate(REQUESTS, stretched)
+    assert max(t.length for t in begun) == 5
+    while any(map(stretched.goes_on, begun)):
+        begun = go_on(engine, begun, stretched)
+    for mine, theirs in zip(begun, whole, strict=True):
+        torch.testing.assert_close(mine.sampler_logprobs, theirs.sampler_logprobs, rtol=1e-5, atol=1e-5)
+    same = [(t.request, t.response_ids, t.ended, t.versions) for t in begun]
+    assert same == [(t.request, t.response_ids, t.ended, t.versions) for t in whole]
+
+
+def test_a_response_goes_on_under_other_weights(engine: TransformersEngine, plain: PeftModel) -> None:
+    """Each token has the version, and the log-probability, of the weights that it was drawn by."""
+    held, other = engine.trunk.read_adapter(ROLE), engine.trunk.read_adapter("policy")
+    stretched = replace(SAMPLING, stretch=7)
+    begun = engine.generate(REQUESTS, stretched)
+    engine.load_adapter(8, other)
+    more = go_on(engine, begun, stretched)
+    assert any(t.versions == (7,) * 7 + (8,) * 7 for t in more)
+    for trajectory in more:
+        prompt_ids, ids = trajectory.request.prompt_ids, torch.tensor(trajectory.response_ids)
+        for version, weights in ((7, held), (8, other)):
+            set_peft_model_state_dict(plain, weights)
+            with torch.no_grad():
+                logits = plain(input_ids=torch.tensor([[*prompt_ids, *trajectory.response_ids]])).logits[0]
+            logprobs = torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / SAMPLING.temperature, dim=-1)
+            of = torch.tensor(trajectory.versions) == version
+            expected = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)[of]
+            torch.testing.assert_close(trajectory.sampler_logprobs[of], expected, rtol=1e-5, atol=1e-5)
+    set_peft_model_state_dict(plain, held)
+    engine.load_adapter(7, held)
 
 
 def test_loading_weights_changes_responses_version_and_fingerprint(engine: TransformersEngine) -> None:
     before, weights = engine.trunk.read_adapter(ROLE), engine.trunk.read_adapter("policy")
     held = engine.load_adapter(8, weights)
-    loaded = [(t.response_ids, t.version) for t in engine.generate(REQUESTS, SAMPLING)]
+    loaded = [(t.response_ids, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)]
     engine.load_adapter(7, before)
     assert held == fingerprint(digests(weights))
-    assert loaded == [(t.response_ids, 8) for t in engine.generate(REQUESTS, SAMPLING, role="policy")]
+    assert loaded == [(t.response_ids, {8}) for t in engine.generate(REQUESTS, SAMPLING, role="policy")]
     assert [ids for ids, _ in loaded] != responses(engine, REQUESTS, SAMPLING)
 
 

@@ -4,7 +4,9 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -12,11 +14,12 @@ import pytest
 
 from align.cluster import ray_cluster
 from align.schema import ClusterSettings
+from policies.computing import Computing
 from policies.errors import UserError
 from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
-from rollouts.ahead import Ahead
+from rollouts.ahead import Ahead, Renewing
 from rollouts.build import build_engine
 from rollouts.engine import Engine, Sampling
 from rollouts.hf import ROLE
@@ -59,7 +62,7 @@ def pool(tiny_model: Path, cluster: None) -> Iterator[RayPool]:
 
 def pool_of(model: Path, workers: int = 2, timeout: float = 60.0, slow: float = 4.0) -> RayPool:
     build = partial(build_engine, ModelSettings(path=str(model)), POLICY, ROLLOUTS)
-    return RayPool(build, workers, 8, timeout, slow, 1, 0.0)
+    return RayPool(build, workers, 8, timeout, slow, Computing(1), 0.0)
 
 
 def processes() -> list[psutil.Process]:
@@ -84,7 +87,7 @@ def test_workers_give_the_same_responses_as_this_process(
         trajectories = pool.generate(REQUESTS, SAMPLING)
         assert tokens(trajectories) == answers(local, version, versions[version])
         assert [t.request for t in trajectories] == REQUESTS
-        assert {t.version for t in trajectories} == {version}
+        assert {v for t in trajectories for v in t.versions} == {version}
 
 
 @pytest.mark.slow
@@ -111,7 +114,7 @@ def test_workers_killed_at_random_moments_change_nothing(
         pool.load_adapter(version, versions[version])
         trajectories = pool.generate(REQUESTS, SAMPLING)
         assert tokens(trajectories) == answers(local, version, versions[version])
-        assert {t.version for t in trajectories} == {version}
+        assert {v for t in trajectories for v in t.versions} == {version}
         victim.wait(10)
 
 
@@ -162,7 +165,7 @@ def test_a_worker_with_a_wrong_adapter_never_serves(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None, tmp_path: Path
 ) -> None:
     build = partial(build_forgetful, tiny_model, tmp_path / "forgot")
-    pool = RayPool(build, 2, 8, 60.0, 4.0, 1, 0.0)
+    pool = RayPool(build, 2, 8, 60.0, 4.0, Computing(1), 0.0)
     for version in (1, 2, 3):
         pool.load_adapter(version, versions[version])
         assert tokens(pool.generate(REQUESTS, SAMPLING)) == answers(local, version, versions[version])
@@ -189,3 +192,35 @@ def test_batches_asked_ahead_are_each_made_under_their_own_weights(
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         unfinished()
+
+
+def test_responses_in_stretches_are_those_made_in_one_go(
+    pool: RayPool, local: LocalPool, versions: list[AdapterWeights]
+) -> None:
+    pool.load_adapter(1, versions[1])
+    trajectories = pool.generate(REQUESTS, replace(SAMPLING, stretch=10))
+    assert tokens(trajectories) == answers(local, 1, versions[1])
+    assert [t.request for t in trajectories] == REQUESTS
+
+
+def test_what_is_under_way_takes_up_newer_weights(
+    tiny_model: Path, versions: list[AdapterWeights], cluster: None
+) -> None:
+    workers = pool_of(tiny_model)
+    workers.load_adapter(0, versions[0])
+    workers.wait()
+    pool, stretched = Renewing(workers), replace(SAMPLING, stretch=2)
+    first = pool.ask(1, versions[1], REQUESTS, stretched)
+    waiting = pool.ask(1, versions[1], REQUESTS, stretched)
+    while not workers.roster.answered:
+        time.sleep(0.001)
+    last = pool.ask(2, versions[2], REQUESTS, stretched)
+    batches = [answered() for answered in (first, waiting, last)]
+    pool.close()
+    assert any({*t.versions} == {1, 2} for t in batches[0])
+    assert all(earlier <= later for t in batches[0] for earlier, later in pairwise(t.versions))
+    assert {version for batch in batches[1:] for t in batch for version in t.versions} == {2}
+    for batch in batches:
+        assert [t.request for t in batch] == REQUESTS
+        assert all(len(t.versions) == len(t.sampler_logprobs) == t.length for t in batch)
+        assert all(t.ended or t.length == SAMPLING.max_new_tokens for t in batch)

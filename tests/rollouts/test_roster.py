@@ -149,6 +149,9 @@ def test_every_chunk_is_answered_once_whatever_happens(data: st.DataObject) -> N
                     held[worker] = task.weights
                     chunk = r.reply(worker, task.weights, now)
                     answers += [] if chunk is None else [chunk]
+                    if chunk is not None and not calm and data.draw(st.booleans()):  # it is not all of an answer
+                        r.add()
+                        count += 1
                     continue
                 if fate == "dies":
                     r.lose(worker)

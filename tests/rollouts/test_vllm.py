@@ -1,5 +1,7 @@
 """The engine on vLLM, where it is installed: `make vllm`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,7 +15,7 @@ from rollouts.build import build_engine
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE, TransformersEngine, build_transformers
 from rollouts.schema import RolloutSettings
-from rollouts.trajectory import Request
+from rollouts.trajectory import Request, Trajectory
 from rollouts.vllm import VllmEngine
 
 POLICY = PolicySettings(rank=4, alpha=8)
@@ -73,7 +75,7 @@ def test_greedy_text_and_logprobs_are_those_of_transformers_under_each_adapter(
         assert [t.ended for t in theirs] == [t.ended for t in expected]
         for mine, other in zip(expected, theirs, strict=True):
             torch.testing.assert_close(other.sampler_logprobs, mine.sampler_logprobs, atol=1e-4, rtol=0)
-        assert {t.version for t in theirs} == {version}
+        assert {v for t in theirs for v in t.versions} == {version}
         texts.add(tuple(t.response_ids for t in theirs))
     assert len(texts) > 1
 
@@ -93,6 +95,32 @@ def test_samples_carry_the_logprobs_of_their_temperature(
         logprobs = torch.log_softmax(logits / 0.7, -1)
         expected = logprobs.gather(-1, torch.tensor(t.response_ids)[:, None])[:, 0]
         torch.testing.assert_close(t.sampler_logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_a_response_goes_on_under_other_weights(
+    engine: VllmEngine, ours: TransformersEngine, model: ModelSettings
+) -> None:
+    stretched, weights = Sampling(0.0, 16, stretch=6), versions(model)
+    trajectories: list[list[Trajectory]] = []
+    for each in (engine, ours):
+        requests, made = REQUESTS, []
+        for version in (1, 2, 2):
+            each.load_adapter(version, weights[version])
+            made = [*made, *each.generate(requests, stretched)]
+            requests = [replace(t.request, begun=t) for t in made[-len(requests) :] if stretched.goes_on(t)]
+        trajectories.append(made)
+    for theirs, expected in zip(*trajectories, strict=True):
+        assert (theirs.request, theirs.response_ids) == (expected.request, expected.response_ids)
+        assert (theirs.ended, theirs.versions) == (expected.ended, expected.versions)
+        torch.testing.assert_close(theirs.sampler_logprobs, expected.sampler_logprobs, atol=1e-4, rtol=0)
+    assert any({*t.versions} == {1, 2} for t in trajectories[0])
+
+
+def test_a_sample_that_goes_on_does_not_repeat_its_draws(engine: VllmEngine) -> None:
+    flat, stretched = Request("x", (5, 6, 7), 3), Sampling(50.0, 12, stretch=6)
+    (begun,) = engine.generate([flat], stretched)
+    (more,) = engine.generate([replace(flat, begun=begun)], stretched)
+    assert more.response_ids[:6] == begun.response_ids != more.response_ids[6:]
 
 
 def test_a_response_depends_on_its_seed(engine: VllmEngine) -> None:
