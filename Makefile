@@ -35,7 +35,7 @@ quickstart: $(STAMP)  ## the whole loop on a small made world, on the CPU (SEED=
 	$(BIN)/align run experiments/quickstart/experiment.yaml --replace name=$(RUN) seed=$(SEED)
 
 test: $(STAMP)  ## the tests that run on every change
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
 
 nightly: $(STAMP)  ## the slow proofs
 	$(BIN)/python -m pytest tests -m slow

@@ -80,8 +80,8 @@ def score_group(
     values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
     outputs = nothing if verdicts.outputs is None else verdicts.outputs.cpu().unbind()
     first = [float(row[0]) if len(row) else math.nan for row in outputs]
-    rows = zip(logprobs, references, values, first, outputs, short, strict=True)
-    return [Scored(p, r, v, score, outputs=o, shortfalls=s) for p, r, v, score, o, s in rows]
+    columns = zip(logprobs, references, values, first, outputs, short, strict=True)
+    return [Scored(p, r, v, score, outputs=o, shortfalls=s) for p, r, v, score, o, s in columns]
 
 
 def score_groups(

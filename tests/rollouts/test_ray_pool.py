@@ -173,12 +173,6 @@ def test_a_worker_with_a_wrong_adapter_never_serves(
     pool.close()
 
 
-def test_what_the_user_must_mend_is_said_at_once(pool: RayPool, versions: list[AdapterWeights]) -> None:
-    pool.load_adapter(1, {name: tensor[:, :1] for name, tensor in versions[0].items()})
-    with pytest.raises(UserError, match="another base, or other sizes"):
-        pool.generate(REQUESTS[:8], SAMPLING)
-
-
 def test_batches_asked_ahead_are_each_made_under_their_own_weights(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
 ) -> None:
@@ -203,20 +197,16 @@ def test_responses_in_stretches_are_those_made_in_one_go(
     assert [t.request for t in trajectories] == REQUESTS
 
 
-def test_what_is_under_way_takes_up_newer_weights(
-    tiny_model: Path, versions: list[AdapterWeights], cluster: None
-) -> None:
-    workers = pool_of(tiny_model)
-    workers.load_adapter(0, versions[0])
-    workers.wait()
-    pool, stretched = Renewing(workers), replace(SAMPLING, stretch=2)
-    first = pool.ask(1, versions[1], REQUESTS, stretched)
-    waiting = pool.ask(1, versions[1], REQUESTS, stretched)
-    while not workers.roster.answered:
+def test_what_is_under_way_takes_up_newer_weights(pool: RayPool, versions: list[AdapterWeights]) -> None:
+    pool.load_adapter(0, versions[0])
+    pool.generate(REQUESTS[:8], SAMPLING)
+    asker, before, stretched = Renewing(pool), pool.roster.batch, replace(SAMPLING, stretch=2)
+    first = asker.ask(1, versions[1], REQUESTS, stretched)
+    waiting = asker.ask(1, versions[1], REQUESTS, stretched)
+    while pool.roster.batch == before or not pool.roster.answered:
         time.sleep(0.001)
-    last = pool.ask(2, versions[2], REQUESTS, stretched)
+    last = asker.ask(2, versions[2], REQUESTS, stretched)
     batches = [answered() for answered in (first, waiting, last)]
-    pool.close()
     assert any({*t.versions} == {1, 2} for t in batches[0])
     assert all(earlier <= later for t in batches[0] for earlier, later in pairwise(t.versions))
     assert {version for batch in batches[1:] for t in batch for version in t.versions} == {2}
@@ -224,3 +214,9 @@ def test_what_is_under_way_takes_up_newer_weights(
         assert [t.request for t in batch] == REQUESTS
         assert all(len(t.versions) == len(t.sampler_logprobs) == t.length for t in batch)
         assert all(t.ended or t.length == SAMPLING.max_new_tokens for t in batch)
+
+
+def test_what_the_user_must_mend_is_said_at_once(pool: RayPool, versions: list[AdapterWeights]) -> None:
+    pool.load_adapter(1, {name: tensor[:, :1] for name, tensor in versions[0].items()})
+    with pytest.raises(UserError, match="another base, or other sizes"):
+        pool.generate(REQUESTS[:8], SAMPLING)
