@@ -37,8 +37,9 @@ quickstart: $(STAMP)  ## the whole loop on a small made world, on the CPU (SEED=
 test: $(STAMP)  ## the tests that run on every change
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
 
-nightly: $(STAMP)  ## the slow proofs
+nightly: $(STAMP)  ## the slow proofs, and twenty minutes in which nothing may grow
 	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python experiments/benchmarks/soak.py
 
 bench: $(STAMP) runs/reviews/sft  ## PPO beside TRL's, half an hour and more (MODEL=… SENTENCES=…)
 	$(BIN)/python experiments/benchmarks/bench.py --model $(MODEL) --sft runs/reviews/sft --prompts runs/reviews/data/prompts.jsonl

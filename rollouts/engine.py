@@ -27,8 +27,8 @@ class Sampling:
         return min(self.max_new_tokens, len(request.begun_ids) + self.stretch)
 
     def goes_on(self, trajectory: Trajectory) -> bool:
-        """Whether a response was given back before its end."""
-        return not trajectory.ended and trajectory.length < self.max_new_tokens
+        """Whether a response was given back before its end, at the end of a stretch."""
+        return self.stretch is not None and not trajectory.ended and trajectory.length < self.max_new_tokens
 
 
 class Engine(Protocol):
