@@ -37,8 +37,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
 }
 RATES = {"bitfit": 5e-2, "lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
-"""Learning rates; a method that trains few numbers wants a higher one."""
+"""Learning rates of SFT and the reward model; a method that trains few numbers wants a higher one."""
 HIGH = 1e-2
+PPO_RATES: dict[str, float] = {}
+"""Those of PPO, where they are not half of it."""
 
 
 def main() -> None:
@@ -67,7 +69,8 @@ def train(arguments: argparse.Namespace, name: str, policy: dict[str, Any]) -> P
     rate = RATES.get(policy.get("method", "lora"), HIGH)
     experiment |= {"name": folder.name, "runs": str(arguments.to), "policy": policy}
     experiment["sft"]["learning_rate"] = experiment["reward"]["learning_rate"] = rate
-    experiment["learner"] |= {"policy_learning_rate": rate / 2, "critic_learning_rate": rate / 2}
+    slow = PPO_RATES.get(policy.get("method", "lora"), rate / 2)
+    experiment["learner"] |= {"policy_learning_rate": slow, "critic_learning_rate": slow}
     experiment["data"]["preferences"]["limit"] = arguments.pairs
     experiment["evaluation"]["best_of"] = 0
     file = arguments.to / f"{folder.name}.yaml"
