@@ -11,6 +11,7 @@ from policies.errors import UserError
 from policies.reading import check_like, read_object, read_tensors
 
 MODEL_CONFIG = "config.json"
+KIND = ("peft_type", "model_type")
 WHERE = "base_model_name_or_path"
 """What two adapters' files may say otherwise: the base may have been found elsewhere."""
 
@@ -32,7 +33,8 @@ def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path)
     sums = {name: {k: w.double() * shares[0] for k, w in tensors.items()} for name, tensors in made.items()}
     for folder, share in zip(folders[1:], shares[1:], strict=True):
         other = read_object(folder / config)
-        if odd := sorted(k for k in kind.keys() | other.keys() if kind.get(k) != other.get(k) and k != WHERE):
+        odd = [k for k in kind.keys() | other.keys() if kind.get(k) != other.get(k) and k != WHERE]
+        if odd := sorted(odd, key=lambda k: (k not in KIND, k)):
             raise UserError(
                 f"{folder / config}: {odd[0]} is {other.get(odd[0])!r}, and {kind.get(odd[0])!r} in {first}: only "
                 "adapters of one kind have a mean"

@@ -57,6 +57,9 @@ def test_what_does_not_go_together_is_refused_by_name(adapters: Adapters, tiny_m
     (two / CONFIG).write_text(json.dumps(config | {"lora_alpha": 9}))
     with pytest.raises(UserError, match=r"lora_alpha is 9, and 4\.0 in"):
         average_adapters([one, two], [1, 1], tmp_path / "mean")
+    (two / CONFIG).write_text(json.dumps({"peft_type": "BITFIT"}))
+    with pytest.raises(UserError, match="peft_type is 'BITFIT', and 'LORA' in"):
+        average_adapters([one, two], [1, 1], tmp_path / "mean")
     (two / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
     average_adapters([one, two], [1, 1], tmp_path / "same")
     (two / "head.safetensors").unlink()
