@@ -153,6 +153,7 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="a whole model, the adapter merged into its weights")] = False,
     reward: Annotated[bool, typer.Option("--reward", help="the reward model, as a sequence classifier")] = False,
+    member: Annotated[int | None, typer.Option(min=0, help="with --reward: which one of an ensemble, from 0")] = None,
     task: Annotated[str, typer.Option(help="add a soft prompt under this name to a table of several, --to")] = "",
     dtype: Annotated[str, typer.Option(help="of a whole model: float32, bfloat16 or float16")] = "float32",
 ) -> None:
@@ -173,7 +174,10 @@ def export(
         raise UserError("--merge is for the policy; a reward model is written whole in any case: leave one of them out")
     if dtype != "float32" and not merge:
         raise UserError("--dtype is of a whole model: give --merge with it")
-    what, gap = export_run(settings, folder, to, "reward model" if reward else "model" if merge else "adapter", dtype)
+    if member is not None and not reward:
+        raise UserError("--member is of a reward model: give --reward with it")
+    what = "reward model" if reward else "model" if merge else "adapter"
+    what, gap = export_run(settings, folder, to, what, dtype, member)
     errors.print(f"{what} of {folder.path} written to {to}; loaded afresh it differs from the live one by {gap:.2g}")
 
 

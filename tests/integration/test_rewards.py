@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from align.cli import app
 from align.diagnose import DIAGNOSTICS, RELIABILITY, WORST
 from align.inputs import read_cases
 from align.interrupt import Stop
@@ -100,6 +105,15 @@ def test_every_member_of_an_ensemble_is_trained_and_their_spread_is_logged(tiny_
     assert 0 <= found["agreement"] <= 1
     assert all(row["reward/spread"] > 0 for row in ppo_steps(run))
     assert RunFolder(run).read_evaluation()["policy"]["spread_mean"] > 0
+
+    def export(*more: str) -> Result:
+        return CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "out"), "--reward", *more])
+
+    for odd, said in ((), "give --member 0 to 1"), (("--member", "2"), "holds 2, counted from 0"):
+        assert said in str(export(*odd).exception)
+    assert export("--member", "1").exit_code == 0
+    saved = load_file(tmp_path / "out" / "model.safetensors")["score.weight"]
+    assert torch.equal(saved[0], load_file(run / "reward" / "member-1" / "head.safetensors")["weight"])
 
 
 def test_attributes_are_logged_and_can_be_weighed_anew(tiny_model: Path, tmp_path: Path) -> None:
