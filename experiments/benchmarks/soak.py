@@ -5,8 +5,8 @@
 PPO on the quickstart's world with two rollout workers and two learner ranks at ZeRO 2, an evaluation every ten steps
 and a checkpoint every five, W&B offline; each process is looked at every two seconds. The first third is warm-up. Over
 the rest a line is fitted to each process's own memory (USS), and what it says was added from its begin to its end is
-given beside the memory at the begin. Ends with 1 where that is more than GROWTH of it, where open files grew, or where
-processes came or went. Writes `soak.json`.
+given beside the memory at the begin. Ends with 1 where that is more than GROWTH of it and than a megabyte, where open
+files grew, or where processes came or went. Writes `soak.json`.
 """
 
 import argparse
@@ -60,6 +60,12 @@ class Verdict:
     files: tuple[float, float]
     throughout: bool
 
+    @property
+    def grew(self) -> bool:
+        """Whether it did what no process should."""
+        more = self.share > GROWTH and self.added > 1.0
+        return more or self.files[1] > self.files[0] + 1 or not self.throughout
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,7 +76,7 @@ def main() -> None:
         steps, looks = soak(Path(folder), 60 * arguments.minutes)
     end = max(seen[-1].at for seen in looks.values())
     verdicts = [judge(name, seen, end) for name, seen in sorted(looks.items()) if seen[-1].at > WARM * end]
-    grown = [v.name for v in verdicts if v.share > GROWTH or v.files[1] > v.files[0] + 1 or not v.throughout]
+    grown = [v.name for v in verdicts if v.grew]
     results = {"minutes": arguments.minutes, "steps": steps, "processes": [asdict(v) for v in verdicts]}
     print(f"{steps} steps")
     for v in verdicts:
@@ -113,11 +119,12 @@ def steps_in(metrics: Path) -> int:
 def watch(process: subprocess.Popen[bytes], seconds: float) -> dict[str, list[Look]]:
     """Look at the process and all below it until the time is over."""
     start, looks = time.monotonic(), defaultdict(list)
+    names: dict[int, str] = {process.pid: "controller"}  # as first seen: Ray's say what they are at
     controller = psutil.Process(process.pid)
     while (at := time.monotonic() - start) < seconds and process.poll() is None:
         for each in (controller, *controller.children(recursive=True)):
             try:
-                name = "controller" if each == controller else each.name()
+                name = names.setdefault(each.pid, each.name())
                 look = Look(at, each.memory_full_info().uss, each.num_fds())
             except psutil.Error:
                 continue  # it has just ended
