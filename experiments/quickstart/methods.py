@@ -39,8 +39,17 @@ METHODS: dict[str, dict[str, Any]] = {
 RATES = {"bitfit": 5e-2, "lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
 """Learning rates of SFT and the reward model; a method that trains few numbers wants a higher one."""
 HIGH = 1e-2
-PPO_RATES: dict[str, float] = {}
-"""Those of PPO, where they are not half of it."""
+SOFT = {
+    "sft": {"learning_rate": 3e-2},
+    "reward": {"learning_rate": 4e-2, "epochs": 3},
+    "learner": {"policy_learning_rate": 8e-3, "critic_learning_rate": 3e-2},
+}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "prompt_tuning": SOFT,
+    "p_tuning": SOFT | {"sft": {"learning_rate": 1e-2}},
+    "prefix_tuning": SOFT | {"learner": {"policy_learning_rate": 5e-2, "critic_learning_rate": 5e-2}},
+}
+"""Soft prompts learn slowly: what they are given besides, with twice the pairs and more steps of PPO."""
 
 
 def main() -> None:
@@ -69,9 +78,14 @@ def train(arguments: argparse.Namespace, name: str, policy: dict[str, Any]) -> P
     rate = RATES.get(policy.get("method", "lora"), HIGH)
     experiment |= {"name": folder.name, "runs": str(arguments.to), "policy": policy}
     experiment["sft"]["learning_rate"] = experiment["reward"]["learning_rate"] = rate
-    slow = PPO_RATES.get(policy.get("method", "lora"), rate / 2)
-    experiment["learner"] |= {"policy_learning_rate": slow, "critic_learning_rate": slow}
+    experiment["learner"] |= {"policy_learning_rate": rate / 2, "critic_learning_rate": rate / 2}
     experiment["data"]["preferences"]["limit"] = arguments.pairs
+    if changes := CHANGES.get(policy.get("method", "lora")):
+        experiment["data"]["preferences"]["limit"] = 2 * arguments.pairs
+        experiment["ppo"] |= {"steps": 25}
+        experiment["ppo"]["critic"] |= {"warmup": 2}
+        for section, settings in changes.items():
+            experiment[section] |= settings
     experiment["evaluation"]["best_of"] = 0
     file = arguments.to / f"{folder.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
