@@ -6,6 +6,7 @@ PROMPTS ?= runs/reviews/data/prompts.jsonl
 SENTENCES ?= ../shared/data/reviews/sentences.jsonl
 
 BIN := .venv/bin
+VLLM := tests/rollouts/test_vllm.py
 STAMP := .venv/.installed
 WORLD := runs/$(RUN)/world
 
@@ -34,8 +35,10 @@ quickstart: $(STAMP)  ## the whole loop on a small made world, on the CPU (SEED=
 	$(BIN)/python experiments/quickstart/make.py --to $(WORLD) --seed $(SEED)
 	$(BIN)/align run experiments/quickstart/experiment.yaml --replace name=$(RUN) seed=$(SEED)
 
+# vLLM leaves its threads and its process group behind, so it has a process of its own; 5: it is not installed.
 test: $(STAMP)  ## the tests that run on every change
-	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --ignore $(VLLM)
+	$(BIN)/python -m pytest $(VLLM) || test $$? -eq 5
 
 nightly: $(STAMP)  ## the slow proofs, and twenty minutes in which nothing may grow
 	$(BIN)/python -m pytest tests -m slow

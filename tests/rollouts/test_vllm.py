@@ -117,10 +117,11 @@ def test_a_response_goes_on_under_other_weights(
 
 
 def test_a_sample_that_goes_on_does_not_repeat_its_draws(engine: VllmEngine) -> None:
-    flat, stretched = Request("x", (5, 6, 7), 3), Sampling(50.0, 12, stretch=6)
-    (begun,) = engine.generate([flat], stretched)
-    (more,) = engine.generate([replace(flat, begun=begun)], stretched)
-    assert more.response_ids[:6] == begun.response_ids != more.response_ids[6:]
+    requests, stretched = [Request("x", (5, 6, 7), seed) for seed in range(12)], Sampling(2.0, 12, stretch=6)
+    going = [t for t in engine.generate(requests, stretched) if stretched.goes_on(t)]
+    assert going
+    for begun, more in zip(going, engine.generate([replace(t.request, begun=t) for t in going], stretched)):
+        assert more.response_ids[:6] == begun.response_ids != more.response_ids[6:]
 
 
 def test_a_response_depends_on_its_seed(engine: VllmEngine) -> None:
