@@ -1,5 +1,6 @@
 """The command `align`."""
 
+import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -194,7 +195,7 @@ def average(
     from policies.averaging import average_adapters
 
     shares = weight or [1.0] * len(adapters)
-    if len(shares) != len(adapters) or min(shares) <= 0:
+    if len(shares) != len(adapters) or not all(0 < share < math.inf for share in shares):
         raise UserError(f"--weight: one for each of the {len(adapters)} adapters, above 0, was expected")
     if to.exists():
         raise UserError(f"--to {to} exists already: give a new folder")

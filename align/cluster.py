@@ -28,8 +28,8 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's workers give way to every other process unless told otherwise, and would starve beside a busy one.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Events of tasks, which only a dashboard shows, pile up in Ray's store by the hundred thousand.
-    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+    if not settings.address:  # events of tasks, which only a dashboard shows, pile up in Ray's store by the 100,000
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     import ray
 
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}

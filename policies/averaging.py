@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from policies.adapters import CONFIG, HEAD, MODEL, WEIGHTS
+from policies.adapters import CONFIG, MODEL, WEIGHTS
 from policies.errors import UserError
 from policies.reading import check_like, read_object, read_tensors
 
@@ -17,7 +17,7 @@ WHERE = "base_model_name_or_path"
 
 
 def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path) -> None:
-    """Write the weighted mean of the parameters of adapters, or whole models, of one kind, and of their scalar heads.
+    """Write the weighted mean of the parameters of adapters, or whole models, of one kind, and of their heads.
 
     Meant for adapters that started alike: policies of several seeds from one SFT adapter (Wortsman et al. 2022, "Model
     soups"), members of an ensemble of reward models (Ramé et al. 2024, "WARM"). It is the mean of LoRA's factors, not
@@ -26,7 +26,7 @@ def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path)
     first, total = folders[0], sum(shares)
     config = CONFIG if (first / CONFIG).is_file() else MODEL_CONFIG
     kind = read_object(first / config)
-    files = [name for name in (WEIGHTS, MODEL, HEAD) if (first / name).is_file()]
+    files = sorted(path.name for path in first.glob("*.safetensors"))
     if not {WEIGHTS, MODEL} & {*files}:
         raise UserError(f"{first} holds neither {WEIGHTS} nor {MODEL}: it is not an adapter")
     made = {name: read_tensors(first / name) for name in files}

@@ -7,11 +7,10 @@ score by the reward model, the gold score and the KL, and their means with stand
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean, stdev
+
+from again import ppo_again
 
 DTYPES = ("float32", "bfloat16")
 FIGURES = ("score_mean", "gold_mean", "gold_win_rate", "kl_per_sequence")
@@ -27,19 +26,16 @@ def main() -> None:
     print(f"| model.dtype | {' | '.join(FIGURES)} |")
     print("|---" * (len(FIGURES) + 1) + "|")
     for dtype in DTYPES:
-        found = [train(arguments, dtype, seed) for seed in range(arguments.seeds)]
+        found = [
+            ppo_again(
+                arguments.run,
+                arguments.to,
+                f"{dtype}-{seed}",
+                {"seed": seed, "model.dtype": dtype, "evaluation.best_of": 0},
+            )
+            for seed in range(arguments.seeds)
+        ]
         print(f"| {dtype} | {' | '.join(cell([run[name] for run in found]) for name in FIGURES)} |", flush=True)
-
-
-def train(arguments: argparse.Namespace, dtype: str, seed: int) -> dict[str, float]:
-    """What the evaluation says of a policy."""
-    folder = arguments.to / f"{dtype}-{seed}"
-    if not (folder / "evaluation.json").is_file():
-        settings = [f"name={folder.name}", f"runs={arguments.to}", f"seed={seed}", f"model.dtype={dtype}"]
-        given = [f"sft.adapter={arguments.run / 'sft'}", f"reward.model={arguments.run / 'reward'}"]
-        command = [sys.executable, "-m", "align", "run", arguments.run / "config.yaml", "--replace"]
-        subprocess.run([*command, *settings, *given, "stages=[ppo]", "evaluation.best_of=0"], check=True)
-    return json.loads((folder / "evaluation.json").read_text())["policy"]
 
 
 def cell(values: list[float]) -> str:

@@ -7,12 +7,11 @@ three seeds each. Prints a table: held-out scores by split, with their standard 
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+
+from again import ppo_again
 
 SPLITS = tuple(product((0, 1, 2), (0, 1, 2)))
 """Rollout workers, learner ranks."""
@@ -35,27 +34,17 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace, workers: int, ranks: int, seed: int) -> float:
     """The policy's held-out score after a run of this split."""
+    settings = {
+        "seed": seed,
+        "ppo.steps": arguments.steps,
+        "rollouts.workers": workers,
+        "learner.ranks": ranks,
+        "rollouts.rows": 64,
+        "rollouts.chunk": 64,
+        "evaluation.best_of": 0,
+    }
     name = f"workers-{workers}-ranks-{ranks}-seed-{seed}"
-    folder: Path = arguments.to / name
-    if not (folder / "evaluation.json").is_file():
-        settings = {
-            "name": name,
-            "runs": arguments.to,
-            "seed": seed,
-            "stages": "[ppo]",
-            "sft.adapter": arguments.run / "sft",
-            "reward.model": arguments.run / "reward",
-            "ppo.steps": arguments.steps,
-            "rollouts.workers": workers,
-            "learner.ranks": ranks,
-            "rollouts.rows": 64,
-            "rollouts.chunk": 64,
-            "evaluation.best_of": 0,
-        }
-        overrides = [f"{key}={value}" for key, value in settings.items()]
-        line = [sys.executable, "-m", "align", "run", str(arguments.run / "config.yaml"), "--replace", *overrides]
-        subprocess.run(line, check=True)
-    return float(json.loads((folder / "evaluation.json").read_text())["policy"]["score_mean"])
+    return ppo_again(arguments.run, arguments.to, name, settings)["score_mean"]
 
 
 def table(scores: dict[tuple[int, int], list[float]]) -> str:

@@ -59,7 +59,7 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
         assert CliRunner().invoke(app, ["export", str(run), "--to", str(table), "--task", "one"]).exit_code == 0
         (tokens,) = trained.values()
         assert torch.equal(read_task(f"{table}#one"), tokens)
-    for mixed_up in (["--merge", "--reward"], ["--dtype", "bfloat16"]):
+    for mixed_up in (["--merge", "--reward"], ["--dtype", "bfloat16"], ["--member", "0"]):
         result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "no"), *mixed_up])
         assert isinstance(result.exception, UserError)
         assert not (tmp_path / "no").exists()

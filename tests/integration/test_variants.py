@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from policies.export import export_merged
 from policies.loading import load_tokenizer
 from policies.schema import ModelSettings, PolicySettings
+from rollouts.ahead import Renewing
+from rollouts.roster import Roster
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,13 +62,21 @@ def test_runs_to_its_end_and_goes_on_bit_for_bit_after_a_stop(name: str, tiny_mo
 
 
 @pytest.mark.slow
-def test_responses_under_way_take_up_the_weights_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_responses_under_way_take_up_the_weights_of_a_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    add, renew = Roster.add, Renewing.ask
+    monkeypatch.setattr(Roster, "add", lambda self: (seen.append("goes on"), add(self))[1])
+    monkeypatch.setattr(Renewing, "ask", lambda self, *asked: (seen.append("asked"), renew(self, *asked))[1])
     settings = settings_of("ahead", tiny_model, tmp_path)
     settings["rollouts"] |= {"stretch": 2}
     rows = [row for row in figures(run_in_process(settings)) if row["stage"] == "ppo" and "policy/loss" in row]
     ages = [row["rollout/age"] for row in rows]
     assert ages[0] == 0
     assert all(0 <= age <= 1 for age in ages)
+    assert seen.count("asked") == 3
+    assert seen.count("goes on") >= 3
 
 
 def test_a_fully_tuned_policy_is_a_model_that_transformers_loads(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,8 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from align.cli import app
 from policies.adapters import CONFIG, load_adapter, load_head, save_adapter, save_head
 from policies.averaging import average_adapters
 from policies.errors import UserError
@@ -69,3 +73,22 @@ def test_what_does_not_go_together_is_refused_by_name(adapters: Adapters, tiny_m
         average_adapters([one, tmp_path / "nowhere"], [1, 1], tmp_path / "mean")
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         average_adapters([tmp_path / "nowhere", one], [1, 1], tmp_path / "mean")
+
+
+def test_all_files_of_tensors_are_averaged_by_the_command(adapters: Adapters, tmp_path: Path) -> None:
+    """A reward model may have heads of named attributes beside the one of the whole score."""
+    folders = [str(folder) for folder in adapters[0]]
+    for member, folder in enumerate(folders):
+        save_file({"kind": torch.tensor([float(member)])}, Path(folder) / "attributes.safetensors")
+
+    def command(*more: str) -> Result:
+        return CliRunner().invoke(app, ["average", *folders, "--to", str(tmp_path / "mean"), *more])
+
+    for weights in (["1", "2"], ["1", "2", "0"], ["1", "2", "nan"]):
+        said = command(*(part for weight in weights for part in ("--weight", weight))).exception
+        assert isinstance(said, UserError)
+        assert "one for each of the 3 adapters, above 0" in str(said)
+        assert not (tmp_path / "mean").exists()
+    assert command("--weight", "1", "--weight", "1", "--weight", "2").exit_code == 0
+    assert float(load_file(tmp_path / "mean" / "attributes.safetensors")["kind"]) == 1.25
+    assert "exists already" in str(command().exception)

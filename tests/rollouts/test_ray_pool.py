@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from align.cluster import ray_cluster
 from align.schema import ClusterSettings
@@ -62,7 +63,7 @@ def pool(tiny_model: Path, cluster: None) -> Iterator[RayPool]:
 
 def pool_of(model: Path, workers: int = 2, timeout: float = 60.0, slow: float = 4.0) -> RayPool:
     build = partial(build_engine, ModelSettings(path=str(model)), POLICY, ROLLOUTS)
-    return RayPool(build, workers, 8, timeout, slow, Computing(1), 0.0)
+    return RayPool(build, workers, 8, timeout, slow, Computing(1, deterministic=True), 0.0)
 
 
 def processes() -> list[psutil.Process]:
@@ -186,6 +187,14 @@ def test_batches_asked_ahead_are_each_made_under_their_own_weights(
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         unfinished()
+
+
+def test_workers_compute_as_they_are_told(pool: RayPool) -> None:
+    pool.wait()
+    said = pool._manager.foreach_actor(
+        lambda _: (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    )
+    assert [result.get() for result in said] == [(1, True)] * 2
 
 
 def test_responses_in_stretches_are_those_made_in_one_go(
