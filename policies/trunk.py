@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policies.adapters import save_adapter
+from policies.attention import use_plain_products
 from policies.batching import collate, collate_branches
 from policies.errors import UserError
 from policies.norms import FrozenRmsNorm
@@ -47,6 +48,7 @@ class Trunk(nn.Module, ABC):
         self._recomputed: list[nn.Module] = []
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.causal = base
+        use_plain_products(base)
         for norm in filter(FrozenRmsNorm.fits, base.modules()):
             norm.forward = FrozenRmsNorm(norm)
         self._build(base)

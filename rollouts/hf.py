@@ -12,7 +12,6 @@ from policies.loading import load_tokenizer, stop_ids
 from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
-from rollouts.attention import use_decoding_attention
 from rollouts.decoding import Decoder
 from rollouts.engine import Sampling
 from rollouts.schema import RolloutSettings
@@ -40,7 +39,6 @@ class TransformersEngine:
         stop_strings: StopStrings | None = None,
     ) -> None:
         """merge: decode with the adapter merged into a copy of the weights."""
-        use_decoding_attention(trunk.causal)
         self.trunk = trunk
         self.merge = merge
         self.stop_ids, self.stop_strings = stop_ids, stop_strings

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
+
+from policies import attention
+from policies.attention import NAME, SHORT, _ShortAttention
+from policies.methods import make_trunk
+from policies.schema import PolicySettings
+
+SHAPES = [(3, 4, 2, 7, 8), (1, 8, 8, 1, 4), (2, 6, 1, 24, 8), (5, 2, 2, 13, 16)]
+
+
+def states(rows: int, heads: int, groups: int, length: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value as models have them: views of `[B, T, heads, D]`."""
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(rows, length, n, width, generator=generator, dtype=dtype) for n in (heads, groups, groups))
+    return [state.transpose(1, 2).requires_grad_() for state in made]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_the_fused_kernel(shape: tuple[int, int, int, int, int]) -> None:
+    inputs = states(*shape, torch.float32)
+    repeats = shape[1] // shape[2]
+    key, value = (state.repeat_interleave(repeats, dim=1) for state in inputs[1:])
+    expected = scaled_dot_product_attention(inputs[0], key, value, is_causal=True, scale=0.3).transpose(1, 2)
+    outer = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(expected, inputs, outer)
+    made = _ShortAttention.apply(*inputs, 0.3)
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(made, inputs, outer), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_gradients_agree_with_finite_differences(shape: tuple[int, int, int, int, int]) -> None:
+    assert torch.autograd.gradcheck(lambda *inputs: _ShortAttention.apply(*inputs, 0.3), states(*shape, torch.float64))
+
+
+@pytest.mark.parametrize(("length", "short"), [(SHORT * 8, True), (SHORT * 8 + 1, False)])
+def test_a_model_attends_by_it_in_short_rows_while_gradients_flow(
+    length: int, short: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(2, 290, (2, length), generator=torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = plain.model(input_ids=ids).last_hidden_state
+    trunk = make_trunk(plain, PolicySettings(rank=2, alpha=2), ("policy",))
+    assert trunk.causal.config._attn_implementation == NAME
+    shapes: list[torch.Size] = []
+    apply = _ShortAttention.apply
+    monkeypatch.setattr(attention._ShortAttention, "apply", lambda *a: (shapes.append(a[0].shape), apply(*a))[1])
+    with torch.no_grad():
+        torch.testing.assert_close(trunk.hidden(ids, "policy"), expected, rtol=1e-4, atol=1e-4)
+    assert not shapes
+    trunk.train_only("policy")
+    torch.testing.assert_close(trunk.hidden(ids, "policy"), expected, rtol=1e-4, atol=1e-4)
+    assert bool(shapes) is short
