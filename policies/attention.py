@@ -10,9 +10,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "align"
-SHORT = 3
-"""Tokens of a row, in widths of a head, up to which plain products are faster than the fused kernel. Beyond, what they
-write, a number for each pair of tokens, is far more than the states."""
+SHORT = {torch.float32: 4, torch.bfloat16: 8}
+"""Tokens of a row, in widths of a head, up to which plain products are faster than the fused kernel, whose backward pass
+is far slower in bfloat16. Beyond, what they write, a number for each pair of tokens, is far more than the states."""
 
 
 def use_plain_products(model: PreTrainedModel) -> None:
@@ -33,8 +33,8 @@ def _attention(
     new, scale = query.shape[2], options.get("scaling") or query.shape[3] ** -0.5
     if new == 1 and not torch.is_grad_enabled():
         return _decoding(query, key, value, attention_mask, scale), None
-    short = new == key.shape[2] <= SHORT * query.shape[3] and query.shape[3] == value.shape[3]
-    plain = attention_mask is None and not options.get("dropout") and query.dtype == torch.float32
+    short = new == key.shape[2] <= SHORT.get(query.dtype, 0) * query.shape[3] and query.shape[3] == value.shape[3]
+    plain = attention_mask is None and not options.get("dropout")
     if short and plain and torch.is_grad_enabled():
         return _ShortAttention.apply(query, key, value, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -61,7 +61,8 @@ class _ShortAttention(torch.autograd.Function):
         q = query.reshape(rows * groups, -1, width)
         k, v = (states.reshape(rows * groups, length, width) for states in (key, value))
         unseen = q.new_full((length, length), -torch.inf).triu_(1).repeat(heads // groups, 1)
-        weights = torch.softmax(torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=scale), dim=-1)
+        scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shape = scale, (rows, heads, groups, length, width)
         return (weights @ v).view(rows, heads, length, width).transpose(1, 2).contiguous()
