@@ -66,6 +66,8 @@ def _logprobs_and_entropy(
     hidden: Tensor, tokens: Tensor, head: Head, temperature: float, learn_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     whole = _distribution(hidden, head, temperature)
+    # Before the entropy: what is made again for the backward pass ends with the last that the backward pass needs.
+    logprobs = whole.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
-        entropy = -(whole.exp() * whole).sum(-1)
-    return whole.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
+        entropy = -torch.linalg.vecdot(whole.exp(), whole)
+    return logprobs, entropy

@@ -83,18 +83,20 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = down.to(x.dtype), up.to(x.dtype)
+        narrow = None
         if summed:
             out = linear(flat, torch.addmm(weight, b, a, alpha=scale), bias)
         else:
-            out = linear(flat, weight, bias).addmm_(flat @ a.T, b.T, alpha=scale)
-        ctx.save_for_backward(flat, weight, a, b)
+            narrow = flat @ a.T
+            out = linear(flat, weight, bias).addmm_(narrow, b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, narrow)
         ctx.scale, ctx.summed, ctx.dtype = scale, summed, down.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b = ctx.saved_tensors
+        flat, weight, a, b, narrow = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
         back = outer @ b
         of_x = of_down = of_up = None
@@ -107,5 +109,6 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             of_down = (back.T @ flat).mul_(ctx.scale).to(ctx.dtype)
         if ctx.needs_input_grad[4]:
-            of_up = (outer.T @ (flat @ a.T)).mul_(ctx.scale).to(ctx.dtype)
+            narrow = flat @ a.T if narrow is None else narrow
+            of_up = (narrow.T @ outer).T.mul(ctx.scale).to(ctx.dtype)
         return of_x, None, None, of_down, of_up, None, None

@@ -11,7 +11,7 @@ PLAIN = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3
 
 
 class FrozenRmsNorm:
-    """Takes the place of a norm's own forward where activations are float32: the same numbers, up to rounding."""
+    """Takes the place of a norm's own forward: the same numbers, up to rounding. It computes in float32, as they do."""
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -23,7 +23,7 @@ class FrozenRmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.norm.weight
-        if x.dtype != torch.float32 or weight.requires_grad:
+        if weight.requires_grad or weight.dtype != x.dtype:
             return self.own(x)
         return _RmsNorm.apply(x, weight, self.norm.variance_epsilon)
 
@@ -31,15 +31,21 @@ class FrozenRmsNorm:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        squares = torch.linalg.vecdot(x, x).unsqueeze(-1)
+        wide = _wide(x)
+        squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
         scale = (squares / x.shape[-1] + epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        inner = gradient * weight
-        along = torch.linalg.vecdot(inner, x).unsqueeze(-1) * scale.square() / x.shape[-1]
-        return inner.addcmul_(x, along, value=-1).mul_(scale), None, None
+        inner, wide = _wide(gradient * weight), _wide(x)
+        along = torch.linalg.vecdot(inner, wide).unsqueeze(-1) * scale.square() / x.shape[-1]
+        return inner.addcmul_(wide, along, value=-1).mul_(scale).to(x.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or wider if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
