@@ -82,7 +82,7 @@ def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[s
         if model.trunk.branches_agree(model.role):
             batch = branches(list(cases))
             places = {name: batch[name].to(device) for name in ("ids", "last", "positions", "seen")}
-            found["packed"] = model.scores_at(**places).cpu()
+            found["shared"] = model.scores_of_branches(**places).cpu()
     return {name: float((scores - alone).abs().max()) for name, scores in found.items()}
 
 

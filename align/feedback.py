@@ -31,11 +31,11 @@ class FeedbackObjective(Objective):
         labels: Tensor,
         feedback: Sequence[Feedback],
         num_items_in_batch: Tensor,
-        positions: Tensor | None = None,
-        seen: Tensor | None = None,
+        **places: Tensor,
     ) -> dict[str, Tensor]:
-        """ids, last, positions, seen: of `RewardModel.scores_at`. labels: `[rows]`, counted and otherwise of no use."""
-        scores = self.model.scores_at(ids, last, positions, seen)
+        """ids, last, places: of a `Batch`, or of `Branches`. labels: `[rows]`, counted and otherwise of no use."""
+        score = self.model.scores_of_rows if "rows" in places else self.model.scores_of_branches
+        scores = score(ids=ids, last=last, **places)
         loss = self.loss(scores, feedback, self.smoothing).sum()
         if self.centering:
             counts = [len(each.responses) for each in feedback]
@@ -87,7 +87,7 @@ def branches(cases: list[Case]) -> dict[str, Any]:
 def rows(cases: list[Case]) -> dict[str, Any]:
     """A batch of one row for each response."""
     batch = collate(*flat(cases))
-    return {"ids": batch.ids, "last": batch.last} | _verdicts(cases)
+    return {"ids": batch.ids, "rows": batch.rows, "last": batch.last} | _verdicts(cases)
 
 
 def _verdicts(cases: list[Case]) -> dict[str, Any]:

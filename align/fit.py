@@ -25,7 +25,6 @@ from align.ppo.optimizer import warmed
 from align.progress import Progress
 from align.seeds import seed_for
 from align.tracking import Tracker
-from policies.batching import buckets
 from policies.errors import UserError
 from policies.lora import by_rate
 from policies.reading import check_like, read_object, read_tensors
@@ -81,14 +80,14 @@ def fit(
     context: StageContext,
     metrics: str,
     heldout: Callable[[], float],
-    tokens: int,
+    passes: Callable[[Sequence[int], int | None], list[list[int]]],
     lora_plus: float | None = None,
 ) -> Fitted:
     """Train the parameters of `objective` that require gradients; it then holds those of the best held-out loss.
 
     collate: from rows to the arguments of one pass of `objective`, which gives {"loss": …}, a sum over these rows
-    divided by `num_items_in_batch`, the number of `labels` in the whole batch. Batches are of rows of about one length,
-    and cut into passes of at most so many tokens. metrics: the first part of the names that are logged.
+    divided by `num_items_in_batch`, the number of `labels` in the whole batch. Batches are of rows of about one length.
+    passes: how a batch is cut, see `Trunk.passes`. metrics: the first part of the names that are logged.
     heldout: the loss of `objective` on held-out rows, asked for every `evaluate_every` steps and at the end.
     lora_plus: `policy.lora_plus`.
     Goes on from the last checkpoint where there is one. Raises Interrupted after a checkpoint if asked to stop.
@@ -126,7 +125,7 @@ def fit(
             model=objective,
             args=arguments,
             train_dataset=rows,
-            data_collator=partial(_passes, collate, settings.tokens_per_microbatch or tokens),
+            data_collator=partial(_cut, collate, passes, settings.tokens_per_microbatch),
             optimizers=(_optimizer(objective, settings, lora_plus), None),
             callbacks=[watch],
         )
@@ -153,10 +152,15 @@ def fit(
     return fitted
 
 
-def _passes(collate: Callable[[list[Any]], dict[str, Any]], tokens: int, rows: list[Row]) -> dict[str, Any]:
-    """A batch, cut into passes of at most so many tokens."""
-    passes = [collate([rows[i] for i in group]) for group in buckets([row.length for row in rows], tokens)]
-    return {"labels": torch.cat([part["labels"] for part in passes]), "passes": passes}
+def _cut(
+    collate: Callable[[list[Any]], dict[str, Any]],
+    passes: Callable[[Sequence[int], int | None], list[list[int]]],
+    tokens: int | None,
+    rows: list[Row],
+) -> dict[str, Any]:
+    """A batch, cut into passes."""
+    parts = [collate([rows[i] for i in group]) for group in passes([row.length for row in rows], tokens)]
+    return {"labels": torch.cat([part["labels"] for part in parts]), "passes": parts}
 
 
 def trained(objective: nn.Module) -> dict[str, Tensor]:

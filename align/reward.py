@@ -131,7 +131,7 @@ def _train(job: Job, model: RewardModel, member: int) -> dict[str, Any]:
         job.fit_context("reward", member),
         metrics="reward_model",
         heldout=partial(objective.heldout_loss, inputs.cases_heldout, trunk.tokens_a_pass()),
-        tokens=trunk.tokens_a_pass(),
+        passes=partial(trunk.passes, padded=shared),
         lora_plus=job.experiment.policy.lora_plus,
     )
     return asdict(fitted)

@@ -13,7 +13,7 @@ from align.fit import Objective, fit
 from align.inputs import Example
 from align.job import Job
 from policies.adapters import load_adapter
-from policies.batching import buckets, collate
+from policies.batching import collate
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
 
@@ -28,9 +28,11 @@ class Likelihood(Objective):
         super().__init__()
         self.trunk = trunk
 
-    def forward(self, ids: Tensor, before: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> dict[str, Tensor]:
-        """ids, before, labels: `ids`, `before` and `tokens` of a `Batch`."""
-        states = self.trunk.hidden(ids, ROLE).flatten(0, 1)
+    def forward(
+        self, ids: Tensor, rows: Tensor, before: Tensor, labels: Tensor, num_items_in_batch: Tensor
+    ) -> dict[str, Tensor]:
+        """ids, rows, before, labels: `ids`, `rows`, `before` and `tokens` of a `Batch`."""
+        states = self.trunk.hidden_of_rows(ids, rows, ROLE)
         logprobs = token_logprobs(states[before], labels, partial(self.trunk.head, role=ROLE), temperature=1.0)
         return {"loss": -logprobs.sum() / num_items_in_batch}
 
@@ -56,7 +58,7 @@ def run_sft(job: Job) -> None:
             job.fit_context("sft"),
             metrics="sft",
             heldout=partial(heldout_loss, objective, job.inputs.examples_heldout),
-            tokens=trunk.tokens_a_pass(),
+            passes=trunk.passes,
             lora_plus=job.experiment.policy.lora_plus,
         )
         facts |= asdict(fitted) | {"skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}
@@ -69,7 +71,7 @@ def heldout_loss(objective: Likelihood, examples: Sequence[Example]) -> float:
     """Mean negative log-likelihood of all response tokens, in nats."""
     device, total = objective.trunk.causal.device, 0.0
     one = torch.ones((), device=device)
-    for group in buckets([e.length for e in examples], objective.trunk.tokens_a_pass()):
+    for group in objective.trunk.passes([e.length for e in examples]):
         batch = {name: tensor.to(device) for name, tensor in _tensors([examples[i] for i in group]).items()}
         total += float(objective(**batch, num_items_in_batch=one)["loss"])
     return total / sum(len(e.response_ids) for e in examples)
@@ -77,4 +79,4 @@ def heldout_loss(objective: Likelihood, examples: Sequence[Example]) -> float:
 
 def _tensors(examples: list[Example]) -> dict[str, Tensor]:
     batch = collate([e.prompt_ids for e in examples], [e.response_ids for e in examples])
-    return {"ids": batch.ids, "before": batch.before, "labels": batch.tokens}
+    return {"ids": batch.ids, "rows": batch.rows, "before": batch.before, "labels": batch.tokens}

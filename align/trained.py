@@ -16,7 +16,6 @@ from align.run import RunFolder, read_facts
 from align.schema import Experiment
 from align.seeds import seed_for
 from policies.adapters import load_adapter
-from policies.batching import buckets
 from policies.encoding import Prompt, decode_response, encode_prompt
 from policies.errors import UserError
 from policies.loading import load_tokenizer
@@ -44,7 +43,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
 
     @torch.no_grad()
     def roles_score(trajectories: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
-        groups = buckets([t.total_length for t in trajectories], roles.trunk.tokens_a_pass())
+        groups = roles.trunk.passes([t.total_length for t in trajectories])
         return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
 
     pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts), rollouts.prompts_a_chunk)

@@ -1,4 +1,4 @@
-"""Attention on the CPU: of one new token a row, and of short rows while gradients flow."""
+"""Attention on the CPU: of one new token a row, of rows without padding, and of short rows while gradients flow."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from policies.packing import Rows
 
 NAME = "align"
 SHORT = {torch.float32: 4, torch.bfloat16: 8}
@@ -29,7 +31,15 @@ def use_plain_products(model: PreTrainedModel) -> None:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """query: `[B, heads, T, D]`; key, value: `[B, groups, S, D]`; the mask is true, or 0, where a key is seen."""
+    """query: `[B, heads, T, D]`; key, value: `[B, groups, S, D]`; the mask is true, or 0, where a key is seen.
+
+    With `rows` among the options, B is 1, T the tokens of all rows, and each row sees itself alone, whatever the mask.
+    """
+    rows: Rows | None = options.pop("rows", None)
+    if rows is not None:
+        q, k, v = (rows.pad(states[0].transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+        made, _ = _attention(module, q, k, v, None, **options)
+        return rows.unpad(made).unsqueeze(0), None
     new, scale = query.shape[2], options.get("scaling") or query.shape[3] ** -0.5
     if new == 1 and not torch.is_grad_enabled():
         return _decoding(query, key, value, attention_mask, scale), None
@@ -62,7 +72,7 @@ class _ShortAttention(torch.autograd.Function):
         k, v = (states.reshape(rows * groups, length, width) for states in (key, value))
         unseen = q.new_full((length, length), -torch.inf).triu_(1).repeat(heads // groups, 1)
         scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=scale)
-        weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
+        weights = torch.softmax(scores.to(torch.promote_types(v.dtype, torch.float32)), dim=-1).to(v.dtype)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shape = scale, (rows, heads, groups, length, width)
         return (weights @ v).view(rows, heads, length, width).transpose(1, 2).contiguous()

@@ -1,8 +1,4 @@
-"""Rows of true length into padded batches, with as little padding as a token budget allows.
-
-Rows are padded on the right and attention is causal, so no real position ever sees padding: neither an attention mask
-nor position ids are needed, and every model family computes what it computes for the row alone.
-"""
+"""Rows of true length into batches, and which rows go together."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,45 +10,45 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of prompt and response. P is the number of response tokens of all rows.
+    """B rows of prompt and response, one after another: N tokens, of which P are of responses.
 
-    ids: `[B, T]` int64; what stands behind a row's end is the pad id and is never looked at.
-    before: `[P]` int64, index into the flattened `[B·T]` of the position that predicts each response token.
+    ids: `[N]` int64.
+    rows: `[B]` int64, tokens of each row.
+    before: `[P]` int64, index into `ids` of the token that predicts each response token.
     tokens: `[P]` int64, the response tokens, row after row.
-    last: `[B]` int64, index into the flattened `[B·T]` of each row's last token.
+    last: `[B]` int64, index into `ids` of each row's last token.
     lengths: response tokens of each row.
     """
 
     ids: Tensor
+    rows: Tensor
     before: Tensor
     tokens: Tensor
     last: Tensor
     lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            self.ids.to(device), self.before.to(device), self.tokens.to(device), self.last.to(device), self.lengths
+        ids, rows, before, tokens, last = (
+            part.to(device) for part in (self.ids, self.rows, self.before, self.tokens, self.last)
         )
+        return Batch(ids, rows, before, tokens, last, self.lengths)
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """A `[P]` tensor as one tensor a row."""
         return torch.split(flat, list(self.lengths))
 
 
-def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int = 0) -> Batch:
+def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
     """Rows of tokens to a batch. Every prompt has at least one token."""
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    width = max(map(len, rows))
-    starts = range(0, len(rows) * width, width)
-    before = [
-        range(start + len(prompt) - 1, start + len(row) - 1)
-        for start, prompt, row in zip(starts, prompts, rows, strict=True)
-    ]
+    ends = list(accumulate(map(len, rows)))
+    before = [range(end - len(response) - 1, end - 1) for end, response in zip(ends, responses, strict=True)]
     return Batch(
-        ids=torch.tensor([row + [pad] * (width - len(row)) for row in rows], dtype=torch.long),
+        ids=torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long),
+        rows=torch.tensor([len(row) for row in rows], dtype=torch.long),
         before=torch.tensor(list(chain.from_iterable(before)), dtype=torch.long),
         tokens=torch.tensor(list(chain.from_iterable(responses)), dtype=torch.long),
-        last=torch.tensor([start + len(row) - 1 for start, row in zip(starts, rows, strict=True)], dtype=torch.long),
+        last=torch.tensor(ends, dtype=torch.long) - 1,
         lengths=tuple(map(len, responses)),
     )
 
@@ -95,17 +91,22 @@ def collate_branches(
     return Branches(ids, positions, seen, torch.tensor(last))
 
 
-def buckets(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices of rows, grouped by length so that no group pads to more than `tokens` positions.
+def buckets(lengths: Sequence[int], tokens: int, padded: bool = True) -> list[list[int]]:
+    """Indices of rows, grouped by length so that no group has more than `tokens` positions.
 
-    A row longer than `tokens` makes a group of its own. Groups come in order of length.
+    padded: whether those count that pad a group's rows to the length of its longest. A row longer than `tokens` makes a
+    group of its own. Groups come in order of length.
     """
     groups: list[list[int]] = []
+    room = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if groups and lengths[index] * (len(groups[-1]) + 1) <= tokens:
+        fits = lengths[index] * (len(groups[-1]) + 1) <= tokens if padded and groups else lengths[index] <= room
+        if groups and fits:
             groups[-1].append(index)
+            room -= lengths[index]
         else:
             groups.append([index])
+            room = tokens - lengths[index]
     return groups
 
 

@@ -37,6 +37,10 @@ class SoftTrunk(Trunk):
         ids = tokenizer(self.settings.start, add_special_tokens=False)["input_ids"]
         return torch.tensor((ids * (self.count // len(ids) + 1))[: self.count], device=base.device)
 
+    def _packs(self) -> bool:
+        """Virtual tokens stand before the first token of every row, and would have to between them."""
+        return False
+
     def switch(self, role: str) -> None:
         self._role = role
 

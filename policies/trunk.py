@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policies.adapters import save_adapter
-from policies.attention import use_plain_products
-from policies.batching import collate, collate_branches
+from policies.attention import NAME, use_plain_products
+from policies.batching import buckets, collate, collate_branches
 from policies.errors import UserError
 from policies.norms import FrozenRmsNorm
+from policies.packing import Rows
 from policies.schema import PolicySettings
 
-CPU_TOKENS = 2048
+CPU_BYTES = 8192
+"""Tokens of a pass on a CPU, times the bytes of a number: so few that activations stay in its caches."""
+ANY_MASK = (1, 1, 1, 1)
+"""Shape of a mask that models take as it is, and that attention to rows without padding never looks at."""
 
 AdapterWeights = dict[str, Tensor]
 """What is trained of a role, by name in its file; the names do not hold the role."""
@@ -56,6 +60,7 @@ class Trunk(nn.Module, ABC):
         self.eval()
         if self.causal.device.type != "meta":  # a model without weights is only counted
             self._check_head()
+        self.packs = self._packs()
 
     @abstractmethod
     def _build(self, base: PreTrainedModel) -> None:
@@ -77,9 +82,60 @@ class Trunk(nn.Module, ABC):
                 parameter.requires_grad_(True)
 
     def hidden(self, ids: Tensor, role: str) -> Tensor:
-        """Last hidden states `[B, T, H]` of right-padded rows `[B, T]` under a role's adapter."""
+        """Last hidden states `[B, T, H]` of rows `[B, T]` under a role's adapter.
+
+        Rows may be padded on the right: attention is causal, so no real position sees padding.
+        """
         self.switch(role)
         return self.states(input_ids=ids, use_cache=False)
+
+    def hidden_of_rows(self, ids: Tensor, lengths: Tensor, role: str) -> Tensor:
+        """Last hidden states `[N, H]` of rows of any length that stand one after another `[N]`.
+
+        lengths: `[B]` int64, tokens of each row. Without padding where the model can (`packs`), and there attention
+        alone is by row.
+        """
+        rows = Rows.of(lengths)
+        if rows.full or not self.packs:
+            return rows.unpad(self.hidden(rows.pad(ids), role))
+        self.switch(role)
+        return self._states_of(ids, rows)
+
+    def _states_of(self, ids: Tensor, rows: Rows) -> Tensor:
+        return self.states(
+            input_ids=ids.unsqueeze(0),
+            position_ids=rows.positions.unsqueeze(0),
+            attention_mask=torch.ones(ANY_MASK, dtype=torch.bool, device=ids.device),
+            use_cache=False,
+            rows=rows,
+        ).squeeze(0)
+
+    @torch.no_grad()
+    def _packs(self) -> bool:
+        """Whether this model gives rows without padding between them the states that it gives each row alone.
+
+        Not every family hands what it is given on to its attention; sliding windows are in the mask.
+        """
+        if self.causal.config._attn_implementation != NAME or self.causal.device.type == "meta":
+            return False
+        if getattr(self.causal.config.get_text_config(), "sliding_window", None):
+            return False
+        ids = torch.arange(10, device=self.causal.device) % self.causal.config.get_text_config().vocab_size
+        rows = Rows.of(torch.tensor([5, 2, 3], device=ids.device))
+        self.switch("")
+        try:
+            together = self._states_of(ids, rows).float()
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split([5, 2, 3])]).float()
+        return bool((together - apart).norm() <= 0.02 * apart.norm())
+
+    def passes(self, lengths: Sequence[int], tokens: int | None = None, padded: bool = False) -> list[list[int]]:
+        """Indices of rows for passes of at most so many tokens each, or as many as suit the device.
+
+        padded: whether the rows are padded even where the model `packs`; padding counts then, see `buckets`.
+        """
+        return buckets(lengths, tokens or self.tokens_a_pass(), padded or not self.packs)
 
     def hidden_of_branches(self, ids: Tensor, positions: Tensor, seen: Tensor, role: str) -> Tensor:
         """Last hidden states `[B, T, H]` of the rows of `Branches`; see `branches_agree`."""
@@ -102,7 +158,7 @@ class Trunk(nn.Module, ABC):
             together = self.hidden_of_branches(ids, positions, seen, role).flatten(0, 1)[branches.last]
         except (TypeError, ValueError, RuntimeError):
             return False
-        apart = self.hidden(alone.ids.to(device), role).flatten(0, 1)[alone.last]
+        apart = self.hidden_of_rows(alone.ids.to(device), alone.rows.to(device), role)[alone.last]
         return torch.allclose(together, apart, rtol=1e-3, atol=1e-3)
 
     def states(self, **inputs: Any) -> Tensor:
@@ -144,17 +200,18 @@ class Trunk(nn.Module, ABC):
             parameter.copy_(weights[name])
 
     def tokens_a_pass(self) -> int:
-        """How many tokens, padding counted, a forward and backward pass should have on this device.
+        """How many tokens a forward and backward pass should have on this device.
 
-        On a CPU so few that activations stay in its caches. On a GPU as many as a third of the free memory holds, by
-        34 numbers a token and unit of width in each layer (Korthikanti et al. 2022, section 4.1), a power of two.
+        On a GPU as many as a third of the free memory holds, by 34 numbers a token and unit of width in each layer
+        (Korthikanti et al. 2022, section 4.1), a power of two.
         """
+        least = CPU_BYTES // self.causal.dtype.itemsize
         if self.causal.device.type != "cuda":
-            return CPU_TOKENS
+            return least
         free, _ = torch.cuda.mem_get_info(self.causal.device)
         config = self.causal.config
         numbers = 34 * config.num_hidden_layers * self.width + 3 * config.vocab_size
-        return max(CPU_TOKENS, 2 ** int(math.log2(free / 3 / (numbers * self.causal.dtype.itemsize))))
+        return max(least, 2 ** int(math.log2(free / 3 / (numbers * self.causal.dtype.itemsize))))
 
     def save(self, role: str, folder: Path) -> None:
         """Write what is trained of a role (see `save_adapter`)."""

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from policies.adapters import load_head, save_head
-from policies.batching import Batch, buckets, collate
+from policies.batching import Batch, collate
 from policies.errors import UserError
 from policies.heads import ScalarHead
 from policies.reading import check_like, read_tensors
@@ -53,20 +53,17 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores by attribute `[B, A]` float32 of the rows of a batch."""
-        return self.scores_at(batch.ids, batch.last)
+        return self.scores_of_rows(batch.ids, batch.rows, batch.last)
 
-    def scores_at(
-        self, ids: Tensor, last: Tensor, positions: Tensor | None = None, seen: Tensor | None = None
-    ) -> Tensor:
-        """Scores by attribute `[N, A]` at N last tokens, indices into the flattened rows.
+    def scores_of_rows(self, ids: Tensor, rows: Tensor, last: Tensor) -> Tensor:
+        """Scores by attribute `[B, A]`; arguments: of a `Batch`."""
+        return self._scores(self.trunk.hidden_of_rows(ids, rows, self.role)[last])
 
-        ids: rows `[B, T]` of one response each; or, with positions and seen, the rows of `Branches`.
-        """
-        if positions is None or seen is None:
-            states = self.trunk.hidden(ids, self.role)
-        else:
-            states = self.trunk.hidden_of_branches(ids, positions, seen, self.role)
-        states = states.flatten(0, 1)[last]
+    def scores_of_branches(self, ids: Tensor, positions: Tensor, seen: Tensor, last: Tensor) -> Tensor:
+        """Scores by attribute `[R, A]` of all responses; arguments: of `Branches`."""
+        return self._scores(self.trunk.hidden_of_branches(ids, positions, seen, self.role).flatten(0, 1)[last])
+
+    def _scores(self, states: Tensor) -> Tensor:
         return torch.stack([head(states) for head in self.heads], dim=-1)
 
     @property
@@ -85,7 +82,7 @@ class RewardModel(nn.Module):
         """Scores by attribute `[N, A]` float32 of rows of tokens, at most `tokens` positions in one forward pass."""
         scores = torch.empty(len(prompts), len(self.heads))
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        for rows in buckets(lengths, tokens):
+        for rows in self.trunk.passes(lengths, tokens):
             batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
             scores[rows] = self(batch.to(self.trunk.causal.device)).cpu()
         return scores

@@ -21,7 +21,7 @@ from align.ppo.passes import EVERY_ROLE, STATISTICS, likelihood_loss, microbatch
 from align.ppo.reslice import cut, join
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
-from policies.batching import buckets, collate
+from policies.batching import collate
 from policies.errors import UserError
 from policies.reading import check_like
 from policies.trunk import AdapterWeights, Trunk
@@ -82,12 +82,12 @@ class Learner:
         self.optimizer.register_step_pre_hook(self.clip)
         self._seen_skips = 0
         self.device = self.engine.device
-        self.tokens = learner.tokens_per_microbatch or roles.trunk.tokens_a_pass()
+        self.tokens = learner.tokens_per_microbatch
 
     @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]:
         """What the roles that are asked say of each trajectory. The score is NaN without a reward head."""
-        groups = self._level(buckets([t.total_length for t in trajectories], self.tokens))
+        groups = self._level(self.roles.trunk.passes([t.total_length for t in trajectories], self.tokens))
         return score_groups(self.engine, trajectories, groups, self.temperature, self.device, asked)
 
     def update(
@@ -221,7 +221,8 @@ class Learner:
         """
         rows = sorted(rows, key=lambda row: row.length)
         share = range(self.rank, len(rows), self.world)
-        groups = [[share[i] for i in group] for group in buckets([rows[i].length for i in share], self.tokens)]
+        passes = self.roles.trunk.passes([rows[i].length for i in share], self.tokens)
+        groups = [[share[i] for i in group] for group in passes]
         sums = []
         for place, group in enumerate(self._level(groups)):
             loss, parts = loss_of([rows[i] for i in group])

@@ -45,18 +45,18 @@ def judge(roles: Roles, batch: Batch, temperature: float, asked: Collection[str]
     trunk = roles.trunk
     logprobs = reference_logprobs = values = last_values = outputs = short = None
     if "policy" in asked:
-        states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
+        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
         logprobs = roles.logprobs("policy", states, batch, temperature)
         if roles.critic is not None and "critic" in asked:
-            states = roles.critic_states(batch.ids, states)
+            states = roles.critic_states(batch, states)
             values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
     if "reference" in asked:
-        states = trunk.hidden(batch.ids, "reference").flatten(0, 1)
+        states = trunk.hidden_of_rows(batch.ids, batch.rows, "reference")
         reference_logprobs = roles.logprobs("reference", states, batch, temperature)
     if roles.reward_heads and "reward" in asked:
         outputs = roles.reward_outputs(batch)
     if GREEDY in asked:
-        states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
+        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
         short = shortfalls(states[batch.before], batch.tokens, partial(trunk.head, role="policy"))
     return Verdicts(logprobs, reference_logprobs, values, last_values, outputs, short)
 
@@ -139,7 +139,7 @@ def ppo_loss(
     value loss, nor the critic's of the others, unless the critic is a head on the policy's states. `kl_in_loss` is β,
     0 where the KL is in the reward. The approximate KL is k3 of the old policy to the new, from samples of the old.
     """
-    states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
+    states = roles.trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
     head = partial(roles.trunk.head, role="policy")
     logprobs, entropy = token_logprobs_and_entropy(
         states[batch.before], batch.tokens, head, temperature, learn_entropy=ppo.entropy > 0
@@ -149,7 +149,7 @@ def ppo_loss(
     )
     value = value_clipped = torch.zeros_like(policy)
     if roles.critic is not None:
-        values = roles.critic.head(roles.critic_states(batch.ids, states)[batch.before])
+        values = roles.critic.head(roles.critic_states(batch, states)[batch.before])
         value, value_clipped = clipped_value_loss(values, targets.old_values, targets.returns, ppo.critic.value_clip)
     kl = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)
     moved = estimate_kl(targets.old_logprobs, logprobs, "k3")
@@ -161,5 +161,5 @@ def ppo_loss(
 
 def likelihood_loss(roles: Roles, batch: Batch) -> Tensor:
     """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens."""
-    states = roles.trunk.hidden(batch.ids, "policy").flatten(0, 1)
+    states = roles.trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
     return -roles.logprobs("policy", states, batch, temperature=1.0).sum()

@@ -75,18 +75,18 @@ class Roles(nn.Module):
         return groups, factors
 
     def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> Tensor:
-        """Log-probabilities `[P]` of a batch's response tokens under a role's states `[B·T, H]`."""
+        """Log-probabilities `[P]` of a batch's response tokens under a role's states `[N, H]`."""
         return token_logprobs(states[batch.before], batch.tokens, partial(self.trunk.head, role=role), temperature)
 
     def reward_outputs(self, batch: Batch) -> Tensor:
         """What the reward heads say of a batch's rows `[B, C]`, role after role."""
         outputs = []
         for role, heads in self.reward_heads.items():
-            states = self.trunk.hidden(batch.ids, role).flatten(0, 1)[batch.last]
+            states = self.trunk.hidden_of_rows(batch.ids, batch.rows, role)[batch.last]
             outputs += [head(states) for head in heads.children()]
         return torch.stack(outputs, dim=-1)
 
-    def critic_states(self, ids: Tensor, policy_states: Tensor) -> Tensor:
-        """Hidden states `[B·T, H]` under the critic's head; one forward pass more unless it reads the policy's."""
+    def critic_states(self, batch: Batch, policy_states: Tensor) -> Tensor:
+        """Hidden states `[N, H]` under the critic's head; one forward pass more unless it reads the policy's."""
         trunk = self.critic_trunk
-        return policy_states if trunk is None else trunk.hidden(ids, "critic").flatten(0, 1)
+        return policy_states if trunk is None else trunk.hidden_of_rows(batch.ids, batch.rows, "critic")

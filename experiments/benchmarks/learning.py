@@ -28,7 +28,7 @@ from align.data import parse_prompt, parse_rows, read_rows
 from align.schema import SourceSettings
 from align.seeds import seed_for
 from policies.adapters import load_adapter
-from policies.batching import buckets, collate
+from policies.batching import collate
 from policies.encoding import encode_prompt
 from policies.export import export_merged, export_reward
 from policies.heads import ScalarHead
@@ -74,9 +74,9 @@ class Judge:
         return {"score": float(scores.mean()), "kl": kl / len(made)}
 
     def _logprobs(self, made: list[Trajectory], role: str) -> Iterator[float]:
-        for group in buckets([t.total_length for t in made], TOKENS):
+        for group in self.trunk.passes([t.total_length for t in made], TOKENS):
             batch = collate([made[i].request.prompt_ids for i in group], [made[i].response_ids for i in group])
-            states = self.trunk.hidden(batch.ids, role).flatten(0, 1)[batch.before]
+            states = self.trunk.hidden_of_rows(batch.ids, batch.rows, role)[batch.before]
             yield float(token_logprobs(states, batch.tokens, lambda h: self.trunk.head(h, role), 1.0).double().sum())
 
 

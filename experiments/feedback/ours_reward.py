@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,16 +66,17 @@ def main() -> None:
     model = RewardModel(trunk, [ScalarHead(trunk.width, torch.Generator().manual_seed(0))])
     loss = FeedbackLoss([case.feedback for case in cases], settings.weights, settings.ratings)
     clock = Clock()
+    shared = shares_prompts(trunk, ROLE, cases)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             FeedbackObjective(model, loss, smoothing=0.0, centering=0.0),
             cases,
-            branches if shares_prompts(trunk, ROLE, cases) else rows,
+            branches if shared else rows,
             settings,
             StageContext("reward", Path(folder), 1, 0, clock, Stop()),
             metrics="reward_model",
             heldout=lambda: 0.0,
-            tokens=trunk.tokens_a_pass(),
+            passes=partial(trunk.passes, padded=shared),
         )
     print(json.dumps({"seconds": [b - a for a, b in pairwise(clock.ends)]}))
 

@@ -40,7 +40,7 @@ def test_gradients_agree_with_finite_differences(shape: tuple[int, int, int, int
     assert torch.autograd.gradcheck(lambda *inputs: _ShortAttention.apply(*inputs, 0.3), states(*shape, torch.float64))
 
 
-@pytest.mark.parametrize(("length", "short"), [(SHORT * 8, True), (SHORT * 8 + 1, False)])
+@pytest.mark.parametrize(("length", "short"), [(SHORT[torch.float32] * 8, True), (SHORT[torch.float32] * 8 + 1, False)])
 def test_a_model_attends_by_it_in_short_rows_while_gradients_flow(
     length: int, short: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,30 +12,26 @@ ROWS = st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6)
 LENGTHS = st.lists(st.integers(1, 50), max_size=40)
 
 
-@given(ROWS, st.integers(0, 9))
-def test_indices_point_at_the_row_alone_whatever_the_pad(rows: list[tuple[list[int], list[int]]], pad: int) -> None:
+@given(ROWS)
+def test_indices_point_at_the_row_alone(rows: list[tuple[list[int], list[int]]]) -> None:
     prompts, responses = zip(*rows)
-    batch = collate(prompts, responses, pad)
-    flat = batch.ids.flatten().tolist()
+    batch = collate(prompts, responses)
+    flat = batch.ids.tolist()
     places = [i for split in batch.split(batch.before) for i in split.tolist()]
     expected = [token for prompt, response in rows for token in [*prompt, *response][len(prompt) - 1 : -1]]
     assert [flat[place] for place in places] == expected
     assert batch.tokens.tolist() == [token for response in responses for token in response]
-    width = batch.ids.shape[1]
-    assert batch.last.tolist() == [i * width + len(p) + len(r) - 1 for i, (p, r) in enumerate(rows)]
+    assert [row.tolist() for row in batch.ids.split(batch.rows.tolist())] == [[*p, *r] for p, r in rows]
+    assert batch.last.tolist() == [sum(len(p) + len(r) for p, r in rows[: i + 1]) - 1 for i in range(len(rows))]
     assert batch.lengths == tuple(map(len, responses))
 
 
 def test_the_next_position_holds_the_token_that_is_predicted() -> None:
     batch = collate([[1, 2], [3]], [[4, 5], [6, 7, 8]])
-    assert batch.ids.tolist() == [[1, 2, 4, 5], [3, 6, 7, 8]]
+    assert batch.ids.tolist() == [1, 2, 4, 5, 3, 6, 7, 8]
     assert batch.before.tolist() == [1, 2, 4, 5, 6]
-    assert batch.ids.flatten()[batch.before + 1].tolist() == batch.tokens.tolist() == [4, 5, 6, 7, 8]
+    assert batch.ids[batch.before + 1].tolist() == batch.tokens.tolist() == [4, 5, 6, 7, 8]
     assert batch.last.tolist() == [3, 7]
-
-
-def test_padding_stands_on_the_right() -> None:
-    assert collate([[1], [1, 2]], [[3], [3, 4]], pad=9).ids.tolist() == [[1, 3, 9, 9], [1, 2, 3, 4]]
 
 
 def test_split_gives_each_row_its_own() -> None:
@@ -50,13 +46,22 @@ def test_prompts_and_responses_must_be_as_many() -> None:
 
 @given(LENGTHS, st.integers(1, 120))
 def test_buckets_cover_every_row_once(lengths: list[int], tokens: int) -> None:
-    assert sorted(i for group in buckets(lengths, tokens) for i in group) == list(range(len(lengths)))
+    for padded in (True, False):
+        assert sorted(i for group in buckets(lengths, tokens, padded) for i in group) == list(range(len(lengths)))
 
 
 @given(LENGTHS, st.integers(1, 120))
 def test_buckets_keep_the_token_budget_with_padding_counted(lengths: list[int], tokens: int) -> None:
     for group in buckets(lengths, tokens):
         assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= tokens
+
+
+@given(LENGTHS, st.integers(1, 120))
+def test_buckets_without_padding_are_as_full_as_the_budget_allows(lengths: list[int], tokens: int) -> None:
+    groups = buckets(lengths, tokens, padded=False)
+    filled = [sum(lengths[i] for i in group) for group in groups]
+    assert all(len(group) == 1 or total <= tokens for group, total in zip(groups, filled))
+    assert all(total + lengths[following[0]] > tokens for total, following in zip(filled, groups[1:]))
 
 
 @given(LENGTHS, st.integers(1, 120))

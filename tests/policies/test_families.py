@@ -93,7 +93,7 @@ def far_off(trunk: Trunk, role: str) -> Trunk:
 @torch.no_grad()
 def scored(trunk: Trunk, role: str) -> Tensor:
     batch = collate(PROMPTS, RESPONSES)
-    states = trunk.hidden(batch.ids, role).flatten(0, 1)
+    states = trunk.hidden_of_rows(batch.ids, batch.rows, role)
     return token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, role), 1.0)
 
 
@@ -148,7 +148,7 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
         assert torch.equal(scored(trunk, still), base)
         trunk.train_only("policy")
         batch = collate(PROMPTS, RESPONSES)
-        states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
+        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
         token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0).sum().backward()
         gradients = [p.grad for p in trunk.adapter("policy").values() if p.grad is not None]
         assert gradients
@@ -158,7 +158,7 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
         made = engine.generate([Request("", tuple(p), seed) for seed, p in enumerate(PROMPTS)], Sampling(1.0, 9))
         batch = collate([t.request.prompt_ids for t in made], [t.response_ids for t in made])
         with torch.no_grad():
-            states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
+            states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
             said = token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0)
         torch.testing.assert_close(torch.cat([t.sampler_logprobs for t in made]), said, rtol=1e-3, atol=1e-3)
         save_adapter(tmp_path / "policy", trunk.read_adapter("policy"), settings, trunk.base)

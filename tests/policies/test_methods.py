@@ -97,8 +97,8 @@ def test_gradients_reach_the_role_that_trains_and_nothing_else(name: str, tiny_m
     far_off(trunk, "policy", 1)
     trunk.train_only("policy")
     batch = collate([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]])
-    states = trunk.hidden(batch.ids, "policy").flatten(0, 1)
-    trunk.hidden(batch.ids, "critic")  # another role's pass between forward and backward changes nothing
+    states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
+    trunk.hidden_of_rows(batch.ids, batch.rows, "critic")  # another role's pass between forward and backward changes nothing
     loss = -token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0).sum()
     trunk.switch("critic")
     loss.backward()
@@ -116,7 +116,7 @@ def test_the_engine_samples_what_the_learner_scores(name: str, tiny_model: Path)
     made = engine.generate(requests, Sampling(1.0, 12))
     batch = collate([t.request.prompt_ids for t in made], [t.response_ids for t in made])
     with torch.no_grad():
-        states = trunk.hidden(batch.ids, SAMPLER).flatten(0, 1)
+        states = trunk.hidden_of_rows(batch.ids, batch.rows, SAMPLER)
         scored = token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, SAMPLER), 1.0)
     torch.testing.assert_close(torch.cat([t.sampler_logprobs for t in made]), scored, rtol=1e-4, atol=1e-4)
 

@@ -165,13 +165,15 @@ def test_named_targets_are_the_only_ones(tiny_model: Path) -> None:
 TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=9)
 
 
-@given(rows=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), pad=st.integers(0, 299))
-def test_padding_and_neighbours_change_no_log_probability(
-    trunk: Trunk, rows: list[tuple[list[int], list[int]]], pad: int
+@given(rows=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), packs=st.booleans())
+def test_neighbours_change_no_log_probability(
+    trunk: Trunk, rows: list[tuple[list[int], list[int]]], packs: bool
 ) -> None:
+    trunk.packs = packs
+
     def logprobs(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, ...]:
-        batch = collate(prompts, responses, pad)
-        states = trunk.hidden(batch.ids, "policy").flatten(0, 1)[batch.before]
+        batch = collate(prompts, responses)
+        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")[batch.before]
         return batch.split(token_logprobs(states, batch.tokens, partial(trunk.head, role="policy"), 1.0))
 
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_rows_differ_by_more_than_the_tolerance_of_these_tests(alone: Tensor) ->
 
 
 def test_a_batch_of_two_sides_is_scored_by_its_last_tokens(model: RewardModel, alone: Tensor) -> None:
-    torch.testing.assert_close(model(collate(PROMPTS, RESPONSES, pad=3)).detach()[:, 0], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(collate(PROMPTS, RESPONSES)).detach()[:, 0], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_are_float32_on_the_cpu_without_a_graph(model: RewardModel) -> None:
@@ -141,8 +141,8 @@ def test_responses_behind_one_prompt_score_as_behind_their_own(model: RewardMode
     rows = [i for i, row in enumerate(both) if row]  # an empty response has no token of its own
     found = []
     for scores in (
-        model.scores_at(lone.ids, lone.last),
-        model.scores_at(branches.ids, branches.last, branches.positions, branches.seen),
+        model(lone),
+        model.scores_of_branches(branches.ids, branches.positions, branches.seen, branches.last),
     ):
         scores = scores[:, 0]
         model.zero_grad()

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from policies.attention import SHORT
+from policies.methods import make_trunk
+from policies.packing import Rows
+from policies.schema import PolicySettings
+from policies.trunk import Trunk
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
+LONG = SHORT[torch.float32] * 8 + 5
+"""Tokens of a row that attention to short rows is not for, in the tiny model, whose heads are 8 wide."""
+
+
+@given(LENGTHS)
+def test_rows_are_padded_and_come_back(lengths: list[int]) -> None:
+    rows = Rows.of(torch.tensor(lengths))
+    flat = torch.arange(1.0, 2 * sum(lengths) + 1).view(-1, 2)
+    padded = rows.pad(flat)
+    assert padded.shape == (len(lengths), max(lengths), 2)
+    for own, row, length in zip(padded, flat.split(lengths), lengths):
+        assert torch.equal(own[:length], row)
+        assert not own[length:].any()
+    assert torch.equal(rows.unpad(padded), flat)
+    assert rows.positions.tolist() == [place for length in lengths for place in range(length)]
+    assert rows.full == (len(set(lengths)) == 1)
+
+
+@pytest.fixture
+def trunk(tiny_model: Path) -> Trunk:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    made = make_trunk(base, PolicySettings(rank=4), ("policy",))
+    with torch.no_grad():
+        for index, parameter in enumerate(made.adapter("policy").values()):
+            generator = torch.Generator().manual_seed(index)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return made
+
+
+@pytest.mark.parametrize("lengths", [[3, 9, 1, 5], [4, 4], [LONG, 2, LONG - 1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_and_gradients_are_those_of_each_row_alone(trunk: Trunk, lengths: list[int], dtype: torch.dtype) -> None:
+    assert trunk.packs
+    trunk.to(dtype).train_only("policy")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(300, (sum(lengths),), generator=generator)
+    weights = torch.randn(sum(lengths), trunk.width, generator=generator)
+
+    def gradients(states: Tensor) -> tuple[Tensor, Tensor]:
+        trunk.zero_grad()
+        (states.float() * weights).sum().backward()
+        return states.detach(), torch.cat([p.grad.float().flatten() for p in trunk.adapter("policy").values()])
+
+    apart = [trunk.hidden(row.unsqueeze(0), "policy").squeeze(0) for row in ids.split(lengths)]
+    expected, expected_gradient = gradients(torch.cat(apart))
+    made, gradient = gradients(trunk.hidden_of_rows(ids, torch.tensor(lengths), "policy"))
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert float((made - expected).norm()) <= bound * float(expected.norm())
+    assert float((gradient - expected_gradient).norm()) <= bound * float(expected_gradient.norm())
+
+
+def test_no_layer_sees_padding(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    trunk.causal.base_model.layers[0].mlp.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape[:2]))
+    trunk.hidden_of_rows(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
+    assert sizes == [(1, 12)]
+    assert trunk.passes([2, 7, 3], 12) == [[0, 2, 1]]
+    trunk.packs = False
+    trunk.hidden_of_rows(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
+    assert sizes[1:] == [(3, 7)]
+    assert trunk.passes([2, 7, 3], 12) == [[0, 2], [1]]
+
+
+def test_a_model_that_hands_nothing_on_to_its_attention_is_padded(trunk: Trunk) -> None:
+    forward = trunk.causal.base_model.forward
+    trunk.causal.base_model.forward = lambda rows=None, **inputs: forward(**inputs)
+    assert not trunk._packs()
