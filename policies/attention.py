@@ -13,8 +13,8 @@ from policies.packing import Rows
 
 NAME = "align"
 SHORT = {torch.float32: 4, torch.bfloat16: 8}
-"""Tokens of a row, in widths of a head, up to which plain products are faster than the fused kernel, whose backward pass
-is far slower in bfloat16. Beyond, what they write, a number for each pair of tokens, is far more than the states."""
+"""Tokens of a row, in widths of a head, up to which plain products are faster than the fused kernel, whose backward
+pass is slow in bfloat16. Beyond, what they write, a number for each pair of tokens, is far more than the states."""
 
 
 def use_plain_products(model: PreTrainedModel) -> None:
@@ -37,9 +37,12 @@ def _attention(
     """
     rows: Rows | None = options.pop("rows", None)
     if rows is not None:
-        q, k, v = (rows.pad(states[0].transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
-        made, _ = _attention(module, q, k, v, None, **options)
-        return rows.unpad(made).unsqueeze(0), None
+        flat = (states[0].transpose(0, 1).split(rows.sizes) for states in (query, key, value))
+        made = []
+        for block, parts in zip(rows.blocks, zip(*flat, strict=True), strict=True):
+            q, k, v = (block.pad(part).transpose(1, 2) for part in parts)
+            made.append(block.unpad(_attention(module, q, k, v, None, **options)[0]))
+        return torch.cat(made).unsqueeze(0), None
     new, scale = query.shape[2], options.get("scaling") or query.shape[3] ** -0.5
     if new == 1 and not torch.is_grad_enabled():
         return _decoding(query, key, value, attention_mask, scale), None

@@ -1,31 +1,30 @@
-"""Rows that stand one after another, without padding, and the padded rows that attention alone needs of them."""
+"""Rows that stand one after another, without padding, and the padded blocks that attention needs of them."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+SPREAD = 2
+"""How much longer than its shortest row a block's longest may be: attention costs the square, a block some calls."""
+
 
 @dataclass(frozen=True)
-class Rows:
-    """Where the N tokens of B rows stand, of which the longest has T.
+class Block:
+    """B rows of N tokens in all that are padded to the longest's T.
 
-    positions: `[N]` int64, each token's place in its own row; places: `[N]` int64, its index into flattened `[B·T]`.
+    places: `[N]` int64, each token's index into flattened `[B·T]`.
     """
 
-    positions: Tensor
     places: Tensor
     count: int
     width: int
 
     @classmethod
-    def of(cls, lengths: Tensor) -> "Rows":
-        """lengths: `[B]` int64, tokens of each row, on the device of the tokens."""
-        starts = lengths.cumsum(0) - lengths
-        total, width = int(lengths.sum()), int(lengths.max())
-        row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=total)
-        positions = torch.arange(total, device=lengths.device) - starts[row]
-        return cls(positions, row * width + positions, len(lengths), width)
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Block":
+        places = [torch.arange(length) + row * max(lengths) for row, length in enumerate(lengths)]
+        return cls(torch.cat(places).to(device), len(lengths), max(lengths))
 
     @property
     def full(self) -> bool:
@@ -43,3 +42,42 @@ class Rows:
         """`[B, T, ...]` to `[N, ...]`."""
         flat = padded.flatten(0, 1)
         return flat if self.full else flat.index_select(0, self.places)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in order of length, of N tokens in all.
+
+    order: `[N]` int64, where each token stands among the rows as they came; back: `[N]` int64, the way back.
+    positions: `[N]` int64, each token's place in its own row. blocks: of rows of about one length, one after another.
+    """
+
+    order: Tensor
+    back: Tensor
+    positions: Tensor
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Rows":
+        """lengths: tokens of each row, in the order in which the rows come."""
+        places = torch.arange(sum(lengths)).split(list(lengths))
+        sorted_rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        order = torch.cat([places[row] for row in sorted_rows])
+        positions = torch.cat([torch.arange(lengths[row]) for row in sorted_rows])
+        blocks = tuple(Block.of(run, device) for run in _runs([lengths[row] for row in sorted_rows]))
+        return cls(order.to(device), order.argsort().to(device), positions.to(device), blocks)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each block."""
+        return [len(block.places) for block in self.blocks]
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
+    run: list[int] = []
+    for length in lengths:
+        if run and length > SPREAD * run[0]:
+            yield run
+            run = []
+        run.append(length)
+    yield run

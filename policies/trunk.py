@@ -17,7 +17,7 @@ from policies.attention import NAME, use_plain_products
 from policies.batching import buckets, collate, collate_branches
 from policies.errors import UserError
 from policies.norms import FrozenRmsNorm
-from policies.packing import Rows
+from policies.packing import Block, Rows
 from policies.schema import PolicySettings
 
 CPU_BYTES = 8192
@@ -95,20 +95,22 @@ class Trunk(nn.Module, ABC):
         lengths: `[B]` int64, tokens of each row. Without padding where the model can (`packs`), and there attention
         alone is by row.
         """
-        rows = Rows.of(lengths)
-        if rows.full or not self.packs:
-            return rows.unpad(self.hidden(rows.pad(ids), role))
+        tokens = lengths.tolist()
+        if len({*tokens}) == 1 or not self.packs:
+            block = Block.of(tokens, ids.device)
+            return block.unpad(self.hidden(block.pad(ids), role))
         self.switch(role)
-        return self._states_of(ids, rows)
+        return self._states_of(ids, Rows.of(tokens, ids.device))
 
     def _states_of(self, ids: Tensor, rows: Rows) -> Tensor:
-        return self.states(
-            input_ids=ids.unsqueeze(0),
+        states = self.states(
+            input_ids=ids[rows.order].unsqueeze(0),
             position_ids=rows.positions.unsqueeze(0),
             attention_mask=torch.ones(ANY_MASK, dtype=torch.bool, device=ids.device),
             use_cache=False,
             rows=rows,
-        ).squeeze(0)
+        )
+        return states.squeeze(0).index_select(0, rows.back)
 
     @torch.no_grad()
     def _packs(self) -> bool:
@@ -120,14 +122,14 @@ class Trunk(nn.Module, ABC):
             return False
         if getattr(self.causal.config.get_text_config(), "sliding_window", None):
             return False
+        lengths = [5, 2, 3]
         ids = torch.arange(10, device=self.causal.device) % self.causal.config.get_text_config().vocab_size
-        rows = Rows.of(torch.tensor([5, 2, 3], device=ids.device))
         self.switch("")
         try:
-            together = self._states_of(ids, rows).float()
+            together = self._states_of(ids, Rows.of(lengths, ids.device)).float()
         except (TypeError, ValueError, RuntimeError):
             return False
-        apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split([5, 2, 3])]).float()
+        apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split(lengths)]).float()
         return bool((together - apart).norm() <= 0.02 * apart.norm())
 
     def passes(self, lengths: Sequence[int], tokens: int | None = None, padded: bool = False) -> list[list[int]]:

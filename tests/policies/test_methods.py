@@ -98,7 +98,7 @@ def test_gradients_reach_the_role_that_trains_and_nothing_else(name: str, tiny_m
     trunk.train_only("policy")
     batch = collate([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]])
     states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
-    trunk.hidden_of_rows(batch.ids, batch.rows, "critic")  # another role's pass between forward and backward changes nothing
+    trunk.hidden_of_rows(batch.ids, batch.rows, "critic")  # a pass between forward and backward changes nothing
     loss = -token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0).sum()
     trunk.switch("critic")
     loss.backward()

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from policies.attention import SHORT
 from policies.methods import make_trunk
-from policies.packing import Rows
+from policies.packing import SPREAD, Block, Rows
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
 
+CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 LONG = SHORT[torch.float32] * 8 + 5
 """Tokens of a row that attention to short rows is not for, in the tiny model, whose heads are 8 wide."""
@@ -20,16 +22,31 @@ LONG = SHORT[torch.float32] * 8 + 5
 
 @given(LENGTHS)
 def test_rows_are_padded_and_come_back(lengths: list[int]) -> None:
-    rows = Rows.of(torch.tensor(lengths))
+    block = Block.of(lengths, CPU)
     flat = torch.arange(1.0, 2 * sum(lengths) + 1).view(-1, 2)
-    padded = rows.pad(flat)
+    padded = block.pad(flat)
     assert padded.shape == (len(lengths), max(lengths), 2)
     for own, row, length in zip(padded, flat.split(lengths), lengths):
         assert torch.equal(own[:length], row)
         assert not own[length:].any()
-    assert torch.equal(rows.unpad(padded), flat)
-    assert rows.positions.tolist() == [place for length in lengths for place in range(length)]
-    assert rows.full == (len(set(lengths)) == 1)
+    assert torch.equal(block.unpad(padded), flat)
+    assert block.full == (len(set(lengths)) == 1)
+
+
+@given(LENGTHS)
+def test_blocks_are_of_rows_of_about_one_length(lengths: list[int]) -> None:
+    rows = Rows.of(lengths, CPU)
+    rest = sorted(lengths)
+    own = torch.tensor([place for length in lengths for place in range(length)])
+    assert torch.equal(rows.positions, own[rows.order])
+    assert rows.positions.tolist() == [place for length in rest for place in range(length)]
+    assert torch.equal(torch.arange(sum(lengths))[rows.order][rows.back], torch.arange(sum(lengths)))
+    runs = [[rest.pop(0) for _ in range(block.count)] for block in rows.blocks]
+    assert not rest
+    assert rows.sizes == [sum(run) for run in runs]
+    assert [block.width for block in rows.blocks] == [max(run) for run in runs]
+    assert all(max(run) <= SPREAD * min(run) for run in runs)
+    assert all(max(run + after[:1]) > SPREAD * min(run + after[:1]) for run, after in pairwise(runs))
 
 
 @pytest.fixture
