@@ -26,11 +26,10 @@ def clipped_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each token and whether the clip binds (float 0 or 1), all `[P]`.
 
-    ½·max((V - R)², (V_old + clip(V - V_old, ±clip) - R)²); without `clip`, ½·(V - R)².
+    ½·max((V - R)², (clip(V, V_old ± clip) - R)²); without `clip`, ½·(V - R)².
     """
     free = (values - returns).square()
     if clip is None:
         return free / 2, torch.zeros_like(free)
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    clipped = (near - returns).square()
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     return torch.maximum(free, clipped) / 2, (clipped > free).float()
