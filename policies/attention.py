@@ -1,4 +1,4 @@
-"""Attention on the CPU: of one new token a row, of rows without padding, and of short rows while gradients flow."""
+"""Attention to rows without padding; on the CPU, of one new token a row, and of short rows while gradients flow."""
 
 from typing import Any
 
@@ -17,12 +17,13 @@ SHORT = {torch.float32: 4, torch.bfloat16: 8}
 pass is slow in bfloat16. Beyond, what they write, a number for each pair of tokens, is far more than the states."""
 
 
-def use_plain_products(model: PreTrainedModel) -> None:
-    """Where a model on the CPU attends by torch's fused kernel, attend by plain products where they are faster.
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Where a model attends by torch's fused kernel, let it see rows that stand one after another each alone.
 
-    The fused kernel is made for long rows, and wants keys and values repeated for each group of heads.
+    On the CPU, attend by plain products where they are faster: the fused kernel is made for long rows, and wants keys
+    and values repeated for each group of heads.
     """
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
@@ -43,6 +44,8 @@ def _attention(
             q, k, v = (block.pad(part).transpose(1, 2) for part in parts)
             made.append(block.unpad(_attention(module, q, k, v, None, **options)[0]))
         return torch.cat(made).unsqueeze(0), None
+    if query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     new, scale = query.shape[2], options.get("scaling") or query.shape[3] ** -0.5
     if new == 1 and not torch.is_grad_enabled():
         return _decoding(query, key, value, attention_mask, scale), None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policies.adapters import save_adapter
-from policies.attention import NAME, use_plain_products
+from policies.attention import NAME, use_own_attention
 from policies.batching import buckets, collate, collate_branches
 from policies.errors import UserError
 from policies.norms import FrozenRmsNorm
@@ -52,7 +52,7 @@ class Trunk(nn.Module, ABC):
         self._recomputed: list[nn.Module] = []
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.causal = base
-        use_plain_products(base)
+        use_own_attention(base)
         for norm in filter(FrozenRmsNorm.fits, base.modules()):
             norm.forward = FrozenRmsNorm(norm)
         self._build(base)

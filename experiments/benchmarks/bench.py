@@ -4,7 +4,7 @@
 
 Each round runs the yardstick and then ours, as processes of their own, on the same model, prompts, lengths and threads.
 Ratios are taken within a round; the table gives their median, lowest and highest over the rounds. All figures go to
-`results.json`.
+`results.json`, where cases that are not run this time stay as they are.
 """
 
 import argparse
@@ -41,6 +41,8 @@ TRL = "1.12.0"
 """The last release with PPO."""
 RANK, EPOCHS, BATCH, UPDATES = 16, 4, 32, 5
 POLICY = PolicySettings(rank=RANK, alpha=2 * RANK)
+GROWN = 1.005
+"""Growth of the resident set size at which memory is looked at closely."""
 PARTS = ("rollout", "score", "update", "sync", "between")
 
 
@@ -87,7 +89,8 @@ def main() -> None:
             parser.error(f"{given} does not exist")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the yardstick is on the CPU, and so are both sides
     peer = make_peer(PEER, TRL)
-    results: dict[str, Any] = {"machine": machine(arguments.threads), "cases": {}}
+    results: dict[str, Any] = json.loads(arguments.to.read_text()) if arguments.to.exists() else {}
+    measured = machine(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         for name, workload in WORKLOADS.items():
             variants = VARIANTS | (RAY if name == "A-30m" else {})
@@ -106,12 +109,13 @@ def main() -> None:
                     f"{name} trl: {theirs['episodes_per_s']:.2f} episodes/s, {theirs['memory_mb']:.0f} MB", flush=True
                 )
                 for case, variant in wanted.items():
-                    ours = run_ours(model, workload, variant, arguments, results["machine"])
+                    ours = run_ours(model, workload, variant, arguments, measured)
                     rounds[case].append({"ours": ours, "theirs": theirs})
                     ratio = ours["episodes_per_s"] / theirs["episodes_per_s"]
                     print(f"{case}: {ours['episodes_per_s']:.2f} episodes/s, × {ratio:.2f}", flush=True)
             for case, pairs in rounds.items():
-                results["cases"][case] = {
+                results[case] = {
+                    "machine": measured,
                     "episodes_ratio": spread(pairs, "episodes_per_s"),
                     "tokens_ratio": spread(pairs, "tokens_per_s"),
                     "memory_ratio": spread(pairs, "memory_mb"),
@@ -228,19 +232,24 @@ def shape_of(model: Path) -> Shape:
 def watched(command: list[str]) -> tuple[str, float]:
     """Run a command. Returns what it printed and the most memory that it and its children had at one time, in MB.
 
-    Memory is proportional set size, in which a page that processes share counts once.
+    Memory is proportional set size, in which a page that processes share counts once. To read it takes a while, in which
+    the process is held up, so that it is read only where the resident set size, which takes none, has grown.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak, done = 0.0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
+        resident = 0.0
         root = psutil.Process(process.pid)
         while not done.wait(0.25):
             try:
-                peak = max(peak, sum(share_of(child) for child in [root, *root.children(recursive=True)]))
+                family = [root, *root.children(recursive=True)]
+                now = sum(child.memory_info().rss for child in family)
+                if now > GROWN * resident:
+                    resident, peak = now, max(peak, sum(share_of(child) for child in family))
             except psutil.Error:
-                return
+                continue
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -297,7 +306,7 @@ def table(results: dict[str, Any]) -> str:
         "rollout · score · update · rest, s |",
         "|---|---|---|---|---|---|",
     ]
-    for case, found in results["cases"].items():
+    for case, found in results.items():
         ratios = [found[f"{name}_ratio"] for name in ("episodes", "tokens", "memory")]
         cells = [f"{r['median']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})" for r in ratios]
         ours = [pair["ours"] for pair in found["rounds"]]

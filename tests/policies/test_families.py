@@ -124,7 +124,7 @@ def test_log_probabilities_are_those_of_the_model_itself_row_by_row(family: tupl
             places = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
             alone.append(whole[places, torch.tensor(response)])
         torch.testing.assert_close(scored(trunk, ""), torch.cat(alone), rtol=1e-4, atol=1e-4)
-        return "✓"
+        return "✓" if trunk.packs else "padded"
 
     check(name, "log-probabilities", does)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from policies.attention import SHORT
 from policies.methods import make_trunk
@@ -92,6 +92,13 @@ def test_no_layer_sees_padding(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) ->
     trunk.hidden_of_rows(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
     assert sizes[1:] == [(3, 7)]
     assert trunk.passes([2, 7, 3], 12) == [[0, 2], [1]]
+
+
+def test_a_model_that_attends_through_a_window_is_padded(tiny_model: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_model)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    mistral = AutoModelForCausalLM.from_config(MistralConfig(**sizes, num_attention_heads=4, sliding_window=4))
+    assert not make_trunk(mistral, PolicySettings(rank=4), ("policy",)).packs
 
 
 def test_a_model_that_hands_nothing_on_to_its_attention_is_padded(trunk: Trunk) -> None:
