@@ -232,8 +232,8 @@ def shape_of(model: Path) -> Shape:
 def watched(command: list[str]) -> tuple[str, float]:
     """Run a command. Returns what it printed and the most memory that it and its children had at one time, in MB.
 
-    Memory is proportional set size, in which a page that processes share counts once. To read it takes a while, in which
-    the process is held up, so that it is read only where the resident set size, which takes none, has grown.
+    Memory is proportional set size, in which a page that processes share counts once. To read it holds the process up,
+    so that it is read only where the resident set size, which costs nothing, has grown.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak, done = 0.0, threading.Event()

@@ -45,8 +45,7 @@ def main() -> None:
     for start in range(0, len(texts), arguments.rows):
         for name, way in WAYS.items():
             seconds[name].append(timed(way, trunk, texts[start : start + arguments.rows]))
-    tokens = median(sum(map(len, texts[start : start + arguments.rows])) for start in range(0, len(texts), arguments.rows))
-    print(f"{arguments.rows} rows, {tokens:.0f} tokens a batch, {arguments.dtype}")
+    print(f"{arguments.rows} rows, {sum(map(len, texts)) / arguments.rounds:.0f} tokens a batch, {arguments.dtype}")
     for name, spent in seconds.items():
         rest = spent[1:]
         print(f"{name}: {median(rest) * 1e3:.0f} ms ({min(rest) * 1e3:.0f} to {max(rest) * 1e3:.0f})")

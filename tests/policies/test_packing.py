@@ -97,7 +97,8 @@ def test_no_layer_sees_padding(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_model_that_attends_through_a_window_is_padded(tiny_model: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_model)
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    mistral = AutoModelForCausalLM.from_config(MistralConfig(**sizes, num_attention_heads=4, sliding_window=4))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    mistral = AutoModelForCausalLM.from_config(MistralConfig(**sizes, **heads, sliding_window=4))
     assert not make_trunk(mistral, PolicySettings(rank=4), ("policy",)).packs
 
 
