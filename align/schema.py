@@ -218,7 +218,9 @@ class LearnerSettings(Settings):
         3, ge=1, description="steps in a row with a gradient that is not finite, and is left out, at which PPO stops"
     )
     tokens_per_microbatch: int | None = Field(
-        None, ge=1, description="tokens, padding counted, of one forward pass; unset: as the device likes it"
+        None,
+        ge=1,
+        description="tokens of one forward pass, padding too where there is any; unset: as the device likes it",
     )
 
 

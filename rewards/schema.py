@@ -14,7 +14,9 @@ class FitSettings(Settings):
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch: int = Field(32, ge=1, description="samples an optimizer step")
     tokens_per_microbatch: int | None = Field(
-        None, ge=1, description="tokens, padding counted, of one forward pass; unset: as the device likes it"
+        None,
+        ge=1,
+        description="tokens of one forward pass, padding too where there is any; unset: as the device likes it",
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak, as in transformers")
