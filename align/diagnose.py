@@ -66,7 +66,7 @@ def diagnose(
 
 
 def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[str, float]:
-    """How far the same responses' scores lie apart: in batches, alone, with padding beside them, behind one prompt."""
+    """How far the same responses' scores lie apart: in batches, alone, beside a long row, behind one prompt."""
     counts = accumulate(len(case.responses_ids) for case in cases)
     cases = cases[: sum(1 for _ in takewhile(lambda count: count <= PROBED, counts))]
     if not cases:
@@ -78,7 +78,7 @@ def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[s
     with torch.no_grad():
         most = getattr(model.trunk.causal.config.get_text_config(), "max_position_embeddings", None) or longest + 16
         beside = collate([[0] * max(longest, min(longest + 16, most)), *prompts], [[], *responses]).to(device)
-        found["padded"] = model(beside)[1:].cpu()
+        found["beside_a_long_row"] = model(beside)[1:].cpu()
         if model.trunk.branches_agree(model.role):
             batch = branches(list(cases))
             places = {name: batch[name].to(device) for name in ("ids", "last", "positions", "seen")}
