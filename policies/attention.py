@@ -16,6 +16,12 @@ SHORT = {torch.float32: 4, torch.bfloat16: 8}
 """Tokens of a row, in widths of a head, up to which plain products are faster than the fused kernel, whose backward
 pass is slow in bfloat16. Beyond, what they write, a number for each pair of tokens, is far more than the states."""
 
+WIDE = 128
+"""Width of a head from which plain products stay in bfloat16. Narrower ones gain nothing by it, and for each new shape of
+a product in bfloat16 oneDNN compiles a kernel, 3 to 4 ms."""
+FEW = 2**20
+"""Numbers in the keys up to which decoding, whose shapes are new at each token, is in float32 for the same reason."""
+
 
 def use_own_attention(model: PreTrainedModel) -> None:
     """Where a model attends by torch's fused kernel, let it see rows that stand one after another each alone.
@@ -52,19 +58,22 @@ def _attention(
     short = new == key.shape[2] <= SHORT.get(query.dtype, 0) * query.shape[3] and query.shape[3] == value.shape[3]
     plain = attention_mask is None and not options.get("dropout")
     if short and plain and torch.is_grad_enabled():
-        return _ShortAttention.apply(query, key, value, scale), None
+        dtype = torch.float32 if query.dtype == torch.bfloat16 and query.shape[3] < WIDE else query.dtype
+        made = _ShortAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), scale)
+        return made.to(query.dtype), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    rows, heads, _, width = query.shape
-    groups = key.shape[1]
+    (rows, heads, _, width), groups, dtype = query.shape, key.shape[1], value.dtype
+    if dtype.itemsize == 2 and key.numel() <= FEW:
+        query, key, value = query.float(), key.float(), value.float()
     scores = (query.view(rows, groups, heads // groups, width) * scale) @ key.transpose(2, 3)
     if mask is not None:
         seen = mask[..., : key.shape[2]]
         scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).view(rows, 1, heads, width)
+    return (weights @ value).view(rows, 1, heads, width).to(dtype)
 
 
 class _ShortAttention(torch.autograd.Function):
