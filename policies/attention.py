@@ -17,8 +17,8 @@ SHORT = {torch.float32: 4, torch.bfloat16: 8}
 pass is slow in bfloat16. Beyond, what they write, a number for each pair of tokens, is far more than the states."""
 
 WIDE = 128
-"""Width of a head from which plain products stay in bfloat16. Narrower ones gain nothing by it, and for each new shape of
-a product in bfloat16 oneDNN compiles a kernel, 3 to 4 ms."""
+"""Width of a head from which plain products stay in bfloat16. Narrower ones gain nothing by it, and for each new shape
+of a product in bfloat16 oneDNN compiles a kernel, 3 to 4 ms."""
 FEW = 2**20
 """Numbers in the keys up to which decoding, whose shapes are new at each token, is in float32 for the same reason."""
 
