@@ -126,11 +126,12 @@ class Trunk(nn.Module, ABC):
         ids = torch.arange(10, device=self.causal.device) % self.causal.config.get_text_config().vocab_size
         self.switch("")
         try:
-            together = self._states_of(ids, Rows.of(lengths, ids.device)).float()
+            together = self._states_of(ids, Rows.of(lengths, ids.device))
         except (TypeError, ValueError, RuntimeError):
             return False
-        apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split(lengths)]).float()
-        return bool((together - apart).norm() <= 0.02 * apart.norm())
+        apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split(lengths)])
+        rounding = 1e-4 if apart.dtype == torch.float32 else 0.02
+        return bool((together - apart).float().norm() <= rounding * apart.float().norm())
 
     def passes(self, lengths: Sequence[int], tokens: int | None = None, padded: bool = False) -> list[list[int]]:
         """Indices of rows for passes of at most so many tokens each, or as many as suit the device.
