@@ -112,15 +112,18 @@ class Trunk(nn.Module, ABC):
         )
         return states.squeeze(0).index_select(0, rows.back)
 
+    def _sees_all(self) -> bool:
+        """Whether there are weights, and attention reaches back over a whole row: through no sliding window."""
+        window = getattr(self.causal.config.get_text_config(), "sliding_window", None)
+        return not window and self.causal.device.type != "meta"
+
     @torch.no_grad()
     def _packs(self) -> bool:
         """Whether this model gives rows without padding between them the states that it gives each row alone.
 
         Not every family hands what it is given on to its attention; sliding windows are in the mask.
         """
-        if self.causal.config._attn_implementation != NAME or self.causal.device.type == "meta":
-            return False
-        if getattr(self.causal.config.get_text_config(), "sliding_window", None):
+        if self.causal.config._attn_implementation != NAME or not self._sees_all():
             return False
         lengths = [5, 2, 3]
         ids = torch.arange(10, device=self.causal.device) % self.causal.config.get_text_config().vocab_size
@@ -151,7 +154,7 @@ class Trunk(nn.Module, ABC):
 
         Not every family heeds a mask and positions that it is given; sliding windows count what lies between.
         """
-        if getattr(self.causal.config.get_text_config(), "sliding_window", None) or self.causal.device.type == "meta":
+        if not self._sees_all():
             return False
         prompt, one, other = [5, 6, 7], [8, 9], [10, 11, 12]
         branches = collate_branches([prompt], [[one, other]])

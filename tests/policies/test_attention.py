@@ -58,3 +58,16 @@ def test_a_model_attends_by_it_in_short_rows_while_gradients_flow(
     trunk.train_only("policy")
     torch.testing.assert_close(trunk.hidden(ids, "policy"), expected, rtol=1e-4, atol=1e-4)
     assert bool(shapes) is short
+
+
+@pytest.mark.parametrize("new", [1, 24])
+def test_narrow_heads_in_bfloat16_attend_as_in_float32(new: int) -> None:
+    """Large scores are too coarse in bfloat16 for a softmax."""
+    query, key, value = (state.detach() for state in states(3, 4, 2, 24, 8, torch.bfloat16))
+    query = 8 * query[:, :, -new:]
+    whole = [state.float().repeat_interleave(2, dim=1) for state in (key, value)]
+    expected = scaled_dot_product_attention(query.float(), *whole, is_causal=new > 1, scale=0.3).transpose(1, 2)
+    with torch.set_grad_enabled(new > 1):
+        made, _ = attention._attention(torch.nn.Identity(), query, key, value, None, scaling=0.3)
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made.float(), expected, rtol=2**-8, atol=1e-5)

@@ -82,7 +82,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(trunk: Trunk, lengths:
     assert float((gradient - expected_gradient).norm()) <= bound * float(expected_gradient.norm())
 
 
-def test_no_layer_sees_padding(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_layer_sees_padding(trunk: Trunk) -> None:
     sizes = []
     trunk.causal.base_model.layers[0].mlp.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape[:2]))
     trunk.hidden_of_rows(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
