@@ -1,5 +1,6 @@
 """Attention to rows without padding; on the CPU, of one new token a row, and of short rows while gradients flow."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from policies.packing import Rows
+from policies.packing import Block, Rows
 
 NAME = "align"
 SHORT = {torch.float32: 4, torch.bfloat16: 8}
@@ -43,25 +44,33 @@ def _attention(
     With `rows` among the options, B is 1, T the tokens of all rows, and each row sees itself alone, whatever the mask.
     """
     rows: Rows | None = options.pop("rows", None)
-    if rows is not None:
-        flat = (states[0].transpose(0, 1).split(rows.sizes) for states in (query, key, value))
-        made = []
-        for block, parts in zip(rows.blocks, zip(*flat, strict=True), strict=True):
-            q, k, v = (block.pad(part).transpose(1, 2) for part in parts)
-            made.append(block.unpad(_attention(module, q, k, v, None, **options)[0]))
-        return torch.cat(made).unsqueeze(0), None
-    if query.device.type != "cpu":
+    width, scale = query.shape[3], options.get("scaling") or query.shape[3] ** -0.5
+    if query.device.type == "cpu" and not options.get("dropout"):
+        if torch.is_grad_enabled() and (blocks := _short_blocks(rows, query, key, value, attention_mask)):
+            dtype = torch.float32 if query.dtype == torch.bfloat16 and width < WIDE else query.dtype
+            flat = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
+            made = _ShortAttention.apply(*flat, scale, blocks)
+            return made.to(query.dtype).view(query.transpose(1, 2).shape), None
+        if query.shape[2] == 1 and rows is None and not torch.is_grad_enabled():
+            return _decoding(query, key, value, attention_mask, scale), None
+    if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    new, scale = query.shape[2], options.get("scaling") or query.shape[3] ** -0.5
-    if new == 1 and not torch.is_grad_enabled():
-        return _decoding(query, key, value, attention_mask, scale), None
-    short = new == key.shape[2] <= SHORT.get(query.dtype, 0) * query.shape[3] and query.shape[3] == value.shape[3]
-    plain = attention_mask is None and not options.get("dropout")
-    if short and plain and torch.is_grad_enabled():
-        dtype = torch.float32 if query.dtype == torch.bfloat16 and query.shape[3] < WIDE else query.dtype
-        made = _ShortAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), scale)
-        return made.to(query.dtype), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    parts = (states[0].transpose(0, 1).split(rows.sizes) for states in (query, key, value))
+    apart = []
+    for block, *part in zip(rows.blocks, *parts, strict=True):
+        padded = (block.pad(states).transpose(1, 2) for states in part)
+        apart.append(block.unpad(sdpa_attention_forward(module, *padded, None, **options)[0]))
+    return torch.cat(apart).unsqueeze(0), None
+
+
+def _short_blocks(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Sequence[Block]:
+    """The blocks of rows that are short and see themselves alone; none where one is long, or a mask says more."""
+    if rows is None:
+        if mask is not None or query.shape[2] != key.shape[2]:
+            return ()
+        rows = Rows.of([query.shape[2]] * len(query), query.device)
+    short = max(block.width for block in rows.blocks) <= SHORT.get(query.dtype, 0) * query.shape[3]
+    return rows.blocks if short and query.shape[3] == value.shape[3] else ()
 
 
 def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -77,29 +86,57 @@ def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Causal attention `[B, T, heads, D]` of rows without a mask. The queries of a group of heads share its keys."""
+    """Causal attention `[N, heads, D]` of rows that stand one after another, each to itself, block by block.
+
+    key, value: `[N, groups, D]`; the queries of a group of heads share its keys.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        rows, heads, length, width = query.shape
-        groups = key.shape[1]
-        q = query.reshape(rows * groups, -1, width)
-        k, v = (states.reshape(rows * groups, length, width) for states in (key, value))
-        unseen = q.new_full((length, length), -torch.inf).triu_(1).repeat(heads // groups, 1)
-        weights = torch.softmax(torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=scale), dim=-1)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scale, ctx.shape = scale, (rows, heads, groups, length, width)
-        return (weights @ v).view(rows, heads, length, width).transpose(1, 2).contiguous()
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: Sequence[Block]
+    ) -> Tensor:
+        (_, heads, width), groups = query.shape, key.shape[1]
+        made, kept = torch.empty_like(query), []
+        for block, *states, out in zip(blocks, *_by_block(blocks, query, key, value, made), strict=True):
+            of_heads, of_groups = block.by_head(heads), block.by_head(groups)
+            q = _padded(states[0], of_heads, block).view(block.count * groups, -1, width)
+            k, v = (_padded(part, of_groups, block) for part in states[1:])
+            unseen = q.new_full((block.width, block.width), -torch.inf).triu_(1).repeat(heads // groups, 1)
+            weights = torch.softmax(torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=scale), dim=-1)
+            torch.index_select((weights @ v).view(-1, width), 0, of_heads, out=out.view(-1, width))
+            kept += [q, k, v, weights]
+        ctx.save_for_backward(*kept)
+        ctx.scale, ctx.blocks, ctx.shapes = scale, blocks, (query.shape, key.shape)
+        return made
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        rows, heads, groups, length, width = ctx.shape
-        outer = gradient.transpose(1, 2).reshape(rows * groups, -1, width)
-        of_v = weights.transpose(1, 2) @ outer
-        of_weights = outer @ v.transpose(1, 2)
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-        of_q, of_k = of_scores @ k, of_scores.transpose(1, 2) @ q
-        split = (rows, groups, length, width)
-        return of_q.view(rows, heads, length, width), of_k.view(split), of_v.view(split), None
+        of_query, shape, nothing = ctx.shapes[0], ctx.shapes[1], gradient.new_zeros(())
+        made = [gradient.new_empty(shape) for shape in (of_query, shape, shape)]
+        kept = [ctx.saved_tensors[i : i + 4] for i in range(0, 4 * len(ctx.blocks), 4)]
+        parts = zip(ctx.blocks, kept, *_by_block(ctx.blocks, gradient, *made), strict=True)
+        for block, (q, k, v, weights), outer, *outs in parts:
+            of_heads, of_groups = block.by_head(of_query[1]), block.by_head(shape[1])
+            outer = _padded(outer, of_heads, block).view(q.shape)
+            of_v = weights.transpose(1, 2) @ outer
+            of_scores = torch._softmax_backward_data(outer @ v.transpose(1, 2), weights, -1, weights.dtype)
+            of_q = torch.baddbmm(nothing, of_scores, k, beta=0, alpha=ctx.scale)
+            of_k = torch.baddbmm(nothing, of_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
+            for of_state, index, out in zip((of_q, of_k, of_v), (of_heads, of_groups, of_groups), outs, strict=True):
+                torch.index_select(of_state.view(-1, q.shape[2]), 0, index, out=out.view(-1, q.shape[2]))
+        return *made, None, None
+
+
+def _by_block(blocks: Sequence[Block], *flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`[N, ...]` tensors, each in its blocks' parts."""
+    sizes = [len(block.places) for block in blocks]
+    return (states.split(sizes) for states in flat)
+
+
+def _padded(flat: Tensor, index: Tensor, block: Block) -> Tensor:
+    """`[n, heads, D]` of a block to `[B·heads, T, D]`, with zeros behind the end of each row."""
+    heads, width = flat.shape[1:]
+    places = block.count * heads * block.width
+    room = flat.new_empty(places, width) if block.full else flat.new_zeros(places, width)
+    return room.index_copy_(0, index, flat.reshape(-1, width)).view(-1, block.width, width)

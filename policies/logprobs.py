@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024
@@ -18,9 +20,11 @@ def token_logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: floa
     """Log-probability of each token, `[P]` float32, in nats.
 
     hidden: `[P, H]`, the states that predict the tokens; tokens: `[P]` int64.
-    The distribution is softmax(logits / temperature). Logits are made for `CHUNK` positions at a time and, in the
-    backward pass, made again.
+    The distribution is softmax(logits / temperature). Logits are made for `CHUNK` positions at a time, and once: what
+    the backward pass needs of them is made at once too, unless the head is trained, for which they are made again.
     """
+    if torch.is_grad_enabled():
+        return token_logprobs_and_entropy(hidden, tokens, head, temperature, learn_entropy=False)[0]
     return _chunked(partial(_logprobs, head=head, temperature=temperature), hidden, tokens)[0]
 
 
@@ -32,6 +36,12 @@ def token_logprobs_and_entropy(
     learn_entropy: whether the entropy carries a gradient.
     """
     function = partial(_logprobs_and_entropy, head=head, temperature=temperature, learn_entropy=learn_entropy)
+    if torch.is_grad_enabled():
+        # A head that is given no states tells by its answer whether it is trained.
+        if learn_entropy or head(hidden[:0].detach()).requires_grad:
+            function = partial(checkpoint, function, use_reentrant=False)
+        elif hidden.requires_grad:
+            function = partial(_frozen_head, head=head, temperature=temperature)
     logprobs, entropies = _chunked(function, hidden, tokens)
     return logprobs, entropies
 
@@ -42,14 +52,16 @@ def shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
 
 
 def _chunked(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, tokens: Tensor) -> list[Tensor]:
-    chunks = list(zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True))
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        function = partial(checkpoint, function, use_reentrant=False)
+    chunks = zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True)
     return [torch.cat(parts) for parts in zip(*(function(h, t) for h, t in chunks), strict=True)]
 
 
 def _distribution(hidden: Tensor, head: Head, temperature: float) -> Tensor:
-    logits = head(hidden).float()
+    return _normalised(head(hidden), temperature)
+
+
+def _normalised(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
@@ -71,3 +83,37 @@ def _logprobs_and_entropy(
     with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
         entropy = -torch.linalg.vecdot(whole.exp(), whole)
     return logprobs, entropy
+
+
+def _frozen_head(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs, entropy = _FrozenHead.apply(hidden, tokens, head, temperature)
+    return logprobs, entropy
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probabilities of tokens and the entropies, which carry no gradient, under a head that has none either.
+
+    A log-probability depends on its own state alone. So its gradient in that state is made here, where the logits
+    exist, and the backward pass has only to weigh it: ∂ log p(t) / ∂ logits = (1[t] - p) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
+        states, chosen = hidden.detach().requires_grad_(), tokens.unsqueeze(-1)
+        with torch.enable_grad():
+            logits = head(states)
+        whole = _normalised(logits.detach(), temperature)
+        logprobs, chances = whole.gather(-1, chosen).squeeze(-1), whole.exp()
+        entropy = -torch.linalg.vecdot(chances, whole)
+        minus = chances.scatter_add_(-1, chosen, chances.new_full(chosen.shape, -1.0))
+        (of_state,) = torch.autograd.grad(logits, states, minus.to(logits.dtype))
+        ctx.save_for_backward(of_state)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (of_state,) = ctx.saved_tensors
+        return (of_state * (gradient / -ctx.temperature).unsqueeze(-1)).to(of_state.dtype), None, None, None

@@ -8,6 +8,8 @@ from torch import Tensor
 
 SPREAD = 2
 """How much longer than its shortest row a block's longest may be: attention costs the square, a block some calls."""
+PAIRS = 2**16
+"""Pairs of tokens in a block on a CPU: so few that their scores, for each head, stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Block:
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Block":
         places = [torch.arange(length) + row * max(lengths) for row, length in enumerate(lengths)]
         return cls(torch.cat(places).to(device), len(lengths), max(lengths))
+
+    def by_head(self, heads: int) -> Tensor:
+        """`[N·heads]` int64, the index of each head of each token into flattened `[B·heads·T]`."""
+        first = self.places // self.width * (heads - 1)
+        return (self.places[:, None] + (first[:, None] + torch.arange(heads)) * self.width).flatten()
 
     @property
     def full(self) -> bool:
@@ -64,7 +71,8 @@ class Rows:
         sorted_rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
         order = torch.cat([places[row] for row in sorted_rows])
         positions = torch.cat([torch.arange(lengths[row]) for row in sorted_rows])
-        blocks = tuple(Block.of(run, device) for run in _runs([lengths[row] for row in sorted_rows]))
+        pairs = PAIRS if device.type == "cpu" else None
+        blocks = tuple(Block.of(run, device) for run in _runs([lengths[row] for row in sorted_rows], pairs))
         return cls(order.to(device), order.argsort().to(device), positions.to(device), blocks)
 
     @property
@@ -73,10 +81,10 @@ class Rows:
         return [len(block.places) for block in self.blocks]
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
+def _runs(lengths: Sequence[int], pairs: int | None) -> Iterator[list[int]]:
     run: list[int] = []
     for length in lengths:
-        if run and length > SPREAD * run[0]:
+        if run and (length > SPREAD * run[0] or (pairs and length**2 * (len(run) + 1) > pairs)):
             yield run
             run = []
         run.append(length)

@@ -96,7 +96,7 @@ class Trunk(nn.Module, ABC):
         alone is by row.
         """
         tokens = lengths.tolist()
-        if len({*tokens}) == 1 or not self.packs:
+        if not self.packs:
             block = Block.of(tokens, ids.device)
             return block.unpad(self.hidden(block.pad(ids), role))
         self.switch(role)

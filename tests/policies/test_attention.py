@@ -6,38 +6,56 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from policies import attention
+from policies import attention, packing
 from policies.attention import NAME, SHORT, _ShortAttention
 from policies.methods import make_trunk
+from policies.packing import Rows
 from policies.schema import PolicySettings
 
-SHAPES = [(3, 4, 2, 7, 8), (1, 8, 8, 1, 4), (2, 6, 1, 24, 8), (5, 2, 2, 13, 16)]
+SHAPES = [([7, 7, 7], 4, 2, 8), ([1], 8, 8, 4), ([24, 13], 6, 1, 8), ([5, 13, 1, 2, 12], 2, 2, 16)]
+"""Tokens of each row, heads, groups and the width of a head."""
 
 
-def states(rows: int, heads: int, groups: int, length: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Query, key and value as models have them: views of `[B, T, heads, D]`."""
+def states(tokens: int, heads: int, groups: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value `[N, heads or groups, D]`."""
     generator = torch.Generator().manual_seed(0)
-    made = (torch.randn(rows, length, n, width, generator=generator, dtype=dtype) for n in (heads, groups, groups))
-    return [state.transpose(1, 2).requires_grad_() for state in made]
+    made = (torch.randn(tokens, n, width, generator=generator, dtype=dtype) for n in (heads, groups, groups))
+    return [state.requires_grad_() for state in made]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_are_those_of_the_fused_kernel(shape: tuple[int, int, int, int, int]) -> None:
-    inputs = states(*shape, torch.float32)
-    repeats = shape[1] // shape[2]
-    key, value = (state.repeat_interleave(repeats, dim=1) for state in inputs[1:])
-    expected = scaled_dot_product_attention(inputs[0], key, value, is_causal=True, scale=0.3).transpose(1, 2)
+def attend(inputs: list[Tensor], lengths: list[int]) -> Tensor:
+    """`[N, heads, D]`, row by row, by the fused kernel."""
+    made = []
+    for query, *others in zip(*(state.split(lengths) for state in inputs), strict=True):
+        repeats = query.shape[1] // others[0].shape[1]
+        key, value = (state.repeat_interleave(repeats, dim=1).transpose(0, 1) for state in others)
+        row = scaled_dot_product_attention(query.transpose(0, 1), key, value, is_causal=True, scale=0.3)
+        made.append(row.transpose(0, 1))
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize("pairs", [1, 400, packing.PAIRS])
+@pytest.mark.parametrize(("lengths", "heads", "groups", "width"), SHAPES)
+def test_values_and_gradients_are_those_of_the_fused_kernel(
+    lengths: list[int], heads: int, groups: int, width: int, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "PAIRS", pairs)
+    lengths = sorted(lengths)
+    inputs = states(sum(lengths), heads, groups, width, torch.float32)
+    expected = attend(inputs, lengths)
     outer = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(expected, inputs, outer)
-    made = _ShortAttention.apply(*inputs, 0.3)
+    made = _ShortAttention.apply(*inputs, 0.3, Rows.of(lengths, torch.device("cpu")).blocks)
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(made, inputs, outer), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_gradients_agree_with_finite_differences(shape: tuple[int, int, int, int, int]) -> None:
-    assert torch.autograd.gradcheck(lambda *inputs: _ShortAttention.apply(*inputs, 0.3), states(*shape, torch.float64))
+@pytest.mark.parametrize(("lengths", "heads", "groups", "width"), SHAPES[:2])
+def test_gradients_agree_with_finite_differences(lengths: list[int], heads: int, groups: int, width: int) -> None:
+    blocks = Rows.of(lengths, torch.device("cpu")).blocks
+    inputs = states(sum(lengths), heads, groups, width, torch.float64)
+    assert torch.autograd.gradcheck(lambda *inputs: _ShortAttention.apply(*inputs, 0.3, blocks), inputs)
 
 
 @pytest.mark.parametrize(("length", "short"), [(SHORT[torch.float32] * 8, True), (SHORT[torch.float32] * 8 + 1, False)])
@@ -63,7 +81,8 @@ def test_a_model_attends_by_it_in_short_rows_while_gradients_flow(
 @pytest.mark.parametrize("new", [1, 24])
 def test_narrow_heads_in_bfloat16_attend_as_in_float32(new: int) -> None:
     """Large scores are too coarse in bfloat16 for a softmax."""
-    query, key, value = (state.detach() for state in states(3, 4, 2, 24, 8, torch.bfloat16))
+    flat = states(3 * 24, 4, 2, 8, torch.bfloat16)
+    query, key, value = (state.detach().unflatten(0, (3, 24)).transpose(1, 2) for state in flat)
     query = 8 * query[:, :, -new:]
     whole = [state.float().repeat_interleave(2, dim=1) for state in (key, value)]
     expected = scaled_dot_product_attention(query.float(), *whole, is_causal=new > 1, scale=0.3).transpose(1, 2)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
+from policies import packing
 from policies.attention import SHORT
 from policies.methods import make_trunk
 from policies.packing import SPREAD, Block, Rows
@@ -33,9 +34,11 @@ def test_rows_are_padded_and_come_back(lengths: list[int]) -> None:
     assert block.full == (len(set(lengths)) == 1)
 
 
-@given(LENGTHS)
-def test_blocks_are_of_rows_of_about_one_length(lengths: list[int]) -> None:
-    rows = Rows.of(lengths, CPU)
+@given(LENGTHS, st.sampled_from([1, 60, packing.PAIRS]))
+def test_blocks_are_of_rows_of_about_one_length(lengths: list[int], pairs: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "PAIRS", pairs)
+        rows = Rows.of(lengths, CPU)
     rest = sorted(lengths)
     own = torch.tensor([place for length in lengths for place in range(length)])
     assert torch.equal(rows.positions, own[rows.order])
@@ -45,8 +48,20 @@ def test_blocks_are_of_rows_of_about_one_length(lengths: list[int]) -> None:
     assert not rest
     assert rows.sizes == [sum(run) for run in runs]
     assert [block.width for block in rows.blocks] == [max(run) for run in runs]
-    assert all(max(run) <= SPREAD * min(run) for run in runs)
-    assert all(max(run + after[:1]) > SPREAD * min(run + after[:1]) for run, after in pairwise(runs))
+    fits = [max(run) <= SPREAD * min(run) and (len(run) == 1 or len(run) * max(run) ** 2 <= pairs) for run in runs]
+    assert all(fits)
+    for run, after in pairwise(runs):
+        more = run + after[:1]
+        assert max(more) > SPREAD * min(more) or len(more) * max(more) ** 2 > pairs
+
+
+@given(LENGTHS, st.integers(1, 3))
+def test_heads_of_tokens_find_their_places(lengths: list[int], heads: int) -> None:
+    block = Block.of(lengths, CPU)
+    room = torch.zeros(block.count * heads * block.width)
+    room[block.by_head(heads)] = torch.arange(1.0, heads * sum(lengths) + 1)
+    expected = block.pad(torch.arange(1.0, heads * sum(lengths) + 1).view(-1, heads))
+    assert torch.equal(room.view(block.count, heads, block.width), expected.transpose(1, 2))
 
 
 @pytest.fixture
