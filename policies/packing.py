@@ -1,7 +1,7 @@
 """Rows that stand one after another, without padding, and the padded blocks that attention needs of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Block:
     places: Tensor
     count: int
     width: int
+    _by_head: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Block":
@@ -30,8 +31,11 @@ class Block:
 
     def by_head(self, heads: int) -> Tensor:
         """`[N·heads]` int64, the index of each head of each token into flattened `[B·heads·T]`."""
-        first = self.places // self.width * (heads - 1)
-        return (self.places[:, None] + (first[:, None] + torch.arange(heads)) * self.width).flatten()
+        if heads not in self._by_head:  # every layer asks
+            first = self.places // self.width * (heads - 1)
+            heads_of_row = first[:, None] + torch.arange(heads, device=first.device)
+            self._by_head[heads] = (self.places[:, None] + heads_of_row * self.width).flatten()
+        return self._by_head[heads]
 
     @property
     def full(self) -> bool:

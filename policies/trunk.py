@@ -18,6 +18,7 @@ from policies.batching import buckets, collate, collate_branches
 from policies.errors import UserError
 from policies.norms import FrozenRmsNorm
 from policies.packing import Block, Rows
+from policies.rotation import use_own_rotation
 from policies.schema import PolicySettings
 
 CPU_BYTES = 8192
@@ -53,6 +54,7 @@ class Trunk(nn.Module, ABC):
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.causal = base
         use_own_attention(base)
+        use_own_rotation(base)
         for norm in filter(FrozenRmsNorm.fits, base.modules()):
             norm.forward = FrozenRmsNorm(norm)
         self._build(base)

@@ -1,0 +1,87 @@
+"""Rotary positions on the CPU, forward and backward, in as few passes over memory as they need."""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+NAME = "apply_rotary_pos_emb"
+"""What families of transformers call the function that turns queries and keys."""
+
+CPU = torch.device("cpu")
+Rotate = Callable[..., tuple[Tensor, Tensor]]
+
+
+def use_own_rotation(model: nn.Module) -> None:
+    """Let attention layers that turn halves of each head against each other do so by the function below.
+
+    The forward pass stays transformers' own, and so does the function of its module, which other models use: the layer
+    gets a copy of the one that finds ours under the name of theirs.
+    """
+    for layer in model.modules():
+        forward = type(layer).forward
+        theirs = getattr(forward, "__globals__", {}).get(NAME)
+        if theirs is not None and NAME in forward.__code__.co_names and _turns_halves(theirs):
+            ours = forward.__globals__ | {NAME: _in_place_of(theirs)}
+            code, defaults = forward.__code__, forward.__defaults__
+            own = FunctionType(code, ours, forward.__name__, defaults, forward.__closure__)
+            own.__kwdefaults__ = forward.__kwdefaults__
+            layer.forward = MethodType(own, layer)
+
+
+def _turns_halves(theirs: Rotate) -> bool:
+    """Whether the function is x · cos + (-x₂, x₁) · sin for both halves x₁, x₂ of each head (Su et al. 2021)."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, (cos, sin) = (torch.randn(n, 2, 3, 8, generator=generator, device=CPU) for n in (1, 1, 2))
+    cos, sin = cos[:1], sin[:1]
+    try:
+        made = theirs(query, key, cos, sin)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    signed = _signed(sin)
+    expected = [_turned(states, cos.unsqueeze(1), signed.unsqueeze(1)) for states in (query, key)]
+    return all(torch.allclose(*pair, atol=1e-5) for pair in zip(made, expected, strict=True))
+
+
+def _in_place_of(theirs: Rotate) -> Rotate:
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *options: Any, **named: Any) -> Any:
+        whole = query.shape[-1] == cos.shape[-1] and query.dtype == key.dtype == cos.dtype
+        if options or named or not whole or query.device.type != "cpu":
+            return theirs(query, key, cos, sin, *options, **named)
+        cos, signed = cos.unsqueeze(1), _signed(sin).unsqueeze(1)
+        return _Rotation.apply(query, cos, signed), _Rotation.apply(key, cos, signed)
+
+    return rotate
+
+
+class _Rotation(torch.autograd.Function):
+    """`[B, heads, T, D]` by angles whose cosines and signed sines are `[B, 1, T, D]`."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed)
+        return _turned(states, cos, signed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, signed = ctx.saved_tensors
+        return _turned(gradient, cos, _swapped(signed)), None, None
+
+
+def _turned(states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
+    return torch.addcmul(states * cos, _swapped(states), signed)
+
+
+def _swapped(states: Tensor) -> Tensor:
+    one, other = states.chunk(2, dim=-1)
+    return torch.cat((other, one), dim=-1)
+
+
+def _signed(sin: Tensor) -> Tensor:
+    """The sines by which the swapped halves are multiplied: of the first with a minus."""
+    one, other = sin.chunk(2, dim=-1)
+    return torch.cat((-one, other), dim=-1)
