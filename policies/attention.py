@@ -92,9 +92,7 @@ class _ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: Sequence[Block]
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
         (_, heads, width), groups = query.shape, key.shape[1]
         made, kept = torch.empty_like(query), []
         for block, *states, out in zip(blocks, *_by_block(blocks, query, key, value, made), strict=True):
