@@ -94,7 +94,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
         (_, heads, width), groups = query.shape, key.shape[1]
-        made, kept = torch.empty_like(query), []
+        made, kept = query.new_empty(query.shape), []
         for block, *states, out in zip(blocks, *_by_block(blocks, query, key, value, made), strict=True):
             of_heads, of_groups = block.by_head(heads), block.by_head(groups)
             q = _padded(states[0], of_heads, block).view(block.count * groups, -1, width)

@@ -17,10 +17,10 @@ SHAPES = [([7, 7, 7], 4, 2, 8), ([1], 8, 8, 4), ([24, 13], 6, 1, 8), ([5, 13, 1,
 
 
 def states(tokens: int, heads: int, groups: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Query, key and value `[N, heads or groups, D]`."""
+    """Query, key and value `[N, heads or groups, D]`, which lie head by head, as some families have them."""
     generator = torch.Generator().manual_seed(0)
-    made = (torch.randn(tokens, n, width, generator=generator, dtype=dtype) for n in (heads, groups, groups))
-    return [state.requires_grad_() for state in made]
+    made = (torch.randn(n, tokens, width, generator=generator, dtype=dtype) for n in (heads, groups, groups))
+    return [state.transpose(0, 1).requires_grad_() for state in made]
 
 
 def attend(inputs: list[Tensor], lengths: list[int]) -> Tensor:
