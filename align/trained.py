@@ -43,7 +43,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict
 
     @torch.no_grad()
     def roles_score(trajectories: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
-        groups = roles.trunk.passes([t.total_length for t in trajectories])
+        groups = roles.passes([t.total_length for t in trajectories])
         return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
 
     pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts), rollouts.prompts_a_chunk)

@@ -87,7 +87,7 @@ class Learner:
     @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]:
         """What the roles that are asked say of each trajectory. The score is NaN without a reward head."""
-        groups = self._level(self.roles.trunk.passes([t.total_length for t in trajectories], self.tokens))
+        groups = self._level(self.roles.passes([t.total_length for t in trajectories], self.tokens))
         return score_groups(self.engine, trajectories, groups, self.temperature, self.device, asked)
 
     def update(
@@ -221,7 +221,7 @@ class Learner:
         """
         rows = sorted(rows, key=lambda row: row.length)
         share = range(self.rank, len(rows), self.world)
-        passes = self.roles.trunk.passes([rows[i].length for i in share], self.tokens)
+        passes = self.roles.passes([rows[i].length for i in share], self.tokens)
         groups = [[share[i] for i in group] for group in passes]
         sums = []
         for place, group in enumerate(self._level(groups)):

@@ -59,6 +59,10 @@ class Roles(nn.Module):
         own = None if self.critic is None else self.critic.trunk
         return [self.trunk] if own is None else [self.trunk, own]
 
+    def passes(self, lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
+        """Indices of rows for passes of every role, see `Trunk.passes`; padding counts where one trunk pads."""
+        return self.trunk.passes(lengths, tokens, padded=not all(trunk.packs for trunk in self.trunks))
+
     def groups(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
         """What is trained, by role or ROLE.PART, and what a part's learning rate is a multiple of its role's by."""
         groups: dict[str, list[nn.Parameter]] = {"policy": [], **({} if self.critic is None else {"critic": []})}

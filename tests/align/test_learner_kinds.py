@@ -252,3 +252,10 @@ def test_lora_plus_steps_b_by_a_multiple_of_the_rate_of_a(new_learner: Factory) 
     for name, step in moved[None].items():
         expected = step * (4.0 if "lora_B" in name else 1.0)
         torch.testing.assert_close(moved[4.0][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_padding_counts_where_the_critics_own_base_needs_it(new_learner: Factory) -> None:
+    roles = new_learner(LORA, settings("model")).roles
+    assert roles.passes([2, 7, 3], 12) == [[0, 2, 1]]
+    roles.critic.trunk.packs = False
+    assert roles.passes([2, 7, 3], 12) == [[0, 2], [1]]
