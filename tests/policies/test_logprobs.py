@@ -24,18 +24,41 @@ def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("count", [1, 5, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunks_give_the_values_and_gradients_of_the_whole(count: int, temperature: float) -> None:
+@pytest.mark.parametrize("learn_entropy", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_chunks_give_the_values_and_gradients_of_the_whole(
+    count: int, temperature: float, learn_entropy: bool, trained: bool
+) -> None:
     hidden, tokens, weight = inputs(count)
     fast, slow = hidden.clone().requires_grad_(True), hidden.double().requires_grad_(True)
-    logprobs, entropy = token_logprobs_and_entropy(fast, tokens, lambda h: h @ weight.T, temperature, True)
-    expected, expected_entropy = oracle(slow, tokens, weight.double(), temperature)
+    precise = weight.double().requires_grad_(trained)
+    weight.requires_grad_(trained)
+    logprobs, entropy = token_logprobs_and_entropy(fast, tokens, lambda h: h @ weight.T, temperature, learn_entropy)
+    expected, expected_entropy = oracle(slow, tokens, precise, temperature)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-5)
 
     weights = torch.linspace(-1, 1, count)
-    (logprobs * weights + 0.3 * entropy).sum().backward()
-    (expected * weights.double() + 0.3 * expected_entropy).sum().backward()
+    bonus = 0.3 * learn_entropy
+    (logprobs * weights + bonus * entropy).sum().backward()
+    (expected * weights.double() + bonus * expected_entropy).sum().backward()
     torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-5)
+    if trained:
+        torch.testing.assert_close(weight.grad.double(), precise.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("trained", "times"), [(False, 1), (True, 2)])
+def test_a_frozen_head_makes_logits_once(trained: bool, times: int) -> None:
+    hidden, tokens, weight = inputs(CHUNK + 3)
+    weight.requires_grad_(trained)
+    made = []
+
+    def head(states: Tensor) -> Tensor:
+        made.append(len(states))
+        return states @ weight.T
+
+    token_logprobs(hidden.requires_grad_(True), tokens, head, 1.0).sum().backward()
+    assert sum(made) == times * len(hidden)
 
 
 def test_chunks_without_gradients_are_the_same() -> None:
