@@ -110,19 +110,19 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_query, shape, nothing = ctx.shapes[0], ctx.shapes[1], gradient.new_zeros(())
-        made = [gradient.new_empty(shape) for shape in (of_query, shape, shape)]
-        kept = [ctx.saved_tensors[i : i + 4] for i in range(0, 4 * len(ctx.blocks), 4)]
+        saved, (query, key), nothing = ctx.saved_tensors, ctx.shapes, gradient.new_zeros(())
+        made = [gradient.new_empty(shape) for shape in (query, key, key)]
+        kept = [saved[i : i + 4] for i in range(0, len(saved), 4)]
         parts = zip(ctx.blocks, kept, *_by_block(ctx.blocks, gradient, *made), strict=True)
         for block, (q, k, v, weights), outer, *outs in parts:
-            of_heads, of_groups = block.by_head(of_query[1]), block.by_head(shape[1])
+            of_heads, of_groups = block.by_head(query[1]), block.by_head(key[1])
             outer = _padded(outer, of_heads, block).view(q.shape)
             of_v = weights.transpose(1, 2) @ outer
             of_scores = torch._softmax_backward_data(outer @ v.transpose(1, 2), weights, -1, weights.dtype)
             of_q = torch.baddbmm(nothing, of_scores, k, beta=0, alpha=ctx.scale)
             of_k = torch.baddbmm(nothing, of_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
             for of_state, index, out in zip((of_q, of_k, of_v), (of_heads, of_groups, of_groups), outs, strict=True):
-                torch.index_select(of_state.view(-1, q.shape[2]), 0, index, out=out.view(-1, q.shape[2]))
+                torch.index_select(of_state.view(-1, query[2]), 0, index, out=out.view(-1, query[2]))
         return *made, None, None
 
 
