@@ -1,4 +1,4 @@
-"""Rotary positions on the CPU, forward and backward, in as few passes over memory as they need."""
+"""Rotary positions on the CPU, to the bit as transformers has them, in as few passes over memory as they need."""
 
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -73,7 +73,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-    return torch.addcmul(states * cos, _swapped(states), signed)
+    return (states * cos).add_(_swapped(states).mul_(signed))  # no addcmul, which rounds once less than transformers
 
 
 def _swapped(states: Tensor) -> Tensor:
