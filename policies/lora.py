@@ -38,6 +38,7 @@ class AdaptedLinear:
     def __init__(self, layer: lora.Linear) -> None:
         self.layer, self.base = layer, layer.base_layer
         self.merged: dict[str, Tensor] = {}
+        self.rooms: dict[str, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, base = self.layer, self.base
@@ -60,14 +61,15 @@ class AdaptedLinear:
     def merge(self, role: str) -> None:
         """Compute the weight of a role with its adapter in it, in float32, and keep it in the base's dtype.
 
-        It is written where the last one was: how a product rounds may depend on where its weight lies.
+        It is written into the role's room, where the last one was: how a product rounds may depend on where its weight
+        lies.
         """
         layer, weight = self.layer, self.base.weight
         down, up = layer.lora_A[role].weight.float(), layer.lora_B[role].weight.float()
         merged = torch.addmm(weight.float(), up, down, alpha=layer.scaling[role])
-        if role not in self.merged:
-            self.merged[role] = weight.new_empty(weight.shape[::-1])
-        self.merged[role].copy_(merged.T)
+        if role not in self.rooms:
+            self.rooms[role] = weight.new_empty(weight.shape[::-1])
+        self.merged[role] = self.rooms[role].copy_(merged.T)
 
 
 class _LoraLinear(torch.autograd.Function):

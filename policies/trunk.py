@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policies.adapters import save_adapter
@@ -176,6 +176,15 @@ class Trunk(nn.Module, ABC):
         for layer in self._recomputed:
             layer.training = torch.is_grad_enabled()
         return self._model_of(self._role).base_model(**inputs).last_hidden_state
+
+    def next_states(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Last hidden states `[B, H]` of one new token a row, `[B]`, under the adapter in use.
+
+        positions: `[B, 1]` int64; mask: `[B, S]` int64, 1 where a token may be seen, the new ones last. The new tokens'
+        keys and values go into the cache.
+        """
+        inputs = {"input_ids": ids.unsqueeze(1), "attention_mask": mask, "position_ids": positions}
+        return self.states(**inputs, past_key_values=cache, use_cache=True)[:, -1]
 
     def head(self, hidden: Tensor, role: str) -> Tensor:
         """Logits `[..., V]` of a role's hidden states `[..., H]`."""

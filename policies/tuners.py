@@ -1,6 +1,7 @@
 """Adapters inside the base's layers: PEFT's LoRA and (IA)³, and bottleneck adapters."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from policies.adapters import PREFIX, peft_config
@@ -18,6 +19,7 @@ from policies.initial import hold_principal, write_loftq, write_pissa
 from policies.lora import AdaptedLinear
 from policies.places import outputs_of_sublayers
 from policies.quantised import is_packed
+from policies.stack import PlainStack
 from policies.trunk import Trunk
 
 
@@ -29,6 +31,9 @@ class TunedTrunk(Trunk):
         self._adapted = [AdaptedLinear(layer) for layer in self._layers if AdaptedLinear.fits(layer)]
         for adapted in self._adapted:
             adapted.layer.forward = adapted
+        self._stack = PlainStack(base) if PlainStack.fits(base) else None
+        self._stacked: set[str] = set()
+        self._checked = False
         if self.settings.init == "pissa":
             hold_principal(self._layers, self.settings.rank)
 
@@ -71,14 +76,38 @@ class TunedTrunk(Trunk):
         super().write_adapter(role, weights)
         for adapted in self._adapted:
             adapted.merged.pop(role, None)
+        self._stacked.discard(role)
 
     def merge(self, role: str) -> None:
         """From now on, a role's passes use weights with its adapter, as it now is, in them: faster, and no gradient.
 
         It costs the memory of the adapted weights once more. Layers that LoRA does not adapt plainly stay as they are.
         """
+        if self._stack is not None:
+            self._stack.make_room(role)
         for adapted in self._adapted:
             adapted.merge(role)
+        if self._stack is not None and not self._checked:
+            self._stack, self._checked = self._stack if self._agrees(self._stack, role) else None, True
+        self._stacked.add(role)
+
+    def next_states(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        if self._stack is not None and self._role in self._stacked:
+            return self._stack(self._role, ids, positions, mask, cache)
+        return super().next_states(ids, positions, mask, cache)
+
+    @torch.no_grad()
+    def _agrees(self, stack: PlainStack, role: str) -> bool:
+        """Whether a stack gives new tokens of a merged role the states that the model does."""
+        ids = torch.arange(8, device=self.causal.device).view(2, 4) % self.causal.config.vocab_size
+        positions, mask, made = torch.full((2, 1), 3), torch.ones(2, 4, dtype=torch.long), []
+        with self._acting_as(role):
+            for step in (super().next_states, partial(stack, role)):
+                cache = DynamicCache(config=self.causal.config)
+                self.states(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
+                made.append(step(ids[:, 3], positions, mask, cache).float())
+        rounding = 1e-4 if self.causal.dtype == torch.float32 else 0.02
+        return bool((made[0] - made[1]).norm() <= rounding * made[0].norm())
 
     def merged_numbers(self) -> int:
         return sum(adapted.base.weight.numel() for adapted in self._adapted)
@@ -102,7 +131,7 @@ class TunedTrunk(Trunk):
         """Use PEFT's own forward passes, which call the layers' parts as modules."""
         for adapted in self._adapted:
             del adapted.layer.forward
-        self._adapted = []
+        self._adapted, self._stack = [], None
 
 
 class BottleneckTrunk(TunedTrunk):

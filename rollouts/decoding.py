@@ -54,7 +54,7 @@ class Decoder:
         new = torch.tensor(going, dtype=self.mask.dtype, device=self.mask.device)
         self.mask = torch.cat([self.mask, new[:, None]], dim=1)
         positions = self.mask.sum(-1, keepdim=True) - 1
-        return self._forward(tokens.unsqueeze(1), self.mask, positions, self.cache)
+        return self.trunk.head(self.trunk.next_states(tokens, positions, self.mask, self.cache), self.role)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
@@ -69,13 +69,10 @@ class Decoder:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         cache = make_cache(self.trunk.causal.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return mask, cache, self._forward(ids, mask, positions, cache)
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         hidden = self.trunk.states(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return self.trunk.head(hidden[:, -1], self.role)
+        return mask, cache, self.trunk.head(hidden[:, -1], self.role)
 
     def _trim(self) -> None:
         """Drop the columns on the left that are padding in every row."""

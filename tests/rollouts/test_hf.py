@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mist
 from policies.adapters import digests, fingerprint, lora_config
 from policies.methods import make_trunk
 from policies.schema import PolicySettings
+from policies.stack import PlainStack
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE, TransformersEngine, draw
@@ -166,10 +167,15 @@ def test_draws_have_the_frequencies_of_the_distribution() -> None:
 def passes(engine: TransformersEngine, requests: list[Request]) -> list[tuple[int, int]]:
     """Rows and columns of the ids of every forward pass."""
     seen: list[tuple[int, int]] = []
-    states = engine.trunk.states
+    states, step = engine.trunk.states, PlainStack.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             engine.trunk, "states", lambda **inputs: seen.append(tuple(inputs["input_ids"].shape)) or states(**inputs)
+        )
+        patch.setattr(
+            PlainStack,
+            "__call__",
+            lambda self, role, ids, *rest: seen.append((len(ids), 1)) or step(self, role, ids, *rest),
         )
         engine.generate(requests, SAMPLING)
     return seen
