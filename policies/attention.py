@@ -1,6 +1,5 @@
 """Attention to rows without padding; on the CPU, of one new token a row, and of short rows while gradients flow."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +45,10 @@ def _attention(
     rows: Rows | None = options.pop("rows", None)
     width, scale = query.shape[3], options.get("scaling") or query.shape[3] ** -0.5
     if query.device.type == "cpu" and not options.get("dropout"):
-        if torch.is_grad_enabled() and (blocks := _short_blocks(rows, query, key, value, attention_mask)):
+        if torch.is_grad_enabled() and (short := _short_rows(rows, query, key, value, attention_mask)):
             dtype = torch.float32 if query.dtype == torch.bfloat16 and width < WIDE else query.dtype
             flat = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
-            made = _ShortAttention.apply(*flat, scale, blocks)
+            made = _ShortAttention.apply(*flat, scale, short)
             return made.to(query.dtype).view(query.transpose(1, 2).shape), None
         if query.shape[2] == 1 and rows is None and not torch.is_grad_enabled():
             return _decoding(query, key, value, attention_mask, scale), None
@@ -63,14 +62,14 @@ def _attention(
     return torch.cat(apart).unsqueeze(0), None
 
 
-def _short_blocks(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Sequence[Block]:
-    """The blocks of rows that are short and see themselves alone; none where one is long, or a mask says more."""
+def _short_rows(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Rows | None:
+    """The rows where they are short and see themselves alone; None where one is long, or a mask says more."""
     if rows is None:
         if mask is not None or query.shape[2] != key.shape[2]:
-            return ()
+            return None
         rows = Rows.of([query.shape[2]] * len(query), query.device)
     short = max(block.width for block in rows.blocks) <= SHORT.get(query.dtype, 0) * query.shape[3]
-    return rows.blocks if short and query.shape[3] == value.shape[3] else ()
+    return rows if short and query.shape[3] == value.shape[3] else None
 
 
 def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -92,10 +91,11 @@ class _ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: Sequence[Block]) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, rows: Rows) -> Tensor:
         (_, heads, width), groups = query.shape, key.shape[1]
         made, kept = query.new_empty(query.shape), []
-        for block, *states, out in zip(blocks, *_by_block(blocks, query, key, value, made), strict=True):
+        parts = zip(rows.blocks, *(part.split(rows.sizes) for part in (query, key, value, made)), strict=True)
+        for block, *states, out in parts:
             of_heads, of_groups = block.by_head(heads), block.by_head(groups)
             q = _padded(states[0], of_heads, block).view(block.count * groups, -1, width)
             k, v = (_padded(part, of_groups, block) for part in states[1:])
@@ -104,7 +104,7 @@ class _ShortAttention(torch.autograd.Function):
             torch.index_select((weights @ v).view(-1, width), 0, of_heads, out=out.view(-1, width))
             kept += [q, k, v, weights]
         ctx.save_for_backward(*kept)
-        ctx.scale, ctx.blocks, ctx.shapes = scale, blocks, (query.shape, key.shape)
+        ctx.scale, ctx.rows, ctx.shapes = scale, rows, (query.shape, key.shape)
         return made
 
     @staticmethod
@@ -113,7 +113,8 @@ class _ShortAttention(torch.autograd.Function):
         saved, (query, key), nothing = ctx.saved_tensors, ctx.shapes, gradient.new_zeros(())
         made = [gradient.new_empty(shape) for shape in (query, key, key)]
         kept = [saved[i : i + 4] for i in range(0, len(saved), 4)]
-        parts = zip(ctx.blocks, kept, *_by_block(ctx.blocks, gradient, *made), strict=True)
+        flat = (part.split(ctx.rows.sizes) for part in (gradient, *made))
+        parts = zip(ctx.rows.blocks, kept, *flat, strict=True)
         for block, (q, k, v, weights), outer, *outs in parts:
             of_heads, of_groups = block.by_head(query[1]), block.by_head(key[1])
             outer = _padded(outer, of_heads, block).view(q.shape)
@@ -124,12 +125,6 @@ class _ShortAttention(torch.autograd.Function):
             for of_state, index, out in zip((of_q, of_k, of_v), (of_heads, of_groups, of_groups), outs, strict=True):
                 torch.index_select(of_state.view(-1, query[2]), 0, index, out=out.view(-1, query[2]))
         return *made, None, None
-
-
-def _by_block(blocks: Sequence[Block], *flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """`[N, ...]` tensors, each in its blocks' parts."""
-    sizes = [len(block.places) for block in blocks]
-    return (states.split(sizes) for states in flat)
 
 
 def _padded(flat: Tensor, index: Tensor, block: Block) -> Tensor:

@@ -17,11 +17,11 @@ from align.inputs import Example
 from align.ppo.engine import make_engine
 from align.ppo.episodes import Episode
 from align.ppo.optimizer import GroupClip, make_optimizer
-from align.ppo.passes import EVERY_ROLE, STATISTICS, likelihood_loss, microbatch, ppo_loss, score_groups
+from align.ppo.passes import EVERY_ROLE, STATISTICS, Loss, in_one, likelihood_loss, microbatch, ppo_losses, score_groups
 from align.ppo.reslice import cut, join
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
-from policies.batching import collate
+from policies.batching import Batch, collate
 from policies.errors import UserError
 from policies.reading import check_like
 from policies.trunk import AdapterWeights, Trunk
@@ -195,29 +195,28 @@ class Learner:
         self, minibatch: Sequence[Episode], weight: float, kl_in_loss: float, demonstrations: Sequence[Example]
     ) -> tuple[Tensor, float]:
         """One optimizer step. Returns the statistics' sums over all ranks, and the loss of the demonstrations."""
-        loss_of = partial(ppo_loss, ppo=self.ppo, temperature=self.temperature, kl_in_loss=kl_in_loss)
-        sums = self._backward(minibatch, weight, lambda rows: self.engine(loss_of, *microbatch(rows, self.device)))
+        losses = ppo_losses(self.roles, self.ppo, self.temperature, kl_in_loss)
+        if self.learner.zero == 3:  # it takes the first backward pass of a step for one over all that is trained
+            losses = [in_one(losses)]
+        sums = self._backward(minibatch, weight, losses, partial(microbatch, device=self.device))
         likelihood = 0.0
         if demonstrations:
             tokens = sum(len(row.response_ids) for row in demonstrations)
-            mixed_in = self._backward(demonstrations, tokens / self.ppo.ptx, self._likelihood)
+            mixed_in = self._backward(demonstrations, tokens / self.ppo.ptx, [likelihood_loss], self._demonstrated)
             likelihood = float(mixed_in) / tokens
         self.clip.norms.clear()  # DeepSpeed skips a step that is not finite before the clip sees it
         self.engine.step()
         return sums, likelihood
 
-    def _likelihood(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        batch = collate([row.prompt_ids for row in rows], [row.response_ids for row in rows]).to(self.device)
-        loss = self.engine(likelihood_loss, batch)
-        return loss, loss.detach()
+    def _demonstrated(self, rows: Sequence[Example]) -> tuple[Batch]:
+        return (collate([row.prompt_ids for row in rows], [row.response_ids for row in rows]).to(self.device),)
 
     def _backward(
-        self, rows: Sequence[R], weight: float, loss_of: Callable[[list[R]], tuple[Tensor, Tensor]]
+        self, rows: Sequence[R], weight: float, losses: Sequence[Loss], tensors: Callable[[list[R]], tuple[Any, ...]]
     ) -> Tensor:
-        """Accumulate the gradient of the loss of all rows over `weight`, by this rank's share of them.
+        """Accumulate the gradient of the losses of all rows over `weight`, by this rank's share of them.
 
-        loss_of: the sum of the loss over a microbatch of rows, and the sums of its statistics. Returns those of all
-        ranks.
+        tensors: of a microbatch of rows, what each loss is given. Returns the statistics' sums over all ranks.
         """
         rows = sorted(rows, key=lambda row: row.length)
         share = range(self.rank, len(rows), self.world)
@@ -225,12 +224,14 @@ class Learner:
         groups = [[share[i] for i in group] for group in passes]
         sums = []
         for place, group in enumerate(self._level(groups)):
-            loss, parts = loss_of([rows[i] for i in group])
+            given = tensors([rows[i] for i in group])
             # DeepSpeed averages over ranks; the loss is a mean over the tokens of all of them. A microbatch beyond
             # this rank's own is there to keep step with the other ranks and weighs nothing.
             mine = place < len(groups)
-            self.engine.backward(loss * (self.world / weight if mine else 0.0))
-            sums.append(parts.double() * mine)
+            for loss_of in losses:
+                loss, parts = self.engine(loss_of, *given)
+                self.engine.backward(loss * (self.world / weight if mine else 0.0))
+                sums.append(parts.double() * mine)
         total = torch.stack(sums).sum(0)
         if self.world > 1:
             dist.all_reduce(total)

@@ -12,7 +12,7 @@ from torch import Tensor
 from align.ppo.episodes import Episode
 from align.ppo.kl import estimate_kl
 from align.ppo.losses import clipped_policy_loss, clipped_value_loss
-from align.ppo.roles import Roles
+from align.ppo.roles import Critic, Roles
 from align.schema import PpoSettings
 from policies.batching import Batch, collate
 from policies.logprobs import shortfalls, token_logprobs_and_entropy
@@ -127,39 +127,77 @@ def microbatch(episodes: list[Episode], device: torch.device) -> tuple[Batch, Ta
 
 
 STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
-"""Names of the sums that `ppo_loss` returns, in order."""
+"""Names of the sums that a loss returns, in order; 0 where it has nothing to say of one."""
+
+Loss = Callable[..., tuple[Tensor, Tensor]]
+"""Of roles, batch and targets: the loss summed over the tokens of a microbatch, each by its weight, and its statistics
+`[7]`, sums too (see `STATISTICS`)."""
 
 
-def ppo_loss(
+def ppo_losses(roles: Roles, ppo: PpoSettings, temperature: float, kl_in_loss: float) -> list[Loss]:
+    """The losses of one update, which are differentiated one after the other.
+
+    Together they are policy + value + β·KL - entropy bonus; `kl_in_loss` is β, 0 where the KL is in the reward. Where
+    the critic has states of its own it has a loss of its own, so that one role's activations are kept at a time.
+    """
+    of_policy = partial(policy_loss, ppo=ppo, temperature=temperature, kl_in_loss=kl_in_loss)
+    return [of_policy] if roles.critic_trunk is None else [of_policy, partial(value_loss, ppo=ppo)]
+
+
+def in_one(losses: Sequence[Loss]) -> Loss:
+    """Their sum as one loss."""
+
+    def loss_of(*given: Any) -> tuple[Tensor, Tensor]:
+        made = [loss(*given) for loss in losses]
+        return torch.stack([loss for loss, _ in made]).sum(), torch.stack([parts for _, parts in made]).sum(0)
+
+    return loss_of
+
+
+def policy_loss(
     roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings, temperature: float, kl_in_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss summed over the tokens of a microbatch, and its statistics `[7]`, sums too (see `STATISTICS`).
+    """The loss of the policy, and of a critic that is a head on its states; see `Loss`.
 
-    policy + value + β·KL - entropy bonus, each token by its weight; the policy's parameters see no gradient of the
-    value loss, nor the critic's of the others, unless the critic is a head on the policy's states. `kl_in_loss` is β,
-    0 where the KL is in the reward. The approximate KL is k3 of the old policy to the new, from samples of the old.
+    The approximate KL is k3 of the old policy to the new, from samples of the old.
     """
-    states = roles.trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
+    states = roles.trunk.hidden_of_rows(batch.ids, batch.rows, "policy")[batch.before]
     head = partial(roles.trunk.head, role="policy")
     logprobs, entropy = token_logprobs_and_entropy(
-        states[batch.before], batch.tokens, head, temperature, learn_entropy=ppo.entropy > 0
+        states, batch.tokens, head, temperature, learn_entropy=ppo.entropy > 0
     )
     policy, policy_clipped = clipped_policy_loss(
         logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip or math.inf
     )
-    value = value_clipped = torch.zeros_like(policy)
-    if roles.critic is not None:
-        values = roles.critic.head(roles.critic_states(batch, states)[batch.before])
-        value, value_clipped = clipped_value_loss(values, targets.old_values, targets.returns, ppo.critic.value_clip)
     kl = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)
     moved = estimate_kl(targets.old_logprobs, logprobs, "k3")
-
+    value = value_clipped = torch.zeros_like(policy)
+    if roles.critic is not None and roles.critic_trunk is None:
+        value, value_clipped = _value_loss(roles.critic, states, targets, ppo)
     loss = policy + ppo.critic.weight * value + kl - ppo.entropy * entropy
     parts = torch.stack([policy, value, kl, entropy, moved, policy_clipped, value_clipped]).detach()
     return loss @ targets.weights, parts @ targets.weights
 
 
-def likelihood_loss(roles: Roles, batch: Batch) -> Tensor:
-    """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens."""
+def value_loss(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
+    """The loss of a critic that has states of its own; see `Loss`. Raises ValueError where there is none."""
+    trunk, critic = roles.critic_trunk, roles.critic
+    if trunk is None or critic is None:
+        raise ValueError("there is no critic with states of its own")
+    states = trunk.hidden_of_rows(batch.ids, batch.rows, "critic")[batch.before]
+    value, clipped = _value_loss(critic, states, targets, ppo)
+    nothing = torch.zeros_like(value)
+    parts = torch.stack([nothing, value, nothing, nothing, nothing, nothing, clipped]).detach()
+    return ppo.critic.weight * value @ targets.weights, parts @ targets.weights
+
+
+def _value_loss(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
+    return clipped_value_loss(critic.head(states), targets.old_values, targets.returns, ppo.critic.value_clip)
+
+
+def likelihood_loss(roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens; twice, the
+    second time without a gradient."""
     states = roles.trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
-    return -roles.logprobs("policy", states, batch, temperature=1.0).sum()
+    loss = -roles.logprobs("policy", states, batch, temperature=1.0).sum()
+    return loss, loss.detach()

@@ -377,6 +377,21 @@ def test_a_restored_learner_goes_on_bit_for_bit(new_learner: Factory, zero: int)
     assert any(not torch.equal(saved.policy[name], expected.policy[name]) for name in saved.policy)
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_several_steps_are_the_same_at_every_stage(new_learner: Factory, zero: int) -> None:
+    after = []
+    for stage in (0, zero):
+        learner = new_learner(ADAM.model_copy(update={"zero": stage}))
+        batch, start = episodes(learner.score(trajectories())), learner.state()
+        learner.update(batch, [HALVES, HALVES], SMALL)
+        after.append(learner.state())
+    for part in ("policy", "critic", "critic_head"):
+        before, one, other = (
+            torch.cat([tensor.flatten() for tensor in getattr(state, part).values()]) for state in (start, *after)
+        )
+        assert (one - other).norm() < 1e-3 * (one - before).norm(), part
+
+
 def test_a_saved_state_is_a_copy(new_learner: Factory) -> None:
     learner = new_learner(ADAM)
     batch = episodes(learner.score(trajectories()))

@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(
     expected = attend(inputs, lengths)
     outer = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(expected, inputs, outer)
-    made = _ShortAttention.apply(*inputs, 0.3, Rows.of(lengths, torch.device("cpu")).blocks)
+    made = _ShortAttention.apply(*inputs, 0.3, Rows.of(lengths, torch.device("cpu")))
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(made, inputs, outer), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -53,9 +53,9 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(
 
 @pytest.mark.parametrize(("lengths", "heads", "groups", "width"), SHAPES[:2])
 def test_gradients_agree_with_finite_differences(lengths: list[int], heads: int, groups: int, width: int) -> None:
-    blocks = Rows.of(lengths, torch.device("cpu")).blocks
+    rows = Rows.of(lengths, torch.device("cpu"))
     inputs = states(sum(lengths), heads, groups, width, torch.float64)
-    assert torch.autograd.gradcheck(lambda *inputs: _ShortAttention.apply(*inputs, 0.3, blocks), inputs)
+    assert torch.autograd.gradcheck(lambda *inputs: _ShortAttention.apply(*inputs, 0.3, rows), inputs)
 
 
 @pytest.mark.parametrize(("length", "short"), [(SHORT[torch.float32] * 8, True), (SHORT[torch.float32] * 8 + 1, False)])
