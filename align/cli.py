@@ -1,6 +1,7 @@
 """The command `align`."""
 
 import math
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -219,6 +220,8 @@ def main() -> None:
     from align.interrupt import Interrupted
 
     quiet_libraries()
+    # Torch reads it at its first tensor. Tensors of megabytes come and go in every layer, at a fault for each page.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except UserError as error:

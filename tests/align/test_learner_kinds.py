@@ -259,3 +259,16 @@ def test_padding_counts_where_the_critics_own_base_needs_it(new_learner: Factory
     assert roles.passes([2, 7, 3], 12) == [[0, 2, 1]]
     roles.critic.trunk.packs = False
     assert roles.passes([2, 7, 3], 12) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_one_roles_activations_are_kept_at_a_time(
+    new_learner: Factory, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": 1000}))
+    batch, seen = episodes(learner), []
+    hidden, backward = learner.roles.trunk.hidden_of_rows, learner.engine.backward
+    monkeypatch.setattr(learner.roles.trunk, "hidden_of_rows", lambda *a: (seen.append(a[2]), hidden(*a))[1])
+    monkeypatch.setattr(learner.engine, "backward", lambda loss: (seen.append("backward"), backward(loss))[1])
+    learner.update(batch, ALL, RATES)
+    assert seen == ["policy", "backward"] + ["critic", "backward"] * (kind == "adapter")
