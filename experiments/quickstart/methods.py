@@ -46,7 +46,12 @@ SOFT = {
 }
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "prompt_tuning": SOFT,
-    "p_tuning": SOFT | {"sft": {"learning_rate": 1e-2}},
+    "p_tuning": {
+        "sft": {"learning_rate": 1e-2},
+        "reward": {"learning_rate": 1e-1, "epochs": 3},
+        "learner": {"policy_learning_rate": 5e-2, "critic_learning_rate": 3e-2},
+        "ppo": {"steps": 60},
+    },
     "prefix_tuning": SOFT | {"learner": {"policy_learning_rate": 5e-2, "critic_learning_rate": 5e-2}},
 }
 """Soft prompts learn slowly: what they are given besides, with twice the pairs and more steps of PPO."""
