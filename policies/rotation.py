@@ -41,8 +41,8 @@ def _turns_halves(theirs: Rotate) -> bool:
         made = theirs(query, key, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return False
-    signed = _signed(sin)
-    expected = [_turned(states, cos.unsqueeze(1), signed.unsqueeze(1)) for states in (query, key)]
+    signed = signed_sines(sin)
+    expected = [turned(states, cos.unsqueeze(1), signed.unsqueeze(1)) for states in (query, key)]
     return all(torch.allclose(*pair, atol=1e-5) for pair in zip(made, expected, strict=True))
 
 
@@ -51,7 +51,7 @@ def _in_place_of(theirs: Rotate) -> Rotate:
         whole = query.shape[-1] == cos.shape[-1] and query.dtype == key.dtype == cos.dtype
         if options or named or not whole or query.device.type != "cpu":
             return theirs(query, key, cos, sin, *options, **named)
-        cos, signed = cos.unsqueeze(1), _signed(sin).unsqueeze(1)
+        cos, signed = cos.unsqueeze(1), signed_sines(sin).unsqueeze(1)
         return _Rotation.apply(query, cos, signed), _Rotation.apply(key, cos, signed)
 
     return rotate
@@ -63,16 +63,16 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
         ctx.save_for_backward(cos, signed)
-        return _turned(states, cos, signed)
+        return turned(states, cos, signed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, signed = ctx.saved_tensors
-        return _turned(gradient, cos, _swapped(signed)), None, None
+        return turned(gradient, cos, _swapped(signed)), None, None
 
 
-def _turned(states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
+def turned(states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
     return (states * cos).add_(_swapped(states).mul_(signed))  # no addcmul, which rounds once less than transformers
 
 
@@ -81,7 +81,7 @@ def _swapped(states: Tensor) -> Tensor:
     return torch.cat((other, one), dim=-1)
 
 
-def _signed(sin: Tensor) -> Tensor:
+def signed_sines(sin: Tensor) -> Tensor:
     """The sines by which the swapped halves are multiplied: of the first with a minus."""
     one, other = sin.chunk(2, dim=-1)
     return torch.cat((-one, other), dim=-1)

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from policies.attention import FEW
 from policies.lora import AdaptedLinear
+from policies.rotation import signed_sines, turned
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Classes of layers that are norm, attention, norm and gated feed-forward part, and nothing else."""
@@ -53,8 +54,7 @@ class PlainStack:
         """
         x = self._model.embed_tokens(ids)
         cos, sin = self._model.rotary_emb(x, positions)
-        half = sin.shape[-1] // 2
-        turn = cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        turn = cos, signed_sines(sin)
         unseen = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(mask == 0, -torch.inf).unsqueeze(1)
         for layer, held in zip(self._layers, cache.layers, strict=True):
             x = layer(role, x, turn, unseen, held)
@@ -98,13 +98,11 @@ class _Layer:
     def _attend(self, states: Tensor, turn: tuple[Tensor, Tensor], unseen: Tensor, held: DynamicLayer) -> Tensor:
         """`[B, heads, D]` from queries, keys and values beside each other `[B, heads + 2·groups, D]`."""
         rows, dtype = len(states), states.dtype
-        turned, value = states.split([self.heads + self.groups, self.groups], dim=1)
+        both, value = states.split([self.heads + self.groups, self.groups], dim=1)
         if self.norms[0] is not None:
-            parts = turned.split([self.heads, self.groups], dim=1)
-            turned = torch.cat([_normed(part, norm) for part, norm in zip(parts, self.norms, strict=True)], dim=1)
-        cos, signed = turn
-        turned = (turned * cos).addcmul_(turned.roll(self.width // 2, dims=-1), signed)
-        query, key = turned.split([self.heads, self.groups], dim=1)
+            parts = both.split([self.heads, self.groups], dim=1)
+            both = torch.cat([_normed(part, norm) for part, norm in zip(parts, self.norms, strict=True)], dim=1)
+        query, key = turned(both, *turn).split([self.heads, self.groups], dim=1)
         keys, values = (part.flatten(0, 1) for part in held.update(key.unsqueeze(2), value.unsqueeze(2)))
         wide = torch.float32 if keys.numel() <= FEW else dtype
         query = query.reshape(rows * self.groups, self.heads // self.groups, self.width).to(wide)

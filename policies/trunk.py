@@ -135,8 +135,7 @@ class Trunk(nn.Module, ABC):
         except (TypeError, ValueError, RuntimeError):
             return False
         apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split(lengths)])
-        rounding = 1e-4 if apart.dtype == torch.float32 else 0.02
-        return bool((together - apart).float().norm() <= rounding * apart.float().norm())
+        return alike(together, apart)
 
     def passes(self, lengths: Sequence[int], tokens: int | None = None, padded: bool = False) -> list[list[int]]:
         """Indices of rows for passes of at most so many tokens each, or as many as suit the device.
@@ -293,3 +292,9 @@ class Trunk(nn.Module, ABC):
                 f"{type(self.causal).__name__} does more to its logits than its output layer and soft cap: "
                 "this model family is not supported"
             )
+
+
+def alike(states: Tensor, expected: Tensor) -> bool:
+    """Whether states are the same, norm-wise, up to the rounding of their dtype."""
+    rounding = 1e-4 if expected.dtype == torch.float32 else 0.02
+    return bool((states - expected).float().norm() <= rounding * expected.float().norm())

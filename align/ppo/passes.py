@@ -130,8 +130,8 @@ STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl
 """Names of the sums that a loss returns, in order; 0 where it has nothing to say of one."""
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
-"""Of roles, batch and targets: the loss summed over the tokens of a microbatch, each by its weight, and its statistics
-`[7]`, sums too (see `STATISTICS`)."""
+"""Of roles, batch and what else it needs: the loss summed over the tokens of a microbatch, each by its weight, and its
+statistics, sums too: PPO's are `[7]` (see `STATISTICS`)."""
 
 
 def ppo_losses(roles: Roles, ppo: PpoSettings, temperature: float, kl_in_loss: float) -> list[Loss]:
