@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
 from align.files import write_json
-from align.ppo.learner import LearnerState
+from align.ppo.learned import LearnerState
 from align.ppo.loop import Asked
 from align.schema import CriticSettings
 from policies.adapters import load_adapter, load_head, save_adapter, save_head

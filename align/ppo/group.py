@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from align.inputs import Example
 from align.ppo.episodes import Episode
-from align.ppo.learner import Learner, LearnerState, Rates
+from align.ppo.learned import LearnerState
+from align.ppo.learner import Learner, Rates
 from align.ppo.passes import EVERY_ROLE
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
@@ -55,15 +56,10 @@ class LocalLearners:
         self.score = self.learner.score
         self.update = self.learner.update
         self.policy_weights = self.learner.policy_weights
+        self.restore = self.learner.restore
 
     def state(self) -> list[LearnerState]:
         return [self.learner.state()]
-
-    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        if (len(states), zero) == (1, self.learner.learner.zero):
-            self.learner.restore(states[0])
-        else:
-            self.learner.restore_from(states, zero)
 
     def close(self) -> None:
         import deepspeed

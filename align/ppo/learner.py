@@ -3,8 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -16,15 +15,12 @@ from torch import Tensor
 from align.inputs import Example
 from align.ppo.engine import make_engine
 from align.ppo.episodes import Episode
+from align.ppo.learned import Learned
 from align.ppo.optimizer import GroupClip, make_optimizer
 from align.ppo.passes import EVERY_ROLE, STATISTICS, Loss, in_one, likelihood_loss, microbatch, ppo_losses, score_groups
-from align.ppo.reslice import cut, join
 from align.ppo.roles import Roles
 from align.schema import LearnerSettings, PpoSettings
 from policies.batching import Batch, collate
-from policies.errors import UserError
-from policies.reading import check_like
-from policies.trunk import AdapterWeights, Trunk
 from rollouts.trajectory import Scored, Trajectory
 
 R = TypeVar("R", Episode, Example)
@@ -42,19 +38,6 @@ class Rates:
     kl_in_loss: float
 
 
-@dataclass(frozen=True)
-class LearnerState:
-    """What a checkpoint holds of one rank. The optimizer's tensors are this rank's partitions at ZeRO 1 to 3.
-
-    critic, critic_head: empty where the critic has no adapter, or where there is none.
-    """
-
-    policy: AdapterWeights
-    critic: AdapterWeights
-    critic_head: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-
-
 class Learner:
     """Scores trajectories and updates policy and critic.
 
@@ -68,13 +51,15 @@ class Learner:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ppo, self.learner, self.temperature = ppo, learner, temperature
         groups, factors = roles.groups()
-        self._sizes = [[parameter.numel() for parameter in parameters] for parameters in groups.values()]
+        sizes = [[parameter.numel() for parameter in parameters] for parameters in groups.values()]
         self.optimizer = make_optimizer(learner, groups, factors)
         if learner.zero == 3:
             for trunk in roles.trunks:
                 trunk.leave_to_modules()
         self.engine = make_engine(roles, self.optimizer, learner.zero)
         self.roles = roles.eval()
+        learned = Learned(roles, sizes, self.engine, self.optimizer, learner.zero)
+        self.policy_weights, self.state, self.restore = learned.policy_weights, learned.state, learned.restore
         if gradient_checkpointing:
             for trunk in roles.trunks:
                 trunk.checkpoint_gradients()
@@ -125,66 +110,6 @@ class Learner:
             "skipped_steps": self.clip.skipped - skipped + self._skipped_by_deepspeed(),
             **{f"{role}_gradient_norm": _finite_mean(_norm_of(role, of) for of in norms) for role in ROLES},
         }
-
-    def policy_weights(self) -> AdapterWeights:
-        """A copy of the policy's adapter, whole, on the CPU."""
-        return self._read(self.roles.trunk, "policy")
-
-    def state(self) -> LearnerState:
-        """All that the update has changed, on the CPU: whole adapters and head, this rank's part of the optimizer."""
-        optimizer = {}
-        for index, master in enumerate(self._masters()):
-            optimizer[f"{index}.master"] = master.detach()
-            for name, value in self.optimizer.state.get(master, {}).items():
-                optimizer[f"{index}.state.{name}"] = torch.atleast_1d(torch.as_tensor(value))
-        return LearnerState(
-            policy=self._read(self.roles.trunk, "policy"),
-            critic=self._read(self.roles.critic_trunk, "critic"),
-            critic_head=self._read_head(),
-            optimizer={name: tensor.cpu().contiguous().clone() for name, tensor in optimizer.items()},
-        )
-
-    def restore_from(self, states: Sequence[LearnerState], zero: int) -> None:
-        """Take up what other ranks, or other numbers of them, have saved at this ZeRO stage."""
-        whole = join([state.optimizer for state in states], self._sizes, zero)
-        shapes = [master.shape for master in self._masters()]
-        own = cut(whole, self._sizes, self.learner.zero, self.rank, self.world, shapes)
-        self.restore(replace(states[0], optimizer=own))
-
-    @torch.no_grad()
-    def restore(self, state: LearnerState) -> None:
-        """Take up, bit for bit, a state of the same rank, number of ranks and ZeRO stage.
-
-        Raises UserError where it is of another model, or was saved otherwise.
-        """
-        self._check(state)
-        self._write(self.roles.trunk, "policy", state.policy)
-        self._write(self.roles.critic_trunk, "critic", state.critic)
-        if self.roles.critic is not None:
-            with self._gathered(list(self.roles.critic.head.parameters()), write=True):
-                self.roles.critic.head.load_state_dict(state.critic_head)
-        for index, master in enumerate(self._masters()):
-            master.copy_(state.optimizer[f"{index}.master"])
-            mark = f"{index}.state."
-            saved = {n.removeprefix(mark): t for n, t in state.optimizer.items() if n.startswith(mark)}
-            self.optimizer.state.pop(master, None)
-            if saved:
-                own = {name: tensor.to(master.device, copy=True) for name, tensor in saved.items()}
-                # A count is saved as one number in a row; the fused optimizer wants it plain, and on the device.
-                self.optimizer.state[master] = own | ({"step": own["step"].squeeze()} if "step" in own else {})
-
-    def _check(self, state: LearnerState) -> None:
-        masters, what = self._masters(), "the checkpoint's optimizer"
-        expected = {f"{index}.master": master for index, master in enumerate(masters)}
-        check_like({name: t for name, t in state.optimizer.items() if name.endswith(".master")}, expected, what)
-        for name, tensor in state.optimizer.items():
-            number, kind, _ = name.split(".", 2) if name.count(".") > 1 else (name.partition(".")[0], "master", "")
-            if f"{number}.master" not in expected or kind not in ("master", "state"):
-                raise UserError(f"{what} is not of this model: it has {name}")
-            if tensor.numel() not in (1, masters[int(number)].numel()):
-                raise UserError(f"{what} is not of this model: {name} is {list(tensor.shape)}")
-        if self.roles.critic is not None:
-            check_like(state.critic_head, self._read_head(), "the checkpoint's critic head")
 
     def close(self) -> None:
         """Free what DeepSpeed holds; without it ZeRO 3 aborts at exit."""
@@ -257,39 +182,6 @@ class Learner:
         """Steps that ZeRO itself skipped since last asked: there it looks for non-finite gradients before we do."""
         before, self._seen_skips = self._seen_skips, int(self.engine.skipped_steps)
         return self._seen_skips - before
-
-    def _masters(self) -> list[Tensor]:
-        """What the optimizer steps: whole parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""
-        zero = self.engine.optimizer
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
-            if hasattr(zero, name):
-                return list(getattr(zero, name))
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def _gathered(self, parameters: list[Any], write: bool = False) -> AbstractContextManager[Any]:
-        if self.learner.zero < 3 or not parameters:
-            return nullcontext()
-        from deepspeed.runtime.zero import GatheredParameters
-
-        return GatheredParameters(parameters, modifier_rank=0 if write else None)
-
-    def _read(self, trunk: Trunk | None, role: str) -> AdapterWeights:
-        if trunk is None:
-            return {}
-        with self._gathered(list(trunk.adapter(role).values())):
-            return {name: tensor.cpu() for name, tensor in trunk.read_adapter(role).items()}
-
-    def _read_head(self) -> AdapterWeights:
-        if self.roles.critic is None:
-            return {}
-        head = self.roles.critic.head
-        with self._gathered(list(head.parameters())):
-            return {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
-
-    def _write(self, trunk: Trunk | None, role: str, weights: AdapterWeights) -> None:
-        if trunk is not None:
-            with self._gathered(list(trunk.adapter(role).values()), write=True):
-                trunk.write_adapter(role, weights)
 
 
 def _norm_of(role: str, norms: Mapping[str, float]) -> float:

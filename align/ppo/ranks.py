@@ -11,7 +11,8 @@ from align.failures import RankLost
 from align.ppo.build import Blueprint, build_roles
 from align.ppo.episodes import Episode
 from align.ppo.group import Mixed, Orders, backend
-from align.ppo.learner import Learner, LearnerState, Rates
+from align.ppo.learned import LearnerState
+from align.ppo.learner import Learner, Rates
 from align.ppo.passes import EVERY_ROLE
 from align.schema import LearnerSettings, PpoSettings
 from policies.computing import Computing
@@ -29,7 +30,7 @@ class RayLearners:
     def __init__(
         self, blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float, computing: Computing
     ) -> None:
-        self.ranks, self.zero = learner.ranks, learner.zero
+        self.ranks = learner.ranks
         options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
         self.actors = [ray.remote(_Rank).options(**options).remote(rank, computing) for rank in range(self.ranks)]
         store = self._get([self.actors[0].open_store.remote(self.ranks)])[0]
@@ -63,10 +64,7 @@ class RayLearners:
         return self._all("state")
 
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        if (len(states), zero) == (self.ranks, self.zero):
-            self._get([actor.restore.remote(state) for actor, state in zip(self.actors, states, strict=True)])
-        else:
-            self._all("restore_from", ray.put(list(states)), zero)
+        self._all("restore", ray.put(list(states)), zero)
 
     def close(self) -> None:
         for actor in self.actors:
@@ -133,8 +131,5 @@ class _Rank:
     def state(self) -> LearnerState:
         return self.learner.state()
 
-    def restore(self, state: LearnerState) -> None:
-        self.learner.restore(state)
-
-    def restore_from(self, states: list[LearnerState], zero: int) -> None:
-        self.learner.restore_from(states, zero)
+    def restore(self, states: list[LearnerState], zero: int) -> None:
+        self.learner.restore(states, zero)

@@ -367,7 +367,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(new_learner: Factory, zero: int)
     expected = learner.state()
 
     resumed = new_learner(settings)
-    resumed.restore(saved)
+    resumed.restore([saved], zero)
     resumed.update(batch, [HALVES], SMALL)
     actual = resumed.state()
     for part in ("policy", "critic", "critic_head", "optimizer"):
@@ -408,7 +408,7 @@ def test_a_state_from_before_the_first_step_forgets_the_moments(new_learner: Fac
     start = learner.state()
     learner.update(batch, [HALVES], SMALL)
     expected = snapshot(learner)
-    learner.restore(start)
+    learner.restore([start], ADAM.zero)
     learner.update(batch, [HALVES], SMALL)
     assert all(torch.equal(expected[role], after) for role, after in snapshot(learner).items())
 
