@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.fit import Objective
+from align.fit_trainer import Objective
 from align.inputs import Case
 from policies.batching import collate, collate_branches
 from policies.places import linears

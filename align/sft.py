@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.fit import Objective, fit
+from align.fit import fit
+from align.fit_trainer import Objective
 from align.inputs import Example
 from align.job import Job
 from policies.adapters import load_adapter

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.failures import Fault
-from align.fit import LengthGroups, SkipNonFinite
+from align.fit_trainer import LengthGroups, SkipNonFinite
 
 row_lengths = st.lists(st.integers(1, 100), min_size=1, max_size=300)
 

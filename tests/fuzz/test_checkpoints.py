@@ -19,8 +19,8 @@ from torch.optim import AdamW
 from transformers import get_scheduler
 
 from align.checkpoint import MANIFEST, checkpoints, latest, seal
-from align.fit import WEIGHTS
 from align.fit_state import OPTIMIZER, RATES, read_optimizer, read_random, read_state
+from align.fit_trainer import WEIGHTS
 from align.ppo.checkpoint import read_asked, read_progress, read_states
 from align.schema import CriticSettings
 from policies.errors import UserError
