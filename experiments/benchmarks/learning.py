@@ -3,8 +3,8 @@
     python experiments/benchmarks/learning.py --model MODEL --run runs/reviews
 
 Both start from the run's SFT model and train LoRA by the run's reward model, on the same prompts, with as many
-episodes, epochs and steps of the optimizer. Every few updates both policies answer the same held-out prompts from the
-same seeds, by the same engine, and are judged by the same reward model.
+episodes, epochs and steps of the optimizer, once for each seed. Every few updates both policies answer the same
+held-out prompts from the same seeds, by the same engine, and are judged by the same reward model.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ SETTINGS = {"epochs": 4, "response": 48, "rate": 3e-4, "kl": 0.05, "penalty": 1.
 """What both sides are given; the KL coefficient is what `trl_ppo.py` has."""
 TOKENS = 2048
 REFERENCE = "reference"
+
+Points = list[dict[str, float]]
+"""What is found of one training: update, score and KL at each judgement."""
 
 
 class Judge:
@@ -87,6 +91,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=24)
     parser.add_argument("--batch", type=int, default=64, help="episodes an update")
     parser.add_argument("--every", type=int, default=4, help="updates between two judgements")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--to", type=Path, default=HERE, help="folder of learning.json and learning.png")
     arguments = parser.parse_args()
@@ -105,11 +110,25 @@ def main() -> None:
         reward = read_reward(model, arguments.run / "reward")
         peer = Judge(folder / "sft", None, reward, prompts)
         own = Judge(arguments.model, arguments.run / "sft", reward, prompts)
-        found = {"trl": judged(peer, theirs(arguments, folder)), "align": judged(own, ours(arguments, folder))}
+        found: dict[str, list[Points]] = {"trl": [], "align": []}
+        for seed in range(arguments.seeds):
+            found["trl"].append(judged(peer, theirs(arguments, folder, seed)))
+            found["align"].append(judged(own, ours(arguments, folder, seed)))
+            for side, trainings in found.items():
+                said = "  ".join(f"{p['update']}: {p['score']:.3f} at {p['kl']:.2f}" for p in trainings[-1])
+                print(f"seed {seed} {side}: {said}", flush=True)
     (arguments.to / "learning.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, arguments.to / "learning.png")
-    for side, points in found.items():
-        print(side, "  ".join(f"{p['update']}: {p['score']:.3f} at {p['kl']:.2f}" for p in points))
+    print("| updates | TRL | ours |\n|---|---|---|")
+    for places in zip(*(zip(*trainings, strict=True) for trainings in found.values()), strict=True):
+        print(f"| {places[0][0]['update']} | {' | '.join(map(cell, places))} |")
+
+
+def cell(points: Sequence[dict[str, float]]) -> str:
+    """One judgement of all trainings of a side: the means, and the standard error of the score's."""
+    score, kl = ([point[name] for point in points] for name in ("score", "kl"))
+    error = f" ± {stdev(score) / len(score) ** 0.5:.3f}" if len(score) > 1 else ""
+    return f"{mean(score):.3f}{error} at {mean(kl):.2f}"
 
 
 def read_reward(model: ModelSettings, folder: Path) -> RewardModel:
@@ -121,20 +140,22 @@ def read_reward(model: ModelSettings, folder: Path) -> RewardModel:
     return reward
 
 
-def theirs(arguments: argparse.Namespace, folder: Path) -> Path:
+def theirs(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
     """TRL's adapters, in folders that are named by the update."""
     given = SETTINGS | {"model": folder / "sft", "reward": folder / "reward", "batch": arguments.batch}
     given |= {"prompts": arguments.run / "data" / "prompts.jsonl", "updates": arguments.updates - 1}
-    given |= {"threads": arguments.threads, "rank": POLICY.rank, "save-every": arguments.every, "to": folder / "trl"}
+    to = folder / f"trl-{seed}"
+    given |= {"threads": arguments.threads, "rank": POLICY.rank, "save-every": arguments.every, "to": to, "seed": seed}
     line = [str(make_peer(PEER, TRL)), str(HERE / "trl_ppo.py"), *(f"--{n}={v}" for n, v in given.items() if n != "kl")]
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-    return folder / "trl"
+    return to
 
 
-def ours(arguments: argparse.Namespace, folder: Path) -> Path:
+def ours(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
     """The policies of our checkpoints, in folders that are named by the update."""
     experiment: dict[str, Any] = {
-        "name": "ours",
+        "name": f"align-{seed}",
+        "seed": seed,
         "runs": str(folder),
         "stages": ["ppo"],
         "model": {"path": str(arguments.model)},
@@ -159,13 +180,14 @@ def ours(arguments: argparse.Namespace, folder: Path) -> Path:
     file = folder / "experiment.yaml"
     file.write_text(json.dumps(experiment))  # JSON is YAML
     subprocess.run([sys.executable, "-m", "align", "run", str(file)], check=True, stdout=subprocess.DEVNULL)
-    for checkpoint in (folder / "ours" / "checkpoints" / "ppo").iterdir():
-        (folder / "align").mkdir(exist_ok=True)
-        (checkpoint / "policy").rename(folder / "align" / checkpoint.name.removeprefix("step-"))
-    return folder / "align"
+    to = folder / f"adapters-{seed}"
+    to.mkdir()
+    for checkpoint in (folder / f"align-{seed}" / "checkpoints" / "ppo").iterdir():
+        (checkpoint / "policy").rename(to / checkpoint.name.removeprefix("step-"))
+    return to
 
 
-def judged(judge: Judge, folder: Path) -> list[dict[str, float]]:
+def judged(judge: Judge, folder: Path) -> Points:
     """The judgement of the reference, and of each adapter of a folder."""
     updates = sorted(int(path.name) for path in folder.iterdir())
     start = judge.judge(judge.trunk.read_adapter(REFERENCE)) | {"update": 0}
@@ -174,12 +196,15 @@ def judged(judge: Judge, folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def draw(found: dict[str, list[dict[str, float]]], to: Path) -> None:
-    """Score against KL, a line a side."""
+def draw(found: dict[str, list[Points]], to: Path) -> None:
+    """Score against KL, a line for each training and the mean of each side's."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for side, points in found.items():
-        axes.plot([p["kl"] for p in points], [p["score"] for p in points], marker="o", label=side)
+    for colour, (side, trainings) in enumerate(found.items()):
+        for points in trainings:
+            axes.plot([p["kl"] for p in points], [p["score"] for p in points], color=f"C{colour}", alpha=0.3)
+        means = [[mean(p[name] for p in place) for place in zip(*trainings, strict=True)] for name in ("kl", "score")]
+        axes.plot(*means, marker="o", color=f"C{colour}", label=side)
     axes.set_xlabel("KL to the SFT model, nats a sequence")
     axes.set_ylabel("held-out score")
     axes.legend()

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--reward", help="folder of a classifier, reward and start of the critic; default: MODEL")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of policy and critic")
     parser.add_argument("--penalty", type=float, help="taken off the score of a response without EOS")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=0, help="updates between adapters written to --to; 0: none")
     parser.add_argument("--to", help="folder of the adapters")
     arguments = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     reward, value = (
@@ -103,6 +104,7 @@ def main() -> None:
             use_cpu=True,
             bf16=False,
             save_strategy="no",
+            seed=arguments.seed,
             gradient_checkpointing=False,
         )
         trainer = PPOTrainer(
