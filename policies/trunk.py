@@ -16,6 +16,7 @@ from policies.adapters import save_adapter
 from policies.attention import NAME, use_own_attention
 from policies.batching import buckets, collate, collate_branches
 from policies.errors import UserError
+from policies.gated import GatedPart
 from policies.norms import FrozenRmsNorm
 from policies.packing import Block, Rows
 from policies.rotation import use_own_rotation
@@ -57,6 +58,8 @@ class Trunk(nn.Module, ABC):
         use_own_rotation(base)
         for norm in filter(FrozenRmsNorm.fits, base.modules()):
             norm.forward = FrozenRmsNorm(norm)
+        for part in filter(GatedPart.fits, base.modules()):
+            part.forward = GatedPart(part)
         self._build(base)
         self.train_only()
         self.eval()
