@@ -1,6 +1,5 @@
 """Rows of true length into batches, and which rows go together."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -93,24 +92,14 @@ def collate_branches(
 
 
 def buckets(lengths: Sequence[int], tokens: int, padded: bool = True) -> list[list[int]]:
-    """Indices of rows in order of length, in as few groups as have at most `tokens` positions each, and these as even
-    as can be: the largest has as few positions as it may.
+    """Indices of rows, grouped by length so that no group has more than `tokens` positions.
 
     padded: whether those count that pad a group's rows to the length of its longest. A row longer than `tokens` makes a
-    group of its own.
+    group of its own. Groups come in order of length.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    fewest = len(_filled(order, lengths, tokens, padded))
-    limits = range(1, tokens + 1)
-    least = bisect_left(limits, True, key=lambda limit: len(_filled(order, lengths, limit, padded)) == fewest)
-    return _filled(order, lengths, limits[least], padded)
-
-
-def _filled(order: Sequence[int], lengths: Sequence[int], tokens: int, padded: bool) -> list[list[int]]:
-    """Rows in this order, each group as full as the limit allows."""
     groups: list[list[int]] = []
     room = 0
-    for index in order:
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         fits = lengths[index] * (len(groups[-1]) + 1) <= tokens if padded and groups else lengths[index] <= room
         if groups and fits:
             groups[-1].append(index)
