@@ -40,9 +40,8 @@ def main() -> None:
         for name, size in SIZES.items():
             model = make_model(size, arguments, Path(folder) / size)
             for critic in ("adapter", "head"):
-                variant = Variant(critic, "bfloat16")
-                found = run_ours(model, Workload(size, 64), variant, arguments, {"bfloat16_operations_per_s": rate})
-                share, parts = found["update_share_of_matrix_rate"], found["parts"]
+                found = run_ours(model, Workload(size, 64), Variant(critic, "bfloat16"), arguments)
+                share, parts = found["update_operations_per_s"] / rate, found["parts"]
                 times = " · ".join(f"{parts[part]:.2f}" for part in ("rollout", "score", "update"))
                 lines.append(f"| {name} | {critic} | {found['tokens_per_s']:.0f} | {share:.0%} | {times} |")
                 print(lines[-1], flush=True)
