@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from policies.adapters import CONFIG, WEIGHTS, load_adapter, load_head
+from policies.computing import default_device
 from policies.errors import UserError
-from policies.loading import default_device, load_base
+from policies.loading import load_base
 from policies.methods import build_trunk
 from policies.reading import NO_CODE, SAFE
 from policies.schema import SELECTED, ModelSettings, PolicySettings

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from policies.computing import default_device
 from policies.errors import UserError, first_line
 from policies.quantised import four_bits, leave_packed
 from policies.reading import NO_CODE, SAFE, read_object
@@ -119,21 +120,6 @@ def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> 
         leave_packed(model)
         return model.eval()
     return model.eval().to(default_device())
-
-
-def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def fast_dtype() -> str:
-    """bfloat16 where the default device multiplies in it (GPUs from Ampere on, CPUs with AMX), else float32.
-
-    Elsewhere products in bfloat16 are emulated, and several times slower than in float32.
-    """
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def load_model_config(path: str) -> AutoConfig:

@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from policies.batching import buckets
+from policies.computing import default_device
 from policies.encoding import Prompt, prompt_text
 from policies.errors import UserError
-from policies.loading import check_model_folder, check_weights, default_device, reason
+from policies.loading import check_model_folder, check_weights, reason
 from policies.reading import NO_CODE, SAFE
 
 

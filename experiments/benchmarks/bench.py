@@ -27,9 +27,10 @@ from peer import make_peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align.seeds import seed_for
+from policies.computing import fast_dtype
 from policies.export import export_merged
 from policies.heads import ScalarHead
-from policies.loading import fast_dtype, load_base
+from policies.loading import load_base
 from policies.methods import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import ROLE, RewardModel
