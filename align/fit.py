@@ -28,8 +28,8 @@ from align.fit_trainer import (
     trained,
 )
 from align.interrupt import Interrupted, Stop
-from align.ppo.optimizer import warmed
 from align.progress import Progress
+from align.schedules import warmed
 from align.seeds import seed_for
 from align.tracking import Tracker
 from policies.errors import UserError

@@ -12,8 +12,8 @@ from align.ppo.gap import check_gap
 from align.ppo.group import Learners
 from align.ppo.kl import KlCoefficient
 from align.ppo.learner import Rates
-from align.ppo.optimizer import schedule_factor
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
+from align.schedules import schedule_factor
 from align.schema import LearnerSettings, PpoSettings
 from policies.trunk import AdapterWeights
 from rollouts.ahead import Answers, Asker

@@ -7,11 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from transformers import get_scheduler
 
 from align.schema import LearnerSettings
 from policies.errors import UserError
-from policies.schema import Schedule
 
 
 def make_optimizer(
@@ -42,20 +40,6 @@ def _paged(named: list[dict[str, Any]], weight_decay: float) -> Optimizer:
     from bitsandbytes.optim import PagedAdamW32bit
 
     return PagedAdamW32bit(named, lr=0.0, eps=1e-5, weight_decay=weight_decay)
-
-
-def schedule_factor(name: Schedule, step: int, steps: int, warmup: float) -> float:
-    """What a schedule of transformers multiplies the learning rate by at a step of `steps`."""
-    probe = SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    warm = round(warmup * steps)
-    schedule = get_scheduler(warmed(name), probe, num_warmup_steps=warm, num_training_steps=steps)
-    # A warm-up from exactly zero would waste the first step, so steps count from one in it.
-    return float(schedule.lr_lambdas[0](step + 1 if step < warm else step))
-
-
-def warmed(schedule: Schedule) -> str:
-    """The name under which transformers' schedule heeds a warm-up: its `constant` has none."""
-    return "constant_with_warmup" if schedule == "constant" else schedule
 
 
 class GroupClip:

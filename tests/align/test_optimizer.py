@@ -1,5 +1,4 @@
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -7,12 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, AdamW
-from transformers import get_scheduler
 
-from align.ppo.optimizer import GroupClip, make_optimizer, schedule_factor
+from align.ppo.optimizer import GroupClip, make_optimizer
 from align.schema import LearnerSettings
-from policies.errors import UserError
-from policies.schema import Schedule
 
 
 def two_groups(policy: float, critic: float, **settings: object) -> tuple[torch.optim.Optimizer, GroupClip]:
@@ -100,34 +96,3 @@ def test_only_bad_steps_are_counted() -> None:
     optimizer, clip = two_groups(policy=1.0, critic=1.0)
     optimizer.step()
     assert clip.skipped == 0
-
-
-@pytest.mark.parametrize("name", get_args(Schedule))
-def test_schedule_is_that_of_transformers_after_the_warmup(name: Schedule) -> None:
-    steps, warm = 20, 0 if name == "constant" else 5
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=warm, num_training_steps=steps)
-    theirs = []
-    for _ in range(steps):
-        theirs.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    ours = [schedule_factor(name, step, steps, warm / steps) for step in range(steps)]
-    assert ours[warm:] == pytest.approx(theirs[warm:], rel=1e-6)
-
-
-def test_warmup_rises_from_its_first_step_and_reaches_the_whole_rate() -> None:
-    assert [schedule_factor("linear", step, 20, 0.2) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-
-
-def test_constant_schedule_is_one_throughout() -> None:
-    assert {schedule_factor("constant", step, 10, 0.0) for step in range(10)} == {1.0}
-
-
-def test_warmup_is_not_ignored_by_the_default_schedule() -> None:
-    assert schedule_factor(LearnerSettings().schedule, 0, 10, 0.5) < 1.0
-
-
-def test_a_paged_optimizer_without_a_gpu_says_what_to_use() -> None:
-    with pytest.raises(UserError, match="there is no GPU here: use adamw"):
-        make_optimizer(LearnerSettings(optimizer="paged_adamw"), {"policy": [nn.Parameter(torch.ones(1))]})
