@@ -9,6 +9,7 @@ from torch.optim import SGD, AdamW
 
 from align.ppo.optimizer import GroupClip, make_optimizer
 from align.schema import LearnerSettings
+from policies.errors import UserError
 
 
 def two_groups(policy: float, critic: float, **settings: object) -> tuple[torch.optim.Optimizer, GroupClip]:
@@ -96,3 +97,8 @@ def test_only_bad_steps_are_counted() -> None:
     optimizer, clip = two_groups(policy=1.0, critic=1.0)
     optimizer.step()
     assert clip.skipped == 0
+
+
+def test_a_paged_optimizer_without_a_gpu_says_what_to_use() -> None:
+    with pytest.raises(UserError, match="there is no GPU here: use adamw"):
+        make_optimizer(LearnerSettings(optimizer="paged_adamw"), {"policy": [nn.Parameter(torch.ones(1))]})

@@ -35,8 +35,3 @@ def test_constant_schedule_is_one_throughout() -> None:
 
 def test_warmup_is_not_ignored_by_the_default_schedule() -> None:
     assert schedule_factor(LearnerSettings().schedule, 0, 10, 0.5) < 1.0
-
-
-def test_a_paged_optimizer_without_a_gpu_says_what_to_use() -> None:
-    with pytest.raises(UserError, match="there is no GPU here: use adamw"):
-        make_optimizer(LearnerSettings(optimizer="paged_adamw"), {"policy": [nn.Parameter(torch.ones(1))]})
