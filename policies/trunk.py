@@ -56,10 +56,9 @@ class Trunk(nn.Module, ABC):
         self.causal = base
         use_own_attention(base)
         use_own_rotation(base)
-        for norm in filter(FrozenRmsNorm.fits, base.modules()):
-            norm.forward = FrozenRmsNorm(norm)
-        for part in filter(GatedPart.fits, base.modules()):
-            part.forward = GatedPart(part)
+        for own in (FrozenRmsNorm, GatedPart):
+            for module in filter(own.fits, base.modules()):
+                module.forward = own(module)
         self._build(base)
         self.train_only()
         self.eval()

@@ -84,9 +84,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this, such as A-7m or head-float32")
     parser.add_argument("--to", type=Path, default=HERE / "results.json")
     arguments = parser.parse_args()
-    for given in (arguments.model, arguments.sft, arguments.prompts):
-        if not given.exists():
-            parser.error(f"{given} does not exist")
+    refuse_missing(parser, arguments.model, arguments.sft, arguments.prompts)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the yardstick is on the CPU, and so are both sides
     peer = make_peer(PEER, TRL)
     results: dict[str, Any] = json.loads(arguments.to.read_text()) if arguments.to.exists() else {}
@@ -125,6 +123,13 @@ def main() -> None:
                 }
             arguments.to.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
+
+
+def refuse_missing(parser: argparse.ArgumentParser, *given: Path) -> None:
+    """End with status 2 where one of the files or folders is not there."""
+    for path in given:
+        if not path.exists():
+            parser.error(f"{path} does not exist")
 
 
 def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from bench import HERE, PEER, POLICY, TRL
+from bench import HERE, PEER, POLICY, TRL, refuse_missing
 from matplotlib.figure import Figure
 from peer import make_peer
 from transformers import AutoTokenizer
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--to", type=Path, default=HERE, help="folder of learning.json and learning.png")
     arguments = parser.parse_args()
+    refuse_missing(parser, arguments.model, arguments.run / "sft", arguments.run / "reward")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(arguments.threads)
     model, tokenizer = ModelSettings(path=str(arguments.model)), AutoTokenizer.from_pretrained(arguments.model)
