@@ -1,4 +1,4 @@
-"""Attention to rows without padding; on the CPU, of one new token a row, and of short rows while gradients flow."""
+"""Attention to rows without padding; on the CPU, of one new token a row, and of rows that see themselves alone."""
 
 from typing import Any
 
@@ -9,25 +9,22 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from policies.packing import Block, Rows
+from policies import native
+from policies.packing import Rows, starts_of
 
 NAME = "align"
-SHORT = {torch.float32: 4, torch.bfloat16: 8}
-"""Tokens of a row, in widths of a head, up to which plain products are faster than the fused kernel, whose backward
-pass is slow in bfloat16. Beyond, what they write, a number for each pair of tokens, is far more than the states."""
-
-WIDE = 128
-"""Width of a head from which plain products stay in bfloat16. Narrower ones gain nothing by it, and for each new shape
-of a product in bfloat16 oneDNN compiles a kernel, 3 to 4 ms."""
+SHORT = 2**16
+"""Tokens of a row, times the width of a head, up to which our kernel is faster than torch's, which takes keys by blocks
+and is made for long rows. Torch's also wants keys and values repeated for each group of heads."""
 FEW = 2**20
-"""Numbers in the keys up to which decoding, whose shapes are new at each token, is in float32 for the same reason."""
+"""Numbers in the keys up to which decoding is in float32: its shapes are new at each token, and for each new shape of a
+product in bfloat16 oneDNN compiles a kernel, 3 to 4 ms."""
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
     """Where a model attends by torch's fused kernel, let it see rows that stand one after another each alone.
 
-    On the CPU, attend by plain products where they are faster: the fused kernel is made for long rows, and wants keys
-    and values repeated for each group of heads.
+    On the CPU, attend by our own kernel where it is faster.
     """
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, _attention)
@@ -43,15 +40,14 @@ def _attention(
     With `rows` among the options, B is 1, T the tokens of all rows, and each row sees itself alone, whatever the mask.
     """
     rows: Rows | None = options.pop("rows", None)
-    width, scale = query.shape[3], options.get("scaling") or query.shape[3] ** -0.5
-    if query.device.type == "cpu" and not options.get("dropout"):
-        if torch.is_grad_enabled() and (short := _short_rows(rows, query, key, value, attention_mask)):
-            dtype = torch.float32 if query.dtype == torch.bfloat16 and width < WIDE else query.dtype
-            flat = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
-            made = _ShortAttention.apply(*flat, scale, short)
-            return made.to(query.dtype).view(query.transpose(1, 2).shape), None
-        if query.shape[2] == 1 and rows is None and not torch.is_grad_enabled():
-            return _decoding(query, key, value, attention_mask, scale), None
+    scale = options.get("scaling") or query.shape[3] ** -0.5
+    if native.runs(query, key, value) and not options.get("dropout"):
+        starts = _short_rows(rows, query, key, value, attention_mask)
+        if starts is not None:
+            flat = (states.transpose(1, 2).flatten(0, 1).contiguous() for states in (query, key, value))
+            return _OwnAttention.apply(*flat, scale, starts).view(query.transpose(1, 2).shape), None
+    if query.device.type == "cpu" and query.shape[2] == 1 and rows is None and not torch.is_grad_enabled():
+        return _decoding(query, key, value, attention_mask, scale), None
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     parts = (states[0].transpose(0, 1).split(rows.sizes) for states in (query, key, value))
@@ -62,14 +58,15 @@ def _attention(
     return torch.cat(apart).unsqueeze(0), None
 
 
-def _short_rows(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Rows | None:
-    """The rows where they are short and see themselves alone; None where one is long, or a mask says more."""
-    if rows is None:
-        if mask is not None or query.shape[2] != key.shape[2]:
-            return None
-        rows = Rows.of([query.shape[2]] * len(query), query.device)
-    short = max(block.width for block in rows.blocks) <= SHORT.get(query.dtype, 0) * query.shape[3]
-    return rows if short and query.shape[3] == value.shape[3] else None
+def _short_rows(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Where rows begin that are short and see themselves alone; None where one is long, or a mask says more."""
+    batch, _, tokens, width = query.shape
+    if value.shape[3] != width or (rows is None and (mask is not None or key.shape[2] != tokens)):
+        return None
+    longest = tokens if rows is None else rows.lengths[-1]
+    if longest * width > SHORT:
+        return None
+    return starts_of([tokens] * batch) if rows is None else rows.starts
 
 
 def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -84,52 +81,27 @@ def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     return (weights @ value).view(rows, 1, heads, width).to(dtype)
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Causal attention `[N, heads, D]` of rows that stand one after another, each to itself, block by block.
+class _OwnAttention(torch.autograd.Function):
+    """Causal attention `[N, heads, D]` of rows that stand one after another, each to itself.
 
-    key, value: `[N, groups, D]`; the queries of a group of heads share its keys.
+    key, value: `[N, groups, D]`; the queries of a group of heads share its keys. Kept for the way back is a number for
+    each head of each token, from which the weights are made again (Dao et al. 2022, appendix B).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, rows: Rows) -> Tensor:
-        (_, heads, width), groups = query.shape, key.shape[1]
-        made, kept = query.new_empty(query.shape), []
-        parts = zip(rows.blocks, *(part.split(rows.sizes) for part in (query, key, value, made)), strict=True)
-        for block, *states, out in parts:
-            of_heads, of_groups = block.by_head(heads), block.by_head(groups)
-            q = _padded(states[0], of_heads, block).view(block.count * groups, -1, width)
-            k, v = (_padded(part, of_groups, block) for part in states[1:])
-            unseen = q.new_full((block.width, block.width), -torch.inf).triu_(1).repeat(heads // groups, 1)
-            weights = torch.softmax(torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=scale), dim=-1)
-            torch.index_select((weights @ v).view(-1, width), 0, of_heads, out=out.view(-1, width))
-            kept += [q, k, v, weights]
-        ctx.save_for_backward(*kept)
-        ctx.scale, ctx.rows, ctx.shapes = scale, rows, (query.shape, key.shape)
-        return made
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor) -> Tensor:
+        (tokens, heads, width), out = query.shape, torch.empty_like(query)
+        normalisers = query.new_empty(tokens, heads, dtype=torch.float32)
+        ctx.shape = starts, len(starts) - 1, heads, key.shape[1], width, scale
+        native.call("attention", query, key, value, *ctx.shape, out, normalisers)
+        ctx.save_for_backward(query, key, value, out, normalisers)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (query, key), nothing = ctx.saved_tensors, ctx.shapes, gradient.new_zeros(())
-        made = [gradient.new_empty(shape) for shape in (query, key, key)]
-        kept = [saved[i : i + 4] for i in range(0, len(saved), 4)]
-        flat = (part.split(ctx.rows.sizes) for part in (gradient, *made))
-        parts = zip(ctx.rows.blocks, kept, *flat, strict=True)
-        for block, (q, k, v, weights), outer, *outs in parts:
-            of_heads, of_groups = block.by_head(query[1]), block.by_head(key[1])
-            outer = _padded(outer, of_heads, block).view(q.shape)
-            of_v = weights.transpose(1, 2) @ outer
-            of_scores = torch._softmax_backward_data(outer @ v.transpose(1, 2), weights, -1, weights.dtype)
-            of_q = torch.baddbmm(nothing, of_scores, k, beta=0, alpha=ctx.scale)
-            of_k = torch.baddbmm(nothing, of_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
-            for of_state, index, out in zip((of_q, of_k, of_v), (of_heads, of_groups, of_groups), outs, strict=True):
-                torch.index_select(of_state.view(-1, query[2]), 0, index, out=out.view(-1, query[2]))
+        query, key, value, out, normalisers = ctx.saved_tensors
+        made = [torch.empty_like(states) for states in (query, key, value)]
+        given = query, key, value, *ctx.shape, out, normalisers, gradient.contiguous()
+        native.call("attention_backward", *given, *made)
         return *made, None, None
-
-
-def _padded(flat: Tensor, index: Tensor, block: Block) -> Tensor:
-    """`[n, heads, D]` of a block to `[B·heads, T, D]`, with zeros behind the end of each row."""
-    heads, width = flat.shape[1:]
-    places = block.count * heads * block.width
-    room = flat.new_empty(places, width) if block.full else flat.new_zeros(places, width)
-    return room.index_copy_(0, index, flat.reshape(-1, width)).view(-1, block.width, width)

@@ -1,15 +1,15 @@
 """Rows that stand one after another, without padding, and the padded blocks that attention needs of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 SPREAD = 2
 """How much longer than its shortest row a block's longest may be: attention costs the square, a block some calls."""
-PAIRS = 2**16
-"""Pairs of tokens in a block on a CPU: so few that their scores, for each head, stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,11 @@ class Block:
     places: Tensor
     count: int
     width: int
-    _by_head: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Block":
         places = [torch.arange(length) + row * max(lengths) for row, length in enumerate(lengths)]
         return cls(torch.cat(places).to(device), len(lengths), max(lengths))
-
-    def by_head(self, heads: int) -> Tensor:
-        """`[N·heads]` int64, the index of each head of each token into flattened `[B·heads·T]`."""
-        if heads not in self._by_head:  # every layer asks
-            first = self.places // self.width * (heads - 1)
-            heads_of_row = first[:, None] + torch.arange(heads, device=first.device)
-            self._by_head[heads] = (self.places[:, None] + heads_of_row * self.width).flatten()
-        return self._by_head[heads]
 
     @property
     def full(self) -> bool:
@@ -60,13 +51,13 @@ class Rows:
     """Rows in order of length, of N tokens in all.
 
     order: `[N]` int64, where each token stands among the rows as they came; back: `[N]` int64, the way back.
-    positions: `[N]` int64, each token's place in its own row. blocks: of rows of about one length, one after another.
+    positions: `[N]` int64, each token's place in its own row. lengths: tokens of each row, in order.
     """
 
     order: Tensor
     back: Tensor
     positions: Tensor
-    blocks: tuple[Block, ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Rows":
@@ -75,9 +66,18 @@ class Rows:
         sorted_rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
         order = torch.cat([places[row] for row in sorted_rows])
         positions = torch.cat([torch.arange(lengths[row]) for row in sorted_rows])
-        pairs = PAIRS if device.type == "cpu" else None
-        blocks = tuple(Block.of(run, device) for run in _runs([lengths[row] for row in sorted_rows], pairs))
-        return cls(order.to(device), order.argsort().to(device), positions.to(device), blocks)
+        in_order = tuple(lengths[row] for row in sorted_rows)
+        return cls(order.to(device), order.argsort().to(device), positions.to(device), in_order)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """`[rows + 1]` int64 on the CPU, where each row begins, and where the last one ends."""
+        return starts_of(self.lengths)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Of rows of about one length, one after another."""
+        return tuple(Block.of(run, self.order.device) for run in _runs(self.lengths))
 
     @property
     def sizes(self) -> list[int]:
@@ -85,10 +85,15 @@ class Rows:
         return [len(block.places) for block in self.blocks]
 
 
-def _runs(lengths: Sequence[int], pairs: int | None) -> Iterator[list[int]]:
+def starts_of(lengths: Sequence[int]) -> Tensor:
+    """`[rows + 1]` int64, where each row begins, and where the last one ends."""
+    return torch.tensor([0, *accumulate(lengths)])
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
     run: list[int] = []
     for length in lengths:
-        if run and (length > SPREAD * run[0] or (pairs and length**2 * (len(run) + 1) > pairs)):
+        if run and length > SPREAD * run[0]:
             yield run
             run = []
         run.append(length)

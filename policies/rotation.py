@@ -1,4 +1,4 @@
-"""Rotary positions on the CPU, to the bit as transformers has them, in as few passes over memory as they need."""
+"""Rotary positions on the CPU, in one pass over memory."""
 
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from policies import native
 
 NAME = "apply_rotary_pos_emb"
 """What families of transformers call the function that turns queries and keys."""
@@ -48,28 +50,35 @@ def _turns_halves(theirs: Rotate) -> bool:
 
 def _in_place_of(theirs: Rotate) -> Rotate:
     def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *options: Any, **named: Any) -> Any:
-        whole = query.shape[-1] == cos.shape[-1] and query.dtype == key.dtype == cos.dtype
-        if options or named or not whole or query.device.type != "cpu":
+        whole = query.shape[-1] == cos.shape[-1]
+        if options or named or not whole or not native.runs(query, key, cos, sin):
             return theirs(query, key, cos, sin, *options, **named)
-        cos, signed = cos.unsqueeze(1), signed_sines(sin).unsqueeze(1)
-        return _Rotation.apply(query, cos, signed), _Rotation.apply(key, cos, signed)
+        cos, sin = (angles.expand(len(query), -1, -1).contiguous() for angles in (cos, sin))
+        return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
 
     return rotate
 
 
 class _Rotation(torch.autograd.Function):
-    """`[B, heads, T, D]` by angles whose cosines and signed sines are `[B, 1, T, D]`."""
+    """`[B, heads, T, D]` by angles whose cosines and sines are `[B, T, D]`."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, signed)
-        return turned(states, cos, signed)
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(states, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, signed = ctx.saved_tensors
-        return turned(gradient, cos, _swapped(signed)), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, sin, back=True), None, None
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    by_token = states.transpose(1, 2).contiguous()  # heads of one token beside each other, as the layer made them
+    out = torch.empty_like(by_token)
+    native.call("rotate", by_token, cos, sin, out, cos.shape[:2].numel(), *by_token.shape[2:], int(back))
+    return out.transpose(1, 2)
 
 
 def turned(states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from policies import attention, packing
-from policies.attention import NAME, SHORT, _ShortAttention
+from policies import attention, native
+from policies.attention import NAME, SHORT, _OwnAttention
 from policies.methods import make_trunk
-from policies.packing import Rows
+from policies.packing import starts_of
 from policies.schema import PolicySettings
 
-SHAPES = [([7, 7, 7], 4, 2, 8), ([1], 8, 8, 4), ([24, 13], 6, 1, 8), ([5, 13, 1, 2, 12], 2, 2, 16)]
+SHAPES = [([7, 7, 7], 4, 2, 8), ([1], 8, 8, 4), ([130, 13], 6, 1, 40), ([5, 33, 1, 16, 17, 32], 2, 2, 64)]
 """Tokens of each row, heads, groups and the width of a head."""
 
 
@@ -34,48 +34,74 @@ def attend(inputs: list[Tensor], lengths: list[int]) -> Tensor:
     return torch.cat(made)
 
 
-@pytest.mark.parametrize("pairs", [1, 400, packing.PAIRS])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize(("lengths", "heads", "groups", "width"), SHAPES)
-def test_values_and_gradients_are_those_of_the_fused_kernel(
-    lengths: list[int], heads: int, groups: int, width: int, pairs: int, monkeypatch: pytest.MonkeyPatch
+def test_values_and_gradients_are_those_in_double_precision(
+    lengths: list[int], heads: int, groups: int, width: int, dtype: torch.dtype, bound: float
 ) -> None:
-    monkeypatch.setattr(packing, "PAIRS", pairs)
-    lengths = sorted(lengths)
-    inputs = states(sum(lengths), heads, groups, width, torch.float32)
-    expected = attend(inputs, lengths)
-    outer = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad(expected, inputs, outer)
-    made = _ShortAttention.apply(*inputs, 0.3, Rows.of(lengths, torch.device("cpu")))
-    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(torch.autograd.grad(made, inputs, outer), gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    inputs = states(sum(lengths), heads, groups, width, dtype)
+    exact = [state.detach().double().requires_grad_() for state in inputs]
+    expected = attend(exact, lengths)
+    outer = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    made = _OwnAttention.apply(*(state.contiguous() for state in inputs), 0.3, starts_of(lengths))
+    expected_all = [expected, *torch.autograd.grad(expected, exact, outer.double())]
+    for ours, theirs in zip([made, *torch.autograd.grad(made, inputs, outer)], expected_all, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - theirs).norm() <= bound * max(theirs.norm(), 1)
 
 
-@pytest.mark.parametrize(("lengths", "heads", "groups", "width"), SHAPES[:2])
-def test_gradients_agree_with_finite_differences(lengths: list[int], heads: int, groups: int, width: int) -> None:
-    rows = Rows.of(lengths, torch.device("cpu"))
-    inputs = states(sum(lengths), heads, groups, width, torch.float64)
-    assert torch.autograd.gradcheck(lambda *inputs: _ShortAttention.apply(*inputs, 0.3, rows), inputs)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_to_the_bit_alone_and_among_others_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    lengths = [5, 33, 1, 16, 70]
+    inputs = [state.contiguous().detach().requires_grad_() for state in states(sum(lengths), 4, 2, 24, dtype)]
+    outer = torch.randn(sum(lengths), 4, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def results(lengths: list[int], inputs: list[Tensor], outer: Tensor) -> list[Tensor]:
+        made = _OwnAttention.apply(*inputs, 0.3, starts_of(lengths))
+        return [made, *torch.autograd.grad(made, inputs, outer)]
+
+    together, threads = results(lengths, inputs, outer), torch.get_num_threads()
+    torch.set_num_threads(1 + threads % 2)
+    try:
+        parts = zip(*(state.detach().split(lengths) for state in (*inputs, outer)), strict=True)
+        alone = [results([len(part[0])], [p.requires_grad_() for p in part[:3]], part[3]) for part in parts]
+    finally:
+        torch.set_num_threads(threads)
+    for whole, *rows in zip(together, *alone, strict=True):
+        assert torch.equal(whole, torch.cat(rows))
 
 
-@pytest.mark.parametrize(("length", "short"), [(SHORT[torch.float32] * 8, True), (SHORT[torch.float32] * 8 + 1, False)])
-def test_a_model_attends_by_it_in_short_rows_while_gradients_flow(
-    length: int, short: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = torch.randint(2, 290, (2, length), generator=torch.Generator().manual_seed(0))
+def test_what_is_no_number_stays_none_and_in_its_row() -> None:
+    inputs = [state.contiguous().detach() for state in states(9, 2, 2, 8, torch.bfloat16)]
+    inputs[1][6] = torch.nan  # the second token of the second row
+    made = _OwnAttention.apply(*inputs, 0.3, starts_of([5, 4]))
+    assert made[:5].isfinite().all()
+    assert made[6:].isnan().all()
+
+
+@pytest.mark.parametrize(("length", "short"), [(SHORT // 8, True), (SHORT // 8 + 1, False)])
+def test_only_short_rows_go_by_it(length: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_OwnAttention, "apply", lambda query, *_: query)
+    query = torch.zeros(1, 1, length, 8)
+    query[..., 0] = 1
+    made, _ = attention._attention(torch.nn.Identity(), query, query, torch.zeros_like(query), None)
+    assert bool(made.any()) is short
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_model_attends_as_it_did(compiled: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(2, 290, (2, 70), generator=torch.Generator().manual_seed(0))
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     expected = plain.model(input_ids=ids).last_hidden_state
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     trunk = make_trunk(plain, PolicySettings(rank=2, alpha=2), ("policy",))
     assert trunk.causal.config._attn_implementation == NAME
-    shapes: list[torch.Size] = []
-    apply = _ShortAttention.apply
-    monkeypatch.setattr(attention._ShortAttention, "apply", lambda *a: (shapes.append(a[0].shape), apply(*a))[1])
-    with torch.no_grad():
-        torch.testing.assert_close(trunk.hidden(ids, "policy"), expected, rtol=1e-4, atol=1e-4)
-    assert not shapes
-    trunk.train_only("policy")
+    calls: list[torch.Size] = []
+    apply = _OwnAttention.apply
+    monkeypatch.setattr(_OwnAttention, "apply", lambda *a: (calls.append(a[0].shape), apply(*a))[1])
     torch.testing.assert_close(trunk.hidden(ids, "policy"), expected, rtol=1e-4, atol=1e-4)
-    assert bool(shapes) is short
+    assert len(calls) == compiled * plain.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("new", [1, 24])

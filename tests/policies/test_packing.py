@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
-from policies import packing
 from policies.attention import SHORT
 from policies.methods import make_trunk
 from policies.packing import SPREAD, Block, Rows
@@ -17,7 +16,7 @@ from policies.trunk import Trunk
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
-LONG = SHORT[torch.float32] * 8 + 5
+LONG = SHORT // 8 + 5
 """Tokens of a row that attention to short rows is not for, in the tiny model, whose heads are 8 wide."""
 
 
@@ -34,34 +33,21 @@ def test_rows_are_padded_and_come_back(lengths: list[int]) -> None:
     assert block.full == (len(set(lengths)) == 1)
 
 
-@given(LENGTHS, st.sampled_from([1, 60, packing.PAIRS]))
-def test_blocks_are_of_rows_of_about_one_length(lengths: list[int], pairs: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "PAIRS", pairs)
-        rows = Rows.of(lengths, CPU)
+@given(LENGTHS)
+def test_blocks_are_of_rows_of_about_one_length(lengths: list[int]) -> None:
+    rows = Rows.of(lengths, CPU)
     rest = sorted(lengths)
     own = torch.tensor([place for length in lengths for place in range(length)])
     assert torch.equal(rows.positions, own[rows.order])
     assert rows.positions.tolist() == [place for length in rest for place in range(length)]
     assert torch.equal(torch.arange(sum(lengths))[rows.order][rows.back], torch.arange(sum(lengths)))
+    assert rows.starts.tolist() == [sum(rest[:row]) for row in range(len(rest) + 1)]
     runs = [[rest.pop(0) for _ in range(block.count)] for block in rows.blocks]
     assert not rest
     assert rows.sizes == [sum(run) for run in runs]
     assert [block.width for block in rows.blocks] == [max(run) for run in runs]
-    fits = [max(run) <= SPREAD * min(run) and (len(run) == 1 or len(run) * max(run) ** 2 <= pairs) for run in runs]
-    assert all(fits)
-    for run, after in pairwise(runs):
-        more = run + after[:1]
-        assert max(more) > SPREAD * min(more) or len(more) * max(more) ** 2 > pairs
-
-
-@given(LENGTHS, st.integers(1, 3))
-def test_heads_of_tokens_find_their_places(lengths: list[int], heads: int) -> None:
-    block = Block.of(lengths, CPU)
-    room = torch.zeros(block.count * heads * block.width)
-    room[block.by_head(heads)] = torch.arange(1.0, heads * sum(lengths) + 1)
-    expected = block.pad(torch.arange(1.0, heads * sum(lengths) + 1).view(-1, heads))
-    assert torch.equal(room.view(block.count, heads, block.width), expected.transpose(1, 2))
+    assert all(max(run) <= SPREAD * min(run) for run in runs)
+    assert all(min(after) > SPREAD * min(run) for run, after in pairwise(runs))
 
 
 @pytest.fixture

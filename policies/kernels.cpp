@@ -1,0 +1,462 @@
+// What torch does on a CPU in many passes over memory, in one: causal attention to rows that stand one after another,
+// RMSNorm with a frozen weight, rotary positions, and the gated unit, each with its gradient.
+//
+// Numbers come in float or bfloat16 and are computed with in float. Each row of the result is the work of one thread, in
+// an order that does not depend on how many there are. `policies/native.py` compiles this file and calls it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+// The bits of a value as those of another type of as many.
+template <typename To, typename From>
+inline To as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline Lanes load(const float* from) {
+    Lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Lanes load(const bfloat16* from) {
+    Halves bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return as<Lanes>(__builtin_convertvector(bits, Integers) << 16);
+}
+
+inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+
+// To the nearest, ties to even; what is no number stays none.
+inline void store(bfloat16* to, Lanes x) {
+    Integers bits = as<Integers>(x);
+    Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Halves halves = __builtin_convertvector(x == x ? rounded : 0x7fc0 - Integers{}, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Lanes all(float x) { return x - Lanes{}; }
+inline Integers all(int32_t x) { return x - Integers{}; }
+
+// What `two` makes of all lanes, by halves.
+template <typename Two>
+inline float reduce(Lanes x, Two two) {
+    float part[LANES];
+    store(part, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = two(part[i], part[i + half]);
+    return part[0];
+}
+
+inline float sum(Lanes x) {
+    return reduce(x, [](float a, float b) { return a + b; });
+}
+
+inline float greatest(Lanes x) {
+    return reduce(x, [](float a, float b) { return a > b ? a : b; });
+}
+
+// The lanes before `count`, and `other` in place of those behind them.
+inline Lanes first(int64_t count, Lanes x, float other) {
+    const Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < all(int32_t(std::min<int64_t>(count, LANES))) ? x : all(other);
+}
+
+// e^x to about one unit in the last place, between the least and the greatest normal number: x = n ln 2 + r, and a
+// polynomial in r (Cephes, expf).
+inline Lanes exponential(Lanes x) {
+    x = x < -87.3f ? all(-87.3f) : x;
+    x = x > 88.3f ? all(88.3f) : x;
+    Lanes shift = all(12582912.0f);  // 1.5 · 2^23: what is added to it is rounded to a whole number
+    Lanes whole = (x * 1.44269504f + shift) - shift;
+    Lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Lanes p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * as<Lanes>((__builtin_convertvector(whole, Integers) + 127) << 23);
+}
+
+inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// The lanes from place i on of an array of n numbers; zeros behind its end.
+template <typename T>
+inline Lanes take(const T* from, int64_t i, int64_t n) {
+    if (i + LANES <= n) return load(from + i);
+    T last[LANES] = {};
+    std::copy(from + i, from + n, last);
+    return load(last);
+}
+
+template <typename T>
+inline void give(Lanes x, T* to, int64_t i, int64_t n) {
+    if (i + LANES <= n) return store(to + i, x);
+    T last[LANES];
+    store(last, x);
+    std::copy(last, last + (n - i), to + i);
+}
+
+// ---------------------------------------------------------------------------------------------------------- attention
+
+inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// out[r][0..V·LANES) = Σ_k weights[r·row + k·step] · matrix[k][0..V·LANES), on top of what is there if `add`.
+template <int R, int V>
+inline void product(
+    const float* weights, int64_t row, int64_t step, const float* matrix, int64_t width, int64_t count, float* out,
+    int64_t out_width, bool add
+) {
+    Lanes sums[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r][v] = add ? load(out + r * out_width + v * LANES) : Lanes{};
+    for (int64_t k = 0; k < count; k++) {
+        Lanes values[V];
+        for (int v = 0; v < V; v++) values[v] = load(matrix + k * width + v * LANES);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sums[r][v] += weights[r * row + k * step] * values[v];
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(out + r * out_width + v * LANES, sums[r][v]);
+}
+
+constexpr int QUERIES = 16;  // of a block
+constexpr int HIGH = 4;      // rows of a product at a time
+constexpr int WIDE = 2;      // lanes of a product at a time
+constexpr int TILE = WIDE * LANES;
+
+// [rows, count] by [count, columns], where rows is a multiple of HIGH and columns one of TILE.
+inline void multiply(
+    const float* weights, int64_t row, int64_t step, int64_t rows, const float* matrix, int64_t width, int64_t count,
+    int64_t columns, float* out, int64_t out_width, bool add
+) {
+    for (int64_t c = 0; c < columns; c += TILE)
+        for (int64_t r = 0; r < rows; r += HIGH)
+            product<HIGH, WIDE>(
+                weights + r * row, row, step, matrix + c, width, count, out + r * out_width + c, out_width, add
+            );
+}
+
+// One thread's room, cut into arrays of floats that begin where lanes do.
+class Room {
+  public:
+    explicit Room(int64_t floats) : start(static_cast<float*>(std::aligned_alloc(64, up_to(4 * floats, 64)))) {}
+    ~Room() { std::free(start); }
+    Room(const Room&) = delete;
+    float* operator()(int64_t floats) {
+        float* array = start + used;
+        used += up_to(floats, LANES);
+        return array;
+    }
+
+  private:
+    float* start;
+    int64_t used = 0;
+};
+
+// Tokens of one head as [tokens, wide], zeros beyond each token's own width and beyond the last token.
+template <typename T>
+void gather(
+    const T* states, int64_t stride, int64_t tokens, int64_t width, float* to, int64_t wide, int64_t room, float scale
+) {
+    for (int64_t t = 0; t < room; t++)
+        for (int64_t d = 0; d < wide; d += LANES)
+            store(to + t * wide + d, t < tokens && d < width ? take(states + t * stride, d, width) * scale : Lanes{});
+}
+
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+    for (int64_t r0 = 0; r0 < rows; r0 += LANES)
+        for (int64_t c = 0; c < columns; c++)
+            for (int64_t r = r0; r < r0 + LANES; r++) to[c * rows + r] = from[r * columns + c];
+}
+
+template <typename T>
+struct Attention {
+    const T *query, *key, *value;  // [N, heads, width], [N, groups, width], [N, groups, width]
+    const int64_t* starts;         // [rows + 1], where each row begins
+    int64_t rows, heads, groups, width;
+    float scale;
+
+    int64_t wide() const { return up_to(width, TILE); }
+    int64_t longest() const {
+        int64_t most = 0;
+        for (int64_t r = 0; r < rows; r++) most = std::max(most, starts[r + 1] - starts[r]);
+        return up_to(most, TILE);
+    }
+
+    void forward(T* out, float* normalisers, int64_t threads) const {
+        const int64_t wide = this->wide(), longest = this->longest();
+#pragma omp parallel num_threads(threads)
+        {
+            Room room(3 * longest * wide + 2 * QUERIES * wide + QUERIES * longest);
+            float *k = room(longest * wide), *kt = room(longest * wide), *v = room(longest * wide);
+            float *q = room(QUERIES * wide), *made = room(QUERIES * wide), *weights = room(QUERIES * longest);
+#pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t r = rows - 1; r >= 0; r--)
+                for (int64_t g = 0; g < groups; g++) {
+                    const int64_t begin = starts[r], tokens = starts[r + 1] - begin, padded = up_to(tokens, TILE);
+                    const int64_t of_group = (begin * groups + g) * width;
+                    gather(key + of_group, groups * width, tokens, width, k, wide, padded, 1.0f);
+                    gather(value + of_group, groups * width, tokens, width, v, wide, padded, 1.0f);
+                    transpose(k, padded, wide, kt);
+                    for (int64_t h = g * (heads / groups); h < (g + 1) * (heads / groups); h++)
+                        for (int64_t i = 0; i < tokens; i += QUERIES) {
+                            const int64_t here = std::min<int64_t>(QUERIES, tokens - i), seen = i + here;
+                            const int64_t of_head = ((begin + i) * heads + h) * width;
+                            gather(query + of_head, heads * width, here, width, q, wide, QUERIES, scale);
+                            multiply(
+                                q, wide, 1, QUERIES, kt, padded, wide, up_to(seen, TILE), weights, padded, false
+                            );
+                            for (int64_t n = 0; n < here; n++)
+                                normalisers[(begin + i + n) * heads + h] = softmax(weights + n * padded, i + n + 1, seen);
+                            multiply(weights, padded, 1, QUERIES, v, wide, seen, wide, made, wide, false);
+                            for (int64_t n = 0; n < here; n++)
+                                for (int64_t d = 0; d < width; d += LANES)
+                                    give(load(made + n * wide + d), out + of_head + n * heads * width, d, width);
+                        }
+                }
+        }
+    }
+
+    void backward(
+        const T* out, const float* normalisers, const T* gradient, T* of_query, T* of_key, T* of_value, int64_t threads
+    ) const {
+        const int64_t wide = this->wide(), longest = this->longest();
+#pragma omp parallel num_threads(threads)
+        {
+            Room room(6 * longest * wide + 4 * QUERIES * wide + 2 * QUERIES * longest);
+            float *k = room(longest * wide), *kt = room(longest * wide), *v = room(longest * wide);
+            float *vt = room(longest * wide), *dk = room(longest * wide), *dv = room(longest * wide);
+            float *q = room(QUERIES * wide), *dout = room(QUERIES * wide), *made = room(QUERIES * wide);
+            float *weights = room(QUERIES * longest), *dweights = room(QUERIES * longest);
+#pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t r = rows - 1; r >= 0; r--)
+                for (int64_t g = 0; g < groups; g++) {
+                    const int64_t begin = starts[r], tokens = starts[r + 1] - begin, padded = up_to(tokens, TILE);
+                    const int64_t of_group = (begin * groups + g) * width;
+                    gather(key + of_group, groups * width, tokens, width, k, wide, padded, 1.0f);
+                    gather(value + of_group, groups * width, tokens, width, v, wide, padded, 1.0f);
+                    transpose(k, padded, wide, kt);
+                    transpose(v, padded, wide, vt);
+                    std::fill(dk, dk + padded * wide, 0.0f);
+                    std::fill(dv, dv + padded * wide, 0.0f);
+                    for (int64_t h = g * (heads / groups); h < (g + 1) * (heads / groups); h++)
+                        for (int64_t i = 0; i < tokens; i += QUERIES) {
+                            const int64_t here = std::min<int64_t>(QUERIES, tokens - i), seen = i + here;
+                            const int64_t columns = up_to(seen, TILE), of_head = ((begin + i) * heads + h) * width;
+                            gather(query + of_head, heads * width, here, width, q, wide, QUERIES, scale);
+                            gather(gradient + of_head, heads * width, here, width, dout, wide, QUERIES, 1.0f);
+                            multiply(q, wide, 1, QUERIES, kt, padded, wide, columns, weights, padded, false);
+                            multiply(dout, wide, 1, QUERIES, vt, padded, wide, columns, dweights, padded, false);
+                            for (int64_t n = 0; n < QUERIES; n++) {
+                                float* p = weights + n * padded;
+                                float* ds = dweights + n * padded;
+                                if (n >= here) {
+                                    std::fill(p, p + columns, 0.0f);
+                                    std::fill(ds, ds + columns, 0.0f);
+                                    continue;
+                                }
+                                Lanes along{};
+                                const T* made_then = out + of_head + n * heads * width;
+                                for (int64_t d = 0; d < width; d += LANES)
+                                    along += take(made_then, d, width) * load(dout + n * wide + d);
+                                const float mean = sum(along);
+                                const float normaliser = normalisers[(begin + i + n) * heads + h];
+                                for (int64_t j = 0; j < columns; j += LANES) {
+                                    Lanes chance = first(i + n + 1 - j, exponential(load(p + j) - normaliser), 0);
+                                    store(p + j, chance);
+                                    store(ds + j, chance * (load(ds + j) - mean));
+                                }
+                            }
+                            multiply(dweights, padded, 1, QUERIES, k, wide, seen, wide, made, wide, false);
+                            for (int64_t n = 0; n < here; n++)
+                                for (int64_t d = 0; d < width; d += LANES)
+                                    give(
+                                        load(made + n * wide + d) * scale, of_query + of_head + n * heads * width, d,
+                                        width
+                                    );
+                            const int64_t keys = up_to(seen, HIGH);
+                            multiply(weights, 1, padded, keys, dout, wide, here, wide, dv, wide, true);
+                            multiply(dweights, 1, padded, keys, q, wide, here, wide, dk, wide, true);
+                        }
+                    for (int64_t t = 0; t < tokens; t++)
+                        for (int64_t d = 0; d < width; d += LANES) {
+                            give(load(dk + t * wide + d), of_key + of_group + t * groups * width, d, width);
+                            give(load(dv + t * wide + d), of_value + of_group + t * groups * width, d, width);
+                        }
+                }
+        }
+    }
+
+  private:
+    // In place, of the first `count` scores; zeros behind them. Returns the logarithm of the sum of exponentials.
+    static float softmax(float* scores, int64_t count, int64_t seen) {
+        Lanes highest = all(scores[0]);
+        for (int64_t j = 0; j < count; j += LANES) {
+            Lanes score = first(count - j, load(scores + j), scores[0]);
+            highest = score > highest ? score : highest;
+        }
+        const float most = greatest(highest);
+        Lanes total{};
+        for (int64_t j = 0; j < seen; j += LANES) {
+            Lanes chance = first(count - j, exponential(load(scores + j) - most), 0);
+            store(scores + j, chance);
+            total += chance;
+        }
+        const float whole = sum(total), share = 1 / whole;
+        for (int64_t j = 0; j < seen; j += LANES) store(scores + j, load(scores + j) * share);
+        return most + std::log(whole);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------- token by token
+
+// weight · x / √(mean x² + ε) (Zhang & Sennrich 2019); scales: what each x was multiplied by.
+template <typename T>
+void norm(const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++) {
+        Lanes squares{};
+        for (int64_t d = 0; d < width; d += LANES) {
+            Lanes part = take(x + t * width, d, width);
+            squares += part * part;
+        }
+        const float scale = 1 / std::sqrt(sum(squares) / width + epsilon);
+        for (int64_t d = 0; d < width; d += LANES)
+            give(take(x + t * width, d, width) * scale * take(weight, d, width), out + t * width, d, width);
+        scales[t] = scale;
+    }
+}
+
+template <typename T>
+void norm_backward(
+    const T* x, const T* weight, const float* scales, const T* gradient, T* of_x, int64_t tokens, int64_t width,
+    int64_t threads
+) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++) {
+        const T *own = x + t * width, *outer = gradient + t * width;
+        Lanes dot{};
+        for (int64_t d = 0; d < width; d += LANES)
+            dot += take(outer, d, width) * take(weight, d, width) * take(own, d, width);
+        const float scale = scales[t], along = sum(dot) * scale * scale / width;
+        for (int64_t d = 0; d < width; d += LANES) {
+            Lanes inner = take(outer, d, width) * take(weight, d, width);
+            give((inner - take(own, d, width) * along) * scale, of_x + t * width, d, width);
+        }
+    }
+}
+
+// Both halves of each head against each other (Su et al. 2021); states `[N, heads, width]`, angles `[N, width]`.
+template <typename T>
+void rotate(
+    const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads, int64_t width, int64_t back,
+    int64_t threads
+) {
+    const int64_t half = width / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t d = 0; d < half; d += LANES) {
+            Lanes cos1 = take(cosines + t * width, d, half), cos2 = take(cosines + t * width + half, d, half);
+            Lanes sin1 = take(sines + t * width, d, half), sin2 = take(sines + t * width + half, d, half);
+            Lanes of1 = back ? sin2 : -sin1, of2 = back ? -sin1 : sin2;
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t at = (t * heads + h) * width;
+                Lanes one = take(states + at, d, half), other = take(states + at + half, d, half);
+                give(one * cos1 + other * of1, out + at, d, half);
+                give(other * cos2 + one * of2, out + at + half, d, half);
+            }
+        }
+}
+
+constexpr int64_t RUN = 4096;  // numbers that a thread is given at a time
+
+// silu(gate) · up (Shazeer 2020).
+template <typename T>
+void gate(const T* gates, const T* ups, T* out, int64_t count, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t from = 0; from < count; from += RUN)
+        for (int64_t i = from; i < std::min(from + RUN, count); i += LANES) {
+            Lanes g = take(gates, i, count);
+            give(g * sigmoid(g) * take(ups, i, count), out, i, count);
+        }
+}
+
+template <typename T>
+void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t count, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t from = 0; from < count; from += RUN)
+        for (int64_t i = from; i < std::min(from + RUN, count); i += LANES) {
+            Lanes g = take(gates, i, count), outer = take(gradient, i, count), open = sigmoid(g);
+            give(outer * g * open, of_ups, i, count);
+            give(outer * take(ups, i, count) * open * (1.0f + g * (1.0f - open)), of_gates, i, count);
+        }
+}
+
+}  // namespace
+
+#define FOR_TYPE(T, NAME)                                                                                              \
+    void attention_##NAME(                                                                                             \
+        const T* query, const T* key, const T* value, const int64_t* starts, int64_t rows, int64_t heads,              \
+        int64_t groups, int64_t width, float scale, T* out, float* normalisers, int64_t threads                            \
+    ) {                                                                                                                \
+        Attention<T>{query, key, value, starts, rows, heads, groups, width, scale}.forward(out, normalisers, threads); \
+    }                                                                                                                  \
+    void attention_backward_##NAME(                                                                                    \
+        const T* query, const T* key, const T* value, const int64_t* starts, int64_t rows, int64_t heads,              \
+        int64_t groups, int64_t width, float scale, const T* out, const float* normalisers, const T* gradient,         \
+        T* of_query, T* of_key, T* of_value, int64_t threads                                                               \
+    ) {                                                                                                                \
+        Attention<T>{query, key, value, starts, rows, heads, groups, width, scale}.backward(                           \
+            out, normalisers, gradient, of_query, of_key, of_value, threads                                            \
+        );                                                                                                             \
+    }                                                                                                                  \
+    void norm_##NAME(                                                                                                  \
+        const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads  \
+    ) {                                                                                                                \
+        norm(x, weight, out, scales, tokens, width, epsilon, threads);                                                 \
+    }                                                                                                                  \
+    void norm_backward_##NAME(                                                                                         \
+        const T* x, const T* weight, const float* scales, const T* gradient, T* of_x, int64_t tokens, int64_t width,   \
+        int64_t threads                                                                                                    \
+    ) {                                                                                                                \
+        norm_backward(x, weight, scales, gradient, of_x, tokens, width, threads);                                      \
+    }                                                                                                                  \
+    void rotate_##NAME(                                                                                                \
+        const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads, int64_t width,       \
+        int64_t back, int64_t threads                                                                                         \
+    ) {                                                                                                                \
+        rotate(states, cosines, sines, out, tokens, heads, width, back, threads);                                      \
+    }                                                                                                                  \
+    void gate_##NAME(const T* gates, const T* ups, T* out, int64_t count, int64_t threads) {                               \
+        gate(gates, ups, out, count, threads);                                                                         \
+    }                                                                                                                  \
+    void gate_backward_##NAME(                                                                                         \
+        const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t count, int64_t threads            \
+    ) {                                                                                                                \
+        gate_backward(gates, ups, gradient, of_gates, of_ups, count, threads);                                         \
+    }
+
+extern "C" {
+FOR_TYPE(float, float32)
+FOR_TYPE(bfloat16, bfloat16)
+}
