@@ -8,7 +8,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from policies import native
 from policies.methods import make_trunk
 from policies.schema import PolicySettings
 
@@ -24,13 +23,10 @@ def operations(monkeypatch: pytest.MonkeyPatch):
     sys.modules.pop("operations")
 
 
-def test_operations_of_an_update_are_those_that_torch_counts(
-    operations, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)  # torch counts what is its own
-    trunk = make_trunk(
-        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), PolicySettings(rank=4), ("policy",)
-    )
+def test_operations_of_an_update_are_those_that_torch_counts(operations, tiny_model: Path) -> None:
+    # torch counts no attention but one by products of its own
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
+    trunk = make_trunk(base, PolicySettings(rank=4), ("policy",))
     trunk.leave_to_modules()  # torch counts no product that is added in place
     trunk.train_only("policy")
     trunk.switch("policy")
