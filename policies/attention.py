@@ -16,9 +16,6 @@ NAME = "align"
 SHORT = 2**16
 """Tokens of a row, times the width of a head, up to which our kernel is faster than torch's, which takes keys by blocks
 and is made for long rows. Torch's also wants keys and values repeated for each group of heads."""
-FEW = 2**20
-"""Numbers in the keys up to which decoding is in float32: its shapes are new at each token, and for each new shape of a
-product in bfloat16 oneDNN compiles a kernel, 3 to 4 ms."""
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
@@ -46,8 +43,8 @@ def _attention(
         if starts is not None:
             flat = (states.transpose(1, 2).flatten(0, 1).contiguous() for states in (query, key, value))
             return _OwnAttention.apply(*flat, scale, starts).view(query.transpose(1, 2).shape), None
-    if query.device.type == "cpu" and query.shape[2] == 1 and rows is None and not torch.is_grad_enabled():
-        return _decoding(query, key, value, attention_mask, scale), None
+        if rows is None and (seen := _seen_by_new(query, key, value, attention_mask)) is not None:
+            return attend_new(query.squeeze(2).contiguous(), key, value, seen, scale).unsqueeze(1), None
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     parts = (states[0].transpose(0, 1).split(rows.sizes) for states in (query, key, value))
@@ -69,16 +66,30 @@ def _short_rows(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, ma
     return starts_of([tokens] * batch) if rows is None else rows.starts
 
 
-def _decoding(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    (rows, heads, _, width), groups, dtype = query.shape, key.shape[1], value.dtype
-    if dtype.itemsize == 2 and key.numel() <= FEW:
-        query, key, value = query.float(), key.float(), value.float()
-    scores = (query.view(rows, groups, heads // groups, width) * scale) @ key.transpose(2, 3)
-    if mask is not None:
-        seen = mask[..., : key.shape[2]]
-        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).view(rows, 1, heads, width).to(dtype)
+def _seen_by_new(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+    """`[B, S]`, what one new token a row sees; None where there are more, gradients flow, or a mask says more."""
+    in_order = key.stride() == value.stride() and key.stride()[2:] == (key.shape[3], 1) and key.shape == value.shape
+    if query.shape[2] != 1 or not in_order or torch.is_grad_enabled():
+        return None
+    batch, _, tokens, _ = key.shape
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.long)
+    if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+        return None
+    return mask[:, 0, 0, :tokens].expand(batch, -1).long()
+
+
+def attend_new(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention `[B, heads, D]` of one new token a row to those that are there, on the CPU.
+
+    query: `[B, heads, D]`, heads of a row beside each other; key, value: `[B, groups, S, D]`, tokens of a group beside
+    each other; seen: `[B, S]` int64, 0 where a token is not seen.
+    """
+    (batch, heads, width), (_, groups, tokens, _) = query.shape, key.shape
+    made = query.new_empty(query.shape)
+    lies = query.data_ptr(), query.stride(0), key.data_ptr(), value.data_ptr(), *key.stride()[:2]
+    native.call("attend_new", query.dtype, *lies, seen, batch, heads, groups, width, tokens, scale, made)
+    return made
 
 
 class _OwnAttention(torch.autograd.Function):
@@ -93,7 +104,7 @@ class _OwnAttention(torch.autograd.Function):
         (tokens, heads, width), out = query.shape, torch.empty_like(query)
         normalisers = query.new_empty(tokens, heads, dtype=torch.float32)
         ctx.shape = starts, len(starts) - 1, heads, key.shape[1], width, scale
-        native.call("attention", query, key, value, *ctx.shape, out, normalisers)
+        native.call("attention", query.dtype, query, key, value, *ctx.shape, out, normalisers)
         ctx.save_for_backward(query, key, value, out, normalisers)
         return out
 
@@ -103,5 +114,5 @@ class _OwnAttention(torch.autograd.Function):
         query, key, value, out, normalisers = ctx.saved_tensors
         made = [torch.empty_like(states) for states in (query, key, value)]
         given = query, key, value, *ctx.shape, out, normalisers, gradient.contiguous()
-        native.call("attention_backward", *given, *made)
+        native.call("attention_backward", query.dtype, *given, *made)
         return *made, None, None

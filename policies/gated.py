@@ -31,19 +31,24 @@ class GatedPart:
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) · up, element by element (Shazeer 2020)."""
-
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        native.call("gate", gate, up, out, out.numel())
-        return out
+        return gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-        native.call("gate_backward", gate, up, gradient.contiguous(), of_gate, of_up, gate.numel())
+        native.call("gate_backward", gate.dtype, gate, up, gradient.contiguous(), of_gate, of_up, gate.numel())
         return of_gate, of_up
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, element by element, of `[..., F]` on the CPU (Shazeer 2020). Both lie alike."""
+    made = gate.new_empty(gate.shape)
+    width = gate.shape[-1]
+    lies = gate.data_ptr(), up.data_ptr(), gate.stride(-2) if gate.dim() > 1 else width
+    native.call("gate", gate.dtype, *lies, made, made.numel() // width, width)
+    return made

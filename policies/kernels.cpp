@@ -189,6 +189,25 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
             for (int64_t r = r0; r < r0 + LANES; r++) to[c * rows + r] = from[r * columns + c];
 }
 
+// In place, of the first `count` scores; zeros behind them. Returns the logarithm of the sum of exponentials.
+float softmax(float* scores, int64_t count, int64_t seen) {
+    Lanes highest = all(scores[0]);
+    for (int64_t j = 0; j < count; j += LANES) {
+        Lanes score = first(count - j, load(scores + j), scores[0]);
+        highest = score > highest ? score : highest;
+    }
+    const float most = greatest(highest);
+    Lanes total{};
+    for (int64_t j = 0; j < seen; j += LANES) {
+        Lanes chance = first(count - j, exponential(load(scores + j) - most), 0);
+        store(scores + j, chance);
+        total += chance;
+    }
+    const float whole = sum(total), share = 1 / whole;
+    for (int64_t j = 0; j < seen; j += LANES) store(scores + j, load(scores + j) * share);
+    return most + std::log(whole);
+}
+
 template <typename T>
 struct Attention {
     const T *query, *key, *value;  // [N, heads, width], [N, groups, width], [N, groups, width]
@@ -306,34 +325,70 @@ struct Attention {
                 }
         }
     }
-
-  private:
-    // In place, of the first `count` scores; zeros behind them. Returns the logarithm of the sum of exponentials.
-    static float softmax(float* scores, int64_t count, int64_t seen) {
-        Lanes highest = all(scores[0]);
-        for (int64_t j = 0; j < count; j += LANES) {
-            Lanes score = first(count - j, load(scores + j), scores[0]);
-            highest = score > highest ? score : highest;
-        }
-        const float most = greatest(highest);
-        Lanes total{};
-        for (int64_t j = 0; j < seen; j += LANES) {
-            Lanes chance = first(count - j, exponential(load(scores + j) - most), 0);
-            store(scores + j, chance);
-            total += chance;
-        }
-        const float whole = sum(total), share = 1 / whole;
-        for (int64_t j = 0; j < seen; j += LANES) store(scores + j, load(scores + j) * share);
-        return most + std::log(whole);
-    }
 };
 
+// Of two vectors, the sums of lanes that are DISTANCE apart: of the first in the lower half of each 2·DISTANCE lanes.
+template <int DISTANCE>
+inline Lanes fold(Lanes one, Lanes other) {
+    Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Integers near = lane + ((lane & DISTANCE) / DISTANCE) * (LANES - DISTANCE), far = near + DISTANCE;
+    return __builtin_shuffle(one, other, near) + __builtin_shuffle(one, other, far);
+}
+
+// The sum of each of LANES vectors, which are lost.
+inline Lanes sums(Lanes* x) {
+    for (int i = 0; i < 8; i++) x[i] = fold<8>(x[i], x[i + 8]);
+    for (int i = 0; i < 4; i++) x[i] = fold<4>(x[i], x[i + 4]);
+    for (int i = 0; i < 2; i++) x[i] = fold<2>(x[i], x[i + 2]);
+    return fold<1>(x[0], x[1]);
+}
+
+// Attention of one new token a row to those that the row holds. query: [rows, heads, width], rows `query_row` apart;
+// keys, values: [rows, groups, tokens, width], rows and groups `of_row` and `of_group` apart; seen: [rows, tokens].
+template <typename T>
+void attend_new(
+    const T* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,
+    const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale, T* out,
+    int64_t threads
+) {
+    const int64_t wide = up_to(width, LANES), padded = up_to(tokens, LANES);
+#pragma omp parallel num_threads(threads)
+    {
+        Room room(wide + padded);
+        float *q = room(wide), *weights = room(padded);
+#pragma omp for collapse(2)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t held = r * of_row + h / (heads / groups) * of_group;
+                gather(query + r * query_row + h * width, 0, 1, width, q, wide, 1, scale);
+                for (int64_t first = 0; first < tokens; first += LANES) {
+                    Lanes dots[LANES] = {};
+                    for (int64_t t = first; t < std::min(first + LANES, tokens); t++)
+                        for (int64_t d = 0; d < width; d += LANES)
+                            dots[t - first] += load(q + d) * take(keys + held + t * width, d, width);
+                    store(weights + first, sums(dots));
+                }
+                for (int64_t t = 0; t < tokens; t++)
+                    if (!seen[r * tokens + t]) weights[t] = -INFINITY;
+                softmax(weights, tokens, tokens);
+                for (int64_t d = 0; d < width; d += LANES) {
+                    Lanes made{};
+                    for (int64_t t = 0; t < tokens; t++) made += weights[t] * take(values + held + t * width, d, width);
+                    give(made, out + (r * heads + h) * width, d, width);
+                }
+            }
+    }
+}
+
 // ------------------------------------------------------------------------------------------------- token by token
+
+constexpr int64_t LITTLE = 1 << 14;  // numbers up to which it takes longer to wake a thread than to do without
+
 
 // weight · x / √(mean x² + ε) (Zhang & Sennrich 2019); scales: what each x was multiplied by.
 template <typename T>
 void norm(const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
     for (int64_t t = 0; t < tokens; t++) {
         Lanes squares{};
         for (int64_t d = 0; d < width; d += LANES) {
@@ -352,7 +407,7 @@ void norm_backward(
     const T* x, const T* weight, const float* scales, const T* gradient, T* of_x, int64_t tokens, int64_t width,
     int64_t threads
 ) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
     for (int64_t t = 0; t < tokens; t++) {
         const T *own = x + t * width, *outer = gradient + t * width;
         Lanes dot{};
@@ -366,22 +421,23 @@ void norm_backward(
     }
 }
 
-// Both halves of each head against each other (Su et al. 2021); states `[N, heads, width]`, angles `[N, width]`.
+// Both halves of each head against each other (Su et al. 2021). states: [tokens, heads, width], tokens `apart`;
+// angles: [tokens, width].
 template <typename T>
 void rotate(
-    const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads, int64_t width, int64_t back,
-    int64_t threads
+    const T* states, int64_t apart, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads,
+    int64_t width, int64_t back, int64_t threads
 ) {
     const int64_t half = width / 2;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (tokens * heads * width > LITTLE)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t d = 0; d < half; d += LANES) {
             Lanes cos1 = take(cosines + t * width, d, half), cos2 = take(cosines + t * width + half, d, half);
             Lanes sin1 = take(sines + t * width, d, half), sin2 = take(sines + t * width + half, d, half);
             Lanes of1 = back ? sin2 : -sin1, of2 = back ? -sin1 : sin2;
             for (int64_t h = 0; h < heads; h++) {
-                const int64_t at = (t * heads + h) * width;
-                Lanes one = take(states + at, d, half), other = take(states + at + half, d, half);
+                const int64_t at = (t * heads + h) * width, from = t * apart + h * width;
+                Lanes one = take(states + from, d, half), other = take(states + from + half, d, half);
                 give(one * cos1 + other * of1, out + at, d, half);
                 give(other * cos2 + one * of2, out + at + half, d, half);
             }
@@ -390,20 +446,20 @@ void rotate(
 
 constexpr int64_t RUN = 4096;  // numbers that a thread is given at a time
 
-// silu(gate) · up (Shazeer 2020).
+// silu(gate) · up (Shazeer 2020), each [tokens, width] and tokens `apart`.
 template <typename T>
-void gate(const T* gates, const T* ups, T* out, int64_t count, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t from = 0; from < count; from += RUN)
-        for (int64_t i = from; i < std::min(from + RUN, count); i += LANES) {
-            Lanes g = take(gates, i, count);
-            give(g * sigmoid(g) * take(ups, i, count), out, i, count);
+void gate(const T* gates, const T* ups, int64_t apart, T* out, int64_t tokens, int64_t width, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t d = 0; d < width; d += LANES) {
+            Lanes g = take(gates + t * apart, d, width);
+            give(g * sigmoid(g) * take(ups + t * apart, d, width), out + t * width, d, width);
         }
 }
 
 template <typename T>
 void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t count, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (count > LITTLE)
     for (int64_t from = 0; from < count; from += RUN)
         for (int64_t i = from; i < std::min(from + RUN, count); i += LANES) {
             Lanes g = take(gates, i, count), outer = take(gradient, i, count), open = sigmoid(g);
@@ -430,6 +486,16 @@ void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates,
             out, normalisers, gradient, of_query, of_key, of_value, threads                                            \
         );                                                                                                             \
     }                                                                                                                  \
+    void attend_new_##NAME(                                                                                            \
+        const T* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,           \
+        const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale,  \
+        T* out, int64_t threads                                                                                        \
+    ) {                                                                                                                \
+        attend_new(                                                                                                    \
+            query, query_row, keys, values, of_row, of_group, seen, rows, heads, groups, width, tokens, scale, out,    \
+            threads                                                                                                    \
+        );                                                                                                             \
+    }                                                                                                                  \
     void norm_##NAME(                                                                                                  \
         const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads  \
     ) {                                                                                                                \
@@ -442,13 +508,15 @@ void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates,
         norm_backward(x, weight, scales, gradient, of_x, tokens, width, threads);                                      \
     }                                                                                                                  \
     void rotate_##NAME(                                                                                                \
-        const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads, int64_t width,       \
-        int64_t back, int64_t threads                                                                                         \
+        const T* states, int64_t apart, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads,       \
+        int64_t width, int64_t back, int64_t threads                                                                   \
     ) {                                                                                                                \
-        rotate(states, cosines, sines, out, tokens, heads, width, back, threads);                                      \
+        rotate(states, apart, cosines, sines, out, tokens, heads, width, back, threads);                               \
     }                                                                                                                  \
-    void gate_##NAME(const T* gates, const T* ups, T* out, int64_t count, int64_t threads) {                               \
-        gate(gates, ups, out, count, threads);                                                                         \
+    void gate_##NAME(                                                                                                  \
+        const T* gates, const T* ups, int64_t apart, T* out, int64_t tokens, int64_t width, int64_t threads            \
+    ) {                                                                                                                \
+        gate(gates, ups, apart, out, tokens, width, threads);                                                          \
     }                                                                                                                  \
     void gate_backward_##NAME(                                                                                         \
         const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t count, int64_t threads            \

@@ -29,22 +29,28 @@ def runs(*tensors: Tensor) -> bool:
     return alike and first.dtype in SUFFIXES and library() is not None
 
 
-def call(name: str, *given: Tensor | int | float) -> None:
-    """Run a kernel on as many threads as torch uses. The first tensor's dtype chooses it.
+def call(name: str, dtype: torch.dtype, *given: Any) -> None:
+    """Run a kernel for numbers of this dtype on as many threads as torch uses.
 
-    Tensors must be contiguous, of the shapes and dtypes that `kernels.cpp` names; those of the result are written to.
+    Tensors must be contiguous, of the shapes and dtypes that `kernels.cpp` names, or given as their `data_ptr()` where
+    the kernel is told how far apart its rows lie; those of the result are written to.
     """
-    made: Any = library()
-    function = getattr(made, f"{name}_{SUFFIXES[given[0].dtype]}")  # type: ignore[union-attr]
-    function(*map(_in_c, given), ctypes.c_int64(torch.get_num_threads()))
+    function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, given)))
+    function(*[_address(value) if isinstance(value, Tensor) else value for value in given], torch.get_num_threads())
 
 
-def _in_c(value: Tensor | int | float) -> Any:
-    if isinstance(value, Tensor):
-        if not value.is_contiguous():
-            raise ValueError(f"a kernel was given a tensor of strides {value.stride()} for shape {tuple(value.shape)}")
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+@cache
+def _function(name: str, types: tuple[type, ...]) -> Any:
+    function = getattr(library(), name)
+    function.argtypes = [*(ctypes.c_float if of is float else ctypes.c_int64 for of in types), ctypes.c_int64]
+    function.restype = None
+    return function
+
+
+def _address(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError(f"a kernel was given a tensor of strides {tensor.stride()} for shape {tuple(tensor.shape)}")
+    return tensor.data_ptr()
 
 
 @cache

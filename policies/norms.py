@@ -31,12 +31,9 @@ class FrozenRmsNorm:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Zhang and Sennrich 2019, of the last dimension of `[..., H]`."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        out, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        native.call("norm", x, weight, out, scales, scales.numel(), x.shape[-1], epsilon)
+        out, scales = normed(x, weight, epsilon)
         ctx.save_for_backward(x, weight, scales)
         return out
 
@@ -44,6 +41,14 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scales = ctx.saved_tensors
-        of_x = torch.empty_like(x)
-        native.call("norm_backward", x, weight, scales, gradient.contiguous(), of_x, scales.numel(), x.shape[-1])
+        of_x, given = torch.empty_like(x), (x, weight, scales, gradient.contiguous())
+        native.call("norm_backward", x.dtype, *given, of_x, scales.numel(), x.shape[-1])
         return of_x, None, None
+
+
+def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """weight · x / √(mean x² + ε) of `[..., H]` (Zhang and Sennrich 2019), and what each x was multiplied by, `[...]`
+    float32, on the CPU."""
+    out, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    native.call("norm", x.dtype, x, weight, out, scales, scales.numel(), x.shape[-1], epsilon)
+    return out, scales

@@ -43,8 +43,8 @@ def _turns_halves(theirs: Rotate) -> bool:
         made = theirs(query, key, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return False
-    signed = signed_sines(sin)
-    expected = [turned(states, cos.unsqueeze(1), signed.unsqueeze(1)) for states in (query, key)]
+    signed = sin.unsqueeze(1) * torch.tensor([-1, 1]).repeat_interleave(4)
+    expected = [states * cos.unsqueeze(1) + states.roll(4, -1) * signed for states in (query, key)]
     return all(torch.allclose(*pair, atol=1e-5) for pair in zip(made, expected, strict=True))
 
 
@@ -76,21 +76,16 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     by_token = states.transpose(1, 2).contiguous()  # heads of one token beside each other, as the layer made them
-    out = torch.empty_like(by_token)
-    native.call("rotate", by_token, cos, sin, out, cos.shape[:2].numel(), *by_token.shape[2:], int(back))
-    return out.transpose(1, 2)
+    return rotated(by_token, cos, sin, back).transpose(1, 2)
 
 
-def turned(states: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-    return (states * cos).add_(_swapped(states).mul_(signed))  # no addcmul, which rounds once less than transformers
+def rotated(states: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """`[..., heads, D]` by angles whose cosines and sines are `[..., D]`, on the CPU; back: the other way.
 
-
-def _swapped(states: Tensor) -> Tensor:
-    one, other = states.chunk(2, dim=-1)
-    return torch.cat((other, one), dim=-1)
-
-
-def signed_sines(sin: Tensor) -> Tensor:
-    """The sines by which the swapped halves are multiplied: of the first with a minus."""
-    one, other = sin.chunk(2, dim=-1)
-    return torch.cat((-one, other), dim=-1)
+    The heads of a token lie beside each other, and all tokens as far apart.
+    """
+    *_, heads, width = states.shape
+    made = states.new_empty(states.shape)
+    given = states.data_ptr(), states.stride(-3), cos, sin, made, made[..., 0, 0].numel(), heads, width, int(back)
+    native.call("rotate", states.dtype, *given)
+    return made

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from policies.attention import FEW
+from policies import native
+from policies.attention import attend_new
+from policies.gated import gated
 from policies.lora import AdaptedLinear
-from policies.rotation import signed_sines, turned
+from policies.norms import normed
+from policies.rotation import rotated
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Classes of layers that are norm, attention, norm and gated feed-forward part, and nothing else."""
@@ -32,11 +34,15 @@ class PlainStack:
         That it computes what the model does is for the caller to check.
         """
         layers = getattr(base.base_model, "layers", ())
-        if base.device.type != "cpu" or not layers or any(type(layer).__name__ not in FAMILIES for layer in layers):
+        if (
+            not native.runs(base.get_input_embeddings().weight)
+            or not layers
+            or any(type(layer).__name__ not in FAMILIES for layer in layers)
+        ):
             return False
         config = base.config
         plain = config.hidden_act == "silu" and not getattr(config, "sliding_window", None)
-        return plain and all(map(_wholly_adapted, layers))
+        return plain and all(map(_wholly_adapted, layers)) and native.runs(base.get_input_embeddings().weight)
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._model: Any = base.base_model
@@ -53,11 +59,10 @@ class PlainStack:
         positions: `[B, 1]` int64; mask: `[B, S]`, 1 where a token may be seen, the new ones last.
         """
         x = self._model.embed_tokens(ids)
-        cos, sin = self._model.rotary_emb(x, positions)
-        turn = cos, signed_sines(sin)
-        unseen = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(mask == 0, -torch.inf).unsqueeze(1)
+        angles = self._model.rotary_emb(x, positions)
+        seen = mask.contiguous()
         for layer, held in zip(self._layers, cache.layers, strict=True):
-            x = layer(role, x, turn, unseen, held)
+            x = layer(role, x, angles, seen, held)
         return _normed(x, self._model.norm)
 
 
@@ -85,30 +90,25 @@ class _Layer:
             rooms.append(room)
         self.weights[role] = tuple(rooms)
 
-    def __call__(self, role: str, x: Tensor, turn: tuple[Tensor, Tensor], unseen: Tensor, held: DynamicLayer) -> Tensor:
+    def __call__(self, role: str, x: Tensor, angles: tuple[Tensor, Tensor], seen: Tensor, held: DynamicLayer) -> Tensor:
         inward, outward, up, down = self.weights[role]
         states = _normed(x, self.layer.input_layernorm) @ inward
         if self.bias is not None:
             states += self.bias
-        attended = self._attend(states.view(len(x), -1, self.width), turn, unseen, held)
+        attended = self._attend(states.view(len(x), -1, self.width), angles, seen, held)
         x = torch.addmm(x, attended.view(len(x), -1), outward)
         gate, value = (_normed(x, self.layer.post_attention_layernorm) @ up).chunk(2, dim=-1)
-        return torch.addmm(x, silu(gate) * value, down)
+        return torch.addmm(x, gated(gate, value), down)
 
-    def _attend(self, states: Tensor, turn: tuple[Tensor, Tensor], unseen: Tensor, held: DynamicLayer) -> Tensor:
+    def _attend(self, states: Tensor, angles: tuple[Tensor, Tensor], seen: Tensor, held: DynamicLayer) -> Tensor:
         """`[B, heads, D]` from queries, keys and values beside each other `[B, heads + 2·groups, D]`."""
-        rows, dtype = len(states), states.dtype
         both, value = states.split([self.heads + self.groups, self.groups], dim=1)
         if self.norms[0] is not None:
             parts = both.split([self.heads, self.groups], dim=1)
             both = torch.cat([_normed(part, norm) for part, norm in zip(parts, self.norms, strict=True)], dim=1)
-        query, key = turned(both, *turn).split([self.heads, self.groups], dim=1)
-        keys, values = (part.flatten(0, 1) for part in held.update(key.unsqueeze(2), value.unsqueeze(2)))
-        wide = torch.float32 if keys.numel() <= FEW else dtype
-        query = query.reshape(rows * self.groups, self.heads // self.groups, self.width).to(wide)
-        hidden = unseen.to(wide).expand(rows, self.groups, -1).reshape(rows * self.groups, 1, -1)
-        scores = torch.baddbmm(hidden, query, keys.to(wide).transpose(1, 2), alpha=self.scale)
-        return (torch.softmax(scores, dim=-1) @ values.to(wide)).view(rows, self.heads, self.width).to(dtype)
+        query, key = rotated(both, *angles).split([self.heads, self.groups], dim=1)
+        keys, values = held.update(key.unsqueeze(2), value.unsqueeze(2))
+        return attend_new(query, keys, values, seen, self.scale)
 
 
 def _maps(layer: Any) -> list[Any]:
@@ -126,4 +126,4 @@ def _wholly_adapted(layer: Any) -> bool:
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
-    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return normed(x.contiguous(), norm.weight, norm.variance_epsilon)[0]
