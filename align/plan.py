@@ -10,6 +10,8 @@ from align.fit import optimizer_steps
 from align.inputs import Inputs, trains_reward, trains_sft
 from align.memory import Sizes, measure, memory
 from align.schema import Experiment
+from policies import native
+from policies.computing import default_device
 from rewards.schema import FitSettings
 
 
@@ -33,6 +35,8 @@ def plan_lines(experiment: Experiment, inputs: Inputs, stages: list[str], sizes:
     if "ppo" in stages:
         lines += _ppo(experiment, inputs, sizes)
     lines += _memory(experiment, stages, sizes)
+    if default_device().type == "cpu" and native.library() is None:
+        lines.append(("kernels", "none: no C++ compiler (c++, or what CXX names); every stage takes longer without"))
     lines += [("skipped rows", f"{len(why)} of data.{source}") for source, why in inputs.skipped.items()]
     return [*lines, ("written to", str(Path(experiment.runs) / experiment.name))]
 

@@ -43,7 +43,7 @@ def _turns_halves(theirs: Rotate) -> bool:
         made = theirs(query, key, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return False
-    signed = sin.unsqueeze(1) * torch.tensor([-1, 1]).repeat_interleave(4)
+    signed = sin.unsqueeze(1) * torch.tensor([-1, 1], device=CPU).repeat_interleave(4)
     expected = [states * cos.unsqueeze(1) + states.roll(4, -1) * signed for states in (query, key)]
     return all(torch.allclose(*pair, atol=1e-5) for pair in zip(made, expected, strict=True))
 

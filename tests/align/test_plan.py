@@ -10,6 +10,7 @@ from align.inputs import Inputs, read_inputs
 from align.memory import measure
 from align.plan import plan_lines, plan_table
 from align.schema import STAGES, Experiment
+from policies import native
 from policies.adapters import save_adapter
 from policies.heads import ScalarHead
 from policies.loading import load_base
@@ -54,6 +55,14 @@ def test_an_adapter_has_as_many_numbers_as_its_file(tiny_model: Path, tmp_path: 
 def test_a_head_has_as_many_parameters_as_the_real_one(tiny_model: Path) -> None:
     sizes = measure(ModelSettings(path=str(tiny_model)), PolicySettings())
     assert sizes.head == sum(parameter.numel() for parameter in ScalarHead(32).parameters())
+
+
+def test_a_machine_without_a_compiler_is_told(
+    experiment: Experiment, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "kernels" not in planned(experiment, inputs)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert planned(experiment, inputs)["kernels"].startswith("none: no C++ compiler")
 
 
 def test_the_rows_are_those_that_train(experiment: Experiment, inputs: Inputs) -> None:
