@@ -144,15 +144,14 @@ constexpr int HIGH = 4;      // rows of a product at a time
 constexpr int WIDE = 2;      // lanes of a product at a time
 constexpr int TILE = WIDE * LANES;
 
-// [rows, count] by [count, columns], where rows is a multiple of R and columns one of V·LANES.
-template <int R = HIGH, int V = WIDE>
+// [rows, count] by [count, columns], where rows is a multiple of HIGH and columns one of TILE.
 inline void multiply(
     const float* weights, int64_t row, int64_t step, int64_t rows, const float* matrix, int64_t width, int64_t count,
     int64_t columns, float* out, int64_t out_width, bool add
 ) {
-    for (int64_t c = 0; c < columns; c += V * LANES)
-        for (int64_t r = 0; r < rows; r += R)
-            product<R, V>(
+    for (int64_t c = 0; c < columns; c += TILE)
+        for (int64_t r = 0; r < rows; r += HIGH)
+            product<HIGH, WIDE>(
                 weights + r * row, row, step, matrix + c, width, count, out + r * out_width + c, out_width, add
             );
 }
@@ -381,101 +380,6 @@ void attend_new(
     }
 }
 
-// ------------------------------------------------------------------------------------------------ low-rank adapters
-
-// out += scale · (x · downᵀ) · upᵀ, and narrow = x · downᵀ (Hu et al. 2021).
-// x: [tokens, in]; down: [rank, in], up: [out, rank] and narrow: [tokens, rank] are float; out: [tokens, out].
-template <typename T>
-struct LowRank {
-    const float *down, *up;
-    int64_t tokens, in, out, rank;
-    float scale;
-
-    static constexpr int BLOCK = 16;  // tokens at a time
-    static constexpr int PARTS = 8;   // of the tokens, whose gradients are summed apart, whatever the number of threads
-
-    int64_t in_room() const { return up_to(in, TILE); }
-    int64_t out_room() const { return up_to(out, TILE); }
-    int64_t rank_room() const { return up_to(rank, LANES); }
-
-    void forward(const T* x, float* narrow, T* made, int64_t threads) const {
-        const int64_t ins = in_room(), outs = out_room(), ranks = rank_room();
-        Room shared(ranks * (2 * ins + 2 * outs));
-        float *a = shared(ranks * ins), *at = shared(ranks * ins), *b = shared(ranks * outs), *bt = shared(ranks * outs);
-        gather(down, in, rank, in, a, ins, ranks, 1.0f);
-        transpose(a, ranks, ins, at);
-        gather(up, rank, out, rank, b, ranks, outs, scale);
-        transpose(b, outs, ranks, bt);
-#pragma omp parallel num_threads(threads)
-        {
-            Room room(BLOCK * (ins + outs + ranks));
-            float *xs = room(BLOCK * ins), *added = room(BLOCK * outs), *thin = room(BLOCK * ranks);
-#pragma omp for
-            for (int64_t t = 0; t < tokens; t += BLOCK) {
-                const int64_t here = std::min<int64_t>(BLOCK, tokens - t);
-                gather(x + t * in, in, here, in, xs, ins, BLOCK, 1.0f);
-                multiply<8, 1>(xs, ins, 1, BLOCK, at, ranks, in, ranks, thin, ranks, false);
-                multiply(thin, ranks, 1, BLOCK, bt, outs, rank, outs, added, outs, false);
-                for (int64_t n = 0; n < here; n++) {
-                    for (int64_t d = 0; d < rank; d += LANES)
-                        give(load(thin + n * ranks + d), narrow + (t + n) * rank, d, rank);
-                    add(added + n * outs, made + (t + n) * out, out);
-                }
-            }
-        }
-    }
-
-    // On top of what is in of_x, unless it is null; of_down and of_up are float.
-    void backward(
-        const T* x, const float* narrow, const T* gradient, T* of_x, float* of_down, float* of_up, int64_t threads
-    ) const {
-        const int64_t ins = in_room(), outs = out_room(), ranks = rank_room(), part = up_to((tokens + PARTS - 1) / PARTS, BLOCK);
-        Room shared(ranks * (ins + outs) * (1 + PARTS));
-        float *a = shared(ranks * ins), *b = shared(ranks * outs);
-        float *das = shared(PARTS * ranks * ins), *dbs = shared(PARTS * ranks * outs);
-        gather(down, in, rank, in, a, ins, ranks, 1.0f);
-        gather(up, rank, out, rank, b, ranks, outs, scale);
-#pragma omp parallel num_threads(threads)
-        {
-            Room room(BLOCK * (2 * ins + outs + 2 * ranks));
-            float *xs = room(BLOCK * ins), *added = room(BLOCK * ins), *outer = room(BLOCK * outs);
-            float *thin = room(BLOCK * ranks), *back = room(BLOCK * ranks);
-#pragma omp for schedule(dynamic)
-            for (int64_t p = 0; p < PARTS; p++) {
-                float *da = das + p * ranks * ins, *db = dbs + p * ranks * outs;
-                std::fill(da, da + ranks * ins, 0.0f);
-                std::fill(db, db + ranks * outs, 0.0f);
-                for (int64_t t = p * part; t < std::min((p + 1) * part, tokens); t += BLOCK) {
-                    const int64_t here = std::min<int64_t>(BLOCK, tokens - t);
-                    gather(x + t * in, in, here, in, xs, ins, BLOCK, 1.0f);
-                    gather(gradient + t * out, out, here, out, outer, outs, BLOCK, 1.0f);
-                    gather(narrow + t * rank, rank, here, rank, thin, ranks, BLOCK, scale);
-                    multiply<8, 1>(outer, outs, 1, BLOCK, b, ranks, out, ranks, back, ranks, false);
-                    multiply(thin, 1, ranks, ranks, outer, outs, BLOCK, outs, db, outs, true);
-                    multiply(back, 1, ranks, ranks, xs, ins, BLOCK, ins, da, ins, true);
-                    if (!of_x) continue;
-                    multiply(back, ranks, 1, BLOCK, a, ins, rank, ins, added, ins, false);
-                    for (int64_t n = 0; n < here; n++) add(added + n * ins, of_x + (t + n) * in, in);
-                }
-            }
-        }
-        for (int64_t p = 1; p < PARTS; p++) {
-            add(das + p * ranks * ins, das, ranks * ins);
-            add(dbs + p * ranks * outs, dbs, ranks * outs);
-        }
-        for (int64_t r = 0; r < rank; r++) {
-            std::copy(das + r * ins, das + r * ins + in, of_down + r * in);
-            for (int64_t d = 0; d < out; d++) of_up[d * rank + r] = dbs[r * outs + d];
-        }
-    }
-
-  private:
-    template <typename To>
-    static void add(const float* from, To* to, int64_t n) {
-        for (int64_t d = 0; d < n; d += LANES) give(take(to, d, n) + load(from + d), to, d, n);
-    }
-};
-
 // ------------------------------------------------------------------------------------------------- token by token
 
 constexpr int64_t LITTLE = 1 << 14;  // numbers up to which it takes longer to wake a thread than to do without
@@ -590,20 +494,6 @@ void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates,
         attend_new(                                                                                                    \
             query, query_row, keys, values, of_row, of_group, seen, rows, heads, groups, width, tokens, scale, out,    \
             threads                                                                                                    \
-        );                                                                                                             \
-    }                                                                                                                  \
-    void low_rank_##NAME(                                                                                              \
-        const float* down, const float* up, int64_t tokens, int64_t in, int64_t out, int64_t rank, float scale,        \
-        const T* x, float* narrow, T* made, int64_t threads                                                            \
-    ) {                                                                                                                \
-        LowRank<T>{down, up, tokens, in, out, rank, scale}.forward(x, narrow, made, threads);                          \
-    }                                                                                                                  \
-    void low_rank_backward_##NAME(                                                                                     \
-        const float* down, const float* up, int64_t tokens, int64_t in, int64_t out, int64_t rank, float scale,        \
-        const T* x, const float* narrow, const T* gradient, T* of_x, float* of_down, float* of_up, int64_t threads     \
-    ) {                                                                                                                \
-        LowRank<T>{down, up, tokens, in, out, rank, scale}.backward(                                                   \
-            x, narrow, gradient, of_x, of_down, of_up, threads                                                         \
         );                                                                                                             \
     }                                                                                                                  \
     void norm_##NAME(                                                                                                  \

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from policies import native
-
 
 def by_rate(named: Iterable[tuple[str, nn.Parameter]], ratio: float | None) -> list[tuple[float, list[nn.Parameter]]]:
     """Parameters in groups, each with what its learning rate is multiplied by.
@@ -54,9 +52,10 @@ class AdaptedLinear:
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             return lora.Linear.forward(layer, x)
         down, up = layer.lora_A[role].weight, layer.lora_B[role].weight
-        if native.runs(x, base.weight) and down.dtype == up.dtype == torch.float32:
-            return _LowRank.apply(x, base.weight, base.bias, down, up, layer.scaling[role])
-        return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[role])
+        # While gradients flow, whatever the number of rows, lest the cut into passes shows in them.
+        many = torch.is_grad_enabled() or x.numel() > x.shape[-1] * max(base.weight.shape)
+        summed = many and x.dtype == torch.float32
+        return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[role], summed)
 
     @torch.no_grad()
     def merge(self, role: str) -> None:
@@ -74,18 +73,26 @@ class AdaptedLinear:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for a frozen W, in the dtype of x (Hu et al. 2021)."""
+    """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for a frozen W, in the dtype of x.
+
+    summed: W + s · B A is made anew in each direction, which with many rows is less work than to add the adapter's part
+    to each. In float32 alone: a coarser sum would lose what the adapter has learned.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, summed: bool
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = down.to(x.dtype), up.to(x.dtype)
-        narrow = flat @ a.T
-        out = linear(flat, weight, bias).addmm_(narrow, b.T, alpha=scale)
+        narrow = None
+        if summed:
+            out = linear(flat, torch.addmm(weight, b, a, alpha=scale), bias)
+        else:
+            narrow = flat @ a.T
+            out = linear(flat, weight, bias).addmm_(narrow, b.T, alpha=scale)
         ctx.save_for_backward(flat, weight, a, b, narrow)
-        ctx.scale, ctx.dtype = scale, down.dtype
+        ctx.scale, ctx.summed, ctx.dtype = scale, summed, down.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -96,36 +103,14 @@ class _LoraLinear(torch.autograd.Function):
         back = outer @ b
         of_x = of_down = of_up = None
         if ctx.needs_input_grad[0]:
-            of_x = (outer @ weight).addmm_(back, a, alpha=ctx.scale).view(*gradient.shape[:-1], -1)
+            if ctx.summed:
+                of_x = outer @ torch.addmm(weight, b, a, alpha=ctx.scale)
+            else:
+                of_x = (outer @ weight).addmm_(back, a, alpha=ctx.scale)
+            of_x = of_x.view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[3]:
             of_down = (back.T @ flat).mul_(ctx.scale).to(ctx.dtype)
         if ctx.needs_input_grad[4]:
+            narrow = flat @ a.T if narrow is None else narrow
             of_up = (narrow.T @ outer).T.mul(ctx.scale).to(ctx.dtype)
-        return of_x, None, None, of_down, of_up, None
-
-
-class _LowRank(torch.autograd.Function):
-    """The same on the CPU. What is narrow, and the adapter's gradient, is in float32 whatever the dtype of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        out = linear(flat, weight, bias)
-        narrow = down.new_empty(len(flat), len(down))
-        ctx.sizes = len(flat), *reversed(weight.shape), len(down), scale
-        native.call("low_rank", x.dtype, down, up, *ctx.sizes, flat, narrow, out)
-        ctx.save_for_backward(flat, weight, down, up, narrow)
-        return out.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, down, up, narrow = ctx.saved_tensors
-        outer = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-        of_x = outer @ weight if ctx.needs_input_grad[0] else None
-        of_down, of_up = torch.empty_like(down), torch.empty_like(up)
-        given = flat, narrow, outer, 0 if of_x is None else of_x, of_down, of_up
-        native.call("low_rank_backward", flat.dtype, down, up, *ctx.sizes, *given)
-        return None if of_x is None else of_x.view(*gradient.shape[:-1], -1), None, None, of_down, of_up, None
+        return of_x, None, None, of_down, of_up, None, None
