@@ -21,13 +21,13 @@ class GatedPart:
         return type(module).__name__ in PLAIN and module.config.hidden_act == "silu"
 
     def __init__(self, part: Any) -> None:
-        self.part, self.own = part, part.forward
+        self.part = part
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not native.runs(x):
-            return self.own(x)
         gate, up = self.part.gate_proj(x), self.part.up_proj(x)
-        return self.part.down_proj(_Gated.apply(gate.contiguous(), up.contiguous()))
+        if native.runs(gate, up):
+            return self.part.down_proj(_Gated.apply(gate.contiguous(), up.contiguous()))
+        return self.part.down_proj(self.part.act_fn(gate) * up)
 
 
 class _Gated(torch.autograd.Function):
@@ -41,7 +41,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-        native.call("gate_backward", gate.dtype, gate, up, gradient.contiguous(), of_gate, of_up, gate.numel())
+        given = gate, up, gradient.contiguous(), of_gate, of_up
+        native.call("gate_backward", gate.dtype, *given, gate.numel() // gate.shape[-1], gate.shape[-1])
         return of_gate, of_up
 
 

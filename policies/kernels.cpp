@@ -1,7 +1,8 @@
 // What torch does on a CPU in many passes over memory, in one: causal attention to rows that stand one after another,
-// RMSNorm with a frozen weight, rotary positions, and the gated unit, each with its gradient.
+// RMSNorm with a frozen weight, rotary positions and the gated unit, each with its gradient; and, for decoding, the
+// attention of one new token a row.
 //
-// Numbers come in float or bfloat16 and are computed with in float. Each row of the result is the work of one thread, in
+// Numbers come in float or bfloat16 and are computed with in float. Each row of a result is the work of one thread, in
 // an order that does not depend on how many there are. `policies/native.py` compiles this file and calls it.
 
 #include <algorithm>
@@ -173,7 +174,7 @@ class Room {
     int64_t used = 0;
 };
 
-// Tokens of one head as [tokens, wide], zeros beyond each token's own width and beyond the last token.
+// Tokens of one head, `stride` apart, as [room, wide], by `scale`: zeros beyond a token's width and the last token.
 template <typename T>
 void gather(
     const T* states, int64_t stride, int64_t tokens, int64_t width, float* to, int64_t wide, int64_t room, float scale
@@ -183,6 +184,15 @@ void gather(
             store(to + t * wide + d, t < tokens && d < width ? take(states + t * stride, d, width) * scale : Lanes{});
 }
 
+// The way back: `tokens` of [tokens, wide], by `scale`.
+template <typename T>
+void scatter(const float* from, int64_t wide, T* states, int64_t stride, int64_t tokens, int64_t width, float scale) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t d = 0; d < width; d += LANES)
+            give(load(from + t * wide + d) * scale, states + t * stride, d, width);
+}
+
+// [rows, columns] to [columns, rows], where rows is a multiple of LANES.
 void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
     for (int64_t r0 = 0; r0 < rows; r0 += LANES)
         for (int64_t c = 0; c < columns; c++)
@@ -242,15 +252,14 @@ struct Attention {
                             const int64_t here = std::min<int64_t>(QUERIES, tokens - i), seen = i + here;
                             const int64_t of_head = ((begin + i) * heads + h) * width;
                             gather(query + of_head, heads * width, here, width, q, wide, QUERIES, scale);
-                            multiply(
-                                q, wide, 1, QUERIES, kt, padded, wide, up_to(seen, TILE), weights, padded, false
-                            );
-                            for (int64_t n = 0; n < here; n++)
-                                normalisers[(begin + i + n) * heads + h] = softmax(weights + n * padded, i + n + 1, seen);
+                            const int64_t columns = up_to(seen, TILE);
+                            multiply(q, wide, 1, QUERIES, kt, padded, wide, columns, weights, padded, false);
+                            for (int64_t n = 0; n < here; n++) {
+                                const int64_t at = (begin + i + n) * heads + h;
+                                normalisers[at] = softmax(weights + n * padded, i + n + 1, seen);
+                            }
                             multiply(weights, padded, 1, QUERIES, v, wide, seen, wide, made, wide, false);
-                            for (int64_t n = 0; n < here; n++)
-                                for (int64_t d = 0; d < width; d += LANES)
-                                    give(load(made + n * wide + d), out + of_head + n * heads * width, d, width);
+                            scatter(made, wide, out + of_head, heads * width, here, width, 1.0f);
                         }
                 }
         }
@@ -307,21 +316,13 @@ struct Attention {
                                 }
                             }
                             multiply(dweights, padded, 1, QUERIES, k, wide, seen, wide, made, wide, false);
-                            for (int64_t n = 0; n < here; n++)
-                                for (int64_t d = 0; d < width; d += LANES)
-                                    give(
-                                        load(made + n * wide + d) * scale, of_query + of_head + n * heads * width, d,
-                                        width
-                                    );
+                            scatter(made, wide, of_query + of_head, heads * width, here, width, scale);
                             const int64_t keys = up_to(seen, HIGH);
                             multiply(weights, 1, padded, keys, dout, wide, here, wide, dv, wide, true);
                             multiply(dweights, 1, padded, keys, q, wide, here, wide, dk, wide, true);
                         }
-                    for (int64_t t = 0; t < tokens; t++)
-                        for (int64_t d = 0; d < width; d += LANES) {
-                            give(load(dk + t * wide + d), of_key + of_group + t * groups * width, d, width);
-                            give(load(dv + t * wide + d), of_value + of_group + t * groups * width, d, width);
-                        }
+                    scatter(dk, wide, of_key + of_group, groups * width, tokens, width, 1.0f);
+                    scatter(dv, wide, of_value + of_group, groups * width, tokens, width, 1.0f);
                 }
         }
     }
@@ -348,8 +349,8 @@ inline Lanes sums(Lanes* x) {
 template <typename T>
 void attend_new(
     const T* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,
-    const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale, T* out,
-    int64_t threads
+    const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale,
+    T* out, int64_t threads
 ) {
     const int64_t wide = up_to(width, LANES), padded = up_to(tokens, LANES);
 #pragma omp parallel num_threads(threads)
@@ -384,10 +385,11 @@ void attend_new(
 
 constexpr int64_t LITTLE = 1 << 14;  // numbers up to which it takes longer to wake a thread than to do without
 
-
 // weight · x / √(mean x² + ε) (Zhang & Sennrich 2019); scales: what each x was multiplied by.
 template <typename T>
-void norm(const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads) {
+void norm(
+    const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads
+) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
     for (int64_t t = 0; t < tokens; t++) {
         Lanes squares{};
@@ -444,8 +446,6 @@ void rotate(
         }
 }
 
-constexpr int64_t RUN = 4096;  // numbers that a thread is given at a time
-
 // silu(gate) · up (Shazeer 2020), each [tokens, width] and tokens `apart`.
 template <typename T>
 void gate(const T* gates, const T* ups, int64_t apart, T* out, int64_t tokens, int64_t width, int64_t threads) {
@@ -458,29 +458,33 @@ void gate(const T* gates, const T* ups, int64_t apart, T* out, int64_t tokens, i
 }
 
 template <typename T>
-void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t count, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (count > LITTLE)
-    for (int64_t from = 0; from < count; from += RUN)
-        for (int64_t i = from; i < std::min(from + RUN, count); i += LANES) {
-            Lanes g = take(gates, i, count), outer = take(gradient, i, count), open = sigmoid(g);
-            give(outer * g * open, of_ups, i, count);
-            give(outer * take(ups, i, count) * open * (1.0f + g * (1.0f - open)), of_gates, i, count);
+void gate_backward(
+    const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t tokens, int64_t width,
+    int64_t threads
+) {
+#pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t d = 0, at = t * width; d < width; d += LANES) {
+            Lanes g = take(gates + at, d, width), outer = take(gradient + at, d, width), open = sigmoid(g);
+            give(outer * g * open, of_ups + at, d, width);
+            give(outer * take(ups + at, d, width) * open * (1.0f + g * (1.0f - open)), of_gates + at, d, width);
         }
 }
 
 }  // namespace
 
+// For each type of number, the functions above by names that C has.
 #define FOR_TYPE(T, NAME)                                                                                              \
     void attention_##NAME(                                                                                             \
         const T* query, const T* key, const T* value, const int64_t* starts, int64_t rows, int64_t heads,              \
-        int64_t groups, int64_t width, float scale, T* out, float* normalisers, int64_t threads                            \
+        int64_t groups, int64_t width, float scale, T* out, float* normalisers, int64_t threads                        \
     ) {                                                                                                                \
         Attention<T>{query, key, value, starts, rows, heads, groups, width, scale}.forward(out, normalisers, threads); \
     }                                                                                                                  \
     void attention_backward_##NAME(                                                                                    \
         const T* query, const T* key, const T* value, const int64_t* starts, int64_t rows, int64_t heads,              \
         int64_t groups, int64_t width, float scale, const T* out, const float* normalisers, const T* gradient,         \
-        T* of_query, T* of_key, T* of_value, int64_t threads                                                               \
+        T* of_query, T* of_key, T* of_value, int64_t threads                                                           \
     ) {                                                                                                                \
         Attention<T>{query, key, value, starts, rows, heads, groups, width, scale}.backward(                           \
             out, normalisers, gradient, of_query, of_key, of_value, threads                                            \
@@ -497,13 +501,14 @@ void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates,
         );                                                                                                             \
     }                                                                                                                  \
     void norm_##NAME(                                                                                                  \
-        const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads  \
+        const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon,              \
+        int64_t threads                                                                                                \
     ) {                                                                                                                \
         norm(x, weight, out, scales, tokens, width, epsilon, threads);                                                 \
     }                                                                                                                  \
     void norm_backward_##NAME(                                                                                         \
         const T* x, const T* weight, const float* scales, const T* gradient, T* of_x, int64_t tokens, int64_t width,   \
-        int64_t threads                                                                                                    \
+        int64_t threads                                                                                                \
     ) {                                                                                                                \
         norm_backward(x, weight, scales, gradient, of_x, tokens, width, threads);                                      \
     }                                                                                                                  \
@@ -519,9 +524,10 @@ void gate_backward(const T* gates, const T* ups, const T* gradient, T* of_gates,
         gate(gates, ups, apart, out, tokens, width, threads);                                                          \
     }                                                                                                                  \
     void gate_backward_##NAME(                                                                                         \
-        const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t count, int64_t threads            \
+        const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t tokens, int64_t width,        \
+        int64_t threads                                                                                                \
     ) {                                                                                                                \
-        gate_backward(gates, ups, gradient, of_gates, of_ups, count, threads);                                         \
+        gate_backward(gates, ups, gradient, of_gates, of_ups, tokens, width, threads);                                 \
     }
 
 extern "C" {

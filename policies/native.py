@@ -7,9 +7,10 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
+import shlex
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,30 +58,36 @@ def _address(tensor: Tensor) -> int:
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be compiled.
 
-    They are kept in the user's cache folder, under a name that says of which source, compiler and processor they are,
-    and share the threads of torch, whose OpenMP library is in the process already.
+    They share the threads of torch, whose OpenMP library is in the process already.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        return None
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, (*FLAGS, _processor()))]))
-    kept = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, kept)
-        return ctypes.CDLL(str(kept))
+        with suppress(OSError, RuntimeError):  # no home, none that can be written to, or a file in it is no library
+            return _kept(compiler)
+        with tempfile.TemporaryDirectory() as folder:
+            return _made(compiler, Path(folder) / "kernels.so")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _compile(compiler: str, to: Path) -> None:
-    """Under a name of its own first: several processes may be at it."""
+def _kept(compiler: list[str]) -> ctypes.CDLL:
+    """From the user's cache folder, under a name that says of which source, compiler and processor they are."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, (*FLAGS, _processor()))]))
+    kept = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    if kept.exists():
+        return ctypes.CDLL(str(kept))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    return _made(compiler, kept)
+
+
+def _made(compiler: list[str], to: Path) -> ctypes.CDLL:
+    """Compiled, under a name of its own first: several processes may be at it."""
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         made = Path(folder) / to.name
-        subprocess.run([compiler, *FLAGS, "-Wno-psabi", str(SOURCE), "-o", str(made)], capture_output=True, check=True)
+        subprocess.run([*compiler, *FLAGS, "-Wno-psabi", str(SOURCE), "-o", str(made)], capture_output=True, check=True)
         made.replace(to)
+    return ctypes.CDLL(str(to))
 
 
 def _cache_folder() -> Path:

@@ -34,15 +34,12 @@ class PlainStack:
         That it computes what the model does is for the caller to check.
         """
         layers = getattr(base.base_model, "layers", ())
-        if (
-            not native.runs(base.get_input_embeddings().weight)
-            or not layers
-            or any(type(layer).__name__ not in FAMILIES for layer in layers)
-        ):
+        if not layers or any(type(layer).__name__ not in FAMILIES for layer in layers):
             return False
         config = base.config
         plain = config.hidden_act == "silu" and not getattr(config, "sliding_window", None)
-        return plain and all(map(_wholly_adapted, layers)) and native.runs(base.get_input_embeddings().weight)
+        frozen = [weight for name, weight in base.named_parameters() if ".lora_" not in name]
+        return plain and all(map(_wholly_adapted, layers)) and native.runs(*frozen)
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._model: Any = base.base_model

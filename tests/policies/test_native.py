@@ -56,18 +56,31 @@ def test_without_a_compiler_that_works_there_are_none(
     assert not cache_folder.exists() or not list(cache_folder.iterdir())
 
 
-def test_a_cache_folder_that_cannot_be_written_to_is_no_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+@pytest.mark.parametrize("trouble", ["no folder", "no home", "no library"])
+def test_they_are_compiled_for_one_process_where_they_cannot_be_kept(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert native.library() is None
+    if trouble == "no folder":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif trouble == "no home":
+        monkeypatch.setattr(native, "_cache_folder", Path("~nobody-at-all").expanduser)
+    else:
+        assert native.library() is not None
+        (made,) = cache_folder.iterdir()
+        made.unlink()  # what is loaded stays whole
+        made.write_text("no library")
+        native.library.cache_clear()
+    assert native.runs(torch.zeros(1))
+    out = torch.empty(2)
+    native.call("gate", out.dtype, torch.ones(2), torch.ones(2), 2, out, 1, 2)
+    torch.testing.assert_close(out, torch.nn.functional.silu(torch.ones(2)))
 
 
 def test_a_tensor_that_does_not_lie_in_order_is_refused() -> None:
     x = torch.zeros(4, 4).T
     with pytest.raises(ValueError, match=r"strides \(1, 4\) for shape \(4, 4\)"):
-        native.call("gate_backward", x.dtype, x, x, x, x, x, 16)
+        native.call("gate_backward", x.dtype, x, x, x, x, x, 4, 4)
 
 
 def test_torch_and_the_kernels_share_their_threads() -> None:
