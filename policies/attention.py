@@ -37,7 +37,7 @@ def _attention(
     With `rows` among the options, B is 1, T the tokens of all rows, and each row sees itself alone, whatever the mask.
     """
     rows: Rows | None = options.pop("rows", None)
-    scale = options.get("scaling") or query.shape[3] ** -0.5
+    scale = float(options.get("scaling") or query.shape[3] ** -0.5)
     if native.runs(query, key, value) and not options.get("dropout"):
         starts = _short_rows(rows, query, key, value, attention_mask)
         if starts is not None:

@@ -34,7 +34,7 @@ def call(name: str, dtype: torch.dtype, *given: Any) -> None:
     """Run a kernel for numbers of this dtype on as many threads as torch uses.
 
     Tensors must be contiguous, of the shapes and dtypes that `kernels.cpp` names, or given as their `data_ptr()` where
-    the kernel is told how far apart its rows lie; those of the result are written to.
+    the kernel is told how far apart its rows lie; those of the result are written to. A C float is given as a float.
     """
     function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, given)))
     function(*[_address(value) if isinstance(value, Tensor) else value for value in given], torch.get_num_threads())

@@ -27,7 +27,7 @@ class FrozenRmsNorm:
         weight = self.norm.weight
         if weight.requires_grad or not native.runs(x, weight):
             return self.own(x)
-        return _RmsNorm.apply(x.contiguous(), weight, self.norm.variance_epsilon)
+        return _RmsNorm.apply(x.contiguous(), weight, float(self.norm.variance_epsilon))
 
 
 class _RmsNorm(torch.autograd.Function):

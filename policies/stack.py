@@ -66,7 +66,7 @@ class PlainStack:
 class _Layer:
     def __init__(self, layer: Any) -> None:
         self.layer, attention = layer, layer.self_attn
-        self.width, self.scale = attention.head_dim, attention.scaling
+        self.width, self.scale = attention.head_dim, float(attention.scaling)
         self.norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.maps: list[AdaptedLinear] = _maps(layer)
         heads = [part.base.out_features // self.width for part in self.maps[:3]]
