@@ -98,6 +98,8 @@ inline Lanes exponential(Lanes x) {
     return p * as<Lanes>((__builtin_convertvector(whole, Integers) + 127) << 23);
 }
 
+constexpr int64_t LITTLE = 1 << 14;  // numbers up to which it takes longer to wake a thread than to do without
+
 inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // The lanes from place i on of an array of n numbers; zeros behind its end.
@@ -353,7 +355,7 @@ void attend_new(
     T* out, int64_t threads
 ) {
     const int64_t wide = up_to(width, LANES), padded = up_to(tokens, LANES);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (rows * heads * tokens * width > LITTLE)
     {
         Room room(wide + padded);
         float *q = room(wide), *weights = room(padded);
@@ -382,8 +384,6 @@ void attend_new(
 }
 
 // ------------------------------------------------------------------------------------------------- token by token
-
-constexpr int64_t LITTLE = 1 << 14;  // numbers up to which it takes longer to wake a thread than to do without
 
 // weight · x / √(mean x² + ε) (Zhang & Sennrich 2019); scales: what each x was multiplied by.
 template <typename T>
