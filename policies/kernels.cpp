@@ -234,6 +234,13 @@ struct Attention {
         return up_to(most, TILE);
     }
 
+    // One group's keys or values of a row as [tokens, wide], and as [wide, tokens] unless `turned` is null.
+    void hold(const T* states, int64_t tokens, float* to, float* turned) const {
+        const int64_t padded = up_to(tokens, TILE);
+        gather(states, groups * width, tokens, width, to, wide(), padded, 1.0f);
+        if (turned) transpose(to, padded, wide(), turned);
+    }
+
     void forward(T* out, float* normalisers, int64_t threads) const {
         const int64_t wide = this->wide(), longest = this->longest();
 #pragma omp parallel num_threads(threads)
@@ -246,9 +253,8 @@ struct Attention {
                 for (int64_t g = 0; g < groups; g++) {
                     const int64_t begin = starts[r], tokens = starts[r + 1] - begin, padded = up_to(tokens, TILE);
                     const int64_t of_group = (begin * groups + g) * width;
-                    gather(key + of_group, groups * width, tokens, width, k, wide, padded, 1.0f);
-                    gather(value + of_group, groups * width, tokens, width, v, wide, padded, 1.0f);
-                    transpose(k, padded, wide, kt);
+                    hold(key + of_group, tokens, k, kt);
+                    hold(value + of_group, tokens, v, nullptr);
                     for (int64_t h = g * (heads / groups); h < (g + 1) * (heads / groups); h++)
                         for (int64_t i = 0; i < tokens; i += QUERIES) {
                             const int64_t here = std::min<int64_t>(QUERIES, tokens - i), seen = i + here;
@@ -283,10 +289,8 @@ struct Attention {
                 for (int64_t g = 0; g < groups; g++) {
                     const int64_t begin = starts[r], tokens = starts[r + 1] - begin, padded = up_to(tokens, TILE);
                     const int64_t of_group = (begin * groups + g) * width;
-                    gather(key + of_group, groups * width, tokens, width, k, wide, padded, 1.0f);
-                    gather(value + of_group, groups * width, tokens, width, v, wide, padded, 1.0f);
-                    transpose(k, padded, wide, kt);
-                    transpose(v, padded, wide, vt);
+                    hold(key + of_group, tokens, k, kt);
+                    hold(value + of_group, tokens, v, vt);
                     std::fill(dk, dk + padded * wide, 0.0f);
                     std::fill(dv, dv + padded * wide, 0.0f);
                     for (int64_t h = g * (heads / groups); h < (g + 1) * (heads / groups); h++)
