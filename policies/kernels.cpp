@@ -1,9 +1,10 @@
 // What torch does on a CPU in many passes over memory, in one: causal attention to rows that stand one after another,
-// RMSNorm with a frozen weight, rotary positions and the gated unit, each with its gradient; and, for decoding, the
-// attention of one new token a row.
+// RMSNorm with a frozen weight, rotary positions and the gated unit, each with its gradient; and, for decoding, one new
+// token a row through all layers.
 //
-// Numbers come in float or bfloat16 and are computed with in float. Each row of a result is the work of one thread, in
-// an order that does not depend on how many there are. `policies/native.py` compiles this file and calls it.
+// Numbers come in float or bfloat16 and are computed with in float. Each row of a result is made in an order that
+// depends neither on the other rows nor on how many threads there are. `policies/native.py` compiles this file and
+// calls it.
 
 #include <algorithm>
 #include <cmath>
@@ -72,6 +73,22 @@ inline float sum(Lanes x) {
 
 inline float greatest(Lanes x) {
     return reduce(x, [](float a, float b) { return a > b ? a : b; });
+}
+
+// Of two vectors, the sums of lanes that are DISTANCE apart: of the first in the lower half of each 2·DISTANCE lanes.
+template <int DISTANCE>
+inline Lanes fold(Lanes one, Lanes other) {
+    Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Integers near = lane + ((lane & DISTANCE) / DISTANCE) * (LANES - DISTANCE), far = near + DISTANCE;
+    return __builtin_shuffle(one, other, near) + __builtin_shuffle(one, other, far);
+}
+
+// The sum of each of LANES vectors, which are lost.
+inline Lanes sums(Lanes* x) {
+    for (int i = 0; i < 8; i++) x[i] = fold<8>(x[i], x[i + 8]);
+    for (int i = 0; i < 4; i++) x[i] = fold<4>(x[i], x[i + 4]);
+    for (int i = 0; i < 2; i++) x[i] = fold<2>(x[i], x[i + 2]);
+    return fold<1>(x[0], x[1]);
 }
 
 // The lanes before `count`, and `other` in place of those behind them.
@@ -334,65 +351,12 @@ struct Attention {
     }
 };
 
-// Of two vectors, the sums of lanes that are DISTANCE apart: of the first in the lower half of each 2·DISTANCE lanes.
-template <int DISTANCE>
-inline Lanes fold(Lanes one, Lanes other) {
-    Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    Integers near = lane + ((lane & DISTANCE) / DISTANCE) * (LANES - DISTANCE), far = near + DISTANCE;
-    return __builtin_shuffle(one, other, near) + __builtin_shuffle(one, other, far);
-}
-
-// The sum of each of LANES vectors, which are lost.
-inline Lanes sums(Lanes* x) {
-    for (int i = 0; i < 8; i++) x[i] = fold<8>(x[i], x[i + 8]);
-    for (int i = 0; i < 4; i++) x[i] = fold<4>(x[i], x[i + 4]);
-    for (int i = 0; i < 2; i++) x[i] = fold<2>(x[i], x[i + 2]);
-    return fold<1>(x[0], x[1]);
-}
-
-// Attention of one new token a row to those that the row holds. query: [rows, heads, width], rows `query_row` apart;
-// keys, values: [rows, groups, tokens, width], rows and groups `of_row` and `of_group` apart; seen: [rows, tokens].
-template <typename T>
-void attend_new(
-    const T* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,
-    const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale,
-    T* out, int64_t threads
-) {
-    const int64_t wide = up_to(width, LANES), padded = up_to(tokens, LANES);
-#pragma omp parallel num_threads(threads) if (rows * heads * tokens * width > LITTLE)
-    {
-        Room room(wide + padded);
-        float *q = room(wide), *weights = room(padded);
-#pragma omp for collapse(2)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t held = r * of_row + h / (heads / groups) * of_group;
-                gather(query + r * query_row + h * width, 0, 1, width, q, wide, 1, scale);
-                for (int64_t first = 0; first < tokens; first += LANES) {
-                    Lanes dots[LANES] = {};
-                    for (int64_t t = first; t < std::min(first + LANES, tokens); t++)
-                        for (int64_t d = 0; d < width; d += LANES)
-                            dots[t - first] += load(q + d) * take(keys + held + t * width, d, width);
-                    store(weights + first, sums(dots));
-                }
-                for (int64_t t = 0; t < tokens; t++)
-                    if (!seen[r * tokens + t]) weights[t] = -INFINITY;
-                softmax(weights, tokens, tokens);
-                for (int64_t d = 0; d < width; d += LANES) {
-                    Lanes made{};
-                    for (int64_t t = 0; t < tokens; t++) made += weights[t] * take(values + held + t * width, d, width);
-                    give(made, out + (r * heads + h) * width, d, width);
-                }
-            }
-    }
-}
-
 // ------------------------------------------------------------------------------------------------- token by token
 
 // weight · x / √(mean x² + ε) (Zhang & Sennrich 2019); scales: what each x was multiplied by.
-template <typename T>
+template <typename X, typename T>
 void norm(
-    const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads
+    const X* x, const T* weight, X* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads
 ) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
     for (int64_t t = 0; t < tokens; t++) {
@@ -429,9 +393,9 @@ void norm_backward(
 
 // Both halves of each head against each other (Su et al. 2021). states: [tokens, heads, width], tokens `apart`;
 // angles: [tokens, width].
-template <typename T>
+template <typename X, typename T>
 void rotate(
-    const T* states, int64_t apart, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads,
+    const X* states, int64_t apart, const T* cosines, const T* sines, X* out, int64_t tokens, int64_t heads,
     int64_t width, int64_t back, int64_t threads
 ) {
     const int64_t half = width / 2;
@@ -474,6 +438,170 @@ void gate_backward(
             give(outer * take(ups + at, d, width) * open * (1.0f + g * (1.0f - open)), of_gates + at, d, width);
         }
 }
+
+// ----------------------------------------------------------------------------------------------------------- decoding
+
+// Attention of one new token a row to those that the row holds. query: [rows, heads, width], rows `query_row` apart;
+// keys, values: [rows, groups, tokens, width], rows and groups `of_row` and `of_group` apart; seen: [rows, tokens].
+template <typename X, typename T>
+void attend_new(
+    const X* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,
+    const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale,
+    X* out, int64_t threads
+) {
+    const int64_t wide = up_to(width, LANES), padded = up_to(tokens, LANES);
+#pragma omp parallel num_threads(threads) if (rows * heads * tokens * width > LITTLE)
+    {
+        Room room(wide + padded);
+        float *q = room(wide), *weights = room(padded);
+#pragma omp for collapse(2)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t held = r * of_row + h / (heads / groups) * of_group;
+                gather(query + r * query_row + h * width, 0, 1, width, q, wide, 1, scale);
+                for (int64_t first = 0; first < tokens; first += LANES) {
+                    Lanes dots[LANES] = {};
+                    for (int64_t t = first; t < std::min(first + LANES, tokens); t++)
+                        for (int64_t d = 0; d < width; d += LANES)
+                            dots[t - first] += load(q + d) * take(keys + held + t * width, d, width);
+                    store(weights + first, sums(dots));
+                }
+                for (int64_t t = 0; t < tokens; t++)
+                    if (!seen[r * tokens + t]) weights[t] = -INFINITY;
+                softmax(weights, tokens, tokens);
+                for (int64_t d = 0; d < width; d += LANES) {
+                    Lanes made{};
+                    for (int64_t t = 0; t < tokens; t++) made += weights[t] * take(values + held + t * width, d, width);
+                    give(made, out + (r * heads + h) * width, d, width);
+                }
+            }
+    }
+}
+
+// Products of R rows with LANES / R rows of a weight: out[r · LANES / R + n] = Σ_k x[r · inner + k] · weight[n][k].
+template <int R, typename T>
+inline void dots(const float* x, const T* const* weight, int64_t inner, float* out) {
+    constexpr int N = LANES / R;
+    Lanes made[LANES] = {};
+    const auto along = [&](int64_t k, auto at) {
+        Lanes weights[N];
+        for (int n = 0; n < N; n++) weights[n] = at(weight[n], k);
+        for (int r = 0; r < R; r++) {
+            const Lanes own = at(x + r * inner, k);
+            for (int n = 0; n < N; n++) made[r * N + n] += own * weights[n];
+        }
+    };
+    int64_t k = 0;
+    for (; k + LANES <= inner; k += LANES) along(k, [](const auto* from, int64_t i) { return load(from + i); });
+    if (k < inner) along(k, [&](const auto* from, int64_t i) { return take(from, i, inner); });
+    store(out, sums(made));
+}
+
+// For each R rows that are left: their products with `outputs` rows of a weight, on top of what is there.
+template <int R, typename T>
+inline int64_t add_dots(
+    const float* x, const T* weight, float* out, int64_t row, int64_t rows, int64_t inner, int64_t outer,
+    int64_t outputs
+) {
+    constexpr int N = LANES / R;
+    for (; row + R <= rows; row += R)
+        for (int64_t n = 0; n < outputs; n += N) {
+            const T* own[N];
+            for (int i = 0; i < N; i++) own[i] = weight + std::min(n + i, outputs - 1) * inner;
+            float made[LANES];
+            dots<R>(x + row * inner, own, inner, made);
+            for (int r = 0; r < R; r++)
+                for (int64_t i = 0; i < std::min<int64_t>(N, outputs - n); i++)
+                    out[(row + r) * outer + n + i] += made[r * N + i];
+        }
+    return row;
+}
+
+// out += x · weightᵀ for few rows. x: [rows, inner]; weight: [outer, inner]; out: [rows, outer].
+template <typename T>
+void add_product(
+    const float* x, const T* weight, float* out, int64_t rows, int64_t inner, int64_t outer, int64_t threads
+) {
+#pragma omp parallel for num_threads(threads) if (inner * outer > LITTLE)
+    for (int64_t n = 0; n < outer; n += LANES) {
+        const T* own = weight + n * inner;
+        const int64_t outputs = std::min<int64_t>(LANES, outer - n);
+        int64_t row = add_dots<4>(x, own, out + n, 0, rows, inner, outer, outputs);
+        row = add_dots<2>(x, own, out + n, row, rows, inner, outer, outputs);
+        add_dots<1>(x, own, out + n, row, rows, inner, outer, outputs);
+    }
+}
+
+// One layer's weights, [outputs, inputs], those of one input beside each other, and its keys and values. No bias and no
+// norm of queries and keys where these are null.
+template <typename T>
+struct Layer {
+    const T *norm, *inward, *bias, *query_norm, *key_norm, *outward, *norm_after, *up, *down;
+    T *keys, *values;
+};
+
+// The layers of a Llama for one new token a row, whose keys and values are the last of `tokens` that the row holds.
+template <typename T>
+struct Stack {
+    const Layer<T>* layers;
+    int64_t count, rows, hidden, heads, groups, width, inner;
+    const T *cosines, *sines;           // [rows, width]
+    int64_t of_row, of_group, tokens;   // how far apart rows and groups of keys and values lie, and how many there are
+    const int64_t* seen;                // [rows, tokens]
+    float epsilon, scale;
+    int64_t threads;
+
+    // x: [rows, hidden], in place.
+    void run(float* x) const {
+        const int64_t turned = heads + groups, all = turned + groups;
+        const int64_t most = std::max(std::max(hidden, all * width), 2 * inner);
+        Room room(3 * rows * most + rows * turned * width + rows * heads + 3 * LANES);
+        float *normed = room(rows * most), *states = room(rows * most), *made = room(rows * most);
+        float *rotated = room(rows * turned * width), *scales = room(rows * heads);
+        for (const Layer<T>* layer = layers; layer < layers + count; layer++) {
+            norm(x, layer->norm, normed, scales, rows, hidden, epsilon, threads);
+            begin(layer->bias, states, all * width);
+            add_product(normed, layer->inward, states, rows, hidden, all * width, threads);
+            if (layer->query_norm)
+                for (int64_t r = 0; r < rows; r++) {
+                    float *query = states + r * all * width, *key = query + heads * width;
+                    norm(query, layer->query_norm, query, scales, heads, width, epsilon, 1);
+                    norm(key, layer->key_norm, key, scales, groups, width, epsilon, 1);
+                }
+            rotate(states, all * width, cosines, sines, rotated, rows, turned, width, 0, threads);
+            hold(rotated + heads * width, turned * width, layer->keys);
+            hold(states + turned * width, all * width, layer->values);
+            attend_new(
+                rotated, turned * width, layer->keys, layer->values, of_row, of_group, seen, rows, heads, groups, width,
+                tokens, scale, made, threads
+            );
+            add_product(made, layer->outward, x, rows, heads * width, hidden, threads);
+            norm(x, layer->norm_after, normed, scales, rows, hidden, epsilon, threads);
+            begin(static_cast<const T*>(nullptr), states, 2 * inner);
+            add_product(normed, layer->up, states, rows, hidden, 2 * inner, threads);
+            gate(states, states + inner, 2 * inner, made, rows, inner, threads);
+            add_product(made, layer->down, x, rows, inner, hidden, threads);
+        }
+    }
+
+    // A bias in each row, or zeros.
+    void begin(const T* bias, float* out, int64_t outputs) const {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t n = 0; n < outputs; n += LANES)
+                give(bias ? take(bias, n, outputs) : Lanes{}, out + r * outputs, n, outputs);
+    }
+
+    // Keys or values of the new tokens, rows `apart`, to their place.
+    void hold(const float* states, int64_t apart, T* to) const {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < groups; g++)
+                for (int64_t d = 0; d < width; d += LANES)
+                    give(
+                        take(states + r * apart + g * width, d, width),
+                        to + r * of_row + g * of_group + (tokens - 1) * width, d, width
+                    );
+    }
+};
 
 }  // namespace
 
@@ -532,6 +660,15 @@ void gate_backward(
         int64_t threads                                                                                                \
     ) {                                                                                                                \
         gate_backward(gates, ups, gradient, of_gates, of_ups, tokens, width, threads);                                 \
+    }                                                                                                                  \
+    void stack_##NAME(                                                                                                 \
+        const Layer<T>* layers, int64_t count, int64_t rows, int64_t hidden, int64_t heads, int64_t groups,            \
+        int64_t width, int64_t inner, const T* cosines, const T* sines, int64_t of_row, int64_t of_group,              \
+        int64_t tokens, const int64_t* seen, float epsilon, float scale, float* x, int64_t threads                     \
+    ) {                                                                                                                \
+        Stack<T>{layers, count, rows, hidden, heads, groups, width, inner, cosines, sines, of_row, of_group, tokens,   \
+                 seen, epsilon, scale, threads}                                                                        \
+            .run(x);                                                                                                   \
     }
 
 extern "C" {

@@ -1,6 +1,6 @@
 """One new token a row through the layers of a Llama, or of a family built like it, on the CPU.
 
-For so few rows, what modules cost is more than the arithmetic. Here a layer is some fifteen operations.
+For so few rows, what modules and operations cost is more than the arithmetic. Here all layers are one call.
 """
 
 from typing import Any
@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from policies import native
-from policies.attention import attend_new
-from policies.gated import gated
 from policies.lora import AdaptedLinear
 from policies.norms import normed
-from policies.rotation import rotated
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Classes of layers that are norm, attention, norm and gated feed-forward part, and nothing else."""
@@ -24,7 +20,7 @@ FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qw
 class PlainStack:
     """The layers of a model, for roles whose adapters are merged into copies of the weights.
 
-    Linear maps that are given the same input lie in one weight, so that there is one product in place of two or three.
+    Linear maps that are given the same input lie in one weight. What goes from one map to the next is in float32.
     """
 
     @classmethod
@@ -44,6 +40,11 @@ class PlainStack:
     def __init__(self, base: PreTrainedModel) -> None:
         self._model: Any = base.base_model
         self._layers = [_Layer(layer) for layer in self._model.layers]
+        first = self._model.layers[0]
+        attention, maps = first.self_attn, _maps(first)
+        heads, groups = (part.base.out_features // attention.head_dim for part in maps[:2])
+        self._shape = maps[0].base.in_features, heads, groups, attention.head_dim, maps[6].base.in_features
+        self._constants = float(first.input_layernorm.variance_epsilon), float(attention.scaling)
 
     def make_room(self, role: str) -> None:
         """Have what `AdaptedLinear.merge` writes of a role written side by side where inputs are the same."""
@@ -53,59 +54,58 @@ class PlainStack:
     def __call__(self, role: str, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Last hidden states `[B, H]` of new tokens `[B]`, whose keys and values go into the cache.
 
-        positions: `[B, 1]` int64; mask: `[B, S]`, 1 where a token may be seen, the new ones last.
+        positions: `[B, 1]` int64; mask: `[B, S]` int64, 1 where a token may be seen, the new ones last.
         """
-        x = self._model.embed_tokens(ids)
-        angles = self._model.rotary_emb(x, positions)
-        seen = mask.contiguous()
-        for layer, held in zip(self._layers, cache.layers, strict=True):
-            x = layer(role, x, angles, seen, held)
-        return _normed(x, self._model.norm)
+        _, _, groups, width, _ = self._shape
+        embedded = self._model.embed_tokens(ids)
+        angles = [part.contiguous() for part in self._model.rotary_emb(embedded, positions)]
+        place = embedded.new_empty(len(ids), groups, 1, width)  # that the kernel writes to
+        held = [layer.update(place, place) for layer in cache.layers]
+        lies = _how_they_lie([states for pair in held for states in pair], width)
+        layers = [own.addresses(role, *pair) for own, pair in zip(self._layers, held, strict=True)]
+        x, seen = embedded.float(), mask.contiguous()
+        given = torch.tensor(layers), len(layers), len(ids), *self._shape, *angles, *lies, mask.shape[1], seen
+        native.call("stack", embedded.dtype, *given, *self._constants, x)
+        norm = self._model.norm
+        return normed(x.to(embedded.dtype), norm.weight, norm.variance_epsilon)[0]
 
 
 class _Layer:
     def __init__(self, layer: Any) -> None:
-        self.layer, attention = layer, layer.self_attn
-        self.width, self.scale = attention.head_dim, float(attention.scaling)
-        self.norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.layer = layer
         self.maps: list[AdaptedLinear] = _maps(layer)
-        heads = [part.base.out_features // self.width for part in self.maps[:3]]
-        self.heads, self.groups = heads[0], heads[1]
         biases = [part.base.bias for part in self.maps[:3]]
-        self.bias = None if biases[0] is None else torch.cat(biases)
-        self.weights: dict[str, tuple[Tensor, ...]] = {}
+        bias = None if biases[0] is None else torch.cat(biases)
+        norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+        self.between = [bias, *(norm and norm.weight for norm in norms)]
+        self.rooms: dict[str, list[Tensor]] = {}
 
     def make_room(self, role: str) -> None:
-        if role in self.weights:
+        if role in self.rooms:
             return
-        rooms = []
+        self.rooms[role] = []
         for siblings in (self.maps[:3], self.maps[3:4], self.maps[4:6], self.maps[6:]):
             sizes = [part.base.out_features for part in siblings]
-            room = siblings[0].base.weight.new_empty(siblings[0].base.in_features, sum(sizes))
-            for part, own in zip(siblings, room.split(sizes, dim=1), strict=True):
+            room = siblings[0].base.weight.new_empty(sum(sizes), siblings[0].base.in_features)
+            for part, own in zip(siblings, room.split(sizes), strict=True):
                 part.rooms[role] = own
-            rooms.append(room)
-        self.weights[role] = tuple(rooms)
+            self.rooms[role].append(room)
 
-    def __call__(self, role: str, x: Tensor, angles: tuple[Tensor, Tensor], seen: Tensor, held: DynamicLayer) -> Tensor:
-        inward, outward, up, down = self.weights[role]
-        states = _normed(x, self.layer.input_layernorm) @ inward
-        if self.bias is not None:
-            states += self.bias
-        attended = self._attend(states.view(len(x), -1, self.width), angles, seen, held)
-        x = torch.addmm(x, attended.view(len(x), -1), outward)
-        gate, value = (_normed(x, self.layer.post_attention_layernorm) @ up).chunk(2, dim=-1)
-        return torch.addmm(x, gated(gate, value), down)
+    def addresses(self, role: str, keys: Tensor, values: Tensor) -> list[int]:
+        """Of all that the kernel wants of a layer, in its order; 0 of what the layer does not have."""
+        inward, outward, up, down = self.rooms[role]
+        before, after = self.layer.input_layernorm.weight, self.layer.post_attention_layernorm.weight
+        of = before, inward, *self.between, outward, after, up, down, keys, values
+        return [0 if tensor is None else tensor.data_ptr() for tensor in of]
 
-    def _attend(self, states: Tensor, angles: tuple[Tensor, Tensor], seen: Tensor, held: DynamicLayer) -> Tensor:
-        """`[B, heads, D]` from queries, keys and values beside each other `[B, heads + 2·groups, D]`."""
-        both, value = states.split([self.heads + self.groups, self.groups], dim=1)
-        if self.norms[0] is not None:
-            parts = both.split([self.heads, self.groups], dim=1)
-            both = torch.cat([_normed(part, norm) for part, norm in zip(parts, self.norms, strict=True)], dim=1)
-        query, key = rotated(both, *angles).split([self.heads, self.groups], dim=1)
-        keys, values = held.update(key.unsqueeze(2), value.unsqueeze(2))
-        return attend_new(query, keys, values, seen, self.scale)
+
+def _how_they_lie(held: list[Tensor], width: int) -> tuple[int, int]:
+    """Between rows, and between groups, of keys and values `[B, groups, S, D]`, which are the same for all layers."""
+    lies = {states.stride() for states in held}
+    (of_row, of_group, *of_token), *others = lies
+    if others or of_token != [width, 1]:
+        raise ValueError(f"keys and values of all layers must lie alike, tokens beside each other; these lie by {lies}")
+    return of_row, of_group
 
 
 def _maps(layer: Any) -> list[Any]:
@@ -120,7 +120,3 @@ def _wholly_adapted(layer: Any) -> bool:
     """Whether every linear map is plain LoRA, and none has a bias but those of queries, keys and values."""
     maps = _maps(layer)
     return all(isinstance(part, AdaptedLinear) for part in maps) and all(part.base.bias is None for part in maps[3:])
-
-
-def _normed(x: Tensor, norm: Any) -> Tensor:
-    return normed(x.contiguous(), norm.weight, norm.variance_epsilon)[0]
