@@ -141,9 +141,9 @@ inline void give(Lanes x, T* to, int64_t i, int64_t n) {
 inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // out[r][0..V·LANES) = Σ_k weights[r·row + k·step] · matrix[k][0..V·LANES), on top of what is there if `add`.
-template <int R, int V>
+template <int R, int V, typename T>
 inline void product(
-    const float* weights, int64_t row, int64_t step, const float* matrix, int64_t width, int64_t count, float* out,
+    const float* weights, int64_t row, int64_t step, const T* matrix, int64_t width, int64_t count, float* out,
     int64_t out_width, bool add
 ) {
     Lanes sums[R][V];
@@ -353,23 +353,25 @@ struct Attention {
 
 // ------------------------------------------------------------------------------------------------- token by token
 
-// weight · x / √(mean x² + ε) (Zhang & Sennrich 2019); scales: what each x was multiplied by.
+// weight · x / √(mean x² + ε) (Zhang & Sennrich 2019). Returns what x was multiplied by.
 template <typename X, typename T>
+inline float norm(const X* x, const T* weight, X* out, int64_t width, float epsilon) {
+    Lanes squares{};
+    for (int64_t d = 0; d < width; d += LANES) {
+        Lanes part = take(x, d, width);
+        squares += part * part;
+    }
+    const float scale = 1 / std::sqrt(sum(squares) / width + epsilon);
+    for (int64_t d = 0; d < width; d += LANES) give(take(x, d, width) * scale * take(weight, d, width), out, d, width);
+    return scale;
+}
+
+template <typename T>
 void norm(
-    const X* x, const T* weight, X* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads
+    const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon, int64_t threads
 ) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
-    for (int64_t t = 0; t < tokens; t++) {
-        Lanes squares{};
-        for (int64_t d = 0; d < width; d += LANES) {
-            Lanes part = take(x + t * width, d, width);
-            squares += part * part;
-        }
-        const float scale = 1 / std::sqrt(sum(squares) / width + epsilon);
-        for (int64_t d = 0; d < width; d += LANES)
-            give(take(x + t * width, d, width) * scale * take(weight, d, width), out + t * width, d, width);
-        scales[t] = scale;
-    }
+    for (int64_t t = 0; t < tokens; t++) scales[t] = norm(x + t * width, weight, out + t * width, width, epsilon);
 }
 
 template <typename T>
@@ -391,38 +393,50 @@ void norm_backward(
     }
 }
 
-// Both halves of each head against each other (Su et al. 2021). states: [tokens, heads, width], tokens `apart`;
-// angles: [tokens, width].
+// Both halves of each head of a token against each other (Su et al. 2021). states: [heads, width]; angles: [width].
 template <typename X, typename T>
-void rotate(
-    const X* states, int64_t apart, const T* cosines, const T* sines, X* out, int64_t tokens, int64_t heads,
-    int64_t width, int64_t back, int64_t threads
+inline void rotate(
+    const X* states, const T* cosines, const T* sines, X* out, int64_t heads, int64_t width, bool back
 ) {
     const int64_t half = width / 2;
-#pragma omp parallel for num_threads(threads) if (tokens * heads * width > LITTLE)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t d = 0; d < half; d += LANES) {
-            Lanes cos1 = take(cosines + t * width, d, half), cos2 = take(cosines + t * width + half, d, half);
-            Lanes sin1 = take(sines + t * width, d, half), sin2 = take(sines + t * width + half, d, half);
-            Lanes of1 = back ? sin2 : -sin1, of2 = back ? -sin1 : sin2;
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t at = (t * heads + h) * width, from = t * apart + h * width;
-                Lanes one = take(states + from, d, half), other = take(states + from + half, d, half);
-                give(one * cos1 + other * of1, out + at, d, half);
-                give(other * cos2 + one * of2, out + at + half, d, half);
-            }
+    for (int64_t d = 0; d < half; d += LANES) {
+        Lanes cos1 = take(cosines, d, half), cos2 = take(cosines + half, d, half);
+        Lanes sin1 = take(sines, d, half), sin2 = take(sines + half, d, half);
+        Lanes of1 = back ? sin2 : -sin1, of2 = back ? -sin1 : sin2;
+        for (int64_t at = 0; at < heads * width; at += width) {
+            Lanes one = take(states + at, d, half), other = take(states + at + half, d, half);
+            give(one * cos1 + other * of1, out + at, d, half);
+            give(other * cos2 + one * of2, out + at + half, d, half);
         }
+    }
 }
 
-// silu(gate) · up (Shazeer 2020), each [tokens, width] and tokens `apart`.
+// states: [tokens, heads, width]; angles: [tokens, width].
 template <typename T>
-void gate(const T* gates, const T* ups, int64_t apart, T* out, int64_t tokens, int64_t width, int64_t threads) {
+void rotate(
+    const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads, int64_t width,
+    int64_t back, int64_t threads
+) {
+#pragma omp parallel for num_threads(threads) if (tokens * heads * width > LITTLE)
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = t * heads * width, angle = t * width;
+        rotate(states + at, cosines + angle, sines + angle, out + at, heads, width, back);
+    }
+}
+
+// silu(gate) · up (Shazeer 2020).
+template <typename T>
+inline void gate(const T* gates, const T* ups, T* out, int64_t width) {
+    for (int64_t d = 0; d < width; d += LANES) {
+        Lanes g = take(gates, d, width);
+        give(g * sigmoid(g) * take(ups, d, width), out, d, width);
+    }
+}
+
+template <typename T>
+void gate(const T* gates, const T* ups, T* out, int64_t tokens, int64_t width, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > LITTLE)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t d = 0; d < width; d += LANES) {
-            Lanes g = take(gates + t * apart, d, width);
-            give(g * sigmoid(g) * take(ups + t * apart, d, width), out + t * width, d, width);
-        }
+    for (int64_t t = 0; t < tokens; t++) gate(gates + t * width, ups + t * width, out + t * width, width);
 }
 
 template <typename T>
@@ -441,41 +455,55 @@ void gate_backward(
 
 // ----------------------------------------------------------------------------------------------------------- decoding
 
-// Attention of one new token a row to those that the row holds. query: [rows, heads, width], rows `query_row` apart;
-// keys, values: [rows, groups, tokens, width], rows and groups `of_row` and `of_group` apart; seen: [rows, tokens].
+// Attention of one query to keys and values [tokens, wide], where wide is a multiple of TILE. weights: room for as many
+// numbers as tokens, up to a multiple of LANES.
+template <typename T>
+inline void attend(
+    const float* query, const T* keys, const T* values, int64_t wide, const int64_t* seen, int64_t tokens,
+    float* weights, float* out
+) {
+    for (int64_t first = 0; first < tokens; first += LANES) {
+        Lanes dots[LANES];
+        for (int i = 0; i < LANES; i++) {
+            const T* key = keys + std::min(first + i, tokens - 1) * wide;
+            Lanes dot{};
+            for (int64_t d = 0; d < wide; d += LANES) dot += load(query + d) * load(key + d);
+            dots[i] = dot;
+        }
+        store(weights + first, sums(dots));
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        if (!seen[t]) weights[t] = -INFINITY;
+    softmax(weights, tokens, tokens);
+    for (int64_t d = 0; d < wide; d += TILE)
+        product<1, WIDE>(weights, 0, 1, values + d, wide, tokens, out + d, wide, false);
+}
+
+// Of the threads that call it together: attention of one new token a row to those that the row holds. query: [rows,
+// heads, width], rows `query_row` apart; keys, values: [rows, groups, tokens, width], rows and groups `of_row` and
+// `of_group` apart; seen: [rows, tokens].
 template <typename X, typename T>
 void attend_new(
     const X* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,
-    const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale,
-    X* out, int64_t threads
+    const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale, X* out
 ) {
-    const int64_t wide = up_to(width, LANES), padded = up_to(tokens, LANES);
-#pragma omp parallel num_threads(threads) if (rows * heads * tokens * width > LITTLE)
-    {
-        Room room(wide + padded);
-        float *q = room(wide), *weights = room(padded);
+    const int64_t wide = up_to(width, TILE), padded = up_to(tokens, LANES), copied = wide > width ? tokens * wide : 0;
+    Room room(2 * wide + padded + 2 * copied);
+    float *q = room(wide), *made = room(wide), *weights = room(padded), *k = room(copied), *v = room(copied);
 #pragma omp for collapse(2)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t held = r * of_row + h / (heads / groups) * of_group;
-                gather(query + r * query_row + h * width, 0, 1, width, q, wide, 1, scale);
-                for (int64_t first = 0; first < tokens; first += LANES) {
-                    Lanes dots[LANES] = {};
-                    for (int64_t t = first; t < std::min(first + LANES, tokens); t++)
-                        for (int64_t d = 0; d < width; d += LANES)
-                            dots[t - first] += load(q + d) * take(keys + held + t * width, d, width);
-                    store(weights + first, sums(dots));
-                }
-                for (int64_t t = 0; t < tokens; t++)
-                    if (!seen[r * tokens + t]) weights[t] = -INFINITY;
-                softmax(weights, tokens, tokens);
-                for (int64_t d = 0; d < width; d += LANES) {
-                    Lanes made{};
-                    for (int64_t t = 0; t < tokens; t++) made += weights[t] * take(values + held + t * width, d, width);
-                    give(made, out + (r * heads + h) * width, d, width);
-                }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t held = r * of_row + h / (heads / groups) * of_group;
+            gather(query + r * query_row + h * width, 0, 1, width, q, wide, 1, scale);
+            if (copied) {
+                gather(keys + held, width, tokens, width, k, wide, tokens, 1.0f);
+                gather(values + held, width, tokens, width, v, wide, tokens, 1.0f);
+                attend(q, k, v, wide, seen + r * tokens, tokens, weights, made);
+            } else {
+                attend(q, keys + held, values + held, wide, seen + r * tokens, tokens, weights, made);
             }
-    }
+            scatter(made, wide, out + (r * heads + h) * width, 0, 1, width, 1.0f);
+        }
 }
 
 // Products of R rows with LANES / R rows of a weight: out[r · LANES / R + n] = Σ_k x[r · inner + k] · weight[n][k].
@@ -517,12 +545,11 @@ inline int64_t add_dots(
     return row;
 }
 
-// out += x · weightᵀ for few rows. x: [rows, inner]; weight: [outer, inner]; out: [rows, outer].
+// Of the threads that call it together: out += x · weightᵀ for few rows. x: [rows, inner]; weight: [outer, inner];
+// out: [rows, outer].
 template <typename T>
-void add_product(
-    const float* x, const T* weight, float* out, int64_t rows, int64_t inner, int64_t outer, int64_t threads
-) {
-#pragma omp parallel for num_threads(threads) if (inner * outer > LITTLE)
+void add_product(const float* x, const T* weight, float* out, int64_t rows, int64_t inner, int64_t outer) {
+#pragma omp for
     for (int64_t n = 0; n < outer; n += LANES) {
         const T* own = weight + n * inner;
         const int64_t outputs = std::min<int64_t>(LANES, outer - n);
@@ -553,53 +580,52 @@ struct Stack {
 
     // x: [rows, hidden], in place.
     void run(float* x) const {
-        const int64_t turned = heads + groups, all = turned + groups;
-        const int64_t most = std::max(std::max(hidden, all * width), 2 * inner);
-        Room room(3 * rows * most + rows * turned * width + rows * heads + 3 * LANES);
-        float *normed = room(rows * most), *states = room(rows * most), *made = room(rows * most);
-        float *rotated = room(rows * turned * width), *scales = room(rows * heads);
+        const int64_t turned = heads + groups, all = (turned + groups) * width;
+        const int64_t most = std::max(std::max(hidden, heads * width), inner);
+        Room room(rows * (2 * most + std::max(all, 2 * inner) + turned * width) + 4 * LANES);
+        float *given = room(rows * most), *made = room(rows * most);
+        float *states = room(rows * std::max(all, 2 * inner)), *rotated = room(rows * turned * width);
+#pragma omp parallel num_threads(threads)
         for (const Layer<T>* layer = layers; layer < layers + count; layer++) {
-            norm(x, layer->norm, normed, scales, rows, hidden, epsilon, threads);
-            begin(layer->bias, states, all * width);
-            add_product(normed, layer->inward, states, rows, hidden, all * width, threads);
-            if (layer->query_norm)
-                for (int64_t r = 0; r < rows; r++) {
-                    float *query = states + r * all * width, *key = query + heads * width;
-                    norm(query, layer->query_norm, query, scales, heads, width, epsilon, 1);
-                    norm(key, layer->key_norm, key, scales, groups, width, epsilon, 1);
-                }
-            rotate(states, all * width, cosines, sines, rotated, rows, turned, width, 0, threads);
-            hold(rotated + heads * width, turned * width, layer->keys);
-            hold(states + turned * width, all * width, layer->values);
+#pragma omp for
+            for (int64_t r = 0; r < rows; r++) {
+                norm(x + r * hidden, layer->norm, given + r * hidden, hidden, epsilon);
+                for (int64_t n = 0; n < all; n += LANES)
+                    give(layer->bias ? take(layer->bias, n, all) : Lanes{}, states + r * all, n, all);
+            }
+            add_product(given, layer->inward, states, rows, hidden, all);
+#pragma omp for
+            for (int64_t r = 0; r < rows; r++) {
+                float *own = states + r * all, *to = rotated + r * turned * width;
+                for (int64_t at = 0; at < turned * width && layer->query_norm; at += width)
+                    norm(own + at, at < heads * width ? layer->query_norm : layer->key_norm, own + at, width, epsilon);
+                rotate(own, cosines + r * width, sines + r * width, to, turned, width, false);
+                hold(to + heads * width, layer->keys + r * of_row);
+                hold(own + turned * width, layer->values + r * of_row);
+            }
             attend_new(
                 rotated, turned * width, layer->keys, layer->values, of_row, of_group, seen, rows, heads, groups, width,
-                tokens, scale, made, threads
+                tokens, scale, made
             );
-            add_product(made, layer->outward, x, rows, heads * width, hidden, threads);
-            norm(x, layer->norm_after, normed, scales, rows, hidden, epsilon, threads);
-            begin(static_cast<const T*>(nullptr), states, 2 * inner);
-            add_product(normed, layer->up, states, rows, hidden, 2 * inner, threads);
-            gate(states, states + inner, 2 * inner, made, rows, inner, threads);
-            add_product(made, layer->down, x, rows, inner, hidden, threads);
+            add_product(made, layer->outward, x, rows, heads * width, hidden);
+#pragma omp for
+            for (int64_t r = 0; r < rows; r++) {
+                norm(x + r * hidden, layer->norm_after, given + r * hidden, hidden, epsilon);
+                std::fill(states + 2 * r * inner, states + 2 * (r + 1) * inner, 0.0f);
+            }
+            add_product(given, layer->up, states, rows, hidden, 2 * inner);
+#pragma omp for
+            for (int64_t r = 0; r < rows; r++)
+                gate(states + 2 * r * inner, states + (2 * r + 1) * inner, made + r * inner, inner);
+            add_product(made, layer->down, x, rows, inner, hidden);
         }
     }
 
-    // A bias in each row, or zeros.
-    void begin(const T* bias, float* out, int64_t outputs) const {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t n = 0; n < outputs; n += LANES)
-                give(bias ? take(bias, n, outputs) : Lanes{}, out + r * outputs, n, outputs);
-    }
-
-    // Keys or values of the new tokens, rows `apart`, to their place.
-    void hold(const float* states, int64_t apart, T* to) const {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t g = 0; g < groups; g++)
-                for (int64_t d = 0; d < width; d += LANES)
-                    give(
-                        take(states + r * apart + g * width, d, width),
-                        to + r * of_row + g * of_group + (tokens - 1) * width, d, width
-                    );
+    // A row's new keys or values [groups, width], in their place.
+    void hold(const float* states, T* row) const {
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t d = 0; d < width; d += LANES)
+                give(take(states + g * width, d, width), row + g * of_group + (tokens - 1) * width, d, width);
     }
 };
 
@@ -627,9 +653,9 @@ struct Stack {
         const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale,  \
         T* out, int64_t threads                                                                                        \
     ) {                                                                                                                \
+        _Pragma("omp parallel num_threads(threads) if (rows * heads * tokens * width > LITTLE)")                       \
         attend_new(                                                                                                    \
-            query, query_row, keys, values, of_row, of_group, seen, rows, heads, groups, width, tokens, scale, out,    \
-            threads                                                                                                    \
+            query, query_row, keys, values, of_row, of_group, seen, rows, heads, groups, width, tokens, scale, out     \
         );                                                                                                             \
     }                                                                                                                  \
     void norm_##NAME(                                                                                                  \
@@ -645,15 +671,15 @@ struct Stack {
         norm_backward(x, weight, scales, gradient, of_x, tokens, width, threads);                                      \
     }                                                                                                                  \
     void rotate_##NAME(                                                                                                \
-        const T* states, int64_t apart, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads,       \
+        const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads,                      \
         int64_t width, int64_t back, int64_t threads                                                                   \
     ) {                                                                                                                \
-        rotate(states, apart, cosines, sines, out, tokens, heads, width, back, threads);                               \
+        rotate(states, cosines, sines, out, tokens, heads, width, back, threads);                                      \
     }                                                                                                                  \
     void gate_##NAME(                                                                                                  \
-        const T* gates, const T* ups, int64_t apart, T* out, int64_t tokens, int64_t width, int64_t threads            \
+        const T* gates, const T* ups, T* out, int64_t tokens, int64_t width, int64_t threads                           \
     ) {                                                                                                                \
-        gate(gates, ups, apart, out, tokens, width, threads);                                                          \
+        gate(gates, ups, out, tokens, width, threads);                                                                 \
     }                                                                                                                  \
     void gate_backward_##NAME(                                                                                         \
         const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t tokens, int64_t width,        \

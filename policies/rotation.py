@@ -76,16 +76,7 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     by_token = states.transpose(1, 2).contiguous()  # heads of one token beside each other, as the layer made them
-    return rotated(by_token, cos, sin, back).transpose(1, 2)
-
-
-def rotated(states: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """`[..., heads, D]` by angles whose cosines and sines are `[..., D]`, on the CPU; back: the other way.
-
-    The heads of a token lie beside each other, and all tokens as far apart.
-    """
-    *_, heads, width = states.shape
-    made = states.new_empty(states.shape)
-    given = states.data_ptr(), states.stride(-3), cos, sin, made, made[..., 0, 0].numel(), heads, width, int(back)
-    native.call("rotate", states.dtype, *given)
-    return made
+    made = torch.empty_like(by_token)
+    batch, tokens, heads, width = by_token.shape
+    native.call("rotate", states.dtype, by_token, cos, sin, made, batch * tokens, heads, width, int(back))
+    return made.transpose(1, 2)

@@ -73,7 +73,7 @@ def test_they_are_compiled_for_one_process_where_they_cannot_be_kept(
         native.library.cache_clear()
     assert native.runs(torch.zeros(1))
     out = torch.empty(2)
-    native.call("gate", out.dtype, torch.ones(2), torch.ones(2), 2, out, 1, 2)
+    native.call("gate", out.dtype, torch.ones(2), torch.ones(2), out, 1, 2)
     torch.testing.assert_close(out, torch.nn.functional.silu(torch.ones(2)))
 
 

@@ -115,3 +115,30 @@ def test_a_stack_that_computes_something_else_is_not_used(monkeypatch: pytest.Mo
     monkeypatch.setattr(PlainStack, "__call__", lambda self, *arguments: own(self, *arguments) * 1.001)
     trunk.merge("policy")
     torch.testing.assert_close(decoded(trunk, "policy"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [{}, {"head_dim": 40, "hidden_size": 72, "intermediate_size": 50}])
+def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype, config: dict[str, object]) -> None:
+    trunk = make("qwen3", dtype, **config)
+    trunk.merge("policy")
+    trunk.switch("policy")
+    ids, threads = torch.randint(0, 100, (9, 1), generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+
+    def states(rows: list[int], threads: int = threads) -> Tensor:
+        cache, mask = make_cache(trunk.causal.config), torch.ones(len(rows), 20, dtype=torch.long)
+        keys = torch.randn(9, 2, 20, 2, trunk.causal.config.head_dim, generator=torch.Generator().manual_seed(1))
+        for layer in cache.layers:
+            layer.update(*keys[rows, :, :19].to(dtype).permute(3, 0, 1, 2, 4))
+        torch.set_num_threads(threads)
+        return trunk.next_states(ids[rows, 0], torch.full((len(rows), 1), 19), mask, cache)
+
+    with torch.no_grad():
+        try:
+            together = states([*range(9)])
+            for rows in [[0], [3, 8], [5, 6, 7], [8, 1, 2, 3, 4, 0, 7]]:
+                assert torch.equal(states(rows), together[rows])
+            assert torch.equal(states([*range(9)], threads=1), together)
+            assert torch.equal(states([*range(9)], threads=3), together)
+        finally:
+            torch.set_num_threads(threads)
