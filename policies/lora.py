@@ -1,6 +1,6 @@
 """The forward pass of a linear layer with LoRA, in as few passes over memory as it needs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,16 @@ def by_rate(named: Iterable[tuple[str, nn.Parameter]], ratio: float | None) -> l
     return list(groups.items())
 
 
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear maps that families of transformers give the same input, one right after the other."""
+
+
 class AdaptedLinear:
     """Takes the place of PEFT's forward for one layer: the same numbers, up to rounding.
 
     PEFT moves activations to the adapter's dtype and back and adds the adapter's part in passes of its own; here the
-    adapter comes to the activations, and its part is added where the base's product is written.
+    adapter comes to the activations, and its part is added where the base's product is written. The first of several
+    maps of one input computes all of them, and the others hand out what it has made.
     `merged` holds, for roles that are merged, the base's weight with the adapter in it.
     """
 
@@ -36,8 +41,11 @@ class AdaptedLinear:
 
     def __init__(self, layer: lora.Linear) -> None:
         self.layer, self.base = layer, layer.base_layer
+        self.together = [self]
         self.merged: dict[str, Tensor] = {}
         self.rooms: dict[str, Tensor] = {}
+        self._made: tuple[Tensor, str, Tensor] | None = None
+        """What the first of several has made: of which input, under which role, and what."""
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, base = self.layer, self.base
@@ -49,11 +57,22 @@ class AdaptedLinear:
         dropout = layer.lora_dropout[role]
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             return lora.Linear.forward(layer, x)
-        down, up = layer.lora_A[role].weight, layer.lora_B[role].weight
+        made, self._made = self._made, None
+        if made is not None and made[0] is x and made[1] == role:
+            return made[2]
+        out, *others = self._adapted(x, role)
+        for sibling, its in zip(self.together[1:], others, strict=True):
+            sibling._made = x, role, its
+        return out
+
+    def _adapted(self, x: Tensor, role: str) -> tuple[Tensor, ...]:
+        layers = [part.layer for part in self.together]
+        bases = [(part.base.weight, part.base.bias, part.layer.scaling[role]) for part in self.together]
+        adapters = [weights for of in layers for weights in (of.lora_A[role].weight, of.lora_B[role].weight)]
         # While gradients flow, whatever the number of rows, lest the cut into passes shows in them.
-        many = torch.is_grad_enabled() or x.numel() > x.shape[-1] * max(base.weight.shape)
-        summed = many and x.dtype == torch.float32
-        return _LoraLinear.apply(x, base.weight, base.bias, down, up, layer.scaling[role], summed)
+        many = torch.is_grad_enabled() or x.numel() > x.shape[-1] * max(max(weight.shape) for weight, *_ in bases)
+        outs: tuple[Tensor, ...] = _LoraLinear.apply(x, bases, many and x.dtype == torch.float32, *adapters)
+        return outs
 
     @torch.no_grad()
     def merge(self, role: str) -> None:
@@ -70,45 +89,70 @@ class AdaptedLinear:
         self.merged[role] = self.rooms[role].copy_(merged)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for a frozen W, in the dtype of x.
+def join_siblings(base: nn.Module) -> None:
+    """Let maps of one input that are all adapted be computed together."""
+    for module in base.modules():
+        for names in SIBLINGS:
+            parts = [getattr(getattr(module, name, None), "forward", None) for name in names]
+            if all(isinstance(part, AdaptedLinear) for part in parts):
+                parts[0].together = parts
 
+
+class _LoraLinear(torch.autograd.Function):
+    """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for each of several frozen W, in the dtype of x.
+
+    bases: W `[out, in]`, bias `[out]` or None, and s, of each; adapters: A `[rank, in]` and B `[out, rank]` of each.
+    The products of the adapters with what their maps share, x and its gradient, are one for all.
     summed: W + s · B A is made anew in each direction, which with many rows is less work than to add the adapter's part
     to each. In float32 alone: a coarser sum would lose what the adapter has learned.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, summed: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, bases: Sequence[tuple[Tensor, Tensor | None, float]], summed: bool, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        a, b = down.to(x.dtype), up.to(x.dtype)
+        down = torch.cat(adapters[::2]).to(x.dtype)
+        ups = [(up * scale).to(x.dtype) for up, (_, _, scale) in zip(adapters[1::2], bases, strict=True)]
+        ctx.ranks, ctx.bases, ctx.summed = [up.shape[1] for up in ups], bases, summed
         narrow = None
         if summed:
-            out = linear(flat, torch.addmm(weight, b, a, alpha=scale), bias)
+            weights = _sums(bases, ups, down.split(ctx.ranks))
+            outs = [linear(flat, weight, bias) for weight, (_, bias, _) in zip(weights, bases, strict=True)]
         else:
-            narrow = flat @ a.T
-            out = linear(flat, weight, bias).addmm_(narrow, b.T, alpha=scale)
-        ctx.save_for_backward(flat, weight, a, b, narrow)
-        ctx.scale, ctx.summed, ctx.dtype = scale, summed, down.dtype
-        return out.view(*x.shape[:-1], -1)
+            narrow = flat @ down.T
+            parts = zip(bases, ups, narrow.split(ctx.ranks, dim=1), strict=True)
+            outs = [linear(flat, weight, bias).addmm_(part, up.T) for (weight, bias, _), up, part in parts]
+        ctx.save_for_backward(flat, down, narrow, *ups)
+        ctx.dtypes = [adapter.dtype for adapter in adapters]
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b, narrow = ctx.saved_tensors
-        outer = gradient.reshape(-1, gradient.shape[-1])
-        back = outer @ b
-        of_x = of_down = of_up = None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        flat, down, narrow, *ups = ctx.saved_tensors
+        outer = [gradient.reshape(len(flat), -1) for gradient in gradients]
+        back = torch.cat([of @ up for of, up in zip(outer, ups, strict=True)], dim=1)
+        of_x = None
         if ctx.needs_input_grad[0]:
-            if ctx.summed:
-                of_x = outer @ torch.addmm(weight, b, a, alpha=ctx.scale)
-            else:
-                of_x = (outer @ weight).addmm_(back, a, alpha=ctx.scale)
-            of_x = of_x.view(*gradient.shape[:-1], -1)
-        if ctx.needs_input_grad[3]:
-            of_down = (back.T @ flat).mul_(ctx.scale).to(ctx.dtype)
-        if ctx.needs_input_grad[4]:
-            narrow = flat @ a.T if narrow is None else narrow
-            of_up = (narrow.T @ outer).T.mul(ctx.scale).to(ctx.dtype)
-        return of_x, None, None, of_down, of_up, None, None
+            weights = _sums(ctx.bases, ups, down.split(ctx.ranks)) if ctx.summed else [base[0] for base in ctx.bases]
+            of_x = outer[0] @ weights[0]
+            for of, weight in zip(outer[1:], weights[1:], strict=True):
+                of_x.addmm_(of, weight)
+            if not ctx.summed:
+                of_x.addmm_(back, down)
+            of_x = of_x.view(*gradients[0].shape[:-1], -1)
+        of_adapters: list[Tensor | None] = [None] * len(ctx.dtypes)
+        if any(ctx.needs_input_grad[3:]):
+            narrow = flat @ down.T if narrow is None else narrow
+            of_adapters[::2] = (back.T @ flat).split(ctx.ranks)
+            parts = zip(outer, narrow.split(ctx.ranks, dim=1), ctx.bases, strict=True)
+            of_adapters[1::2] = [(part.T @ of).T.mul(scale) for of, part, (_, _, scale) in parts]
+        made = (None if of is None else of.to(dtype) for of, dtype in zip(of_adapters, ctx.dtypes, strict=True))
+        return of_x, None, None, *made
+
+
+def _sums(
+    bases: Sequence[tuple[Tensor, Tensor | None, float]], ups: Sequence[Tensor], downs: Sequence[Tensor]
+) -> list[Tensor]:
+    return [torch.addmm(weight, up, down) for (weight, _, _), up, down in zip(bases, ups, downs, strict=True)]

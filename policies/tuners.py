@@ -16,7 +16,7 @@ from policies.adapters import PREFIX, peft_config
 from policies.bottleneck import Bottleneck
 from policies.errors import UserError
 from policies.initial import hold_principal, write_loftq, write_pissa
-from policies.lora import AdaptedLinear
+from policies.lora import AdaptedLinear, join_siblings
 from policies.places import outputs_of_sublayers
 from policies.quantised import is_packed
 from policies.stack import PlainStack
@@ -31,6 +31,7 @@ class TunedTrunk(Trunk):
         self._adapted = [AdaptedLinear(layer) for layer in self._layers if AdaptedLinear.fits(layer)]
         for adapted in self._adapted:
             adapted.layer.forward = adapted
+        join_siblings(base)
         self._stack = PlainStack(base) if PlainStack.fits(base) else None
         self._checked = False
         if self.settings.init == "pissa":

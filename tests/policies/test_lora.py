@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners import lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -61,16 +62,40 @@ def test_parameters_keep_their_dtype_and_so_do_their_gradients(tiny_model: Path)
 
 @pytest.mark.parametrize("summed", [False, True])
 def test_finite_differences_agree(summed: bool) -> None:
+    """Two maps of one input, of which one has a bias, and the adapters are of different ranks."""
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias, down, up = (
+    x, bias, *weights = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, 3, 5), (4, 5), (4,), (2, 5), (4, 2))
+        for shape in ((2, 3, 5), (4,), (4, 5), (6, 5), (2, 5), (4, 2), (3, 5), (6, 3))
     )
-    for tensor in (x, down, up):
-        tensor.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda *t: _LoraLinear.apply(t[0], weight, bias, t[1], t[2], 0.7, summed), (x, down, up)
-    )
+    given = [tensor.requires_grad_() for tensor in (x, *weights[2:])]
+    bases = [(weights[0], bias, 0.7), (weights[1], None, 1.3)]
+
+    def both(x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
+        return _LoraLinear.apply(x, bases, summed, *adapters)
+
+    assert torch.autograd.gradcheck(both, given)
+    out = both(*given)[1]
+    expected = x @ (weights[1] + 1.3 * given[4] @ given[3]).T
+    torch.testing.assert_close(out, expected)
+
+
+def test_maps_of_one_input_are_computed_together_and_only_then(tiny_model: Path) -> None:
+    trunk = make(tiny_model)
+    layer = trunk.causal.base_model.layers[0].self_attn
+    query, key, value = (part.forward for part in (layer.q_proj, layer.k_proj, layer.v_proj))
+    assert query.together == [query, key, value]
+    assert [part.together for part in (key, value)] == [[key], [value]]
+    x, other = torch.randn(2, 3, trunk.width), torch.randn(2, 3, trunk.width)
+    trunk.switch("policy")
+    alone = key(x)
+    query(x)
+    torch.testing.assert_close(key(x), alone)
+    query(x)
+    torch.testing.assert_close(key(other), lora.Linear.forward(layer.k_proj, other))
+    query(x)
+    trunk.switch("critic")
+    torch.testing.assert_close(value(x), lora.Linear.forward(layer.v_proj, x))
 
 
 def test_passes_with_and_without_gradients_give_the_same_states(tiny_model: Path) -> None:
