@@ -1,6 +1,6 @@
 // What torch does on a CPU in many passes over memory, in one: causal attention to rows that stand one after another,
-// RMSNorm with a frozen weight, rotary positions and the gated unit, each with its gradient; and, for decoding, one new
-// token a row through all layers.
+// RMSNorm with a frozen weight, rotary positions, the gated unit and log-probabilities, each with its gradient; and,
+// for decoding, one new token a row through all layers.
 //
 // Numbers come in float or bfloat16 and are computed with in float. Each row of a result is made in an order that
 // depends neither on the other rows nor on how many threads there are. `policies/native.py` compiles this file and
@@ -453,6 +453,49 @@ void gate_backward(
         }
 }
 
+// Under softmax(logits / temperature): the log-probability of each position's token, the entropy and, unless
+// `of_logits` is null, softmax - 1[token], which is -temperature times the log-probability's gradient in the logits.
+// logits, of_logits: [positions, vocabulary].
+template <typename T>
+void logprobs(
+    const T* logits, const int64_t* tokens, int64_t positions, int64_t vocabulary, float temperature, float* chosen,
+    float* entropies, T* of_logits, int64_t threads
+) {
+#pragma omp parallel num_threads(threads) if (positions * vocabulary > LITTLE)
+    {
+        Room room(vocabulary + LANES);
+        float* powers = room(vocabulary + LANES);
+#pragma omp for
+        for (int64_t p = 0; p < positions; p++) {
+            const T* own = logits + p * vocabulary;
+            const float some = take(own, 0, 1)[0];
+            Lanes highest = all(some);
+            for (int64_t i = 0; i < vocabulary; i += LANES) {
+                Lanes x = first(vocabulary - i, take(own, i, vocabulary), some);
+                highest = x > highest ? x : highest;
+            }
+            const float most = greatest(highest);
+            Lanes total{}, weighted{};
+            for (int64_t i = 0; i < vocabulary; i += LANES) {
+                Lanes below = (take(own, i, vocabulary) - most) / temperature;
+                below = below < -87.3f ? all(-87.3f) : below;  // lest nothing be multiplied by infinity
+                Lanes power = first(vocabulary - i, exponential(below), 0);
+                store(powers + i, power);
+                total += power;
+                weighted += power * below;
+            }
+            const float whole = sum(total), share = 1 / whole;
+            const int64_t token = tokens[p];
+            chosen[p] = (take(own, token, token + 1)[0] - most) / temperature - std::log(whole);
+            entropies[p] = std::log(whole) - sum(weighted) * share;
+            if (!of_logits) continue;
+            powers[token] -= whole;
+            for (int64_t i = 0; i < vocabulary; i += LANES)
+                give(load(powers + i) * share, of_logits + p * vocabulary, i, vocabulary);
+        }
+    }
+}
+
 // ----------------------------------------------------------------------------------------------------------- decoding
 
 // Attention of one query to keys and values [tokens, wide], where wide is a multiple of TILE. weights: room for as many
@@ -686,6 +729,12 @@ struct Stack {
         int64_t threads                                                                                                \
     ) {                                                                                                                \
         gate_backward(gates, ups, gradient, of_gates, of_ups, tokens, width, threads);                                 \
+    }                                                                                                                  \
+    void logprobs_##NAME(                                                                                              \
+        const T* logits, const int64_t* tokens, int64_t positions, int64_t vocabulary, float temperature,              \
+        float* chosen, float* entropies, T* of_logits, int64_t threads                                                 \
+    ) {                                                                                                                \
+        logprobs(logits, tokens, positions, vocabulary, temperature, chosen, entropies, of_logits, threads);           \
     }                                                                                                                  \
     void stack_##NAME(                                                                                                 \
         const Layer<T>* layers, int64_t count, int64_t rows, int64_t hidden, int64_t heads, int64_t groups,            \

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from policies import native
+
 CHUNK = 1024
 """Positions whose logits exist at one time."""
 
@@ -56,17 +58,45 @@ def _chunked(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: T
     return [torch.cat(parts) for parts in zip(*(function(h, t) for h, t in chunks), strict=True)]
 
 
-def _distribution(hidden: Tensor, head: Head, temperature: float) -> Tensor:
-    return _normalised(head(hidden), temperature)
-
-
 def _normalised(logits: Tensor, temperature: float) -> Tensor:
     logits = logits.float()
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
+def _of_tokens(
+    logits: Tensor, tokens: Tensor, temperature: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities of tokens and entropies, `[P]` float32, of logits `[P, V]` that carry no gradient.
+
+    gradient: also softmax - 1[token], `[P, V]` in the dtype of the logits: -temperature · ∂ log p(t) / ∂ logits.
+    """
+    if native.runs(logits):
+        return _of_tokens_at_once(logits.contiguous(), tokens, temperature, gradient)
+    whole, chosen = _normalised(logits, temperature), tokens.unsqueeze(-1)
+    logprobs, chances = whole.gather(-1, chosen).squeeze(-1), whole.exp()
+    entropy = -torch.linalg.vecdot(chances, whole)
+    if not gradient:
+        return logprobs, entropy, None
+    return logprobs, entropy, chances.scatter_add_(-1, chosen, chances.new_full(chosen.shape, -1.0)).to(logits.dtype)
+
+
+def _of_tokens_at_once(
+    logits: Tensor, tokens: Tensor, temperature: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In one pass over memory, on the CPU."""
+    positions, vocabulary = logits.shape
+    if positions and not 0 <= int(tokens.amin()) <= int(tokens.amax()) < vocabulary:
+        raise IndexError(f"a token is not one of the {vocabulary} that there are logits of")
+    logprobs, entropy = logits.new_empty(2, positions, dtype=torch.float32)
+    minus = torch.empty_like(logits) if gradient else None
+    made = logprobs, entropy, 0 if minus is None else minus
+    given = logits, tokens.contiguous(), positions, vocabulary, float(temperature)
+    native.call("logprobs", logits.dtype, *given, *made)
+    return logprobs, entropy, minus
+
+
 def _logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor]:
-    return (_distribution(hidden, head, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1),)
+    return (_of_tokens(head(hidden), tokens, temperature, gradient=False)[0],)
 
 
 def _shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor]:
@@ -77,10 +107,13 @@ def _shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor]:
 def _logprobs_and_entropy(
     hidden: Tensor, tokens: Tensor, head: Head, temperature: float, learn_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    whole = _distribution(hidden, head, temperature)
+    logits = head(hidden)
+    if not logits.requires_grad:
+        return _of_tokens(logits, tokens, temperature, gradient=False)[:2]
+    whole = _normalised(logits, temperature)
     # Before the entropy: what is made again for the backward pass ends with the last that the backward pass needs.
     logprobs = whole.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(learn_entropy):
         entropy = -torch.linalg.vecdot(whole.exp(), whole)
     return logprobs, entropy
 
@@ -99,14 +132,11 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
-        states, chosen = hidden.detach().requires_grad_(), tokens.unsqueeze(-1)
+        states = hidden.detach().requires_grad_()
         with torch.enable_grad():
             logits = head(states)
-        whole = _normalised(logits.detach(), temperature)
-        logprobs, chances = whole.gather(-1, chosen).squeeze(-1), whole.exp()
-        entropy = -torch.linalg.vecdot(chances, whole)
-        minus = chances.scatter_add_(-1, chosen, chances.new_full(chosen.shape, -1.0))
-        (of_state,) = torch.autograd.grad(logits, states, minus.to(logits.dtype))
+        logprobs, entropy, minus = _of_tokens(logits.detach(), tokens, temperature, gradient=True)
+        (of_state,) = torch.autograd.grad(logits, states, minus)
         ctx.save_for_backward(of_state)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.logprobs import CHUNK, token_logprobs, token_logprobs_and_entropy
+from policies.logprobs import CHUNK, _of_tokens, token_logprobs, token_logprobs_and_entropy
 
 
 def oracle(hidden: Tensor, tokens: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -97,3 +97,35 @@ def test_entropy_of_equal_logits_is_that_of_the_vocabulary() -> None:
     tokens = torch.zeros(1, dtype=torch.long)
     _, entropy = token_logprobs_and_entropy(torch.zeros(1, 8), tokens, lambda h: h.new_zeros(1, 13), 0.5, False)
     assert float(entropy) == pytest.approx(torch.log(torch.tensor(13.0)).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 13, 16, 4097])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_the_kernel_says_of_logits_what_float64_says(dtype: torch.dtype, vocabulary: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (10 * torch.randn(40, vocabulary, generator=generator)).to(dtype)
+    tokens = torch.randint(vocabulary, (40,), generator=generator)
+    logits[torch.arange(20), (tokens[:20] + 1) % vocabulary] = -torch.inf if vocabulary > 1 else 0.0
+    logprobs, entropy, minus = _of_tokens(logits, tokens, temperature, gradient=True)
+    whole = torch.log_softmax(logits.double() / temperature, -1)
+    expected = whole.gather(-1, tokens[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(whole.exp() * whole).nan_to_num().sum(-1), rtol=1e-5, atol=1e-5)
+    weights = whole.exp()
+    weights[torch.arange(40), tokens] -= 1
+    assert minus is not None and minus.dtype == dtype
+    torch.testing.assert_close(minus.double(), weights, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6)
+
+
+def test_what_is_no_number_stays_in_its_row() -> None:
+    logits = torch.zeros(3, 20)
+    logits[1, 7], logits[2, 3] = torch.nan, torch.inf
+    logprobs, entropy, _ = _of_tokens(logits, torch.zeros(3, dtype=torch.long), 1.0, gradient=False)
+    assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("token", [-1, 13])
+def test_a_token_beyond_the_vocabulary_is_refused(token: int) -> None:
+    with pytest.raises(IndexError, match="13"):
+        token_logprobs(torch.zeros(2, 8), torch.tensor([0, token]), lambda h: h.new_zeros(2, 13), 1.0)
