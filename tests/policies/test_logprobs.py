@@ -114,7 +114,8 @@ def test_the_kernel_says_of_logits_what_float64_says(dtype: torch.dtype, vocabul
     torch.testing.assert_close(entropy.double(), -(whole.exp() * whole).nan_to_num().sum(-1), rtol=1e-5, atol=1e-5)
     weights = whole.exp()
     weights[torch.arange(40), tokens] -= 1
-    assert minus is not None and minus.dtype == dtype
+    assert minus is not None
+    assert minus.dtype == dtype
     torch.testing.assert_close(minus.double(), weights, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6)
 
 
