@@ -93,9 +93,10 @@ def join_siblings(base: nn.Module) -> None:
     """Let maps of one input that are all adapted be computed together."""
     for module in base.modules():
         for names in SIBLINGS:
-            parts = [getattr(getattr(module, name, None), "forward", None) for name in names]
-            if all(isinstance(part, AdaptedLinear) for part in parts):
-                parts[0].together = parts
+            forwards = (getattr(getattr(module, name, None), "forward", None) for name in names)
+            parts = [forward for forward in forwards if isinstance(forward, AdaptedLinear)]
+            for part in parts[:1]:
+                part.together = parts
 
 
 class _LoraLinear(torch.autograd.Function):
