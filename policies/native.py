@@ -1,4 +1,4 @@
-"""Compiling `kernels.cpp` for the machine at hand, and calling what is in it.
+"""Compiling what is in `kernels/` for the machine at hand, and calling what is in it.
 
 A process that finds neither a compiled copy nor a compiler does without: transformers' own modules compute the same.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -33,8 +33,8 @@ def runs(*tensors: Tensor) -> bool:
 def call(name: str, dtype: torch.dtype, *given: Any) -> None:
     """Run a kernel for numbers of this dtype on as many threads as torch uses.
 
-    Tensors must be contiguous, of the shapes and dtypes that `kernels.cpp` names, or given as their `data_ptr()` where
-    the kernel is told how far apart its rows lie; those of the result are written to. A C float is given as a float.
+    Tensors must be contiguous, of the shapes and dtypes that `kernels/` names, or given as their `data_ptr()` where the
+    kernel is told how far apart its rows lie; those of the result are written to. A C float is given as a float.
     """
     function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, given)))
     function(*[_address(value) if isinstance(value, Tensor) else value for value in given], torch.get_num_threads())
@@ -73,7 +73,8 @@ def library() -> ctypes.CDLL | None:
 def _kept(compiler: list[str]) -> ctypes.CDLL:
     """From the user's cache folder, under a name that says of which source, compiler and processor they are."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, (*FLAGS, _processor()))]))
+    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
+    key = hashlib.sha256(b"\0".join([*sources, version, *map(str.encode, (*FLAGS, _processor()))]))
     kept = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     if kept.exists():
         return ctypes.CDLL(str(kept))
@@ -85,7 +86,8 @@ def _made(compiler: list[str], to: Path) -> ctypes.CDLL:
     """Compiled, under a name of its own first: several processes may be at it."""
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         made = Path(folder) / to.name
-        subprocess.run([*compiler, *FLAGS, "-Wno-psabi", str(SOURCE), "-o", str(made)], capture_output=True, check=True)
+        command = [*compiler, *FLAGS, "-Wno-psabi", str(SOURCES / "kernels.cpp"), "-o", str(made)]
+        subprocess.run(command, capture_output=True, check=True)
         made.replace(to)
     return ctypes.CDLL(str(to))
 

@@ -1,0 +1,144 @@
+// Sixteen numbers at a time: float as it is, bfloat16 as it is read and written.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+// The bits of a value as those of another type of as many.
+template <typename To, typename From>
+inline To as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline Lanes load(const float* from) {
+    Lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Lanes load(const bfloat16* from) {
+    Halves bits;
+    std::memcpy(&bits, from, sizeof bits);
+#ifdef __AVX512F__  // of the line below GCC makes five instructions
+    Integers wide = as<Integers>(_mm512_cvtepu16_epi32(as<__m256i>(bits)));
+#else
+    Integers wide = __builtin_convertvector(bits, Integers);
+#endif
+    return as<Lanes>(wide << 16);
+}
+
+inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+
+// To the nearest, ties to even; what is no number stays none. Where the processor does it, denormal numbers become 0.
+inline void store(bfloat16* to, Lanes x) {
+#ifdef __AVX512BF16__
+    Halves halves = as<Halves>(_mm512_cvtneps_pbh(as<__m512>(x)));
+#else
+    Integers bits = as<Integers>(x);
+    Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Halves halves = __builtin_convertvector(x == x ? rounded : 0x7fc0 - Integers{}, Halves);
+#endif
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Lanes all(float x) { return x - Lanes{}; }
+inline Integers all(int32_t x) { return x - Integers{}; }
+
+// What `two` makes of all lanes, by halves.
+template <typename Two>
+inline float reduce(Lanes x, Two two) {
+    float part[LANES];
+    store(part, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = two(part[i], part[i + half]);
+    return part[0];
+}
+
+inline float sum(Lanes x) {
+    return reduce(x, [](float a, float b) { return a + b; });
+}
+
+inline float greatest(Lanes x) {
+    return reduce(x, [](float a, float b) { return a > b ? a : b; });
+}
+
+// Of two vectors, the sums of lanes that are DISTANCE apart: of the first in the lower half of each 2·DISTANCE lanes.
+template <int DISTANCE>
+inline Lanes fold(Lanes one, Lanes other) {
+    Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Integers near = lane + ((lane & DISTANCE) / DISTANCE) * (LANES - DISTANCE), far = near + DISTANCE;
+    return __builtin_shuffle(one, other, near) + __builtin_shuffle(one, other, far);
+}
+
+// The sum of each of LANES vectors, which are lost.
+inline Lanes sums(Lanes* x) {
+    for (int i = 0; i < 8; i++) x[i] = fold<8>(x[i], x[i + 8]);
+    for (int i = 0; i < 4; i++) x[i] = fold<4>(x[i], x[i + 4]);
+    for (int i = 0; i < 2; i++) x[i] = fold<2>(x[i], x[i + 2]);
+    return fold<1>(x[0], x[1]);
+}
+
+// The lanes before `count`, and `other` in place of those behind them.
+inline Lanes first(int64_t count, Lanes x, float other) {
+    const Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < all(int32_t(std::min<int64_t>(count, LANES))) ? x : all(other);
+}
+
+// e^x to about one unit in the last place, between the least and the greatest normal number: x = n ln 2 + r, and a
+// polynomial in r (Cephes, expf).
+inline Lanes exponential(Lanes x) {
+    x = x < -87.3f ? all(-87.3f) : x;
+    x = x > 88.3f ? all(88.3f) : x;
+    Lanes shift = all(12582912.0f);  // 1.5 · 2^23: what is added to it is rounded to a whole number
+    Lanes whole = (x * 1.44269504f + shift) - shift;
+    Lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Lanes p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * as<Lanes>((__builtin_convertvector(whole, Integers) + 127) << 23);
+}
+
+constexpr int64_t LITTLE = 1 << 14;  // numbers up to which it takes longer to wake a thread than to do without
+
+inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// The lanes from place i on of an array of n numbers; zeros behind its end.
+template <typename T>
+inline Lanes take(const T* from, int64_t i, int64_t n) {
+    if (i + LANES <= n) return load(from + i);
+    T last[LANES] = {};
+    std::copy(from + i, from + n, last);
+    return load(last);
+}
+
+template <typename T>
+inline void give(Lanes x, T* to, int64_t i, int64_t n) {
+    if (i + LANES <= n) return store(to + i, x);
+    T last[LANES];
+    store(last, x);
+    std::copy(last, last + (n - i), to + i);
+}
+
+}  // namespace
