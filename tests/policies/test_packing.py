@@ -95,6 +95,17 @@ def test_no_layer_sees_padding(trunk: Trunk) -> None:
     assert trunk.passes([2, 7, 3], 12) == [[0, 2], [1]]
 
 
+def test_in_bfloat16_passes_have_few_numbers_of_tokens(trunk: Trunk) -> None:
+    sizes = []
+    trunk.to(torch.bfloat16).causal.base_model.layers[0].mlp.register_forward_hook(
+        lambda _, given, __: sizes.append(given[0].shape[1])
+    )
+    for lengths in ([2, 7, 3], [30], [30, 2], [30, 3]):
+        states = trunk.hidden_of_rows(torch.arange(sum(lengths)), torch.tensor(lengths), "policy")
+        assert len(states) == sum(lengths)
+    assert sizes == [32, 32, 32, 64]
+
+
 def test_a_model_that_attends_through_a_window_is_padded(tiny_model: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_model)
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
