@@ -102,10 +102,12 @@ inline Lanes first(int64_t count, Lanes x, float other) {
     return lane < all(int32_t(std::min<int64_t>(count, LANES))) ? x : all(other);
 }
 
+constexpr float LEAST = -87.3f;  // e to the power of it is about the least normal number
+
 // e^x to about one unit in the last place, between the least and the greatest normal number: x = n ln 2 + r, and a
 // polynomial in r (Cephes, expf).
 inline Lanes exponential(Lanes x) {
-    x = x < -87.3f ? all(-87.3f) : x;
+    x = x < LEAST ? all(LEAST) : x;
     x = x > 88.3f ? all(88.3f) : x;
     Lanes shift = all(12582912.0f);  // 1.5 · 2^23: what is added to it is rounded to a whole number
     Lanes whole = (x * 1.44269504f + shift) - shift;

@@ -135,7 +135,7 @@ void logprobs(
             Lanes total{}, weighted{};
             for (int64_t i = 0; i < vocabulary; i += LANES) {
                 Lanes below = (take(own, i, vocabulary) - most) / temperature;
-                below = below < -87.3f ? all(-87.3f) : below;  // lest nothing be multiplied by infinity
+                below = below < LEAST ? all(LEAST) : below;  // lest nothing be multiplied by infinity
                 Lanes power = first(vocabulary - i, exponential(below), 0);
                 store(powers + i, power);
                 total += power;
