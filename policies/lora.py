@@ -67,11 +67,12 @@ class AdaptedLinear:
 
     def _adapted(self, x: Tensor, role: str) -> tuple[Tensor, ...]:
         layers = [part.layer for part in self.together]
-        bases = [(part.base.weight, part.base.bias, part.layer.scaling[role]) for part in self.together]
+        bases = [(part.base.weight, part.base.bias) for part in self.together]
         adapters = [weights for of in layers for weights in (of.lora_A[role].weight, of.lora_B[role].weight)]
         # While gradients flow, whatever the number of rows, lest the cut into passes shows in them.
         many = torch.is_grad_enabled() or x.numel() > x.shape[-1] * max(max(weight.shape) for weight, *_ in bases)
-        outs: tuple[Tensor, ...] = _LoraLinear.apply(x, bases, many and x.dtype == torch.float32, *adapters)
+        summed = many and x.dtype == torch.float32
+        outs: tuple[Tensor, ...] = _LoraLinear.apply(x, bases, self.layer.scaling[role], summed, *adapters)
         return outs
 
     @torch.no_grad()
@@ -102,30 +103,35 @@ def join_siblings(base: nn.Module) -> None:
 class _LoraLinear(torch.autograd.Function):
     """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for each of several frozen W, in the dtype of x.
 
-    bases: W `[out, in]`, bias `[out]` or None, and s, of each; adapters: A `[rank, in]` and B `[out, rank]` of each.
-    The products of the adapters with what their maps share, x and its gradient, are one for all.
+    bases: W `[out, in]` and bias `[out]` or None of each; adapters: A `[rank, in]` and B `[out, rank]` of each. The
+    products of the adapters with what their maps share, x and its gradient, are one for all.
     summed: W + s · B A is made anew in each direction, which with many rows is less work than to add the adapter's part
     to each. In float32 alone: a coarser sum would lose what the adapter has learned.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bases: Sequence[tuple[Tensor, Tensor | None, float]], summed: bool, *adapters: Tensor
+        ctx: Any,
+        x: Tensor,
+        bases: Sequence[tuple[Tensor, Tensor | None]],
+        scale: float,
+        summed: bool,
+        *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        down = torch.cat(adapters[::2]).to(x.dtype)
-        ups = [(up * scale).to(x.dtype) for up, (_, _, scale) in zip(adapters[1::2], bases, strict=True)]
-        ctx.ranks, ctx.bases, ctx.summed = [up.shape[1] for up in ups], bases, summed
+        down = (torch.cat(adapters[::2]) * scale).to(x.dtype)
+        ups = [up.to(x.dtype) for up in adapters[1::2]]
+        ctx.bases, ctx.scale, ctx.summed = bases, scale, summed
+        ctx.ranks, ctx.dtypes = [up.shape[1] for up in ups], [adapter.dtype for adapter in adapters]
         narrow = None
         if summed:
             weights = _sums(bases, ups, down.split(ctx.ranks))
-            outs = [linear(flat, weight, bias) for weight, (_, bias, _) in zip(weights, bases, strict=True)]
+            outs = [linear(flat, weight, bias) for weight, (_, bias) in zip(weights, bases, strict=True)]
         else:
             narrow = flat @ down.T
             parts = zip(bases, ups, narrow.split(ctx.ranks, dim=1), strict=True)
-            outs = [linear(flat, weight, bias).addmm_(part, up.T) for (weight, bias, _), up, part in parts]
+            outs = [linear(flat, weight, bias).addmm_(part, up.T) for (weight, bias), up, part in parts]
         ctx.save_for_backward(flat, down, narrow, *ups)
-        ctx.dtypes = [adapter.dtype for adapter in adapters]
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
@@ -144,16 +150,17 @@ class _LoraLinear(torch.autograd.Function):
                 of_x.addmm_(back, down)
             of_x = of_x.view(*gradients[0].shape[:-1], -1)
         of_adapters: list[Tensor | None] = [None] * len(ctx.dtypes)
-        if any(ctx.needs_input_grad[3:]):
+        if any(ctx.needs_input_grad[4:]):
             narrow = flat @ down.T if narrow is None else narrow
-            of_adapters[::2] = (back.T @ flat).split(ctx.ranks)
-            parts = zip(outer, narrow.split(ctx.ranks, dim=1), ctx.bases, strict=True)
-            of_adapters[1::2] = [(part.T @ of).T.mul(scale) for of, part, (_, _, scale) in parts]
-        made = (None if of is None else of.to(dtype) for of, dtype in zip(of_adapters, ctx.dtypes, strict=True))
-        return of_x, None, None, *made
+            downs = (back.T @ flat).to(ctx.dtypes[0]).mul_(ctx.scale).split(ctx.ranks)
+            parts = zip(outer, narrow.split(ctx.ranks, dim=1), strict=True)
+            # As their parameters lie, lest they are copied once more where they are kept.
+            of_ups = [(part.T @ of).T.to(ctx.dtypes[1], memory_format=torch.contiguous_format) for of, part in parts]
+            of_adapters = [of for pair in zip(downs, of_ups, strict=True) for of in pair]
+        return of_x, None, None, None, *of_adapters
 
 
 def _sums(
-    bases: Sequence[tuple[Tensor, Tensor | None, float]], ups: Sequence[Tensor], downs: Sequence[Tensor]
+    bases: Sequence[tuple[Tensor, Tensor | None]], ups: Sequence[Tensor], downs: Sequence[Tensor]
 ) -> list[Tensor]:
-    return [torch.addmm(weight, up, down) for (weight, _, _), up, down in zip(bases, ups, downs, strict=True)]
+    return [torch.addmm(weight, up, down) for (weight, _), up, down in zip(bases, ups, downs, strict=True)]

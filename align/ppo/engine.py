@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from align.ppo.roles import Roles
 
@@ -36,6 +37,8 @@ def make_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> A
             },
         },
     )
+    # Gradients of one rank that are whole are what they are: DeepSpeed would copy them to their mean and back.
+    engine.enable_backward_allreduce = stage > 0 or dist.get_world_size() > 1
     return engine
 
 

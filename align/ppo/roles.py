@@ -1,6 +1,6 @@
 """All that the learner holds: the trunk, the critic, and the heads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -42,6 +42,14 @@ class Roles(nn.Module):
         if critic is not None and critic.trunk is not None:
             critic.trunk.train_only("critic")
         self.reward_heads.requires_grad_(False)
+        self._named: dict[tuple[Any, ...], list[tuple[str, nn.Parameter]]] = {}
+
+    def named_parameters(self, *options: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module, but looked up once: DeepSpeed asks for them several times a step."""
+        key = options, *sorted(named.items())
+        if key not in self._named:
+            self._named[key] = list(super().named_parameters(*options, **named))
+        return iter(self._named[key])
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self, *arguments)

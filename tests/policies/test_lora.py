@@ -69,10 +69,10 @@ def test_finite_differences_agree(summed: bool) -> None:
         for shape in ((2, 3, 5), (4,), (4, 5), (6, 5), (2, 5), (4, 2), (3, 5), (6, 3))
     )
     given = [tensor.requires_grad_() for tensor in (x, *weights[2:])]
-    bases = [(weights[0], bias, 0.7), (weights[1], None, 1.3)]
+    bases = [(weights[0], bias), (weights[1], None)]
 
     def both(x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
-        return _LoraLinear.apply(x, bases, summed, *adapters)
+        return _LoraLinear.apply(x, bases, 1.3, summed, *adapters)
 
     assert torch.autograd.gradcheck(both, given)
     out = both(*given)[1]
