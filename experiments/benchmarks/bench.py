@@ -17,12 +17,12 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import psutil
 import torch
-from operations import Shape, matrix_rate, update_operations
+from operations import shape_of, update_operations
 from peer import make_peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -40,6 +40,8 @@ PEER = HERE / ".venv-trl"
 TRL = "1.12.0"
 """The last release with PPO."""
 RANK, EPOCHS, BATCH, UPDATES = 16, 4, 32, 5
+MEASURED = 3
+"""Updates of which the share of the matrix-product rate is measured, in a run of its own."""
 POLICY = PolicySettings(rank=RANK, alpha=2 * RANK)
 GROWN = 1.005
 """Growth of the resident set size at which memory is looked at closely."""
@@ -107,9 +109,9 @@ def main() -> None:
                     f"{name} trl: {theirs['episodes_per_s']:.2f} episodes/s, {theirs['memory_mb']:.0f} MB", flush=True
                 )
                 for case, variant in wanted.items():
-                    before = matrix_rate(getattr(torch, variant.dtype))
                     ours = run_ours(model, workload, variant, arguments)
-                    ours["matrix_operations_per_s"] = mean([before, matrix_rate(getattr(torch, variant.dtype))])
+                    if not variant.workers:
+                        ours["epochs"] = run_measured(model, workload, variant, arguments)
                     rounds[case].append({"ours": ours, "theirs": theirs})
                     ratio = ours["episodes_per_s"] / theirs["episodes_per_s"]
                     print(f"{case}: {ours['episodes_per_s']:.2f} episodes/s, × {ratio:.2f}", flush=True)
@@ -169,29 +171,7 @@ def run_peer(python: Path, model: Path, workload: Workload, arguments: argparse.
 def run_ours(model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
     """Our figures, by a whole run of the command, as a user would run it; on a GPU where one can be seen."""
     with tempfile.TemporaryDirectory() as folder:
-        write_reward(model, Path(folder) / "reward")
-        experiment = {
-            "name": "bench",
-            "runs": folder,
-            "stages": ["ppo"],
-            "model": {"path": str(model), "dtype": variant.dtype},
-            "policy": {"rank": RANK, "alpha": 2 * RANK},
-            "data": {"prompts": str(arguments.prompts)},
-            "reward": {"model": f"{folder}/reward"},
-            "rollouts": {"max_new_tokens": workload.response, "workers": variant.workers, "rows": BATCH},
-            "ppo": {
-                "steps": UPDATES + 1,
-                "batch": BATCH,
-                "epochs": EPOCHS,
-                "minibatches": 1,
-                "critic": {"kind": variant.critic},
-            },
-            "learner": {"ranks": variant.ranks},
-            "evaluation": {"prompts": 1},
-            "cluster": {"threads": arguments.threads},
-        }
-        file = Path(folder) / "experiment.yaml"
-        file.write_text(json.dumps(experiment))  # JSON is YAML
+        file = write_experiment(Path(folder), model, workload, variant, arguments, UPDATES + 1)
         _, memory = watched([sys.executable, "-m", "align", "run", str(file)])
         lines = [json.loads(line) for line in (Path(folder) / "bench" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "time/step" in line][1:]
@@ -200,11 +180,52 @@ def run_ours(model: Path, workload: Workload, variant: Variant, arguments: argpa
     parts = {part: median(line[f"time/{part}"] for line in steps) for part in PARTS}
     prompts = sum(line["rollout/prompt_tokens"] for line in steps) / len(steps) / BATCH
     responses = [line["rollout/tokens"] / BATCH for line in steps]
-    shape = shape_of(model)
+    shape = shape_of(model, RANK)
     needed = median(
         EPOCHS * BATCH * update_operations(shape, [(prompts, each)], variant.critic == "adapter") for each in responses
     )
     return found | {"parts": parts, "update_operations_per_s": needed / parts["update"]}
+
+
+def run_measured(
+    model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace
+) -> list[dict[str, float]]:
+    """What `share.py` prints, of a run of its own: to measure takes time."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_experiment(Path(folder), model, workload, variant, arguments, MEASURED + 1)
+        output, _ = watched([sys.executable, str(HERE / "share.py"), str(file)])
+    epochs: list[dict[str, float]] = json.loads(output.splitlines()[-1])
+    return epochs
+
+
+def write_experiment(
+    folder: Path, model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace, steps: int
+) -> Path:
+    """The experiment file of a run `bench` in a folder, with a reward model beside it."""
+    write_reward(model, folder / "reward")
+    experiment = {
+        "name": "bench",
+        "runs": str(folder),
+        "stages": ["ppo"],
+        "model": {"path": str(model), "dtype": variant.dtype},
+        "policy": {"rank": RANK, "alpha": 2 * RANK},
+        "data": {"prompts": str(arguments.prompts)},
+        "reward": {"model": f"{folder}/reward"},
+        "rollouts": {"max_new_tokens": workload.response, "workers": variant.workers, "rows": BATCH},
+        "ppo": {
+            "steps": steps,
+            "batch": BATCH,
+            "epochs": EPOCHS,
+            "minibatches": 1,
+            "critic": {"kind": variant.critic},
+        },
+        "learner": {"ranks": variant.ranks},
+        "evaluation": {"prompts": 1},
+        "cluster": {"threads": arguments.threads},
+    }
+    file = folder / "experiment.yaml"
+    file.write_text(json.dumps(experiment))  # JSON is YAML
+    return file
 
 
 def write_reward(model: Path, to: Path) -> None:
@@ -213,23 +234,6 @@ def write_reward(model: Path, to: Path) -> None:
     trunk = make_trunk(base, POLICY, (ROLE,))
     generator = torch.Generator().manual_seed(seed_for(0, "reward head"))
     RewardModel(trunk, [ScalarHead(trunk.width, generator)]).save(to)
-
-
-def shape_of(model: Path) -> Shape:
-    """Sizes of a Llama with an adapter, counted on the meta device."""
-    config = AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(config)
-        blocks = [m for m in causal.base_model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return Shape(
-        linear=sum(block.weight.numel() for block in blocks),
-        adapter=sum(RANK * (block.in_features + block.out_features) for block in blocks),
-        attention=config.num_hidden_layers * width,
-        head=config.hidden_size * config.vocab_size,
-    )
 
 
 def watched(command: list[str]) -> tuple[str, float]:
@@ -304,20 +308,29 @@ def machine(threads: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """One line a case, in Markdown."""
     lines = [
-        "| case | episodes/s, ours over TRL's | tokens/s | memory | update's share of the matrix-product rate | "
-        "rollout · score · update · rest, s |",
-        "|---|---|---|---|---|---|",
+        "| case | rounds | episodes/s, ours over TRL's | tokens/s | memory | "
+        "update's share of the matrix-product rate, GFLOP/s | rollout · score · update · rest, s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case, found in results.items():
         ratios = [found[f"{name}_ratio"] for name in ("episodes", "tokens", "memory")]
         cells = [f"{r['median']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})" for r in ratios]
         ours = [pair["ours"] for pair in found["rounds"]]
-        share = median(run["update_operations_per_s"] / run["matrix_operations_per_s"] for run in ours)
+        epochs = [epoch for run in ours for epoch in run.get("epochs", ())]
         parts = {part: median(run["parts"][part] for run in ours) for part in PARTS}
         rest = parts["sync"] + parts["between"]
         times = " · ".join(f"{parts[part]:.2f}" for part in PARTS[:3])
-        lines.append(f"| {case} | {' | '.join(cells)} | {share:.0%} | {times} · {rest:.2f} |")
+        lines.append(f"| {case} | {len(ours)} | {' | '.join(cells)} | {share(epochs)} | {times} · {rest:.2f} |")
     return "\n".join(lines)
+
+
+def share(epochs: list[dict[str, float]]) -> str:
+    """Median, lowest and highest of the epochs, of the median rate; nothing where none was measured."""
+    if not epochs:
+        return ""
+    shares = [epoch["update_per_s"] / epoch["matrix_per_s"] for epoch in epochs]
+    rate = median(epoch["matrix_per_s"] for epoch in epochs) / 1e9
+    return f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) of {rate:,.0f}"
 
 
 if __name__ == "__main__":

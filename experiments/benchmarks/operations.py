@@ -3,8 +3,10 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,23 @@ class Shape:
     adapter: int
     attention: int
     head: int
+
+
+def shape_of(model: Path, rank: int) -> Shape:
+    """Sizes of a Llama with an adapter of a rank, counted on the meta device."""
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(config)
+        blocks = [m for m in causal.base_model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return Shape(
+        linear=sum(block.weight.numel() for block in blocks),
+        adapter=sum(rank * (block.in_features + block.out_features) for block in blocks),
+        attention=config.num_hidden_layers * width,
+        head=config.hidden_size * config.vocab_size,
+    )
 
 
 def update_operations(shape: Shape, episodes: Iterable[tuple[int, int]], critic_forward: bool) -> float:
