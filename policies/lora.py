@@ -103,8 +103,9 @@ def join_siblings(base: nn.Module) -> None:
 class _LoraLinear(torch.autograd.Function):
     """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for each of several frozen W, in the dtype of x.
 
-    bases: W `[out, in]` and bias `[out]` or None of each; adapters: A `[rank, in]` and B `[out, rank]` of each. The
-    products of the adapters with what their maps share, x and its gradient, are one for all.
+    bases: W `[out, in]` and bias `[out]` or None of each; scale: s, which a role has once; adapters: A `[rank, in]` and
+    B `[out, rank]` of each. The products of the adapters with what their maps share, x and its gradient, are one for
+    all.
     summed: W + s · B A is made anew in each direction, which with many rows is less work than to add the adapter's part
     to each. In float32 alone: a coarser sum would lose what the adapter has learned.
     """

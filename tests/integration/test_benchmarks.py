@@ -1,7 +1,10 @@
 """What the benchmarks count."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from policies.methods import make_trunk
 from policies.schema import PolicySettings
+from tests.integration.tiny_run import ENVIRONMENT
 
 BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
@@ -54,3 +58,16 @@ def test_operations_of_an_update_are_those_that_torch_counts(operations, tiny_mo
 def test_attention_is_counted_half_and_three_times(operations) -> None:
     shape = operations.Shape(linear=0, adapter=0, attention=8, head=0)
     assert operations.update_operations(shape, [(3, 7)], critic_forward=True) == 2 * 3 * (4 * 10**2 * 8) / 2
+
+
+def test_the_rate_is_measured_around_each_epoch_but_those_of_the_first_update(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"stages": ["ppo"], "reward": {"terms": {"short": {"kind": "length", "most": 6, "window": 4}}}}
+    file = tmp_path / "experiment.yaml"
+    file.write_text(json.dumps(settings))
+    line = [sys.executable, str(BENCHMARKS / "share.py"), str(file)]
+    ended = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=200)
+    epochs = json.loads(ended.stdout.splitlines()[-1])
+    assert len(epochs) == (settings["ppo"]["steps"] - 1) * settings["ppo"]["epochs"]
+    assert all(0 < epoch["update_per_s"] < epoch["matrix_per_s"] for epoch in epochs)
