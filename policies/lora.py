@@ -123,7 +123,7 @@ class _LoraLinear(torch.autograd.Function):
         down = (torch.cat(adapters[::2]) * scale).to(x.dtype)
         ups = [up.to(x.dtype) for up in adapters[1::2]]
         ctx.bases, ctx.scale, ctx.summed = bases, scale, summed
-        ctx.ranks, ctx.dtypes = [up.shape[1] for up in ups], [adapter.dtype for adapter in adapters]
+        ctx.ranks, ctx.dtype = [up.shape[1] for up in ups], adapters[0].dtype
         narrow = None
         if summed:
             weights = _sums(bases, ups, down.split(ctx.ranks))
@@ -150,13 +150,13 @@ class _LoraLinear(torch.autograd.Function):
             if not ctx.summed:
                 of_x.addmm_(back, down)
             of_x = of_x.view(*gradients[0].shape[:-1], -1)
-        of_adapters: list[Tensor | None] = [None] * len(ctx.dtypes)
+        of_adapters: Sequence[Tensor | None] = [None] * 2 * len(ups)
         if any(ctx.needs_input_grad[4:]):
             narrow = flat @ down.T if narrow is None else narrow
-            downs = (back.T @ flat).to(ctx.dtypes[0]).mul_(ctx.scale).split(ctx.ranks)
+            downs = (back.T @ flat).to(ctx.dtype).mul_(ctx.scale).split(ctx.ranks)
             parts = zip(outer, narrow.split(ctx.ranks, dim=1), strict=True)
             # As their parameters lie, lest they are copied once more where they are kept.
-            of_ups = [(part.T @ of).T.to(ctx.dtypes[1], memory_format=torch.contiguous_format) for of, part in parts]
+            of_ups = [(part.T @ of).T.to(ctx.dtype, memory_format=torch.contiguous_format) for of, part in parts]
             of_adapters = [of for pair in zip(downs, of_ups, strict=True) for of in pair]
         return of_x, None, None, None, *of_adapters
 
