@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from align.quiet import quiet_libraries
-from align.schema import STAGES, Experiment
+from align.config.schema import STAGES, Experiment
+from align.runtime.quiet import quiet_libraries
 from policies.errors import UserError
 
 if TYPE_CHECKING:
-    from align.inputs import Inputs
-    from align.run import RunFolder
+    from align.data.datasets import Inputs
+    from align.runs.folder import RunFolder
 
 app = typer.Typer(
     add_completion=False,
@@ -64,10 +64,10 @@ def ppo(experiment: File, overrides: Overrides = None, replace: Replace = False)
 def resume(run: Run, overrides: Overrides = None) -> None:
     """Go on with a run that was stopped, from its last whole checkpoint; settings that do not change what is learned,
     as more steps or other workers, may be others now."""
-    from align.config import dump_experiment
-    from align.origins import check_origins
-    from align.pipeline import load_inputs, reopen
-    from align.run import locked, open_run
+    from align.config.load import dump_experiment
+    from align.runs.fingerprint import check_origins
+    from align.runs.folder import locked, open_run
+    from align.stages.pipeline import load_inputs, reopen
 
     folder, settings = open_run(run, overrides=overrides or [])
     inputs = load_inputs(settings)
@@ -81,9 +81,9 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 @app.command()
 def plan(experiment: File, overrides: Overrides = None) -> None:
     """Say what a run would do and need, without starting it."""
-    from align.pipeline import load_inputs, stages_left
-    from align.plan import plan_table
-    from align.run import folder_of
+    from align.resources.plan import plan_table
+    from align.runs.folder import folder_of
+    from align.stages.pipeline import load_inputs, stages_left
 
     settings = _load(experiment, overrides)
     left = stages_left(settings, folder_of(settings))
@@ -101,10 +101,10 @@ def evaluate(
     to: Annotated[Path | None, typer.Option(help="with --reward: the folder to write figures and plot to")] = None,
 ) -> None:
     """Judge a run's policy against its reference again, and write evaluation.json; or judge its reward model."""
-    from align.files import write_json
-    from align.pipeline import load_inputs
-    from align.run import open_run
-    from align.trained import evaluate_run
+    from align.outputs.trained_run import evaluate_run
+    from align.runs.folder import open_run
+    from align.runtime.atomic_files import write_json
+    from align.stages.pipeline import load_inputs
 
     folder, settings = open_run(run)
     if reward:
@@ -130,8 +130,8 @@ def generate(
 ) -> None:
     """Answer prompts with a run's policy: those given, those of a file, or a chat line by line."""
     with redirect_stdout(sys.stderr):  # transformers says there at import that W&B is offline, amid the answers
-        from align.trained import Answerer
-    from align.run import open_run
+        from align.outputs.trained_run import Answerer
+    from align.runs.folder import open_run
     from rollouts.engine import Sampling
 
     folder, settings = open_run(run)
@@ -160,8 +160,8 @@ def export(
     dtype: Annotated[str, typer.Option(help="of a whole model: float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """Write a run's policy for other programs, check it, and describe it in a model card."""
-    from align.exports import export_prompt, export_run
-    from align.run import open_run
+    from align.outputs.export import export_prompt, export_run
+    from align.runs.folder import open_run
 
     folder, settings = open_run(run)
     if task:
@@ -192,7 +192,7 @@ def average(
     weight: Annotated[list[float] | None, typer.Option(help="of each, in their order; unset: all alike")] = None,
 ) -> None:
     """Write the mean of adapters that started alike, with that of their heads: of policies, or of reward models."""
-    from align.files import new_folder
+    from align.runtime.atomic_files import new_folder
     from policies.averaging import average_adapters
 
     shares = weight or [1.0] * len(adapters)
@@ -208,8 +208,8 @@ def average(
 @app.command()
 def report(run: Run) -> None:
     """Draw a run's curves on one page, report/index.html."""
-    from align.report import write_report
-    from align.run import open_run
+    from align.outputs.report import write_report
+    from align.runs.folder import open_run
 
     folder, _ = open_run(run)
     console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
@@ -217,7 +217,7 @@ def report(run: Run) -> None:
 
 def main() -> None:
     """Exit status 0: done; 2: a mistake in what the user gave; 130: stopped by the user; 1: anything else."""
-    from align.interrupt import Interrupted
+    from align.runtime.signals import Interrupted
 
     quiet_libraries()
     # Torch reads it at its first tensor. Tensors of megabytes come and go in every layer, at a fault for each page.
@@ -235,15 +235,15 @@ def main() -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Experiment:
-    from align.config import load_experiment
+    from align.config.load import load_experiment
 
     return load_experiment(path, overrides or [])
 
 
 def _start(settings: Experiment, replace: bool) -> None:
-    from align.origins import write_origins
-    from align.pipeline import load_inputs
-    from align.run import begin_run, folder_of, locked, refuse_run
+    from align.runs.fingerprint import write_origins
+    from align.runs.folder import begin_run, folder_of, locked, refuse_run
+    from align.stages.pipeline import load_inputs
 
     folder = folder_of(settings)
     if not replace:
@@ -257,9 +257,9 @@ def _start(settings: Experiment, replace: bool) -> None:
 
 def _one_stage(stage: str, path: Path, overrides: list[str] | None, replace: bool) -> None:
     """A stage on top of what the run has."""
-    from align.origins import write_origins
-    from align.pipeline import load_inputs
-    from align.run import begin_run, folder_of, locked, refuse_stage
+    from align.runs.fingerprint import write_origins
+    from align.runs.folder import begin_run, folder_of, locked, refuse_stage
+    from align.stages.pipeline import load_inputs
 
     settings = _load(path, overrides).model_copy(update={"stages": [stage]})
     folder = folder_of(settings)
@@ -274,12 +274,12 @@ def _one_stage(stage: str, path: Path, overrides: list[str] | None, replace: boo
 
 def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
     """Print the plan, run what is left, show the evaluation and draw the report."""
-    from align.failures import Fault, around
-    from align.interrupt import Interrupted, graceful_stop
-    from align.last_words import last_words
-    from align.pipeline import run_stages, stages_left
-    from align.plan import plan_table
-    from align.report import write_report
+    from align.outputs.report import write_report
+    from align.resources.plan import plan_table
+    from align.runtime.failures import Fault, around
+    from align.runtime.last_words import last_words
+    from align.runtime.signals import Interrupted, graceful_stop
+    from align.stages.pipeline import run_stages, stages_left
 
     console.print(plan_table(settings, inputs, stages_left(settings, folder)))
     goes_on = f"`align resume {folder.path}` goes on from the last checkpoint"
@@ -301,7 +301,7 @@ def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
 
 
 def _show(evaluation: dict[str, Any]) -> None:
-    from align.tables import evaluation_table
+    from align.evaluation.tables import evaluation_table
 
     console.print(evaluation_table(evaluation))
 
@@ -309,10 +309,10 @@ def _show(evaluation: dict[str, Any]) -> None:
 def _judge_reward(
     folder: "RunFolder", settings: Experiment, data: Path | None, classifier: str | None, to: Path | None
 ) -> None:
-    from align.diagnose import write_diagnostics
-    from align.inputs import read_cases
-    from align.tables import diagnostics_table
-    from align.trained import judge_reward
+    from align.data.datasets import read_cases
+    from align.evaluation.reward_model import write_diagnostics
+    from align.evaluation.tables import diagnostics_table
+    from align.outputs.trained_run import judge_reward
 
     if not classifier and not folder.done("reward"):
         raise UserError(f"run {folder.path} has no reward/ yet: `align resume {folder.path}` goes on with it")
@@ -327,8 +327,8 @@ def _judge_reward(
 def _prompts_of(file: Path | None) -> list[Any]:
     if file is None:
         return []
-    from align.data import parse_prompt, parse_rows, read_rows
-    from align.schema import SourceSettings
+    from align.config.schema import SourceSettings
+    from align.data.readers import parse_prompt, parse_rows, read_rows
 
     rows = read_rows(SourceSettings(path=str(file)))
     return [row.prompt for row in parse_rows(rows, parse_prompt, "error").items]

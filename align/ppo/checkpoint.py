@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
-from align.files import write_json
-from align.ppo.learned import LearnerState
+from align.config.schema import CriticSettings
+from align.learner.state import LearnerState
 from align.ppo.loop import Asked
-from align.schema import CriticSettings
+from align.runtime.atomic_files import write_json
 from policies.adapters import load_adapter, load_head, save_adapter, save_head
 from policies.errors import UserError
 from policies.reading import read_object, read_tensors

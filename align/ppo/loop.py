@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from align.inputs import Example
-from align.ppo.episodes import Episode, make_episodes
-from align.ppo.gap import check_gap
-from align.ppo.group import Learners
-from align.ppo.kl import KlCoefficient
-from align.ppo.learner import Rates
+from align.algorithms.episodes import Episode, make_episodes
+from align.algorithms.kl import KlCoefficient
+from align.config.schema import LearnerSettings, PpoSettings
+from align.data.datasets import Example
+from align.learner.group import Learners
+from align.learner.learner import Rates
+from align.learner.schedules import schedule_factor
+from align.ppo.mismatch import check_gap
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
-from align.schedules import schedule_factor
-from align.schema import LearnerSettings, PpoSettings
 from policies.trunk import AdapterWeights
 from rollouts.ahead import Answers, Asker
 from rollouts.engine import Sampling

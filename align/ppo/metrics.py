@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from align.ppo.advantages import explained_variance
-from align.ppo.gap import sampler_gaps
+from align.algorithms.advantages import explained_variance
+from align.config.schema import PpoSettings
 from align.ppo.loop import Step
-from align.schema import PpoSettings
+from align.ppo.mismatch import sampler_gaps
 from policies.encoding import decode_response, prompt_text
 from rollouts.trajectory import lengths
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from align.inputs import Example
-from align.schema import PpoSettings
-from align.seeds import permutation, seed_for
+from align.config.schema import PpoSettings
+from align.data.datasets import Example
+from align.runtime.seeds import permutation, seed_for
 from rollouts.trajectory import Request
 
 

@@ -26,7 +26,7 @@ from operations import shape_of, update_operations
 from peer import make_peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from align.seeds import seed_for
+from align.runtime.seeds import seed_for
 from policies.computing import fast_dtype
 from policies.export import export_merged
 from policies.heads import ScalarHead

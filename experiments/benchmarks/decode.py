@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from align.config import load_experiment
+from align.config.load import load_experiment
 from policies.adapters import load_adapter
 from policies.loading import load_tokenizer, stop_ids
 from policies.methods import build_trunk

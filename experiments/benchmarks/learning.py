@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from peer import make_peer
 from transformers import AutoTokenizer
 
-from align.data import parse_prompt, parse_rows, read_rows
-from align.schema import SourceSettings
-from align.seeds import seed_for
+from align.config.schema import SourceSettings
+from align.data.readers import parse_prompt, parse_rows, read_rows
+from align.runtime.seeds import seed_for
 from policies.adapters import load_adapter
 from policies.batching import collate
 from policies.encoding import encode_prompt

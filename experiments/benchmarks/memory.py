@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from align.memory import measure, memory
-from align.ppo.build import Blueprint, RewardRole, build_roles
-from align.schema import Experiment
+from align.config.schema import Experiment
+from align.resources.memory import measure, memory
+from align.roles.build import Blueprint, RewardRole, build_roles
 
 LORA = {"rank": 16, "alpha": 32}
 

@@ -19,9 +19,9 @@ import torch
 from operations import Shape, matrix_rate, shape_of, update_operations
 
 from align import cli
-from align.config import load_experiment
-from align.ppo.episodes import Episode
-from align.ppo.learner import Learner, Rates
+from align.algorithms.episodes import Episode
+from align.config.load import load_experiment
+from align.learner.learner import Learner, Rates
 
 ROUNDS = 5
 """Of eight products each, in a measurement: 20 to 200 ms."""

@@ -17,8 +17,8 @@ from statistics import median
 import torch
 from memory import make_small
 
-from align.cluster import ray_cluster
-from align.schema import ClusterSettings
+from align.config.schema import ClusterSettings
+from align.resources.ray_cluster import ray_cluster
 from policies.computing import Computing
 from policies.methods import build_trunk
 from policies.schema import ModelSettings, PolicySettings

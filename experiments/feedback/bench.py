@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from align.inputs import case_parser
+from align.data.datasets import case_parser
 from policies.loading import load_tokenizer
 from rewards.preferences import parse_feedback
 from rewards.schema import RewardSettings

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from align.feedback import FeedbackObjective, branches, rows, shares_prompts
-from align.fit import StageContext, fit
-from align.inputs import case_parser
-from align.interrupt import Stop
-from align.quiet import quiet_libraries
-from align.tracking import Tracker
+from align.data.datasets import case_parser
+from align.runs.tracking import Tracker
+from align.runtime.quiet import quiet_libraries
+from align.runtime.signals import Stop
+from align.supervised.fit import StageContext, fit
+from align.supervised.reward_objective import FeedbackObjective, branches, rows, shares_prompts
 from policies.heads import ScalarHead
 from policies.loading import load_tokenizer
 from policies.methods import build_trunk

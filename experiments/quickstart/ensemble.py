@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from align.config import load_experiment
+from align.config.load import load_experiment
 
 MEMBERS = 4
 PPO = {"steps": 24, "kl": {"coefficient": 0.01}}

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils.logging import disable_progress_bar
 
-from align.files import new_folder, write_json
-from align.quiet import quiet_libraries
+from align.runtime.atomic_files import new_folder, write_json
+from align.runtime.quiet import quiet_libraries
 
 Row = dict[str, str]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from align.config import load_experiment
-from align.memory import measure
+from align.config.load import load_experiment
+from align.resources.memory import measure
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 16},

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch.optim import AdamW
 from transformers import get_scheduler
 
-from align.checkpoint import MANIFEST, checkpoints, latest, seal
-from align.fit_state import OPTIMIZER, RATES, read_optimizer, read_random, read_state
-from align.fit_trainer import WEIGHTS
+from align.config.schema import CriticSettings
 from align.ppo.checkpoint import read_asked, read_progress, read_states
-from align.schema import CriticSettings
+from align.runs.checkpoint import MANIFEST, checkpoints, latest, seal
+from align.supervised.trainer import WEIGHTS
+from align.supervised.trainer_state import OPTIMIZER, RATES, read_optimizer, read_random, read_state
 from policies.errors import UserError
 from policies.reading import check_like, read_tensors
 from policies.schema import PolicySettings

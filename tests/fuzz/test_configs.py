@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 
-from align.config import dump_experiment, load_experiment
+from align.config.load import dump_experiment, load_experiment
 from policies.errors import UserError
 from tests.fuzz.harm import altered, confined, damaged, odd_text, odd_value, refusal, run
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from align.data import parse_rows, read_rows
-from align.inputs import case_parser, example_parser, request_parser
-from align.schema import SourceSettings
+from align.config.schema import SourceSettings
+from align.data.datasets import case_parser, example_parser, request_parser
+from align.data.readers import parse_rows, read_rows
 from policies.errors import UserError
 from rewards.schema import RewardSettings
 from tests.fuzz.harm import NOW, altered, confined, damaged, odd_text, odd_value, refusal, run

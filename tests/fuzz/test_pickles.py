@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.checkpoint import checkpoints, seal
-from align.interrupt import Interrupted, Stop
-from align.pipeline import load_inputs, run_stages
-from align.run import begin_run, folder_of
-from align.schema import Experiment
+from align.config.schema import Experiment
+from align.runs.checkpoint import checkpoints, seal
+from align.runs.folder import begin_run, folder_of
+from align.runtime.signals import Interrupted, Stop
+from align.stages.pipeline import load_inputs, run_stages
 from policies.adapters import load_adapter, load_head
 from policies.errors import UserError
 from policies.loading import load_base, load_generation_config, load_model_config, load_tokenizer

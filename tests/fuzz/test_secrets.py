@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.config import dump_experiment, load_experiment
+from align.config.load import dump_experiment, load_experiment
 from policies.errors import UserError
 from rewards.functions import call_function
 from rewards.remote import endpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from align.config import load_experiment
-from align.diagnose import DIAGNOSTICS
+from align.config.load import load_experiment
+from align.evaluation.reward_model import DIAGNOSTICS
 from tests.integration.tiny_run import run_in_process
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from align.ppo.build import Blueprint, build_roles
-from align.ppo.group import LocalLearners
-from align.ppo.kl import FixedKl
+from align.algorithms.kl import FixedKl
+from align.config.schema import LearnerSettings, PpoSettings
+from align.learner.group import LocalLearners
 from align.ppo.loop import Ppo
 from align.ppo.prompts import PromptStream
-from align.schema import LearnerSettings, PpoSettings
+from align.roles.build import Blueprint, build_roles
 from policies.schema import ModelSettings, PolicySettings, Schedule
 from rollouts.ahead import AtOnce
 from rollouts.engine import Sampling

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from align.cli import app
-from align.config import load_experiment
+from align.config.load import load_experiment
 from policies.adapters import load_adapter
 from policies.errors import UserError
 from policies.schema import SOFT

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from align.cli import app
-from align.diagnose import DIAGNOSTICS, RELIABILITY, WORST
-from align.inputs import read_cases
-from align.interrupt import Stop
-from align.pipeline import load_inputs, run_stages
-from align.run import RunFolder, open_run
-from align.schema import Experiment
-from align.tracking import METRICS, read_lines
-from align.trained import judge_reward
+from align.config.schema import Experiment
+from align.data.datasets import read_cases
+from align.evaluation.reward_model import DIAGNOSTICS, RELIABILITY, WORST
+from align.outputs.trained_run import judge_reward
+from align.runs.folder import RunFolder, open_run
+from align.runs.tracking import METRICS, read_lines
+from align.runtime.signals import Stop
+from align.stages.pipeline import load_inputs, run_stages
 from policies.errors import UserError
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process, write_rows
 

@@ -15,10 +15,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.cli import main
-from align.interrupt import Stop
-from align.pipeline import load_inputs, reopen, run_stages
-from align.run import folder_of
-from align.schema import Experiment
+from align.config.schema import Experiment
+from align.runs.folder import folder_of
+from align.runtime.signals import Stop
+from align.stages.pipeline import load_inputs, reopen, run_stages
 from tests.integration.conftest import Command
 from tests.integration.tiny_run import COMMAND, ENVIRONMENT, figures, run_in_process
 
@@ -45,7 +45,7 @@ def test_every_stage_leaves_its_product(finished: Path) -> None:
 
 
 def test_the_evaluation_has_the_documented_keys(finished: Path) -> None:
-    from align.run import RunFolder
+    from align.runs.folder import RunFolder
 
     evaluation = RunFolder(finished).read_evaluation()
     assert evaluation["reward_model"].keys() == {"accuracy", "accuracy_low", "accuracy_high", "pairs"}

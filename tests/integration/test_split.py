@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from align.cluster import ray_cluster
-from align.ppo.build import Blueprint
-from align.ppo.episodes import Episode
-from align.ppo.group import Learners, LocalLearners
-from align.ppo.learner import Rates
-from align.ppo.ranks import RayLearners
-from align.schema import ClusterSettings, CriticSettings, LearnerSettings, PpoSettings
+from align.algorithms.episodes import Episode
+from align.config.schema import ClusterSettings, CriticSettings, LearnerSettings, PpoSettings
+from align.learner.group import Learners, LocalLearners
+from align.learner.learner import Rates
+from align.learner.ray_ranks import RayLearners
+from align.resources.ray_cluster import ray_cluster
+from align.roles.build import Blueprint
 from policies.computing import Computing
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.trajectory import Request, Trajectory
@@ -78,7 +78,7 @@ def alone(tiny_model: Path) -> tuple[torch.Tensor, list[float]]:
 
 
 def build(model: Path) -> Any:
-    from align.ppo.build import build_roles
+    from align.roles.build import build_roles
 
     return build_roles(blueprint(model), CriticSettings())
 

@@ -7,9 +7,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from align.config import load_experiment
-from align.pipeline import load_inputs
-from align.schema import Experiment
+from align.config.load import load_experiment
+from align.config.schema import Experiment
+from align.stages.pipeline import load_inputs
 from rollouts.engine import Sampling
 from rollouts.hf import ROLE, build_transformers
 from rollouts.trajectory import Request

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from align.interrupt import Interrupted, Stop
-from align.pipeline import load_inputs, run_stages
-from align.run import begin_run, folder_of
-from align.schema import Experiment
+from align.config.schema import Experiment
+from align.runs.folder import begin_run, folder_of
+from align.runtime.signals import Interrupted, Stop
+from align.stages.pipeline import load_inputs, run_stages
 
 COMMAND = (sys.executable, "-m", "align")
 ENVIRONMENT = os.environ | {"COLUMNS": "200"}

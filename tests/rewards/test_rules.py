@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from align.judges import make_function
+from align.scoring.build import make_function
 from rewards.functions import ScoreFunction
 from rewards.rules import final_number
 from rewards.terms import Term

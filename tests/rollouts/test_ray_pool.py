@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
-from align.cluster import ray_cluster
-from align.schema import ClusterSettings
+from align.config.schema import ClusterSettings
+from align.resources.ray_cluster import ray_cluster
 from policies.computing import Computing
 from policies.errors import UserError
 from policies.methods import build_trunk

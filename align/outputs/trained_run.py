@@ -1,0 +1,94 @@
+"""Judging and using what a run has trained, without a learner."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config.schema import Experiment
+from align.data.datasets import Case, Inputs
+from align.evaluation.reward_model import diagnose
+from align.roles.build import build_roles
+from align.roles.scoring import score_groups
+from align.runs.folder import RunFolder, read_facts
+from align.runtime.seeds import seed_for
+from align.scoring.build import REWARD_STATE, make_evaluator, make_judges
+from align.stages.reward import classifier_scores, folded_moments, judge_models, load_models
+from policies.adapters import load_adapter
+from policies.encoding import Prompt, decode_response, encode_prompt
+from policies.errors import UserError
+from policies.loading import load_tokenizer
+from policies.methods import build_trunk
+from policies.reading import read_object
+from policies.trunk import AdapterWeights
+from rewards.classifier import Classifier
+from rollouts.engine import Sampling
+from rollouts.hf import ROLE as SAMPLER
+from rollouts.hf import make_engine
+from rollouts.pool import LocalPool
+from rollouts.trajectory import Request, Scored, Trajectory
+
+
+def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+    """Sections `reference`, `policy` and `best_of` of `evaluation.json` for the run's policy."""
+    policy = policy_weights(experiment, run)
+    tokenizer = load_tokenizer(experiment.model.path)
+    judges = make_judges(experiment, run, tokenizer)
+    judges.reward.composition.restore(read_object(run.policy / REWARD_STATE))
+    roles = build_roles(judges.blueprint, None, (SAMPLER,))
+    reference = judges.blueprint.reference or roles.trunk.read_adapter("reference")
+    roles.trunk.write_adapter("policy", policy)
+    rollouts = experiment.rollouts
+
+    @torch.no_grad()
+    def roles_score(trajectories: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
+        groups = roles.passes([t.total_length for t in trajectories])
+        return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
+
+    pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts), rollouts.prompts_a_chunk)
+    evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout, tokenizer)
+    step = read_object(run.policy / "evaluation.json")["policy"]["step"]
+    return evaluator.judge(step, policy)
+
+
+def judge_reward(
+    experiment: Experiment, run: RunFolder, cases: Sequence[Case], classifier: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and worst errors of the run's reward model, or of a classifier, on these cases."""
+    path = classifier or read_facts(run.reward).get("classifier")
+    if path:
+        return diagnose(cases, classifier_scores(Classifier(path, "--classifier"), cases), {"": 1.0})
+    models = load_models(experiment, run.reward)
+    return judge_models(models, folded_moments(experiment.reward, run.reward, len(models)), cases)
+
+
+class Answerer:
+    """Answers prompts by a run's policy, or by its SFT model where PPO has not run."""
+
+    def __init__(self, experiment: Experiment, run: RunFolder) -> None:
+        self.tokenizer = load_tokenizer(experiment.model.path)
+        trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER,))
+        self.engine = make_engine(trunk, self.tokenizer, experiment.rollouts)
+        self.engine.load_adapter(0, policy_weights(experiment, run))
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[str]:
+        """One response a prompt; the same seed gives the same responses."""
+        requests = [
+            Request(prompt, tuple(encode_prompt(self.tokenizer, prompt)), seed_for(seed, "generate", index))
+            for index, prompt in enumerate(prompts)
+        ]
+        return [decode_response(self.tokenizer, t.response_ids) for t in self.engine.generate(requests, sampling)]
+
+
+def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
+    """The adapter of the run's policy, or of its SFT model where there is none. Raises UserError without either."""
+    return load_adapter(policy_folder(run), experiment.policy)
+
+
+def policy_folder(run: RunFolder) -> Path:
+    """Where the run's newest model is."""
+    for folder in (run.policy, run.sft):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"run {run.path} has no policy/ and no sft/ yet: `align resume {run.path}` goes on with it")

@@ -1,0 +1,41 @@
+"""A batch on which the learner failed, kept for people to look at."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from align.ppo.loop import Step
+from align.runtime.atomic_files import new_folder, write_text
+from policies.encoding import decode_response, prompt_text
+
+TENSORS = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
+
+
+def write_batch(folder: Path, step: Step, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`episodes.jsonl`, a line an episode, and `episodes.safetensors`: `N.NAME`, `[T]`, of the N-th line."""
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for number, (trajectory, scored, episode) in enumerate(
+        zip(step.trajectories, step.scored, step.episodes, strict=True)
+    ):
+        own = {name: getattr(episode, name) for name in TENSORS}
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in own.values())
+        rows.append({
+            "prompt": prompt_text(trajectory.request.prompt),
+            "response": decode_response(tokenizer, trajectory.response_ids),
+            "prompt_ids": trajectory.request.prompt_ids,
+            "response_ids": trajectory.response_ids,
+            "score": repr(scored.score),
+            "finite": finite,
+        })  # fmt: skip
+        tensors |= {
+            f"{number}.{name}": tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()
+        }
+    with new_folder(folder) as temporary:
+        write_text(temporary / "episodes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        save_file(tensors, temporary / "episodes.safetensors")

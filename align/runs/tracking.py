@@ -1,0 +1,216 @@
+"""What a run writes of its steps: `metrics.jsonl`, `samples.jsonl`, and the same figures to Weights & Biases."""
+
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from align.config.schema import STAGES, TrackingSettings
+from policies.errors import UserError
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+ORDER = (*STAGES, "evaluation")
+"""Stages as they stand in the files, in the order of a run."""
+
+AXES = {"sft": "sft/step", "reward": "reward_model/step", "ppo": "ppo/step", "evaluation": "ppo/step"}
+"""The metric that W&B plots a stage's figures over; its own step only ever counts up."""
+
+GROUPS = {
+    "sft": ("sft",),
+    "reward": ("reward_model",),
+    "ppo": ("reward", "kl", "policy", "value", "rollout", "learner", "time", "eval"),
+}
+"""Which groups of metric names belong to a stage."""
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Writes each step to the run's files at once, and to W&B where a W&B run is given."""
+
+    def __init__(self, run: Path, wandb_run: Any | None) -> None:
+        self.run, self.wandb_run = run, wandb_run
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a line to `metrics.jsonl`; a figure that is not finite becomes null there."""
+        _append(self.run / METRICS, [{"stage": stage, "step": step, **metrics}])
+        if self.wandb_run is not None:
+            try:
+                self.wandb_run.log({**metrics, AXES[stage]: step})
+            except Exception as error:  # a lost W&B process must not end hours of training
+                log.warning("W&B is lost, the run goes on without it: %s", error)
+                self.wandb_run = None
+
+    def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to `samples.jsonl`."""
+        _append(self.run / SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
+
+    def close(self, failed: bool = False) -> None:
+        """End the W&B run, once all that was logged is on disk or sent. Doing it twice is fine."""
+        wandb_run, self.wandb_run = self.wandb_run, None
+        if wandb_run is not None:
+            try:
+                wandb_run.finish(exit_code=int(failed))
+            except Exception as error:
+                log.warning("W&B did not end in order: %s", error)
+            _stop_wandb()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+
+def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> Tracker:
+    """The tracker of a run's folder. A run that is opened again goes on as the same W&B run.
+
+    name, config: what W&B shows the run by, and the settings that it keeps with it.
+    Raises UserError where W&B cannot start.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    if settings.wandb == "disabled":
+        return Tracker(run, None)
+    with _wandb_environment(run):
+        return Tracker(run, _start_wandb(run, settings, name, config))
+
+
+def truncate_after(run: Path, stage: str, step: int) -> None:
+    """Make both files end with this step of this stage, so that what a resumed run does again stands there once."""
+    for name in (METRICS, SAMPLES):
+        path = run / name
+        if path.exists():
+            temporary = path.with_name(f".{name}.writing")
+            temporary.unlink(missing_ok=True)
+            _append(temporary, (row for row in read_lines(path) if _until(row, stage, step)))
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none where there is no file, and not the last if a kill cut it short."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    while lines and not lines[-1].strip():
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not {"stage", "step"} <= row.keys():
+                raise ValueError("an object with `stage` and `step` was expected")
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: {error}. Remove the line to go on without it") from None
+        else:
+            rows.append(row)
+    return rows
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = [json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    # backslashreplace: half of a surrogate pair, which a tokenizer can give, becomes its JSON escape.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(lines))
+        file.flush()
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _until(row: Mapping[str, Any], stage: str, step: int) -> bool:
+    there, here = ORDER.index(row["stage"]), ORDER.index(stage)
+    return there < here or (there == here and row["step"] <= step)
+
+
+def _start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> Any | None:
+    import wandb
+
+    try:
+        mode = _mode(settings)
+        if mode == "disabled":
+            return None
+        wandb_run = wandb.init(
+            dir=run,
+            project=settings.project,
+            name=name,
+            id=_run_id(run),
+            resume="allow",
+            mode=mode,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except (wandb.Error, ValueError) as error:
+        _stop_wandb()
+        raise UserError(
+            f"W&B cannot start: {error}. Set tracking.wandb to offline (kept in {run / 'wandb'}, `wandb sync` sends it "
+            "later) or disabled; for online, log in with `wandb login` and look whether the server can be reached"
+        ) from error
+    for stage, groups in GROUPS.items():
+        wandb_run.define_metric(AXES[stage], hidden=True)
+        for group in groups:
+            wandb_run.define_metric(f"{group}/*", step_metric=AXES[stage])
+    return wandb_run
+
+
+def _mode(settings: TrackingSettings) -> Any:
+    if settings.wandb != "auto":
+        return settings.wandb
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    import wandb
+
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+
+
+def _run_id(run: Path) -> str:
+    """What W&B knows this run by, made once for each folder."""
+    path = run / "wandb" / "id"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(".id.writing")
+        temporary.write_text(secrets.token_hex(4))
+        temporary.replace(path)
+    return path.read_text()
+
+
+@contextmanager
+def _wandb_environment(run: Path) -> Iterator[None]:
+    """Quiet, and with the logs of W&B's own process in the run's folder instead of the user's home.
+
+    That process takes both from the environment in which it starts.
+    """
+    before = {name: os.environ.get(name) for name in ("WANDB_SILENT", "WANDB_CACHE_DIR")}
+    os.environ["WANDB_SILENT"] = "true"
+    os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").absolute()))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _stop_wandb() -> None:
+    """End W&B's own process; left alone it would live as long as this one."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()

@@ -1,0 +1,223 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.config.load import dump_experiment, load_experiment
+from align.config.schema import Experiment
+from policies.errors import UserError
+
+MINIMAL = "name: x\nmodel: {path: m}\n"
+
+
+def write(folder: Path, text: str, name: str = "experiment.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def problem(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_experiment(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_reads_settings_and_defaults(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, MINIMAL + "ppo:\n  steps: 7\ndata: {prompts: p.jsonl}\n"))
+    assert (experiment.ppo.steps, experiment.ppo.epochs) == (7, 2)
+    assert experiment.data.prompts is not None
+    assert experiment.data.prompts.path == "p.jsonl"
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "0.0001", "1.0e-4", ".1e-3"])
+def test_floats_as_people_write_them(tmp_path: Path, number: str) -> None:
+    experiment = load_experiment(write(tmp_path, MINIMAL + f"learner: {{policy_learning_rate: {number}}}"))
+    assert experiment.learner.policy_learning_rate == 1e-4
+
+
+def test_overrides_win_and_are_put_into_interpolations(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "data: {prompts: 'runs/${name}/p-${seed}.jsonl'}\n")
+    experiment = load_experiment(path, ["name=other", "seed=3", "ppo.kl.coefficient=1e-3"])
+    assert experiment.data.prompts is not None
+    assert experiment.data.prompts.path == "runs/other/p-3.jsonl"
+    assert experiment.ppo.kl.coefficient == 1e-3
+
+
+def test_the_file_wins_over_what_it_includes_and_a_later_include_over_an_earlier(tmp_path: Path) -> None:
+    write(tmp_path, "ppo: {steps: 1, epochs: 1, batch: 4}\n", "one.yaml")
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts", "include: ../deep.yaml\nppo: {epochs: 3}\n", "two.yaml")
+    write(tmp_path, "ppo: {epochs: 9, gamma: 0.5}\n", "deep.yaml")
+    experiment = load_experiment(
+        write(tmp_path, "include: [one.yaml, parts/two.yaml]\n" + MINIMAL + "ppo: {batch: 8}\n")
+    )
+    assert (experiment.ppo.steps, experiment.ppo.epochs, experiment.ppo.batch, experiment.ppo.gamma) == (1, 3, 8, 0.5)
+
+
+def test_an_unknown_key_is_named_with_line_and_nearest_key(tmp_path: Path) -> None:
+    message = problem(tmp_path, MINIMAL + "ppo:\n  kl:\n    coeficient: 0.1\n")
+    assert "experiment.yaml:5: ppo.kl.coeficient is no setting; did you mean coefficient?" in message
+
+
+def test_a_key_like_nothing_known_gets_the_list(tmp_path: Path) -> None:
+    assert "known here: where, estimator" in problem(tmp_path, MINIMAL + "ppo: {kl: {zzz: 1}}\n")
+
+
+def test_an_unknown_key_of_a_data_source(tmp_path: Path) -> None:
+    assert "did you mean limit?" in problem(tmp_path, MINIMAL + "data: {prompts: {path: p, limits: 1}}\n")
+
+
+def test_an_unknown_key_of_an_include_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path, "ppo:\n  step: 1\n", "part.yaml")
+    assert "part.yaml:2: ppo.step" in problem(tmp_path, "include: part.yaml\n" + MINIMAL)
+
+
+def test_all_problems_are_listed(tmp_path: Path) -> None:
+    message = problem(tmp_path, "nam: x\nmodel: {}\nppo: {epochs: 0, gamma: nan}\n", "learner.zero=7")
+    expected = ("nam is no", "name is missing", "model.path is missing", "ppo.epochs", "ppo.gamma", "learner.zero=7")
+    assert all(part in message for part in expected), message
+
+
+def test_a_rule_across_keys_is_explained(tmp_path: Path) -> None:
+    message = problem(tmp_path, MINIMAL + "ppo:\n  batch: 10\n  minibatches: 4\n")
+    assert message == f"{tmp_path}/experiment.yaml:3: ppo: minibatches 4 does not divide batch 10"
+
+
+def test_a_union_is_named_by_its_key(tmp_path: Path) -> None:
+    message = problem(tmp_path, MINIMAL + "policy: {targets: 3}\n")
+    assert "policy.targets: " in message
+    assert ".str" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- a\n- b\n", "were expected"),
+        ("name: x\nmodel: {path: m\n", "no valid YAML"),
+        ("name: x\nname: y\n", ":2: name is set twice, first in line 1"),
+        (MINIMAL + "ppo:\n  steps: 1\n  steps: 2\n", ":5: ppo.steps is set twice"),
+        (MINIMAL + "include: nowhere.yaml\n", "nowhere.yaml does not exist"),
+        (MINIMAL + "include: experiment.yaml\n", "includes itself"),
+        (MINIMAL + "include: {a: b}\n", "a file name or a list"),
+        (MINIMAL + "runs: ${nothing}\n", "experiment.yaml:3: runs: "),
+        (MINIMAL + "name2: &a [*b]\n", "no valid YAML"),
+        ("name: '../x'\nmodel: {path: m}\n", "name: "),
+        (MINIMAL + "learner: {schedule: cosin}\n", ":3: learner.schedule: Input should be 'constant', 'linear'"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in problem(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("ppo: {estimator: rloo}", "ppo: rloo compares the samples of a prompt: set samples to 2 or more"),
+        ("ppo: {samples: 3}", "ppo: samples 3 does not divide batch 128"),
+        ("ppo: {estimator: reinforce++, cut: bootstrap}", "`cut: bootstrap` needs a critic, and reinforce++ has none"),
+        (
+            "ppo: {critic: {model: m}}",
+            "ppo.critic: `model` is the base of a critic of kind `model`, and kind is",
+        ),
+        ("rollouts: {max_age: 1}", "max_age lets rollouts go on beside the learner, in workers: set workers"),
+        (
+            "deterministic: true\nrollouts: {max_age: 1, stretch: 8, workers: 2}\nppo: {importance_cap: 2}",
+            "deterministic: no two runs are the same with rollouts.stretch",
+        ),
+        ("rollouts: {stretch: 8}", "under weights that come while they are made: set max_age"),
+        (
+            "rollouts: {max_age: 1, stretch: 8, workers: 2, engine: vllm, stop: [x]}",
+            "vllm would miss a stop string that begins before a stretch ends",
+        ),
+        ("rollouts: {max_age: 1, workers: 2}", "which ppo.importance_cap corrects: set it, to 2.0"),
+        (
+            "rollouts: {max_age: 1, workers: 2}\nppo: {importance_cap: 2, max_gap: 1}",
+            "ppo.max_gap compares sampler and learner under the same weights, which rollouts.max_age lets differ",
+        ),
+        ("rollouts: {workers: 3}", "a batch of 128 is 2 chunks of 64 prompts, and some workers would idle: set roll"),
+        ("rollouts: {engine: vllm}", "engine vllm runs in workers, beside the learner's process: set workers to 1"),
+        ("rollouts: {vllm: {seed: 1}}", "`vllm` is of engine vllm, and engine is transformers: remove it"),
+        ("rollouts: {engine: vllm, workers: 1}\npolicy: {method: ia3}", "adapters of policy.method lora, without dora"),
+        ("rollouts: {engine: vllm, workers: 1}\npolicy: {dora: true}", "this policy is another: use engine transf"),
+        ("ppo: {estimator: rloo, samples: 2, gamma: 0.9}", "ppo: rloo does not read gamma: remove it, or use gae or"),
+        ("ppo: {estimator: reinforce++, lam: 0.9}", "ppo: reinforce++ does not read lam: remove it, or use gae"),
+        ("reward: {terms: {a: {kind: regex}}}", "reward.terms.a.pattern is missing"),
+        (
+            "reward: {terms: {a: {kind: regex, pattern: x, whol: true}}}",
+            "reward.terms.a.whol is no setting; did you mean whole",
+        ),
+        ("reward: {terms: {a: {kind: regexp, pattern: x}}}", "reward.terms.a: Input tag 'regexp' found using 'kind'"),
+        (
+            "reward: {terms: {a: {kind: exact}}, constraint: {term: b, at_most: 1}}",
+            "constraint.term: 'b' is none of the terms a",
+        ),
+        ("reward: {ensemble: {combine: minimum}}", "reward: ensemble.combine `minimum` needs more than one"),
+        ("reward: {patience: 2}", "reward: patience counts looks at the held-out loss: set evaluate_every too"),
+        ("reward: {classifier: x, attributes: {a: 1}}", "reward: `attributes` is of a reward model on the trunk"),
+        ("reward: {terms: {a: {kind: exact}}, model: x}", "reward: terms: none is of kind `model`"),
+        ("ppo: {stop: {metric: reward/spread}}", "ppo.stop: one of above, below and falls_by was expected"),
+        ("ppo: {estimator: reinforce++, critic: {warmup: 3}}", "ppo: reinforce++ has no critic: remove `critic`"),
+        ("policy: {method: full}", "model.dtype bfloat16 is too coarse"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, settings: str, expected: str) -> None:
+    coarse = MINIMAL.replace("path: m", "path: m, dtype: bfloat16") if "full" in settings else MINIMAL
+    assert expected in problem(tmp_path, f"{coarse}{settings}\n")
+
+
+@pytest.mark.parametrize("override", ["ppo.steps", "=3", "ppo..steps=1", "ppo.steps=[1"])
+def test_mistakes_in_an_override(tmp_path: Path, override: str) -> None:
+    assert f"override {override!r}" in problem(tmp_path, MINIMAL, override)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        load_experiment(tmp_path / "nowhere.yaml")
+
+
+@given(
+    values=st.fixed_dictionaries(
+        {
+            "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+            "seed": st.integers(0, 2**40),
+            "runs": st.text(st.characters(codec="utf-8", exclude_characters="${}\\"), min_size=1),
+            "ppo": st.fixed_dictionaries(
+                {"gamma": st.floats(1e-9, 1), "target_kl": st.none() | st.floats(1e-12, 1e12)}
+            ),
+        }
+    )
+)
+def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFactory, values: dict) -> None:
+    experiment = Experiment.model_validate(values | {"model": {"path": "1e5"}})
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    dump_experiment(experiment, path)
+    assert load_experiment(path) == experiment
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["policy.method=lore"], "policy.method"),
+        (["policy.rank=0"], "policy.rank"),
+        (
+            ["policy.method=ia3", "policy.rank=4"],
+            "method ia3 does not read rank, which is for lora or qlora: remove it",
+        ),
+        (["policy.method=bitfit", "model.dtype=bfloat16"], "too coarse for: use float32"),
+        (["policy.method=qlora", "learner.zero=3"], "use learner.zero 0, 1 or 2"),
+        (["policy.dora=true", "learner.zero=3"], "lora without dora"),
+        (["policy.method=prefix_tuning", "model.gradient_checkpointing=true"], "use policy.method prompt_tuning"),
+        (["policy.init=pissa", "learner.weight_decay=0.1"], "set learner.weight_decay to 0"),
+    ],
+)
+def test_methods_that_do_not_go_with_a_setting_say_what_does(tmp_path: Path, overrides: list[str], said: str) -> None:
+    assert said in problem(tmp_path, MINIMAL, *overrides)
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "full"])
+def test_methods_that_zero_3_can_shard(tmp_path: Path, method: str) -> None:
+    overrides = [f"policy.method={method}", "learner.zero=3"]
+    assert load_experiment(write(tmp_path, MINIMAL), overrides).learner.zero == 3

@@ -1,0 +1,140 @@
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.evaluation.policy import REFERENCE_VERSION, Evaluator, best_of_n, distinct_2, win_rate
+from policies.trunk import AdapterWeights
+from rollouts.engine import Sampling
+from rollouts.trajectory import Request, Scored, Trajectory
+
+SCORES = st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=20)
+PROMPTS = [Request(name, (1,), seed=0) for name in ("p", "q")]
+DRAWS = {"p": [(5, 1.0, 10.0), (6, 3.0, 20.0), (7, 2.0, 90.0)], "q": [(5, 4.0, 40.0), (6, 0.0, 60.0), (7, 0.0, 0.0)]}
+"""What the reference says at each draw: a token, its score, its gold score."""
+POLICY = {"p": (8, 2.0, 10.0), "q": (9, 1.0, 70.0)}
+SAID = {(p, t): (score, gold) for p in DRAWS for t, score, gold in (*DRAWS[p], POLICY[p])}
+
+
+class ListedPool:
+    """Gives the responses that are listed above, the reference's in the order of its draws."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[int, AdapterWeights]] = []
+        self.asked: list[tuple[int, list[int]]] = []
+
+    def load_adapter(self, version: int, weights: AdapterWeights) -> None:
+        self.loaded.append((version, weights))
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        version = self.loaded[-1][0]
+        draw = sum(asked == version for asked, _ in self.asked)
+        self.asked.append((version, [request.seed for request in requests]))
+        made = []
+        for request in requests:
+            token = (DRAWS[request.prompt][draw] if version == REFERENCE_VERSION else POLICY[request.prompt])[0]
+            ids = (token,) * (2 if request.prompt == "p" else 4)
+            made.append(Trajectory.made(request, ids, torch.zeros(len(ids)), request.prompt == "p", version))
+        return made
+
+    def close(self) -> None: ...
+
+
+def said(trajectory: Trajectory) -> tuple[float, float]:
+    return SAID[str(trajectory.request.prompt), trajectory.response_ids[0]]
+
+
+def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
+    """The policy is half a nat above the reference at each token."""
+    rows = [torch.zeros(t.length) for t in trajectories]
+    return [Scored(row, row - 0.5, torch.zeros(len(row) + 1), said(t)[0]) for row, t in zip(rows, trajectories)]
+
+
+def ask(trajectories: Sequence[Trajectory]) -> Callable[[], list[Scored]]:
+    return lambda: score(trajectories)
+
+
+def gold(trajectories: Sequence[Trajectory]) -> list[float]:
+    return [said(t)[1] for t in trajectories]
+
+
+def evaluator(pool: ListedPool, best_of: int = 0, with_gold: bool = True) -> Evaluator:
+    weights = {"a": torch.zeros(1)}
+    return Evaluator(pool, ask, ask, gold if with_gold else None, weights, PROMPTS, Sampling(1.0, 4), 7, best_of)
+
+
+def test_a_tie_is_half_a_win() -> None:
+    assert win_rate(torch.tensor([2.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0])) == 0.5 * (2 + 2) / 4
+
+
+@given(SCORES)
+def test_the_win_rates_of_both_sides_add_up_to_one(pairs: list[tuple[int, int]]) -> None:
+    ours, theirs = torch.tensor(pairs).T
+    assert win_rate(ours, theirs) + win_rate(theirs, ours) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "share"), [([[1, 2, 1, 2]], 2 / 3), ([[1, 2], [1, 2]], 1 / 2), ([[1, 2], [2, 1]], 1), ([[1], []], 0)]
+)
+def test_distinct_2_counts_pairs_within_rows_and_once_over_all_rows(rows: list[list[int]], share: float) -> None:
+    assert distinct_2(rows) == pytest.approx(share)
+
+
+def test_the_best_of_is_what_the_reward_picks_and_the_gold_best_what_gold_picks() -> None:
+    best = evaluator(ListedPool(), best_of=3).judge(5, {})["best_of"]
+    curve = best.pop("curve")
+    assert best == {"n": 3, "score_mean": (3 + 4) / 2, "gold_mean": (20 + 40) / 2, "gold_best_mean": (90 + 60) / 2}
+    assert [point["n"] for point in curve] == [1, 2, 3]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
+def test_the_best_of_n_is_the_mean_over_all_choices_of_n_samples(count: int, n: int, seed: int) -> None:
+    n = min(n, count)
+    scores, gold = torch.rand(2, count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    choices = [list(chosen) for chosen in combinations(range(count), n)]
+    best = [scores[chosen].max(0) for chosen in choices]
+    picked = [gold[chosen].gather(0, found.indices[None])[0] for chosen, found in zip(choices, best)]
+    figures = best_of_n(scores, gold, n)
+    assert figures["score_mean"] == pytest.approx(float(torch.stack([found.values for found in best]).mean()))
+    assert figures["gold_mean"] == pytest.approx(float(torch.stack(picked).mean()))
+    assert figures["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
+
+
+def test_the_best_of_one_is_the_reference_itself() -> None:
+    figures = evaluator(ListedPool(), best_of=1).judge(5, {})
+    assert figures["best_of"]["score_mean"] == figures["reference"]["score_mean"] == (1 + 4) / 2
+
+
+def test_without_best_of_and_gold_their_figures_are_not_there() -> None:
+    figures = evaluator(ListedPool(), with_gold=False).judge(5, {})
+    assert figures.keys() == {"reference", "policy", "prompts"}
+    assert not [name for name in (*figures["reference"], *figures["policy"]) if "gold" in name]
+
+
+def test_figures_of_both_sides() -> None:
+    figures = evaluator(ListedPool()).judge(5, {})
+    both = {"length_mean": 3.0, "eos_share": 0.5}
+    reference = {"score_mean": 2.5, "score_std": 1.5, "gold_mean": 25.0, "distinct_2": 1 / 4}
+    policy = {"score_mean": 1.5, "score_std": 0.5, "gold_mean": 40.0, "distinct_2": 2 / 4}
+    compared = {"win_rate": 0.5, "gold_win_rate": 0.75, "kl_per_sequence": 1.5, "kl_per_token": 0.5, "step": 5}
+    assert figures["reference"] == pytest.approx(reference | both)
+    assert figures["policy"] == pytest.approx(policy | both | compared)
+
+
+def test_the_reference_is_judged_once_and_the_policy_stays_loaded() -> None:
+    pool = ListedPool()
+    judge = evaluator(pool, best_of=2).judge
+    judge(5, {"b": torch.ones(1)})
+    judge(6, {"c": torch.ones(1)})
+    assert [(version, *weights) for version, weights in pool.loaded] == [(REFERENCE_VERSION, "a"), (5, "b"), (6, "c")]
+
+
+def test_both_sides_have_the_seeds_of_the_first_draw_and_every_other_draw_its_own() -> None:
+    pool = ListedPool()
+    evaluator(pool, best_of=2).judge(5, {})
+    (_, first), (_, second), (_, policy) = pool.asked
+    assert (first, len({*first, *second})) == (policy, 4)

@@ -1,0 +1,46 @@
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from align.config.schema import StyleSettings
+from align.evaluation.prompt_styles import make_style, styled
+from rollouts.trajectory import Request
+
+SHOT = {"prompt": "2+2?", "completion": " 4"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "3+3?"),
+        ({"suffix": " Think."}, "3+3? Think."),
+        ({"system": "Add."}, "Add.\n\n3+3?"),
+        ({"system": "Add.", "examples": [SHOT, SHOT]}, "Add.\n\n2+2? 4\n\n2+2? 4\n\n3+3?"),
+    ],
+)
+def test_text_stands_behind_system_prompt_and_examples(settings: dict[str, Any], expected: str) -> None:
+    assert styled("3+3?", StyleSettings(**settings)) == expected
+
+
+def test_messages_take_the_system_prompt_first_and_examples_as_turns() -> None:
+    prompt = [{"role": "system", "content": "old"}, {"role": "user", "content": "3+3?"}]
+    style = StyleSettings(system="Add.", examples=[SHOT], suffix=" Think.")  # type: ignore[list-item]
+    assert styled(prompt, style) == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": " 4"},
+        {"role": "user", "content": "3+3? Think."},
+    ]
+    assert prompt[-1]["content"] == "3+3?"
+    assert styled(prompt, StyleSettings(examples=[SHOT]))[:2] == [  # type: ignore[list-item]
+        {"role": "system", "content": "old"},
+        {"role": "user", "content": "2+2?"},
+    ]
+
+
+def test_a_styled_request_keeps_its_seed_and_columns(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    request = Request("red", (1, 2), seed=7, columns={"answer": "blue"})
+    asked = make_style(StyleSettings(suffix=" and blue"), tiny_tokenizer)(request)
+    assert (asked.prompt, asked.seed, asked.columns) == ("red and blue", 7, {"answer": "blue"})
+    assert list(asked.prompt_ids) == tiny_tokenizer("red and blue")["input_ids"]

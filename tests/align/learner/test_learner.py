@@ -1,0 +1,446 @@
+"""The learner against an oracle: transformers and PEFT as they come, float64, one row at a time, whole logits."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from align.algorithms.episodes import Episode
+from align.config.schema import CriticSettings, KlSettings, LearnerSettings, PpoSettings
+from align.learner.learner import Learner, Rates
+from align.roles.build import Blueprint, RewardRole, build_roles
+from policies.schema import ModelSettings, PolicySettings
+from policies.trunk import AdapterWeights, Trunk
+from rollouts.trajectory import Request, Scored, Trajectory
+
+TEMPERATURE = 0.7
+POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)  # dropout must be off in every forward of the loop
+PPO = PpoSettings(
+    clip_low=0.2,
+    clip_high=0.3,
+    entropy=0.01,
+    kl=KlSettings(where="loss", estimator="k3"),
+    critic=CriticSettings(value_clip=0.2),
+)
+SGD = LearnerSettings(optimizer="sgd", clip=1e9, tokens_per_microbatch=40)
+ADAM = LearnerSettings(optimizer="adamw", clip=1.0, tokens_per_microbatch=40, weight_decay=0.1)
+RATES = Rates(policy=1.0, critic=1.0, kl_in_loss=0.3)
+SMALL = Rates(policy=1e-2, critic=1e-2, kl_in_loss=0.3)
+ROLES = ("reference", "policy", "critic", "reward")
+ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3), (8, 8), (5, 2)]
+
+Factory = Callable[..., Learner]
+
+
+def random_weights(trunk: Trunk) -> dict[str, AdapterWeights]:
+    """Different random adapters for the four roles, far enough from zero to change every number."""
+    generator = torch.Generator().manual_seed(11)
+    return {
+        role: {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in trunk.adapter(role).items()}
+        for role in ROLES
+    }
+
+
+@pytest.fixture
+def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
+    """Makes learners whose roles all differ, the same ones whenever it is called."""
+    made: list[Learner] = []
+
+    def new(settings: LearnerSettings = SGD, ppo: PpoSettings = PPO, recompute: bool = False) -> Learner:
+        model = ModelSettings(path=str(tiny_model))
+        probe = build_roles(Blueprint(model, POLICY, 0, None), None).trunk
+        reward = probe.read_adapter("policy")
+        head = {"weight": torch.randn(32, generator=torch.Generator().manual_seed(5)) / 6, "bias": torch.tensor([0.25])}
+        roles = build_roles(Blueprint(model, POLICY, 0, None, (RewardRole(reward, (head,)),)), ppo.critic_if_any)
+        for role, weights in random_weights(roles.trunk).items():
+            roles.trunk.write_adapter(role, weights)
+        made.append(Learner(roles, ppo, settings, TEMPERATURE, gradient_checkpointing=recompute))
+        return made[-1]
+
+    yield new
+    for learner in made:
+        learner.close()
+
+
+def trajectories() -> list[Trajectory]:
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, 290, (count,), generator=generator).tolist())
+
+    return [
+        Trajectory.made(Request("", ids(prompt), 0), ids(response), torch.zeros(response), index % 3 > 0, 1)
+        for index, (prompt, response) in enumerate(ROWS)
+    ]
+
+
+def episodes(scored: list[Scored]) -> list[Episode]:
+    """Targets near enough to what the roles say that some tokens are clipped and some are not."""
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for row, said in zip(trajectories(), scored):
+        noise = torch.randn(4, row.length, generator=generator)
+        made.append(
+            Episode(
+                prompt_ids=row.request.prompt_ids,
+                response_ids=row.response_ids,
+                old_logprobs=said.logprobs + 0.3 * noise[0],
+                reference_logprobs=said.reference_logprobs,
+                advantages=noise[1],
+                returns=said.values[:-1] + noise[2],
+                old_values=said.values[:-1] + 0.3 * noise[3],
+            )
+        )
+    return made
+
+
+ALL = [list(range(len(ROWS)))]
+HALVES = [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def flat(weights: AdapterWeights) -> Tensor:
+    return torch.cat([weights[name].detach().flatten() for name in sorted(weights)]).double()
+
+
+def snapshot(learner: Learner) -> dict[str, Tensor]:
+    """Policy and critic, each as one vector."""
+    critic = dict(learner.roles.trunk.read_adapter("critic"))
+    critic |= {f"~head.{name}": value.clone() for name, value in learner.roles.critic.head.state_dict().items()}
+    return {"policy": flat(learner.roles.trunk.read_adapter("policy")), "critic": flat(critic)}
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative to the larger."""
+    return float((one - other).norm() / torch.maximum(one.norm(), other.norm()))
+
+
+class Oracle:
+    """The four roles of a learner, by PEFT's own switching and in float64."""
+
+    def __init__(self, learner: Learner, folder: Path) -> None:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = LoraConfig(r=4, lora_alpha=8.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        model: PeftModel = get_peft_model(base, config, adapter_name=ROLES[0])
+        for role in ROLES[1:]:
+            model.add_adapter(role, config)
+        for role in ROLES:
+            set_peft_model_state_dict(model, learner.roles.trunk.read_adapter(role), adapter_name=role)
+        self.model = model.double().eval()
+        self.heads = {
+            "critic": [p.detach().double().requires_grad_(True) for p in learner.roles.critic.head.parameters()],
+            "reward": [p.detach().double() for p in learner.roles.reward_heads.parameters()],
+        }
+
+    def parameters(self, role: str) -> dict[str, Tensor]:
+        mark = f".{role}."
+        found = {n.replace(mark, "."): p for n, p in self.model.named_parameters() if mark in n}
+        if role == "critic":
+            found |= dict(zip(("~head.weight", "~head.bias"), self.heads["critic"]))
+        return found
+
+    def states(self, ids: tuple[int, ...], role: str) -> tuple[Tensor, Tensor]:
+        """Last hidden states `[T, H]` and logits `[T, V]` of one row."""
+        self.model.set_adapter(role)
+        self.model.requires_grad_(False)
+        for parameter in self.parameters(role).values():
+            parameter.requires_grad_(True)
+        out = self.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        return out.hidden_states[-1][0], out.logits[0]
+
+    def distribution(self, prompt: tuple[int, ...], response: tuple[int, ...], role: str) -> Tensor:
+        """Log-probabilities `[T, V]` from which each token of the response was drawn."""
+        _, logits = self.states(prompt + response, role)
+        return torch.log_softmax(logits[len(prompt) - 1 : -1] / TEMPERATURE, dim=-1)
+
+    def logprobs(self, prompt: tuple[int, ...], response: tuple[int, ...], role: str) -> Tensor:
+        whole = self.distribution(prompt, response, role)
+        return torch.stack([whole[t, token] for t, token in enumerate(response)])
+
+    def scalars(self, prompt: tuple[int, ...], response: tuple[int, ...], role: str) -> Tensor:
+        """What the role's head says before each token of the response and after the last, `[T + 1]`."""
+        hidden, _ = self.states(prompt + response, role)
+        weight, bias = self.heads[role]
+        return hidden[len(prompt) - 1 :] @ weight + bias
+
+    def gradients(self, batch: list[Episode], ppo: PpoSettings, beta: float) -> tuple[dict[str, Tensor], float]:
+        """Gradients of the loss a token of a minibatch by role, each as one vector, and the policy loss a token."""
+        tokens = sum(len(e.response_ids) for e in batch)
+        total = 0.0
+        for episode in batch:
+            row = (episode.prompt_ids, episode.response_ids)
+            whole = self.distribution(*row, "policy")
+            new = torch.stack([whole[t, token] for t, token in enumerate(episode.response_ids)])
+            loss = torch.zeros((), dtype=torch.float64)
+            for t in range(len(new)):
+                ratio = (new[t] - episode.old_logprobs[t]).exp()
+                advantage = episode.advantages[t].double()
+                part = -torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - ppo.clip_low, 1 + ppo.clip_high))
+                total += part.item() / tokens
+                difference = new[t] - episode.reference_logprobs[t].double()
+                kl = torch.exp(-difference) - 1 + difference
+                entropy = -(whole[t].exp() * whole[t]).sum()
+                loss = loss + part + beta * kl - ppo.entropy * entropy
+            (loss / tokens).backward()
+            values = self.scalars(*row, "critic")[:-1]
+            loss = torch.zeros((), dtype=torch.float64)
+            for value, old, target in zip(values, episode.old_values, episode.returns):
+                near = old + (value - old).clamp(-ppo.critic.value_clip, ppo.critic.value_clip)
+                loss = loss + torch.maximum((value - target) ** 2, (near - target) ** 2) / 2
+            (loss / tokens).backward()
+        grads = {r: {n: p.grad for n, p in self.parameters(r).items()} for r in ("policy", "critic")}
+        return {role: flat(named) for role, named in grads.items()}, total
+
+
+def test_scores_are_those_of_unbatched_float64(new_learner: Factory, tiny_model: Path) -> None:
+    learner = new_learner()
+    oracle = Oracle(learner, tiny_model)
+    for row, said in zip(trajectories(), learner.score(trajectories())):
+        ids = (row.request.prompt_ids, row.response_ids)
+        near = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+        torch.testing.assert_close(said.logprobs, oracle.logprobs(*ids, "policy").detach(), **near)
+        torch.testing.assert_close(said.reference_logprobs, oracle.logprobs(*ids, "reference").detach(), **near)
+        torch.testing.assert_close(said.values, oracle.scalars(*ids, "critic").detach(), **near)
+        assert said.score == pytest.approx(oracle.scalars(*ids, "reward")[-1].item(), abs=1e-4)
+        assert len(said.values) == row.length + 1
+
+
+def test_scoring_is_independent_of_neighbours_and_order(new_learner: Factory) -> None:
+    learner = new_learner()
+    together = learner.score(trajectories())
+    backwards = learner.score(trajectories()[::-1])[::-1]
+    for row, one, other in zip(trajectories(), together, backwards):
+        (alone,) = learner.score([row])
+        for said in (one, other):
+            torch.testing.assert_close(said.logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(said.values, alone.values, rtol=1e-5, atol=1e-5)
+            assert said.score == pytest.approx(alone.score, abs=1e-5)
+
+
+def test_dropout_is_off_when_scoring_and_training(new_learner: Factory) -> None:
+    learner = new_learner()
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in learner.roles.modules())
+    first, second = learner.score(trajectories()), learner.score(trajectories())
+    assert all(torch.equal(one.logprobs, other.logprobs) for one, other in zip(first, second))
+    assert not any(module.training for module in learner.roles.modules())
+    learner.update(episodes(first), [ALL], SMALL)
+    assert not any(module.training for module in learner.roles.modules())
+
+
+@pytest.mark.parametrize("value_clip", [0.2, 1e9])
+def test_gradient_is_that_of_the_oracle(new_learner: Factory, tiny_model: Path, value_clip: float) -> None:
+    ppo = PPO.model_copy(update={"critic": CriticSettings(value_clip=value_clip)})
+    learner = new_learner(ppo=ppo)
+    batch = episodes(learner.score(trajectories()))
+    expected, policy_loss = Oracle(learner, tiny_model).gradients(batch, ppo, RATES.kl_in_loss)
+    before = snapshot(learner)
+    statistics = learner.update(batch, [ALL], RATES)
+    after = snapshot(learner)
+    for role in ("policy", "critic"):
+        assert distance(before[role] - after[role], expected[role]) < 1e-5
+        assert statistics[f"{role}_gradient_norm"] == pytest.approx(float(expected[role].norm()), rel=1e-4)
+    assert statistics["policy_loss"] == pytest.approx(policy_loss, rel=1e-4)
+    assert 0 < statistics["policy_clipped"] < 1
+    assert (0 < statistics["value_clipped"] < 1) == (value_clip < 1)
+
+
+def test_gradient_does_not_depend_on_the_cut_into_microbatches(new_learner: Factory) -> None:
+    moved, statistics = [], []
+    for tokens in (1, 37, 4096):
+        learner = new_learner(SGD.model_copy(update={"tokens_per_microbatch": tokens}))
+        batch = episodes(learner.score(trajectories()))
+        before = snapshot(learner)
+        statistics.append(learner.update(batch, [ALL], RATES))
+        moved.append({role: before[role] - after for role, after in snapshot(learner).items()})
+    for role in ("policy", "critic"):
+        assert distance(moved[0][role], moved[1][role]) < 1e-5
+        assert distance(moved[0][role], moved[2][role]) < 1e-5
+    assert statistics[0] == pytest.approx(statistics[2], rel=1e-4)
+
+
+def test_recomputing_activations_gives_the_same_gradient(new_learner: Factory) -> None:
+    after = []
+    for recompute in (False, True):
+        learner = new_learner(recompute=recompute)
+        learner.update(episodes(learner.score(trajectories())), [ALL], RATES)
+        after.append(snapshot(learner))
+    for role in ("policy", "critic"):
+        assert distance(after[0][role], after[1][role]) < 1e-7
+
+
+def test_optimizer_steps_are_epochs_times_minibatches(new_learner: Factory) -> None:
+    learner = new_learner(ADAM)
+    steps = []
+    learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    statistics = learner.update(episodes(learner.score(trajectories())), [HALVES] * 3, SMALL)
+    assert statistics["optimizer_steps"] == len(steps) == 6
+    assert {float(state["step"]) for state in learner.optimizer.state.values()} == {6.0}
+    assert len(learner.optimizer.state) == sum(len(group["params"]) for group in learner.optimizer.param_groups)
+
+
+def test_updates_begin_without_a_left_over_gradient(new_learner: Factory) -> None:
+    learner, fresh = new_learner(), new_learner()
+    batch = episodes(learner.score(trajectories()))
+    learner.update(batch, [[HALVES[0]]], Rates(0.0, 0.0, 0.3))
+    learner.update(batch, [[HALVES[1]]], RATES)
+    fresh.update(batch, [[HALVES[1]]], RATES)
+    for role, expected in snapshot(fresh).items():
+        assert distance(snapshot(learner)[role], expected) < 1e-7
+
+
+def test_policy_and_critic_are_clipped_each_by_itself(new_learner: Factory, tiny_model: Path) -> None:
+    learner = new_learner(SGD.model_copy(update={"clip": 0.01}))
+    batch = episodes(learner.score(trajectories()))
+    expected, _ = Oracle(learner, tiny_model).gradients(batch, PPO, RATES.kl_in_loss)
+    before = snapshot(learner)
+    learner.update(batch, [ALL], RATES)
+    for role, after in snapshot(learner).items():
+        assert float(expected[role].norm()) > 0.01
+        assert float((before[role] - after).norm()) == pytest.approx(0.01, rel=1e-3)
+        assert distance(before[role] - after, 0.01 * expected[role] / expected[role].norm()) < 1e-3
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("place", ["advantages", "returns"])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    new_learner: Factory, place: str, zero: int
+) -> None:
+    learner = new_learner(ADAM.model_copy(update={"zero": zero}))
+    good, bad = (episodes(learner.score(trajectories())) for _ in range(2))
+    getattr(bad[3], place)[0] = math.nan
+    assert learner.update(good, [ALL], SMALL)["skipped_steps"] == 0
+    before = snapshot(learner)
+    assert learner.update(bad, [ALL], SMALL)["skipped_steps"] == 1
+    assert all(torch.equal(before[role], after) for role, after in snapshot(learner).items())
+
+    assert learner.update(good, [ALL], SMALL)["skipped_steps"] == 0
+    assert all(distance(before[role], after) > 0 for role, after in snapshot(learner).items())
+    assert all(after.isfinite().all() for after in snapshot(learner).values())
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_the_very_first_gradient_may_be_not_finite(new_learner: Factory, zero: int) -> None:
+    learner = new_learner(ADAM.model_copy(update={"zero": zero}))
+    bad = episodes(learner.score(trajectories()))
+    bad[3].advantages[0] = math.nan
+    assert learner.update(bad, [ALL], SMALL)["skipped_steps"] == 1
+
+
+def test_policy_at_rate_zero_keeps_its_bits_while_the_critic_learns(new_learner: Factory) -> None:
+    learner = new_learner(ADAM)
+    before = snapshot(learner)
+    learner.update(episodes(learner.score(trajectories())), [HALVES], Rates(0.0, 1e-2, 0.3))
+    after = snapshot(learner)
+    assert torch.equal(before["policy"], after["policy"])
+    assert distance(before["critic"], after["critic"]) > 1e-3
+
+
+@pytest.mark.parametrize(("target", "steps"), [(1e-6, 1), (1e6, 6), (None, 6)])
+def test_update_ends_once_the_policy_has_moved_too_far(new_learner: Factory, target: float | None, steps: int) -> None:
+    learner = new_learner(ADAM, PPO.model_copy(update={"target_kl": target}))
+    statistics = learner.update(episodes(learner.score(trajectories())), [HALVES] * 3, SMALL)
+    assert statistics["optimizer_steps"] == steps
+    assert statistics["approximate_kl"] > 1e-6
+
+
+def test_update_changes_policy_and_critic_and_nothing_else(new_learner: Factory) -> None:
+    learner = new_learner(ADAM)
+    before = {name: parameter.detach().clone() for name, parameter in learner.roles.named_parameters()}
+    learner.update(episodes(learner.score(trajectories())), [HALVES], SMALL)
+    changed = {name for name, p in learner.roles.named_parameters() if not torch.equal(before[name], p)}
+    trained = {n for n in before if ".policy." in n or ".critic." in n or n.startswith("critic.head.")}
+    assert changed == trained
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_restored_learner_goes_on_bit_for_bit(new_learner: Factory, zero: int) -> None:
+    settings = ADAM.model_copy(update={"zero": zero})
+    learner = new_learner(settings)
+    batch = episodes(learner.score(trajectories()))
+    learner.update(batch, [HALVES], SMALL)
+    saved = learner.state()
+    learner.update(batch, [HALVES], SMALL)
+    expected = learner.state()
+
+    resumed = new_learner(settings)
+    resumed.restore([saved], zero)
+    resumed.update(batch, [HALVES], SMALL)
+    actual = resumed.state()
+    for part in ("policy", "critic", "critic_head", "optimizer"):
+        one, other = getattr(expected, part), getattr(actual, part)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), part
+    assert any(not torch.equal(saved.policy[name], expected.policy[name]) for name in saved.policy)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_several_steps_are_the_same_at_every_stage(new_learner: Factory, zero: int) -> None:
+    after = []
+    for stage in (0, zero):
+        learner = new_learner(ADAM.model_copy(update={"zero": stage}))
+        batch, start = episodes(learner.score(trajectories())), learner.state()
+        learner.update(batch, [HALVES, HALVES], SMALL)
+        after.append(learner.state())
+    for part in ("policy", "critic", "critic_head"):
+        before, one, other = (
+            torch.cat([tensor.flatten() for tensor in getattr(state, part).values()]) for state in (start, *after)
+        )
+        assert (one - other).norm() < 1e-3 * (one - before).norm(), part
+
+
+def test_a_saved_state_is_a_copy(new_learner: Factory) -> None:
+    learner = new_learner(ADAM)
+    batch = episodes(learner.score(trajectories()))
+    learner.update(batch, [ALL], SMALL)
+    saved = learner.state()
+    kept = {name: tensor.clone() for name, tensor in saved.optimizer.items()}
+    learner.update(batch, [ALL], SMALL)
+    assert all(torch.equal(kept[name], saved.optimizer[name]) for name in kept)
+
+
+def test_a_state_from_before_the_first_step_forgets_the_moments(new_learner: Factory) -> None:
+    learner = new_learner(ADAM)
+    batch = episodes(learner.score(trajectories()))
+    start = learner.state()
+    learner.update(batch, [HALVES], SMALL)
+    expected = snapshot(learner)
+    learner.restore([start], ADAM.zero)
+    learner.update(batch, [HALVES], SMALL)
+    assert all(torch.equal(expected[role], after) for role, after in snapshot(learner).items())
+
+
+def test_policy_weights_are_a_copy_of_the_policy(new_learner: Factory) -> None:
+    learner = new_learner(ADAM)
+    sent = learner.policy_weights()
+    assert torch.equal(flat(sent), snapshot(learner)["policy"])
+    learner.update(episodes(learner.score(trajectories())), [ALL], SMALL)
+    assert not torch.equal(flat(sent), snapshot(learner)["policy"])
+
+
+def test_without_a_reward_head_the_score_is_not_a_number(tiny_model: Path, process_group: None) -> None:
+    roles = build_roles(Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, None), CriticSettings())
+    learner = Learner(roles, PPO, SGD, TEMPERATURE, gradient_checkpointing=False)
+    (said,) = learner.score(trajectories()[:1])
+    learner.close()
+    assert math.isnan(said.score)
+    assert said.values.tolist() == [0.0] * (trajectories()[0].length + 1)
+
+
+def test_roles_start_as_the_plan_says(tiny_model: Path) -> None:
+    model = ModelSettings(path=str(tiny_model))
+    probe = build_roles(Blueprint(model, POLICY, 0, None), None).trunk
+    sft = {name: torch.randn_like(tensor) for name, tensor in probe.read_adapter("policy").items()}
+    reward = {name: torch.randn_like(tensor) for name, tensor in sft.items()}
+    head = {"weight": torch.randn(32), "bias": torch.ones(1)}
+    roles = build_roles(Blueprint(model, POLICY, 0, sft, (RewardRole(reward, (head,)),)), CriticSettings())
+    assert torch.equal(flat(roles.trunk.read_adapter("policy")), flat(sft))
+    assert torch.equal(flat(roles.trunk.read_adapter("reference")), flat(sft))
+    assert torch.equal(flat(roles.trunk.read_adapter("critic")), flat(reward))
+    assert torch.equal(flat(roles.trunk.read_adapter("reward")), flat(reward))
+    assert torch.equal(roles.critic.head.weight, head["weight"])
+    assert roles.critic.head.weight.data_ptr() != roles.reward_heads["reward"][0].weight.data_ptr()
+    assert not any(p.requires_grad for p in roles.reward_heads.parameters())

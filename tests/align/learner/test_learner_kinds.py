@@ -1,0 +1,274 @@
+"""Every kind of critic and method of the policy: the learner's gradient against one row at a time, losses by hand."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from align.algorithms.episodes import Episode
+from align.config.schema import CriticSettings, LearnerSettings, PpoSettings
+from align.data.datasets import Example
+from align.learner.learner import Learner, Rates
+from align.roles.build import Blueprint, build_roles
+from align.roles.roles import Roles
+from policies.schema import ModelSettings, PolicySettings
+from rollouts.trajectory import Request, Trajectory
+
+LORA = PolicySettings(rank=4, alpha=8.0)
+FULL = PolicySettings(method="full")
+SGD = LearnerSettings(optimizer="sgd", clip=1e9, tokens_per_microbatch=40)
+RATES = Rates(policy=1e-2, critic=1e-2, kl_in_loss=0.0)
+ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3)]
+ALL = [[list(range(len(ROWS)))]]
+KINDS = [None, "head", "adapter", "model"]
+
+Factory = Callable[..., Learner]
+
+
+@pytest.fixture
+def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
+    made: list[Learner] = []
+
+    def new(
+        policy: PolicySettings, ppo: PpoSettings, settings: LearnerSettings = SGD, dtype: str = "float32"
+    ) -> Learner:
+        roles = build_roles(
+            Blueprint(ModelSettings(path=str(tiny_model), dtype=dtype), policy, 0, None), ppo.critic_if_any
+        )
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in roles.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        made.append(Learner(roles, ppo, settings, 1.0, gradient_checkpointing=False))
+        return made[-1]
+
+    yield new
+    for learner in made:
+        learner.close()
+
+
+def settings(kind: str | None, **changes: object) -> PpoSettings:
+    if kind is None:
+        return PpoSettings(estimator="reinforce++", **changes)
+    return PpoSettings(critic=CriticSettings(kind=kind, coefficient=0.3), **changes)
+
+
+def trajectories() -> list[Trajectory]:
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(2, 290, (prompt + response,), generator=generator).tolist() for prompt, response in ROWS]
+    return [
+        Trajectory.made(Request("", tuple(row[:prompt]), 0), tuple(row[prompt:]), torch.zeros(response), True, 0)
+        for row, (prompt, response) in zip(rows, ROWS)
+    ]
+
+
+def episodes(learner: Learner) -> list[Episode]:
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for row, said in zip(trajectories(), learner.score(trajectories())):
+        noise = torch.randn(4, row.length, generator=generator)
+        values = said.values[:-1]
+        count = len(values)
+        made.append(
+            Episode(
+                prompt_ids=row.request.prompt_ids,
+                response_ids=row.response_ids,
+                old_logprobs=said.logprobs + noise[0],
+                reference_logprobs=said.reference_logprobs,
+                advantages=noise[1],
+                returns=values + noise[2, :count],
+                old_values=values + 0.3 * noise[3, :count],
+            )
+        )
+    return made
+
+
+def row_loss(roles: Roles, row: Episode, ppo: PpoSettings) -> Tensor:
+    """The loss of one response, summed over its tokens."""
+    ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+    places = slice(len(row.prompt_ids) - 1, -1)
+    states = roles.trunk.hidden(ids, "policy")[0, places]
+    logprobs = torch.log_softmax(roles.trunk.head(states, "policy"), -1)
+    ratio = (logprobs[torch.arange(len(states)), list(row.response_ids)] - row.old_logprobs).exp()
+    loss = -torch.minimum(row.advantages * ratio, row.advantages * ratio.clamp(1 - ppo.clip_low, 1 + ppo.clip_high))
+    if ppo.dual_clip:
+        loss = torch.where(row.advantages < 0, torch.minimum(loss, -row.advantages * ppo.dual_clip), loss)
+    if roles.critic:
+        if roles.critic.role == "critic":
+            states = (roles.critic.trunk or roles.trunk).hidden(ids, "critic")[0, places]
+        values = roles.critic.head(states)
+        near = row.old_values + (values - row.old_values).clamp(-0.2, 0.2)
+        loss = loss + 0.3 * torch.maximum((values - row.returns) ** 2, (near - row.returns) ** 2) / 2
+    return loss.sum()
+
+
+def trained(learner: Learner) -> list[torch.nn.Parameter]:
+    return [p for group in learner.optimizer.param_groups for p in group["params"]]
+
+
+def moved(learner: Learner, *arguments: object) -> Tensor:
+    """What an update subtracts from the parameters, over the learning rate."""
+    before = [p.detach().clone() for p in trained(learner)]
+    learner.update(*arguments)
+    return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy
+
+
+def expected(learner: Learner, loss: Tensor) -> Tensor:
+    # A critic that is a whole model has an output layer that nothing reads: its gradient is zero.
+    gradients = torch.autograd.grad(loss, trained(learner), materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("policy", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_is_that_of_rows_one_by_one(new_learner: Factory, policy: PolicySettings, kind: str | None) -> None:
+    ppo = settings(kind)
+    learner = new_learner(policy, ppo)
+    rows = episodes(learner)
+    loss = sum(row_loss(learner.roles, row, ppo) for row in rows) / sum(len(row.response_ids) for row in rows)
+    gradient = expected(learner, loss)
+    assert distance(moved(learner, rows, ALL, RATES), gradient) < 2e-4
+
+
+def test_dual_clip_changes_the_gradient_as_the_formula_says(new_learner: Factory) -> None:
+    learner = new_learner(LORA, settings("adapter", dual_clip=1.5))
+    rows = episodes(learner)
+    tokens = sum(len(row.response_ids) for row in rows)
+    losses = [
+        sum(row_loss(learner.roles, row, ppo) for row in rows) / tokens for ppo in (learner.ppo, settings("adapter"))
+    ]
+    with_clip, without = (expected(learner, loss) for loss in losses)
+    assert distance(with_clip, without) > 0.1
+    assert distance(moved(learner, rows, ALL, RATES), with_clip) < 2e-4
+
+
+def test_a_mean_over_sequences_weighs_each_sequence_alike(new_learner: Factory) -> None:
+    ppo = settings("adapter")
+    learner = new_learner(LORA, ppo)
+    rows = [replace(row, weight=1 / len(row.response_ids)) for row in episodes(learner)]
+    loss = sum(row_loss(learner.roles, row, ppo) / len(row.response_ids) for row in rows) / len(rows)
+    gradient = expected(learner, loss)
+    assert distance(moved(learner, rows, ALL, RATES), gradient) < 2e-4
+
+
+def test_demonstrations_are_mixed_in_with_their_weight(new_learner: Factory) -> None:
+    ppo = settings(None, ptx=0.7)
+    learner = new_learner(LORA, ppo)
+    rows = episodes(learner)
+    demonstrations = [Example([5, 6], [7, 8, 9]), Example([10], [11])]
+    loss = sum(row_loss(learner.roles, row, ppo) for row in rows) / sum(len(row.response_ids) for row in rows)
+    likelihood = torch.zeros(())
+    for demonstration in demonstrations:
+        prompt, response = demonstration.prompt_ids, demonstration.response_ids
+        states = learner.roles.trunk.hidden(torch.tensor([[*prompt, *response]]), "policy")[0, len(prompt) - 1 : -1]
+        logprobs = torch.log_softmax(learner.roles.trunk.head(states, "policy"), -1)
+        likelihood = likelihood + logprobs[torch.arange(len(response)), response].sum()
+    whole = expected(learner, loss - 0.7 * likelihood / 4)
+    before = [p.detach().clone() for p in trained(learner)]
+    statistics = learner.update(rows, ALL, RATES, [demonstrations])
+    step = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy
+    assert distance(step, whole) < 2e-4
+    assert statistics["ptx_loss"] == pytest.approx(-float(likelihood.detach()) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(None, 1), ("head", 1), ("adapter", 2), ("model", 1)])
+def test_forward_passes_over_the_trunk_a_microbatch(new_learner: Factory, kind: str | None, passes: int) -> None:
+    learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": 4096}))
+    rows = episodes(learner)
+    counted = []
+    learner.roles.trunk.causal.base_model.register_forward_hook(lambda *_: counted.append(1))
+    learner.update(rows, ALL, RATES)
+    assert len(counted) == passes
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
+def test_no_critic_is_built_where_none_is_used(new_learner: Factory, estimator: str) -> None:
+    learner = new_learner(LORA, PpoSettings(estimator=estimator, samples=2))
+    assert "critic" not in learner.roles.trunk.roles
+    assert [group["role"] for group in learner.optimizer.param_groups] == ["policy"]
+    (said,) = learner.score(trajectories()[:1])
+    assert len(said.values) == 0
+    state = learner.state()
+    assert (state.critic, state.critic_head) == ({}, {})
+
+
+@pytest.mark.parametrize("policy", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_taken_up_bit_for_bit(new_learner: Factory, policy: PolicySettings, kind: str | None) -> None:
+    adam = LearnerSettings(tokens_per_microbatch=40)
+    learner = new_learner(policy, settings(kind), adam)
+    rows = episodes(learner)
+    learner.update(rows, ALL, RATES)
+    saved = learner.state()
+    learner.update(rows, ALL, RATES)
+    other = new_learner(policy, settings(kind), adam)
+    other.restore([saved], adam.zero)
+    other.update(rows, ALL, RATES)
+    for one, two in zip(trained(learner), trained(other)):
+        assert torch.equal(one, two)
+
+
+def test_full_fine_tuning_leaves_the_reference_as_it_was(new_learner: Factory) -> None:
+    learner = new_learner(FULL, settings("adapter"))
+    before = learner.roles.trunk.read_adapter("reference")
+    policy = learner.policy_weights()
+    assert {n for n in policy if "embed_tokens" in n}
+    learner.update(episodes(learner), ALL, RATES)
+    after = learner.roles.trunk.read_adapter("reference")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(not torch.equal(policy[name], tensor) for name, tensor in learner.policy_weights().items())
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_gradient_is_the_same_for_every_cut_and_order_of_rows(
+    new_learner: Factory, kind: str, dtype: str, near: float
+) -> None:
+    gradients = []
+    rows: list[Episode] = []
+    for tokens, order in ((4096, [0, 1, 2, 3, 4, 5]), (1, [5, 0, 3, 1, 4, 2]), (30, [2, 4, 1, 0, 3, 5])):
+        learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": tokens}), dtype)
+        rows = rows or episodes(learner)
+        gradients.append(moved(learner, [rows[i] for i in order], ALL, Rates(1e3, 1e3, 0.0)))
+    for other in gradients[1:]:
+        assert distance(other, gradients[0]) < near
+
+
+def test_lora_plus_steps_b_by_a_multiple_of_the_rate_of_a(new_learner: Factory) -> None:
+    moved = {}
+    for ratio in (None, 4.0):
+        learner = new_learner(LORA.model_copy(update={"lora_plus": ratio}), settings("adapter"))
+        before = learner.policy_weights()
+        learner.update(episodes(learner), ALL, RATES)
+        moved[ratio] = {name: after - before[name] for name, after in learner.policy_weights().items()}
+    for name, step in moved[None].items():
+        expected = step * (4.0 if "lora_B" in name else 1.0)
+        torch.testing.assert_close(moved[4.0][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_padding_counts_where_the_critics_own_base_needs_it(new_learner: Factory) -> None:
+    roles = new_learner(LORA, settings("model")).roles
+    assert roles.passes([2, 7, 3], 12) == [[0, 2, 1]]
+    roles.critic.trunk.packs = False
+    assert roles.passes([2, 7, 3], 12) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_one_roles_activations_are_kept_at_a_time(
+    new_learner: Factory, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": 1000}))
+    batch, seen = episodes(learner), []
+    hidden, backward = learner.roles.trunk.hidden_of_rows, learner.engine.backward
+    monkeypatch.setattr(learner.roles.trunk, "hidden_of_rows", lambda *a: (seen.append(a[2]), hidden(*a))[1])
+    monkeypatch.setattr(learner.engine, "backward", lambda loss: (seen.append("backward"), backward(loss))[1])
+    learner.update(batch, ALL, RATES)
+    assert seen == ["policy", "backward"] + ["critic", "backward"] * (kind == "adapter")

@@ -1,0 +1,264 @@
+"""The lines of the design's "PPO, exactly" that no other test proves, by whole runs, two ranks and two model families.
+
+The others are proved beside what they are about, in the neighbours of this file and in the other folders of tests.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from align.algorithms.episodes import make_episodes
+from align.algorithms.kl import AdaptiveKl
+from align.config.schema import ClusterSettings, CriticSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
+from align.learner.group import Learners, LocalLearners
+from align.learner.learner import Rates
+from align.learner.ray_ranks import RayLearners
+from align.ppo.checkpoint import read_progress
+from align.ppo.loop import Step, learning_rates
+from align.ppo.metrics import step_metrics
+from align.resources.ray_cluster import ray_cluster
+from align.roles.build import Blueprint, RewardRole, build_roles
+from align.roles.roles import Critic, Roles
+from align.roles.scoring import STATISTICS, score_group
+from align.runs.checkpoint import latest
+from align.runs.folder import RunFolder, read_facts
+from align.runtime.seeds import seed_for
+from align.scoring.build import make_judges
+from align.stages.pipeline import load_inputs
+from policies.adapters import load_adapter
+from policies.computing import Computing
+from policies.heads import ScalarHead
+from policies.loading import load_tokenizer, stop_ids
+from policies.methods import make_trunk
+from policies.schema import ModelSettings, PolicySettings
+from policies.trunk import Trunk
+from rollouts.engine import Sampling
+from rollouts.hf import ROLE, TransformersEngine
+from rollouts.trajectory import Request, Scored, Trajectory
+from tests.integration.tiny_run import figures, make_settings, run_in_process
+
+Series = Callable[[str], list[float]]
+
+TEMPERATURE = 0.7
+POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
+PAD = 0  # what rows are padded with; here it is EOS too
+STOPS = frozenset(range(PAD, 300, 12))
+NEAR = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def randomise(trunk: Trunk, *roles: str) -> None:
+    for seed, role in enumerate(roles):
+        noise = torch.Generator().manual_seed(seed)
+        own = trunk.adapter(role)
+        trunk.write_adapter(role, {n: 0.15 * torch.randn(p.shape, generator=noise) for n, p in own.items()})
+
+
+def llama(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def gpt2(_: Path) -> PreTrainedModel:
+    """Positions are absolute: a row shifted by its padding is another row, where a Llama would not notice."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    return GPT2LMHeadModel(config).requires_grad_(False).eval()
+
+
+@pytest.fixture(params=[llama, gpt2])
+def roles(request: pytest.FixtureRequest, tiny_model: Path) -> Roles:
+    """Four roles that differ, and the sampler."""
+    names = ("policy", "reference", "critic", "reward")
+    trunk = make_trunk(request.param(tiny_model), POLICY, (*names, ROLE))
+    randomise(trunk, *names)
+    critic, reward = (ScalarHead(trunk.width, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    return Roles(trunk, Critic(critic, "critic"), {"reward": [reward]}).eval()
+
+
+def requests() -> list[Request]:
+    """Prompts of many lengths with EOS, which is the pad id, at their start, within and at their end."""
+    lengths = (3, 17, 5, 8, 1, 20)
+    return [Request("", (PAD, PAD, *range(t, 2 * t), PAD, 7, PAD), seed) for seed, t in enumerate(lengths)]
+
+
+def sample(roles: Roles) -> list[Trajectory]:
+    engine = TransformersEngine(roles.trunk, STOPS, rows=6)
+    engine.load_adapter(1, roles.trunk.read_adapter("policy"))
+    return engine.generate(requests(), Sampling(TEMPERATURE, 12))
+
+
+@torch.no_grad()
+def score(roles: Roles, rows: list[Trajectory]) -> list[Scored]:
+    return score_group(roles, rows, TEMPERATURE, torch.device("cpu"))
+
+
+@torch.no_grad()
+def alone(roles: Roles, row: Trajectory, role: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the response, and the last hidden state, by transformers: one row, nothing masked."""
+    roles.trunk.switch(role)
+    ids = torch.tensor([[*row.request.prompt_ids, *row.response_ids]])
+    out = roles.trunk.causal(input_ids=ids, output_hidden_states=True)
+    logprobs = torch.log_softmax(out.logits[0, -row.length - 1 : -1] / TEMPERATURE, dim=-1)
+    return logprobs.gather(1, ids[0, -row.length :, None]).squeeze(1), out.hidden_states[-1][0, -1]
+
+
+def test_sampler_and_learner_agree_with_each_row_alone_at_the_sampling_temperature(roles: Roles) -> None:
+    """Temperature included; position ids from the attention mask; masks never from comparing with the pad id."""
+    rows = sample(roles)
+    assert len({row.length for row in rows}) > 2
+    for row, said in zip(rows, score(roles, rows)):
+        expected, _ = alone(roles, row, "policy")
+        torch.testing.assert_close(row.sampler_logprobs, expected, **NEAR)
+        torch.testing.assert_close(said.logprobs, expected, **NEAR)
+        torch.testing.assert_close(said.reference_logprobs, alone(roles, row, "reference")[0], **NEAR)
+
+
+def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pad(roles: Roles) -> None:
+    """The score lands on the last token, EOS included; masks come from lengths: pad is EOS in half of tokenizers."""
+    rows = [replace(row, response_ids=(*row.response_ids[:-1], PAD)) for row in sample(roles)]
+    head = roles.reward_heads["reward"][0]
+    for row, said in zip(rows, score(roles, rows)):
+        assert said.score == pytest.approx(head(alone(roles, row, "reward")[1]).item(), abs=1e-4)
+        assert said.values[-1].item() == pytest.approx(
+            roles.critic.head(alone(roles, row, "critic")[1]).item(), abs=1e-4
+        )
+
+
+def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
+    """Score, whiten and train on a batch; gives its advantages and the statistics of the update."""
+    made = make_episodes(rows, learners.score(rows), PpoSettings(), 0.1)
+    statistics = learners.update(made, [[[*range(len(rows))]]], Rates(0.1, 0.1, 0.0))
+    learners.close()
+    return torch.cat([episode.advantages for episode in made]), statistics
+
+
+def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
+    """Advantages whitened over the whole batch, across all ranks; every loss over the token count of all ranks."""
+    randomise(probe := make_trunk(llama(tiny_model), POLICY, ("policy", "reward")), "policy", "reward")
+    head = ScalarHead(probe.width, torch.Generator().manual_seed(1)).state_dict()
+    reference, reward = (probe.read_adapter(role) for role in ("policy", "reward"))
+    blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, reference, (RewardRole(reward, (head,)),))
+    lengths = (1, 9, 4, 12, 7, 2, 3)
+    rows = [Trajectory.made(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]
+    sgd = LearnerSettings(optimizer="sgd", tokens_per_microbatch=20, ranks=2)
+    advantages, statistics = one_round(
+        LocalLearners(build_roles(blueprint, CriticSettings()), PpoSettings(), sgd, 1.0, False), rows
+    )
+    with ray_cluster(ClusterSettings(), 2):
+        split, theirs = one_round(RayLearners(blueprint, PpoSettings(), sgd, 1.0, Computing(1)), rows)
+    torch.testing.assert_close(split, advantages, **NEAR)
+    assert float(advantages.std(correction=0)) == pytest.approx(1, abs=1e-3)
+    assert statistics["policy_gradient_norm"] > 0.1
+    assert theirs == pytest.approx(statistics, rel=1e-3, abs=1e-4)
+
+
+def row_and_verdict(difference: Tensor) -> tuple[Trajectory, Scored]:
+    """A trajectory whose log-probabilities under the learner differ so from the sampler's and the reference's."""
+    zeros = torch.zeros(len(difference))
+    row = Trajectory.made(Request("", (5,), 0), tuple(range(10, 10 + len(zeros))), zeros, True, 4)
+    return row, Scored(difference, zeros, torch.zeros(len(zeros) + 1), 1.0)
+
+
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_kl_weighs_in_the_reward_or_in_the_loss_and_never_in_both(where: Any) -> None:
+    """KL to the reference by k1, k2 or k3, in the reward (default) or in the loss."""
+    ppo = PpoSettings(kl=KlSettings(where=where, estimator="k2"), lam=1.0)
+    row, verdict = row_and_verdict(torch.tensor([1.0, 2.0]))
+    (episode,) = make_episodes([row], [verdict], ppo, 0.3)
+    in_loss = learning_rates(LearnerSettings(), ppo, 0, 0.3).kl_in_loss
+    assert (float(episode.returns[0]), in_loss) == pytest.approx((1 - 0.3 * 2.5, 0) if where == "reward" else (1, 0.3))
+    assert KlSettings().where == "reward"
+
+
+def test_a_step_logs_the_gap_the_coefficient_the_skipped_steps_and_the_version() -> None:
+    """The sampler's log-probabilities against the learner's: the gap is logged; skipped steps are counted, logged."""
+    row, verdict = row_and_verdict(torch.tensor([0.1, -0.3, 0.2]))
+    names = (
+        *STATISTICS,
+        "policy_gradient_norm",
+        "critic_gradient_norm",
+        "optimizer_steps",
+        "skipped_steps",
+        "ptx_loss",
+    )
+    made = make_episodes([row], [verdict], PpoSettings(), 0.1)
+    logged = step_metrics(
+        Step(0, [row], [verdict], made, Rates(0, 0, 0), 0.25, dict.fromkeys(names, 3.0), {}), PpoSettings(), None
+    )
+    assert (logged["rollout/gap_mean"], logged["rollout/gap_max"]) == pytest.approx((0.2, 0.3))
+    assert (logged["kl/coefficient"], logged["learner/skipped_steps"], logged["rollout/version"]) == (0.25, 3, 4)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "policy": {"dropout": 0.5},
+    "sft": {"learning_rate": 0.05},  # so large that responses of the base are other ones
+    "reward": {"normalise": 1000},
+    "rollouts": {"temperature": TEMPERATURE},
+    "ppo": {"steps": 4, "epochs": 1, "minibatches": 1, "critic": {"warmup": 1}, "kl": {"target": 0.1, "horizon": 40}},
+    "learner": {"policy_learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
+    """A run with dropout, a temperature, a warm-up of the critic and an adaptive coefficient; one update a step."""
+    settings = make_settings(tiny_model, tmp_path_factory.mktemp("whole"))
+    settings |= {name: settings.get(name, {}) | changes for name, changes in CHANGES.items()}
+    return Experiment.model_validate(settings), run_in_process(settings)
+
+
+@pytest.fixture
+def series(whole: tuple[Experiment, Path]) -> Series:
+    """A metric's values, step by step."""
+    return lambda name: [row[name] for row in figures(whole[1]) if "policy/loss" in row]
+
+
+def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(whole: tuple[Experiment, Path]) -> None:
+    """Reward normalised so that SFT responses have mean 0, the same shift and scale folded into the critic's head."""
+    experiment, run = whole[0], RunFolder(whole[1])
+    tokenizer = load_tokenizer(experiment.model.path)
+    roles = build_roles(make_judges(experiment, run, tokenizer).blueprint, CriticSettings(), (ROLE,))
+    engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal.generation_config, tokenizer), rows=8)
+    engine.load_adapter(0, load_adapter(run.sft, experiment.policy))
+    asked = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_inputs(experiment).prompts)]
+    scored = score(roles, engine.generate(asked, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens)))
+    scores = torch.tensor([said.score for said in scored])
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(torch.stack([said.values[-1] for said in scored]), scores, **NEAR)
+    assert abs(read_facts(run.reward)["moments"][0][0]) > 0.05
+
+
+def test_every_step_samples_from_the_policy_that_it_trains(series: Series) -> None:
+    """Temperature included, dropout off in every forward; each trajectory carries the version that made it."""
+    assert series("rollout/version") == [0, 1, 2, 3]
+    assert max(series("rollout/gap_max")) < 1e-4
+    assert max(series("policy/approximate_kl")) < 1e-8
+    assert max(series("policy/clip_fraction")) == 0
+
+
+def test_the_critic_warms_up_alone(series: Series) -> None:
+    """Optional warm-up steps for the critic alone."""
+    assert series("policy/learning_rate") == [0, 1e-2, 1e-2, 1e-2]
+    assert min(series("value/learning_rate")) > 0
+    assert series("kl/sequence")[:2] == pytest.approx([0, 0], abs=1e-5)
+    assert abs(series("kl/sequence")[2]) > 1e-2
+
+
+def test_the_adaptive_coefficient_follows_from_the_kl_before(series: Series, whole: tuple[Experiment, Path]) -> None:
+    """The coefficient is fixed or adaptive to a target; its state is in the checkpoint; it is logged every step."""
+    coefficient, expected = AdaptiveKl(0.05, target=0.1, horizon=40), []
+    for kl in series("kl/sequence"):
+        expected.append(coefficient.value)
+        coefficient.update(kl, episodes=8)
+    assert series("kl/coefficient") == pytest.approx(expected, rel=1e-6)
+    assert len({*expected, coefficient.value}) == 5
+    saved = latest(RunFolder(whole[1]).checkpoints("ppo"))
+    assert saved is not None
+    assert read_progress(saved, {}).kl_coefficient == pytest.approx(coefficient.value, rel=1e-6)
+    assert series("kl/loss") == [0] * 4

@@ -1,0 +1,95 @@
+"""The bytes that the plan names against those that the tensors of a process take."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.align.test_learner_kinds import ALL, RATES, episodes
+from torch.optim import Optimizer
+
+from align.config.schema import Experiment
+from align.learner.learner import Learner
+from align.resources.memory import measure, memory
+from align.roles.build import Blueprint, RewardRole, build_roles
+from policies.loading import load_base
+from policies.places import linears
+from policies.schema import ModelSettings, PolicySettings
+from rollouts.hf import ROLE as SAMPLER
+from rollouts.hf import TransformersEngine
+from tests.integration.tiny_run import make_settings
+
+POLICIES = {
+    "lora": {"rank": 8, "alpha": 16},
+    "dora": {"rank": 8, "alpha": 16, "dora": True},
+    "qlora": {"method": "qlora", "rank": 8, "alpha": 16},
+    "ia3": {"method": "ia3"},
+    "bottleneck": {"method": "bottleneck"},
+    "bitfit": {"method": "bitfit"},
+    "top_layers": {"method": "top_layers"},
+    "prefix_tuning": {"method": "prefix_tuning"},
+    "full": {"method": "full"},
+}
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage that some tensor of this process holds, by its address."""
+    gc.collect()
+    found = (thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_learner_with_its_sampler_holds_what_the_plan_says(
+    name: str, tiny_model: Path, tmp_path: Path, process_group: None
+) -> None:
+    settings = make_settings(tiny_model, tmp_path) | {"policy": POLICIES[name]}
+    experiment = Experiment.model_validate(settings)
+    held = memory(experiment, ["ppo"], measure(experiment.model, experiment.policy))
+    planned = sum(holding.bytes for holding in held if "at most" not in holding.role)
+
+    before = storages()
+    donor = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), None).trunk
+    weights = donor.read_adapter("policy")
+    head = {"weight": torch.zeros(donor.width), "bias": torch.zeros(1)}
+    del donor
+    blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, (RewardRole(weights, (head,)),))
+    roles = build_roles(blueprint, experiment.ppo.critic, (SAMPLER,))
+    del blueprint
+    learner = Learner(roles, experiment.ppo, experiment.learner, 1.0, gradient_checkpointing=False)
+    engine = TransformersEngine(roles.trunk, frozenset(), rows=2, merge=experiment.rollouts.merge)
+    engine.load_adapter(0, weights)
+    del weights, head
+    measured: list[int] = []
+
+    def note(*_: Any) -> None:
+        measured.append(sum(size for place, size in storages().items() if place not in before))
+
+    assert isinstance(learner.optimizer, Optimizer)
+    learner.optimizer.register_step_pre_hook(note)
+    batch = episodes(learner)
+    learner.update(batch, ALL * 2, RATES)
+    learner.close()
+    assert measured[-1] == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.parametrize(("four_bits", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_four_bit_weights_take_what_is_counted(tiny_model: Path, four_bits: str, double: bool) -> None:
+    policy = PolicySettings(method="qlora", four_bits=four_bits, double_quantization=double)
+    model = ModelSettings(path=str(tiny_model))
+    base = load_base(model, policy)
+    tensors = list(base.parameters())
+    for parameter in base.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            tensors += [state.absmax, *([state.state2.absmax] if state.nested else [])]
+    assert measure(model, policy).base_bytes == pytest.approx(sum(t.nbytes for t in tensors), rel=0.02)
+
+
+def test_linear_weights_in_four_bits_take_a_third_of_bfloat16_s(tiny_model: Path) -> None:
+    four = measure(ModelSettings(path=str(tiny_model), dtype="bfloat16"), PolicySettings(method="qlora"))
+    whole = measure(ModelSettings(path=str(tiny_model), dtype="bfloat16"), PolicySettings())
+    base = load_base(ModelSettings(path=str(tiny_model)))
+    linear = sum(layer.weight.numel() for layer in linears(base).values())
+    packed = four.base_bytes - (whole.base_bytes - 2 * linear)
+    assert packed <= 0.35 * 2 * linear

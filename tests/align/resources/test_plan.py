@@ -1,0 +1,124 @@
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from align.config.schema import STAGES, Experiment
+from align.data.datasets import Inputs, read_inputs
+from align.resources.memory import measure
+from align.resources.plan import plan_lines, plan_table
+from policies import native
+from policies.adapters import save_adapter
+from policies.heads import ScalarHead
+from policies.loading import load_base
+from policies.methods import make_trunk
+from policies.schema import ModelSettings, PolicySettings
+from tests.integration.tiny_run import make_settings
+
+
+@pytest.fixture
+def experiment(tiny_model: Path, tmp_path: Path) -> Experiment:
+    return Experiment.model_validate(make_settings(tiny_model, tmp_path))
+
+
+@pytest.fixture
+def inputs(experiment: Experiment, tiny_tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    return read_inputs(experiment, tiny_tokenizer, context=2048)
+
+
+def planned(experiment: Experiment, inputs: Inputs, *stages: str) -> dict[str, str]:
+    sizes = measure(experiment.model, experiment.policy)
+    return dict(plan_lines(experiment, inputs, list(stages or STAGES), sizes))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_base_has_as_many_parameters_as_the_real_model(tmp_path: Path, tied: bool) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=tied, **shape)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").touch()
+    real = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+    assert measure(ModelSettings(path=str(tmp_path)), PolicySettings()).base == real
+
+
+@pytest.mark.parametrize("policy", [PolicySettings(rank=3), PolicySettings(rank=8, targets=["q_proj", "down_proj"])])
+def test_an_adapter_has_as_many_numbers_as_its_file(tiny_model: Path, tmp_path: Path, policy: PolicySettings) -> None:
+    model = ModelSettings(path=str(tiny_model))
+    trunk = make_trunk(load_base(model), policy, ("policy",))
+    save_adapter(tmp_path, trunk.read_adapter("policy"), trunk.settings, trunk.base)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert measure(model, policy).adapter == sum(tensor.numel() for tensor in saved.values())
+
+
+def test_a_head_has_as_many_parameters_as_the_real_one(tiny_model: Path) -> None:
+    sizes = measure(ModelSettings(path=str(tiny_model)), PolicySettings())
+    assert sizes.head == sum(parameter.numel() for parameter in ScalarHead(32).parameters())
+
+
+def test_a_machine_without_a_compiler_is_told(
+    experiment: Experiment, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "kernels" not in planned(experiment, inputs)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert planned(experiment, inputs)["kernels"].startswith("none: no C++ compiler")
+
+
+def test_the_rows_are_those_that_train(experiment: Experiment, inputs: Inputs) -> None:
+    lines = planned(experiment, inputs)
+    assert lines["sft"] == "36 demonstrations, 1 epochs of batches of 12: 3 optimizer steps"
+    assert lines["reward"] == "36 rows of feedback, 1 epochs of batches of 12: 3 optimizer steps"
+    assert lines["ppo"] == "3 steps of 8: 24 episodes from 36 prompts"
+    assert lines["evaluation"] == "4 held-out prompts"
+
+
+@pytest.mark.parametrize(("batch", "epochs", "steps"), [(36, 1, 1), (35, 1, 2), (12, 1.5, 5), (12, 0.1, 1), (10, 2, 8)])
+def test_optimizer_steps_of_a_supervised_stage_round_up(
+    experiment: Experiment, inputs: Inputs, batch: int, epochs: float, steps: int
+) -> None:
+    sft = experiment.sft.model_copy(update={"batch": batch, "epochs": epochs})
+    planned_sft = planned(experiment.model_copy(update={"sft": sft}), inputs)["sft"]
+    assert planned_sft.endswith(f": {steps} optimizer steps")
+
+
+def test_updates_and_tokens_of_ppo(experiment: Experiment, inputs: Inputs) -> None:
+    lines = planned(experiment, inputs)
+    assert lines["updates"] == "2 epochs × 2 minibatches a step: 12 optimizer steps"
+    assert lines["tokens"] == "at most 144 generated, 6 a response"
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_the_base_takes_its_dtypes_bytes(experiment: Experiment, inputs: Inputs, dtype: str, size: int) -> None:
+    model = experiment.model.model_copy(update={"dtype": dtype})
+    base = measure(experiment.model, experiment.policy).base
+    text = planned(experiment.model_copy(update={"model": model}), inputs)["base model"]
+    assert f"{base * size / 1000:.3g} KB in each of 1 processes" in text
+
+
+@pytest.mark.parametrize(("workers", "ranks", "processes"), [(0, 0, 1), (3, 0, 4), (0, 2, 3), (3, 2, 5)])
+def test_processes(experiment: Experiment, inputs: Inputs, workers: int, ranks: int, processes: int) -> None:
+    update = {
+        "rollouts": experiment.rollouts.model_copy(update={"workers": workers}),
+        "learner": experiment.learner.model_copy(update={"ranks": ranks}),
+    }
+    lines = planned(experiment.model_copy(update=update), inputs)
+    assert lines["base model"].endswith(f"in each of {processes} processes")
+    assert lines["processes"].startswith(f"{workers} rollout workers, {ranks} learner ranks")
+
+
+def test_only_the_stages_that_are_left_are_planned(experiment: Experiment, inputs: Inputs) -> None:
+    assert planned(experiment, inputs, "reward").keys() == {"stages", "reward", "memory, reward: trainer", "written to"}
+
+
+def test_skipped_rows_are_told(experiment: Experiment, inputs: Inputs) -> None:
+    inputs.skipped["prompts"] = ["bad", "worse"]
+    assert planned(experiment, inputs)["skipped rows"] == "2 of data.prompts"
+
+
+def test_the_table_shows_every_line(experiment: Experiment, inputs: Inputs) -> None:
+    out = StringIO()
+    Console(file=out, width=300).print(plan_table(experiment, inputs, list(STAGES)))
+    assert "plan of tiny" in out.getvalue()
+    assert all(f"{name}  " in out.getvalue() for name in planned(experiment, inputs))
+    assert str(Path(experiment.runs) / "tiny") in out.getvalue()

@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import pytest
+
+from align.config.schema import STAGES, Experiment, Stage
+from align.runs.folder import (
+    RunFolder,
+    begin_run,
+    folder_of,
+    open_run,
+    read_facts,
+    refuse_run,
+    refuse_stage,
+    write_facts,
+)
+from policies.errors import UserError
+
+PARTS = {
+    "sft": ("sft/adapter", "checkpoints/sft/step-1/state"),
+    "reward": ("reward/adapter", "checkpoints/reward/step-1/state"),
+    "ppo": ("policy/adapter", "best/adapter", "checkpoints/ppo/step-1/state"),
+}
+SHARED = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "report/index.html", "wandb/id")
+FOREIGN = ("notes.md", "my/plot.png")
+
+
+def make(runs: Path, name: str = "tiny") -> Experiment:
+    return Experiment.model_validate({"name": name, "runs": str(runs), "model": {"path": "m"}})
+
+
+def fill(run: RunFolder) -> None:
+    """As a whole run would leave it, with files of the user between."""
+    for name in (*(part for parts in PARTS.values() for part in parts), *SHARED, *FOREIGN):
+        path = run.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+
+
+def files(run: RunFolder) -> set[str]:
+    return {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
+
+
+def test_a_run_lies_under_its_name(tmp_path: Path) -> None:
+    assert folder_of(make(tmp_path, "a.b-c")).path == tmp_path / "a.b-c"
+
+
+def test_beginning_writes_the_settings(tmp_path: Path) -> None:
+    experiment = make(tmp_path)
+    begin_run(folder_of(experiment), experiment)
+    assert open_run(str(tmp_path / "tiny")) == (folder_of(experiment), experiment)
+
+
+def test_beginning_anew_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    run = folder_of(make(tmp_path))
+    fill(run)
+    begin_run(run, make(tmp_path))
+    assert files(run) == {*FOREIGN, "config.yaml"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_beginning_a_stage_anew_leaves_the_others(tmp_path: Path, stage: Stage) -> None:
+    run = folder_of(make(tmp_path))
+    fill(run)
+    before = files(run)
+    begin_run(run, make(tmp_path), [stage])
+    assert files(run) == before - set(PARTS[stage]) | {"config.yaml"}
+
+
+@pytest.mark.parametrize(("stage", "product"), [("sft", "sft"), ("reward", "reward"), ("ppo", "policy")])
+def test_a_stage_is_done_when_its_product_is_there(tmp_path: Path, stage: Stage, product: str) -> None:
+    run = RunFolder(tmp_path)
+    run.checkpoints(stage).mkdir(parents=True)
+    assert not run.done(stage)
+    (tmp_path / product).mkdir()
+    assert [each for each in STAGES if run.done(each)] == [stage]
+
+
+def test_a_best_policy_does_not_make_ppo_done(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.best.mkdir()
+    assert not run.done("ppo")
+
+
+def test_only_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
+    run = folder_of(make(tmp_path))
+    run.path.mkdir()
+    refuse_run(run)
+    begin_run(run, make(tmp_path))
+    with pytest.raises(UserError, match=f"{run.path} holds a run: `align resume {run.path}`"):
+        refuse_run(run)
+
+
+@pytest.mark.parametrize(("stage", "done"), [("sft", "sft"), ("sft", "ppo"), ("reward", "ppo"), ("ppo", "ppo")])
+def test_a_stage_is_refused_where_it_or_a_later_one_is_done(tmp_path: Path, stage: Stage, done: str) -> None:
+    (tmp_path / {"sft": "sft", "ppo": "policy"}[done]).mkdir()
+    with pytest.raises(UserError, match=f"has done {done}: --replace does {stage} anew"):
+        refuse_stage(RunFolder(tmp_path), stage)
+
+
+def test_a_stage_is_not_refused_where_only_earlier_ones_are_done(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.sft.mkdir()
+    run.reward.mkdir()
+    refuse_stage(run, "ppo")
+
+
+def test_a_run_is_opened_by_its_name_and_by_its_folder(tmp_path: Path) -> None:
+    experiment = make(tmp_path / "runs")
+    begin_run(folder_of(experiment), experiment)
+    assert open_run("tiny", str(tmp_path / "runs")) == open_run(str(tmp_path / "runs" / "tiny"))
+
+
+def test_what_is_no_run_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(UserError, match=f"tiny is no run: there is no tiny/config.yaml, nor {tmp_path}/tiny/config"):
+        open_run("tiny", str(tmp_path))
+
+
+def test_facts_and_evaluation_come_back_and_are_empty_before(tmp_path: Path) -> None:
+    assert read_facts(tmp_path) == RunFolder(tmp_path).read_evaluation() == {}
+    write_facts(tmp_path, {"seconds": 1.5})
+    RunFolder(tmp_path).evaluation.write_text('{"prompts": 4}')
+    assert read_facts(tmp_path) == {"seconds": 1.5}
+    assert RunFolder(tmp_path).read_evaluation() == {"prompts": 4}

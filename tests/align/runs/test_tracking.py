@@ -1,0 +1,207 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from align.config.schema import TrackingSettings
+from align.runs.tracking import open_tracker, read_lines, truncate_after
+from policies.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+DISABLED = TrackingSettings(wandb="disabled")
+OFFLINE = TrackingSettings(wandb="offline")
+OPEN = """
+import sys
+from pathlib import Path
+from align.config.schema import TrackingSettings
+from align.runs.tracking import open_tracker
+from policies.errors import UserError
+try:
+    with open_tracker(Path(sys.argv[1]), TrackingSettings(wandb=sys.argv[2]), "tiny", {}) as tracker:
+        tracker.log("ppo", 1, {"reward/mean": 0.5})
+except UserError as error:
+    print(error)
+"""
+
+
+LOSE = """
+import sys
+from pathlib import Path
+import psutil
+from align.config.schema import TrackingSettings
+from align.runs.tracking import open_tracker
+with open_tracker(Path(sys.argv[1]), TrackingSettings(wandb="offline"), "tiny", {}) as tracker:
+    tracker.log("ppo", 1, {"reward/mean": 0.5})
+    started = psutil.Process().children(recursive=True)
+    for process in started:
+        process.kill()
+    psutil.wait_procs(started, timeout=10)
+    tracker.log("ppo", 2, {"reward/mean": 0.5})
+    tracker.log("ppo", 3, {"reward/mean": 0.5})
+"""
+
+
+def strict_lines(path: Path) -> list[dict]:
+    """All lines by a reader that refuses NaN and Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text("utf-8").splitlines()]
+
+
+def steps(run: Path, name: str = "metrics.jsonl") -> list[tuple[str, int]]:
+    return [(row["stage"], row["step"]) for row in strict_lines(run / name)]
+
+
+def write_steps(run: Path, *lines: tuple[str, int]) -> None:
+    with open_tracker(run, DISABLED, "tiny", {}) as tracker:
+        for stage, step in lines:
+            tracker.log(stage, step, {"x": 1.0})
+            tracker.samples(stage, step, [{"prompt": "p"}])
+
+
+def open_apart(run: Path, mode: str, home: Path, **environment: str) -> str:
+    """Open and close a tracker in a process of its own, whose home is empty."""
+    environment |= {"HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OPEN, str(run), mode]
+    done = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    return done.stdout + done.stderr
+
+
+def test_a_step_is_a_line_with_stage_and_step(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        tracker.log("ppo", 3, {"reward/mean": 0.5, "rollout/tokens": 7})
+    assert strict_lines(tmp_path / "metrics.jsonl") == [
+        {"stage": "ppo", "step": 3, "reward/mean": 0.5, "rollout/tokens": 7}
+    ]
+
+
+def test_a_line_is_on_disk_before_the_tracker_closes(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        tracker.log("ppo", 1, {"reward/mean": 0.5})
+        assert steps(tmp_path) == [("ppo", 1)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        tracker.log("ppo", 1, {"reward/mean": value})
+        tracker.samples("ppo", 1, [{"parts": {"rule": [value, 1.0]}}])
+    assert strict_lines(tmp_path / "metrics.jsonl")[0]["reward/mean"] is None
+    assert strict_lines(tmp_path / "samples.jsonl")[0]["parts"] == {"rule": [None, 1.0]}
+
+
+@pytest.mark.parametrize("text", ["zwei\nZeilen", "猫", "\u2028", "half a pair: \ud83d"])
+def test_any_text_of_a_sample_comes_back(tmp_path: Path, text: str) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        tracker.samples("ppo", 1, [{"response": text}, {"response": "next"}])
+    assert [row["response"] for row in read_lines(tmp_path / "samples.jsonl")] == [text, "next"]
+
+
+def test_truncating_drops_larger_steps_and_later_stages(tmp_path: Path) -> None:
+    write_steps(tmp_path, ("sft", 9), ("reward", 1), ("reward", 2), ("reward", 3), ("ppo", 1), ("evaluation", 1))
+    truncate_after(tmp_path, "reward", 2)
+    expected = [("sft", 9), ("reward", 1), ("reward", 2)]
+    assert steps(tmp_path) == steps(tmp_path, "samples.jsonl") == expected
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    write_steps(tmp_path, *(("ppo", step) for step in (1, 2, 3, 4)))
+    truncate_after(tmp_path, "ppo", 2)
+    write_steps(tmp_path, *(("ppo", step) for step in (3, 4, 5)))
+    assert steps(tmp_path) == [("ppo", step) for step in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("half", ['{"stage": "ppo", "st', "{", '{"stage": "ppo", "step": 1, "x": "ü'.encode()[:-1]])
+def test_truncating_drops_a_half_written_line(tmp_path: Path, half: str | bytes) -> None:
+    write_steps(tmp_path, ("ppo", 1))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(half if isinstance(half, bytes) else half.encode())
+    truncate_after(tmp_path, "ppo", 1)
+    write_steps(tmp_path, ("ppo", 2))
+    assert steps(tmp_path) == [("ppo", 1), ("ppo", 2)]
+
+
+def test_truncating_a_run_without_files_does_nothing(tmp_path: Path) -> None:
+    truncate_after(tmp_path, "sft", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncating_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_steps(tmp_path, ("ppo", 1))
+    truncate_after(tmp_path, "ppo", 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "ppo", "step": 1}\n{"sta\n{"stage": "ppo", "step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+        truncate_after(tmp_path, "ppo", 3)
+
+
+def test_a_run_opened_again_is_the_same_wandb_run_in_its_own_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2):
+        with open_tracker(run, OFFLINE, "tiny", {"seed": 0}) as tracker:
+            tracker.log("ppo", step, {"reward/mean": 0.5})
+    name = (run / "wandb" / "id").read_text()
+    records = list(run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert records
+    assert all(b"reward/mean" in path.read_bytes() for path in records)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_closed_tracker_leaves_no_wandb_process(tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    tracker = open_tracker(tmp_path, OFFLINE, "tiny", {})
+    started = set(psutil.Process().children(recursive=True)) - before
+    tracker.close()
+    tracker.close()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert started
+    assert not alive
+
+
+def test_logging_goes_on_when_wandb_dies(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LOSE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.count("W&B is lost, the run goes on without it") == 1
+    assert steps(tmp_path) == [("ppo", 1), ("ppo", 2), ("ppo", 3)]
+
+
+def test_auto_is_offline_where_nobody_is_logged_in_and_writes_nothing_in_the_home(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    assert open_apart(tmp_path / "run", "auto", home) == ""
+    assert list(tmp_path.glob("run/wandb/offline-run-*"))
+    assert list(home.iterdir()) == []
+
+
+def test_auto_follows_wandb_mode(tmp_path: Path) -> None:
+    assert open_apart(tmp_path / "run", "auto", tmp_path, WANDB_MODE="disabled") == ""
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_a_wandb_mode_that_does_not_exist_is_a_user_error(tmp_path: Path) -> None:
+    assert "tracking.wandb" in open_apart(tmp_path / "run", "auto", tmp_path, WANDB_MODE="sometimes")
+
+
+def test_auto_is_online_with_a_key_and_says_what_to_set_where_the_server_is_not_there(tmp_path: Path) -> None:
+    nowhere = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
+    said = open_apart(tmp_path / "run", "auto", tmp_path, **nowhere)
+    assert said.startswith("W&B cannot start")
+    assert "Set tracking.wandb to offline" in said
+
+
+def test_online_without_a_login_is_a_user_error(tmp_path: Path) -> None:
+    said = open_apart(tmp_path / "run", "online", tmp_path, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert "wandb login" in said
