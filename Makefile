@@ -6,7 +6,7 @@ PROMPTS ?= runs/reviews/data/prompts.jsonl
 SENTENCES ?= ../shared/data/reviews/sentences.jsonl
 
 BIN := .venv/bin
-VLLM := tests/rollouts/test_vllm.py
+VLLM := tests/rollouts/test_vllm_engine.py
 STAMP := .venv/.installed
 WORLD := runs/$(RUN)/world
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from policies.adapters import CONFIG, MODEL, WEIGHTS
 from policies.errors import UserError
-from policies.reading import check_like, read_object, read_tensors
+from policies.files.adapters import CONFIG, MODEL, WEIGHTS
+from policies.files.safe_reading import check_like, read_object, read_tensors
 
 MODEL_CONFIG = "config.json"
 KIND = ("peft_type", "model_type")

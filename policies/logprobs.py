@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from policies import native
+from policies.layers import native
 
 CHUNK = 1024
 """Positions whose logits exist at one time."""

@@ -34,7 +34,7 @@ class ModelSettings(Settings):
         """`auto` becomes what it means here, so that a run's `config.yaml` says what it ran in."""
         if dtype != "auto":
             return dtype
-        from policies.computing import fast_dtype  # torch is slow to import, and only wanted here
+        from policies.device import fast_dtype  # torch is slow to import, and only wanted here
 
         return fast_dtype()
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policies.adapters import save_adapter
-from policies.attention import NAME, use_own_attention
 from policies.batching import buckets, collate, collate_branches
 from policies.errors import UserError
-from policies.gated import GatedPart
-from policies.norms import FrozenRmsNorm
-from policies.packing import Block, Rows
-from policies.rotation import use_own_rotation
+from policies.files.adapters import save_adapter
+from policies.layers.attention import NAME, use_own_attention
+from policies.layers.packing import Block, Rows
+from policies.layers.rms_norm import FrozenRmsNorm
+from policies.layers.rotary import use_own_rotation
+from policies.layers.swiglu import GatedPart
 from policies.schema import PolicySettings
 
 CPU_BYTES = 8192

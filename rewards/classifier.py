@@ -7,11 +7,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from policies.batching import buckets
-from policies.computing import default_device
-from policies.encoding import Prompt, prompt_text
+from policies.device import default_device
 from policies.errors import UserError
-from policies.loading import check_model_folder, check_weights, reason
-from policies.reading import NO_CODE, SAFE
+from policies.files.base_model import check_model_folder, check_weights, reason
+from policies.files.safe_reading import NO_CODE, SAFE
+from policies.text.tokenization import Prompt, prompt_text
 
 
 class Classifier:

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from policies.adapters import load_head, save_head
 from policies.batching import Batch, collate
 from policies.errors import UserError
+from policies.files.adapters import load_head, save_head
+from policies.files.safe_reading import check_like, read_tensors
 from policies.heads import ScalarHead
-from policies.reading import check_like, read_tensors
 from policies.trunk import Trunk
 
 ROLE = "reward"

@@ -6,8 +6,8 @@ from itertools import groupby
 from os.path import commonprefix
 from typing import Any
 
-from policies import fields
-from policies.encoding import Message, Prompt
+from policies.text import columns as fields
+from policies.text.tokenization import Message, Prompt
 from rewards.rankings import MOST_OPEN
 
 TURN = "\n\nAssistant:"

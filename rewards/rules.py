@@ -10,8 +10,8 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 
 from policies.errors import UserError
-from rewards.functions import ScoreFunction
 from rewards.terms import ExactTerm, JsonTerm, MathTerm, NumberTerm, RegexTerm, RepetitionTerm
+from rewards.user_functions import ScoreFunction
 
 NUMBER = re.compile(r"(?<![\d.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<!\d)[-+]?\.\d+")
 """A sign behind a digit is a minus between two numbers."""

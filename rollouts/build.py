@@ -2,14 +2,14 @@
 
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.engine import Engine
-from rollouts.hf import build_transformers
 from rollouts.schema import RolloutSettings
+from rollouts.transformers_engine import build_transformers
 
 
 def build_engine(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> Engine:
     """An engine with a model of its own, in this process."""
     if rollouts.engine == "vllm":
-        from rollouts.vllm import VllmEngine  # not installed everywhere
+        from rollouts.vllm_engine import VllmEngine  # not installed everywhere
 
         return VllmEngine(model, policy, rollouts)
     return build_transformers(model, policy, rollouts)

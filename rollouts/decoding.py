@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from policies.batching import buckets
 from policies.trunk import Trunk
-from rollouts.cache import can_join, join, make_cache
+from rollouts.kv_cache import can_join, join, make_cache
 
 PREFILL = 4096
 """Tokens of prompts, padding counted, in one pass: the same on every machine, so that rounding is."""

@@ -8,15 +8,15 @@ from dataclasses import replace
 import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-from policies.adapters import digests, fingerprint
-from policies.computing import Computing
+from policies.device import Computing
 from policies.errors import UserError
+from policies.files.adapters import digests, fingerprint
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
-from rollouts.parcels import groups, pack
 from rollouts.pool import cut
 from rollouts.roster import Order, Roster, Weights, WrongWeights
 from rollouts.trajectory import Request, Trajectory
+from rollouts.weight_transfer import groups, pack
 from rollouts.worker import Reply, Worker
 
 POLL = 0.005

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.encoding import Prompt
+from policies.text.tokenization import Prompt
 
 
 @dataclass(frozen=True)

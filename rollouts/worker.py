@@ -7,11 +7,11 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
-from policies.computing import Computing
+from policies.device import Computing
 from rollouts.engine import Engine, Sampling
-from rollouts.parcels import unpack
 from rollouts.roster import Weights
 from rollouts.trajectory import Request, Trajectory
+from rollouts.weight_transfer import unpack
 
 
 @dataclass(frozen=True)

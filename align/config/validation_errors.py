@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from align.config.schema import Experiment
 from align.config.source import Keys, Source
-from policies.fields import shown
+from policies.text.columns import shown
 
 
 def explain(problem: Any, source: Source) -> str:

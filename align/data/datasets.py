@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from align.config.schema import Experiment, SourceSettings
 from align.data.readers import PromptRow, parse_demonstration, parse_prompt, parse_rows, read_rows, split_heldout
 from align.runtime.seeds import seed_for
-from policies.encoding import encode_prompt, encode_response
 from policies.errors import UserError
-from policies.loading import load_tokenizer
+from policies.files.base_model import load_tokenizer
+from policies.text.tokenization import encode_prompt, encode_response
 from rewards.preferences import OVERALL, Feedback, Ranking, parse_feedback
 from rewards.rankings import MOST_OPEN
 from rewards.schema import RewardSettings

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from align.config.schema import SourceSettings
-from policies import fields
-from policies.encoding import Prompt
 from policies.errors import UserError, first_line
+from policies.text import columns as fields
+from policies.text.tokenization import Prompt
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import StyleSettings
-from policies.encoding import Prompt, encode_prompt
+from policies.text.tokenization import Prompt, encode_prompt
 from rollouts.trajectory import Request
 
 Style = Callable[[Request], Request]

@@ -15,7 +15,7 @@ from align.data.datasets import Case
 from align.runtime.atomic_files import write_json
 from align.supervised.reward_objective import branches, flat
 from policies.batching import collate
-from policies.encoding import prompt_text
+from policies.text.tokenization import prompt_text
 from rewards import diagnostics as figures
 from rewards.diagnostics import Comparison, LengthModel
 from rewards.model import RewardModel

@@ -15,7 +15,7 @@ from align.learner.state import LearnerState
 from align.roles.build import Blueprint, build_roles
 from align.roles.scoring import EVERY_ROLE
 from align.runtime.failures import RankLost
-from policies.computing import Computing
+from policies.device import Computing
 from policies.errors import first_line
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import Scored, Trajectory

@@ -12,7 +12,7 @@ from torch import Tensor
 from align.learner.reshard import cut, join
 from align.roles.roles import Roles
 from policies.errors import UserError
-from policies.reading import check_like
+from policies.files.safe_reading import check_like
 from policies.trunk import AdapterWeights, Trunk
 
 

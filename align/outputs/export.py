@@ -7,12 +7,12 @@ from align.outputs.model_card import model_card
 from align.outputs.trained_run import policy_folder
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.atomic_files import new_folder
-from policies.adapters import PROMPT, load_adapter
 from policies.errors import UserError
 from policies.export import OWN, export_adapter, export_merged, export_reward
-from policies.loading import load_tokenizer
+from policies.files.adapters import PROMPT, load_adapter
+from policies.files.base_model import load_tokenizer
+from policies.files.prompt_table import add_task
 from policies.schema import SOFT
-from policies.table import add_task
 from rewards.model import member_folder, members_in
 
 

@@ -15,19 +15,19 @@ from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
 from align.scoring.build import REWARD_STATE, make_evaluator, make_judges
 from align.stages.reward import classifier_scores, folded_moments, judge_models, load_models
-from policies.adapters import load_adapter
-from policies.encoding import Prompt, decode_response, encode_prompt
 from policies.errors import UserError
-from policies.loading import load_tokenizer
-from policies.methods import build_trunk
-from policies.reading import read_object
+from policies.files.adapters import load_adapter
+from policies.files.base_model import load_tokenizer
+from policies.files.safe_reading import read_object
+from policies.methods.build import build_trunk
+from policies.text.tokenization import Prompt, decode_response, encode_prompt
 from policies.trunk import AdapterWeights
 from rewards.classifier import Classifier
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import make_engine
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.transformers_engine import ROLE as SAMPLER
+from rollouts.transformers_engine import make_engine
 
 
 def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from align.config.schema import CriticSettings
 from align.learner.state import LearnerState
 from align.ppo.loop import Asked
 from align.runtime.atomic_files import write_json
-from policies.adapters import load_adapter, load_head, save_adapter, save_head
 from policies.errors import UserError
-from policies.reading import read_object, read_tensors
+from policies.files.adapters import load_adapter, load_head, save_adapter, save_head
+from policies.files.safe_reading import read_object, read_tensors
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.ppo.loop import Step
 from align.runtime.atomic_files import new_folder, write_text
-from policies.encoding import decode_response, prompt_text
+from policies.text.tokenization import decode_response, prompt_text
 
 TENSORS = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
 

@@ -16,7 +16,7 @@ from align.learner.schedules import schedule_factor
 from align.ppo.mismatch import check_gap
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from policies.trunk import AdapterWeights
-from rollouts.ahead import Answers, Asker
+from rollouts.async_rollouts import Answers, Asker
 from rollouts.engine import Sampling
 from rollouts.trajectory import Scored, Trajectory
 

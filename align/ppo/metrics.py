@@ -11,7 +11,7 @@ from align.algorithms.advantages import explained_variance
 from align.config.schema import PpoSettings
 from align.ppo.loop import Step
 from align.ppo.mismatch import sampler_gaps
-from policies.encoding import decode_response, prompt_text
+from policies.text.tokenization import decode_response, prompt_text
 from rollouts.trajectory import lengths
 
 WIDE = 0.1

@@ -10,8 +10,8 @@ from align.data.datasets import Inputs, trains_reward, trains_sft
 from align.resources.memory import Sizes, measure, memory
 from align.resources.ray_cluster import cores, threads
 from align.supervised.fit import optimizer_steps
-from policies import native
-from policies.computing import default_device
+from policies.device import default_device
+from policies.layers import native
 from rewards.schema import FitSettings
 
 

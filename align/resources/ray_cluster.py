@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from align.config.schema import ClusterSettings, Experiment
-from policies.computing import Computing
+from policies.device import Computing
 
 
 @contextmanager

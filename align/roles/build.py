@@ -10,7 +10,7 @@ from align.config.schema import CriticSettings
 from align.roles.roles import Critic, Roles
 from align.runtime.seeds import seed_for
 from policies.heads import ScalarHead
-from policies.methods import build_trunk
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rewards.model import role_of

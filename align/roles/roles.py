@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from policies.batching import Batch
 from policies.heads import ScalarHead
+from policies.layers.lora import by_rate
 from policies.logprobs import token_logprobs
-from policies.lora import by_rate
 from policies.trunk import Trunk
 
 

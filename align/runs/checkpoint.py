@@ -11,7 +11,7 @@ from pathlib import Path
 
 from align.runtime.atomic_files import new_folder, write_json
 from policies.errors import UserError
-from policies.reading import read_object
+from policies.files.safe_reading import read_object
 
 MANIFEST = "manifest.json"
 

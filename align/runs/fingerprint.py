@@ -12,8 +12,8 @@ from align.data.datasets import Inputs
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
-from policies.loading import load_model_config
-from policies.reading import read_object
+from policies.files.base_model import load_model_config
+from policies.files.safe_reading import read_object
 
 FREE = (
     *("name", "runs", "checkpoint", "tracking", "cluster", "data.on_bad_row"),

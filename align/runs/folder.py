@@ -13,7 +13,7 @@ from align.config.load import dump_experiment, load_experiment
 from align.config.schema import STAGES, Experiment
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
-from policies.reading import read_object
+from policies.files.safe_reading import read_object
 
 PRODUCTS = {
     "sft": ("sft", "checkpoints/sft"),

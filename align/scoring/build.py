@@ -25,15 +25,14 @@ from align.scoring.reward import (
     length_term,
     model_term,
 )
-from policies.adapters import load_adapter
-from policies.loading import check_model_folder
+from policies.files.adapters import load_adapter
+from policies.files.base_model import check_model_folder
 from policies.trunk import AdapterWeights
 from rewards import rules
 from rewards.classifier import Classifier
 from rewards.compose import Composition
-from rewards.functions import ScoreFunction, load_function
+from rewards.http import endpoint, judge
 from rewards.model import member_folder, members_in, read_heads
-from rewards.remote import endpoint, judge
 from rewards.schema import RewardSettings
 from rewards.terms import (
     CallSettings,
@@ -51,6 +50,7 @@ from rewards.terms import (
     RepetitionTerm,
     TermSettings,
 )
+from rewards.user_functions import ScoreFunction, load_function
 from rollouts.engine import Sampling
 from rollouts.pool import Pool
 from rollouts.trajectory import Request

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policies.encoding import decode_response, prompt_text
+from policies.text.tokenization import decode_response, prompt_text
 from rewards.classifier import Classifier
 from rewards.compose import Composition, combine, spread
-from rewards.functions import ScoreFunction, Scores, call_function
 from rewards.schema import EnsembleSettings
 from rewards.terms import LengthTerm
+from rewards.user_functions import ScoreFunction, Scores, call_function
 from rollouts.trajectory import Scored, Trajectory
 
 Notes = dict[str, Tensor]

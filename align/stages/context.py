@@ -18,13 +18,13 @@ from align.runtime.atomic_files import new_folder
 from align.runtime.seeds import permutation, seed_for
 from align.runtime.signals import Stop
 from align.supervised.fit import StageContext, optimizer_steps
-from policies.adapters import load_adapter
 from policies.errors import UserError
-from policies.methods import build_trunk
+from policies.files.adapters import load_adapter
+from policies.methods.build import build_trunk
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
-from rollouts.hf import make_engine
 from rollouts.trajectory import Request, Trajectory
+from rollouts.transformers_engine import make_engine
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from align.stages.context import Job
 from align.stages.ppo import policy_figures, run_ppo
 from align.stages.reward import run_reward
 from align.stages.sft import run_sft
-from policies.adapters import load_adapter
 from policies.errors import UserError
-from policies.loading import check_model_folder, check_weights, load_model_config, load_tokenizer
+from policies.files.adapters import load_adapter
+from policies.files.base_model import check_model_folder, check_weights, load_model_config, load_tokenizer
 from rewards.diagnostics import ACCURACY
-from rewards.functions import load_function
 from rewards.model import member_folder, members_in, read_heads
 from rewards.terms import columns_of
+from rewards.user_functions import load_function
 
 log = logging.getLogger(__name__)
 

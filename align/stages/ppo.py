@@ -32,14 +32,14 @@ from align.runtime.signals import Interrupted
 from align.scoring.build import REWARD_STATE, Judges, make_evaluator, make_judges
 from align.scoring.reward import RolesScore
 from align.stages.context import Job
-from policies.adapters import save_adapter
+from policies.files.adapters import save_adapter
 from policies.trunk import AdapterWeights
-from rollouts.ahead import Ahead, AtOnce, Renewing
+from rollouts.async_rollouts import Ahead, AtOnce, Renewing
 from rollouts.build import build_engine
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import make_engine
 from rollouts.pool import LocalPool, Pool
+from rollouts.transformers_engine import ROLE as SAMPLER
+from rollouts.transformers_engine import make_engine
 
 
 def run_ppo(job: Job) -> None:

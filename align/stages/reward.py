@@ -19,11 +19,11 @@ from align.stages.context import Job
 from align.stages.sft import ROLE as SFT
 from align.supervised.fit import fit
 from align.supervised.reward_objective import FeedbackObjective, branches, rows, score_cases, shares_prompts
-from policies.adapters import load_adapter
-from policies.encoding import decode_response
+from policies.files.adapters import load_adapter
 from policies.heads import ScalarHead
-from policies.methods import build_trunk
+from policies.methods.build import build_trunk
 from policies.schema import PolicySettings
+from policies.text.tokenization import decode_response
 from policies.trunk import Trunk
 from rewards.classifier import Classifier
 from rewards.diagnostics import ACCURACY, distribution

@@ -13,8 +13,8 @@ from align.data.datasets import Example
 from align.stages.context import Job
 from align.supervised.fit import fit
 from align.supervised.trainer import Objective
-from policies.adapters import load_adapter
 from policies.batching import collate
+from policies.files.adapters import load_adapter
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
 

@@ -33,8 +33,8 @@ from align.supervised.trainer import (
 )
 from align.supervised.trainer_state import read_state
 from policies.errors import UserError
-from policies.lora import by_rate
-from policies.reading import read_object
+from policies.files.safe_reading import read_object
+from policies.layers.lora import by_rate
 from rewards.schema import FitSettings
 
 BEST = "best"

@@ -9,7 +9,7 @@ from torch import Tensor
 from align.data.datasets import Case
 from align.supervised.trainer import Objective
 from policies.batching import collate, collate_branches
-from policies.places import linears
+from policies.module_names import linears
 from policies.trunk import Trunk
 from rewards.model import RewardModel
 from rewards.objective import FeedbackLoss

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from align.runtime.failures import Fault
 from align.runtime.seeds import seed_for
 from align.supervised.trainer_state import read_optimizer, read_random, write_optimizer, write_random
-from policies.reading import check_like, read_tensors
+from policies.files.safe_reading import check_like, read_tensors
 
 WEIGHTS = "model.safetensors"
 """What is trained, in a checkpoint."""

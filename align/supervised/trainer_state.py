@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
-from policies.reading import check_like, read_object, read_tensors
+from policies.files.safe_reading import check_like, read_object, read_tensors
 
 STATE = "trainer_state.json"
 OPTIMIZER, RATES, RANDOM = "optimizer.safetensors", "rates.json", "random.json"

@@ -27,11 +27,11 @@ from peer import make_peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align.runtime.seeds import seed_for
-from policies.computing import fast_dtype
+from policies.device import fast_dtype
 from policies.export import export_merged
+from policies.files.base_model import load_base
 from policies.heads import ScalarHead
-from policies.loading import load_base
-from policies.methods import make_trunk
+from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import ROLE, RewardModel
 

@@ -18,12 +18,12 @@ from statistics import median
 import torch
 
 from align.config.load import load_experiment
-from policies.adapters import load_adapter
-from policies.loading import load_tokenizer, stop_ids
-from policies.methods import build_trunk
+from policies.files.adapters import load_adapter
+from policies.files.base_model import load_tokenizer, stop_ids
+from policies.methods.build import build_trunk
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE, TransformersEngine
 from rollouts.trajectory import Request
+from rollouts.transformers_engine import ROLE, TransformersEngine
 
 ROWS, NEW = 64, 128
 

@@ -28,22 +28,22 @@ from transformers import AutoTokenizer
 from align.config.schema import SourceSettings
 from align.data.readers import parse_prompt, parse_rows, read_rows
 from align.runtime.seeds import seed_for
-from policies.adapters import load_adapter
 from policies.batching import collate
-from policies.encoding import encode_prompt
 from policies.export import export_merged, export_reward
+from policies.files.adapters import load_adapter
+from policies.files.base_model import stop_ids
 from policies.heads import ScalarHead
-from policies.loading import stop_ids
 from policies.logprobs import token_logprobs
-from policies.methods import build_trunk
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings
+from policies.text.tokenization import encode_prompt
 from policies.trunk import AdapterWeights
 from rewards.model import ROLE as REWARD
 from rewards.model import RewardModel, load_heads, read_heads
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import TransformersEngine
 from rollouts.trajectory import Request, Trajectory
+from rollouts.transformers_engine import ROLE as SAMPLER
+from rollouts.transformers_engine import TransformersEngine
 
 SETTINGS = {"epochs": 4, "response": 48, "rate": 3e-4, "kl": 0.05, "penalty": 1.0}
 """What both sides are given; the KL coefficient is what `trl_ppo.py` has."""

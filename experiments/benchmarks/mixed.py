@@ -14,9 +14,9 @@ from bench import POLICY
 from peft import get_peft_model
 from torch import Tensor
 
-from policies.adapters import lora_config
-from policies.loading import load_base
-from policies.methods import build_trunk
+from policies.files.adapters import lora_config
+from policies.files.base_model import load_base
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings
 
 ROLES = ("policy", "reference")

@@ -18,8 +18,8 @@ from bench import POLICY
 from torch import Tensor
 
 from policies.batching import collate
-from policies.loading import load_tokenizer
-from policies.methods import build_trunk
+from policies.files.base_model import load_tokenizer
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings
 from policies.trunk import Trunk
 

@@ -19,13 +19,13 @@ from memory import make_small
 
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
-from policies.computing import Computing
-from policies.methods import build_trunk
+from policies.device import Computing
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
-from rollouts.hf import ROLE
 from rollouts.ray_pool import RayPool
 from rollouts.schema import RolloutSettings
+from rollouts.transformers_engine import ROLE
 
 POLICY = PolicySettings(rank=16, alpha=32)
 WORKERS = 2

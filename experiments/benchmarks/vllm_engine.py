@@ -15,15 +15,15 @@ from statistics import median
 
 import torch
 
-from policies.loading import load_tokenizer
-from policies.methods import build_trunk
+from policies.files.base_model import load_tokenizer
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE
 from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request
-from rollouts.vllm import VllmEngine
+from rollouts.transformers_engine import ROLE
+from rollouts.vllm_engine import VllmEngine
 
 POLICY = PolicySettings(rank=16, alpha=32)
 NEW, ROWS, PROMPTS = 128, 64, 64

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from align.data.datasets import case_parser
-from policies.loading import load_tokenizer
+from policies.files.base_model import load_tokenizer
 from rewards.preferences import parse_feedback
 from rewards.schema import RewardSettings
 

@@ -22,9 +22,9 @@ from align.runtime.quiet import quiet_libraries
 from align.runtime.signals import Stop
 from align.supervised.fit import StageContext, fit
 from align.supervised.reward_objective import FeedbackObjective, branches, rows, shares_prompts
+from policies.files.base_model import load_tokenizer
 from policies.heads import ScalarHead
-from policies.loading import load_tokenizer
-from policies.methods import build_trunk
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import ROLE, RewardModel
 from rewards.objective import FeedbackLoss

@@ -24,7 +24,7 @@ from align.runs.checkpoint import MANIFEST, checkpoints, latest, seal
 from align.supervised.trainer import WEIGHTS
 from align.supervised.trainer_state import OPTIMIZER, RATES, read_optimizer, read_random, read_state
 from policies.errors import UserError
-from policies.reading import check_like, read_tensors
+from policies.files.safe_reading import check_like, read_tensors
 from policies.schema import PolicySettings
 from tests.fuzz.harm import altered, confined, damaged, odd_value, refusal, run
 

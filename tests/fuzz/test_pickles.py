@@ -16,11 +16,11 @@ from align.runs.checkpoint import checkpoints, seal
 from align.runs.folder import begin_run, folder_of
 from align.runtime.signals import Interrupted, Stop
 from align.stages.pipeline import load_inputs, run_stages
-from policies.adapters import load_adapter, load_head
 from policies.errors import UserError
-from policies.loading import load_base, load_generation_config, load_model_config, load_tokenizer
+from policies.files.adapters import load_adapter, load_head
+from policies.files.base_model import load_base, load_generation_config, load_model_config, load_tokenizer
+from policies.files.prompt_table import read_task
 from policies.schema import ModelSettings, PolicySettings
-from policies.table import read_task
 from rewards.classifier import Classifier
 from rewards.model import read_heads
 from tests.fuzz.harm import refusal

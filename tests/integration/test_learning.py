@@ -17,11 +17,11 @@ from align.ppo.loop import Ppo
 from align.ppo.prompts import PromptStream
 from align.roles.build import Blueprint, build_roles
 from policies.schema import ModelSettings, PolicySettings, Schedule
-from rollouts.ahead import AtOnce
+from rollouts.async_rollouts import AtOnce
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE, TransformersEngine
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.transformers_engine import ROLE, TransformersEngine
 
 Reward = Callable[[Trajectory], float]
 

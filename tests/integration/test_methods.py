@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.config.load import load_experiment
-from policies.adapters import load_adapter
 from policies.errors import UserError
+from policies.files.adapters import load_adapter
+from policies.files.prompt_table import read_task
 from policies.schema import SOFT
-from policies.table import read_task
 from tests.integration.tiny_run import make_settings, run_in_process
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from align.learner.learner import Rates
 from align.learner.ray_ranks import RayLearners
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint
-from policies.computing import Computing
+from policies.device import Computing
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.trajectory import Request, Trajectory
 

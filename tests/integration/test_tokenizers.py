@@ -11,8 +11,8 @@ from align.config.load import load_experiment
 from align.config.schema import Experiment
 from align.stages.pipeline import load_inputs
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE, build_transformers
 from rollouts.trajectory import Request
+from rollouts.transformers_engine import ROLE, build_transformers
 from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 

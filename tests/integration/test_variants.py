@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from policies.export import export_merged
-from policies.loading import load_tokenizer
+from policies.files.base_model import load_tokenizer
 from policies.schema import ModelSettings, PolicySettings
-from rollouts.ahead import Renewing
+from rollouts.async_rollouts import Renewing
 from rollouts.roster import Roster
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from align.cli import app
-from policies.adapters import CONFIG, load_adapter, load_head, save_adapter, save_head
 from policies.averaging import average_adapters
 from policies.errors import UserError
-from policies.methods import build_trunk
+from policies.files.adapters import CONFIG, load_adapter, load_head, save_adapter, save_head
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 
 Adapters = tuple[list[Path], list[dict[str, Tensor]]]

@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from policies.adapters import save_adapter
 from policies.export import export_merged
-from policies.loading import load_base
-from policies.methods import make_trunk
+from policies.files.adapters import save_adapter
+from policies.files.base_model import load_base
+from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
-from rollouts.hf import TransformersEngine
 from rollouts.trajectory import Request
+from rollouts.transformers_engine import TransformersEngine
 
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
 PROMPTS = [tuple(range(start, start + 2 + start % 7)) for start in range(5, 250, 20)]

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from policies.adapters import save_adapter
 from policies.batching import collate
 from policies.errors import UserError
 from policies.export import export_adapter, export_merged
+from policies.files.adapters import save_adapter
 from policies.logprobs import token_logprobs
-from policies.methods import build_trunk
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import TransformersEngine
 from rollouts.trajectory import Request
+from rollouts.transformers_engine import ROLE as SAMPLER
+from rollouts.transformers_engine import TransformersEngine
 from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}

@@ -25,7 +25,7 @@ from transformers import (
 from policies.batching import collate
 from policies.errors import UserError
 from policies.logprobs import token_logprobs
-from policies.methods import make_trunk
+from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 
@@ -250,7 +250,7 @@ def test_after_recomputation_scoring_is_as_before(own_trunk: Trunk) -> None:
 
 
 def test_saved_adapter_loads_in_peft_with_equal_logits(trunk: Trunk, tiny_model: Path, tmp_path: Path) -> None:
-    from policies.adapters import save_adapter
+    from policies.files.adapters import save_adapter
 
     save_adapter(tmp_path / "a", trunk.read_adapter("policy"), trunk.settings, trunk.base)
     theirs = PeftModel.from_pretrained(base_of(tiny_model), str(tmp_path / "a")).eval()

@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from policies.encoding import Prompt
 from policies.errors import UserError
+from policies.text.tokenization import Prompt
 from rewards.classifier import Classifier
 
 PROMPTS: list[Prompt] = ["User: name a colour.", "The cat", "Is it?", "A long answer is a long answer;"]

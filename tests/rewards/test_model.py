@@ -7,11 +7,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from policies.adapters import load_adapter, load_head
 from policies.batching import collate, collate_branches
 from policies.errors import UserError
+from policies.files.adapters import load_adapter, load_head
 from policies.heads import ScalarHead
-from policies.methods import make_trunk
+from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from rewards.model import RewardModel, load_heads, read_heads
 

@@ -6,9 +6,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from align.scoring.build import make_function
-from rewards.functions import ScoreFunction
 from rewards.rules import final_number
 from rewards.terms import Term
+from rewards.user_functions import ScoreFunction
 
 SOLUTIONS = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "solutions.jsonl"
 

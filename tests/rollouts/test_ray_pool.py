@@ -15,19 +15,19 @@ import torch
 
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
-from policies.computing import Computing
+from policies.device import Computing
 from policies.errors import UserError
-from policies.methods import build_trunk
+from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
-from rollouts.ahead import Ahead, Renewing
+from rollouts.async_rollouts import Ahead, Renewing
 from rollouts.build import build_engine
 from rollouts.engine import Engine, Sampling
-from rollouts.hf import ROLE
 from rollouts.pool import LocalPool
 from rollouts.ray_pool import RayPool
 from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request, Trajectory
+from rollouts.transformers_engine import ROLE
 
 POLICY = PolicySettings(rank=4, alpha=8)
 ROLLOUTS = RolloutSettings(rows=4, chunk=8)

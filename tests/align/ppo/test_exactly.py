@@ -31,16 +31,16 @@ from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
 from align.scoring.build import make_judges
 from align.stages.pipeline import load_inputs
-from policies.adapters import load_adapter
-from policies.computing import Computing
+from policies.device import Computing
+from policies.files.adapters import load_adapter
+from policies.files.base_model import load_tokenizer, stop_ids
 from policies.heads import ScalarHead
-from policies.loading import load_tokenizer, stop_ids
-from policies.methods import make_trunk
+from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
-from rollouts.hf import ROLE, TransformersEngine
 from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.transformers_engine import ROLE, TransformersEngine
 from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 Series = Callable[[str], list[float]]

@@ -13,11 +13,11 @@ from align.config.schema import Experiment
 from align.learner.learner import Learner
 from align.resources.memory import measure, memory
 from align.roles.build import Blueprint, RewardRole, build_roles
-from policies.loading import load_base
-from policies.places import linears
+from policies.files.base_model import load_base
+from policies.module_names import linears
 from policies.schema import ModelSettings, PolicySettings
-from rollouts.hf import ROLE as SAMPLER
-from rollouts.hf import TransformersEngine
+from rollouts.transformers_engine import ROLE as SAMPLER
+from rollouts.transformers_engine import TransformersEngine
 from tests.integration.tiny_run import make_settings
 
 POLICIES = {

@@ -10,11 +10,11 @@ from align.config.schema import STAGES, Experiment
 from align.data.datasets import Inputs, read_inputs
 from align.resources.memory import measure
 from align.resources.plan import plan_lines, plan_table
-from policies import native
-from policies.adapters import save_adapter
+from policies.files.adapters import save_adapter
+from policies.files.base_model import load_base
 from policies.heads import ScalarHead
-from policies.loading import load_base
-from policies.methods import make_trunk
+from policies.layers import native
+from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from tests.integration.tiny_run import make_settings
 

@@ -3,7 +3,7 @@ import torch
 
 from align.config.schema import Experiment
 from align.resources.ray_cluster import computing, cores
-from policies.computing import Computing
+from policies.device import Computing
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from policies.layers import native
+
+DOUBLE = "import torch; from policies import native; print(native.library() is not None)"
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty one, and a process that has compiled nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path / "align"
+    native.library.cache_clear()
+
+
+def test_this_machine_compiles_them() -> None:
+    assert native.runs(torch.zeros(1))
+    assert native.runs(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16())
+    assert not native.runs(torch.zeros(1).double())
+    assert not native.runs(torch.zeros(1), torch.zeros(1).bfloat16())
+    assert not native.runs(torch.zeros(1, device="meta"))
+
+
+def test_they_are_compiled_once(cache_folder: Path) -> None:
+    assert native.library() is not None
+    (made,) = cache_folder.iterdir()
+    before = made.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library() is not None
+    assert [made] == list(cache_folder.iterdir())
+    assert made.stat().st_mtime_ns == before
+
+
+def test_several_processes_may_compile_at_once(cache_folder: Path) -> None:
+    command = [sys.executable, "-c", DOUBLE]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0] for process in processes] == ["True\n"] * 3
+    assert len(list(cache_folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_that_works_there_are_none(
+    compiler: str, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert native.library() is None
+    assert not native.runs(torch.zeros(1))
+    assert not cache_folder.exists() or not list(cache_folder.iterdir())
+
+
+@pytest.mark.parametrize("trouble", ["no folder", "no home", "no library"])
+def test_they_are_compiled_for_one_process_where_they_cannot_be_kept(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+) -> None:
+    if trouble == "no folder":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif trouble == "no home":
+        monkeypatch.setattr(native, "_cache_folder", Path("~nobody-at-all").expanduser)
+    else:
+        assert native.library() is not None
+        (made,) = cache_folder.iterdir()
+        made.unlink()  # what is loaded stays whole
+        made.write_text("no library")
+        native.library.cache_clear()
+    assert native.runs(torch.zeros(1))
+    out = torch.empty(2)
+    native.call("gate", out.dtype, torch.ones(2), torch.ones(2), out, 1, 2)
+    torch.testing.assert_close(out, torch.nn.functional.silu(torch.ones(2)))
+
+
+def test_a_tensor_that_does_not_lie_in_order_is_refused() -> None:
+    x = torch.zeros(4, 4).T
+    with pytest.raises(ValueError, match=r"strides \(1, 4\) for shape \(4, 4\)"):
+        native.call("gate_backward", x.dtype, x, x, x, x, x, 4, 4)
+
+
+def test_torch_and_the_kernels_share_their_threads() -> None:
+    """Two OpenMP libraries in one process would fight over the cores."""
+    libraries = {os.path.realpath(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert native.library() is not None
+    assert len([name for name in libraries if "libgomp.so" in name]) == 1

@@ -1,0 +1,378 @@
+"""Every adaptation method: roles on one trunk, files, PEFT, export."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from policies.batching import collate
+from policies.errors import UserError
+from policies.export import export_adapter, export_merged, export_reward
+from policies.files.adapters import PROMPT, load_adapter, save_adapter, save_head
+from policies.files.quantization import dequantise
+from policies.heads import ScalarHead
+from policies.logprobs import token_logprobs
+from policies.methods.build import build_trunk
+from policies.schema import SOFT, ModelSettings, PolicySettings
+from policies.trunk import Trunk
+from rollouts.engine import Sampling
+from rollouts.trajectory import Request
+from rollouts.transformers_engine import ROLE as SAMPLER
+from rollouts.transformers_engine import TransformersEngine
+
+METHODS = {
+    "lora": PolicySettings(rank=4, alpha=8),
+    "rslora": PolicySettings(rank=4, alpha=8, rslora=True),
+    "dora": PolicySettings(rank=4, alpha=8, dora=True),
+    "pissa": PolicySettings(rank=4, alpha=8, init="pissa"),
+    "qlora": PolicySettings(method="qlora", rank=4, alpha=8),
+    "qlora-fp4": PolicySettings(method="qlora", rank=4, alpha=8, four_bits="fp4", double_quantization=False),
+    "loftq": PolicySettings(method="qlora", rank=4, alpha=8, init="loftq"),
+    "ia3": PolicySettings(method="ia3"),
+    "bottleneck": PolicySettings(method="bottleneck", bottleneck=8),
+    "bitfit": PolicySettings(method="bitfit"),
+    "layer_norm": PolicySettings(method="layer_norm"),
+    "top_layers": PolicySettings(method="top_layers", layers=1),
+    "feature": PolicySettings(method="feature"),
+    "prompt_tuning": PolicySettings(method="prompt_tuning", virtual_tokens=5),
+    "p_tuning": PolicySettings(method="p_tuning", virtual_tokens=5, encoder_width=16),
+    "p_tuning-lstm": PolicySettings(method="p_tuning", virtual_tokens=5, encoder_width=16, encoder="lstm"),
+    "prefix_tuning": PolicySettings(method="prefix_tuning", virtual_tokens=5),
+    "full": PolicySettings(method="full"),
+}
+MERGED = [name for name, settings in METHODS.items() if settings.method not in SOFT | {"bottleneck"}]
+NOT_IN_PEFT = ("bottleneck", "bitfit", "top_layers", "feature", "full")
+IN_PEFT = [name for name, settings in METHODS.items() if settings.method not in NOT_IN_PEFT]
+ROLES = ("policy", "critic")
+IDS = torch.arange(40).reshape(2, 20) + 5
+PROMPTS = [tuple(range(start, start + 2 + start % 7)) for start in range(5, 250, 8)]
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def make(name: str, folder: Path, roles: tuple[str, ...] = ROLES) -> Trunk:
+    return build_trunk(ModelSettings(path=str(folder)), METHODS[name], roles)
+
+
+def far_off(trunk: Trunk, role: str, seed: int) -> Trunk:
+    """Move a role well away from where it starts."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {n: w + 0.15 * torch.randn(w.shape, generator=generator) for n, w in trunk.read_adapter(role).items()}
+    trunk.write_adapter(role, weights)
+    return trunk
+
+
+@torch.no_grad()
+def logits(trunk: Trunk, role: str, ids: Tensor = IDS) -> Tensor:
+    return trunk.head(trunk.hidden(ids, role), role)
+
+
+@every_method
+def test_roles_start_from_the_base_and_part_from_it_and_from_each_other(name: str, tiny_model: Path) -> None:
+    trunk = make(name, tiny_model, (*ROLES, "reference"))
+    base = logits(trunk, "reference" if name == "full" else "")
+    if METHODS[name].method in SOFT:
+        assert torch.equal(logits(trunk, "policy"), logits(trunk, "critic"))
+    else:
+        torch.testing.assert_close(logits(trunk, "policy"), base, rtol=1e-5, atol=1e-5)
+    far_off(trunk, "policy", 1)
+    far_off(trunk, "critic", 2)
+    policy, critic = logits(trunk, "policy"), trunk.hidden(IDS, "critic").detach()
+    assert (policy - base).abs().max() > 0.05
+    if name != "feature":  # whose critic has nothing of its own below its head
+        assert (trunk.hidden(IDS, "policy") - critic).abs().max() > 0.01
+    assert torch.equal(logits(trunk, "reference" if name == "full" else ""), base)
+    assert torch.equal(logits(trunk, "policy"), policy)
+
+
+@every_method
+def test_gradients_reach_the_role_that_trains_and_nothing_else(name: str, tiny_model: Path) -> None:
+    trunk = make(name, tiny_model)
+    far_off(trunk, "policy", 1)
+    trunk.train_only("policy")
+    batch = collate([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]])
+    states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
+    trunk.hidden_of_rows(batch.ids, batch.rows, "critic")  # a pass between forward and backward changes nothing
+    loss = -token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0).sum()
+    trunk.switch("critic")
+    loss.backward()
+    own = {id(p) for p in trunk.adapter("policy").values()}
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trunk.adapter("policy").values())
+    assert all(p.grad is None for p in trunk.parameters() if id(p) not in own)
+
+
+@every_method
+def test_the_engine_samples_what_the_learner_scores(name: str, tiny_model: Path) -> None:
+    trunk = far_off(make(name, tiny_model, (SAMPLER,)), SAMPLER, 3)
+    engine = TransformersEngine(trunk, frozenset({1}), rows=8)
+    engine.load_adapter(1, trunk.read_adapter(SAMPLER))
+    requests = [Request("", prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:8])]
+    made = engine.generate(requests, Sampling(1.0, 12))
+    batch = collate([t.request.prompt_ids for t in made], [t.response_ids for t in made])
+    with torch.no_grad():
+        states = trunk.hidden_of_rows(batch.ids, batch.rows, SAMPLER)
+        scored = token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, SAMPLER), 1.0)
+    torch.testing.assert_close(torch.cat([t.sampler_logprobs for t in made]), scored, rtol=1e-4, atol=1e-4)
+
+
+LOAD = """
+import sys, torch
+from policies.files.adapters import load_adapter
+from policies.methods.build import build_trunk
+from policies.schema import ModelSettings
+from tests.policies.test_methods import METHODS, logits
+torch.set_num_threads(1)
+model, root = sys.argv[1:]
+for name in METHODS:
+    trunk = build_trunk(ModelSettings(path=model), METHODS[name], ("policy",))
+    trunk.write_adapter("policy", load_adapter(f"{root}/{name}", METHODS[name]))
+    torch.save(logits(trunk, "policy"), f"{root}/{name}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A folder of adapters by name, and the logits of the roles that they were saved from."""
+    root, expected = tmp_path_factory.mktemp("methods"), {}
+    for name in METHODS:
+        trunk = far_off(make(name, tiny_model), "policy", 1)
+        save_adapter(root / name, trunk.read_adapter("policy"), trunk.settings, trunk.base)
+        expected[name] = logits(trunk, "policy")
+    return root, expected
+
+
+def test_a_fresh_process_loads_every_method_bit_for_bit(
+    saved: tuple[Path, dict[str, Tensor]], tiny_model: Path
+) -> None:
+    root, expected = saved
+    subprocess.run([sys.executable, "-c", LOAD, str(tiny_model), str(root)], check=True, cwd=Path(__file__).parents[3])
+    for name in METHODS:
+        assert torch.equal(torch.load(root / f"{name}.pt"), expected[name]), name
+
+
+@pytest.mark.parametrize("name", IN_PEFT)
+def test_plain_peft_loads_what_it_has(name: str, saved: tuple[Path, dict[str, Tensor]], tiny_model: Path) -> None:
+    root, expected = saved
+    base = make(name, tiny_model).causal if METHODS[name].method == "qlora" else None
+    if base is None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    else:
+        from policies.files.base_model import load_base
+
+        base = load_base(ModelSettings(path=str(tiny_model)), METHODS[name])
+    model = PeftModel.from_pretrained(base, str(root / name)).eval()
+    with torch.no_grad():
+        theirs = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
+    torch.testing.assert_close(theirs, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def greedy(continue_one: Callable[[Tensor], Tensor]) -> list[list[int]]:
+    """The most likely eight tokens after each prompt, without a cache."""
+    rows = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        for _ in range(8):
+            ids = torch.cat([ids, continue_one(ids)[:, -1:].argmax(-1)], dim=1)
+        rows.append(ids[0, len(prompt) :].tolist())
+    return rows
+
+
+@pytest.mark.parametrize("name", MERGED)
+@torch.no_grad()
+def test_a_merged_model_continues_as_the_policy_does(
+    name: str,
+    saved: tuple[Path, dict[str, Tensor]],
+    tiny_model: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    root, _ = saved
+    model, settings = ModelSettings(path=str(tiny_model)), METHODS[name]
+    gap = export_merged(model, settings, root / name, tiny_tokenizer, tmp_path / "merged")
+    assert gap < 1e-3
+    live = make(name, tiny_model)
+    live.write_adapter("policy", load_adapter(root / name, settings))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32
+    assert greedy(lambda ids: merged(input_ids=ids).logits) == greedy(lambda ids: logits(live, "policy", ids))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in MERGED])
+def test_what_cannot_be_merged_says_so(
+    name: str,
+    saved: tuple[Path, dict[str, Tensor]],
+    tiny_model: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    model = ModelSettings(path=str(tiny_model))
+    with pytest.raises(UserError, match="cannot be merged"):
+        export_merged(model, METHODS[name], saved[0] / name, tiny_tokenizer, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
+def test_an_exported_adapter_loads_afresh(
+    name: str,
+    saved: tuple[Path, dict[str, Tensor]],
+    tiny_model: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    model = ModelSettings(path=str(tiny_model))
+    assert export_adapter(model, METHODS[name], saved[0] / name, tiny_tokenizer, tmp_path / "out") < 1e-3
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+def test_a_policy_that_is_the_base_is_not_exported(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trunk = make("lora", tiny_model)
+    save_adapter(tmp_path / "policy", trunk.read_adapter("policy"), trunk.settings, trunk.base)
+    with pytest.raises(RuntimeError, match="nothing was trained"):
+        export_merged(
+            ModelSettings(path=str(tiny_model)), METHODS["lora"], tmp_path / "policy", tiny_tokenizer, tmp_path / "out"
+        )
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "bitfit", "top_layers", "feature", "full"])
+@torch.no_grad()
+def test_a_reward_model_is_a_classifier_that_transformers_loads(
+    name: str, tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trunk = far_off(make(name, tiny_model, ("reward",)), "reward", 1)
+    head = ScalarHead(trunk.width, torch.Generator().manual_seed(0))
+    head.bias += 3
+    save_adapter(tmp_path / "reward", trunk.read_adapter("reward"), trunk.settings, trunk.base)
+    save_head(tmp_path / "reward", head.state_dict())
+    gap, bias = export_reward(
+        ModelSettings(path=str(tiny_model)), METHODS[name], tmp_path / "reward", tiny_tokenizer, tmp_path / "out"
+    )
+    assert gap < 1e-3
+    assert bias == pytest.approx(3.0)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    theirs = classifier(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.squeeze(-1) + bias
+    torch.testing.assert_close(theirs, head(trunk.hidden(IDS, "reward")[:, -1]), rtol=1e-3, atol=1e-3)
+
+
+def test_pissa_trains_the_principal_half_alone(tiny_model: Path) -> None:
+    trunk = make("pissa", tiny_model)
+    trunk.initialise("policy")
+    torch.testing.assert_close(logits(trunk, "policy"), logits(trunk, ""), rtol=1e-4, atol=1e-4)
+    trunk.train_only("policy")
+    trunk.hidden(IDS, "policy").square().sum().backward()
+    for name, parameter in trunk.adapter("policy").items():
+        gradient = parameter.grad if "lora_A" in name else parameter.grad.T
+        assert gradient[:4].abs().max() > 0
+        assert gradient[4:].abs().max() == 0
+    down, up = (parameter.detach() for parameter in list(trunk.adapter("policy").values())[:2])
+    weight = trunk.causal.get_submodule("model.layers.0.self_attn.q_proj").get_base_layer().weight
+    left, values, right = torch.linalg.svd(weight)
+    principal = left[:, :4] * values[:4] @ right[:4]
+    torch.testing.assert_close(2.0 * up[:, :4] @ down[:4], principal, rtol=1e-4, atol=1e-4)
+
+
+def test_loftq_starts_nearer_to_the_unquantised_model(tiny_model: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model)
+    trunk = make("loftq", tiny_model)
+    trunk.initialise("policy", "critic")
+    layer = trunk.causal.get_submodule("model.layers.1.mlp.up_proj")
+    lost = whole.get_submodule("model.layers.1.mlp.up_proj").weight - dequantise(layer.base_layer)
+    left = lost - layer.get_delta_weight("policy")
+    assert left.norm() < 0.9 * lost.norm()
+    best = torch.linalg.svdvals(lost.detach())[4:].norm()
+    torch.testing.assert_close(left.norm(), best, rtol=1e-3, atol=1e-4)
+    assert torch.equal(logits(trunk, "policy"), logits(trunk, "critic"))
+
+
+def test_p_tuning_trains_through_its_encoder_and_keeps_the_tokens(tiny_model: Path) -> None:
+    trunk = make("p_tuning-lstm", tiny_model)
+    trunk.start_training("policy")
+    trunk.train_only("policy")
+    trained = [n for n, p in trunk.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("encoders.policy" in name for name in trained)
+    trunk.hidden(IDS, "policy").square().sum().backward()
+    assert all(p.grad is not None for p in trunk.adapter("policy").values())
+    tokens, before = trunk.read_adapter("policy"), logits(trunk, "policy")
+    assert tokens.keys() == {PROMPT}
+    trunk.write_adapter("policy", tokens)
+    assert trunk.adapter("policy").keys() == {PROMPT}
+    torch.testing.assert_close(logits(trunk, "policy"), before, rtol=1e-5, atol=1e-5)
+
+
+def test_prompt_tuning_starts_from_a_text(tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = PolicySettings(method="prompt_tuning", virtual_tokens=7, start="The cat sat")
+    trunk = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
+    ids = tiny_tokenizer("The cat sat", add_special_tokens=False)["input_ids"]
+    ids = (ids * 7)[:7]
+    assert torch.equal(trunk.read_adapter("policy")[PROMPT], trunk.causal.get_input_embeddings().weight[ids])
+    before = logits(trunk, "", torch.cat([torch.tensor([ids] * 2), IDS], dim=1))[:, 7:]
+    torch.testing.assert_close(logits(trunk, "policy"), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prefix_from_a_text_is_that_text_before_the_prompt(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = PolicySettings(method="prefix_tuning", virtual_tokens=4, start="The cat sat on the mat")
+    trunk = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
+    ids = tiny_tokenizer("The cat sat on the mat", add_special_tokens=False)["input_ids"][:4]
+    before = logits(trunk, "", torch.cat([torch.tensor([ids] * 2), IDS], dim=1))[:, 4:]
+    torch.testing.assert_close(logits(trunk, "policy"), before, rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_the_base_exists_once_whatever_the_number_of_roles(name: str, tiny_model: Path) -> None:
+    if name == "full":
+        pytest.skip("every role is a model of its own")
+    one, four = (make(name, tiny_model, roles) for roles in (("policy",), ("policy", "reference", "critic", "reward")))
+
+    def numbers(trunk: Trunk) -> int:
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trunk.parameters()}
+        return sum(storages.values())
+
+    def own(trunk: Trunk) -> int:
+        return sum(p.numel() * 4 for role in trunk.roles for p in trunk.adapter(role).values())
+
+    assert numbers(four) - own(four) == numbers(one) - own(one)
+
+
+def test_mistakes_are_named(tiny_model: Path) -> None:
+    for settings, said in (
+        ({"method": "bitfit", "rank": 8}, "method bitfit does not read rank, which is for lora or qlora: remove it"),
+        ({"init": "loftq"}, "use it with method qlora"),
+        ({"method": "qlora", "init": "pissa"}, "use loftq"),
+        ({"dora": True, "init": "pissa"}, "do not go together"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PolicySettings(**settings)
+    model = ModelSettings(path=str(tiny_model))
+    for settings, said in (
+        (
+            PolicySettings(method="bottleneck", targets=["nowhere"]),
+            "no linear layer of LlamaForCausalLM is named nowhere",
+        ),
+        (
+            PolicySettings(method="top_layers", layers=9),
+            "policy.layers is 9, and LlamaForCausalLM has 2 decoder layers",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            build_trunk(model, settings, ("policy",))
+
+
+def test_an_adapter_of_another_method_is_refused(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    root, _ = saved
+    with pytest.raises(UserError, match=r"peft_type is 'IA3', and policy.method 'lora' reads 'LORA'"):
+        load_adapter(root / "ia3", METHODS["lora"])
+    with pytest.raises(UserError, match="use_dora is True"):
+        load_adapter(root / "dora", METHODS["lora"])
+    with pytest.raises(UserError, match="set them alike"):
+        load_adapter(root / "prompt_tuning", PolicySettings(method="prompt_tuning", virtual_tokens=6))

@@ -1,0 +1,162 @@
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from policies.errors import UserError
+from rewards.user_functions import Scores, call_function, load_function
+
+KEY = "evaluation.gold"
+
+
+def write(folder: Path, text: str, name: str = "score.py") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def problem(where: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_function(where, KEY)
+    assert str(caught.value).startswith(f"{KEY}: ")
+    return str(caught.value)
+
+
+def complaint(scores: object, responses: Sequence[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        call_function(lambda *_: scores, ["p"] * len(responses), responses, [{}] * len(responses))  # type: ignore
+    return str(caught.value)
+
+
+def test_a_function_of_a_file_is_found_and_called(tmp_path: Path) -> None:
+    path = write(tmp_path, "def lengths(prompts, responses, columns):\n    return [len(r) for r in responses]\n")
+    assert call_function(load_function(f"{path}:lengths", KEY), ["p", "q"], ["a", "bcd"], [{}, {}]).values == [
+        1.0,
+        3.0,
+    ]
+
+
+def test_a_function_of_a_module_is_found() -> None:
+    assert load_function("math:prod", KEY) is math.prod
+
+
+def test_the_function_gets_prompts_responses_and_columns() -> None:
+    arguments = (["p"], ["r"], [{"answer": 5}])
+    seen: list[object] = []
+    call_function(lambda *given: seen.extend(given) or [0.0], *arguments)
+    assert seen == list(arguments)
+
+
+def test_a_file_may_have_a_dataclass_of_its_own(tmp_path: Path) -> None:
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass D:\n    x: int\n"
+    assert callable(load_function(f"{write(tmp_path, text)}:D", KEY))
+
+
+def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    one, two = write(tmp_path, "def f(*_): return [1]\n"), write(tmp_path / "other", "def f(*_): return [2]\n")
+    first, second = load_function(f"{one}:f", KEY), load_function(f"{two}:f", KEY)
+    assert (first([], [], []), second([], [], [])) == ([1], [2])
+
+
+@pytest.mark.parametrize("where", ["", "score", "score.py", "score.py:", "score.py:a-b", "score.py:a.b", "score.py:1"])
+def test_what_names_no_function_is_refused(where: str) -> None:
+    assert f"{where!r} is neither FILE.py:function nor module:function" in problem(where)
+
+
+@pytest.mark.parametrize("where", [":f", ".score:f"])
+def test_what_names_no_module_is_refused(where: str) -> None:
+    problem(where)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert f"file {tmp_path}/nowhere.py does not exist" in problem(f"{tmp_path}/nowhere.py:f")
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.py").mkdir()
+    assert "folder.py does not exist" in problem(f"{tmp_path}/folder.py:f")
+
+
+@pytest.mark.parametrize("text", ["def f(:\n", "import no_such_module_at_all\n"])
+def test_a_file_that_cannot_be_imported_is_named(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    assert f"{path} cannot be imported: " in problem(f"{path}:f")
+
+
+def test_a_missing_module_is_named() -> None:
+    assert "module no_such_module_at_all cannot be imported: No module named" in problem("no_such_module_at_all:f")
+
+
+def test_a_module_with_a_mistake_in_its_syntax_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "def f(:\n", "badly_written_score.py")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert "module badly_written_score cannot be imported: " in problem("badly_written_score:f")
+
+
+@pytest.mark.parametrize("name", ["g", "number"])
+def test_a_missing_function_is_named(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, "number = 3\ndef f(*_): return []\n")
+    assert f"{path} has no function {name}" in problem(f"{path}:{name}")
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [1.0, 2.0, 3.0]])
+def test_another_number_of_scores_is_refused(scores: list[float]) -> None:
+    assert f"gave {len(scores)} scores for 2 responses" in complaint(scores, ["a", "b"])
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_refused_with_its_response(score: float) -> None:
+    assert f"gave {score} for the response 'bad'; a score must be finite" in complaint([0.0, score], ["good", "bad"])
+
+
+@pytest.mark.parametrize("scores", [None, 1.0, [None], ["good"]])
+def test_what_is_no_list_of_numbers_is_refused(scores: object) -> None:
+    assert "<lambda> gave" in complaint(scores, ["a"])
+
+
+def score(text: str, tmp_path: Path, count: int = 3, **settings: float) -> Scores:
+    function = load_function(f"{write(tmp_path, text)}:f", KEY)
+    rows = [f"r{i}" for i in range(count)]
+    return call_function(function, [f"p{i}" for i in range(count)], rows, [{}] * count, **settings)
+
+
+RAISES = "def f(p, r, c):\n    return [1 / (x != 'r1') for x in r]\n"
+HANGS = "import time\ndef f(p, r, c):\n    if 'r1' in r: time.sleep(30)\n    return [5.0] * len(r)\n"
+NANS = "def f(p, r, c): return [float('nan') if x == 'r1' else 2.0 for x in r]\n"
+SHORT = "def f(p, r, c): return [1.0] * (len(r) - ('r1' in r))\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (RAISES, r"f raised ZeroDivisionError: .*\.py:2\); row 1 of the batch, prompt 'p1', response 'r1'"),
+        (HANGS, r"f took longer than 0.3 s; row 1 of the batch"),
+        (NANS, r"f gave nan for the response 'r1'; a score must be finite; row 1"),
+        (SHORT, r"f gave 2 scores for 3 responses; row 1"),
+    ],
+    ids=["raises", "hangs", "nan", "count"],
+)
+def test_the_row_at_fault_is_named_or_gets_the_fallback(tmp_path: Path, text: str, reason: str) -> None:
+    timeout = {"timeout": 0.3} if text == HANGS else {}
+    with pytest.raises(UserError, match=reason):
+        score(text, tmp_path, **timeout)
+    found = score(text, tmp_path, fallback=-4.0, **timeout)
+    assert found.values[1] == -4.0
+    assert min(found.values[0], found.values[2]) >= 1.0
+    assert found.failed == (1,)
+
+
+def test_a_function_that_fails_for_the_batch_alone_is_named(tmp_path: Path) -> None:
+    text = "def f(p, r, c): return [1.0] * (len(r) if len(r) == 1 else 0)\n"
+    with pytest.raises(UserError, match="f gave 0 scores for 3 responses; though it scores each of them alone"):
+        score(text, tmp_path)
+    assert score(text, tmp_path, fallback=0.0) == Scores([1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_a_function_may_be_async(tmp_path: Path, timeout: float | None) -> None:
+    text = "import asyncio\nasync def f(p, r, c):\n    await asyncio.sleep(0)\n    return [float(len(x)) for x in r]\n"
+    assert score(text, tmp_path, timeout=timeout) == Scores([2.0, 2.0, 2.0])

@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from policies.methods.build import make_trunk
+from policies.schema import PolicySettings
+from rollouts.engine import Sampling
+from rollouts.schema import RolloutSettings
+from rollouts.stop_strings import StopStrings
+from rollouts.trajectory import Request
+from rollouts.transformers_engine import ROLE, make_engine
+
+
+@pytest.mark.parametrize("text", ["a short answer.", "blue is a colour, and so is é!", "\n\nUser:"])
+def test_a_response_ends_with_the_token_that_completes_a_string(
+    text: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokens = tiny_tokenizer("The cat sat. " + text + " and more", add_special_tokens=False)["input_ids"]
+    stops = StopStrings([text[-4:]], tiny_tokenizer)
+    end = next(count for count in range(1, len(tokens) + 1) if stops(tokens[:count]))
+    assert text[-4:] in tiny_tokenizer.decode(tokens[:end])
+    assert text[-4:] not in tiny_tokenizer.decode(tokens[: end - 1])
+
+
+def test_the_engine_ends_responses_by_strings(tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    trunk = make_trunk(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), PolicySettings(rank=2), (ROLE,)
+    )
+    requests = [Request("p", (5, 6, 7 + seed), seed) for seed in range(20)]
+    whole = make_engine(trunk, tiny_tokenizer, RolloutSettings()).generate(requests, Sampling(1.0, 30))
+    ended = make_engine(trunk, tiny_tokenizer, RolloutSettings(stop=["e", "the"])).generate(requests, Sampling(1.0, 30))
+    for before, after in zip(whole, ended, strict=True):
+        assert before.response_ids[: after.length] == after.response_ids
+        text = tiny_tokenizer.decode(list(after.response_ids))
+        stopped = "e" in text or after.response_ids[-1] == tiny_tokenizer.eos_token_id
+        assert after.ended is stopped
+        assert "e" not in tiny_tokenizer.decode(list(after.response_ids[:-1]))
+    assert sum(t.length for t in ended) < sum(t.length for t in whole)

@@ -1,0 +1,222 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from policies.files.adapters import digests, fingerprint, lora_config
+from policies.layers.decode_step import PlainStack
+from policies.methods.build import make_trunk
+from policies.schema import PolicySettings
+from policies.trunk import AdapterWeights, Trunk
+from rollouts.engine import Sampling
+from rollouts.trajectory import Request, Trajectory
+from rollouts.transformers_engine import ROLE, TransformersEngine, draw
+
+POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
+STOPS = frozenset(range(1, 300, 20))
+SAMPLING = Sampling(temperature=0.7, max_new_tokens=24)
+GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
+LENGTHS = (3, 17, 1, 8, 8, 30, 2, 11)
+IDS = torch.randint(2, 290, (8, 30), generator=torch.Generator().manual_seed(0)).tolist()
+REQUESTS = [Request("p", tuple(IDS[seed][:length]), seed) for seed, length in enumerate(LENGTHS)]
+
+
+def random_weights(trunk: Trunk, seed: int) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in trunk.adapter(ROLE).items()}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> TransformersEngine:
+    """An engine of eight rows, with random weights of version 7 beside another random adapter, `policy`."""
+    trunk = make_trunk(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), POLICY, ("policy", ROLE))
+    trunk.write_adapter("policy", random_weights(trunk, 2))
+    engine = TransformersEngine(trunk, STOPS, rows=8)
+    engine.load_adapter(7, random_weights(trunk, 1))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, engine: TransformersEngine) -> PeftModel:
+    """The same model by PEFT and transformers as they come."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    peft = get_peft_model(base, lora_config(POLICY, base.config.name_or_path))
+    set_peft_model_state_dict(peft, engine.trunk.read_adapter(ROLE))
+    return peft.eval()
+
+
+def responses(engine: TransformersEngine, requests: list[Request], sampling: Sampling) -> list[tuple[int, ...]]:
+    return [t.response_ids for t in engine.generate(requests, sampling)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
+def test_logprobs_are_those_of_a_full_pass(engine: TransformersEngine, plain: PeftModel, temperature: float) -> None:
+    for trajectory in engine.generate(REQUESTS, Sampling(temperature, 24)):
+        prompt_ids, tokens = trajectory.request.prompt_ids, torch.tensor(trajectory.response_ids)
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([[*prompt_ids, *trajectory.response_ids]])).logits[0]
+        logprobs = torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / (temperature or 1.0), dim=-1)
+        expected = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(trajectory.sampler_logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_responses_end_with_the_first_stop_token_and_are_otherwise_cut(engine: TransformersEngine) -> None:
+    endless = TransformersEngine(engine.trunk, frozenset(), rows=8)
+    stopped = engine.generate(REQUESTS, SAMPLING)
+    for trajectory, whole in zip(stopped, responses(endless, REQUESTS, SAMPLING)):
+        assert len(whole) == SAMPLING.max_new_tokens
+        stop = next((place for place, token in enumerate(whole) if token in STOPS), None)
+        assert trajectory.ended is (stop is not None)
+        assert trajectory.response_ids == (whole if stop is None else whole[: stop + 1])
+    assert {trajectory.ended for trajectory in stopped} == {True, False}
+
+
+def test_a_response_that_stops_at_the_limit_has_ended(engine: TransformersEngine) -> None:
+    first = next(t for t in engine.generate(REQUESTS, SAMPLING) if t.ended and t.length > 1)
+    for limit, ended in ((first.length, True), (first.length - 1, False)):
+        (again,) = engine.generate([first.request], Sampling(SAMPLING.temperature, limit))
+        assert (again.length, again.ended) == (limit, ended)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY])
+def test_the_other_rows_change_no_response(engine: TransformersEngine, rows: int, sampling: Sampling) -> None:
+    narrow = TransformersEngine(engine.trunk, STOPS, rows)
+    assert responses(narrow, REQUESTS[::-1], sampling)[::-1] == responses(engine, REQUESTS, sampling)
+
+
+def test_same_seed_same_response_and_another_seed_another(engine: TransformersEngine) -> None:
+    one, same, other = responses(engine, [Request("p", (5, 6, 7), seed) for seed in (5, 5, 6)], SAMPLING)
+    assert one == same != other
+
+
+def test_trajectories_carry_the_request_and_the_version(engine: TransformersEngine) -> None:
+    assert [(t.request, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)] == [(r, {7}) for r in REQUESTS]
+
+
+def go_on(engine: TransformersEngine, begun: list[Trajectory], sampling: Sampling) -> list[Trajectory]:
+    """The responses with another stretch of those that go on."""
+    going = [place for place, t in enumerate(begun) if sampling.goes_on(t)]
+    more = engine.generate([replace(begun[place].request, begun=begun[place]) for place in going], sampling)
+    return [dict(zip(going, more)).get(place, t) for place, t in enumerate(begun)]
+
+
+def test_a_response_made_in_stretches_is_the_same(engine: TransformersEngine) -> None:
+    whole, stretched = engine.generate(REQUESTS, SAMPLING), replace(SAMPLING, stretch=5)
+    begun = engine.generate(REQUESTS, stretched)
+    assert max(t.length for t in begun) == 5
+    while any(map(stretched.goes_on, begun)):
+        begun = go_on(engine, begun, stretched)
+    for mine, theirs in zip(begun, whole, strict=True):
+        torch.testing.assert_close(mine.sampler_logprobs, theirs.sampler_logprobs, rtol=1e-5, atol=1e-5)
+    same = [(t.request, t.response_ids, t.ended, t.versions) for t in begun]
+    assert same == [(t.request, t.response_ids, t.ended, t.versions) for t in whole]
+
+
+def test_a_response_goes_on_under_other_weights(engine: TransformersEngine, plain: PeftModel) -> None:
+    """Each token has the version, and the log-probability, of the weights that it was drawn by."""
+    held, other = engine.trunk.read_adapter(ROLE), engine.trunk.read_adapter("policy")
+    stretched = replace(SAMPLING, stretch=7)
+    begun = engine.generate(REQUESTS, stretched)
+    engine.load_adapter(8, other)
+    more = go_on(engine, begun, stretched)
+    assert any(t.versions == (7,) * 7 + (8,) * 7 for t in more)
+    for trajectory in more:
+        prompt_ids, ids = trajectory.request.prompt_ids, torch.tensor(trajectory.response_ids)
+        for version, weights in ((7, held), (8, other)):
+            set_peft_model_state_dict(plain, weights)
+            with torch.no_grad():
+                logits = plain(input_ids=torch.tensor([[*prompt_ids, *trajectory.response_ids]])).logits[0]
+            logprobs = torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / SAMPLING.temperature, dim=-1)
+            of = torch.tensor(trajectory.versions) == version
+            expected = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)[of]
+            torch.testing.assert_close(trajectory.sampler_logprobs[of], expected, rtol=1e-5, atol=1e-5)
+    set_peft_model_state_dict(plain, held)
+    engine.load_adapter(7, held)
+
+
+def test_loading_weights_changes_responses_version_and_fingerprint(engine: TransformersEngine) -> None:
+    before, weights = engine.trunk.read_adapter(ROLE), engine.trunk.read_adapter("policy")
+    held = engine.load_adapter(8, weights)
+    loaded = [(t.response_ids, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)]
+    engine.load_adapter(7, before)
+    assert held == fingerprint(digests(weights))
+    assert loaded == [(t.response_ids, {8}) for t in engine.generate(REQUESTS, SAMPLING, role="policy")]
+    assert [ids for ids, _ in loaded] != responses(engine, REQUESTS, SAMPLING)
+
+
+def test_greedy_responses_are_those_of_transformers_generate(engine: TransformersEngine, plain: PeftModel) -> None:
+    for request, response in zip(REQUESTS, responses(engine, REQUESTS, GREEDY)):
+        ids = torch.tensor([request.prompt_ids])
+        options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(STOPS), "pad_token_id": 0}
+        whole = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        assert tuple(whole[0, ids.shape[1] :].tolist()) == response
+
+
+def test_draws_have_the_frequencies_of_the_distribution() -> None:
+    logits, count = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf]), 10_000
+    tokens, _ = draw(logits.expand(count, -1), torch.arange(count, dtype=torch.float64) / count, temperature=2.0)
+    frequencies = torch.bincount(tokens, minlength=7) / count
+    torch.testing.assert_close(frequencies, torch.softmax(logits / 2.0, -1), rtol=0, atol=2 / count)
+    assert not frequencies[logits.isinf()].any()
+
+
+def passes(engine: TransformersEngine, requests: list[Request]) -> list[tuple[int, int]]:
+    """Rows and columns of the ids of every forward pass."""
+    seen: list[tuple[int, int]] = []
+    states, step = engine.trunk.states, PlainStack.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine.trunk, "states", lambda **inputs: seen.append(tuple(inputs["input_ids"].shape)) or states(**inputs)
+        )
+        patch.setattr(
+            PlainStack,
+            "__call__",
+            lambda self, role, ids, *rest: seen.append((len(ids), 1)) or step(self, role, ids, *rest),
+        )
+        engine.generate(requests, SAMPLING)
+    return seen
+
+
+def test_a_prompt_that_several_rows_share_is_computed_once(engine: TransformersEngine) -> None:
+    requests = [Request("p", tuple(IDS[i % 2][: 5 + i % 2]), seed) for i, seed in enumerate(range(8))]
+    (rows, columns), *decoding = passes(engine, requests)
+    assert (rows, columns) == (2, 6)
+    assert decoding[0] == (8, 1)
+
+
+def test_rows_that_wait_come_in_while_others_are_decoded(engine: TransformersEngine) -> None:
+    narrow = TransformersEngine(engine.trunk, STOPS, rows=4)
+    requests = [Request("p", tuple(IDS[i % 8][: LENGTHS[i % 8]]), seed=i) for i in range(24)]
+    shapes = passes(narrow, requests)
+    entered = [place for place, (_, columns) in enumerate(shapes) if columns > 1 or shapes[place][0] > 4]
+    assert len(entered) > 2
+    assert max(rows for rows, columns in shapes if columns == 1) <= 4
+    assert responses(narrow, requests, SAMPLING) == responses(
+        TransformersEngine(engine.trunk, STOPS, rows=24), requests, SAMPLING
+    )
+
+
+def test_a_model_with_a_sliding_window_decodes_in_waves() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=6,
+    )  # fmt: skip
+    trunk = make_trunk(MistralForCausalLM(config).eval(), POLICY, (ROLE,))
+    alone = [TransformersEngine(trunk, STOPS, rows=1).generate([r], SAMPLING)[0].response_ids for r in REQUESTS]
+    assert responses(TransformersEngine(trunk, STOPS, rows=3), REQUESTS, SAMPLING) == alone
+
+
+def test_a_row_that_has_ended_does_not_run_past_the_positions_of_the_model() -> None:
+    """Rows that come in later go on while it is still in the batch."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=30)
+    trunk = make_trunk(GPT2LMHeadModel(config).eval(), POLICY, (ROLE,))
+    requests = [Request("p", tuple(IDS[i % 8][: 6 - i % 2]), seed=i) for i in range(80)]
+    found = TransformersEngine(trunk, STOPS, rows=16).generate(requests, SAMPLING)
+    assert max(t.length for t in found) == SAMPLING.max_new_tokens
+    assert len({t.length for t in found}) > 5
