@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.align.test_learner_kinds import ALL, RATES, episodes
+from tests.align.learner.test_learner_kinds import ALL, RATES, episodes
 from torch.optim import Optimizer
 
 from align.config.schema import Experiment

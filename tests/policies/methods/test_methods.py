@@ -126,7 +126,7 @@ import sys, torch
 from policies.files.adapters import load_adapter
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings
-from tests.policies.test_methods import METHODS, logits
+from tests.policies.methods.test_methods import METHODS, logits
 torch.set_num_threads(1)
 model, root = sys.argv[1:]
 for name in METHODS:
