@@ -15,7 +15,7 @@ from align.runtime.quiet import quiet_libraries
 from policies.errors import UserError
 
 if TYPE_CHECKING:
-    from align.data.datasets import Inputs
+    from align.data.datasets import Datasets
     from align.runs.folder import RunFolder
 
 app = typer.Typer(
@@ -65,17 +65,17 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     """Go on with a run that was stopped, from its last whole checkpoint; settings that do not change what is learned,
     as more steps or other workers, may be others now."""
     from align.config.load import dump_experiment
-    from align.runs.fingerprint import check_origins
+    from align.runs.fingerprint import check_fingerprint
     from align.runs.folder import locked, open_run
-    from align.stages.pipeline import load_inputs, reopen
+    from align.stages.pipeline import load_datasets, reopen
 
     folder, settings = open_run(run, overrides=overrides or [])
-    inputs = load_inputs(settings)
+    datasets = load_datasets(settings)
     with locked(folder):
-        check_origins(folder, settings, inputs)
+        check_fingerprint(folder, settings, datasets)
         dump_experiment(settings, folder.config)
         reopen(settings, folder)
-        _go(settings, folder, inputs)
+        _go(settings, folder, datasets)
 
 
 @app.command()
@@ -83,11 +83,11 @@ def plan(experiment: File, overrides: Overrides = None) -> None:
     """Say what a run would do and need, without starting it."""
     from align.resources.plan import plan_table
     from align.runs.folder import folder_of
-    from align.stages.pipeline import load_inputs, stages_left
+    from align.stages.pipeline import load_datasets, stages_left
 
     settings = _load(experiment, overrides)
     left = stages_left(settings, folder_of(settings))
-    console.print(plan_table(settings, load_inputs(settings), left))
+    console.print(plan_table(settings, load_datasets(settings), left))
 
 
 @app.command(name="eval")
@@ -104,17 +104,17 @@ def evaluate(
     from align.outputs.trained_run import evaluate_run
     from align.runs.folder import open_run
     from align.runtime.atomic_files import write_json
-    from align.stages.pipeline import load_inputs
+    from align.stages.pipeline import load_datasets
 
     folder, settings = open_run(run)
     if reward:
-        _judge_reward(folder, settings, data, classifier, to)
+        _evaluate_reward_model(folder, settings, data, classifier, to)
         return
     if data or classifier or to:
         raise UserError("--data, --classifier and --to are for --reward: give it too")
     if not folder.done("ppo"):
         raise UserError(f"run {folder.path} has no policy/ yet: `align resume {folder.path}` goes on with it")
-    evaluation = folder.read_evaluation() | evaluate_run(settings, folder, load_inputs(settings))
+    evaluation = folder.read_evaluation() | evaluate_run(settings, folder, load_datasets(settings))
     write_json(folder.evaluation, evaluation)
     _show(evaluation)
 
@@ -130,7 +130,7 @@ def generate(
 ) -> None:
     """Answer prompts with a run's policy: those given, those of a file, or a chat line by line."""
     with redirect_stdout(sys.stderr):  # transformers says there at import that W&B is offline, amid the answers
-        from align.outputs.trained_run import Answerer
+        from align.outputs.trained_run import TextGenerator
     from align.runs.folder import open_run
     from rollouts.engine import Sampling
 
@@ -140,7 +140,7 @@ def generate(
         settings.rollouts.temperature if temperature is None else temperature,
         max_new_tokens or settings.rollouts.max_new_tokens,
     )
-    answerer = Answerer(settings, folder)
+    answerer = TextGenerator(settings, folder)
     if prompts:
         for response in answerer.answer(prompts, sampling, seed):
             print(response)
@@ -241,58 +241,58 @@ def _load(path: Path, overrides: list[str] | None) -> Experiment:
 
 
 def _start(settings: Experiment, replace: bool) -> None:
-    from align.runs.fingerprint import write_origins
+    from align.runs.fingerprint import write_fingerprint
     from align.runs.folder import begin_run, folder_of, locked, refuse_run
-    from align.stages.pipeline import load_inputs
+    from align.stages.pipeline import load_datasets
 
     folder = folder_of(settings)
     if not replace:
         refuse_run(folder)
-    inputs = load_inputs(settings)
+    datasets = load_datasets(settings)
     with locked(folder):
-        write_origins(folder, settings, inputs)
+        write_fingerprint(folder, settings, datasets)
         begin_run(folder, settings)
-        _go(settings, folder, inputs)
+        _go(settings, folder, datasets)
 
 
 def _one_stage(stage: str, path: Path, overrides: list[str] | None, replace: bool) -> None:
     """A stage on top of what the run has."""
-    from align.runs.fingerprint import write_origins
+    from align.runs.fingerprint import write_fingerprint
     from align.runs.folder import begin_run, folder_of, locked, refuse_stage
-    from align.stages.pipeline import load_inputs
+    from align.stages.pipeline import load_datasets
 
     settings = _load(path, overrides).model_copy(update={"stages": [stage]})
     folder = folder_of(settings)
     if not replace:
         refuse_stage(folder, stage)
-    inputs = load_inputs(settings)
+    datasets = load_datasets(settings)
     with locked(folder):
-        write_origins(folder, settings, inputs)
+        write_fingerprint(folder, settings, datasets)
         begin_run(folder, settings, STAGES[STAGES.index(stage) :])
-        _go(settings, folder, inputs)
+        _go(settings, folder, datasets)
 
 
-def _go(settings: Experiment, folder: "RunFolder", inputs: "Inputs") -> None:
+def _go(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> None:
     """Print the plan, run what is left, show the evaluation and draw the report."""
     from align.outputs.report import write_report
     from align.resources.plan import plan_table
-    from align.runtime.failures import Fault, around
+    from align.runtime.failures import Fault, describe_outside_failure
     from align.runtime.last_words import last_words
     from align.runtime.signals import Interrupted, graceful_stop
     from align.stages.pipeline import run_stages, stages_left
 
-    console.print(plan_table(settings, inputs, stages_left(settings, folder)))
+    console.print(plan_table(settings, datasets, stages_left(settings, folder)))
     goes_on = f"`align resume {folder.path}` goes on from the last checkpoint"
     with graceful_stop() as stop, last_words(f"the run was ended from outside, without a word; {goes_on}"):
         try:
-            evaluation = run_stages(settings, folder, inputs, stop)
+            evaluation = run_stages(settings, folder, datasets, stop)
         except Interrupted:
             raise Interrupted(folder.path) from None
         except Fault as fault:
             errors.print(f"[red]stopped:[/red] {_escaped(fault)}", soft_wrap=True)
             sys.exit(1)
         except Exception as error:
-            if (said := around(error)) is None:
+            if (said := describe_outside_failure(error)) is None:
                 raise
             errors.print(f"[red]error:[/red] {_escaped(said)}; {_escaped(goes_on)}", soft_wrap=True)
             sys.exit(1)
@@ -306,17 +306,17 @@ def _show(evaluation: dict[str, Any]) -> None:
     console.print(evaluation_table(evaluation))
 
 
-def _judge_reward(
+def _evaluate_reward_model(
     folder: "RunFolder", settings: Experiment, data: Path | None, classifier: str | None, to: Path | None
 ) -> None:
-    from align.data.datasets import read_cases
+    from align.data.datasets import read_preferences
     from align.evaluation.reward_model import write_diagnostics
     from align.evaluation.tables import diagnostics_table
-    from align.outputs.trained_run import judge_reward
+    from align.outputs.trained_run import evaluate_reward_model
 
     if not classifier and not folder.done("reward"):
         raise UserError(f"run {folder.path} has no reward/ yet: `align resume {folder.path}` goes on with it")
-    facts, worst = judge_reward(settings, folder, read_cases(settings, data), classifier)
+    facts, worst = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
     console.print(diagnostics_table(facts))
     if to:
         to.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from policies.errors import UserError
 from policies.files.adapters import CONFIG, MODEL, WEIGHTS
-from policies.files.safe_reading import check_like, read_object, read_tensors
+from policies.files.safe_reading import check_names_and_shapes, read_object, read_tensors
 
 MODEL_CONFIG = "config.json"
 KIND = ("peft_type", "model_type")
@@ -41,7 +41,7 @@ def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path)
             )
         for name in files:
             weights = read_tensors(folder / name)
-            check_like(weights, made[name], str(folder / name))
+            check_names_and_shapes(weights, made[name], str(folder / name))
             for key, weight in weights.items():
                 sums[name][key] += weight.double() * share
     to.mkdir(parents=True, exist_ok=True)

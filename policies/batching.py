@@ -13,29 +13,29 @@ class Batch:
     """B rows of prompt and response, one after another: N tokens, of which P are of responses.
 
     ids: `[N]` int64.
-    rows: `[B]` int64, tokens of each row.
-    before: `[P]` int64, index into `ids` of the token that predicts each response token.
-    tokens: `[P]` int64, the response tokens, row after row.
+    lengths: `[B]` int64, tokens of each row.
+    predictors: `[P]` int64, index into `ids` of the token that predicts each response token.
+    response_ids: `[P]` int64, the response tokens, row after row.
     last: `[B]` int64, index into `ids` of each row's last token.
-    lengths: response tokens of each row.
+    response_lengths: response tokens of each row.
     """
 
     ids: Tensor
-    rows: Tensor
-    before: Tensor
-    tokens: Tensor
+    lengths: Tensor
+    predictors: Tensor
+    response_ids: Tensor
     last: Tensor
-    lengths: tuple[int, ...]
+    response_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        ids, rows, before, tokens, last = (
-            part.to(device) for part in (self.ids, self.rows, self.before, self.tokens, self.last)
+        ids, lengths, predictors, response_ids, last = (
+            part.to(device) for part in (self.ids, self.lengths, self.predictors, self.response_ids, self.last)
         )
-        return Batch(ids, rows, before, tokens, last, self.lengths)
+        return Batch(ids, lengths, predictors, response_ids, last, self.response_lengths)
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """A `[P]` tensor as one tensor a row."""
-        return torch.split(flat, list(self.lengths))
+        return torch.split(flat, list(self.response_lengths))
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
@@ -45,16 +45,16 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     before = [range(end - len(response) - 1, end - 1) for end, response in zip(ends, responses, strict=True)]
     return Batch(
         ids=torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long),
-        rows=torch.tensor([len(row) for row in rows], dtype=torch.long),
-        before=torch.tensor(list(chain.from_iterable(before)), dtype=torch.long),
-        tokens=torch.tensor(list(chain.from_iterable(responses)), dtype=torch.long),
+        lengths=torch.tensor([len(row) for row in rows], dtype=torch.long),
+        predictors=torch.tensor(list(chain.from_iterable(before)), dtype=torch.long),
+        response_ids=torch.tensor(list(chain.from_iterable(responses)), dtype=torch.long),
         last=torch.tensor(ends, dtype=torch.long) - 1,
-        lengths=tuple(map(len, responses)),
+        response_lengths=tuple(map(len, responses)),
     )
 
 
 @dataclass(frozen=True)
-class Branches:
+class SharedPromptBatch:
     """B prompts, each with its responses behind it, N in all; responses see their prompt, and not each other.
 
     ids: `[B, T]` int64. positions: `[B, T]` int64; a response's go on from its prompt's. seen: `[B, 1, T, T]` bool,
@@ -68,9 +68,9 @@ class Branches:
     last: Tensor
 
 
-def collate_branches(
+def collate_shared_prompts(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], pad: int = 0
-) -> Branches:
+) -> SharedPromptBatch:
     """Rows of a prompt and its responses, in which the prompt is computed once."""
     rows = [[prompt, *behind] for prompt, behind in zip(prompts, responses, strict=True)]
     width = max(sum(map(len, row)) for row in rows)
@@ -88,10 +88,10 @@ def collate_branches(
                 last.append(index * width + end - 1)
     same = (parts.unsqueeze(1) == parts.unsqueeze(2)) | (parts.unsqueeze(1) == 0)
     seen = (same & torch.ones(width, width).tril().bool()).unsqueeze(1)
-    return Branches(ids, positions, seen, torch.tensor(last))
+    return SharedPromptBatch(ids, positions, seen, torch.tensor(last))
 
 
-def buckets(lengths: Sequence[int], tokens: int, padded: bool = True) -> list[list[int]]:
+def length_buckets(lengths: Sequence[int], tokens: int, padded: bool = True) -> list[list[int]]:
     """Indices of rows, grouped by length so that no group has more than `tokens` positions.
 
     padded: whether those count that pad a group's rows to the length of its longest. A row longer than `tokens` makes a

@@ -7,7 +7,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Computing:
+class ComputeSettings:
     """threads: CPU threads. deterministic: whether to use only operations that give the same results each time."""
 
     threads: int

@@ -24,7 +24,7 @@ from policies.methods.build import build_trunk
 from policies.schema import SELECTED, ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
-ROLE = "policy"
+EXPORT_ROLE = "policy"
 OWN = {"bottleneck", *SELECTED} - {"layer_norm"}
 """Methods that PEFT does not have: their adapters are loaded by `policies.methods`."""
 
@@ -38,7 +38,7 @@ def export_adapter(
     """
     live = _live(model, policy, source)
     ids = _probe(live)
-    expected, before = _of_role(live, ROLE, ids), _of_model(load_base(model, policy), ids)
+    expected, before = _of_role(live, EXPORT_ROLE, ids), _of_model(load_base(model, policy), ids)
     del live
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS):
@@ -47,7 +47,7 @@ def export_adapter(
     base = load_base(model, policy)
     base.generation_config.save_pretrained(folder)
     if policy.method in OWN:
-        fresh = _of_role(_live(model, policy, folder), ROLE, ids)
+        fresh = _of_role(_live(model, policy, folder), EXPORT_ROLE, ids)
     else:
         fresh = _of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
     return compare(fresh, expected, before, model.dtype)
@@ -69,8 +69,8 @@ def export_merged(
     """
     live = _live(model, policy, source)
     ids = _probe(live)
-    expected, before = _of_role(live, ROLE, ids), _of_model(load_base(model, policy), ids)
-    write_whole(model, live.merged_weights(ROLE), folder, dtype)
+    expected, before = _of_role(live, EXPORT_ROLE, ids), _of_model(load_base(model, policy), ids)
+    write_whole(model, live.merged_weights(EXPORT_ROLE), folder, dtype)
     tokenizer.save_pretrained(folder)
     fresh = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE).to(default_device()).eval()
@@ -139,7 +139,7 @@ def compare(fresh: Tensor, expected: Tensor, before: Tensor, dtype: str) -> floa
     return gap
 
 
-def _live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = ROLE) -> Trunk:
+def _live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = EXPORT_ROLE) -> Trunk:
     trunk = build_trunk(model, policy, (role,))
     trunk.write_adapter(role, load_adapter(source, policy))
     return trunk

@@ -28,7 +28,7 @@ class ScalarHead(nn.Module):
         return hidden.float() @ self.weight + self.bias
 
     @torch.no_grad()
-    def fold(self, mean: float, deviation: float) -> None:
+    def fold(self, mean: float, std: float) -> None:
         """Make the head give (score - mean) / deviation, in place."""
-        self.bias.sub_(mean).div_(deviation)
-        self.weight.div_(deviation)
+        self.bias.sub_(mean).div_(std)
+        self.weight.div_(std)

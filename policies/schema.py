@@ -61,11 +61,11 @@ SOFT: frozenset[Method] = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning
 _LORA = {"rank", "alpha", "dropout", "targets", "rslora", "dora", "init", "lora_plus"}
 READS: dict[str, set[str]] = {
     "lora": _LORA,
-    "qlora": _LORA | {"four_bits", "double_quantization"},
+    "qlora": _LORA | {"quant_type", "double_quantization"},
     "ia3": {"targets"},
-    "prompt_tuning": {"virtual_tokens", "start"},
+    "prompt_tuning": {"virtual_tokens", "init_text"},
     "p_tuning": {"virtual_tokens", "encoder", "encoder_width"},
-    "prefix_tuning": {"virtual_tokens", "start"},
+    "prefix_tuning": {"virtual_tokens", "init_text"},
     "bottleneck": {"targets", "bottleneck", "activation"},
     "top_layers": {"layers"},
 }
@@ -94,10 +94,10 @@ class PolicySettings(Settings):
     lora_plus: float | None = Field(
         None, ge=1, description="LoRA: learning rate of B over that of A; unset: the same for both"
     )
-    four_bits: Literal["nf4", "fp4"] = Field("nf4", description="qlora: type of the frozen linear weights")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="qlora: type of the frozen linear weights")
     double_quantization: bool = Field(True, description="qlora: quantise the scales too")
     virtual_tokens: int = Field(20, ge=1, description="soft prompts: how many virtual tokens come first")
-    start: str | None = Field(
+    init_text: str | None = Field(
         None, description="prompt and prefix tuning: text whose tokens they start as; unset: tokens at random"
     )
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the virtual tokens in training")

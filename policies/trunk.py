@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policies.batching import buckets, collate, collate_branches
+from policies.batching import collate, collate_shared_prompts, length_buckets
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
 from policies.layers.attention import NAME, use_own_attention
-from policies.layers.packing import Block, Rows
+from policies.layers.packing import PackedSequences, PaddedBlock
 from policies.layers.rms_norm import FrozenRmsNorm
 from policies.layers.rotary import use_own_rotation
 from policies.layers.swiglu import GatedPart
@@ -40,7 +40,7 @@ class Trunk(nn.Module, ABC):
     is the base model as it is. The base's tensors exist once whatever the number of roles.
     """
 
-    joins_rows = True
+    supports_continuous_batching = True
     """Whether rows decoded apart may go on in one batch, padded on the left."""
 
     def __init__(self, base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> None:
@@ -66,7 +66,7 @@ class Trunk(nn.Module, ABC):
         self.eval()
         if self.causal.device.type != "meta":  # a model without weights is only counted
             self._check_head()
-        self.packs = self._packs()
+        self.supports_packing = self._supports_packing()
 
     @abstractmethod
     def _build(self, base: PreTrainedModel) -> None:
@@ -95,19 +95,19 @@ class Trunk(nn.Module, ABC):
         self.switch(role)
         return self.states(input_ids=ids, use_cache=False)
 
-    def hidden_of_rows(self, ids: Tensor, lengths: Tensor, role: str) -> Tensor:
+    def hidden_packed(self, ids: Tensor, lengths: Tensor, role: str) -> Tensor:
         """Last hidden states `[N, H]` of rows of any length that stand one after another `[N]`.
 
-        lengths: `[B]` int64, tokens of each row. Without padding where the model can (`packs`), and there attention
+        lengths: `[B]` int64, tokens of each row. Without padding where the model can (`supports_packing`), and there attention
         alone is by row.
         """
         tokens = lengths.tolist()
-        if not self.packs:
-            block = Block.of(tokens, ids.device)
+        if not self.supports_packing:
+            block = PaddedBlock.of(tokens, ids.device)
             return block.unpad(self.hidden(block.pad(ids), role))
         self.switch(role)
         filler = -len(ids) % self._multiple
-        rows = Rows.of([*tokens, filler] if filler else tokens, ids.device)
+        rows = PackedSequences.of([*tokens, filler] if filler else tokens, ids.device)
         return self._states_of(nn.functional.pad(ids, (0, filler)), rows)[: len(ids)]
 
     @property
@@ -118,7 +118,7 @@ class Trunk(nn.Module, ABC):
         """
         return ALIKE if self.causal.dtype == torch.bfloat16 and self.causal.device.type == "cpu" else 1
 
-    def _states_of(self, ids: Tensor, rows: Rows) -> Tensor:
+    def _states_of(self, ids: Tensor, rows: PackedSequences) -> Tensor:
         states = self.states(
             input_ids=ids[rows.order].unsqueeze(0),
             position_ids=rows.positions.unsqueeze(0),
@@ -134,7 +134,7 @@ class Trunk(nn.Module, ABC):
         return not window and self.causal.device.type != "meta"
 
     @torch.no_grad()
-    def _packs(self) -> bool:
+    def _supports_packing(self) -> bool:
         """Whether this model gives rows without padding between them the states that it gives each row alone.
 
         Not every family hands what it is given on to its attention; sliding windows are in the mask.
@@ -145,26 +145,26 @@ class Trunk(nn.Module, ABC):
         ids = torch.arange(10, device=self.causal.device) % self.causal.config.get_text_config().vocab_size
         self.switch("")
         try:
-            together = self._states_of(ids, Rows.of(lengths, ids.device))
+            together = self._states_of(ids, PackedSequences.of(lengths, ids.device))
         except (TypeError, ValueError, RuntimeError):
             return False
         apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split(lengths)])
-        return alike(together, apart)
+        return states_agree(together, apart)
 
-    def passes(self, lengths: Sequence[int], tokens: int | None = None, padded: bool = False) -> list[list[int]]:
+    def microbatches(self, lengths: Sequence[int], tokens: int | None = None, padded: bool = False) -> list[list[int]]:
         """Indices of rows for passes of at most so many tokens each, or as many as suit the device.
 
-        padded: whether the rows are padded even where the model `packs`; padding counts then, see `buckets`.
+        padded: whether the rows are padded even where the model `supports_packing`; padding counts then, see `length_buckets`.
         """
-        return buckets(lengths, tokens or self.tokens_a_pass(), padded or not self.packs)
+        return length_buckets(lengths, tokens or self.default_microbatch_tokens(), padded or not self.supports_packing)
 
-    def hidden_of_branches(self, ids: Tensor, positions: Tensor, seen: Tensor, role: str) -> Tensor:
-        """Last hidden states `[B, T, H]` of the rows of `Branches`; see `branches_agree`."""
+    def hidden_shared_prompts(self, ids: Tensor, positions: Tensor, seen: Tensor, role: str) -> Tensor:
+        """Last hidden states `[B, T, H]` of the rows of `SharedPromptBatch`; see `supports_shared_prompts`."""
         self.switch(role)
         return self.states(input_ids=ids, position_ids=positions, attention_mask=seen, use_cache=False)
 
     @torch.no_grad()
-    def branches_agree(self, role: str) -> bool:
+    def supports_shared_prompts(self, role: str) -> bool:
         """Whether this model gives a response behind a shared prompt the states that it has behind its own.
 
         Not every family heeds a mask and positions that it is given; sliding windows count what lies between.
@@ -172,14 +172,14 @@ class Trunk(nn.Module, ABC):
         if not self._sees_all():
             return False
         prompt, one, other = [5, 6, 7], [8, 9], [10, 11, 12]
-        branches = collate_branches([prompt], [[one, other]])
+        branches = collate_shared_prompts([prompt], [[one, other]])
         device, alone = self.causal.device, collate([prompt, prompt], [one, other])
         ids, positions, seen = branches.ids.to(device), branches.positions.to(device), branches.seen.to(device)
         try:
-            together = self.hidden_of_branches(ids, positions, seen, role).flatten(0, 1)[branches.last]
+            together = self.hidden_shared_prompts(ids, positions, seen, role).flatten(0, 1)[branches.last]
         except (TypeError, ValueError, RuntimeError):
             return False
-        apart = self.hidden_of_rows(alone.ids.to(device), alone.rows.to(device), role)[alone.last]
+        apart = self.hidden_packed(alone.ids.to(device), alone.lengths.to(device), role)[alone.last]
         return torch.allclose(together, apart, rtol=1e-3, atol=1e-3)
 
     def states(self, **inputs: Any) -> Tensor:
@@ -229,7 +229,7 @@ class Trunk(nn.Module, ABC):
                 raise UserError(f"the adapter's {name} is {shapes}: another base, or other sizes in `policy`")
             parameter.copy_(weights[name])
 
-    def tokens_a_pass(self) -> int:
+    def default_microbatch_tokens(self) -> int:
         """How many tokens a forward and backward pass should have on this device.
 
         On a GPU as many as a third of the free memory holds, by 34 numbers a token and unit of width in each layer
@@ -259,7 +259,7 @@ class Trunk(nn.Module, ABC):
     def start_training(self, role: str) -> None:
         """Called where a supervised stage trains a role from nothing, before `train_only`."""
 
-    def merged_numbers(self) -> int:
+    def merged_parameter_count(self) -> int:
         """How many numbers `merge` makes of one role."""
         return 0
 
@@ -273,10 +273,10 @@ class Trunk(nn.Module, ABC):
             "for `policies.methods` to load"
         )
 
-    def leave_to_modules(self) -> None:
+    def use_module_forwards(self) -> None:
         """Let every weight be used by the module that holds it: sharding by ZeRO 3 hooks on these."""
 
-    def checkpoint_gradients(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
         self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._recompute_as_now})
         self._recomputed = [m for m in self.causal.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -308,7 +308,7 @@ class Trunk(nn.Module, ABC):
             )
 
 
-def alike(states: Tensor, expected: Tensor) -> bool:
+def states_agree(states: Tensor, expected: Tensor) -> bool:
     """Whether states are the same, norm-wise, up to the rounding of their dtype."""
     rounding = 1e-4 if expected.dtype == torch.float32 else 0.02
     return bool((states - expected).float().norm() <= rounding * expected.float().norm())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from policies.batching import buckets
+from policies.batching import length_buckets
 from policies.device import default_device
 from policies.errors import UserError
 from policies.files.base_model import check_model_folder, check_weights, reason
@@ -45,7 +45,7 @@ class Classifier:
         """Scores `[N]` float32 of whole texts."""
         rows = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         scores = torch.empty(len(rows))
-        for indices in buckets([len(row) for row in rows], self.tokens):
+        for indices in length_buckets([len(row) for row in rows], self.tokens):
             padded = self.tokenizer.pad(
                 {"input_ids": [rows[i] for i in indices]}, padding_side="right", return_tensors="pt"
             )

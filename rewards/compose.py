@@ -46,10 +46,10 @@ class Moments:
         self.count = total
 
     @property
-    def deviation(self) -> float:
+    def std(self) -> float:
         """1 where there is none."""
-        deviation = (self.squares / self.count) ** 0.5 if self.count else 0.0
-        return deviation if deviation > SMALL else 1.0
+        std = (self.squares / self.count) ** 0.5 if self.count else 0.0
+        return std if std > SMALL else 1.0
 
 
 @dataclass
@@ -115,6 +115,6 @@ class Composition:
 
     def _part(self, name: str, values: Tensor) -> Tensor:
         if own := self.moments.get(name):
-            values = (values - own.mean) / own.deviation
+            values = (values - own.mean) / own.std
         clip = self.terms[name].clip
         return values if clip is None else values.clamp(*clip)

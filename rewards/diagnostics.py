@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rewards.preferences import Feedback, Pair, Ranking, Rating
+from rewards.preferences import Pair, PreferenceExample, Ranking, Rating
 
 BINS = 10
 """Of the reliability diagram, over confidences from ½ to 1."""
@@ -49,7 +49,7 @@ class Comparison:
         return self.better[0]
 
 
-def comparisons(feedback: Sequence[Feedback]) -> list[Comparison]:
+def comparisons(feedback: Sequence[PreferenceExample]) -> list[Comparison]:
     """All that the feedback compares: a pair once, a ranking each two of different rank; ratings two rows each.
 
     Of ratings the lower half is paired with the upper half at random, no row twice, so that the pairs are independent;
@@ -58,16 +58,16 @@ def comparisons(feedback: Sequence[Feedback]) -> list[Comparison]:
     found: list[Comparison] = []
     rated: dict[str, list[tuple[float, int]]] = {}
     for row, each in enumerate(feedback):
-        judgement = each.judgement
-        if isinstance(judgement, Pair) and judgement.certainty > 0.5:
-            found.append(Comparison((row, 0), (row, 1), each.attribute, judgement.certainty, judgement.margin))
-        elif isinstance(judgement, Ranking):
-            ends = [0, *accumulate(judgement.sizes)]
+        preference = each.preference
+        if isinstance(preference, Pair) and preference.certainty > 0.5:
+            found.append(Comparison((row, 0), (row, 1), each.attribute, preference.certainty, preference.margin))
+        elif isinstance(preference, Ranking):
+            ends = [0, *accumulate(preference.sizes)]
             groups = [range(start, end) for start, end in pairwise(ends)]
             for above, below in combinations(groups, 2):
                 found += [Comparison((row, i), (row, j), each.attribute) for i in above for j in below]
-        elif isinstance(judgement, Rating):
-            for attribute, value in judgement.values.items():
+        elif isinstance(preference, Rating):
+            for attribute, value in preference.values.items():
                 rated.setdefault(attribute, []).append((value, row))
     for attribute, rows in rated.items():
         random.Random(0).shuffle(rows)
@@ -199,4 +199,4 @@ def distribution(scores: Tensor) -> dict[str, float]:
     """Mean, deviation and quantiles of scores `[N]`."""
     shares = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     quantiles = {f"q{round(share * 100)}": float(scores.double().quantile(share)) for share in shares}
-    return {"mean": float(scores.mean()), "deviation": float(scores.std(correction=0)), **quantiles}
+    return {"mean": float(scores.mean()), "std": float(scores.std(correction=0)), **quantiles}

@@ -28,8 +28,8 @@ def endpoint(term: EndpointTerm) -> ScoreFunction:
         prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
     ) -> Sequence[float]:
         scores: list[float] = []
-        for start in range(0, len(prompts), term.batch):
-            part = slice(start, start + term.batch)
+        for start in range(0, len(prompts), term.batch_size):
+            part = slice(start, start + term.batch_size)
             asked = {
                 "prompts": prompts[part],
                 "responses": responses[part],

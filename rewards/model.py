@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from policies.batching import Batch, collate
 from policies.errors import UserError
 from policies.files.adapters import load_head, save_head
-from policies.files.safe_reading import check_like, read_tensors
+from policies.files.safe_reading import check_names_and_shapes, read_tensors
 from policies.heads import ScalarHead
 from policies.trunk import Trunk
 
-ROLE = "reward"
+REWARD_ROLE = "reward"
 ATTRIBUTES = "attributes.safetensors"
 
 
 def role_of(member: int) -> str:
     """The role of a member of an ensemble; the first, or only, one is `reward`."""
-    return ROLE if member == 0 else f"{ROLE}_{member}"
+    return REWARD_ROLE if member == 0 else f"{REWARD_ROLE}_{member}"
 
 
 def member_folder(folder: str | Path, member: int) -> Path:
@@ -41,7 +41,11 @@ class RewardModel(nn.Module):
     """
 
     def __init__(
-        self, trunk: Trunk, heads: Sequence[ScalarHead], weights: Mapping[str, float] | None = None, role: str = ROLE
+        self,
+        trunk: Trunk,
+        heads: Sequence[ScalarHead],
+        weights: Mapping[str, float] | None = None,
+        role: str = REWARD_ROLE,
     ) -> None:
         """weights: of the attributes by name, one for each head; without it the one head gives the whole score."""
         super().__init__()
@@ -53,15 +57,15 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores by attribute `[B, A]` float32 of the rows of a batch."""
-        return self.scores_of_rows(batch.ids, batch.rows, batch.last)
+        return self.scores_packed(batch.ids, batch.lengths, batch.last)
 
-    def scores_of_rows(self, ids: Tensor, rows: Tensor, last: Tensor) -> Tensor:
+    def scores_packed(self, ids: Tensor, rows: Tensor, last: Tensor) -> Tensor:
         """Scores by attribute `[B, A]`; arguments: of a `Batch`."""
-        return self._scores(self.trunk.hidden_of_rows(ids, rows, self.role)[last])
+        return self._scores(self.trunk.hidden_packed(ids, rows, self.role)[last])
 
-    def scores_of_branches(self, ids: Tensor, positions: Tensor, seen: Tensor, last: Tensor) -> Tensor:
-        """Scores by attribute `[R, A]` of all responses; arguments: of `Branches`."""
-        return self._scores(self.trunk.hidden_of_branches(ids, positions, seen, self.role).flatten(0, 1)[last])
+    def scores_shared_prompts(self, ids: Tensor, positions: Tensor, seen: Tensor, last: Tensor) -> Tensor:
+        """Scores by attribute `[R, A]` of all responses; arguments: of `SharedPromptBatch`."""
+        return self._scores(self.trunk.hidden_shared_prompts(ids, positions, seen, self.role).flatten(0, 1)[last])
 
     def _scores(self, states: Tensor) -> Tensor:
         return torch.stack([head(states) for head in self.heads], dim=-1)
@@ -82,7 +86,7 @@ class RewardModel(nn.Module):
         """Scores by attribute `[N, A]` float32 of rows of tokens, at most `tokens` positions in one forward pass."""
         scores = torch.empty(len(prompts), len(self.heads))
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        for rows in self.trunk.passes(lengths, tokens):
+        for rows in self.trunk.microbatches(lengths, tokens):
             batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
             scores[rows] = self(batch.to(self.trunk.causal.device)).cpu()
         return scores
@@ -91,14 +95,14 @@ class RewardModel(nn.Module):
         """Whole scores `[N]` float32 of rows of tokens."""
         return self.attribute_scores(prompts, responses, tokens) @ torch.tensor([*self.weights.values()])
 
-    def save(self, folder: Path, mean: float = 0.0, deviation: float = 1.0) -> None:
+    def save(self, folder: Path, mean: float = 0.0, std: float = 1.0) -> None:
         """Write adapter and head in PEFT layout. The head that is written gives (score - mean) / deviation.
 
         With named attributes their own heads, as they are, are in a file beside it.
         """
         self.trunk.save(self.role, folder)
         head = self.whole
-        head.fold(mean, deviation)
+        head.fold(mean, std)
         save_head(folder, head.state_dict())
         if self.weights.keys() != {""}:
             heads = zip(self.weights, self.heads, strict=True)
@@ -133,5 +137,5 @@ def load_heads(heads: Iterable[nn.Module], weights: Sequence[Mapping[str, Tensor
         if own.keys() >= {"weight"} and own["weight"].dim() == 1 and len(own["weight"]) != width:
             made = f"{len(own['weight'])} wide, this one is {width}"
             raise UserError(f"the head in {folder} was made for another base: hidden states {made}")
-        check_like(own, head.state_dict(), f"the head in {folder}")
+        check_names_and_shapes(own, head.state_dict(), f"the head in {folder}")
         head.load_state_dict(dict(own))

@@ -12,35 +12,35 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from rewards.losses import bradley_terry_loss, ordinal_loss, regression_loss
-from rewards.preferences import OVERALL, Feedback, Pair, Ranking, Rating
+from rewards.preferences import OVERALL, Pair, PreferenceExample, Ranking, Rating
 from rewards.rankings import davidson_luce_loss, open_ranking_loss, plackett_luce_loss
 
 Ratings = Literal["regression", "ordinal"]
 
 
-class FeedbackLoss(nn.Module):
+class PreferenceLoss(nn.Module):
     """Losses of feedback rows, in nats, and what links scores to verdicts besides the scores themselves.
 
     Learned with the model: how readily annotators call a tie (`Ties`), and how a rating goes with a score (`Line` or
     `Steps`, for each attribute that is rated). None of it is of use to a reward afterwards.
     """
 
-    def __init__(self, feedback: Sequence[Feedback], weights: Mapping[str, float], ratings: Ratings) -> None:
+    def __init__(self, feedback: Sequence[PreferenceExample], weights: Mapping[str, float], ratings: Ratings) -> None:
         """feedback: of training, from which the links take their start. weights: of attributes in the whole score."""
         super().__init__()
         self.columns = {name: i for i, name in enumerate(weights)}
         self.weights: Tensor
         self.register_buffer("weights", torch.tensor([*weights.values()]), persistent=False)
-        self.ties = Ties([f.judgement for f in feedback if isinstance(f.judgement, Ranking)])
+        self.ties = Ties([f.preference for f in feedback if isinstance(f.preference, Ranking)])
         rated: dict[str, list[float]] = {}
-        for judgement in (f.judgement for f in feedback if isinstance(f.judgement, Rating)):
-            for name, value in judgement.values.items():
+        for preference in (f.preference for f in feedback if isinstance(f.preference, Rating)):
+            for name, value in preference.values.items():
                 rated.setdefault(name, []).append(value)
         link = {"regression": Line, "ordinal": Steps}[ratings]
         self._names = {name: f"of {name}" if name else "overall" for name in rated}  # a module's name is not empty
         self.links = nn.ModuleDict({self._names[name]: link(values) for name, values in rated.items()})
 
-    def forward(self, scores: Tensor, feedback: Sequence[Feedback], smoothing: float = 0.0) -> Tensor:
+    def forward(self, scores: Tensor, feedback: Sequence[PreferenceExample], smoothing: float = 0.0) -> Tensor:
         """scores: `[N, A]` by attribute, of the responses of all rows in their order. Result: `[rows]`.
 
         smoothing: the share of comparisons that are taken to be the reverse of the truth.
@@ -62,21 +62,21 @@ class FeedbackLoss(nn.Module):
         """From scores `[..., A]` by attribute to those `[...]` of one, or of the whole."""
         return scores @ self.weights if attribute == OVERALL else scores[..., self.columns[attribute]]
 
-    def _of_kind(self, scores: Tensor, alike: Sequence[Feedback], smoothing: float) -> Tensor:
+    def _of_kind(self, scores: Tensor, alike: Sequence[PreferenceExample], smoothing: float) -> Tensor:
         """Losses `[G]` of rows of one kind; scores `[G, K, A]`."""
-        judgements = [each.judgement for each in alike]
-        if ratings := [judgement for judgement in judgements if isinstance(judgement, Rating)]:
+        preferences = [each.preference for each in alike]
+        if ratings := [preference for preference in preferences if isinstance(preference, Rating)]:
             loss = scores.new_zeros(len(alike))
             for name in ratings[0].values:
                 loss = loss + self._ratings(scores[:, 0], name, [rating.values[name] for rating in ratings])
             return loss
         of = self.score(scores, alike[0].attribute)
-        if pairs := [judgement for judgement in judgements if isinstance(judgement, Pair)]:
+        if pairs := [preference for preference in preferences if isinstance(preference, Pair)]:
             margin = of.new_tensor([pair.margin for pair in pairs])
             certainty = of.new_tensor([pair.certainty for pair in pairs])
             right = certainty * (1 - smoothing) + (1 - certainty) * smoothing
             return bradley_terry_loss(of[:, 0], of[:, 1], margin, right)
-        (ranking,) = {judgement for judgement in judgements if isinstance(judgement, Ranking)}
+        (ranking,) = {preference for preference in preferences if isinstance(preference, Ranking)}
         loss = self._ranking(of, ranking.sizes, ranking.open)
         if not smoothing:
             return loss
@@ -95,12 +95,12 @@ class FeedbackLoss(nn.Module):
         return link(self.score(scores, attribute), scores.new_tensor(values))
 
 
-def _kind(feedback: Feedback) -> tuple[object, ...]:
+def _kind(feedback: PreferenceExample) -> tuple[object, ...]:
     """Rows of one kind have as many responses and the same loss."""
-    judgement = feedback.judgement
-    if isinstance(judgement, Rating):
-        return (Rating, *judgement.values)
-    return (feedback.attribute, Pair if isinstance(judgement, Pair) else judgement)
+    preference = feedback.preference
+    if isinstance(preference, Rating):
+        return (Rating, *preference.values)
+    return (feedback.attribute, Pair if isinstance(preference, Pair) else preference)
 
 
 class Ties(nn.Module):
@@ -132,14 +132,14 @@ class Line(nn.Module):
 
     def __init__(self, ratings: Sequence[float]) -> None:
         super().__init__()
-        self.mean, self.deviation = fmean(ratings), pstdev(ratings) or 1.0
+        self.mean, self.std = fmean(ratings), pstdev(ratings) or 1.0
         self.log_slope = nn.Parameter(torch.zeros(()))
         self.intercept = nn.Parameter(torch.zeros(()))
 
     def forward(self, scores: Tensor, ratings: Tensor) -> Tensor:
         """Losses `[N]`."""
         expected = self.log_slope.exp() * scores + self.intercept
-        return regression_loss(expected, (ratings - self.mean) / self.deviation)
+        return regression_loss(expected, (ratings - self.mean) / self.std)
 
 
 class Steps(nn.Module):

@@ -43,14 +43,14 @@ class Rating:
     values: Mapping[str, float] = field(hash=False)
 
 
-Judgement = Pair | Ranking | Rating
+Preference = Pair | Ranking | Rating
 
 OVERALL = ""
 """The attribute of a judgement on a response as a whole."""
 
 
 @dataclass(frozen=True)
-class Feedback:
+class PreferenceExample:
     """Responses to a prompt, best first where one is better than another, and what was said of them.
 
     attribute: what they were compared by; ratings name theirs themselves.
@@ -58,16 +58,16 @@ class Feedback:
 
     prompt: Prompt
     responses: tuple[str, ...]
-    judgement: Judgement
+    preference: Preference
     attribute: str = OVERALL
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """What the responses were judged by."""
-        return tuple(self.judgement.values) if isinstance(self.judgement, Rating) else (self.attribute,)
+        return tuple(self.preference.values) if isinstance(self.preference, Rating) else (self.attribute,)
 
 
-def parse_feedback(values: Mapping[str, Any], open_ties: bool = False) -> Feedback:
+def parse_preference(values: Mapping[str, Any], open_ties: bool = False) -> PreferenceExample:
     """A row of feedback, its kind told by its columns. Raises ValueError with a reason for people.
 
     * `chosen`, `rejected`, after `prompt` or as whole transcripts without it; optional `margin`, `confidence`, `tie`
@@ -92,7 +92,7 @@ def parse_feedback(values: Mapping[str, Any], open_ties: bool = False) -> Feedba
     )
 
 
-def _pair(values: Mapping[str, Any], attribute: str) -> Feedback:
+def _pair(values: Mapping[str, Any], attribute: str) -> PreferenceExample:
     chosen, rejected = fields.present(values, "chosen"), fields.present(values, "rejected")
     if fields.has(values, "prompt"):
         prompt = fields.prompt(values)
@@ -109,7 +109,7 @@ def _pair(values: Mapping[str, Any], attribute: str) -> Feedback:
     margin = fields.number(values, "margin") if fields.has(values, "margin") else 0.0
     if tie and margin:
         raise ValueError("a tie has no `margin`")
-    return Feedback(prompt, (first, second), Pair(margin, 0.5 if tie else _confidence(values)), attribute)
+    return PreferenceExample(prompt, (first, second), Pair(margin, 0.5 if tie else _confidence(values)), attribute)
 
 
 def _confidence(values: Mapping[str, Any]) -> float:
@@ -123,7 +123,7 @@ def _confidence(values: Mapping[str, Any]) -> float:
     return confidence
 
 
-def _ranking(values: Mapping[str, Any], attribute: str, open_ties: bool) -> Feedback:
+def _ranking(values: Mapping[str, Any], attribute: str, open_ties: bool) -> PreferenceExample:
     prompt, responses = fields.prompt(values), _responses(values)
     ranks = fields.numbers(values, "ranks")
     if len(ranks) != len(responses):
@@ -135,7 +135,7 @@ def _ranking(values: Mapping[str, Any], attribute: str, open_ties: bool) -> Feed
         raise ValueError("all `ranks` are equal, which says nothing where the order of ties is unknown")
     if open_ties and max(sizes[:-1]) > MOST_OPEN:
         raise ValueError(f"a tie of {max(sizes[:-1])}: one of unknown order may have {MOST_OPEN}, but for the last")
-    return Feedback(prompt, tuple(responses[i] for i in order), Ranking(sizes, open_ties), attribute)
+    return PreferenceExample(prompt, tuple(responses[i] for i in order), Ranking(sizes, open_ties), attribute)
 
 
 def _ties(values: Mapping[str, Any]) -> bool:
@@ -144,24 +144,24 @@ def _ties(values: Mapping[str, Any]) -> bool:
     return said == "unknown"
 
 
-def _choice(values: Mapping[str, Any], attribute: str) -> Feedback:
+def _choice(values: Mapping[str, Any], attribute: str) -> PreferenceExample:
     prompt, responses = fields.prompt(values), _responses(values)
     best = fields.number(values, "best")
     if best not in range(len(responses)):
         raise ValueError(f"`best` is {best:g}: an index of `responses`, from 0 to {len(responses) - 1}, was expected")
     first = responses.pop(int(best))
-    return Feedback(prompt, (first, *responses), Ranking((1, len(responses)), open=True), attribute)
+    return PreferenceExample(prompt, (first, *responses), Ranking((1, len(responses)), open=True), attribute)
 
 
-def _rating(values: Mapping[str, Any]) -> Feedback:
+def _rating(values: Mapping[str, Any]) -> PreferenceExample:
     prompt, response = fields.prompt(values), fields.reply(fields.present(values, "response"), "response")
     given = values["rating"]
     if not isinstance(given, dict):
-        return Feedback(prompt, (response,), Rating({OVERALL: fields.number(values, "rating")}))
+        return PreferenceExample(prompt, (response,), Rating({OVERALL: fields.number(values, "rating")}))
     known = {name for name in given if fields.has(given, name)}
     if not known:
         raise ValueError("`rating` is an empty object")
-    return Feedback(prompt, (response,), Rating({name: fields.number(given, name) for name in sorted(known)}))
+    return PreferenceExample(prompt, (response,), Rating({name: fields.number(given, name) for name in sorted(known)}))
 
 
 def _responses(values: Mapping[str, Any]) -> list[str]:

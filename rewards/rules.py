@@ -26,7 +26,7 @@ MARKS = (
 def regex(term: RegexTerm) -> ScoreFunction:
     """1 where the expression is found, else 0."""
     pattern = re.compile(term.pattern)
-    found = pattern.fullmatch if term.whole else pattern.search
+    found = pattern.fullmatch if term.full_match else pattern.search
     return lambda prompts, responses, columns: [float(found(response) is not None) for response in responses]
 
 

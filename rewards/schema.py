@@ -12,7 +12,7 @@ class FitSettings(Settings):
     """How a supervised stage (SFT or the reward model) is trained. Batch sizes are in samples: rows of its data."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
-    batch: int = Field(32, ge=1, description="samples an optimizer step")
+    batch_size: int = Field(32, ge=1, description="samples an optimizer step")
     tokens_per_microbatch: int | None = Field(
         None,
         ge=1,
@@ -22,7 +22,7 @@ class FitSettings(Settings):
     schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak, as in transformers")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
     weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
     evaluate_every: int = Field(
         0, ge=0, description="steps between looks at the held-out loss, the best of which is kept; 0: at the end only"
     )
@@ -51,14 +51,14 @@ class EnsembleSettings(Settings):
     members: int | None = Field(
         None, ge=1, description="adapters and heads on the one trunk; unset: 1, or as many as `reward.model` holds"
     )
-    combine: Literal["mean", "minimum", "mean_less_deviation"] = Field(
+    combine: Literal["mean", "minimum", "mean_minus_std"] = Field(
         "mean", description="from the members' normalised scores to one"
     )
-    penalty: float | None = Field(None, gt=0, description="deviations taken off, with mean_less_deviation; unset: 1")
+    penalty: float | None = Field(None, gt=0, description="deviations taken off, with mean_minus_std; unset: 1")
 
     @model_validator(mode="after")
     def _consistent(self) -> "EnsembleSettings":
-        if self.penalty and self.combine != "mean_less_deviation":
+        if self.penalty and self.combine != "mean_minus_std":
             raise ValueError(f"`penalty` has no effect with `combine: {self.combine}`")
         return self
 

@@ -18,7 +18,7 @@ class TermSettings(Settings):
     """What all terms have."""
 
     weight: float = Field(1.0, description="in the sum; negative: taken off")
-    clip: tuple[float, float] | None = Field(None, description="[least, most] of the score, once normalised")
+    clip: tuple[float, float] | None = Field(None, description="[min, max] of the score, once normalised")
     normalise: Literal["no", "sft", "running"] = Field(
         "no",
         description="shift and scale to mean 0, deviation 1, of SFT responses or of all that PPO has sampled so far",
@@ -28,7 +28,7 @@ class TermSettings(Settings):
     @classmethod
     def _ordered(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
         if clip and clip[0] >= clip[1]:
-            raise ValueError("[least, most] was expected")
+            raise ValueError("[min, max] was expected")
         return clip
 
 
@@ -71,7 +71,7 @@ class RegexTerm(TermSettings):
 
     kind: Literal["regex"]
     pattern: str
-    whole: bool = Field(False, description="it must match the response as a whole")
+    full_match: bool = Field(False, description="it must match the response as a whole")
 
     @field_validator("pattern")
     @classmethod
@@ -109,16 +109,16 @@ class MathTerm(TermSettings):
 
 
 class LengthTerm(TermSettings):
-    """0 up to `most - window` tokens, falling to -1 at `most` and beyond (Yu et al. 2025, "DAPO", eq. 13)."""
+    """0 up to `max_tokens - window` tokens, falling to -1 at `max_tokens` and beyond (Yu et al. 2025, "DAPO", eq. 13)."""
 
     kind: Literal["length"]
-    most: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
     window: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "LengthTerm":
-        if self.window > self.most:
-            raise ValueError(f"window {self.window} is longer than most, {self.most}")
+        if self.window > self.max_tokens:
+            raise ValueError(f"window {self.window} is longer than max_tokens, {self.max_tokens}")
         return self
 
 
@@ -195,7 +195,7 @@ class EndpointTerm(HttpSettings):
 
     kind: Literal["endpoint"]
     url: str
-    batch: int = Field(64, ge=1, description="responses a request")
+    batch_size: int = Field(64, ge=1, description="responses a request")
 
 
 class JudgeTerm(HttpSettings):

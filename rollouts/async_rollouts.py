@@ -9,30 +9,34 @@ from rollouts.engine import Sampling
 from rollouts.pool import Pool
 from rollouts.trajectory import Request, Trajectory
 
-Answers = Callable[[], list[Trajectory]]
+TrajectoriesFuture = Callable[[], list[Trajectory]]
 """Waits for a batch that was asked for."""
 
 
-class Asker(Protocol):
+class RolloutSource(Protocol):
     """A pool that can also be asked for a batch under given weights, to be fetched later."""
 
-    def ask(self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling) -> Answers:
+    def submit(
+        self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
+    ) -> TrajectoriesFuture:
         """Have these requests answered under these weights."""
         ...
 
 
-class AtOnce:
+class SynchronousRollouts:
     """Answers while the caller waits."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
 
-    def ask(self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling) -> Answers:
+    def submit(
+        self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
+    ) -> TrajectoriesFuture:
         trajectories = _answer(self.pool, version, weights, requests, sampling)
         return lambda: trajectories
 
 
-class Ahead:
+class AsyncRollouts:
     """Answers while the caller goes on: one batch after the other, each under the weights that came with it.
 
     It is a pool itself: what is asked of it otherwise, as by an evaluation, takes its turn among the batches.
@@ -42,7 +46,9 @@ class Ahead:
         self.pool = pool
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
 
-    def ask(self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling) -> Answers:
+    def submit(
+        self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
+    ) -> TrajectoriesFuture:
         return self._thread.submit(_answer, self.pool, version, weights, requests, sampling).result
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
@@ -56,24 +62,26 @@ class Ahead:
         self._thread.shutdown(cancel_futures=True)
 
 
-class Renewable(Pool, Protocol):
+class UpdatablePool(Pool, Protocol):
     """A pool that takes up new weights within a batch."""
 
-    def renew(self, version: int, weights: AdapterWeights) -> None:
+    def update_weights(self, version: int, weights: AdapterWeights) -> None:
         """What goes on of the batch at hand, and what is new, is under these weights; from any thread."""
         ...
 
 
-class Renewing(Ahead):
+class PartialRollouts(AsyncRollouts):
     """Ahead, but what is under way, or was asked for earlier, goes on under the weights that came last."""
 
-    def __init__(self, pool: Renewable) -> None:
+    def __init__(self, pool: UpdatablePool) -> None:
         super().__init__(pool)
-        self._renew = pool.renew
+        self._update_weights = pool.update_weights
 
-    def ask(self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling) -> Answers:
+    def submit(
+        self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
+    ) -> TrajectoriesFuture:
         self._newest = version, weights
-        self._renew(version, weights)
+        self._update_weights(version, weights)
         return self._thread.submit(lambda: _answer(self.pool, *self._newest, requests, sampling)).result
 
 

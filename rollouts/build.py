@@ -3,7 +3,7 @@
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.engine import Engine
 from rollouts.schema import RolloutSettings
-from rollouts.transformers_engine import build_transformers
+from rollouts.transformers_engine import build_transformers_engine
 
 
 def build_engine(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> Engine:
@@ -12,4 +12,4 @@ def build_engine(model: ModelSettings, policy: PolicySettings, rollouts: Rollout
         from rollouts.vllm_engine import VllmEngine  # not installed everywhere
 
         return VllmEngine(model, policy, rollouts)
-    return build_transformers(model, policy, rollouts)
+    return build_transformers_engine(model, policy, rollouts)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from policies.batching import buckets
+from policies.batching import length_buckets
 from policies.trunk import Trunk
 from rollouts.kv_cache import can_join, join, make_cache
 
@@ -23,7 +23,7 @@ class Decoder:
     def __init__(self, trunk: Trunk, role: str) -> None:
         self.trunk, self.role = trunk, role
         self.cache = make_cache(trunk.causal.config)
-        self.joins = trunk.joins_rows and can_join(self.cache)
+        self.joins = trunk.supports_continuous_batching and can_join(self.cache)
         """Whether rows may come in beside others, or only all at once."""
         self.mask = torch.ones(0, 0, dtype=torch.long, device=trunk.causal.device)
 
@@ -33,7 +33,7 @@ class Decoder:
         place = {prompt: i for i, prompt in enumerate(distinct)}
         groups = [list(range(len(distinct)))]
         if self.joins:  # prompts of about one length together: little padding, and no more than caches hold
-            groups = buckets([len(prompt) for prompt in distinct], PREFILL)
+            groups = length_buckets([len(prompt) for prompt in distinct], PREFILL)
         parts = [self._prefill([distinct[i] for i in group]) for group in groups]
         computed = {i: row for row, i in enumerate(i for group in groups for i in group)}
         rows = [computed[place[tuple(prompt)]] for prompt in prompts]

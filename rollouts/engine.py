@@ -12,23 +12,23 @@ from rollouts.trajectory import Request, Trajectory
 class Sampling:
     """How responses are drawn. temperature 0 is greedy; log-probabilities are then those at temperature 1.
 
-    stretch: new tokens after which an engine gives a response back as it is, for whoever has it go on (see
-    `Request.begun`); None: it is made in one go.
+    segment_tokens: new tokens after which an engine gives a response back as it is, for whoever has it go on (see
+    `Request.partial_response`); None: it is made in one go.
     """
 
     temperature: float
     max_new_tokens: int
-    stretch: int | None = None
+    segment_tokens: int | None = None
 
     def limit(self, request: Request) -> int:
         """Tokens that a response, with what was begun of it, may have when the engine gives it back."""
-        if self.stretch is None:
+        if self.segment_tokens is None:
             return self.max_new_tokens
-        return min(self.max_new_tokens, len(request.begun_ids) + self.stretch)
+        return min(self.max_new_tokens, len(request.partial_response_ids) + self.segment_tokens)
 
-    def goes_on(self, trajectory: Trajectory) -> bool:
+    def is_unfinished(self, trajectory: Trajectory) -> bool:
         """Whether a response was given back before its end, at the end of a stretch."""
-        return self.stretch is not None and not trajectory.ended and trajectory.length < self.max_new_tokens
+        return self.segment_tokens is not None and not trajectory.ended and trajectory.length < self.max_new_tokens
 
 
 class Engine(Protocol):

@@ -33,12 +33,12 @@ class LocalPool:
         self.engine.load_adapter(version, weights)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        return [t for chunk in cut(requests, self.chunk) for t in self.engine.generate(chunk, sampling)]
+        return [t for chunk in split_chunks(requests, self.chunk) for t in self.engine.generate(chunk, sampling)]
 
     def close(self) -> None:
         pass  # the engine goes with its owner
 
 
-def cut(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+def split_chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     """Chunks of at most so many rows. Rounding depends on what is decoded together, and a chunk always is."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]

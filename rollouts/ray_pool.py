@@ -8,13 +8,13 @@ from dataclasses import replace
 import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-from policies.device import Computing
+from policies.device import ComputeSettings
 from policies.errors import UserError
-from policies.files.adapters import digests, fingerprint
+from policies.files.adapters import tensor_digests, weights_digest
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
-from rollouts.pool import cut
-from rollouts.roster import Order, Roster, Weights, WrongWeights
+from rollouts.pool import split_chunks
+from rollouts.roster import Order, Roster, WeightsVersion, WrongWeights
 from rollouts.trajectory import Request, Trajectory
 from rollouts.weight_transfer import groups, pack
 from rollouts.worker import Reply, Worker
@@ -28,7 +28,7 @@ class RayPool:
 
     What a chunk is made of does not depend on who takes it, so neither do the responses. A worker that dies, raises,
     answers under other weights or stays silent for `timeout` seconds is replaced; while one is slow, another is handed
-    the same chunk. Responses that are given back before their end (see `Sampling.stretch`) are a chunk again, which
+    the same chunk. Responses that are given back before their end (see `Sampling.segment_tokens`) are a chunk again, which
     goes on under the weights that are current by then.
     """
 
@@ -38,19 +38,19 @@ class RayPool:
         workers: int,
         chunk: int,
         timeout: float,
-        slow: float,
-        computing: Computing,
+        straggler_factor: float,
+        computing: ComputeSettings,
         gpus: float,
     ) -> None:
         """build: makes the engine, in the worker's process. gpus: what each worker reserves."""
         self.chunk = chunk
-        self.roster = Roster(timeout, slow)
+        self.roster = Roster(timeout, straggler_factor)
         self._spawn = lambda: (
             ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0).remote(build, computing)
         )
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
         self._most_losses, self._losses = 3 * workers, 0
-        self._parcels: dict[tuple[tuple[str, str], ...], ray.ObjectRef] = {}
+        self._bundles: dict[tuple[tuple[str, str], ...], ray.ObjectRef] = {}
         self.sent = 0
         """Bytes of the weights that went out last."""
         self._newer: deque[tuple[int, AdapterWeights]] = deque(maxlen=1)
@@ -63,16 +63,16 @@ class RayPool:
 
         They go through Ray's store, to each node once; what has not changed since the last time does not go again.
         """
-        of_each, known, self._parcels, self.sent = digests(weights), self._parcels, {}, 0
+        of_each, known, self._bundles, self.sent = tensor_digests(weights), self._bundles, {}, 0
         for names in groups(weights):
             content = tuple((name, of_each[name]) for name in names)
             if content not in known:
-                parcel = pack(weights, names)
-                known[content], self.sent = ray.put(parcel), self.sent + parcel.data.nbytes
-            self._parcels[content] = known[content]
-        self.roster.renew(Weights(version, fingerprint(of_each)))
+                bundle = pack(weights, names)
+                known[content], self.sent = ray.put(bundle), self.sent + bundle.data.nbytes
+            self._bundles[content] = known[content]
+        self.roster.update_weights(WeightsVersion(version, weights_digest(of_each)))
 
-    def renew(self, version: int, weights: AdapterWeights) -> None:
+    def update_weights(self, version: int, weights: AdapterWeights) -> None:
         """The same from another thread, while this one generates: what is handed out next is under these weights."""
         self._newer.append((version, weights))
 
@@ -82,17 +82,17 @@ class RayPool:
             self._advance()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        chunks = cut(requests, self.chunk)
-        places = cut(range(len(requests)), self.chunk)
+        chunks = split_chunks(requests, self.chunk)
+        places = split_chunks(range(len(requests)), self.chunk)
         self.roster.begin(len(chunks))
         done: dict[int, Trajectory] = {}
         while len(done) < len(requests):
             for index, trajectories in self._advance(chunks, sampling).items():
                 answers = list(zip(places[index], trajectories, strict=True))
-                done |= {place: t for place, t in answers if not sampling.goes_on(t)}
-                if unfinished := [(place, t) for place, t in answers if sampling.goes_on(t)]:
+                done |= {place: t for place, t in answers if not sampling.is_unfinished(t)}
+                if unfinished := [(place, t) for place, t in answers if sampling.is_unfinished(t)]:
                     places.append([place for place, _ in unfinished])
-                    chunks.append([replace(t.request, begun=t) for _, t in unfinished])
+                    chunks.append([replace(t.request, partial_response=t) for _, t in unfinished])
                     self.roster.add()
         return [done[place] for place in range(len(requests))]
 
@@ -136,7 +136,7 @@ class RayPool:
         task = order.task
         assert task is not None
         if task.chunk is None:
-            name, arguments = "load_adapter", {"version": task.weights.version, "parcels": list(self._parcels.values())}
+            name, arguments = "load_adapter", {"version": task.weights.version, "parcels": list(self._bundles.values())}
         else:
             name, arguments = "generate", {"requests": chunks[task.chunk], "sampling": sampling}
         self._manager.foreach_actor_async(name, kwargs=arguments, remote_actor_ids=[order.worker], healthy_only=False)

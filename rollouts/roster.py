@@ -71,18 +71,18 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightsVersion:
     """The name of adapter weights: their version, and the fingerprint of their bytes."""
 
     version: int
-    fingerprint: str
+    digest: str
 
 
 @dataclass(frozen=True)
 class Task:
     """What a worker was asked to do, and under which weights: to load them, or to answer a chunk of a batch."""
 
-    weights: Weights
+    weights: WeightsVersion
     batch: int = 0
     chunk: int | None = None
     """Its place in the batch; None: load the weights."""
@@ -110,14 +110,14 @@ class Order:
 class Roster:
     """The workers of a pool and the chunks of the batch at hand.
 
-    timeout: seconds after which a worker that has not answered is given up. slow: it is suspect after so many times
+    timeout: seconds after which a worker that has not answered is given up. straggler_factor: it is suspect after so many times
     the median of what the last chunks took.
     """
 
     timeout: float
-    slow: float
+    straggler_factor: float
     members: dict[int, Member] = field(default_factory=dict)
-    weights: Weights | None = None
+    weights: WeightsVersion | None = None
     batch: int = 0
     chunks: int = 0
     waiting: deque[int] = field(default_factory=deque)
@@ -128,7 +128,7 @@ class Roster:
         """A new worker starts."""
         self.members[worker] = Member()
 
-    def renew(self, weights: Weights) -> None:
+    def update_weights(self, weights: WeightsVersion) -> None:
         """These are the current weights from now on: nobody serves before it has confirmed them."""
         if weights == self.weights:
             return
@@ -155,7 +155,7 @@ class Roster:
         """What is to be done at this time: each order is as good as carried out, and not given twice."""
         return [*self._give_up(now), *self._hand_out(now)]
 
-    def reply(self, worker: int, held: Weights, now: float) -> int | None:
+    def reply(self, worker: int, held: WeightsVersion, now: float) -> int | None:
         """A worker has done its task, under the weights that it names.
 
         Returns the chunk that it has answered, where that is wanted. Raises WrongWeights where the weights are others
@@ -197,7 +197,11 @@ class Roster:
                 what = "did not start: has the Ray cluster a CPU, and GPUs, for it?" if starting else "gave no answer"
                 self.lose(worker)
                 yield Order(worker, None, f"after {self.timeout:g} s (rollouts.timeout) one {what}")
-            elif member.state == State.HEALTHY and self.took and now - member.since > self.slow * median(self.took):
+            elif (
+                member.state == State.HEALTHY
+                and self.took
+                and now - member.since > self.straggler_factor * median(self.took)
+            ):
                 _move(member, Event.LATE)
 
     def _hand_out(self, now: float) -> Iterator[Order]:
@@ -237,5 +241,5 @@ def _move(member: Member, event: Event) -> None:
     member.state = TRANSITIONS[member.state][event]
 
 
-def _name(weights: Weights) -> str:
-    return f"version {weights.version} ({weights.fingerprint[:8]})"
+def _name(weights: WeightsVersion) -> str:
+    return f"version {weights.version} ({weights.digest[:8]})"

@@ -15,19 +15,19 @@ class Request:
     """A prompt to answer. The response depends on these, the sampling and the weights, and on nothing else.
 
     prompt: as the user wrote it; prompt_ids: its tokens; seed: of the sampling; columns: the row's other columns.
-    begun: the response so far, which goes on (see `Sampling.stretch`).
+    partial_response: the response so far, which goes on (see `Sampling.segment_tokens`).
     """
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     seed: int
     columns: dict[str, Any] = field(default_factory=dict)
-    begun: "Trajectory | None" = None
+    partial_response: "Trajectory | None" = None
 
     @property
-    def begun_ids(self) -> tuple[int, ...]:
+    def partial_response_ids(self) -> tuple[int, ...]:
         """The tokens of the response so far."""
-        return self.begun.response_ids if self.begun else ()
+        return self.partial_response.response_ids if self.partial_response else ()
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Trajectory:
     versions: tuple[int, ...]
 
     @classmethod
-    def made(
+    def from_tokens(
         cls, request: Request, tokens: Sequence[int], logprobs: Sequence[float] | Tensor, ended: bool, version: int
     ) -> "Trajectory":
         """Tokens that weights of one version have added to what was begun of the response, if anything was."""
-        before = request.begun
+        before = request.partial_response
         new = torch.as_tensor(logprobs, dtype=torch.float32)
         if before is None:
             return cls(request, tuple(tokens), new, ended, (version,) * len(tokens))
@@ -75,13 +75,13 @@ class Trajectory:
 
 
 @dataclass
-class Scored:
+class RoleOutputs:
     """What the learner's four roles say of a trajectory of T tokens: float32, on the CPU.
 
     logprobs, reference_logprobs: `[T]`, nats, of each response token under policy and reference.
     values: `[T + 1]`, the critic before each response token and after the last; empty without a critic.
     shortfalls: `[T]`, nats, how much less likely each token is to the policy than the likeliest; empty where not asked.
-    score: what the reward gives to the whole response. outputs: of the reward heads on the trunk. notes: what else is
+    score: what the reward gives to the whole response. reward_outputs: of the reward heads on the trunk. notes: what else is
     known of the response, by name, to be logged.
     """
 
@@ -89,7 +89,7 @@ class Scored:
     reference_logprobs: Tensor
     values: Tensor
     score: float
-    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    reward_outputs: Tensor = field(default_factory=lambda: torch.empty(0))
     notes: dict[str, float] = field(default_factory=dict)
     shortfalls: Tensor = field(default_factory=lambda: torch.empty(0))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policies.files.adapters import digests, fingerprint
+from policies.files.adapters import tensor_digests, weights_digest
 from policies.files.base_model import load_tokenizer, stop_ids
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
@@ -18,7 +18,7 @@ from rollouts.schema import RolloutSettings
 from rollouts.stop_strings import StopStrings
 from rollouts.trajectory import Request, Trajectory
 
-ROLE = "sampler"
+SAMPLER_ROLE = "sampler"
 """The engine's own adapter on the trunk, so that it may share the trunk with a learner."""
 
 
@@ -48,28 +48,31 @@ class TransformersEngine:
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> str:
         """Copy the weights into the engine's adapter. Returns the fingerprint of the adapter as it now is."""
-        self.trunk.write_adapter(ROLE, weights)
+        self.trunk.write_adapter(SAMPLER_ROLE, weights)
         self._unmerged = self.merge
         self.version = version
-        return fingerprint(digests(self.trunk.adapter(ROLE)))
+        return weights_digest(tensor_digests(self.trunk.adapter(SAMPLER_ROLE)))
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], sampling: Sampling, role: str = ROLE) -> list[Trajectory]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, role: str = SAMPLER_ROLE) -> list[Trajectory]:
         """One trajectory a request, in their order; `role` other than the engine's own serves evaluation."""
-        if self._unmerged and role == ROLE:
-            self.trunk.merge(ROLE)
+        if self._unmerged and role == SAMPLER_ROLE:
+            self.trunk.merge(SAMPLER_ROLE)
             self._unmerged = False
         self.trunk.switch(role)
-        prompts = [request.prompt_ids + request.begun_ids for request in requests]
+        prompts = [request.prompt_ids + request.partial_response_ids for request in requests]
         responses = [
-            Response(_uniforms(r.seed, sampling.max_new_tokens), sampling.limit(r), list(r.begun_ids)) for r in requests
+            Response(_uniforms(r.seed, sampling.max_new_tokens), sampling.limit(r), list(r.partial_response_ids))
+            for r in requests
         ]
         # Longest first: prompts that come in together are of about one length, those of one group beside each other.
         waiting = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
         while waiting:
             self._run(prompts, responses, waiting, Decoder(self.trunk, role), sampling.temperature)
         return [
-            Trajectory.made(request, r.tokens[len(request.begun_ids) :], r.logprobs, self._ends(r.tokens), self.version)
+            Trajectory.from_tokens(
+                request, r.tokens[len(request.partial_response_ids) :], r.logprobs, self._ends(r.tokens), self.version
+            )
             for request, r in zip(requests, responses, strict=True)
         ]
 
@@ -150,17 +153,21 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def make_engine(trunk: Trunk, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutSettings) -> TransformersEngine:
+def make_transformers_engine(
+    trunk: Trunk, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutSettings
+) -> TransformersEngine:
     """An engine on this trunk, which may be shared."""
     stop_strings = StopStrings(rollouts.stop, tokenizer) if rollouts.stop else None
     return TransformersEngine(
-        trunk, stop_ids(trunk.causal.generation_config, tokenizer), rollouts.rows, rollouts.merge, stop_strings
+        trunk, stop_ids(trunk.causal.generation_config, tokenizer), rollouts.max_num_seqs, rollouts.merge, stop_strings
     )
 
 
-def build_transformers(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> TransformersEngine:
+def build_transformers_engine(
+    model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings
+) -> TransformersEngine:
     """An engine on a trunk of its own."""
-    return make_engine(build_trunk(model, policy, (ROLE,)), load_tokenizer(model.path), rollouts)
+    return make_transformers_engine(build_trunk(model, policy, (SAMPLER_ROLE,)), load_tokenizer(model.path), rollouts)
 
 
 def _uniforms(seed: int, steps: int) -> Tensor:

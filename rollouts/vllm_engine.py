@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from policies.errors import UserError
-from policies.files.adapters import digests, fingerprint, load_adapter, save_adapter
+from policies.files.adapters import load_adapter, save_adapter, tensor_digests, weights_digest
 from policies.files.base_model import load_generation_config, load_tokenizer, stop_ids
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
@@ -53,7 +53,7 @@ class VllmEngine:
             enable_lora=True,
             max_lora_rank=min(rank for rank in RANKS if rank >= policy.full_rank),
             max_loras=1,
-            max_num_seqs=rollouts.rows,
+            max_num_seqs=rollouts.max_num_seqs,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             load_format="safetensors",
@@ -73,16 +73,16 @@ class VllmEngine:
         self._adapter = self._lora_request(f"version {version}", self._loads, str(folder))
         self.llm.llm_engine.add_lora(self._adapter)
         self.version = version
-        return fingerprint(digests(load_adapter(folder, self.policy)))
+        return weights_digest(tensor_digests(load_adapter(folder, self.policy)))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        prompts = [{"prompt_token_ids": [*request.prompt_ids, *request.begun_ids]} for request in requests]
+        prompts = [{"prompt_token_ids": [*request.prompt_ids, *request.partial_response_ids]} for request in requests]
         parameters = [self._parameters(request, sampling) for request in requests]
         outputs = self.llm.generate(prompts, parameters, lora_request=self._adapter, use_tqdm=False)
         return [self._trajectory(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
     def _parameters(self, request: Request, sampling: Sampling) -> "SamplingParams":
-        begun = len(request.begun_ids)
+        begun = len(request.partial_response_ids)
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             max_tokens=sampling.limit(request) - begun,
@@ -96,4 +96,4 @@ class VllmEngine:
 
     def _trajectory(self, request: Request, output: "CompletionOutput") -> Trajectory:
         logprobs = [place[token].logprob for token, place in zip(output.token_ids, output.logprobs, strict=True)]
-        return Trajectory.made(request, output.token_ids, logprobs, output.finish_reason == "stop", self.version)
+        return Trajectory.from_tokens(request, output.token_ids, logprobs, output.finish_reason == "stop", self.version)

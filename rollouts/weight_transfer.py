@@ -16,7 +16,7 @@ ALIGNED = 64
 
 
 @dataclass(frozen=True)
-class Parcel:
+class WeightBundle:
     """Tensors one behind the other. layout: name, dtype, shape and first byte of each; data: `[bytes]` uint8."""
 
     layout: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
@@ -36,7 +36,7 @@ def groups(weights: AdapterWeights) -> Iterator[list[str]]:
     yield names
 
 
-def pack(weights: AdapterWeights, names: Sequence[str]) -> Parcel:
+def pack(weights: AdapterWeights, names: Sequence[str]) -> WeightBundle:
     """A copy of these tensors."""
     layout, start = [], 0
     for name in names:
@@ -47,17 +47,17 @@ def pack(weights: AdapterWeights, names: Sequence[str]) -> Parcel:
     for name, _, _, at in layout:
         tensor = weights[name].detach().cpu().contiguous()
         data[at : at + tensor.nbytes] = tensor.view(-1).view(torch.uint8).numpy()
-    return Parcel(tuple(layout), data)
+    return WeightBundle(tuple(layout), data)
 
 
-def unpack(parcels: Iterable[Parcel]) -> AdapterWeights:
+def unpack(bundles: Iterable[WeightBundle]) -> AdapterWeights:
     """The tensors, as views: to be read and not to be written to."""
     weights = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        for parcel in parcels:
-            data = torch.from_numpy(parcel.data)
-            for name, dtype, shape, start in parcel.layout:
+        for bundle in bundles:
+            data = torch.from_numpy(bundle.data)
+            for name, dtype, shape, start in bundle.layout:
                 end = start + prod(shape) * dtype.itemsize
                 weights[name] = data[start:end].view(dtype).view(shape)
     return weights

@@ -14,7 +14,7 @@ def token_rewards(score: float, kl: Tensor, coefficient: float) -> Tensor:
     return rewards
 
 
-def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns of one response of T tokens, both `[T]` float32.
 
     rewards: `[T]`. values: `[T + 1]`, before each token and after the last; the last is 0 where the response is
@@ -25,7 +25,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
     deltas = (rewards + gamma * values[1:] - values[:-1]).tolist()
     advantage, backwards = 0.0, []
     for delta in reversed(deltas):
-        advantage = delta + gamma * lam * advantage
+        advantage = delta + gamma * gae_lambda * advantage
         backwards.append(advantage)
     advantages = torch.tensor(backwards[::-1], dtype=torch.float32)
     return advantages, advantages + values[:-1]
@@ -36,7 +36,7 @@ def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
     Whitened over the batch it is the advantage of REINFORCE++                        Hu 2025, eq. 5 and 6
     """
-    return gae(rewards, rewards.new_zeros(len(rewards) + 1), gamma, lam=1.0)[1]
+    return gae(rewards, rewards.new_zeros(len(rewards) + 1), gamma, gae_lambda=1.0)[1]
 
 
 def rloo(totals: Tensor, samples: int) -> Tensor:

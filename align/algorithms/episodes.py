@@ -9,7 +9,7 @@ from torch import Tensor
 from align.algorithms.advantages import gae, grpo, rewards_to_go, rloo, scale_rewards, token_rewards, whiten
 from align.algorithms.kl import estimate_kl
 from align.config.schema import PpoSettings
-from rollouts.trajectory import Scored, Trajectory
+from rollouts.trajectory import RoleOutputs, Trajectory
 
 Rows = list[Tensor]
 """One tensor a response, of its true length."""
@@ -41,7 +41,7 @@ class Episode:
 
 
 def make_episodes(
-    trajectories: Sequence[Trajectory], scored: Sequence[Scored], ppo: PpoSettings, coefficient: float
+    trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings, coefficient: float
 ) -> list[Episode]:
     """Advantages and returns of a whole batch; the responses of a prompt stand side by side.
 
@@ -54,11 +54,11 @@ def make_episodes(
         rewards = list(scale_rewards(torch.cat(rewards)).split(lengths))
     values = [_values(t, s, ppo) for t, s in zip(trajectories, scored, strict=True)]
     advantages, returns = ESTIMATORS[ppo.estimator](rewards, values, ppo)
-    if ppo.whitens:
+    if ppo.whitens_advantages:
         advantages = list(whiten(torch.cat(advantages)).split(lengths))
-    if ppo.importance_cap:
+    if ppo.importance_ratio_cap:
         for i, (t, s) in enumerate(zip(trajectories, scored, strict=True)):
-            advantages[i] = advantages[i] * importance_weights(s.logprobs, t.sampler_logprobs, ppo.importance_cap)
+            advantages[i] = advantages[i] * importance_weights(s.logprobs, t.sampler_logprobs, ppo.importance_ratio_cap)
     return [
         Episode(
             prompt_ids=trajectory.request.prompt_ids,
@@ -68,7 +68,7 @@ def make_episodes(
             advantages=advantages[i],
             returns=returns[i],
             old_values=score.values[:-1],
-            weight=1.0 if ppo.average == "tokens" else 1.0 / trajectory.length,
+            weight=1.0 if ppo.loss_aggregation == "token_mean" else 1.0 / trajectory.length,
         )
         for i, (trajectory, score) in enumerate(zip(trajectories, scored, strict=True))
     ]
@@ -81,29 +81,29 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -
 
 def shaped_score(score: float, length: int, cut: bool, ppo: PpoSettings) -> float:
     """The score of a response less what its length and a missing end cost."""
-    return score - ppo.length_penalty * length - (ppo.cut_penalty if cut else 0.0)
+    return score - ppo.length_penalty * length - (ppo.truncation_penalty if cut else 0.0)
 
 
-def _goes_on(trajectory: Trajectory, ppo: PpoSettings) -> bool:
-    return not trajectory.ended and ppo.cut == "bootstrap"
+def _is_bootstrapped(trajectory: Trajectory, ppo: PpoSettings) -> bool:
+    return not trajectory.ended and ppo.on_truncation == "bootstrap"
 
 
-def _rewards(trajectory: Trajectory, scored: Scored, ppo: PpoSettings, beta: float) -> Tensor:
+def _rewards(trajectory: Trajectory, scored: RoleOutputs, ppo: PpoSettings, beta: float) -> Tensor:
     score = shaped_score(scored.score, trajectory.length, not trajectory.ended, ppo)
     kl = estimate_kl(scored.logprobs, scored.reference_logprobs, ppo.kl.estimator)
-    return token_rewards(0.0 if _goes_on(trajectory, ppo) else score, kl, beta)
+    return token_rewards(0.0 if _is_bootstrapped(trajectory, ppo) else score, kl, beta)
 
 
-def _values(trajectory: Trajectory, scored: Scored, ppo: PpoSettings) -> Tensor:
+def _values(trajectory: Trajectory, scored: RoleOutputs, ppo: PpoSettings) -> Tensor:
     """The critic's values, the last one 0 where the response is terminal."""
     values = scored.values.clone()
-    if len(values) and not _goes_on(trajectory, ppo):
+    if len(values) and not _is_bootstrapped(trajectory, ppo):
         values[-1] = 0.0
     return values
 
 
 def _by_gae(rewards: Rows, values: Rows, ppo: PpoSettings) -> tuple[Rows, Rows]:
-    pairs = [gae(r, v, ppo.gamma, ppo.lam) for r, v in zip(rewards, values, strict=True)]
+    pairs = [gae(r, v, ppo.gamma, ppo.gae_lambda) for r, v in zip(rewards, values, strict=True)]
     return [advantages for advantages, _ in pairs], [returns for _, returns in pairs]
 
 
@@ -111,7 +111,7 @@ def _by_totals(function: Callable[[Tensor, int], Tensor]) -> Callable[[Rows, Row
     """An estimator that gives all tokens of a response the same advantage, from its total reward."""
 
     def estimate(rewards: Rows, values: Rows, ppo: PpoSettings) -> tuple[Rows, Rows]:
-        advantages = function(torch.stack([row.sum() for row in rewards]), ppo.samples)
+        advantages = function(torch.stack([row.sum() for row in rewards]), ppo.samples_per_prompt)
         return [a.expand(len(r)) for a, r in zip(advantages, rewards, strict=True)], values
 
     return estimate

@@ -100,7 +100,7 @@ class CriticSettings(Settings):
 class StopSettings(Settings):
     """A figure of each step at which PPO ends early. The policy is the best evaluated, as at any end."""
 
-    metric: str = Field(description="a name in metrics.jsonl, as reward/spread, reward/gold_mean or kl/sequence")
+    metric: str = Field(description="a name in metrics.jsonl, as reward/spread, reward/gold_mean or kl/per_sequence")
     above: float | None = None
     below: float | None = None
     falls_by: float | None = Field(None, gt=0, description="under the highest value so far")
@@ -117,42 +117,46 @@ class PpoSettings(Settings):
     """Proximal policy optimization. Sizes are in episodes (one prompt with one response)."""
 
     steps: int = Field(50, ge=1, description="rounds of rollout and update")
-    batch: int = Field(128, ge=1, description="episodes a step")
-    samples: int = Field(1, ge=1, description="episodes a prompt; rloo and grpo compare those of one prompt")
+    batch_size: int = Field(128, ge=1, description="episodes a step")
+    samples_per_prompt: int = Field(1, ge=1, description="episodes a prompt; rloo and grpo compare those of one prompt")
     epochs: int = Field(2, ge=1, description="passes over the episodes of a step")
     minibatches: int = Field(4, ge=1, description="optimizer steps a pass")
     estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = Field(
         "gae", description="of advantages; only gae has a critic"
     )
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token, in gae and reinforce++")
-    lam: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
     whiten_advantages: bool | None = Field(
         None, description="over the batch; unset: as the estimator's paper has it, so for gae and reinforce++"
     )
     whiten_rewards: bool = Field(False, description="scale the token rewards of a batch to deviation 1")
-    average: Literal["tokens", "sequences"] = Field(
-        "tokens", description="losses are means over all tokens, or means over sequences of each one's mean"
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="losses are means over all tokens, or means over sequences of each one's mean"
     )
     clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="the ratio is clipped at 1 + clip_high")
     dual_clip: float | None = Field(
         None, gt=1, description="largest ratio that counts where the advantage is negative; unset: any"
     )
-    entropy: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
-    importance_cap: float | None = Field(
+    entropy_coefficient: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
+    importance_ratio_cap: float | None = Field(
         None, gt=0, description="weigh tokens by learner over sampler probability, at most so much; unset: do not"
     )
-    max_gap: float | None = Field(
+    max_mismatch: float | None = Field(
         None, gt=0, description="mean nats a token between sampler and learner at which the run stops"
     )
-    ptx: float = Field(0.0, ge=0, description="weight of the likelihood of demonstrations, mixed into each update")
+    ptx_coefficient: float = Field(
+        0.0, ge=0, description="weight of the likelihood of demonstrations, mixed into each update"
+    )
     target_kl: float | None = Field(
         None, gt=0, description="mean KL a token of new to old policy at which the passes over a batch end early"
     )
-    cut: Literal["score", "bootstrap"] = Field(
-        "score", description="responses cut at the length limit: scored and terminal, or unscored and bootstrapped"
+    on_truncation: Literal["score", "bootstrap"] = Field(
+        "score", description="responses truncated at max_new_tokens: scored and terminal, or unscored and bootstrapped"
     )
-    cut_penalty: float = Field(0.0, ge=0, description="taken off the score of a cut response (with cut: score)")
+    truncation_penalty: float = Field(
+        0.0, ge=0, description="taken off the score of a truncated response (with on_truncation: score)"
+    )
     length_penalty: float = Field(0.0, description="taken off the score for each response token; negative: a bonus")
     stop: StopSettings | None = Field(None, description="a rule that ends PPO early; unset: none")
     kl: KlSettings = KlSettings()
@@ -164,34 +168,36 @@ class PpoSettings(Settings):
         return self.estimator == "gae"
 
     @property
-    def critic_if_any(self) -> CriticSettings | None:
+    def active_critic(self) -> CriticSettings | None:
         """The settings of the critic that is built."""
         return self.critic if self.has_critic else None
 
     @property
-    def whitens(self) -> bool:
+    def whitens_advantages(self) -> bool:
         """Whether advantages are whitened over the batch."""
         return self.estimator in ("gae", "reinforce++") if self.whiten_advantages is None else self.whiten_advantages
 
     @model_validator(mode="after")
     def _consistent(self) -> "PpoSettings":
-        for name in ("minibatches", "samples"):
-            if self.batch % getattr(self, name):
-                raise ValueError(f"{name} {getattr(self, name)} does not divide batch {self.batch}")
-        if self.estimator in ("rloo", "grpo") and self.samples < 2:
-            raise ValueError(f"{self.estimator} compares the samples of a prompt: set samples to 2 or more")
+        for name in ("minibatches", "samples_per_prompt"):
+            if self.batch_size % getattr(self, name):
+                raise ValueError(f"{name} {getattr(self, name)} does not divide batch_size {self.batch_size}")
+        if self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2:
+            raise ValueError(f"{self.estimator} compares the samples of a prompt: set samples_per_prompt to 2 or more")
         if not self.has_critic and self.critic != CriticSettings():
             raise ValueError(f"{self.estimator} has no critic: remove `critic`")
-        readers = {"gamma": ("gae", "reinforce++"), "lam": ("gae",)}
+        readers = {"gamma": ("gae", "reinforce++"), "gae_lambda": ("gae",)}
         for name, estimators in readers.items():
             default = type(self).model_fields[name].default
             if getattr(self, name) != default and self.estimator not in estimators:
                 raise ValueError(f"{self.estimator} does not read {name}: remove it, or use {' or '.join(estimators)}")
-        if self.cut == "bootstrap" and not self.has_critic:
-            raise ValueError(f"`cut: bootstrap` needs a critic, and {self.estimator} has none: use `cut: score`")
-        if self.cut == "bootstrap" and self.cut_penalty:
+        if self.on_truncation == "bootstrap" and not self.has_critic:
             raise ValueError(
-                "cut_penalty is taken off a score, which `cut: bootstrap` does not give: remove one of them"
+                f"`on_truncation: bootstrap` needs a critic, and {self.estimator} has none: use `on_truncation: score`"
+            )
+        if self.on_truncation == "bootstrap" and self.truncation_penalty:
+            raise ValueError(
+                "truncation_penalty is taken off a score, which `on_truncation: bootstrap` does not give: remove one of them"
             )
         return self
 
@@ -213,7 +219,9 @@ class LearnerSettings(Settings):
     schedule: Schedule = Field("constant", description="how the rates go on from their peaks, as in transformers")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
     weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient, of policy and of critic each by itself")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="largest norm of the gradient, of policy and of critic each by itself"
+    )
     max_skipped: int = Field(
         3, ge=1, description="steps in a row with a gradient that is not finite, and is left out, at which PPO stops"
     )
@@ -224,18 +232,18 @@ class LearnerSettings(Settings):
     )
 
 
-class ExampleSettings(Settings):
+class FewShotExample(Settings):
     """A prompt and what a good answer to it is."""
 
     prompt: str
     completion: str
 
 
-class StyleSettings(Settings):
+class PromptStyleSettings(Settings):
     """A way to put the held-out prompts to the reference: what prompting alone can do."""
 
     system: str | None = Field(None, description="a system prompt")
-    examples: list[ExampleSettings] = Field(default_factory=list, description="answered before the prompt: few-shot")
+    examples: list[FewShotExample] = Field(default_factory=list, description="answered before the prompt: few-shot")
     suffix: str = Field("", description="added to the prompt, as in ` Think step by step.`")
 
 
@@ -253,7 +261,7 @@ class EvaluationSettings(Settings):
     temperature: float | None = Field(
         None, ge=0, description="of the samples; 0: greedy; unset: that of the rollouts, at which alone KL is unbiased"
     )
-    styles: dict[str, StyleSettings] = Field(
+    prompt_styles: dict[str, PromptStyleSettings] = Field(
         default_factory=dict, description="NAME: also judge the reference with the prompts put in this way"
     )
     best_of: int = Field(0, ge=0, description="also judge the best of so many reference samples; 0: not")
@@ -326,12 +334,12 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _rollouts_fit(self) -> "Experiment":
         rollouts, ppo = self.rollouts, self.ppo
-        chunks = math.ceil(ppo.batch / rollouts.prompts_a_chunk)
+        chunks = math.ceil(ppo.batch_size / rollouts.effective_chunk_size)
         if rollouts.workers > chunks:
             raise ValueError(
-                f"rollouts.workers {rollouts.workers}: a batch of {ppo.batch} is {chunks} chunks of "
-                f"{rollouts.prompts_a_chunk} prompts, and some workers would idle: set rollouts.chunk to at most "
-                f"{max(1, ppo.batch // rollouts.workers)}, or fewer workers"
+                f"rollouts.workers {rollouts.workers}: a batch of {ppo.batch_size} is {chunks} chunks of "
+                f"{rollouts.effective_chunk_size} prompts, and some workers would idle: set rollouts.chunk_size to at most "
+                f"{max(1, ppo.batch_size // rollouts.workers)}, or fewer workers"
             )
         plain = self.policy.method == "lora" and not self.policy.dora and self.policy.full_rank <= LARGEST_RANK
         if rollouts.engine == "vllm" and not plain:
@@ -339,17 +347,17 @@ class Experiment(Settings):
                 f"rollouts.engine vllm swaps adapters of policy.method lora, without dora, of rank {LARGEST_RANK} at "
                 "most; this policy is another: use engine transformers"
             )
-        if self.deterministic and (rollouts.engine == "vllm" or rollouts.stretch):
-            what = "engine vllm, which batches as requests come" if rollouts.engine == "vllm" else "stretch"
+        if self.deterministic and (rollouts.engine == "vllm" or rollouts.segment_tokens):
+            what = "engine vllm, which batches as requests come" if rollouts.engine == "vllm" else "segment_tokens"
             raise ValueError(f"deterministic: no two runs are the same with rollouts.{what}: remove one of them")
-        if rollouts.max_age and ppo.importance_cap is None:
+        if rollouts.max_staleness and ppo.importance_ratio_cap is None:
             raise ValueError(
-                "rollouts.max_age samples from older weights than are trained, which ppo.importance_cap corrects: set "
+                "rollouts.max_staleness samples from older weights than are trained, which ppo.importance_ratio_cap corrects: set "
                 "it, to 2.0 as is usual"
             )
-        if rollouts.max_age and ppo.max_gap is not None:
+        if rollouts.max_staleness and ppo.max_mismatch is not None:
             raise ValueError(
-                "ppo.max_gap compares sampler and learner under the same weights, which rollouts.max_age lets differ: "
+                "ppo.max_mismatch compares sampler and learner under the same weights, which rollouts.max_staleness lets differ: "
                 "remove one of them"
             )
         return self

@@ -13,14 +13,14 @@ from align.runtime.seeds import seed_for
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.text.tokenization import encode_prompt, encode_response
-from rewards.preferences import OVERALL, Feedback, Ranking, parse_feedback
+from rewards.preferences import OVERALL, PreferenceExample, Ranking, parse_preference
 from rewards.rankings import MOST_OPEN
 from rewards.schema import RewardSettings
 from rollouts.trajectory import Request
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenizedDemonstration:
     """A demonstration in tokens; the loss is on the response, EOS included."""
 
     prompt_ids: list[int]
@@ -32,13 +32,13 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Case:
+class TokenizedPreference:
     """Feedback and its tokens; responses_ids: of each response, in the feedback's order.
 
     shared: the responses stand behind one copy of the prompt, and not each behind its own.
     """
 
-    feedback: Feedback
+    example: PreferenceExample
     prompt_ids: list[int]
     responses_ids: list[list[int]]
     shared: bool = True
@@ -51,20 +51,20 @@ class Case:
         return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
 
 
-T = TypeVar("T", Example, Case, Request)
+T = TypeVar("T", TokenizedDemonstration, TokenizedPreference, Request)
 
 
 @dataclass
-class Inputs:
+class Datasets:
     """The rows of each stage and those that it is judged by; empty where a stage does not run.
 
     skipped: by source, why each bad row was left out.
     """
 
-    examples: list[Example] = field(default_factory=list)
-    examples_heldout: list[Example] = field(default_factory=list)
-    cases: list[Case] = field(default_factory=list)
-    cases_heldout: list[Case] = field(default_factory=list)
+    demonstrations: list[TokenizedDemonstration] = field(default_factory=list)
+    demonstrations_heldout: list[TokenizedDemonstration] = field(default_factory=list)
+    preferences: list[TokenizedPreference] = field(default_factory=list)
+    preferences_heldout: list[TokenizedPreference] = field(default_factory=list)
     prompts: list[Request] = field(default_factory=list)
     prompts_heldout: list[Request] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
@@ -81,31 +81,31 @@ def trains_reward(experiment: Experiment) -> bool:
     return "reward" in experiment.stages and reward.has_model and not (reward.model or reward.classifier)
 
 
-def read_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Inputs:
+def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Datasets:
     """Read what the experiment's stages need. context: the most positions that the model has, if it says.
 
     Raises UserError naming source, file and line of the first bad row, or the key of a source that is missing.
     """
     reader = _Reader(experiment)
-    inputs = Inputs(skipped=reader.skipped)
-    if trains_sft(experiment) or ("ppo" in experiment.stages and experiment.ppo.ptx):
-        parse = example_parser(tokenizer, experiment.sft.max_tokens)
-        inputs.examples, inputs.examples_heldout = reader.both("demonstrations", None, parse)
-    judged = case_parser(tokenizer, experiment.reward)
+    datasets = Datasets(skipped=reader.skipped)
+    if trains_sft(experiment) or ("ppo" in experiment.stages and experiment.ppo.ptx_coefficient):
+        parse = demonstration_parser(tokenizer, experiment.sft.max_tokens)
+        datasets.demonstrations, datasets.demonstrations_heldout = reader.both("demonstrations", None, parse)
+    judged = preference_parser(tokenizer, experiment.reward)
     if trains_reward(experiment):
-        inputs.cases, inputs.cases_heldout = reader.both("preferences", "preferences_heldout", judged)
+        datasets.preferences, datasets.preferences_heldout = reader.both("preferences", "preferences_heldout", judged)
     elif experiment.data.preferences_heldout:
-        inputs.cases_heldout = reader.one("preferences_heldout", judged)
+        datasets.preferences_heldout = reader.one("preferences_heldout", judged)
     if "ppo" in experiment.stages:
         ask = request_parser(
             tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context
         )
-        inputs.prompts, heldout = reader.both("prompts", "prompts_heldout", ask)
-        inputs.prompts_heldout = heldout[: experiment.evaluation.prompts]
-    return inputs
+        datasets.prompts, heldout = reader.both("prompts", "prompts_heldout", ask)
+        datasets.prompts_heldout = heldout[: experiment.evaluation.prompts]
+    return datasets
 
 
-def read_cases(experiment: Experiment, path: Path | None) -> list[Case]:
+def read_preferences(experiment: Experiment, path: Path | None) -> list[TokenizedPreference]:
     """Feedback to judge a reward model by: of a file, or the experiment's held-out rows."""
     tokenizer = load_tokenizer(experiment.model.path)
     if path is not None:
@@ -113,13 +113,13 @@ def read_cases(experiment: Experiment, path: Path | None) -> list[Case]:
         experiment = experiment.model_copy(update={"data": data})
     reader = _Reader(experiment)
     if experiment.data.preferences_heldout:
-        return reader.one("preferences_heldout", case_parser(tokenizer, experiment.reward))
-    return reader.both("preferences", None, case_parser(tokenizer, experiment.reward))[1]
+        return reader.one("preferences_heldout", preference_parser(tokenizer, experiment.reward))
+    return reader.both("preferences", None, preference_parser(tokenizer, experiment.reward))[1]
 
 
-def _prompt(row: Example | Case | Request) -> Hashable:
+def _prompt(row: TokenizedDemonstration | TokenizedPreference | Request) -> Hashable:
     """What must not stand on both sides of a split. Plain text has no prompt but the start: there it is the text."""
-    if isinstance(row, Example) and len(row.prompt_ids) == 1:
+    if isinstance(row, TokenizedDemonstration) and len(row.prompt_ids) == 1:
         return tuple(row.response_ids)
     return tuple(row.prompt_ids)
 
@@ -154,24 +154,30 @@ class _Reader:
             raise UserError(f"data.{name}: {error}{f', and data.{heldout} is not set' if heldout else ''}") from None
 
 
-def example_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Callable[[Mapping[str, Any]], Example]:
+def demonstration_parser(
+    tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Callable[[Mapping[str, Any]], TokenizedDemonstration]:
     """From a row to an example; the parser raises ValueError with the reason for people."""
 
-    def parse(values: Mapping[str, Any]) -> Example:
+    def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
         row = parse_demonstration(values)
-        example = Example(encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.completion))
+        example = TokenizedDemonstration(
+            encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.completion)
+        )
         _refuse_long(len(example.prompt_ids) + len(example.response_ids), max_tokens, "sft.max_tokens")
         return example
 
     return parse
 
 
-def case_parser(tokenizer: PreTrainedTokenizerBase, settings: RewardSettings) -> Callable[[Mapping[str, Any]], Case]:
+def preference_parser(
+    tokenizer: PreTrainedTokenizerBase, settings: RewardSettings
+) -> Callable[[Mapping[str, Any]], TokenizedPreference]:
     """From a row to a case; the parser raises ValueError with the reason for people."""
 
-    def parse(values: Mapping[str, Any]) -> Case:
-        feedback = parse_feedback(values, open_ties=settings.ties == "unknown")
-        judgement = feedback.judgement
+    def parse(values: Mapping[str, Any]) -> TokenizedPreference:
+        feedback = parse_preference(values, open_ties=settings.ties == "unknown")
+        judgement = feedback.preference
         largest = max(judgement.sizes) if isinstance(judgement, Ranking) and judgement.open else 0
         if settings.label_smoothing and largest > MOST_OPEN:
             raise ValueError(f"a tie of {largest}: with reward.label_smoothing it may have {MOST_OPEN}")
@@ -179,14 +185,14 @@ def case_parser(tokenizer: PreTrainedTokenizerBase, settings: RewardSettings) ->
             if attribute != OVERALL and attribute not in settings.attributes:
                 known = ", ".join(settings.attributes) or "none"
                 raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({known})")
-        case = Case(
-            feedback=feedback,
+        preference = TokenizedPreference(
+            example=feedback,
             prompt_ids=encode_prompt(tokenizer, feedback.prompt),
             responses_ids=[encode_response(tokenizer, response) for response in feedback.responses],
         )
-        longest = max(map(len, case.responses_ids))
-        _refuse_long(len(case.prompt_ids) + longest, settings.max_tokens, "reward.max_tokens")
-        return case
+        longest = max(map(len, preference.responses_ids))
+        _refuse_long(len(preference.prompt_ids) + longest, settings.max_tokens, "reward.max_tokens")
+        return preference
 
     return parse
 

@@ -23,7 +23,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """Columns by name, and where they stand: `file:line`. problem: why they could not be read."""
 
     where: str
@@ -48,14 +48,14 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class Parsed(Generic[T]):
+class ParsedRows(Generic[T]):
     """What the good rows gave, and where and why the others were left out."""
 
     items: list[T]
     skipped: list[str]
 
 
-def read_rows(source: SourceSettings) -> list[Row]:
+def read_rows(source: SourceSettings) -> list[SourceRow]:
     """All rows of a source, under our names of their columns. Raises UserError where there are none.
 
     A line that is no JSON object becomes a row with a problem, for `parse_rows` to refuse or to skip.
@@ -69,12 +69,12 @@ def read_rows(source: SourceSettings) -> list[Row]:
             raise UserError(
                 f"{source.path}: `columns` asks for {theirs!r} as {ours!r}, and no row has it; known: {known}"
             )
-    return [Row(row.where, _renamed(row.values, source.columns), row.problem) for row in rows]
+    return [SourceRow(row.where, _renamed(row.values, source.columns), row.problem) for row in rows]
 
 
 def parse_rows(
-    rows: Iterable[Row], parse: Callable[[Mapping[str, Any]], T], on_bad_row: Literal["error", "skip"]
-) -> Parsed[T]:
+    rows: Iterable[SourceRow], parse: Callable[[Mapping[str, Any]], T], on_bad_row: Literal["error", "skip"]
+) -> ParsedRows[T]:
     """Put each row through `parse`, which raises ValueError for a bad one.
 
     Raises UserError for bad rows unless they are to be skipped, and where no good row is left.
@@ -92,7 +92,7 @@ def parse_rows(
         more = [f"… and {len(skipped) - SHOWN} more bad rows"] if len(skipped) > SHOWN else []
         hint = ["data.on_bad_row=skip leaves them out"] if items else ["no good row is left"]
         raise UserError("\n".join([*skipped[:SHOWN], *more, *hint]))
-    return Parsed(items, skipped)
+    return ParsedRows(items, skipped)
 
 
 def parse_demonstration(values: Mapping[str, Any]) -> Demonstration:
@@ -127,12 +127,12 @@ def split_heldout(items: Sequence[T], share: float, seed: int, key: Callable[[T]
     return kept, [item for item in items if key(item) in aside]
 
 
-def _rows(source: SourceSettings) -> Iterator[Row]:
+def _rows(source: SourceSettings) -> Iterator[SourceRow]:
     for path in [source.path] if isinstance(source.path, str) else source.path:
         yield from _rows_of(path, source.split)
 
 
-def _rows_of(name: str, split: str) -> Iterator[Row]:
+def _rows_of(name: str, split: str) -> Iterator[SourceRow]:
     try:
         path = Path(name).expanduser()
         folder, file_itself = path.is_dir(), path.is_file()
@@ -172,7 +172,7 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, An
     return {ours: values[theirs] for ours, theirs in there.items()} | kept
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[SourceRow]:
     number = 0
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
@@ -183,17 +183,17 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}:{number + 1} cannot be read: {error}") from None
 
 
-def _json_row(where: str, line: bytes) -> Row:
+def _json_row(where: str, line: bytes) -> SourceRow:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        return Row(where, problem=f"no valid JSON: {error}")
+        return SourceRow(where, problem=f"no valid JSON: {error}")
     if not isinstance(value, dict):
-        return Row(where, problem=f"{fields.kind(value)}; an object with columns was expected")
-    return Row(where, value)
+        return SourceRow(where, problem=f"{fields.kind(value)}; an object with columns was expected")
+    return SourceRow(where, value)
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def _read_json(path: Path) -> Iterator[SourceRow]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -202,10 +202,14 @@ def _read_json(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: a list of objects was expected; a file with one object a line is .jsonl")
     for number, value in enumerate(values, start=1):
         where = f"{path}, row {number}"
-        yield Row(where, value) if isinstance(value, dict) else Row(where, problem=f"{fields.kind(value)}, no object")
+        yield (
+            SourceRow(where, value)
+            if isinstance(value, dict)
+            else SourceRow(where, problem=f"{fields.kind(value)}, no object")
+        )
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[SourceRow]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
         while True:
@@ -217,12 +221,14 @@ def _read_csv(path: Path) -> Iterator[Row]:
             except (csv.Error, UnicodeDecodeError) as error:
                 raise UserError(f"{where}: no valid CSV: {error}") from None
             if None in values or None in values.values():
-                yield Row(where, problem=f"{len(reader.fieldnames or ())} cells were expected, as in the first line")
+                yield SourceRow(
+                    where, problem=f"{len(reader.fieldnames or ())} cells were expected, as in the first line"
+                )
             else:
-                yield Row(where, {name: cell for name, cell in values.items() if cell != ""})
+                yield SourceRow(where, {name: cell for name, cell in values.items() if cell != ""})
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[SourceRow]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -232,12 +238,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches():
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", values)
+                    yield SourceRow(f"{path}, row {number}", values)
     except (ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row]:
+def _read_hub(name: str, split: str) -> Iterator[SourceRow]:
     from datasets import load_dataset
 
     try:
@@ -246,10 +252,10 @@ def _read_hub(name: str, split: str) -> Iterator[Row]:
         reason = first_line(error)
         raise UserError(f"{name} is no file here and cannot be loaded from the hub: {reason}") from None
     for number, values in enumerate(rows, start=1):
-        yield Row(f"{name} ({split}), row {number}", values)
+        yield SourceRow(f"{name} ({split}), row {number}", values)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
     ".json": _read_json,
@@ -258,5 +264,5 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Row]] | None:
+def _reader(path: Path) -> Callable[[Path], Iterator[SourceRow]] | None:
     return next((read for suffix, read in READERS.items() if path.name.endswith(suffix)), None)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.evaluation.prompt_styles import Style
+from align.evaluation.prompt_styles import PromptStyle
 from align.runtime.seeds import seed_for
-from align.scoring.reward import Ask, Gold, Verdicts
+from align.scoring.reward import EvaluationScorer, Gold, Rescore
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
 from rollouts.engine import Sampling
 from rollouts.pool import Pool
-from rollouts.trajectory import Request, Scored, Trajectory, lengths
+from rollouts.trajectory import Request, RoleOutputs, Trajectory, lengths
 
 REFERENCE_VERSION = -1
 """The version under which the pool holds the reference while it is judged."""
@@ -30,12 +30,12 @@ class Side:
     """One model's responses to the held-out prompts, one a prompt, and what is known of them."""
 
     trajectories: list[Trajectory]
-    scored: list[Scored]
+    scored: list[RoleOutputs]
     gold: Tensor | None
 
     @property
     def scores(self) -> Tensor:
-        return torch.tensor([verdict.score for verdict in self.scored])
+        return torch.tensor([output.score for output in self.scored])
 
     def figures(self) -> dict[str, float]:
         """The figures of `evaluation.json` that either side has."""
@@ -47,7 +47,7 @@ class Side:
             "eos_share": sum(t.ended for t in self.trajectories) / len(self.trajectories),
         }
         if "spread" in self.scored[0].notes:
-            figures["spread_mean"] = fmean(verdict.notes["spread"] for verdict in self.scored)
+            figures["spread_mean"] = fmean(output.notes["spread"] for output in self.scored)
         return figures if self.gold is None else figures | {"gold_mean": float(self.gold.mean())}
 
 
@@ -57,15 +57,15 @@ class Evaluator:
     def __init__(
         self,
         pool: Pool,
-        score: Ask,
-        rate: Ask,
+        score: EvaluationScorer,
+        rate: EvaluationScorer,
         gold: Gold | None,
         reference: AdapterWeights,
         prompts: Sequence[Request],
         sampling: Sampling,
         seed: int,
         best_of: int,
-        styles: Mapping[str, Style] = MappingProxyType({}),
+        styles: Mapping[str, PromptStyle] = MappingProxyType({}),
     ) -> None:
         """score: verdicts on the policy's trajectories, KL and score; rate: on the reference's, the score alone.
 
@@ -90,7 +90,7 @@ class Evaluator:
         references = [sampled.now() for sampled in draws]
         self.pool.load_adapter(version, policy)
         side = self._sample(self.draws[0], self.score).now()
-        kl = torch.tensor([verdict.kl for verdict in side.scored], dtype=torch.float64)
+        kl = torch.tensor([output.kl for output in side.scored], dtype=torch.float64)
         compared = _wins(side, references[0]) | {
             "kl_per_sequence": float(kl.mean()),
             "kl_per_token": float(kl.sum()) / int(lengths(side.trajectories).sum()),
@@ -101,7 +101,7 @@ class Evaluator:
             sections["best_of"] = _best_of(references)
         if styled:
             now = {name: sampled.now() for name, sampled in styled.items()}
-            sections["styles"] = {name: own.figures() | _wins(side, own) for name, own in now.items()}
+            sections["prompt_styles"] = {name: own.figures() | _wins(side, own) for name, own in now.items()}
         return sections | {"prompts": len(side.trajectories)}
 
     @cached_property
@@ -111,9 +111,11 @@ class Evaluator:
         draws = [self._sample(requests, self.rate) for requests in self.draws]
         return draws, {name: self._sample(self.draws[0], self.rate, style) for name, style in self.styles.items()}
 
-    def _sample(self, requests: Sequence[Request], ask: Ask, style: Style | None = None) -> "Sampled":
-        asked = requests if style is None else [style(request) for request in requests]
-        answers = self.pool.generate(asked, self.sampling)
+    def _sample(
+        self, requests: Sequence[Request], ask: EvaluationScorer, style: PromptStyle | None = None
+    ) -> "Sampled":
+        requested_roles = requests if style is None else [style(request) for request in requests]
+        answers = self.pool.generate(requested_roles, self.sampling)
         trajectories = [replace(t, request=request) for t, request in zip(answers, requests, strict=True)]
         gold = None if self.gold is None else torch.tensor(self.gold(trajectories), dtype=torch.float64)
         return Sampled(trajectories, ask(trajectories), gold)
@@ -124,11 +126,11 @@ class Sampled:
     """Responses, and what is asked for their verdicts: a reward that learns says another thing later."""
 
     trajectories: list[Trajectory]
-    verdicts: Verdicts
+    outputs: Rescore
     gold: Tensor | None
 
     def now(self) -> Side:
-        return Side(self.trajectories, self.verdicts(), self.gold)
+        return Side(self.trajectories, self.outputs(), self.gold)
 
 
 def _wins(ours: Side, theirs: Side) -> dict[str, float]:

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from align.config.schema import StyleSettings
+from align.config.schema import PromptStyleSettings
 from policies.text.tokenization import Prompt, encode_prompt
 from rollouts.trajectory import Request
 
-Style = Callable[[Request], Request]
+PromptStyle = Callable[[Request], Request]
 """The same question, put in another way."""
 
 
-def make_style(settings: StyleSettings, tokenizer: PreTrainedTokenizerBase) -> Style:
+def make_prompt_style(settings: PromptStyleSettings, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
     """A request with the style's system prompt, examples and suffix about its prompt."""
 
     def style(request: Request) -> Request:
@@ -23,7 +23,7 @@ def make_style(settings: StyleSettings, tokenizer: PreTrainedTokenizerBase) -> S
     return style
 
 
-def styled(prompt: Prompt, settings: StyleSettings) -> Prompt:
+def styled(prompt: Prompt, settings: PromptStyleSettings) -> Prompt:
     """In messages, the system prompt comes first and examples are turns; before text, all stand a blank line apart."""
     if isinstance(prompt, str):
         before = [settings.system] if settings.system else []

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from align.data.datasets import Case
+from align.data.datasets import TokenizedPreference
 from align.runtime.atomic_files import write_json
 from align.supervised.reward_objective import branches, flat
 from policies.batching import collate
@@ -29,24 +29,30 @@ SHOWN = 20
 
 
 def diagnose(
-    cases: Sequence[Case], scores: Tensor, weights: Mapping[str, float], trained: Sequence[Case] = ()
+    preferences: Sequence[TokenizedPreference],
+    scores: Tensor,
+    weights: Mapping[str, float],
+    trained: Sequence[TokenizedPreference] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of `diagnostics.json`, and the worst errors in full.
 
     scores: `[members, N, A]`, by attribute, of all responses of the cases in order, on the scale of training. What is
     said of an ensemble is said of its mean. trained: the cases of training, to which the length model is fitted.
     """
-    compared = figures.comparisons([case.feedback for case in cases])
-    starts = _starts(cases)
+    compared = figures.comparisons([preference.example for preference in preferences])
+    starts = _starts(preferences)
     whole = _by_attribute(scores, weights)
-    facts: dict[str, Any] = {"rows": len(cases)} | _correlations(cases, scores.mean(0), weights, starts)
+    facts: dict[str, Any] = {"rows": len(preferences)} | _correlations(preferences, scores.mean(0), weights, starts)
     if not compared:
         return facts, []
     members = torch.stack([_differences(compared, own, starts) for own in whole])
     difference = members.mean(0)
     clusters = [each.cluster for each in compared]
     certainty = torch.tensor([each.certainty for each in compared], dtype=torch.float64)
-    longer, margin = _lengths(compared, cases), torch.tensor([each.margin for each in compared], dtype=torch.float64)
+    longer, margin = (
+        _lengths(compared, preferences),
+        torch.tensor([each.margin for each in compared], dtype=torch.float64),
+    )
     rows = figures.reliability(difference)
     facts |= vars(figures.accuracy(difference, clusters)) | {
         "log_loss": figures.log_loss(difference, certainty),
@@ -62,16 +68,16 @@ def diagnose(
         facts["members"] = [figures.accuracy(own, clusters).accuracy for own in members]
         facts["agreement"] = figures.agreement(members)
     worst = difference.argsort()[:SHOWN].tolist()
-    return facts, [_in_full(compared[i], cases, float(difference[i])) for i in worst if difference[i] < 0]
+    return facts, [_in_full(compared[i], preferences, float(difference[i])) for i in worst if difference[i] < 0]
 
 
-def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[str, float]:
+def invariance(model: RewardModel, preferences: Sequence[TokenizedPreference], tokens: int) -> dict[str, float]:
     """How far the same responses' scores lie apart: in batches, alone, beside a long row, behind one prompt."""
-    counts = accumulate(len(case.responses_ids) for case in cases)
-    cases = cases[: sum(1 for _ in takewhile(lambda count: count <= PROBED, counts))]
-    if not cases:
+    counts = accumulate(len(preference.responses_ids) for preference in preferences)
+    preferences = preferences[: sum(1 for _ in takewhile(lambda count: count <= PROBED, counts))]
+    if not preferences:
         return {}
-    prompts, responses = flat(cases)
+    prompts, responses = flat(preferences)
     alone = model.attribute_scores(prompts, responses, 1)
     found = {"batched": model.attribute_scores(prompts, responses, tokens)}
     device, longest = model.trunk.causal.device, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -79,10 +85,10 @@ def invariance(model: RewardModel, cases: Sequence[Case], tokens: int) -> dict[s
         most = getattr(model.trunk.causal.config.get_text_config(), "max_position_embeddings", None) or longest + 16
         beside = collate([[0] * max(longest, min(longest + 16, most)), *prompts], [[], *responses]).to(device)
         found["beside_a_long_row"] = model(beside)[1:].cpu()
-        if model.trunk.branches_agree(model.role):
-            batch = branches(list(cases))
+        if model.trunk.supports_shared_prompts(model.role):
+            batch = branches(list(preferences))
             places = {name: batch[name].to(device) for name in ("ids", "last", "positions", "seen")}
-            found["shared"] = model.scores_of_branches(**places).cpu()
+            found["shared"] = model.scores_shared_prompts(**places).cpu()
     return {name: float((scores - alone).abs().max()) for name, scores in found.items()}
 
 
@@ -94,8 +100,8 @@ def write_diagnostics(folder: Path, facts: Mapping[str, Any], worst: Sequence[Ma
         _draw_reliability(facts["reliability"], folder / RELIABILITY)
 
 
-def _starts(cases: Sequence[Case]) -> list[int]:
-    return list(accumulate((len(case.responses_ids) for case in cases), initial=0))
+def _starts(preferences: Sequence[TokenizedPreference]) -> list[int]:
+    return list(accumulate((len(preference.responses_ids) for preference in preferences), initial=0))
 
 
 def _by_attribute(scores: Tensor, weights: Mapping[str, float]) -> list[dict[str, Tensor]]:
@@ -116,16 +122,16 @@ def _differences(compared: Sequence[Comparison], scores: Mapping[str, Tensor], s
     return torch.stack(found)
 
 
-def _lengths(compared: Sequence[Comparison], cases: Sequence[Case]) -> Tensor:
+def _lengths(compared: Sequence[Comparison], preferences: Sequence[TokenizedPreference]) -> Tensor:
     """Tokens `[M, 2]` float64 of the better and the worse response."""
-    pairs = [[len(cases[row].responses_ids[i]) for row, i in (each.better, each.worse)] for each in compared]
+    pairs = [[len(preferences[row].responses_ids[i]) for row, i in (each.better, each.worse)] for each in compared]
     return torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
 
 
-def _baselines(lengths: Tensor, clusters: Sequence[int], trained: Sequence[Case]) -> dict[str, Any]:
+def _baselines(lengths: Tensor, clusters: Sequence[int], trained: Sequence[TokenizedPreference]) -> dict[str, Any]:
     """Accuracy of two rewards that know only the length: the longer is better, and a fit to the training rows."""
     found = {"longer": vars(figures.accuracy(lengths[:, 0] - lengths[:, 1], clusters))}
-    if compared := figures.comparisons([case.feedback for case in trained]):
+    if compared := figures.comparisons([preference.example for preference in trained]):
         better, worse = _lengths(compared, trained).unbind(-1)
         worth = LengthModel(better, worse)
         found["fitted_to_length"] = vars(figures.accuracy(worth(lengths[:, 0]) - worth(lengths[:, 1]), clusters))
@@ -133,20 +139,20 @@ def _baselines(lengths: Tensor, clusters: Sequence[int], trained: Sequence[Case]
 
 
 def _correlations(
-    cases: Sequence[Case], scores: Tensor, weights: Mapping[str, float], starts: Sequence[int]
+    preferences: Sequence[TokenizedPreference], scores: Tensor, weights: Mapping[str, float], starts: Sequence[int]
 ) -> dict[str, Any]:
     """Spearman's correlation of scores with ratings, by attribute, and its mean with the ranks of rankings."""
     named = _by_attribute(scores[None], weights)[0]
     rated: dict[str, list[tuple[float, float]]] = {}
     ranked = []
-    for case, start in zip(cases, starts, strict=False):
-        feedback = case.feedback
-        if isinstance(feedback.judgement, Rating):
-            for attribute, value in feedback.judgement.values.items():
+    for preference, start in zip(preferences, starts, strict=False):
+        feedback = preference.example
+        if isinstance(feedback.preference, Rating):
+            for attribute, value in feedback.preference.values.items():
                 own = named.get(attribute, named[OVERALL])
                 rated.setdefault(attribute, []).append((float(own[start]), value))
-        elif isinstance(feedback.judgement, Ranking) and len(feedback.judgement.sizes) > 1:
-            ranks = [-i for i, size in enumerate(feedback.judgement.sizes) for _ in range(size)]
+        elif isinstance(feedback.preference, Ranking) and len(feedback.preference.sizes) > 1:
+            ranks = [-i for i, size in enumerate(feedback.preference.sizes) for _ in range(size)]
             said = named.get(feedback.attribute, named[OVERALL])[start : start + len(ranks)].tolist()
             if len(set(said)) > 1:
                 ranked.append(figures.rank_correlation(said, ranks))
@@ -161,17 +167,17 @@ def _correlations(
     return facts
 
 
-def _in_full(each: Comparison, cases: Sequence[Case], difference: float) -> dict[str, Any]:
+def _in_full(each: Comparison, preferences: Sequence[TokenizedPreference], difference: float) -> dict[str, Any]:
     (row, better), (other, worse) = each.better, each.worse
-    feedback = cases[row].feedback
+    feedback = preferences[row].example
     full = {
         "difference": difference,
         "prompt": prompt_text(feedback.prompt),
         "better": feedback.responses[better],
-        "worse": cases[other].feedback.responses[worse],
+        "worse": preferences[other].example.responses[worse],
     }
     if row != other:
-        full["prompt_of_worse"] = prompt_text(cases[other].feedback.prompt)
+        full["prompt_of_worse"] = prompt_text(preferences[other].example.prompt)
     return full | ({"attribute": each.attribute} if each.attribute else {})
 
 

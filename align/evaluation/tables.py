@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-ROWS = (
+FIGURES = (
     ("score_mean", "score, mean", "{:.3f}"),
     ("score_std", "score, deviation", "{:.3f}"),
     ("spread_mean", "spread of the ensemble, mean", "{:.3f}"),
@@ -41,11 +41,11 @@ def _sides(evaluation: dict[str, Any]) -> Table:
     sides = {"reference": evaluation["reference"], "policy": evaluation["policy"]}
     if best:
         sides[f"best of {best['n']}"] = best
-    for name, figures in evaluation.get("styles", {}).items():
+    for name, figures in evaluation.get("prompt_styles", {}).items():
         sides[f"reference, {name}"] = {key: value for key, value in figures.items() if "win" not in key}
     title = f"{evaluation['prompts']} held-out prompts; policy of step {evaluation['policy']['step']}"
     table = Table("", *sides, title=title, title_justify="left", box=None, padding=(0, 2))
-    for key, name, form in ROWS:
+    for key, name, form in FIGURES:
         cells = [form.format(side[key]) if key in side else "" for side in sides.values()]
         if any(cells):
             table.add_row(name, *cells)

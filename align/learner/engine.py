@@ -9,7 +9,7 @@ import torch.distributed as dist
 from align.roles.roles import Roles
 
 
-def make_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> Any:
+def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> Any:
     """The engine. Clipping, schedules and the count of microbatches are the learner's own."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

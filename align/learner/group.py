@@ -8,28 +8,30 @@ import torch.distributed as dist
 
 from align.algorithms.episodes import Episode
 from align.config.schema import LearnerSettings, PpoSettings
-from align.data.datasets import Example
-from align.learner.learner import Learner, Rates
+from align.data.datasets import TokenizedDemonstration
+from align.learner.learner import Learner, StepCoefficients
 from align.learner.state import LearnerState
 from align.roles.roles import Roles
-from align.roles.scoring import EVERY_ROLE
+from align.roles.scoring import ALL_ROLES
 from policies.trunk import AdapterWeights
-from rollouts.trajectory import Scored, Trajectory
+from rollouts.trajectory import RoleOutputs, Trajectory
 
 Orders = Sequence[Sequence[Sequence[int]]]
 """For each epoch, for each minibatch, the episodes in it."""
 
-Mixed = Sequence[Sequence[Example]]
+Mixed = Sequence[Sequence[TokenizedDemonstration]]
 """For each optimizer step, the demonstrations that are mixed into it; none at all without ptx."""
 
 
 class Learners(Protocol):
     """All ranks of the learner as one."""
 
-    def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]: ...
+    def score(
+        self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
+    ) -> list[RoleOutputs]: ...
 
     def update(
-        self, episodes: Sequence[Episode], orders: Orders, rates: Rates, demonstrations: Mixed = ()
+        self, episodes: Sequence[Episode], orders: Orders, coefficients: StepCoefficients, demonstrations: Mixed = ()
     ) -> dict[str, float]: ...
 
     def policy_weights(self) -> AdapterWeights: ...
@@ -51,7 +53,7 @@ class LocalLearners:
     def __init__(
         self, roles: Roles, ppo: PpoSettings, learner: LearnerSettings, temperature: float, gradient_checkpointing: bool
     ) -> None:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1)
         self.learner = Learner(roles, ppo, learner, temperature, gradient_checkpointing)
         self.score = self.learner.score
         self.update = self.learner.update
@@ -68,6 +70,6 @@ class LocalLearners:
         deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a group that is gone
 
 
-def backend() -> str:
+def collective_backend() -> str:
     """What processes talk by: nccl between GPUs, gloo between CPUs."""
     return "nccl" if torch.cuda.is_available() else "gloo"

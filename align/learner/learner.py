@@ -14,32 +14,32 @@ from torch import Tensor
 
 from align.algorithms.episodes import Episode
 from align.config.schema import LearnerSettings, PpoSettings
-from align.data.datasets import Example
-from align.learner.engine import make_engine
+from align.data.datasets import TokenizedDemonstration
+from align.learner.engine import make_deepspeed_engine
 from align.learner.optimizer import GroupClip, make_optimizer
-from align.learner.state import Learned
+from align.learner.state import RankState
 from align.roles.roles import Roles
 from align.roles.scoring import (
-    EVERY_ROLE,
+    ALL_ROLES,
     STATISTICS,
     Loss,
     in_one,
     likelihood_loss,
     microbatch,
     ppo_losses,
-    score_groups,
+    score_microbatches,
 )
 from policies.batching import Batch, collate
-from rollouts.trajectory import Scored, Trajectory
+from rollouts.trajectory import RoleOutputs, Trajectory
 
-R = TypeVar("R", Episode, Example)
+R = TypeVar("R", Episode, TokenizedDemonstration)
 
 ROLES = ("policy", "critic")
 """What is trained, each with a learning rate and a gradient norm of its own."""
 
 
 @dataclass(frozen=True)
-class Rates:
+class StepCoefficients:
     """What one PPO step trains with: learning rates and the weight of the KL in the loss (0: it is in the reward)."""
 
     policy: float
@@ -64,32 +64,34 @@ class Learner:
         self.optimizer = make_optimizer(learner, groups, factors)
         if learner.zero == 3:
             for trunk in roles.trunks:
-                trunk.leave_to_modules()
-        self.engine = make_engine(roles, self.optimizer, learner.zero)
+                trunk.use_module_forwards()
+        self.engine = make_deepspeed_engine(roles, self.optimizer, learner.zero)
         self.roles = roles.eval()
-        learned = Learned(roles, sizes, self.engine, self.optimizer, learner.zero)
+        learned = RankState(roles, sizes, self.engine, self.optimizer, learner.zero)
         self.policy_weights, self.state, self.restore = learned.policy_weights, learned.state, learned.restore
         if gradient_checkpointing:
             for trunk in roles.trunks:
-                trunk.checkpoint_gradients()
-        self.clip = GroupClip(learner.clip, partitioned=learner.zero > 0)
+                trunk.enable_gradient_checkpointing()
+        self.clip = GroupClip(learner.max_grad_norm, partitioned=learner.zero > 0)
         self.optimizer.register_step_pre_hook(self.clip)
         self._seen_skips = 0
         self.device = self.engine.device
         self.tokens = learner.tokens_per_microbatch
 
     @torch.no_grad()
-    def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]:
+    def score(
+        self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
+    ) -> list[RoleOutputs]:
         """What the roles that are asked say of each trajectory. The score is NaN without a reward head."""
-        groups = self._level(self.roles.passes([t.total_length for t in trajectories], self.tokens))
-        return score_groups(self.engine, trajectories, groups, self.temperature, self.device, asked)
+        groups = self._level(self.roles.microbatches([t.total_length for t in trajectories], self.tokens))
+        return score_microbatches(self.engine, trajectories, groups, self.temperature, self.device, requested_roles)
 
     def update(
         self,
         episodes: Sequence[Episode],
         orders: Sequence[Sequence[Sequence[int]]],
-        rates: Rates,
-        demonstrations: Sequence[Sequence[Example]] = (),
+        coefficients: StepCoefficients,
+        demonstrations: Sequence[Sequence[TokenizedDemonstration]] = (),
     ) -> dict[str, float]:
         """Train on all episodes of a step. orders: for each epoch, for each minibatch, the episodes in it.
 
@@ -97,7 +99,7 @@ class Learner:
         Ends early, between two optimizer steps, once the approximate KL a token passes `ppo.target_kl`.
         Statistics are means over the tokens that were trained on, the same on every rank.
         """
-        self._set_rates(rates)
+        self._set_rates(coefficients)
         skipped = self.clip.skipped
         totals, weights, steps = torch.zeros(len(STATISTICS), dtype=torch.float64), 0.0, 0
         norms: list[dict[str, float]] = []
@@ -106,7 +108,7 @@ class Learner:
         for minibatch, mixed_in in zip_longest(minibatches, demonstrations, fillvalue=()):
             rows = [episodes[i] for i in minibatch]
             weight = math.fsum(row.weight * len(row.response_ids) for row in rows)
-            sums, likelihood = self._train(rows, weight, rates.kl_in_loss, mixed_in)
+            sums, likelihood = self._train(rows, weight, coefficients.kl_in_loss, mixed_in)
             totals, weights, steps = totals + sums, weights + weight, steps + 1
             likelihoods.append(likelihood)
             norms.append(dict(self.clip.norms))
@@ -126,7 +128,11 @@ class Learner:
         os.environ.pop("LOCAL_RANK", None)
 
     def _train(
-        self, minibatch: Sequence[Episode], weight: float, kl_in_loss: float, demonstrations: Sequence[Example]
+        self,
+        minibatch: Sequence[Episode],
+        weight: float,
+        kl_in_loss: float,
+        demonstrations: Sequence[TokenizedDemonstration],
     ) -> tuple[Tensor, float]:
         """One optimizer step. Returns the statistics' sums over all ranks, and the loss of the demonstrations."""
         losses = ppo_losses(self.roles, self.ppo, self.temperature, kl_in_loss)
@@ -136,13 +142,15 @@ class Learner:
         likelihood = 0.0
         if demonstrations:
             tokens = sum(len(row.response_ids) for row in demonstrations)
-            mixed_in = self._backward(demonstrations, tokens / self.ppo.ptx, [likelihood_loss], self._demonstrated)
+            mixed_in = self._backward(
+                demonstrations, tokens / self.ppo.ptx_coefficient, [likelihood_loss], self._demonstrated
+            )
             likelihood = float(mixed_in) / tokens
         self.clip.norms.clear()  # DeepSpeed skips a step that is not finite before the clip sees it
         self.engine.step()
         return sums, likelihood
 
-    def _demonstrated(self, rows: Sequence[Example]) -> tuple[Batch]:
+    def _demonstrated(self, rows: Sequence[TokenizedDemonstration]) -> tuple[Batch]:
         return (collate([row.prompt_ids for row in rows], [row.response_ids for row in rows]).to(self.device),)
 
     def _backward(
@@ -154,8 +162,8 @@ class Learner:
         """
         rows = sorted(rows, key=lambda row: row.length)
         share = range(self.rank, len(rows), self.world)
-        passes = self.roles.passes([rows[i].length for i in share], self.tokens)
-        groups = [[share[i] for i in group] for group in passes]
+        microbatches = self.roles.microbatches([rows[i].length for i in share], self.tokens)
+        groups = [[share[i] for i in group] for group in microbatches]
         sums = []
         for place, group in enumerate(self._level(groups)):
             given = tensors([rows[i] for i in group])
@@ -183,9 +191,9 @@ class Learner:
         target = self.ppo.target_kl
         return target is not None and float(sums[STATISTICS.index("approximate_kl")]) / weight > target
 
-    def _set_rates(self, rates: Rates) -> None:
+    def _set_rates(self, coefficients: StepCoefficients) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = getattr(rates, group["role"].partition(".")[0]) * group["factor"]
+            group["lr"] = getattr(coefficients, group["role"].partition(".")[0]) * group["factor"]
 
     def _skipped_by_deepspeed(self) -> int:
         """Steps that ZeRO itself skipped since last asked: there it looks for non-finite gradients before we do."""

@@ -9,16 +9,16 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from align.algorithms.episodes import Episode
 from align.config.schema import LearnerSettings, PpoSettings
-from align.learner.group import Mixed, Orders, backend
-from align.learner.learner import Learner, Rates
+from align.learner.group import Mixed, Orders, collective_backend
+from align.learner.learner import Learner, StepCoefficients
 from align.learner.state import LearnerState
 from align.roles.build import Blueprint, build_roles
-from align.roles.scoring import EVERY_ROLE
+from align.roles.scoring import ALL_ROLES
 from align.runtime.failures import RankLost
-from policies.device import Computing
+from policies.device import ComputeSettings
 from policies.errors import first_line
 from policies.trunk import AdapterWeights
-from rollouts.trajectory import Scored, Trajectory
+from rollouts.trajectory import RoleOutputs, Trajectory
 
 GRACE = 5.0
 """Seconds that a rank is given to say that it lives."""
@@ -28,7 +28,12 @@ class RayLearners:
     """`learner.ranks` Ray actors that form one process group."""
 
     def __init__(
-        self, blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float, computing: Computing
+        self,
+        blueprint: Blueprint,
+        ppo: PpoSettings,
+        learner: LearnerSettings,
+        temperature: float,
+        computing: ComputeSettings,
     ) -> None:
         self.ranks = learner.ranks
         options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
@@ -37,25 +42,27 @@ class RayLearners:
         plan = ray.put(blueprint)
         self._all("join", store, self.ranks, plan, ppo, learner, temperature)
 
-    def score(self, trajectories: Sequence[Trajectory], asked: Collection[str] = EVERY_ROLE) -> list[Scored]:
+    def score(
+        self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
+    ) -> list[RoleOutputs]:
         by_length = sorted(range(len(trajectories)), key=lambda i: trajectories[i].total_length)
         # Every rank must take part, the one without a row of its own by scoring one that another scores too.
         shares = [by_length[rank :: self.ranks] or by_length[:1] for rank in range(self.ranks)]
         calls = [
-            actor.score.remote([trajectories[i] for i in share], asked)
+            actor.score.remote([trajectories[i] for i in share], requested_roles)
             for actor, share in zip(self.actors, shares, strict=True)
         ]
         scored = {
-            i: verdict
-            for share, verdicts in zip(shares, self._get(calls), strict=True)
-            for i, verdict in zip(share, verdicts, strict=True)
+            i: output
+            for share, outputs in zip(shares, self._get(calls), strict=True)
+            for i, output in zip(share, outputs, strict=True)
         }
         return [scored[i] for i in range(len(trajectories))]
 
     def update(
-        self, episodes: Sequence[Episode], orders: Orders, rates: Rates, demonstrations: Mixed = ()
+        self, episodes: Sequence[Episode], orders: Orders, coefficients: StepCoefficients, demonstrations: Mixed = ()
     ) -> dict[str, float]:
-        return self._all("update", ray.put(list(episodes)), orders, rates, demonstrations)[0]
+        return self._all("update", ray.put(list(episodes)), orders, coefficients, demonstrations)[0]
 
     def policy_weights(self) -> AdapterWeights:
         return self._all("policy_weights")[0]
@@ -91,7 +98,7 @@ class RayLearners:
 class _Rank:
     """The actor of one rank."""
 
-    def __init__(self, rank: int, computing: Computing) -> None:
+    def __init__(self, rank: int, computing: ComputeSettings) -> None:
         computing.begin()
         self.rank = rank
 
@@ -115,15 +122,17 @@ class _Rank:
     ) -> None:
         """Build the roles and meet the other ranks."""
         own = self.store if self.rank == 0 else dist.TCPStore(*store, world, is_master=False)
-        dist.init_process_group(backend(), store=own, rank=self.rank, world_size=world)
-        roles = build_roles(blueprint, ppo.critic_if_any)
+        dist.init_process_group(collective_backend(), store=own, rank=self.rank, world_size=world)
+        roles = build_roles(blueprint, ppo.active_critic)
         self.learner = Learner(roles, ppo, learner, temperature, blueprint.model.gradient_checkpointing)
 
-    def score(self, trajectories: list[Trajectory], asked: Collection[str]) -> list[Scored]:
-        return self.learner.score(trajectories, asked)
+    def score(self, trajectories: list[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
+        return self.learner.score(trajectories, requested_roles)
 
-    def update(self, episodes: list[Episode], orders: Orders, rates: Rates, demonstrations: Mixed) -> dict[str, float]:
-        return self.learner.update(episodes, orders, rates, demonstrations)
+    def update(
+        self, episodes: list[Episode], orders: Orders, coefficients: StepCoefficients, demonstrations: Mixed
+    ) -> dict[str, float]:
+        return self.learner.update(episodes, orders, coefficients, demonstrations)
 
     def policy_weights(self) -> AdapterWeights:
         return self.learner.policy_weights()

@@ -15,7 +15,7 @@ Part = Mapping[str, Tensor]
 """`N.master` and `N.state.NAME`, where N counts parameters at stage 0, else groups."""
 
 
-def join(parts: Sequence[Part], sizes: Sequence[Sequence[int]], zero: int) -> dict[str, Tensor]:
+def unshard(parts: Sequence[Part], sizes: Sequence[Sequence[int]], zero: int) -> dict[str, Tensor]:
     """From all ranks' parts to whole vectors: `N.master` and `N.state.NAME` of group N, its parameters end to end.
 
     sizes: numbers in each parameter of each group. Counts of steps, of one number, stay as they are.
@@ -46,7 +46,7 @@ def join(parts: Sequence[Part], sizes: Sequence[Sequence[int]], zero: int) -> di
     return whole
 
 
-def cut(
+def shard(
     whole: Part, sizes: Sequence[Sequence[int]], zero: int, rank: int, ranks: int, shapes: Sequence[torch.Size]
 ) -> dict[str, Tensor]:
     """The part of a rank, of so many at this stage. shapes: of the tensors that the rank's optimizer steps."""

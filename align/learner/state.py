@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align.learner.reshard import cut, join
+from align.learner.reshard import shard, unshard
 from align.roles.roles import Roles
 from policies.errors import UserError
-from policies.files.safe_reading import check_like
+from policies.files.safe_reading import check_names_and_shapes
 from policies.trunk import AdapterWeights, Trunk
 
 
@@ -29,7 +29,7 @@ class LearnerState:
     optimizer: dict[str, Tensor]
 
 
-class Learned:
+class RankState:
     """All that the updates of a rank change: adapters, the critic's head, and its part of the optimizer."""
 
     def __init__(
@@ -69,9 +69,9 @@ class Learned:
         if (len(states), zero) == (ranks, self.zero):
             state = states[rank]
         else:
-            whole = join([state.optimizer for state in states], self.sizes, zero)
+            whole = unshard([state.optimizer for state in states], self.sizes, zero)
             shapes = [master.shape for master in self._masters()]
-            state = replace(states[0], optimizer=cut(whole, self.sizes, self.zero, rank, ranks, shapes))
+            state = replace(states[0], optimizer=shard(whole, self.sizes, self.zero, rank, ranks, shapes))
         self._check(state)
         self._write(self.roles.trunk, "policy", state.policy)
         self._write(self.roles.critic_trunk, "critic", state.critic)
@@ -91,7 +91,9 @@ class Learned:
     def _check(self, state: LearnerState) -> None:
         masters, what = self._masters(), "the checkpoint's optimizer"
         expected = {f"{index}.master": master for index, master in enumerate(masters)}
-        check_like({name: t for name, t in state.optimizer.items() if name.endswith(".master")}, expected, what)
+        check_names_and_shapes(
+            {name: t for name, t in state.optimizer.items() if name.endswith(".master")}, expected, what
+        )
         for name, tensor in state.optimizer.items():
             number, kind, _ = name.split(".", 2) if name.count(".") > 1 else (name.partition(".")[0], "master", "")
             if f"{number}.master" not in expected or kind not in ("master", "state"):
@@ -99,7 +101,7 @@ class Learned:
             if tensor.numel() not in (1, masters[int(number)].numel()):
                 raise UserError(f"{what} is not of this model: {name} is {list(tensor.shape)}")
         if self.roles.critic is not None:
-            check_like(state.critic_head, self._read_head(), "the checkpoint's critic head")
+            check_names_and_shapes(state.critic_head, self._read_head(), "the checkpoint's critic head")
 
     def _masters(self) -> list[Tensor]:
         """What the optimizer steps: whole parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""

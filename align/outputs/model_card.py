@@ -3,7 +3,7 @@
 from typing import Any
 
 from align.config.schema import DataSettings, Experiment
-from align.evaluation.tables import ROWS
+from align.evaluation.tables import FIGURES
 from align.runs.folder import RunFolder, read_facts
 
 
@@ -39,7 +39,7 @@ def _stages(experiment: Experiment, run: RunFolder) -> list[tuple[str, str, str]
     texts = {
         "sft": f"{experiment.policy.method}, {experiment.sft.epochs:g} epochs",
         "reward": f"{experiment.reward.epochs:g} epochs",
-        "ppo": f"{experiment.ppo.estimator}, {experiment.ppo.steps} steps of {experiment.ppo.batch} episodes, "
+        "ppo": f"{experiment.ppo.estimator}, {experiment.ppo.steps} steps of {experiment.ppo.batch_size} episodes, "
         f"KL coefficient {experiment.ppo.kl.coefficient:g} in the {experiment.ppo.kl.where}",
     }
     folders = {"sft": run.sft, "reward": run.reward, "ppo": run.policy}
@@ -58,7 +58,7 @@ def _data(data: DataSettings) -> list[str]:
 def _figures(evaluation: dict[str, Any]) -> list[str]:
     sides = [side for side in ("reference", "policy", "best_of") if side in evaluation]
     lines = [f"| held out | {' | '.join(sides)} |", "|---" * (len(sides) + 1) + "|"]
-    for key, label, form in ROWS:
+    for key, label, form in FIGURES:
         cells = [form.format(evaluation[side][key]) if key in evaluation[side] else "" for side in sides]
         if any(cells):
             lines.append(f"| {label} | {' | '.join(cells)} |")

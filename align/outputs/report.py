@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from align.evaluation.reward_model import RELIABILITY
-from align.evaluation.tables import ROWS
+from align.evaluation.tables import FIGURES
 from align.runs.tracking import METRICS, SAMPLES, read_lines
 from align.runtime.atomic_files import new_folder
 
@@ -39,14 +39,14 @@ PLOTS = (
     Plot("reward", "Reward", "ppo", ("reward/mean", "eval/score_mean"), "score"),
     Plot("gold", "Gold score", "ppo", ("reward/gold_mean", "eval/gold_mean"), "gold score"),
     Plot("spread", "Spread of the ensemble", "ppo", ("reward/spread", "eval/spread_mean"), "score"),
-    Plot("kl", "KL to the reference", "ppo", ("kl/sequence", "eval/kl_per_sequence"), "nats a sequence"),
+    Plot("kl", "KL to the reference", "ppo", ("kl/per_sequence", "eval/kl_per_sequence"), "nats a sequence"),
     Plot("length", "Response length", "ppo", ("rollout/length_mean",), "tokens"),
     Plot("policy_loss", "Policy loss", "ppo", ("policy/loss",), "loss"),
     Plot("value_loss", "Value loss", "ppo", ("value/loss",), "loss"),
     Plot("entropy", "Entropy of the policy", "ppo", ("policy/entropy",), "nats a token"),
     Plot("clipping", "Share of clipped tokens", "ppo", ("policy/clip_fraction", "value/clip_fraction"), "share"),
     Plot("explained", "Explained variance of the critic", "ppo", ("value/explained_variance",), "share"),
-    Plot("gap", "Sampler against learner", "ppo", ("rollout/gap_mean", "rollout/gap_max"), "nats a token"),
+    Plot("gap", "Sampler against learner", "ppo", ("rollout/mismatch_mean", "rollout/mismatch_max"), "nats a token"),
     Plot("time", "Time", "ppo", ("time/rollout", "time/score", "time/update", "time/sync"), "seconds a step"),
 )
 
@@ -147,7 +147,7 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
     reference, policy = evaluation["reference"], evaluation["policy"]
     rows = [
         [label, form.format(reference[key]) if key in reference else "", form.format(policy[key])]
-        for key, label, form in ROWS
+        for key, label, form in FIGURES
         if key in policy
     ]
     prompts = f"{evaluation['prompts']} held-out prompts"

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from align.config.schema import Experiment
-from align.data.datasets import Case, Inputs
+from align.data.datasets import Datasets, TokenizedPreference
 from align.evaluation.reward_model import diagnose
 from align.roles.build import build_roles
-from align.roles.scoring import score_groups
+from align.roles.scoring import score_microbatches
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
-from align.scoring.build import REWARD_STATE, make_evaluator, make_judges
-from align.stages.reward import classifier_scores, folded_moments, judge_models, load_models
+from align.scoring.build import REWARD_STATE, build_evaluator, build_scorers
+from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer
@@ -25,51 +25,52 @@ from policies.trunk import AdapterWeights
 from rewards.classifier import Classifier
 from rollouts.engine import Sampling
 from rollouts.pool import LocalPool
-from rollouts.trajectory import Request, Scored, Trajectory
-from rollouts.transformers_engine import ROLE as SAMPLER
-from rollouts.transformers_engine import make_engine
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
+from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
 
 
-def evaluate_run(experiment: Experiment, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
     """Sections `reference`, `policy` and `best_of` of `evaluation.json` for the run's policy."""
     policy = policy_weights(experiment, run)
     tokenizer = load_tokenizer(experiment.model.path)
-    judges = make_judges(experiment, run, tokenizer)
-    judges.reward.composition.restore(read_object(run.policy / REWARD_STATE))
-    roles = build_roles(judges.blueprint, None, (SAMPLER,))
-    reference = judges.blueprint.reference or roles.trunk.read_adapter("reference")
+    scorers = build_scorers(experiment, run, tokenizer)
+    scorers.reward.composition.restore(read_object(run.policy / REWARD_STATE))
+    roles = build_roles(scorers.blueprint, None, (SAMPLER_ROLE,))
+    reference = scorers.blueprint.reference or roles.trunk.read_adapter("reference")
     roles.trunk.write_adapter("policy", policy)
     rollouts = experiment.rollouts
 
     @torch.no_grad()
-    def roles_score(trajectories: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
-        groups = roles.passes([t.total_length for t in trajectories])
-        return score_groups(roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, asked)
+    def roles_score(trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
+        groups = roles.microbatches([t.total_length for t in trajectories])
+        return score_microbatches(
+            roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, requested_roles
+        )
 
-    pool = LocalPool(make_engine(roles.trunk, tokenizer, rollouts), rollouts.prompts_a_chunk)
-    evaluator = make_evaluator(experiment, judges, pool, roles_score, reference, inputs.prompts_heldout, tokenizer)
+    pool = LocalPool(make_transformers_engine(roles.trunk, tokenizer, rollouts), rollouts.effective_chunk_size)
+    evaluator = build_evaluator(experiment, scorers, pool, roles_score, reference, datasets.prompts_heldout, tokenizer)
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
     return evaluator.judge(step, policy)
 
 
-def judge_reward(
-    experiment: Experiment, run: RunFolder, cases: Sequence[Case], classifier: str | None
+def evaluate_reward_model(
+    experiment: Experiment, run: RunFolder, preferences: Sequence[TokenizedPreference], classifier: str | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and worst errors of the run's reward model, or of a classifier, on these cases."""
     path = classifier or read_facts(run.reward).get("classifier")
     if path:
-        return diagnose(cases, classifier_scores(Classifier(path, "--classifier"), cases), {"": 1.0})
+        return diagnose(preferences, classifier_scores(Classifier(path, "--classifier"), preferences), {"": 1.0})
     models = load_models(experiment, run.reward)
-    return judge_models(models, folded_moments(experiment.reward, run.reward, len(models)), cases)
+    return evaluate_models(models, folded_moments(experiment.reward, run.reward, len(models)), preferences)
 
 
-class Answerer:
+class TextGenerator:
     """Answers prompts by a run's policy, or by its SFT model where PPO has not run."""
 
     def __init__(self, experiment: Experiment, run: RunFolder) -> None:
         self.tokenizer = load_tokenizer(experiment.model.path)
-        trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER,))
-        self.engine = make_engine(trunk, self.tokenizer, experiment.rollouts)
+        trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER_ROLE,))
+        self.engine = make_transformers_engine(trunk, self.tokenizer, experiment.rollouts)
         self.engine.load_adapter(0, policy_weights(experiment, run))
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[str]:

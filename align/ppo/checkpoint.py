@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from align.config.schema import CriticSettings
 from align.learner.state import LearnerState
-from align.ppo.loop import Asked
+from align.ppo.loop import PendingBatch
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.adapters import load_adapter, load_head, save_adapter, save_head
@@ -18,18 +18,18 @@ from policies.files.safe_reading import read_object, read_tensors
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 
-ASKED = "asked"
+PENDING = "asked"
 Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass
-class Progressed:
+class PpoProgress:
     """How far PPO is, besides the learner's state.
 
     step: rounds that are done. kl_coefficient: of the next. best_step, best: of the best policy evaluated so far.
     reward: what the composition of the reward has learned. stop: best and offences of the rule that ends PPO early;
     stopped: why it did. seconds: spent so far. ranks, zero: the layout that the optimizer's state was saved in.
-    asked: the versions under which the batches of the next steps were being answered. products: hashes of the
+    pending: the versions under which the batches of the next steps were being answered. products: hashes of the
     reference and the reward model.
     """
 
@@ -43,11 +43,11 @@ class Progressed:
     seconds: float
     ranks: Count
     zero: Count
-    asked: list[Count]
+    pending: list[Count]
     products: dict[str, str]
 
 
-_PROGRESSED = TypeAdapter(Progressed)
+_PROGRESS = TypeAdapter(PpoProgress)
 
 
 def write_state(
@@ -55,16 +55,16 @@ def write_state(
     states: Sequence[LearnerState],
     policy: PolicySettings,
     base: str,
-    progressed: Progressed,
-    asked: Collection[Asked] = (),
+    progressed: PpoProgress,
+    pending: Collection[PendingBatch] = (),
 ) -> None:
     """Write policy, critic where there is one, each rank's part of the optimizer, and how far PPO is.
 
-    asked: the batches that are being answered, of which the weights are kept: the same answers come of them again.
+    pending: the batches that are being answered, of which the weights are kept: the same answers come of them again.
     """
     save_adapter(folder / "policy", states[0].policy, policy, base)
-    for batch in asked:
-        save_adapter(folder / ASKED / str(batch.step), batch.weights, policy, base)
+    for batch in pending:
+        save_adapter(folder / PENDING / str(batch.step), batch.weights, policy, base)
     if states[0].critic:
         save_adapter(folder / "critic", states[0].critic, policy, base)
     if states[0].critic_head:
@@ -74,29 +74,31 @@ def write_state(
     write_json(folder / "state.json", asdict(progressed))
 
 
-def read_progress(folder: Path, products: Mapping[str, str]) -> Progressed:
+def read_progress(folder: Path, products: Mapping[str, str]) -> PpoProgress:
     """Raises UserError where the file does not say how far, or the run's reference or reward model is another now."""
-    progressed = _progressed(folder / "state.json")
+    progressed = _validated_progress(folder / "state.json")
     for name, digest in products.items():
         if progressed.products.get(name) != digest:
             raise UserError(f"{name}/ is not what checkpoint {folder} was trained with: put the run's own back")
     return progressed
 
 
-def _progressed(path: Path) -> Progressed:
+def _validated_progress(path: Path) -> PpoProgress:
     try:
-        return _PROGRESSED.validate_python(read_object(path), extra="forbid")
+        return _PROGRESS.validate_python(read_object(path), extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path} is damaged: {key}: {first['msg']}") from error
 
 
-def read_asked(folder: Path, policy: PolicySettings, progressed: Progressed) -> list[tuple[int, int, AdapterWeights]]:
+def read_pending(
+    folder: Path, policy: PolicySettings, progressed: PpoProgress
+) -> list[tuple[int, int, AdapterWeights]]:
     """Step, version and weights of each batch that was being answered."""
-    steps = range(progressed.step, progressed.step + len(progressed.asked))
-    versions = zip(steps, progressed.asked, strict=True)
-    return [(step, version, load_adapter(folder / ASKED / str(step), policy)) for step, version in versions]
+    steps = range(progressed.step, progressed.step + len(progressed.pending))
+    versions = zip(steps, progressed.pending, strict=True)
+    return [(step, version, load_adapter(folder / PENDING / str(step), policy)) for step, version in versions]
 
 
 def read_states(folder: Path, policy: PolicySettings, critic: CriticSettings | None, ranks: int) -> list[LearnerState]:

@@ -16,7 +16,7 @@ from policies.text.tokenization import decode_response, prompt_text
 TENSORS = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
 
 
-def write_batch(folder: Path, step: Step, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_fault_dump(folder: Path, step: Step, tokenizer: PreTrainedTokenizerBase) -> None:
     """`episodes.jsonl`, a line an episode, and `episodes.safetensors`: `N.NAME`, `[T]`, of the N-th line."""
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}

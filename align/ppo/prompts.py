@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from align.config.schema import PpoSettings
-from align.data.datasets import Example
+from align.data.datasets import TokenizedDemonstration
 from align.runtime.seeds import permutation, seed_for
 from rollouts.trajectory import Request
 
@@ -38,10 +38,12 @@ def minibatch_orders(batch: int, minibatches: int, epochs: int, seed: int, step:
     return [[order[start : start + size] for start in range(0, batch, size)] for order in orders]
 
 
-def demonstration_batches(rows: Sequence[Example], ppo: PpoSettings, seed: int, step: int) -> list[list[Example]]:
+def demonstration_batches(
+    rows: Sequence[TokenizedDemonstration], ppo: PpoSettings, seed: int, step: int
+) -> list[list[TokenizedDemonstration]]:
     """For each optimizer step of a step, as many demonstrations as a minibatch has episodes; none without `ptx`."""
-    if not ppo.ptx:
+    if not ppo.ptx_coefficient:
         return []
-    size, order = ppo.batch // ppo.minibatches, permutation(len(rows), seed, "demonstrations", step)
+    size, order = ppo.batch_size // ppo.minibatches, permutation(len(rows), seed, "demonstrations", step)
     starts = range(0, ppo.epochs * ppo.minibatches * size, size)
     return [[rows[order[(start + i) % len(rows)]] for i in range(size)] for start in starts]

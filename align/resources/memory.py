@@ -65,7 +65,7 @@ def measure(model: ModelSettings, policy: PolicySettings) -> Sizes:
         adapter=sum(p.numel() for p in trunk.adapter("policy").values()),
         judge=sum(p.numel() for p in trunk.adapter("critic").values()),
         head=trunk.width + 1,
-        merged=0 if policy.method == "qlora" else trunk.merged_numbers() * size,
+        merged=0 if policy.method == "qlora" else trunk.merged_parameter_count() * size,
         token=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * size,
     )
 
@@ -167,7 +167,10 @@ def _sampler(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]
     yield "sampler", sizes.adapter * 4
     if rollouts.merge and sizes.merged:
         yield "sampler's merged weights", sizes.merged
-    rows, tokens = min(rollouts.rows, rollouts.prompts_a_chunk), rollouts.max_prompt_tokens + rollouts.max_new_tokens
+    rows, tokens = (
+        min(rollouts.max_num_seqs, rollouts.effective_chunk_size),
+        rollouts.max_prompt_tokens + rollouts.max_new_tokens,
+    )
     yield "keys and values, at most", rows * tokens * sizes.token
 
 

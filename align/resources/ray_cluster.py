@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from align.config.schema import ClusterSettings, Experiment
-from policies.device import Computing
+from policies.device import ComputeSettings
 
 
 @contextmanager
@@ -57,10 +57,10 @@ def threads(settings: ClusterSettings, processes: int) -> int:
     return settings.threads or max(1, cores() // max(1, processes))
 
 
-def computing(experiment: Experiment, processes: int) -> Computing:
+def computing(experiment: Experiment, processes: int) -> ComputeSettings:
     """How each of so many processes computes."""
     deterministic = not torch.cuda.is_available() if experiment.deterministic is None else experiment.deterministic
-    return Computing(threads(experiment.cluster, processes), deterministic)
+    return ComputeSettings(threads(experiment.cluster, processes), deterministic)
 
 
 def cores() -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from policies.batching import Batch
 from policies.heads import ScalarHead
-from policies.layers.lora import by_rate
+from policies.layers.lora import parameter_groups_by_rate
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
 
@@ -67,9 +67,9 @@ class Roles(nn.Module):
         own = None if self.critic is None else self.critic.trunk
         return [self.trunk] if own is None else [self.trunk, own]
 
-    def passes(self, lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
-        """Indices of rows for passes of every role, see `Trunk.passes`; padding counts where one trunk pads."""
-        return self.trunk.passes(lengths, tokens, padded=not all(trunk.packs for trunk in self.trunks))
+    def microbatches(self, lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
+        """Indices of rows for passes of every role, see `Trunk.microbatches`; padding counts where one trunk pads."""
+        return self.trunk.microbatches(lengths, tokens, padded=not all(trunk.supports_packing for trunk in self.trunks))
 
     def groups(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
         """What is trained, by role or ROLE.PART, and what a part's learning rate is a multiple of its role's by."""
@@ -78,7 +78,7 @@ class Roles(nn.Module):
         for role, trunk in (("policy", self.trunk), ("critic", self.critic_trunk)):
             if trunk is None:
                 continue
-            for factor, parameters in by_rate(trunk.adapter(role).items(), trunk.settings.lora_plus):
+            for factor, parameters in parameter_groups_by_rate(trunk.adapter(role).items(), trunk.settings.lora_plus):
                 name = role if factor == 1.0 else f"{role}.up"
                 groups.setdefault(name, []).extend(parameters)
                 factors[name] = factor
@@ -88,17 +88,19 @@ class Roles(nn.Module):
 
     def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> Tensor:
         """Log-probabilities `[P]` of a batch's response tokens under a role's states `[N, H]`."""
-        return token_logprobs(states[batch.before], batch.tokens, partial(self.trunk.head, role=role), temperature)
+        return token_logprobs(
+            states[batch.predictors], batch.response_ids, partial(self.trunk.head, role=role), temperature
+        )
 
     def reward_outputs(self, batch: Batch) -> Tensor:
         """What the reward heads say of a batch's rows `[B, C]`, role after role."""
         outputs = []
         for role, heads in self.reward_heads.items():
-            states = self.trunk.hidden_of_rows(batch.ids, batch.rows, role)[batch.last]
+            states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)[batch.last]
             outputs += [head(states) for head in heads.children()]
         return torch.stack(outputs, dim=-1)
 
     def critic_states(self, batch: Batch, policy_states: Tensor) -> Tensor:
         """Hidden states `[N, H]` under the critic's head; one forward pass more unless it reads the policy's."""
         trunk = self.critic_trunk
-        return policy_states if trunk is None else trunk.hidden_of_rows(batch.ids, batch.rows, "critic")
+        return policy_states if trunk is None else trunk.hidden_packed(batch.ids, batch.lengths, "critic")

@@ -16,88 +16,104 @@ from align.config.schema import PpoSettings
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
 from policies.logprobs import shortfalls, token_logprobs_and_entropy
-from rollouts.trajectory import Scored, Trajectory
+from rollouts.trajectory import RoleOutputs, Trajectory
 
-EVERY_ROLE = ("policy", "reference", "critic", "reward")
+ALL_ROLES = ("policy", "reference", "critic", "reward")
 """Who is asked to score; a critic only together with the policy, whose states it may read."""
 GREEDY = "greedy"
 """What may be asked besides: the policy's, how much less likely each token is than the likeliest."""
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class BatchOutputs:
     """What four roles say of a batch: P response tokens of B rows, float32. None: was not asked, or is not there.
 
     logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last.
-    outputs: `[B, C]`, of the reward heads. shortfalls: `[P]`, see `Scored`.
+    reward_outputs: `[B, C]`, of the reward heads. shortfalls: `[P]`, see `RoleOutputs`.
     """
 
     logprobs: Tensor | None
     reference_logprobs: Tensor | None
     values: Tensor | None
     last_values: Tensor | None
-    outputs: Tensor | None
+    reward_outputs: Tensor | None
     shortfalls: Tensor | None
 
 
-def judge(roles: Roles, batch: Batch, temperature: float, asked: Collection[str]) -> Verdicts:
+def forward_roles(roles: Roles, batch: Batch, temperature: float, requested_roles: Collection[str]) -> BatchOutputs:
     """Score a batch by the roles that are asked: one forward pass each, but for a critic that is a head."""
     trunk = roles.trunk
     logprobs = reference_logprobs = values = last_values = outputs = short = None
-    if "policy" in asked:
-        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
+    if "policy" in requested_roles:
+        states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
         logprobs = roles.logprobs("policy", states, batch, temperature)
-        if roles.critic is not None and "critic" in asked:
+        if roles.critic is not None and "critic" in requested_roles:
             states = roles.critic_states(batch, states)
-            values, last_values = roles.critic.head(states[batch.before]), roles.critic.head(states[batch.last])
-    if "reference" in asked:
-        states = trunk.hidden_of_rows(batch.ids, batch.rows, "reference")
+            values, last_values = roles.critic.head(states[batch.predictors]), roles.critic.head(states[batch.last])
+    if "reference" in requested_roles:
+        states = trunk.hidden_packed(batch.ids, batch.lengths, "reference")
         reference_logprobs = roles.logprobs("reference", states, batch, temperature)
-    if roles.reward_heads and "reward" in asked:
+    if roles.reward_heads and "reward" in requested_roles:
         outputs = roles.reward_outputs(batch)
-    if GREEDY in asked:
-        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
-        short = shortfalls(states[batch.before], batch.tokens, partial(trunk.head, role="policy"))
-    return Verdicts(logprobs, reference_logprobs, values, last_values, outputs, short)
+    if GREEDY in requested_roles:
+        states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
+        short = shortfalls(states[batch.predictors], batch.response_ids, partial(trunk.head, role="policy"))
+    return BatchOutputs(logprobs, reference_logprobs, values, last_values, outputs, short)
 
 
-def score_group(
+def score_microbatch(
     run: Callable[..., Any],
-    rows: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory],
     temperature: float,
     device: torch.device,
-    asked: Collection[str] = EVERY_ROLE,
-) -> list[Scored]:
-    """Score trajectories in one padded batch. `run` is `Roles`, or what wraps it."""
-    batch = collate([t.request.prompt_ids for t in rows], [t.response_ids for t in rows]).to(device)
-    verdicts: Verdicts = run(judge, batch, temperature, asked)
-    nothing: Sequence[Tensor] = [torch.empty(0)] * len(rows)
-    logprobs, references, before, short = (
-        nothing if part is None else batch.split(part.cpu())
-        for part in (verdicts.logprobs, verdicts.reference_logprobs, verdicts.values, verdicts.shortfalls)
-    )
-    after = nothing if verdicts.last_values is None else verdicts.last_values.cpu().split(1)
-    values = [torch.cat(pair) for pair in zip(before, after, strict=True)]
-    outputs = nothing if verdicts.outputs is None else verdicts.outputs.cpu().unbind()
-    first = [float(row[0]) if len(row) else math.nan for row in outputs]
-    columns = zip(logprobs, references, values, first, outputs, short, strict=True)
-    return [Scored(p, r, v, score, outputs=o, shortfalls=s) for p, r, v, score, o, s in columns]
+    requested_roles: Collection[str] = ALL_ROLES,
+) -> list[RoleOutputs]:
+    """Score trajectories in one packed forward pass per role. `run` is `Roles`, or what wraps it."""
+    prompts = [trajectory.request.prompt_ids for trajectory in trajectories]
+    responses = [trajectory.response_ids for trajectory in trajectories]
+    batch = collate(prompts, responses).to(device)
+    outputs: BatchOutputs = run(forward_roles, batch, temperature, requested_roles)
+    empty: Sequence[Tensor] = [torch.empty(0)] * len(trajectories)
+
+    def per_response(flat: Tensor | None) -> Sequence[Tensor]:
+        return empty if flat is None else batch.split(flat.cpu())
+
+    def per_row(rows: Tensor | None) -> Sequence[Tensor]:
+        return empty if rows is None else rows.cpu().unbind()
+
+    logprobs = per_response(outputs.logprobs)
+    reference_logprobs = per_response(outputs.reference_logprobs)
+    shortfalls = per_response(outputs.shortfalls)
+    values = per_response(outputs.values)
+    last_values = empty if outputs.last_values is None else outputs.last_values.cpu().split(1)
+    reward_outputs = per_row(outputs.reward_outputs)
+    return [
+        RoleOutputs(
+            logprobs=logprobs[i],
+            reference_logprobs=reference_logprobs[i],
+            values=torch.cat([values[i], last_values[i]]),
+            score=float(reward_outputs[i][0]) if len(reward_outputs[i]) else math.nan,
+            reward_outputs=reward_outputs[i],
+            shortfalls=shortfalls[i],
+        )
+        for i in range(len(trajectories))
+    ]
 
 
-def score_groups(
+def score_microbatches(
     run: Callable[..., Any],
     rows: Sequence[Trajectory],
     groups: Iterable[Sequence[int]],
     temperature: float,
     device: torch.device,
-    asked: Collection[str] = EVERY_ROLE,
-) -> list[Scored]:
+    requested_roles: Collection[str] = ALL_ROLES,
+) -> list[RoleOutputs]:
     """Score trajectories, each group of indices in one pass. Where a row is in two groups the first one counts."""
-    scored: dict[int, Scored] = {}
+    scored: dict[int, RoleOutputs] = {}
     for group in groups:
-        verdicts = score_group(run, [rows[i] for i in group], temperature, device, asked)
-        for i, verdict in zip(group, verdicts, strict=True):
-            scored.setdefault(i, verdict)
+        outputs = score_microbatch(run, [rows[i] for i in group], temperature, device, requested_roles)
+        for i, output in zip(group, outputs, strict=True):
+            scored.setdefault(i, output)
     return [scored[i] for i in range(len(rows))]
 
 
@@ -161,10 +177,10 @@ def policy_loss(
 
     The approximate KL is k3 of the old policy to the new, from samples of the old.
     """
-    states = roles.trunk.hidden_of_rows(batch.ids, batch.rows, "policy")[batch.before]
+    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]
     head = partial(roles.trunk.head, role="policy")
     logprobs, entropy = token_logprobs_and_entropy(
-        states, batch.tokens, head, temperature, learn_entropy=ppo.entropy > 0
+        states, batch.response_ids, head, temperature, learn_entropy=ppo.entropy_coefficient > 0
     )
     policy, policy_clipped = clipped_policy_loss(
         logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip or math.inf
@@ -174,7 +190,7 @@ def policy_loss(
     value = value_clipped = torch.zeros_like(policy)
     if roles.critic is not None and roles.critic_trunk is None:
         value, value_clipped = _value_loss(roles.critic, states, targets, ppo)
-    loss = policy + ppo.critic.weight * value + kl - ppo.entropy * entropy
+    loss = policy + ppo.critic.weight * value + kl - ppo.entropy_coefficient * entropy
     parts = torch.stack([policy, value, kl, entropy, moved, policy_clipped, value_clipped]).detach()
     return loss @ targets.weights, parts @ targets.weights
 
@@ -184,7 +200,7 @@ def value_loss(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings) -
     trunk, critic = roles.critic_trunk, roles.critic
     if trunk is None or critic is None:
         raise ValueError("there is no critic with states of its own")
-    states = trunk.hidden_of_rows(batch.ids, batch.rows, "critic")[batch.before]
+    states = trunk.hidden_packed(batch.ids, batch.lengths, "critic")[batch.predictors]
     value, clipped = _value_loss(critic, states, targets, ppo)
     nothing = torch.zeros_like(value)
     parts = torch.stack([nothing, value, nothing, nothing, nothing, nothing, clipped]).detach()
@@ -198,6 +214,6 @@ def _value_loss(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettin
 def likelihood_loss(roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens; twice, the
     second time without a gradient."""
-    states = roles.trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
+    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")
     loss = -roles.logprobs("policy", states, batch, temperature=1.0).sum()
     return loss, loss.detach()

@@ -8,71 +8,82 @@ from pathlib import Path
 from typing import Any
 
 from align.config.schema import Experiment
-from align.data.datasets import Inputs
+from align.data.datasets import Datasets
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.base_model import load_model_config
 from policies.files.safe_reading import read_object
 
-FREE = (
+CHANGEABLE = (
     *("name", "runs", "checkpoint", "tracking", "cluster", "data.on_bad_row"),
-    *("rollouts.workers", "rollouts.gpus", "rollouts.timeout", "rollouts.slow", "rollouts.rows", "rollouts.chunk"),
+    *(
+        "rollouts.workers",
+        "rollouts.gpus",
+        "rollouts.timeout",
+        "rollouts.straggler_factor",
+        "rollouts.max_num_seqs",
+        "rollouts.chunk_size",
+    ),
     *("learner.ranks", "learner.gpus", "learner.zero", "learner.tokens_per_microbatch", "learner.restarts"),
     *("sft.tokens_per_microbatch", "reward.tokens_per_microbatch", "model.gradient_checkpointing"),
     *("ppo.steps", "ppo.stop"),
 )
 """Settings that may change while a run is stopped: how long, where and by how many it is computed, and not what."""
 
-MODELS = ("model.path", "ppo.critic.model", "reward.classifier")
+MODEL_KEYS = ("model.path", "ppo.critic.model", "reward.classifier")
 """Settings that name a model. What is there is compared, and not where it is."""
 
-ROWS = {
+DATASET_KEYS = {
     "examples": "data.demonstrations",
-    "examples_heldout": "data.demonstrations",
+    "demonstrations_heldout": "data.demonstrations",
     "cases": "data.preferences",
-    "cases_heldout": "data.preferences_heldout",
+    "preferences_heldout": "data.preferences_heldout",
     "prompts": "data.prompts",
     "prompts_heldout": "data.prompts_heldout",
 }
 
 
-def origins(experiment: Experiment, inputs: Inputs) -> dict[str, Any]:
+def run_fingerprint(experiment: Experiment, datasets: Datasets) -> dict[str, Any]:
     """Settings by their names, and hashes of the models and of the rows that are trained on, in tokens."""
     settings = dict(_flat(experiment.model_dump(mode="json")))
-    models = {name: settings[name] for name in MODELS if settings.get(name)}
+    models = {name: settings[name] for name in MODEL_KEYS if settings.get(name)}
     return {
         "settings": settings,
         "models": {name: model_digest(where) for name, where in models.items()},
         "rows": {
-            field.name: _rows_digest(getattr(inputs, field.name)) for field in fields(inputs) if field.name in ROWS
+            field.name: _rows_digest(getattr(datasets, field.name))
+            for field in fields(datasets)
+            if field.name in DATASET_KEYS
         },
     }
 
 
-def write_origins(run: RunFolder, experiment: Experiment, inputs: Inputs) -> None:
+def write_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets) -> None:
     """Keep them in the run's folder."""
-    write_json(run.origins, origins(experiment, inputs))
+    write_json(run.fingerprint, run_fingerprint(experiment, datasets))
 
 
-def check_origins(run: RunFolder, experiment: Experiment, inputs: Inputs) -> None:
+def check_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets) -> None:
     """Raise UserError, naming the first setting, model or source that is not what the run began with."""
-    before, now = read_object(run.origins), origins(experiment, inputs)
+    before, now = read_object(run.fingerprint), run_fingerprint(experiment, datasets)
     then = before["settings"]
     for name, value in now["settings"].items():
-        free = any(name == free or name.startswith(f"{free}.") for free in FREE)
-        located = name in MODELS or (name.startswith("data.") and not name.endswith(("heldout_share", "limit")))
+        free = any(name == free or name.startswith(f"{free}.") for free in CHANGEABLE)
+        located = name in MODEL_KEYS or (name.startswith("data.") and not name.endswith(("heldout_share", "limit")))
         if then.get(name) != value and not free and not located:
             raise UserError(
                 f"{run.path} began with {name} {then.get(name)!r}, and it is {value!r} now: set it as it was, or start "
-                "another run. While a run is stopped, these may change: " + ", ".join(FREE)
+                "another run. While a run is stopped, these may change: " + ", ".join(CHANGEABLE)
             )
     for name, digest in now["models"].items():
         if before["models"].get(name) != digest:
             raise UserError(f"{name}: {now['settings'][name]} is not the model that {run.path} began with")
     for name, digest in now["rows"].items():
         if before["rows"].get(name) != digest:
-            raise UserError(f"{ROWS[name]}: the rows, or their tokens, are not those that {run.path} began with")
+            raise UserError(
+                f"{DATASET_KEYS[name]}: the rows, or their tokens, are not those that {run.path} began with"
+            )
 
 
 def product_digests(run: RunFolder) -> dict[str, str]:

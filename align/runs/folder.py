@@ -63,8 +63,8 @@ class RunFolder:
         return self.path / "policy"
 
     @property
-    def origins(self) -> Path:
-        return self.path / "origins.json"
+    def fingerprint(self) -> Path:
+        return self.path / "fingerprint.json"
 
     @property
     def evaluation(self) -> Path:

@@ -18,7 +18,7 @@ class RankLost(RuntimeError):
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-def around(error: BaseException) -> str | None:
+def describe_outside_failure(error: BaseException) -> str | None:
     """What is wrong around a run, in words: its storage, or its Ray cluster; None where the fault is another."""
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}"

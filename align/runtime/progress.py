@@ -5,21 +5,20 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PAUSE = 5.0
 """Seconds between plain lines."""
 
 
-class Progress:
+class ProgressBar:
     """The steps of one stage, with its newest figures and the time left, on standard error."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage, self.total = stage, total
         self.started = self.printed = time.monotonic()
         self.first: int | None = None
-        self.bar: Bar | None = None
+        self.bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
                 TextColumn("{task.description}"),
@@ -27,7 +26,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
             )
-            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.bar = Progress(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task(stage, total=total, text="")
 
     def advance(self, step: int, **figures: float) -> None:

@@ -13,16 +13,16 @@ class Interrupted(Exception):
 
 
 @dataclass
-class Stop:
+class StopRequest:
     """Whether the user has asked for an end; looked at between steps."""
 
     requested: bool = False
 
 
 @contextmanager
-def graceful_stop() -> Iterator[Stop]:
+def graceful_stop() -> Iterator[StopRequest]:
     """The first SIGINT or SIGTERM asks for an end after the step; the second interrupts at once."""
-    stop = Stop()
+    stop = StopRequest()
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.requested:

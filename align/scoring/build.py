@@ -8,17 +8,17 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.evaluation.policy import Evaluator
-from align.evaluation.prompt_styles import make_style
+from align.evaluation.prompt_styles import make_prompt_style
 from align.roles.build import Blueprint, RewardRole
-from align.roles.scoring import EVERY_ROLE
+from align.roles.scoring import ALL_ROLES
 from align.runs.folder import RunFolder, read_facts
 from align.scoring.reward import (
-    Ask,
+    EvaluationScorer,
     Gold,
     Reward,
-    RolesScore,
-    Score,
+    RoleScorer,
     TermScore,
+    TrainingScorer,
     classifier_term,
     function_term,
     gold_score,
@@ -60,23 +60,23 @@ REWARD_STATE = "reward.json"
 
 
 @dataclass(frozen=True)
-class Judges:
+class Scorers:
     """The roles to build the learner of, the reward of their verdicts, and the gold score."""
 
     blueprint: Blueprint
     reward: Reward
     gold: Gold | None
 
-    def ask_by(self, roles_score: RolesScore, asked: Collection[str]) -> Ask:
+    def evaluation_scorer(self, roles_score: RoleScorer, requested_roles: Collection[str]) -> EvaluationScorer:
         """What these roles say of trajectories, and then the reward."""
-        return lambda trajectories: self.reward.ask(trajectories, roles_score(trajectories, asked))
+        return lambda trajectories: self.reward.ask(trajectories, roles_score(trajectories, requested_roles))
 
-    def learn_by(self, roles_score: RolesScore) -> Score:
+    def training_scorer(self, roles_score: RoleScorer) -> TrainingScorer:
         """The same of all roles for a batch of training, from which the reward's composition learns."""
-        return lambda trajectories: self.reward.learn(trajectories, roles_score(trajectories, EVERY_ROLE))
+        return lambda trajectories: self.reward.learn(trajectories, roles_score(trajectories, ALL_ROLES))
 
 
-def make_judges(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Judges:
+def build_scorers(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Scorers:
     """The SFT model is the reference; the reward is made of its terms, one of which may be an adapter on the trunk."""
     policy, settings = experiment.policy, experiment.reward
     reference = load_adapter(run.sft, policy) if run.sft.is_dir() else None
@@ -86,8 +86,8 @@ def make_judges(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedTok
     facts = read_facts(run.reward)
     if settings.has_model and "classifier" not in facts:
         blueprint = replace(blueprint, rewards=_reward_roles(experiment, run))
-    terms = {name: make_term(name, term, settings, facts, tokenizer) for name, term in settings.terms.items()}
-    return Judges(blueprint, Reward(terms, Composition(settings.terms, settings.constraint)), gold)
+    terms = {name: build_term(name, term, settings, facts, tokenizer) for name, term in settings.terms.items()}
+    return Scorers(blueprint, Reward(terms, Composition(settings.terms, settings.constraint)), gold)
 
 
 def _reward_roles(experiment: Experiment, run: RunFolder) -> tuple[RewardRole, ...]:
@@ -102,7 +102,7 @@ def _reward_roles(experiment: Experiment, run: RunFolder) -> tuple[RewardRole, .
     return tuple(roles)
 
 
-def make_term(
+def build_term(
     name: str, term: TermSettings, settings: RewardSettings, facts: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> TermScore:
     """The part that scores by a term. facts: of the reward stage.
@@ -112,19 +112,19 @@ def make_term(
     match term:
         case ModelTerm():
             if path := facts.get("classifier"):
-                return classifier_term(Classifier(path), tokenizer, facts["mean"], facts["deviation"])
+                return classifier_term(Classifier(path), tokenizer, facts["mean"], facts["std"])
             return model_term(settings.ensemble, tuple(settings.attributes))
         case ClassifierTerm():
             return classifier_term(Classifier(term.path, f"reward.terms.{name}.path"), tokenizer)
         case LengthTerm():
             return length_term(term)
         case CallSettings():
-            return function_term(make_function(name, term), tokenizer, term.call_timeout, term.fallback)
+            return function_term(build_function(name, term), tokenizer, term.call_timeout, term.fallback)
         case _:
-            return function_term(make_function(name, term), tokenizer, None, None)
+            return function_term(build_function(name, term), tokenizer, None, None)
 
 
-def make_function(name: str, term: TermSettings) -> ScoreFunction:
+def build_function(name: str, term: TermSettings) -> ScoreFunction:
     """The function of texts that a term stands for. Raises UserError where something that it needs is not there."""
     if isinstance(term, FunctionTerm):
         return load_function(term.function, f"reward.terms.{name}.function")
@@ -139,7 +139,7 @@ def check_term(name: str, term: TermSettings) -> None:
         case ClassifierTerm():
             check_model_folder(term.path)
         case _:
-            make_function(name, term)
+            build_function(name, term)
 
 
 FUNCTIONS: dict[type[TermSettings], Callable[[Any], ScoreFunction]] = {
@@ -155,11 +155,11 @@ FUNCTIONS: dict[type[TermSettings], Callable[[Any], ScoreFunction]] = {
 """What makes a function of a term's settings."""
 
 
-def make_evaluator(
+def build_evaluator(
     experiment: Experiment,
-    judges: Judges,
+    judges: Scorers,
     pool: Pool,
-    roles_score: RolesScore,
+    roles_score: RoleScorer,
     reference: AdapterWeights,
     prompts: Sequence[Request],
     tokenizer: PreTrainedTokenizerBase,
@@ -168,9 +168,9 @@ def make_evaluator(
     rollouts, settings = experiment.rollouts, experiment.evaluation
     warm = rollouts.temperature if settings.temperature is None else settings.temperature
     sampling = Sampling(warm, rollouts.max_new_tokens)
-    styles = {name: make_style(style, tokenizer) for name, style in settings.styles.items()}
-    score = judges.ask_by(roles_score, ("policy", "reference", "reward"))
-    rate = judges.ask_by(roles_score, ("reward",))
+    styles = {name: make_prompt_style(style, tokenizer) for name, style in settings.prompt_styles.items()}
+    score = judges.evaluation_scorer(roles_score, ("policy", "reference", "reward"))
+    rate = judges.evaluation_scorer(roles_score, ("reward",))
     return Evaluator(
         pool, score, rate, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of, styles
     )

@@ -14,28 +14,30 @@ from rewards.compose import Composition, combine, spread
 from rewards.schema import EnsembleSettings
 from rewards.terms import LengthTerm
 from rewards.user_functions import ScoreFunction, Scores, call_function
-from rollouts.trajectory import Scored, Trajectory
+from rollouts.trajectory import RoleOutputs, Trajectory
 
 Notes = dict[str, Tensor]
 """More that is known of the trajectories `[B]`, by name, to be logged."""
 
-TermScore = Callable[[Sequence[Trajectory], Sequence[Scored]], tuple[Tensor, Notes]]
+TermScore = Callable[[Sequence[Trajectory], Sequence[RoleOutputs]], tuple[Tensor, Notes]]
 """What one term says of trajectories `[B]`, by their texts or by the outputs of the trunk's reward heads."""
 
-Score = Callable[[Sequence[Trajectory]], list[Scored]]
+TrainingScorer = Callable[[Sequence[Trajectory]], list[RoleOutputs]]
 """Verdicts on trajectories."""
 
 
-Verdicts = Callable[[], list[Scored]]
+Rescore = Callable[[], list[RoleOutputs]]
 """Verdicts on the trajectories that were asked about, as the reward now composes them."""
 
-Ask = Callable[[Sequence[Trajectory]], Verdicts]
+EvaluationScorer = Callable[[Sequence[Trajectory]], Rescore]
 
 
-class RolesScore(Protocol):
+class RoleScorer(Protocol):
     """What the roles that are asked say of trajectories."""
 
-    def __call__(self, trajectories: Sequence[Trajectory], asked: Collection[str], /) -> list[Scored]: ...
+    def __call__(
+        self, trajectories: Sequence[Trajectory], requested_roles: Collection[str], /
+    ) -> list[RoleOutputs]: ...
 
 
 Gold = Callable[[Sequence[Trajectory]], list[float]]
@@ -49,17 +51,17 @@ class Reward:
     terms: Mapping[str, TermScore]
     composition: Composition
 
-    def ask(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> Verdicts:
+    def ask(self, trajectories: Sequence[Trajectory], scored: list[RoleOutputs]) -> Rescore:
         """What gives the verdicts, with score and notes, when it is called: terms are asked now and composed then."""
         raw, notes = self.raw(trajectories, scored)
         return lambda: _noted(scored, *self.composition.score(raw), notes)
 
-    def learn(self, trajectories: Sequence[Trajectory], scored: list[Scored]) -> list[Scored]:
+    def learn(self, trajectories: Sequence[Trajectory], scored: list[RoleOutputs]) -> list[RoleOutputs]:
         """The same of a batch of training, at once; the composition learns from it."""
         raw, notes = self.raw(trajectories, scored)
         return _noted(scored, *self.composition.learn(raw), notes)
 
-    def raw(self, trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[dict[str, Tensor], Notes]:
+    def raw(self, trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> tuple[dict[str, Tensor], Notes]:
         """What each term says, before it is normalised, and the notes of all."""
         raw: dict[str, Tensor] = {}
         notes: Notes = {}
@@ -69,7 +71,7 @@ class Reward:
         return raw, notes
 
 
-def _noted(scored: list[Scored], total: Tensor, parts: Mapping[str, Tensor], notes: Notes) -> list[Scored]:
+def _noted(scored: list[RoleOutputs], total: Tensor, parts: Mapping[str, Tensor], notes: Notes) -> list[RoleOutputs]:
     if len(parts) > 1:
         notes = {f"term/{name}": values for name, values in parts.items()} | notes
     rows = [dict(zip(notes, row, strict=True)) for row in zip(*(n.tolist() for n in notes.values()), strict=True)]
@@ -80,8 +82,8 @@ def _noted(scored: list[Scored], total: Tensor, parts: Mapping[str, Tensor], not
 def model_term(ensemble: EnsembleSettings, attributes: Sequence[str]) -> TermScore:
     """The reward roles on the trunk: outputs are, for each member, the whole score and that of each attribute."""
 
-    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
-        outputs = torch.stack([verdict.outputs for verdict in scored]).double()
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> tuple[Tensor, Notes]:
+        outputs = torch.stack([output.reward_outputs for output in scored]).double()
         outputs = outputs.view(len(scored), -1, 1 + len(attributes))
         notes = {f"attribute/{name}": outputs[:, :, 1 + i].mean(1) for i, name in enumerate(attributes)}
         members = outputs[:, :, 0]
@@ -93,14 +95,14 @@ def model_term(ensemble: EnsembleSettings, attributes: Sequence[str]) -> TermSco
 
 
 def classifier_term(
-    classifier: Classifier, tokenizer: PreTrainedTokenizerBase, mean: float = 0.0, deviation: float = 1.0
+    classifier: Classifier, tokenizer: PreTrainedTokenizerBase, mean: float = 0.0, std: float = 1.0
 ) -> TermScore:
     """A ready classifier's scores of the text, shifted and scaled."""
 
-    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> tuple[Tensor, Notes]:
         responses = [decode_response(tokenizer, t.response_ids) for t in trajectories]
         scores = classifier.score([t.request.prompt for t in trajectories], responses)
-        return (scores - mean) / deviation, {}
+        return (scores - mean) / std, {}
 
     return term
 
@@ -110,7 +112,7 @@ def function_term(
 ) -> TermScore:
     """A function of texts and columns. Where it fails, rows get the fallback, and a note of it."""
 
-    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> tuple[Tensor, Notes]:
         scores = _call(function, tokenizer, trajectories, timeout, fallback)
         values = torch.tensor(scores.values, dtype=torch.float64)
         if fallback is None:
@@ -125,8 +127,8 @@ def function_term(
 def length_term(settings: LengthTerm) -> TermScore:
     """0, falling to -1 as the response's tokens come to the most that are wanted."""
 
-    def term(trajectories: Sequence[Trajectory], scored: Sequence[Scored]) -> tuple[Tensor, Notes]:
-        over = torch.tensor([t.length - settings.most for t in trajectories], dtype=torch.float64)
+    def term(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> tuple[Tensor, Notes]:
+        over = torch.tensor([t.length - settings.max_tokens for t in trajectories], dtype=torch.float64)
         if not settings.window:
             return -(over > 0).double(), {}
         return -(1 + over / settings.window).clamp(0, 1), {}

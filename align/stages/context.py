@@ -11,32 +11,32 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
-from align.data.datasets import Inputs
+from align.data.datasets import Datasets
 from align.runs.folder import RunFolder, write_facts
 from align.runs.tracking import Tracker
 from align.runtime.atomic_files import new_folder
 from align.runtime.seeds import permutation, seed_for
-from align.runtime.signals import Stop
-from align.supervised.fit import StageContext, optimizer_steps
+from align.runtime.signals import StopRequest
+from align.supervised.fit import FitContext, optimizer_steps
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.methods.build import build_trunk
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
-from rollouts.transformers_engine import make_engine
+from rollouts.transformers_engine import make_transformers_engine
 
 
 @dataclass(frozen=True)
-class Job:
+class StageContext:
     """Experiment, folder, data, and the ways to report and to be stopped."""
 
     experiment: Experiment
     run: RunFolder
     tokenizer: PreTrainedTokenizerBase
-    inputs: Inputs
+    datasets: Datasets
     tracker: Tracker
-    stop: Stop
+    stop: StopRequest
 
     def sft_weights(self) -> AdapterWeights | None:
         """The adapter of the SFT stage; None where there is none and the base itself is the SFT model."""
@@ -55,13 +55,13 @@ class Job:
             trunk.initialise("reference")
         return trunk
 
-    def fit_context(self, stage: str, member: int = 0) -> StageContext:
+    def fit_context(self, stage: str, member: int = 0) -> FitContext:
         """member: of an ensemble, each of which sees the data in another order, and after the one before it."""
         seed, keep, folder = self.experiment.seed, self.experiment.checkpoint.keep, self.run.checkpoints(stage)
         if not member:
-            return StageContext(stage, folder, keep, seed, self.tracker, self.stop)
-        first = member * optimizer_steps(len(self.inputs.cases), self.experiment.reward)
-        return StageContext(stage, folder, keep, seed_for(seed, "member", member), self.tracker, self.stop, first)
+            return FitContext(stage, folder, keep, seed, self.tracker, self.stop)
+        first = member * optimizer_steps(len(self.datasets.preferences), self.experiment.reward)
+        return FitContext(stage, folder, keep, seed_for(seed, "member", member), self.tracker, self.stop, first)
 
     @contextmanager
     def new_product(self, folder: Path, facts: dict[str, Any], started: float) -> Iterator[Path]:
@@ -72,11 +72,13 @@ class Job:
 
     def sample_sft(self, trunk: Trunk, count: int) -> list[Trajectory]:
         """Responses of the SFT model, role `reference` of the trunk, to so many of the training prompts."""
-        prompts = self.inputs.prompts or [Request(c.feedback.prompt, tuple(c.prompt_ids), 0) for c in self.inputs.cases]
+        prompts = self.datasets.prompts or [
+            Request(c.example.prompt, tuple(c.prompt_ids), 0) for c in self.datasets.preferences
+        ]
         if not prompts:
             raise UserError("reward.normalise needs prompts: set data.prompts, or reward.normalise to 0")
         seed, rollouts = self.experiment.seed, self.experiment.rollouts
         chosen = permutation(len(prompts), seed, "normalise")[:count]
         requests = [replace(prompts[i], seed=seed_for(seed, "normalise", i)) for i in chosen]
-        engine = make_engine(trunk, self.tokenizer, rollouts.model_copy(update={"merge": False}))
+        engine = make_transformers_engine(trunk, self.tokenizer, rollouts.model_copy(update={"merge": False}))
         return engine.generate(requests, Sampling(rollouts.temperature, rollouts.max_new_tokens), role="reference")

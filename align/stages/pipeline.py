@@ -7,17 +7,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import STAGES, Experiment
-from align.data.datasets import Inputs, read_inputs
-from align.evaluation.prompt_styles import make_style
+from align.data.datasets import Datasets, read_datasets
+from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.ray_cluster import computing
 from align.runs.checkpoint import latest, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
-from align.runtime.signals import Stop
+from align.runtime.signals import StopRequest
 from align.scoring.build import check_term
-from align.stages.context import Job
+from align.stages.context import StageContext
 from align.stages.ppo import policy_figures, run_ppo
 from align.stages.reward import run_reward
 from align.stages.sft import run_sft
@@ -48,7 +48,7 @@ def stages_left(experiment: Experiment, run: RunFolder) -> list[str]:
     return [stage for stage in STAGES if stage in wanted and not run.done(stage)]
 
 
-def load_inputs(experiment: Experiment) -> Inputs:
+def load_datasets(experiment: Experiment) -> Datasets:
     """Check all that the experiment names, and read all rows that it needs, before anything is trained."""
     tokenizer = load_tokenizer(experiment.model.path)
     config = load_model_config(experiment.model.path)
@@ -56,17 +56,17 @@ def load_inputs(experiment: Experiment) -> Inputs:
     stages_left(experiment, folder_of(experiment))
     _check_given(experiment)
     context = getattr(config, "max_position_embeddings", None)
-    inputs = read_inputs(experiment, tokenizer, context)
-    _check_styles(experiment, tokenizer, inputs, context)
-    _check_columns(experiment, inputs)
-    return inputs
+    datasets = read_datasets(experiment, tokenizer, context)
+    _check_prompt_styles(experiment, tokenizer, datasets, context)
+    _check_columns(experiment, datasets)
+    return datasets
 
 
-def _check_columns(experiment: Experiment, inputs: Inputs) -> None:
+def _check_columns(experiment: Experiment, datasets: Datasets) -> None:
     """What the reward's terms read of a row must be in every one."""
     for name, term in experiment.reward.terms.items():
         for column in columns_of(term):
-            for request in (*inputs.prompts, *inputs.prompts_heldout):
+            for request in (*datasets.prompts, *datasets.prompts_heldout):
                 if column not in request.columns:
                     there = ", ".join(request.columns) or "none"
                     raise UserError(
@@ -75,19 +75,19 @@ def _check_columns(experiment: Experiment, inputs: Inputs) -> None:
                     )
 
 
-def _check_styles(
-    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, context: int | None
+def _check_prompt_styles(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, context: int | None
 ) -> None:
     room = math.inf if context is None else context - experiment.rollouts.max_new_tokens
-    for name, settings in experiment.evaluation.styles.items():
-        style = make_style(settings, tokenizer)
+    for name, settings in experiment.evaluation.prompt_styles.items():
+        style = make_prompt_style(settings, tokenizer)
         try:
-            longest = max((len(style(request).prompt_ids) for request in inputs.prompts_heldout), default=0)
+            longest = max((len(style(request).prompt_ids) for request in datasets.prompts_heldout), default=0)
         except ValueError as error:
-            raise UserError(f"evaluation.styles.{name}: a prompt cannot be put so: {error}") from error
+            raise UserError(f"evaluation.prompt_styles.{name}: a prompt cannot be put so: {error}") from error
         if longest > room:
             raise UserError(
-                f"evaluation.styles.{name}: a prompt has {longest} tokens, more than the model's context less "
+                f"evaluation.prompt_styles.{name}: a prompt has {longest} tokens, more than the model's context less "
                 f"rollouts.max_new_tokens, {room}"
             )
 
@@ -113,7 +113,7 @@ def _check_given(experiment: Experiment) -> None:
         load_function(experiment.evaluation.gold, "evaluation.gold")
 
 
-def run_stages(experiment: Experiment, run: RunFolder, inputs: Inputs, stop: Stop) -> dict[str, Any]:
+def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop: StopRequest) -> dict[str, Any]:
     """Run what is left, write `evaluation.json` and return it. Raises Interrupted if asked to stop in between."""
     left = stages_left(experiment, run)
     computing(experiment, 1).begin()
@@ -121,9 +121,9 @@ def run_stages(experiment: Experiment, run: RunFolder, inputs: Inputs, stop: Sto
         _forget_beyond_checkpoint(run, left[0])
     tokenizer = load_tokenizer(experiment.model.path)
     with open_tracker(run.path, experiment.tracking, experiment.name, experiment.model_dump(mode="json")) as tracker:
-        job = Job(experiment, run, tokenizer, inputs, tracker, stop)
+        context = StageContext(experiment, run, tokenizer, datasets, tracker, stop)
         for stage in left:
-            _run_stage(job, stage)
+            _run_stage(context, stage)
     evaluation = _evaluation(run)
     write_json(run.evaluation, evaluation)
     return evaluation
@@ -136,16 +136,16 @@ def reopen(experiment: Experiment, run: RunFolder) -> None:
         run.policy.rename(run.best)
 
 
-def _run_stage(job: Job, stage: str) -> None:
+def _run_stage(context: StageContext, stage: str) -> None:
     """Run a stage to its end. Where a rank of the learner dies, go on from the last checkpoint with new ones."""
-    for left in reversed(range(job.experiment.learner.restarts + 1)):
+    for left in reversed(range(context.experiment.learner.restarts + 1)):
         try:
-            return RUNNERS[stage](job)
+            return RUNNERS[stage](context)
         except RankLost as error:
             if not left:
                 raise
             log.warning("%s; going on from the last checkpoint, %d times more if need be", error, left - 1)
-            _forget_beyond_checkpoint(job.run, stage)
+            _forget_beyond_checkpoint(context.run, stage)
 
 
 def _forget_beyond_checkpoint(run: RunFolder, stage: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.data.datasets import Example
-from align.stages.context import Job
+from align.data.datasets import TokenizedDemonstration
+from align.stages.context import StageContext
 from align.supervised.fit import fit
 from align.supervised.trainer import Objective
 from policies.batching import collate
@@ -18,7 +18,7 @@ from policies.files.adapters import load_adapter
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
 
-ROLE = "reference"
+SFT_ROLE = "reference"
 """What the SFT model is to all later stages."""
 
 
@@ -33,51 +33,51 @@ class Likelihood(Objective):
         self, ids: Tensor, rows: Tensor, before: Tensor, labels: Tensor, num_items_in_batch: Tensor
     ) -> dict[str, Tensor]:
         """ids, rows, before, labels: `ids`, `rows`, `before` and `tokens` of a `Batch`."""
-        states = self.trunk.hidden_of_rows(ids, rows, ROLE)
-        logprobs = token_logprobs(states[before], labels, partial(self.trunk.head, role=ROLE), temperature=1.0)
+        states = self.trunk.hidden_packed(ids, rows, SFT_ROLE)
+        logprobs = token_logprobs(states[before], labels, partial(self.trunk.head, role=SFT_ROLE), temperature=1.0)
         return {"loss": -logprobs.sum() / num_items_in_batch}
 
 
-def run_sft(job: Job) -> None:
+def run_sft(context: StageContext) -> None:
     """Train the adapter `reference` on the demonstrations, or adopt the one that is given; write it to `sft/`."""
-    settings = job.experiment.sft
+    settings = context.experiment.sft
     started = time.perf_counter()
-    trunk = job.new_trunk("sft")
+    trunk = context.new_trunk("sft")
     facts: dict[str, Any] = {}
     if settings.adapter:
-        trunk.write_adapter(ROLE, load_adapter(settings.adapter, job.experiment.policy))
+        trunk.write_adapter(SFT_ROLE, load_adapter(settings.adapter, context.experiment.policy))
         facts["adapter"] = settings.adapter
     else:
-        trunk.start_training(ROLE)
-        trunk.train_only(ROLE)
+        trunk.start_training(SFT_ROLE)
+        trunk.train_only(SFT_ROLE)
         objective = Likelihood(trunk)
         fitted = fit(
             objective,
-            job.inputs.examples,
+            context.datasets.demonstrations,
             _tensors,
             settings,
-            job.fit_context("sft"),
+            context.fit_context("sft"),
             metrics="sft",
-            heldout=partial(heldout_loss, objective, job.inputs.examples_heldout),
-            passes=trunk.passes,
-            lora_plus=job.experiment.policy.lora_plus,
+            heldout=partial(heldout_loss, objective, context.datasets.demonstrations_heldout),
+            microbatches=trunk.microbatches,
+            lora_plus=context.experiment.policy.lora_plus,
         )
-        facts |= asdict(fitted) | {"skipped_rows": len(job.inputs.skipped.get("demonstrations", []))}
-    with job.new_product(job.run.sft, facts, started) as folder:
-        trunk.save(ROLE, folder)
+        facts |= asdict(fitted) | {"skipped_rows": len(context.datasets.skipped.get("demonstrations", []))}
+    with context.new_product(context.run.sft, facts, started) as folder:
+        trunk.save(SFT_ROLE, folder)
 
 
 @torch.no_grad()
-def heldout_loss(objective: Likelihood, examples: Sequence[Example]) -> float:
+def heldout_loss(objective: Likelihood, examples: Sequence[TokenizedDemonstration]) -> float:
     """Mean negative log-likelihood of all response tokens, in nats."""
     device, total = objective.trunk.causal.device, 0.0
     one = torch.ones((), device=device)
-    for group in objective.trunk.passes([e.length for e in examples]):
+    for group in objective.trunk.microbatches([e.length for e in examples]):
         batch = {name: tensor.to(device) for name, tensor in _tensors([examples[i] for i in group]).items()}
         total += float(objective(**batch, num_items_in_batch=one)["loss"])
     return total / sum(len(e.response_ids) for e in examples)
 
 
-def _tensors(examples: list[Example]) -> dict[str, Tensor]:
+def _tensors(examples: list[TokenizedDemonstration]) -> dict[str, Tensor]:
     batch = collate([e.prompt_ids for e in examples], [e.response_ids for e in examples])
-    return {"ids": batch.ids, "rows": batch.rows, "before": batch.before, "labels": batch.tokens}
+    return {"ids": batch.ids, "rows": batch.lengths, "before": batch.predictors, "labels": batch.response_ids}

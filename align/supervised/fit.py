@@ -18,30 +18,30 @@ from align.learner.schedules import warmed
 from align.runs.checkpoint import latest, prune, seal, step_of
 from align.runs.tracking import Tracker
 from align.runtime.atomic_files import new_folder, write_json
-from align.runtime.progress import Progress
+from align.runtime.progress import ProgressBar
 from align.runtime.seeds import seed_for
-from align.runtime.signals import Interrupted, Stop
+from align.runtime.signals import Interrupted, StopRequest
 from align.supervised.trainer import (
     WEIGHTS,
     FitTrainer,
     Objective,
-    Row,
     SkipNonFinite,
-    cut,
+    TrainingExample,
     read_trained,
+    split_microbatches,
     trained,
 )
 from align.supervised.trainer_state import read_state
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
-from policies.layers.lora import by_rate
+from policies.layers.lora import parameter_groups_by_rate
 from rewards.schema import FitSettings
 
 BEST = "best"
 
 
 @dataclass(frozen=True)
-class StageContext:
+class FitContext:
     """What a supervised stage needs besides its model and data. first: the stage's steps before this training."""
 
     stage: str
@@ -49,12 +49,12 @@ class StageContext:
     keep: int
     seed: int
     tracker: Tracker
-    stop: Stop
+    stop: StopRequest
     first: int = 0
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What came of a training. steps: optimizer steps done; best_step: that of the weights that were kept."""
 
     steps: int
@@ -64,20 +64,20 @@ class Fitted:
 
 def fit(
     objective: Objective,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingExample],
     collate: Callable[[list[Any]], dict[str, Any]],
     settings: FitSettings,
-    context: StageContext,
+    context: FitContext,
     metrics: str,
     heldout: Callable[[], float],
-    passes: Callable[[Sequence[int], int | None], list[list[int]]],
+    microbatches: Callable[[Sequence[int], int | None], list[list[int]]],
     lora_plus: float | None = None,
-) -> Fitted:
+) -> FitResult:
     """Train the parameters of `objective` that require gradients; it then holds those of the best held-out loss.
 
     collate: from rows to the arguments of one pass of `objective`, which gives {"loss": …}, a sum over these rows
     divided by `num_items_in_batch`, the number of `labels` in the whole batch. Batches are of rows of about one length.
-    passes: how a batch is cut, see `Trunk.passes`. metrics: the first part of the names that are logged.
+    microbatches: how a batch is cut, see `Trunk.microbatches`. metrics: the first part of the names that are logged.
     heldout: the loss of `objective` on held-out rows, asked for every `evaluate_every` steps and at the end.
     lora_plus: `policy.lora_plus`.
     Goes on from the last checkpoint where there is one. Raises Interrupted after a checkpoint if asked to stop.
@@ -92,13 +92,13 @@ def fit(
     watch = _Watch(context, metrics, settings, steps, heldout)
     arguments = TrainingArguments(
         output_dir=str(context.checkpoints),
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=settings.batch_size,
         max_steps=steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=warmed(settings.schedule),
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
+        max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch_fused",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -110,12 +110,12 @@ def fit(
         use_cpu=not torch.cuda.is_available(),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # the objective is one module on one device; no DataParallel
-    with Progress(context.stage, steps) as progress:
+    with ProgressBar(context.stage, steps) as progress:
         trainer = FitTrainer(
             model=objective,
             args=arguments,
             train_dataset=rows,
-            data_collator=partial(cut, collate, passes, settings.tokens_per_microbatch),
+            data_collator=partial(split_microbatches, collate, microbatches, settings.tokens_per_microbatch),
             optimizers=(_optimizer(objective, settings, lora_plus), None),
             callbacks=[watch],
         )
@@ -133,7 +133,7 @@ def fit(
         raise Interrupted
     assert state.best_metric is not None  # the last step is always looked at
     read_trained(objective, context.checkpoints / BEST / WEIGHTS)
-    fitted = Fitted(state.global_step, state.best_global_step, state.best_metric)
+    fitted = FitResult(state.global_step, state.best_global_step, state.best_metric)
     with new_folder(done) as folder:
         save_file(trained(objective), folder / WEIGHTS)
         write_json(folder / "fitted.json", asdict(fitted))
@@ -142,10 +142,10 @@ def fit(
     return fitted
 
 
-def _read_fitted(path: Path) -> Fitted:
+def _read_fitted(path: Path) -> FitResult:
     values = read_object(path)
     try:
-        return Fitted(int(values["steps"]), int(values["best_step"]), float(values["heldout_loss"]))
+        return FitResult(int(values["steps"]), int(values["best_step"]), float(values["heldout_loss"]))
     except (LookupError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -155,23 +155,23 @@ def _optimizer(objective: nn.Module, settings: FitSettings, lora_plus: float | N
     if lora_plus is None:
         return None
     trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    groups = by_rate(trained, lora_plus)
+    groups = parameter_groups_by_rate(trained, lora_plus)
     rated = [{"params": parameters, "lr": settings.learning_rate * factor} for factor, parameters in groups]
     return AdamW(rated, weight_decay=settings.weight_decay, fused=True)
 
 
 def optimizer_steps(rows: int, settings: FitSettings) -> int:
     """How many optimizer steps a stage takes over so many rows; the last batch of an epoch may be smaller."""
-    return math.ceil(math.ceil(rows / settings.batch) * settings.epochs)
+    return math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
 
 
 class _Watch(TrainerCallback):
     """Logs every step, looks at the held-out loss, seals checkpoints, and ends training when it is time to."""
 
-    progress: Progress
+    progress: ProgressBar
 
     def __init__(
-        self, context: StageContext, metrics: str, settings: FitSettings, steps: int, heldout: Callable[[], float]
+        self, context: FitContext, metrics: str, settings: FitSettings, steps: int, heldout: Callable[[], float]
     ) -> None:
         self.context, self.metrics, self.settings = context, metrics, settings
         self.steps, self.heldout = steps, heldout

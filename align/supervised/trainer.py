@@ -15,13 +15,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from align.runtime.failures import Fault
 from align.runtime.seeds import seed_for
 from align.supervised.trainer_state import read_optimizer, read_random, write_optimizer, write_random
-from policies.files.safe_reading import check_like, read_tensors
+from policies.files.safe_reading import check_names_and_shapes, read_tensors
 
 WEIGHTS = "model.safetensors"
 """What is trained, in a checkpoint."""
 
 
-class Row(Protocol):
+class TrainingExample(Protocol):
     """What is trained on: a demonstration, a pair."""
 
     @property
@@ -122,14 +122,14 @@ class SkipNonFinite:
             raise Fault(f"the gradient was not finite in {self.limit} steps in a row ({self.stage}.max_skipped)")
 
 
-def cut(
+def split_microbatches(
     collate: Callable[[list[Any]], dict[str, Any]],
-    passes: Callable[[Sequence[int], int | None], list[list[int]]],
+    microbatches: Callable[[Sequence[int], int | None], list[list[int]]],
     tokens: int | None,
-    rows: list[Row],
+    rows: list[TrainingExample],
 ) -> dict[str, Any]:
     """A batch, cut into passes."""
-    parts = [collate([rows[i] for i in group]) for group in passes([row.length for row in rows], tokens)]
+    parts = [collate([rows[i] for i in group]) for group in microbatches([row.length for row in rows], tokens)]
     return {"labels": torch.cat([part["labels"] for part in parts]), "passes": parts}
 
 
@@ -142,6 +142,6 @@ def trained(objective: nn.Module) -> dict[str, Tensor]:
 def read_trained(objective: nn.Module, path: Path) -> None:
     """Overwrite what is trained by a file's. Raises UserError where it cannot be read or is of another model."""
     weights, own = read_tensors(path), {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    check_like(weights, own, path)
+    check_names_and_shapes(weights, own, path)
     for name, parameter in own.items():
         parameter.copy_(weights[name])

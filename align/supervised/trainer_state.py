@@ -15,10 +15,10 @@ from transformers import TrainerState
 
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
-from policies.files.safe_reading import check_like, read_object, read_tensors
+from policies.files.safe_reading import check_names_and_shapes, read_object, read_tensors
 
 STATE = "trainer_state.json"
-OPTIMIZER, RATES, RANDOM = "optimizer.safetensors", "rates.json", "random.json"
+OPTIMIZER, HYPERPARAMETERS, RANDOM = "optimizer.safetensors", "rates.json", "random.json"
 
 
 def write_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
@@ -26,18 +26,18 @@ def write_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) 
     state = optimizer.state_dict()
     tensors = {f"{n}.{name}": value for n, values in state["state"].items() for name, value in values.items()}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
-    write_json(folder / RATES, {"groups": state["param_groups"], "scheduler": scheduler.state_dict()})
+    write_json(folder / HYPERPARAMETERS, {"groups": state["param_groups"], "scheduler": scheduler.state_dict()})
 
 
 def read_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
     """Take up what `write_optimizer` wrote. Raises UserError where it is not of such an optimizer."""
-    tensors, rates = read_tensors(folder / OPTIMIZER), read_object(folder / RATES)
+    tensors, rates = read_tensors(folder / OPTIMIZER), read_object(folder / HYPERPARAMETERS)
     _check_moments(tensors, optimizer, folder / OPTIMIZER)
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, kind = name.partition(".")
         state.setdefault(int(number), {})[kind] = tensor
-    _check_rates(rates, optimizer, scheduler, folder / RATES)
+    _check_rates(rates, optimizer, scheduler, folder / HYPERPARAMETERS)
     optimizer.load_state_dict({"state": state, "param_groups": rates["groups"]})
     scheduler.load_state_dict(rates["scheduler"])
 
@@ -91,7 +91,7 @@ def _check_moments(tensors: dict[str, Tensor], optimizer: Optimizer, path: Path)
             raise UserError(f"{path} is not of this model: it has a parameter {number!r}, of {len(parameters)}")
         like = {"exp_avg": parameters[int(number)], "exp_avg_sq": parameters[int(number)], "step": torch.zeros(())}
         own = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == number}
-        check_like(own, like, path)
+        check_names_and_shapes(own, like, path)
 
 
 def _check_rates(rates: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler, path: Path) -> None:

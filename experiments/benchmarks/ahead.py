@@ -3,8 +3,8 @@
     python experiments/benchmarks/ahead.py --run runs/reviews
 
 PPO on the SFT and reward models of a run of experiments/reviews, one thread for the one rollout worker and one for the
-learner: first in turn (max_age 0), which gives R and L, the median seconds of a step in rollouts and in all the rest;
-then ahead (max_age 1). The share is max(R, L) over a step's median seconds ahead, as the ideal is that the shorter of
+learner: first in turn (max_staleness 0), which gives R and L, the median seconds of a step in rollouts and in all the rest;
+then ahead (max_staleness 1). The share is max(R, L) over a step's median seconds ahead, as the ideal is that the shorter of
 the two is hidden. With --steps and --seeds it also compares the held-out scores of both. Writes `ahead.json`.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-MODES = {"in_turn": [], "ahead": ["rollouts.max_age=1", "ppo.importance_cap=2.0"]}
+MODES = {"in_turn": [], "ahead": ["rollouts.max_staleness=1", "ppo.importance_ratio_cap=2.0"]}
 WARM = 2
 """First steps, in which workers start, that are left out of the times."""
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, mode: str, extra: list[str], seed: int) -
     name = f"{mode}-{seed}"
     line = [sys.executable, "-m", "align", "run", str(arguments.run / "config.yaml"), "--replace", f"name={name}",
             f"seed={seed}", "stages=[ppo]", f"sft.adapter={arguments.run / 'sft'}",
-            f"reward.model={arguments.run / 'reward'}", "rollouts.workers=1", "rollouts.chunk=128", "cluster.threads=1",
+            f"reward.model={arguments.run / 'reward'}", "rollouts.workers=1", "rollouts.chunk_size=128", "cluster.threads=1",
             f"ppo.steps={arguments.steps}", "evaluation.every=0", "evaluation.best_of=0", "tracking.wandb=disabled",
             *extra]  # fmt: skip
     subprocess.run(line, check=True)

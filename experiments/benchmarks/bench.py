@@ -33,7 +33,7 @@ from policies.files.base_model import load_base
 from policies.heads import ScalarHead
 from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
-from rewards.model import ROLE, RewardModel
+from rewards.model import REWARD_ROLE, RewardModel
 
 HERE = Path(__file__).parent
 PEER = HERE / ".venv-trl"
@@ -211,10 +211,10 @@ def write_experiment(
         "policy": {"rank": RANK, "alpha": 2 * RANK},
         "data": {"prompts": str(arguments.prompts)},
         "reward": {"model": f"{folder}/reward"},
-        "rollouts": {"max_new_tokens": workload.response, "workers": variant.workers, "rows": BATCH},
+        "rollouts": {"max_new_tokens": workload.response, "workers": variant.workers, "max_num_seqs": BATCH},
         "ppo": {
             "steps": steps,
-            "batch": BATCH,
+            "batch_size": BATCH,
             "epochs": EPOCHS,
             "minibatches": 1,
             "critic": {"kind": variant.critic},
@@ -231,7 +231,7 @@ def write_experiment(
 def write_reward(model: Path, to: Path) -> None:
     """A reward model of ours with random weights, on the same trunk: what TRL's side has too."""
     base = load_base(ModelSettings(path=str(model)))
-    trunk = make_trunk(base, POLICY, (ROLE,))
+    trunk = make_trunk(base, POLICY, (REWARD_ROLE,))
     generator = torch.Generator().manual_seed(seed_for(0, "reward head"))
     RewardModel(trunk, [ScalarHead(trunk.width, generator)]).save(to)
 

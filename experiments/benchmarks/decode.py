@@ -23,7 +23,7 @@ from policies.files.base_model import load_tokenizer, stop_ids
 from policies.methods.build import build_trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
-from rollouts.transformers_engine import ROLE, TransformersEngine
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 
 ROWS, NEW = 64, 128
 
@@ -38,12 +38,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     experiment = load_experiment(arguments.run / "config.yaml")
     tokenizer = load_tokenizer(experiment.model.path)
-    trunk = build_trunk(experiment.model, experiment.policy, (ROLE,))
+    trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER_ROLE,))
     stops = stop_ids(trunk.causal.generation_config, tokenizer)
-    plain = build_trunk(experiment.model, experiment.policy, (ROLE,))
+    plain = build_trunk(experiment.model, experiment.policy, (SAMPLER_ROLE,))
     weights = load_adapter(arguments.run / "sft", experiment.policy)
-    plain.write_adapter(ROLE, weights)
-    merged = plain.merged_weights(ROLE)
+    plain.write_adapter(SAMPLER_ROLE, weights)
+    merged = plain.merged_weights(SAMPLER_ROLE)
     theirs_model = type(plain.causal)(plain.causal.config).eval()
     theirs_model.load_state_dict(merged, strict=False)
     theirs_model.tie_weights()

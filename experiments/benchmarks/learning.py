@@ -38,12 +38,10 @@ from policies.methods.build import build_trunk
 from policies.schema import ModelSettings
 from policies.text.tokenization import encode_prompt
 from policies.trunk import AdapterWeights
-from rewards.model import ROLE as REWARD
-from rewards.model import RewardModel, load_heads, read_heads
+from rewards.model import REWARD_ROLE, RewardModel, load_heads, read_heads
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
-from rollouts.transformers_engine import ROLE as SAMPLER
-from rollouts.transformers_engine import TransformersEngine
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 
 SETTINGS = {"epochs": 4, "response": 48, "rate": 3e-4, "kl": 0.05, "penalty": 1.0}
 """What both sides are given; the KL coefficient is what `trl_ppo.py` has."""
@@ -59,7 +57,7 @@ class Judge:
 
     def __init__(self, base: Path, reference: Path | None, reward: RewardModel, prompts: list[Request]) -> None:
         """reference: an adapter on the base, or None: the base as it is."""
-        self.trunk = build_trunk(ModelSettings(path=str(base)), POLICY, (SAMPLER, REFERENCE))
+        self.trunk = build_trunk(ModelSettings(path=str(base)), POLICY, (SAMPLER_ROLE, REFERENCE))
         if reference is not None:
             self.trunk.write_adapter(REFERENCE, load_adapter(reference, POLICY))
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -72,16 +70,18 @@ class Judge:
         """weights: of the policy. Its mean score, and its KL in nats a sequence."""
         self.engine.load_adapter(0, weights)
         made = self.engine.generate(self.requests, Sampling(1.0, SETTINGS["response"]))
-        asked, given = [t.request.prompt_ids for t in made], [t.response_ids for t in made]
-        scores = self.reward.score(asked, given, TOKENS)
-        kl = sum(self._logprobs(made, SAMPLER)) - sum(self._logprobs(made, REFERENCE))
+        pending, given = [t.request.prompt_ids for t in made], [t.response_ids for t in made]
+        scores = self.reward.score(pending, given, TOKENS)
+        kl = sum(self._logprobs(made, SAMPLER_ROLE)) - sum(self._logprobs(made, REFERENCE))
         return {"score": float(scores.mean()), "kl": kl / len(made)}
 
     def _logprobs(self, made: list[Trajectory], role: str) -> Iterator[float]:
-        for group in self.trunk.passes([t.total_length for t in made], TOKENS):
+        for group in self.trunk.microbatches([t.total_length for t in made], TOKENS):
             batch = collate([made[i].request.prompt_ids for i in group], [made[i].response_ids for i in group])
-            states = self.trunk.hidden_of_rows(batch.ids, batch.rows, role)[batch.before]
-            yield float(token_logprobs(states, batch.tokens, lambda h: self.trunk.head(h, role), 1.0).double().sum())
+            states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)[batch.predictors]
+            yield float(
+                token_logprobs(states, batch.response_ids, lambda h: self.trunk.head(h, role), 1.0).double().sum()
+            )
 
 
 def main() -> None:
@@ -134,8 +134,8 @@ def cell(points: Sequence[dict[str, float]]) -> str:
 
 def read_reward(model: ModelSettings, folder: Path) -> RewardModel:
     """The run's reward model."""
-    trunk = build_trunk(model, POLICY, (REWARD,))
-    trunk.write_adapter(REWARD, load_adapter(folder, POLICY))
+    trunk = build_trunk(model, POLICY, (REWARD_ROLE,))
+    trunk.write_adapter(REWARD_ROLE, load_adapter(folder, POLICY))
     reward = RewardModel(trunk, [ScalarHead(trunk.width)])
     load_heads(reward.heads, read_heads(folder, reward.weights), folder)
     return reward
@@ -164,13 +164,13 @@ def ours(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
         "policy": {"rank": POLICY.rank, "alpha": POLICY.alpha},
         "data": {"prompts": str(arguments.run / "data" / "prompts.jsonl")},
         "reward": {"model": str(arguments.run / "reward")},
-        "rollouts": {"max_new_tokens": SETTINGS["response"], "rows": arguments.batch},
+        "rollouts": {"max_new_tokens": SETTINGS["response"], "max_num_seqs": arguments.batch},
         "ppo": {
             "steps": arguments.updates,
-            "batch": arguments.batch,
+            "batch_size": arguments.batch,
             "epochs": SETTINGS["epochs"],
             "minibatches": 1,
-            "cut_penalty": SETTINGS["penalty"],
+            "truncation_penalty": SETTINGS["penalty"],
             "kl": {"coefficient": SETTINGS["kl"]},
         },
         "learner": {"policy_learning_rate": SETTINGS["rate"], "critic_learning_rate": SETTINGS["rate"]},

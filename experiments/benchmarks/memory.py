@@ -56,7 +56,7 @@ def make_small(model: Path, to: Path) -> Path:
 def experiment_of(model: Path, dtype: str) -> Experiment:
     return Experiment.model_validate({
         "name": "memory", "model": {"path": str(model), "dtype": dtype}, "policy": LORA,
-        "rollouts": {"merge": False, "rows": 1, "max_prompt_tokens": 1, "max_new_tokens": 1},
+        "rollouts": {"merge": False, "max_num_seqs": 1, "max_prompt_tokens": 1, "max_new_tokens": 1},
     })  # fmt: skip
 
 

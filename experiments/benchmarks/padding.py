@@ -62,11 +62,11 @@ def bucketed(trunk: Trunk, rows: Sequence[list[int]]) -> list[Tensor]:
 
 
 def in_passes(trunk: Trunk, rows: Sequence[list[int]], padded: bool) -> list[Tensor]:
-    trunk.packs = not padded
+    trunk.supports_packing = not padded
     made = []
-    for group in trunk.passes([len(row) for row in rows]):
+    for group in trunk.microbatches([len(row) for row in rows]):
         batch = collate([rows[i] for i in group], [[]] * len(group))
-        made.append(trunk.hidden_of_rows(batch.ids, batch.rows, ROLE))
+        made.append(trunk.hidden_packed(batch.ids, batch.lengths, ROLE))
     return made
 
 

@@ -21,7 +21,7 @@ from operations import Shape, matrix_rate, shape_of, update_operations
 from align import cli
 from align.algorithms.episodes import Episode
 from align.config.load import load_experiment
-from align.learner.learner import Learner, Rates
+from align.learner.learner import Learner, StepCoefficients
 
 ROUNDS = 5
 """Of eight products each, in a measurement: 20 to 200 ms."""
@@ -36,7 +36,12 @@ class Meter:
         self.update = Learner.update
 
     def __call__(
-        self, learner: Learner, episodes: Sequence[Episode], orders: Any, rates: Rates, mixed_in: Any = ()
+        self,
+        learner: Learner,
+        episodes: Sequence[Episode],
+        orders: Any,
+        coefficients: StepCoefficients,
+        mixed_in: Any = (),
     ) -> dict[str, float]:
         lengths = [(len(episode.prompt_ids), len(episode.response_ids)) for episode in episodes]
         needed = update_operations(self.shape, lengths, self.critic_forward)
@@ -44,7 +49,7 @@ class Meter:
         for order in orders:
             before = matrix_rate(self.dtype, rounds=ROUNDS)
             start = time.perf_counter()
-            statistics = self.update(learner, episodes, [order], rates, mixed_in)
+            statistics = self.update(learner, episodes, [order], coefficients, mixed_in)
             seconds = time.perf_counter() - start
             beside = (before + matrix_rate(self.dtype, rounds=ROUNDS)) / 2
             self.updates[-1].append({"update_per_s": needed / seconds, "matrix_per_s": beside})

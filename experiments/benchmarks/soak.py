@@ -29,7 +29,13 @@ EVERY = 2.0
 WARM = 1 / 3
 GROWTH = 0.02
 SETTINGS = [
-    *("ppo.steps=1000000", "ppo.batch=32", "ppo.minibatches=2", "rollouts.max_new_tokens=24", "rollouts.chunk=8"),
+    *(
+        "ppo.steps=1000000",
+        "ppo.batch_size=32",
+        "ppo.minibatches=2",
+        "rollouts.max_new_tokens=24",
+        "rollouts.chunk_size=8",
+    ),
     *("rollouts.workers=2", "learner.ranks=2", "learner.zero=2", "cluster.threads=1"),
     *("evaluation.every=10", "evaluation.prompts=32", "evaluation.best_of=0", "checkpoint.every=5"),
     "tracking.wandb=offline",
@@ -75,11 +81,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steps, looks = soak(Path(folder), 60 * arguments.minutes)
     end = max(seen[-1].at for seen in looks.values())
-    verdicts = [judge(name, seen, end) for name, seen in sorted(looks.items()) if seen[-1].at > WARM * end]
-    grown = [v.name for v in verdicts if v.grew]
-    results = {"minutes": arguments.minutes, "steps": steps, "processes": [asdict(v) for v in verdicts]}
+    outputs = [judge(name, seen, end) for name, seen in sorted(looks.items()) if seen[-1].at > WARM * end]
+    grown = [v.name for v in outputs if v.grew]
+    results = {"minutes": arguments.minutes, "steps": steps, "processes": [asdict(v) for v in outputs]}
     print(f"{steps} steps")
-    for v in verdicts:
+    for v in outputs:
         files = f"files {v.files[0]:.1f} {v.files[1]:.1f}" + ("" if v.throughout else ", came or went")
         print(f"{v.name:32}{v.megabytes:10.1f} MB {v.added:+8.2f} MB {v.share:+8.2%}  {files}")
     arguments.to.write_text(json.dumps(results, indent=2) + "\n")

@@ -19,13 +19,13 @@ from memory import make_small
 
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
-from policies.device import Computing
+from policies.device import ComputeSettings
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
 from rollouts.ray_pool import RayPool
 from rollouts.schema import RolloutSettings
-from rollouts.transformers_engine import ROLE
+from rollouts.transformers_engine import SAMPLER_ROLE
 
 POLICY = PolicySettings(rank=16, alpha=32)
 WORKERS = 2
@@ -48,9 +48,9 @@ def main() -> None:
 def measure(model: Path, updates: int) -> dict[str, float]:
     """Seconds from having the weights until both workers have confirmed them."""
     settings = ModelSettings(path=str(model))
-    weights = build_trunk(settings, POLICY, (ROLE,)).read_adapter(ROLE)
+    weights = build_trunk(settings, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
     build = partial(build_engine, settings, POLICY, RolloutSettings())
-    pool = RayPool(build, WORKERS, 64, 600.0, 4.0, Computing(1), 0.0)
+    pool = RayPool(build, WORKERS, 64, 600.0, 4.0, ComputeSettings(1), 0.0)
     seconds = []
     for version in range(updates + 3):
         changed = {name: tensor + 1e-3 * version for name, tensor in weights.items()}

@@ -22,7 +22,7 @@ from rollouts.build import build_engine
 from rollouts.engine import Sampling
 from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request
-from rollouts.transformers_engine import ROLE
+from rollouts.transformers_engine import SAMPLER_ROLE
 from rollouts.vllm_engine import VllmEngine
 
 POLICY = PolicySettings(rank=16, alpha=32)
@@ -37,10 +37,12 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path(__file__).with_name("vllm_engine.json"))
     arguments = parser.parse_args()
     model = ModelSettings(path=arguments.model, dtype="float32")
-    rollouts = RolloutSettings(engine="vllm", workers=1, rows=ROWS, vllm={"max_model_len": 512, "enforce_eager": True})
+    rollouts = RolloutSettings(
+        engine="vllm", workers=1, max_num_seqs=ROWS, vllm={"max_model_len": 512, "enforce_eager": True}
+    )
     engine = build_engine(model, POLICY, rollouts)
     assert isinstance(engine, VllmEngine)
-    engine.load_adapter(1, build_trunk(model, POLICY, (ROLE,)).read_adapter(ROLE))
+    engine.load_adapter(1, build_trunk(model, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE))
     tokenizer = load_tokenizer(arguments.model)
     rows = [json.loads(line) for line in arguments.prompts.read_text().splitlines()[:PROMPTS]]
     requests = [Request("", tuple(tokenizer(row["prompt"])["input_ids"]), seed) for seed, row in enumerate(rows)]

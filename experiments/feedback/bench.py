@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from align.data.datasets import case_parser
+from align.data.datasets import preference_parser
 from policies.files.base_model import load_tokenizer
-from rewards.preferences import parse_feedback
+from rewards.preferences import parse_preference
 from rewards.schema import RewardSettings
 
 HERE = Path(__file__).parent
@@ -69,7 +69,7 @@ def main() -> None:
 
 def write_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
     """The same rows for every side: human pairs with their prompts, rankings, and the rankings' pairs."""
-    parse = case_parser(load_tokenizer(str(arguments.model)), RewardSettings(max_tokens=TOKENS, ties="unknown"))
+    parse = preference_parser(load_tokenizer(str(arguments.model)), RewardSettings(max_tokens=TOKENS, ties="unknown"))
     pairs: list[dict[str, Any]] = []
     for line in (arguments.data / "hh" / "harmless.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -81,7 +81,7 @@ def write_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
     rankings = [json.loads(line) for line in arguments.solutions.read_text(encoding="utf-8").splitlines()]
     flattened = []
     for row in rankings[: BATCH * STEPS // 2]:
-        responses = parse_feedback(row, open_ties=True).responses
+        responses = parse_preference(row, open_ties=True).responses
         flattened += [
             {"prompt": row["prompt"], "chosen": a, "rejected": b} for a, b in combinations(responses, 2) if a != b
         ]

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 
-from align.data.datasets import case_parser
+from align.data.datasets import preference_parser
 from align.runs.tracking import Tracker
 from align.runtime.quiet import quiet_libraries
-from align.runtime.signals import Stop
+from align.runtime.signals import StopRequest
 from align.supervised.fit import StageContext, fit
-from align.supervised.reward_objective import FeedbackObjective, branches, rows, shares_prompts
+from align.supervised.reward_objective import RewardObjective, branches, rows, shares_prompts
 from policies.files.base_model import load_tokenizer
 from policies.heads import ScalarHead
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
-from rewards.model import ROLE, RewardModel
-from rewards.objective import FeedbackLoss
+from rewards.model import REWARD_ROLE, RewardModel
+from rewards.objective import PreferenceLoss
 from rewards.schema import RewardSettings
 
 
@@ -58,25 +58,25 @@ def main() -> None:
         batch=arguments.batch, max_tokens=arguments.max_tokens, learning_rate=5e-4, ties="unknown",
         checkpoint_every=10**6,
     )  # fmt: skip
-    parse = case_parser(load_tokenizer(arguments.model), settings)
+    parse = preference_parser(load_tokenizer(arguments.model), settings)
     cases = [parse(json.loads(line)) for line in arguments.feedback.read_text().splitlines()]
     policy = PolicySettings(rank=arguments.rank, alpha=2 * arguments.rank)
-    trunk = build_trunk(ModelSettings(path=arguments.model), policy, (ROLE,))
-    trunk.train_only(ROLE)
+    trunk = build_trunk(ModelSettings(path=arguments.model), policy, (REWARD_ROLE,))
+    trunk.train_only(REWARD_ROLE)
     model = RewardModel(trunk, [ScalarHead(trunk.width, torch.Generator().manual_seed(0))])
-    loss = FeedbackLoss([case.feedback for case in cases], settings.weights, settings.ratings)
+    loss = PreferenceLoss([case.example for case in cases], settings.weights, settings.ratings)
     clock = Clock()
-    shared = shares_prompts(trunk, ROLE, cases)
+    shared = shares_prompts(trunk, REWARD_ROLE, cases)
     with tempfile.TemporaryDirectory() as folder:
         fit(
-            FeedbackObjective(model, loss, smoothing=0.0, centering=0.0),
+            RewardObjective(model, loss, smoothing=0.0, centering=0.0),
             cases,
             branches if shared else rows,
             settings,
-            StageContext("reward", Path(folder), 1, 0, clock, Stop()),
+            StageContext("reward", Path(folder), 1, 0, clock, StopRequest()),
             metrics="reward_model",
             heldout=lambda: 0.0,
-            passes=partial(trunk.passes, padded=shared),
+            microbatches=partial(trunk.microbatches, padded=shared),
         )
     print(json.dumps({"seconds": [b - a for a, b in pairwise(clock.ends)]}))
 

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rewards.diagnostics import rank_correlation
-from rewards.objective import FeedbackLoss
-from rewards.preferences import Feedback, Pair, Ranking
+from rewards.objective import PreferenceLoss
+from rewards.preferences import Pair, PreferenceExample, Ranking
 
 FEATURES, K = 16, 4
 SCALE = 1.0
@@ -29,8 +29,8 @@ ACCURACY = 0.95
 """Share of held-out pairs that is put in the order of the true utilities."""
 HELDOUT = 20_000
 
-RANKED = [Feedback("", ("",) * K, Ranking((1,) * K))]
-PAIRED = [Feedback("", ("", ""), Pair())]
+RANKED = [PreferenceExample("", ("",) * K, Ranking((1,) * K))]
+PAIRED = [PreferenceExample("", ("", ""), Pair())]
 
 Choose = Callable[[Tensor, torch.Generator], Tensor]
 """From ranked features `[N, K, F]`, best first, to the comparisons `[M, 2 or K, F]` that are learned from."""
@@ -92,7 +92,7 @@ def fit(compared: Tensor) -> Tensor:
     """Weights `[F]` of the greatest likelihood, with a slight ridge so that there is always one."""
     weights = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
     row = PAIRED[0] if compared.shape[1] == 2 else RANKED[0]
-    feedback, loss = [row] * len(compared), FeedbackLoss([row], {"": 1.0}, "regression")
+    feedback, loss = [row] * len(compared), PreferenceLoss([row], {"": 1.0}, "regression")
     loss.double()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="the folder of the runs")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--plot", type=Path, default=Path("docs/images/quickstart-ensemble.png"))
-    parser.add_argument("--combine", default="mean_less_deviation")
+    parser.add_argument("--combine", default="mean_minus_std")
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[list[dict[str, float]]]] = {"one model": [], f"ensemble of {MEMBERS}": []}

@@ -39,8 +39,8 @@ def train(arguments: argparse.Namespace, workers: int, ranks: int, seed: int) ->
         "ppo.steps": arguments.steps,
         "rollouts.workers": workers,
         "learner.ranks": ranks,
-        "rollouts.rows": 64,
-        "rollouts.chunk": 64,
+        "rollouts.max_num_seqs": 64,
+        "rollouts.chunk_size": 64,
         "evaluation.best_of": 0,
     }
     name = f"workers-{workers}-ranks-{ranks}-seed-{seed}"

@@ -49,7 +49,7 @@ PROBLEMS = {
     ),
 }
 
-ASKED = ("my {item} {told}", "the {item} that I ordered {told}", "the {item} from your shop {told}")
+PENDING = ("my {item} {told}", "the {item} that I ordered {told}", "the {item} from your shop {told}")
 BEFORE = ("", "Hello, ", "Good morning, ", "Dear team, ", "Hi, it is {name}, ")
 AFTER = ("", " Please help.", " My name is {name}.", " I paid {days} days ago.", " Bye, {name}.")
 DAYS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -229,8 +229,8 @@ def write_prompt(random: Random) -> str:
     """A customer's message and the mark after which the reply follows."""
     problem = PROBLEMS[random.choice(list(PROBLEMS))]
     parts = {"item": write_item(random), "told": random.choice(problem.told), "name": random.choice(NAMES)}
-    asked = random.choice(BEFORE) + random.choice(ASKED) + "." + random.choice(AFTER)
-    text = asked.format(**parts, days=random.choice(DAYS))
+    requested_roles = random.choice(BEFORE) + random.choice(PENDING) + "." + random.choice(AFTER)
+    text = requested_roles.format(**parts, days=random.choice(DAYS))
     return f"Customer: {text[0].upper()}{text[1:]}{REPLY_MARK}"
 
 

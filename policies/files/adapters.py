@@ -195,7 +195,7 @@ def load_head(folder: str | Path) -> dict[str, Tensor]:
     return _load(Path(folder), HEAD, "a reward model of align")
 
 
-def digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
+def tensor_digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """BLAKE2b, the fastest hash here without a chance of collisions, of each tensor: dtype, shape and bytes."""
     made = {}
     for name, weight in weights.items():
@@ -206,7 +206,7 @@ def digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
     return made
 
 
-def fingerprint(of_each: Mapping[str, str]) -> str:
+def weights_digest(of_each: Mapping[str, str]) -> str:
     """One hash of names and digests: two sides that agree on it hold the same weights."""
     return hashlib.blake2b(json.dumps(of_each, sort_keys=True).encode(), digest_size=32).hexdigest()
 

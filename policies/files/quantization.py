@@ -17,7 +17,7 @@ def four_bits(model: ModelSettings, policy: PolicySettings) -> BitsAndBytesConfi
         raise UserError("policy.method qlora needs bitsandbytes: pip install 'align-rlhf[qlora]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=policy.four_bits,
+        bnb_4bit_quant_type=policy.quant_type,
         bnb_4bit_use_double_quant=policy.double_quantization,
         bnb_4bit_compute_dtype=getattr(torch, model.dtype),
     )

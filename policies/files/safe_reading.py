@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged, it cannot be read: {error}") from error
 
 
-def check_like(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
+def check_names_and_shapes(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
     """Raise UserError where tensors that were read have other names or shapes than those that they are for."""
     if odd := sorted(given.keys() ^ expected.keys()):
         raise UserError(f"{path} is not of this model: {odd[0]} is {'in' if odd[0] in given else 'missing from'} it")

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from policies.layers import native
-from policies.layers.packing import Rows, starts_of
+from policies.layers.packing import PackedSequences, cu_seqlens_of
 
 NAME = "align"
 SHORT = 2**16
@@ -36,7 +36,7 @@ def _attention(
 
     With `rows` among the options, B is 1, T the tokens of all rows, and each row sees itself alone, whatever the mask.
     """
-    rows: Rows | None = options.pop("rows", None)
+    rows: PackedSequences | None = options.pop("rows", None)
     scale = float(options.get("scaling") or query.shape[3] ** -0.5)
     if native.runs(query, key, value) and not options.get("dropout"):
         starts = _short_rows(rows, query, key, value, attention_mask)
@@ -55,7 +55,9 @@ def _attention(
     return torch.cat(apart).unsqueeze(0), None
 
 
-def _short_rows(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+def _short_rows(
+    rows: PackedSequences | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor | None:
     """Where rows begin that are short and see themselves alone; None where one is long, or a mask says more."""
     batch, _, tokens, width = query.shape
     if value.shape[3] != width or (rows is None and (mask is not None or key.shape[2] != tokens)):
@@ -63,7 +65,7 @@ def _short_rows(rows: Rows | None, query: Tensor, key: Tensor, value: Tensor, ma
     longest = tokens if rows is None else rows.lengths[-1]
     if longest * width > SHORT:
         return None
-    return starts_of([tokens] * batch) if rows is None else rows.starts
+    return cu_seqlens_of([tokens] * batch) if rows is None else rows.cu_seqlens
 
 
 def _seen_by_new(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
-def by_rate(named: Iterable[tuple[str, nn.Parameter]], ratio: float | None) -> list[tuple[float, list[nn.Parameter]]]:
+def parameter_groups_by_rate(
+    named: Iterable[tuple[str, nn.Parameter]], ratio: float | None
+) -> list[tuple[float, list[nn.Parameter]]]:
     """Parameters in groups, each with what its learning rate is multiplied by.
 
     ratio: LoRA+'s (Hayou et al. 2024), of the rate of B to that of A; None: one group, as it comes.

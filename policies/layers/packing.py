@@ -8,12 +8,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-SPREAD = 2
+MAX_LENGTH_RATIO = 2
 """How much longer than its shortest row a block's longest may be: attention costs the square, a block some calls."""
 
 
 @dataclass(frozen=True)
-class Block:
+class PaddedBlock:
     """B rows of N tokens in all that are padded to the longest's T.
 
     places: `[N]` int64, each token's index into flattened `[B·T]`.
@@ -24,7 +24,7 @@ class Block:
     width: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "Block":
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "PaddedBlock":
         places = [torch.arange(length) + row * max(lengths) for row, length in enumerate(lengths)]
         return cls(torch.cat(places).to(device), len(lengths), max(lengths))
 
@@ -47,7 +47,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedSequences:
     """Rows in order of length, of N tokens in all.
 
     order: `[N]` int64, where each token stands among the rows as they came; back: `[N]` int64, the way back.
@@ -60,7 +60,7 @@ class Rows:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "Rows":
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "PackedSequences":
         """lengths: tokens of each row, in the order in which the rows come."""
         places = torch.arange(sum(lengths)).split(list(lengths))
         sorted_rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
@@ -70,14 +70,14 @@ class Rows:
         return cls(order.to(device), order.argsort().to(device), positions.to(device), in_order)
 
     @cached_property
-    def starts(self) -> Tensor:
+    def cu_seqlens(self) -> Tensor:
         """`[rows + 1]` int64 on the CPU, where each row begins, and where the last one ends."""
-        return starts_of(self.lengths)
+        return cu_seqlens_of(self.lengths)
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[PaddedBlock, ...]:
         """Of rows of about one length, one after another."""
-        return tuple(Block.of(run, self.order.device) for run in _runs(self.lengths))
+        return tuple(PaddedBlock.of(run, self.order.device) for run in _runs(self.lengths))
 
     @property
     def sizes(self) -> list[int]:
@@ -85,7 +85,7 @@ class Rows:
         return [len(block.places) for block in self.blocks]
 
 
-def starts_of(lengths: Sequence[int]) -> Tensor:
+def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
     """`[rows + 1]` int64, where each row begins, and where the last one ends."""
     return torch.tensor([0, *accumulate(lengths)])
 
@@ -93,7 +93,7 @@ def starts_of(lengths: Sequence[int]) -> Tensor:
 def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
     run: list[int] = []
     for length in lengths:
-        if run and length > SPREAD * run[0]:
+        if run and length > MAX_LENGTH_RATIO * run[0]:
             yield run
             run = []
         run.append(length)

@@ -3,26 +3,26 @@
 from transformers import PreTrainedModel
 
 from policies.files.base_model import load_base
-from policies.methods.full_trunk import Copies
-from policies.methods.partial_trunk import SelectedTrunk
-from policies.methods.soft_trunk import PrefixTrunk, SoftTrunk
-from policies.methods.tuned_trunk import BottleneckTrunk, TunedTrunk
+from policies.methods.full_trunk import FullTrunk
+from policies.methods.partial_trunk import PartialTrunk
+from policies.methods.soft_trunk import PrefixTrunk, SoftPromptTrunk
+from policies.methods.tuned_trunk import BottleneckTrunk, LayerAdapterTrunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
 TRUNKS: dict[str, type[Trunk]] = {
-    "lora": TunedTrunk,
-    "qlora": TunedTrunk,
-    "ia3": TunedTrunk,
+    "lora": LayerAdapterTrunk,
+    "qlora": LayerAdapterTrunk,
+    "ia3": LayerAdapterTrunk,
     "bottleneck": BottleneckTrunk,
-    "bitfit": SelectedTrunk,
-    "layer_norm": SelectedTrunk,
-    "top_layers": SelectedTrunk,
-    "feature": SelectedTrunk,
-    "prompt_tuning": SoftTrunk,
-    "p_tuning": SoftTrunk,
+    "bitfit": PartialTrunk,
+    "layer_norm": PartialTrunk,
+    "top_layers": PartialTrunk,
+    "feature": PartialTrunk,
+    "prompt_tuning": SoftPromptTrunk,
+    "p_tuning": SoftPromptTrunk,
     "prefix_tuning": PrefixTrunk,
-    "full": Copies,
+    "full": FullTrunk,
 }
 
 

@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from policies.trunk import Trunk
 
 
-class Copies(Trunk):
+class FullTrunk(Trunk):
     """A trunk of which nothing is shared: what other methods call a role's adapter is here all its weights.
 
     A role costs the memory of a model. Each starts as a copy of the base.
@@ -29,7 +29,7 @@ class Copies(Trunk):
     def merged_weights(self, role: str) -> dict[str, Tensor]:
         return dict(self.read_adapter(role))
 
-    def checkpoint_gradients(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
         for role in self.roles:
             self._model_of(role).gradient_checkpointing_enable({"use_reentrant": False})

@@ -32,7 +32,7 @@ class Slot:
         return self.module.weight.new_zeros(self.module.weight.shape[0])
 
 
-class SelectedTrunk(Trunk):
+class PartialTrunk(Trunk):
     """A trunk some of whose parameters each role has for itself.
 
     A role's parameters stand in the base's places while its passes run: switching moves references, not numbers.

@@ -14,7 +14,7 @@ from policies.files.safe_reading import NO_CODE
 from policies.trunk import Trunk
 
 
-class SoftTrunk(Trunk):
+class SoftPromptTrunk(Trunk):
     """A trunk in which each role has virtual tokens of its own, which stand before the first token of every row.
 
     Callers see the real tokens alone: ids, masks, positions and states that they give and get have no virtual ones.
@@ -31,13 +31,13 @@ class SoftTrunk(Trunk):
         return base.get_input_embeddings()(self._real_tokens(base)).detach().float()
 
     def _real_tokens(self, base: PreTrainedModel) -> Tensor:
-        if self.settings.start is None:
+        if self.settings.init_text is None:
             return torch.randint(base.config.vocab_size, (self.count,), device="cpu").to(base.device)
         tokenizer = AutoTokenizer.from_pretrained(self.base, **NO_CODE)
-        ids = tokenizer(self.settings.start, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(self.settings.init_text, add_special_tokens=False)["input_ids"]
         return torch.tensor((ids * (self.count // len(ids) + 1))[: self.count], device=base.device)
 
-    def _packs(self) -> bool:
+    def _supports_packing(self) -> bool:
         """Virtual tokens stand before the first token of every row, and would have to between them."""
         return False
 
@@ -109,10 +109,10 @@ class SoftTrunk(Trunk):
         return super().states(inputs_embeds=together, **inputs)[:, self.count :]
 
 
-class PrefixTrunk(SoftTrunk):
+class PrefixTrunk(SoftPromptTrunk):
     """Li and Liang 2021, "Prefix-tuning": each role has keys and values of virtual tokens in every layer."""
 
-    joins_rows = False
+    supports_continuous_batching = False
 
     @torch.no_grad()
     def _start(self, base: PreTrainedModel) -> Tensor:

@@ -20,10 +20,10 @@ from policies.layers.decode_step import PlainStack
 from policies.layers.lora import AdaptedLinear, join_siblings
 from policies.methods.lora_init import hold_principal, write_loftq, write_pissa
 from policies.module_names import outputs_of_sublayers
-from policies.trunk import Trunk, alike
+from policies.trunk import Trunk, states_agree
 
 
-class TunedTrunk(Trunk):
+class LayerAdapterTrunk(Trunk):
     """A trunk whose layers hold an adapter for each role, and use that of one role at a time."""
 
     def _build(self, base: PreTrainedModel) -> None:
@@ -104,9 +104,9 @@ class TunedTrunk(Trunk):
                 cache = DynamicCache(config=self.causal.config)
                 self.states(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
                 made.append(step(ids[:, 3], positions, mask, cache))
-        return alike(made[1], made[0])
+        return states_agree(made[1], made[0])
 
-    def merged_numbers(self) -> int:
+    def merged_parameter_count(self) -> int:
         return sum(adapted.base.weight.numel() for adapted in self._adapted)
 
     @torch.no_grad()
@@ -124,14 +124,14 @@ class TunedTrunk(Trunk):
                 found.setdefault(name.replace(".base_layer", ""), parameter.detach())
         return found
 
-    def leave_to_modules(self) -> None:
+    def use_module_forwards(self) -> None:
         """Use PEFT's own forward passes, which call the layers' parts as modules."""
         for adapted in self._adapted:
             del adapted.layer.forward
         self._adapted, self._stack = [], None
 
 
-class BottleneckTrunk(TunedTrunk):
+class BottleneckTrunk(LayerAdapterTrunk):
     """A trunk with bottleneck adapters behind its sublayers."""
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:

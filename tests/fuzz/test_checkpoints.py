@@ -19,12 +19,12 @@ from torch.optim import AdamW
 from transformers import get_scheduler
 
 from align.config.schema import CriticSettings
-from align.ppo.checkpoint import read_asked, read_progress, read_states
+from align.ppo.checkpoint import read_pending, read_progress, read_states
 from align.runs.checkpoint import MANIFEST, checkpoints, latest, seal
 from align.supervised.trainer import WEIGHTS
-from align.supervised.trainer_state import OPTIMIZER, RATES, read_optimizer, read_random, read_state
+from align.supervised.trainer_state import HYPERPARAMETERS, OPTIMIZER, read_optimizer, read_random, read_state
 from policies.errors import UserError
-from policies.files.safe_reading import check_like, read_tensors
+from policies.files.safe_reading import check_names_and_shapes, read_tensors
 from policies.schema import PolicySettings
 from tests.fuzz.harm import altered, confined, damaged, odd_value, refusal, run
 
@@ -36,21 +36,21 @@ def read_ppo(checkpoint: Path) -> None:
     """All that PPO reads of a checkpoint."""
     progressed = read_progress(checkpoint, {})
     read_states(checkpoint, POLICY, CriticSettings(), 0)
-    if len(progressed.asked) < 9:
-        read_asked(checkpoint, POLICY, progressed)
+    if len(progressed.pending) < 9:
+        read_pending(checkpoint, POLICY, progressed)
 
 
 def read_fit(real: Path) -> Read:
     """All that a supervised stage reads of a checkpoint, with an optimizer as that of a real one."""
     weights, moments = load_file(real / WEIGHTS), load_file(real / OPTIMIZER)
-    groups = json.loads((real / RATES).read_text())["groups"]
+    groups = json.loads((real / HYPERPARAMETERS).read_text())["groups"]
 
     def read(checkpoint: Path) -> None:
         of = [{"params": [torch.zeros_like(moments[f"{n}.exp_avg"]) for n in group["params"]]} for group in groups]
         optimizer = AdamW(of, lr=1.0, fused=True)
         scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=9)
         read_state(checkpoint)
-        check_like(read_tensors(checkpoint / WEIGHTS), weights, checkpoint / WEIGHTS)
+        check_names_and_shapes(read_tensors(checkpoint / WEIGHTS), weights, checkpoint / WEIGHTS)
         read_optimizer(checkpoint, optimizer, scheduler)
         read_random(checkpoint)
 

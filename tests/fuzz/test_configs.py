@@ -13,12 +13,12 @@ from tests.fuzz.harm import altered, confined, damaged, odd_text, odd_value, ref
 
 TERMS: dict[str, Any] = {
     "model": {"kind": "model", "weight": 2.0, "clip": [-1, 1]},
-    "rule": {"kind": "regex", "pattern": "[0-9]+", "whole": True},
+    "rule": {"kind": "regex", "pattern": "[0-9]+", "full_match": True},
     "form": {"kind": "json", "schema": {"type": "object", "properties": {"a": {"$ref": "#/x"}}}},
     "own": {"kind": "function", "function": "f.py:score", "timeout": 3, "fallback": 0},
     "far": {"kind": "endpoint", "url": "http://127.0.0.1:9/", "key_env": "HOME", "retries": 0},
     "judge": {"kind": "judge", "url": "http://127.0.0.1:9", "model": "m", "scale": [0, 10]},
-    "long": {"kind": "length", "most": 9, "window": 2},
+    "long": {"kind": "length", "max_tokens": 9, "window": 2},
     "sum": {"kind": "number", "tolerance": 0.1},
 }
 FULL: dict[str, Any] = {
@@ -34,23 +34,26 @@ FULL: dict[str, Any] = {
         "prompts": {"path": "${runs}/p.jsonl"},
         "on_bad_row": "skip",
     },
-    "sft": {"batch": 12, "learning_rate": 1e-3, "evaluate_every": 2, "patience": 1},
+    "sft": {"batch_size": 12, "learning_rate": 1e-3, "evaluate_every": 2, "patience": 1},
     "reward": {
         "terms": TERMS,
         "attributes": {"helpful": 0.7},
         "ensemble": {"members": 2, "combine": "minimum"},
         "constraint": {"term": "sum", "at_most": 0.5},
     },
-    "rollouts": {"rows": 4, "stop": ["\n\n"], "vllm": {}, "temperature": 0.7},
+    "rollouts": {"max_num_seqs": 4, "stop": ["\n\n"], "vllm": {}, "temperature": 0.7},
     "ppo": {
-        "batch": 8,
+        "batch_size": 8,
         "minibatches": 2,
         "kl": {"target": 1.0},
         "critic": {"kind": "head"},
-        "stop": {"metric": "kl/sequence", "above": 3},
+        "stop": {"metric": "kl/per_sequence", "above": 3},
     },
     "learner": {"zero": 2, "schedule": "cosine"},
-    "evaluation": {"styles": {"few": {"examples": [{"prompt": "a", "completion": "b"}], "suffix": "."}}, "seed": 5},
+    "evaluation": {
+        "prompt_styles": {"few": {"examples": [{"prompt": "a", "completion": "b"}], "suffix": "."}},
+        "seed": 5,
+    },
     "tracking": {"wandb": "disabled"},
 }
 SNIPPETS = (

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from align.config.schema import SourceSettings
-from align.data.datasets import case_parser, example_parser, request_parser
+from align.data.datasets import demonstration_parser, preference_parser, request_parser
 from align.data.readers import parse_rows, read_rows
 from policies.errors import UserError
 from rewards.schema import RewardSettings
@@ -134,8 +134,8 @@ def parsers_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Callable[[Any], 
     chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>")
     chatty.chat_template = TEMPLATE
     return {
-        "demonstrations": example_parser(chatty, 512),
-        "feedback": case_parser(chatty, RewardSettings(attributes={"helpful": 1.0}, ties="unknown")),
+        "demonstrations": demonstration_parser(chatty, 512),
+        "feedback": preference_parser(chatty, RewardSettings(attributes={"helpful": 1.0}, ties="unknown")),
         "prompts": request_parser(chatty, 64, 8, 256),
     }
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from align.config.schema import Experiment
 from align.runs.checkpoint import checkpoints, seal
 from align.runs.folder import begin_run, folder_of
-from align.runtime.signals import Interrupted, Stop
-from align.stages.pipeline import load_inputs, run_stages
+from align.runtime.signals import Interrupted, StopRequest
+from align.stages.pipeline import load_datasets, run_stages
 from policies.errors import UserError
 from policies.files.adapters import load_adapter, load_head
 from policies.files.base_model import load_base, load_generation_config, load_model_config, load_tokenizer
@@ -201,12 +201,12 @@ def stopped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         folder = tmp_path_factory.mktemp(stage)
         settings = make_settings(tiny_model, folder)
         experiment = Experiment.model_validate(settings)
-        run, stop = folder_of(experiment), Stop()
+        run, stop = folder_of(experiment), StopRequest()
         begin_run(run, experiment)
         stop.requested = True
         while not checkpoints(run.checkpoints(stage)):
             with pytest.raises(Interrupted):
-                run_stages(experiment, run, load_inputs(experiment), stop)
+                run_stages(experiment, run, load_datasets(experiment), stop)
         runs[stage] = (Path(experiment.runs), settings)
     return runs
 
@@ -219,9 +219,9 @@ def resume(stopped: tuple[Path, dict[str, Any]], tmp_path: Path, harm: Callable[
     last = checkpoints(folder_of(experiment).checkpoints(stage))[-1]
     harm(last)
     seal(last)
-    stop = Stop()
+    stop = StopRequest()
     stop.requested = True
-    run_stages(experiment, folder_of(experiment), load_inputs(experiment), stop)
+    run_stages(experiment, folder_of(experiment), load_datasets(experiment), stop)
 
 
 OTHERS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin", "pytorch_model.bin")

@@ -31,7 +31,7 @@ def test_operations_of_an_update_are_those_that_torch_counts(operations, tiny_mo
     # torch counts no attention but one by products of its own
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
     trunk = make_trunk(base, PolicySettings(rank=4), ("policy",))
-    trunk.leave_to_modules()  # torch counts no product that is added in place
+    trunk.use_module_forwards()  # torch counts no product that is added in place
     trunk.train_only("policy")
     trunk.switch("policy")
     prompt, response = 5, 7
@@ -63,7 +63,7 @@ def test_attention_is_counted_half_and_three_times(operations) -> None:
 def test_the_rate_is_measured_around_each_epoch_but_those_of_the_first_update(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings |= {"stages": ["ppo"], "reward": {"terms": {"short": {"kind": "length", "most": 6, "window": 4}}}}
+    settings |= {"stages": ["ppo"], "reward": {"terms": {"short": {"kind": "length", "max_tokens": 6, "window": 4}}}}
     file = tmp_path / "experiment.yaml"
     file.write_text(json.dumps(settings))
     line = [sys.executable, str(BENCHMARKS / "share.py"), str(file)]

@@ -131,7 +131,7 @@ def test_a_rank_that_dies_is_replaced_and_the_run_goes_on_by_itself(settings: di
 def test_a_run_that_is_stopped_or_loses_ray_says_so_and_goes_on(
     stop: str, settings: dict[str, Any], runs: Runs
 ) -> None:
-    settings["rollouts"] |= {"workers": 1, "chunk": 8}
+    settings["rollouts"] |= {"workers": 1, "chunk_size": 8}
     settings["learner"]["ranks"] = 1
     whole = runs.finish("whole")
     process = runs.start("hurt")

@@ -17,11 +17,11 @@ from align.ppo.loop import Ppo
 from align.ppo.prompts import PromptStream
 from align.roles.build import Blueprint, build_roles
 from policies.schema import ModelSettings, PolicySettings, Schedule
-from rollouts.async_rollouts import AtOnce
+from rollouts.async_rollouts import SynchronousRollouts
 from rollouts.engine import Sampling
 from rollouts.pool import LocalPool
-from rollouts.trajectory import Request, Scored, Trajectory
-from rollouts.transformers_engine import ROLE, TransformersEngine
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 
 Reward = Callable[[Trajectory], float]
 
@@ -63,19 +63,31 @@ def chain(trajectory: Trajectory) -> float:
 
 def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int, schedule: Schedule) -> float:
     """Mean reward of the last steps' episodes."""
-    ppo = PpoSettings(steps=steps, batch=128, samples=4, epochs=4, minibatches=4, estimator=estimator, entropy=0.003)
+    ppo = PpoSettings(
+        steps=steps,
+        batch_size=128,
+        samples_per_prompt=4,
+        epochs=4,
+        minibatches=4,
+        estimator=estimator,
+        entropy_coefficient=0.003,
+    )
     learner = LearnerSettings(policy_learning_rate=6e-3, critic_learning_rate=6e-3, schedule=schedule)
     blueprint = Blueprint(ModelSettings(path=str(model)), PolicySettings(rank=8, alpha=16), 0, None)
-    roles = build_roles(blueprint, ppo.critic_if_any, (ROLE,))
+    roles = build_roles(blueprint, ppo.active_critic, (SAMPLER_ROLE,))
     learners = LocalLearners(roles, ppo, learner, 1.0, False)
 
-    def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
-        verdicts = zip(trajectories, learners.score(trajectories), strict=True)
-        return [replace(verdict, score=reward(trajectory)) for trajectory, verdict in verdicts]
+    def score(trajectories: Sequence[Trajectory]) -> list[RoleOutputs]:
+        outputs = zip(trajectories, learners.score(trajectories), strict=True)
+        return [replace(output, score=reward(trajectory)) for trajectory, output in outputs]
 
     loop = Ppo(
-        prompts=PromptStream([Request("", (token,), 0) for token in range(TOKENS)], ppo.batch, ppo.samples, 0),
-        asker=AtOnce(LocalPool(TransformersEngine(roles.trunk, NO_STOP, rows=ppo.batch), ppo.batch)),
+        prompts=PromptStream(
+            [Request("", (token,), 0) for token in range(TOKENS)], ppo.batch_size, ppo.samples_per_prompt, 0
+        ),
+        rollouts=SynchronousRollouts(
+            LocalPool(TransformersEngine(roles.trunk, NO_STOP, rows=ppo.batch_size), ppo.batch_size)
+        ),
         learners=learners,
         score=score,
         kl=FixedKl(0.0),
@@ -85,7 +97,7 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
         seed=0,
     )
     try:
-        scores = [mean(verdict.score for verdict in step.scored) for step in loop.steps()]
+        scores = [mean(output.score for output in step.scored) for step in loop.steps()]
     finally:
         learners.close()
     return mean(scores[-3:])

@@ -45,7 +45,7 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
     assert sft.keys() == trained.keys()
     assert any(not torch.equal(sft[key], trained[key]) for key in sft)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    gaps = [line["rollout/gap_mean"] for line in metrics if "rollout/gap_mean" in line]
+    gaps = [line["rollout/mismatch_mean"] for line in metrics if "rollout/mismatch_mean" in line]
     assert max(gaps) < 1e-4
 
     out = tmp_path / "out"

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.config.schema import Experiment
-from align.data.datasets import read_cases
+from align.data.datasets import read_preferences
 from align.evaluation.reward_model import DIAGNOSTICS, RELIABILITY, WORST
-from align.outputs.trained_run import judge_reward
+from align.outputs.trained_run import evaluate_reward_model
 from align.runs.folder import RunFolder, open_run
 from align.runs.tracking import METRICS, read_lines
-from align.runtime.signals import Stop
-from align.stages.pipeline import load_inputs, run_stages
+from align.runtime.signals import StopRequest
+from align.stages.pipeline import load_datasets, run_stages
 from policies.errors import UserError
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process, write_rows
 
@@ -46,13 +46,13 @@ def count(prompts, responses, columns):
 TERMS = {
     "model": {"kind": "model", "weight": 0.5},
     "count": {"kind": "function", "function": "{folder}/score.py:count", "fallback": -1.0, "normalise": "running"},
-    "short": {"kind": "length", "most": 4, "window": 2, "normalise": "sft", "clip": [-2, 2]},
+    "short": {"kind": "length", "max_tokens": 4, "window": 2, "normalise": "sft", "clip": [-2, 2]},
     "cost": {"kind": "regex", "pattern": "e"},
 }
 REWARDS: dict[str, dict[str, Any]] = {
     "mixed": {"rows": FEEDBACK, "ratings": "ordinal", "label_smoothing": 0.05, "centering": 0.01},
     "attributes": {"rows": OF_ATTRIBUTES, "attributes": {"kind": 0.7, "brief": 0.3}},
-    "ensemble": {"ensemble": {"members": 2, "combine": "mean_less_deviation", "penalty": 0.5}},
+    "ensemble": {"ensemble": {"members": 2, "combine": "mean_minus_std", "penalty": 0.5}},
     "patience": {"evaluate_every": 1, "patience": 1, "epochs": 3, "learning_rate": 0.5},
     "head": {"trains": "head"},
     "composed": {"terms": TERMS, "constraint": {"term": "cost", "at_most": 0.2, "rate": 0.5}},
@@ -66,7 +66,7 @@ def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
         settings["data"]["preferences"] = write_rows(folder / "feedback.jsonl", rows)
     if name == "composed":
         few = {"system": "Answer.", "examples": [{"prompt": "User: 1 Assistant:", "completion": " one."}]}
-        settings["evaluation"] |= {"temperature": 0.5, "styles": {"few": few}}
+        settings["evaluation"] |= {"temperature": 0.5, "prompt_styles": {"few": few}}
     (folder / "score.py").write_text(FUNCTION)
     settings["reward"] |= json.loads(json.dumps(reward).replace("{folder}", str(folder)))
     return settings
@@ -150,7 +150,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_product_costs_no_step(
     for done in sorted((run / "checkpoints" / "reward").glob("done-*"))[-1:]:
         shutil.rmtree(done)
     experiment = Experiment.model_validate(settings)
-    run_stages(experiment, RunFolder(run), load_inputs(experiment), Stop())
+    run_stages(experiment, RunFolder(run), load_datasets(experiment), StopRequest())
     assert figures(run) == before
     assert (run / "reward" / "adapter_model.safetensors").read_bytes() == weights
 
@@ -178,7 +178,7 @@ def test_every_term_is_logged_by_its_name(tiny_model: Path, tmp_path: Path) -> N
 
 def test_the_reference_is_judged_in_other_styles_too(tiny_model: Path, tmp_path: Path) -> None:
     run = run_in_process(settings_of("composed", tiny_model, tmp_path))
-    few = RunFolder(run).read_evaluation()["styles"]["few"]
+    few = RunFolder(run).read_evaluation()["prompt_styles"]["few"]
     assert {"score_mean", "length_mean", "win_rate"} <= few.keys()
     assert few["score_mean"] != RunFolder(run).read_evaluation()["reference"]["score_mean"]
 
@@ -191,10 +191,10 @@ def test_rules_alone_need_no_reward_stage(tiny_model: Path, tmp_path: Path) -> N
 
 def test_a_rule_ends_ppo_and_the_best_policy_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
-    settings["ppo"] |= {"stop": {"metric": "kl/sequence", "above": -1e9, "patience": 2}}
+    settings["ppo"] |= {"stop": {"metric": "kl/per_sequence", "above": -1e9, "patience": 2}}
     whole = run_in_process(settings)
     assert [row["step"] for row in ppo_steps(whole)] == [1, 2]
-    assert "kl/sequence is" in json.loads((whole / "policy" / "stage.json").read_text())["stopped"]
+    assert "kl/per_sequence is" in json.loads((whole / "policy" / "stage.json").read_text())["stopped"]
     stopped = run_a_step_at_a_time(settings | {"name": "stopped"})
     assert figures(stopped) == figures(whole)
 
@@ -214,7 +214,7 @@ def test_the_figures_that_tell_whether_to_trust_it_are_beside_the_model(finished
 def test_judging_the_reward_model_again_gives_the_same_figures(finished: Path) -> None:
     """On the scale of training, though the saved head is normalised."""
     run, experiment = open_run(str(finished))
-    again, _ = judge_reward(experiment, run, read_cases(experiment, None), None)
+    again, _ = evaluate_reward_model(experiment, run, read_preferences(experiment, None), None)
     found = json.loads((finished / "reward" / DIAGNOSTICS).read_text())
     assert json.loads((finished / "reward" / "stage.json").read_text())["moments"][0][1] != 1.0
     for name in ("accuracy", "log_loss", "brier", "calibration_error"):

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.cli import main
 from align.config.schema import Experiment
 from align.runs.folder import folder_of
-from align.runtime.signals import Stop
-from align.stages.pipeline import load_inputs, reopen, run_stages
+from align.runtime.signals import StopRequest
+from align.stages.pipeline import load_datasets, reopen, run_stages
 from tests.integration.conftest import Command
 from tests.integration.tiny_run import COMMAND, ENVIRONMENT, figures, run_in_process
 
@@ -70,8 +70,8 @@ def test_the_number_of_optimizer_steps_is_epochs_times_minibatches(finished: Pat
 
 def test_the_first_step_is_on_policy(finished: Path) -> None:
     first = next(row for row in figures(finished) if row["stage"] == "ppo")
-    assert first["kl/sequence"] == pytest.approx(0, abs=1e-5)
-    assert first["rollout/gap_max"] < 1e-4
+    assert first["kl/per_sequence"] == pytest.approx(0, abs=1e-5)
+    assert first["rollout/mismatch_max"] < 1e-4
 
 
 def test_the_same_seed_gives_the_same_run(finished: Path, settings: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def test_a_run_that_is_done_goes_on_for_more_steps(settings: dict[str, Any], tmp
     experiment = Experiment.model_validate(settings | {"ppo": longer})
     folder = folder_of(experiment)
     reopen(experiment, folder)
-    run_stages(experiment, folder, load_inputs(experiment), Stop())
+    run_stages(experiment, folder, load_datasets(experiment), StopRequest())
     assert figures(folder.path) == figures(whole)
     assert (folder.policy / "evaluation.json").read_bytes() == (whole / "policy" / "evaluation.json").read_bytes()
 
@@ -262,7 +262,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_their_batch_is_kept(
     steps = [row for row in figures(run) if "policy/loss" in row]
     assert [row["learner/skipped_steps"] > 0 for row in steps] == [True, True]
     kept = [json.loads(line) for line in (run / "faults" / "step-2" / "episodes.jsonl").read_text().splitlines()]
-    assert len(kept) == settings["ppo"]["batch"]
+    assert len(kept) == settings["ppo"]["batch_size"]
 
 
 def test_nothing_is_left_running_by_a_run(finished: Path) -> None:

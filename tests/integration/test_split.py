@@ -10,18 +10,18 @@ import torch
 from align.algorithms.episodes import Episode
 from align.config.schema import ClusterSettings, CriticSettings, LearnerSettings, PpoSettings
 from align.learner.group import Learners, LocalLearners
-from align.learner.learner import Rates
+from align.learner.learner import StepCoefficients
 from align.learner.ray_ranks import RayLearners
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint
-from policies.device import Computing
+from policies.device import ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.trajectory import Request, Trajectory
 
 POLICY = PolicySettings(rank=4, alpha=8)
-PPO = PpoSettings(batch=13, minibatches=1, epochs=1)
-SGD = LearnerSettings(optimizer="sgd", clip=1e12, tokens_per_microbatch=100)
-STEEP = Rates(1e3, 1e3, 0.0)
+PPO = PpoSettings(batch_size=13, minibatches=1, epochs=1)
+SGD = LearnerSettings(optimizer="sgd", max_grad_norm=1e12, tokens_per_microbatch=100)
+STEEP = StepCoefficients(1e3, 1e3, 0.0)
 """So steep that float32 keeps the gradient's digits when it is read off the change of the weights."""
 
 
@@ -61,8 +61,8 @@ def gradient(learners: Learners) -> torch.Tensor:
 
 def losses(learners: Learners) -> list[float]:
     """Losses of the first three updates under plain gradient descent."""
-    rates = Rates(1e-1, 1e-1, 0.0)
-    updates = [learners.update(episodes(), [[list(range(13))]], rates) for _ in range(3)]
+    coefficients = StepCoefficients(1e-1, 1e-1, 0.0)
+    updates = [learners.update(episodes(), [[list(range(13))]], coefficients) for _ in range(3)]
     return [update[name] for update in updates for name in ("policy_loss", "value_loss")]
 
 
@@ -98,7 +98,7 @@ def test_ranks_and_zero_stages_give_one_gradient(
 ) -> None:
     split = SGD.model_copy(update={"ranks": ranks, "zero": zero})
     for measure, expected in zip((gradient, losses), alone, strict=True):
-        learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, Computing(1))
+        learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
         measured = measure(learners)
         learners.close()
         if isinstance(expected, torch.Tensor):
@@ -110,11 +110,11 @@ def test_ranks_and_zero_stages_give_one_gradient(
 
 @pytest.mark.slow
 def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> None:
-    trajectory = Trajectory.made(Request("", (5, 6), 0), (7, 8, 9), torch.zeros(3), True, 0)
+    trajectory = Trajectory.from_tokens(Request("", (5, 6), 0), (7, 8, 9), torch.zeros(3), True, 0)
     results = []
     for split in (SGD, SGD.model_copy(update={"ranks": 2})):
         if split.ranks:
-            learners: Learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, Computing(1))
+            learners: Learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
         else:
             learners = LocalLearners(build(tiny_model), PPO, split, 1.0, False)
         (scored,) = learners.score([trajectory])
@@ -130,25 +130,25 @@ def test_a_state_goes_on_in_another_layout(
     old: tuple[int, int], new: tuple[int, int], tiny_model: Path, cluster: None
 ) -> None:
     settings = LearnerSettings(tokens_per_microbatch=100)
-    rates, order = Rates(1e-2, 1e-2, 0.0), [[list(range(13))]]
+    coefficients, order = StepCoefficients(1e-2, 1e-2, 0.0), [[list(range(13))]]
 
     def learners(split: tuple[int, int]) -> Learners:
         ranks, zero = split
         chosen = settings.model_copy(update={"ranks": ranks, "zero": zero})
         if ranks:
-            return RayLearners(blueprint(tiny_model), PPO, chosen, 1.0, Computing(1))
+            return RayLearners(blueprint(tiny_model), PPO, chosen, 1.0, ComputeSettings(1))
         return LocalLearners(build(tiny_model), PPO, chosen, 1.0, False)
 
     first = learners(old)
-    first.update(episodes(), order, rates)
+    first.update(episodes(), order, coefficients)
     states, weights = first.state(), first.policy_weights()
-    expected = first.update(episodes(), order, rates)
+    expected = first.update(episodes(), order, coefficients)
     after = first.policy_weights()
     first.close()
     second = learners(new)
     second.restore(states, old[1])
     assert all(torch.equal(tensor, weights[name]) for name, tensor in second.policy_weights().items())
-    update = second.update(episodes(), order, rates)
+    update = second.update(episodes(), order, coefficients)
     assert update["policy_gradient_norm"] == pytest.approx(expected["policy_gradient_norm"], rel=1e-5)
     for name, tensor in second.policy_weights().items():
         torch.testing.assert_close(tensor, after[name], atol=1e-5, rtol=1e-4)

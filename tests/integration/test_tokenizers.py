@@ -9,10 +9,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from align.config.load import load_experiment
 from align.config.schema import Experiment
-from align.stages.pipeline import load_inputs
+from align.stages.pipeline import load_datasets
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
-from rollouts.transformers_engine import ROLE, build_transformers
+from rollouts.transformers_engine import SAMPLER_ROLE, build_transformers_engine
 from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 
@@ -58,17 +58,17 @@ def test_the_pad_token_and_the_side_of_padding_change_no_figure(
 
 def test_a_bos_stands_once_before_the_prompt_and_no_eos_behind_it(tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
-    plain = load_inputs(Experiment.model_validate(settings))
+    plain = load_datasets(Experiment.model_validate(settings))
     settings["model"] = {"path": str(with_tokenizer(tiny_model, tmp_path / "m", wrapped))}
-    inputs = load_inputs(Experiment.model_validate(settings))
+    datasets = load_datasets(Experiment.model_validate(settings))
     tokenizer = AutoTokenizer.from_pretrained(settings["model"]["path"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for mine, theirs in zip(inputs.prompts, plain.prompts, strict=True):
+    for mine, theirs in zip(datasets.prompts, plain.prompts, strict=True):
         assert mine.prompt_ids == (bos, *theirs.prompt_ids)
-    for mine, theirs in zip(inputs.examples, plain.examples, strict=True):
+    for mine, theirs in zip(datasets.demonstrations, plain.examples, strict=True):
         assert [*mine.prompt_ids, *mine.response_ids] == [bos, *theirs.prompt_ids, *theirs.response_ids]
         assert list(mine.response_ids).count(eos) == 1
-    for mine, theirs in zip(inputs.cases, plain.cases, strict=True):
+    for mine, theirs in zip(datasets.preferences, plain.cases, strict=True):
         assert mine.prompt_ids == [bos, *theirs.prompt_ids]
         assert mine.responses_ids == theirs.responses_ids
 
@@ -87,8 +87,8 @@ def test_any_of_several_ids_ends_a_response(tiny_model: Path, tmp_path: Path) ->
     shutil.copytree(tiny_model, tmp_path / "m")
     GenerationConfig(eos_token_id=sorted(ends - {1})).save_pretrained(tmp_path / "m")
     experiment = Experiment.model_validate(make_settings(tmp_path / "m", tmp_path))
-    engine = build_transformers(experiment.model, experiment.policy, experiment.rollouts)
-    engine.load_adapter(1, engine.trunk.read_adapter(ROLE))
+    engine = build_transformers_engine(experiment.model, experiment.policy, experiment.rollouts)
+    engine.load_adapter(1, engine.trunk.read_adapter(SAMPLER_ROLE))
     made = engine.generate([Request("", (5 + i,), i) for i in range(60)], Sampling(1.0, 60))
     assert len({t.response_ids[-1] for t in made if t.ended}) > 2
     for t in made:

@@ -11,30 +11,30 @@ from transformers import AutoModelForCausalLM
 from policies.export import export_merged
 from policies.files.base_model import load_tokenizer
 from policies.schema import ModelSettings, PolicySettings
-from rollouts.async_rollouts import Renewing
+from rollouts.async_rollouts import PartialRollouts
 from rollouts.roster import Roster
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "head": {"ppo": {"critic": {"kind": "head"}}},
     "model": {"ppo": {"critic": {"kind": "model"}}},
-    "rloo": {"ppo": {"estimator": "rloo", "samples": 2}},
-    "grpo": {"ppo": {"estimator": "grpo", "samples": 4, "kl": {"where": "loss", "estimator": "k3"}}},
-    "reinforce++": {"ppo": {"estimator": "reinforce++", "average": "sequences", "whiten_rewards": True}},
+    "rloo": {"ppo": {"estimator": "rloo", "samples_per_prompt": 2}},
+    "grpo": {"ppo": {"estimator": "grpo", "samples_per_prompt": 4, "kl": {"where": "loss", "estimator": "k3"}}},
+    "reinforce++": {"ppo": {"estimator": "reinforce++", "loss_aggregation": "sequence_mean", "whiten_rewards": True}},
     "options": {
         "ppo": {
             "dual_clip": 3.0,
-            "entropy": 0.01,
-            "importance_cap": 2.0,
-            "max_gap": 0.1,
-            "ptx": 0.5,
+            "entropy_coefficient": 0.01,
+            "importance_ratio_cap": 2.0,
+            "max_mismatch": 0.1,
+            "ptx_coefficient": 0.5,
             "target_kl": 0.5,
-            "cut": "bootstrap",
+            "on_truncation": "bootstrap",
             "length_penalty": 0.01,
         }
     },
     "full": {"policy": {"method": "full"}},
-    "ahead": {"rollouts": {"workers": 2, "chunk": 4, "max_age": 1}, "ppo": {"importance_cap": 2.0}},
+    "ahead": {"rollouts": {"workers": 2, "chunk_size": 4, "max_staleness": 1}, "ppo": {"importance_ratio_cap": 2.0}},
 }
 
 
@@ -66,13 +66,15 @@ def test_responses_under_way_take_up_the_weights_of_a_run(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    add, renew = Roster.add, Renewing.ask
+    add, renew = Roster.add, PartialRollouts.ask
     monkeypatch.setattr(Roster, "add", lambda self: (seen.append("goes on"), add(self))[1])
-    monkeypatch.setattr(Renewing, "ask", lambda self, *asked: (seen.append("asked"), renew(self, *asked))[1])
+    monkeypatch.setattr(
+        PartialRollouts, "ask", lambda self, *requested_roles: (seen.append("asked"), renew(self, *requested_roles))[1]
+    )
     settings = settings_of("ahead", tiny_model, tmp_path)
     settings["rollouts"] |= {"stretch": 2}
     rows = [row for row in figures(run_in_process(settings)) if row["stage"] == "ppo" and "policy/loss" in row]
-    ages = [row["rollout/age"] for row in rows]
+    ages = [row["rollout/staleness"] for row in rows]
     assert ages[0] == 0
     assert all(0 <= age <= 1 for age in ages)
     assert seen.count("asked") == 3

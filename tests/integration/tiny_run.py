@@ -9,8 +9,8 @@ from typing import Any
 
 from align.config.schema import Experiment
 from align.runs.folder import begin_run, folder_of
-from align.runtime.signals import Interrupted, Stop
-from align.stages.pipeline import load_inputs, run_stages
+from align.runtime.signals import Interrupted, StopRequest
+from align.stages.pipeline import load_datasets, run_stages
 
 COMMAND = (sys.executable, "-m", "align")
 ENVIRONMENT = os.environ | {"COLUMNS": "200"}
@@ -46,10 +46,10 @@ def make_settings(model: Path, folder: Path) -> dict[str, Any]:
             ),
             "prompts": write_rows(folder / "prompts.jsonl", [{"prompt": p} for p in prompts]),
         },
-        "sft": {"batch": 12, "checkpoint_every": 1},
-        "reward": {"batch": 12, "normalise": 8, "checkpoint_every": 1},
-        "rollouts": {"rows": 4, "max_new_tokens": 6},
-        "ppo": {"steps": 3, "batch": 8, "epochs": 2, "minibatches": 2, "kl": {"target": 1.0}},
+        "sft": {"batch_size": 12, "checkpoint_every": 1},
+        "reward": {"batch_size": 12, "normalise": 8, "checkpoint_every": 1},
+        "rollouts": {"max_num_seqs": 4, "max_new_tokens": 6},
+        "ppo": {"steps": 3, "batch_size": 8, "epochs": 2, "minibatches": 2, "kl": {"target": 1.0}},
         "learner": {"tokens_per_microbatch": 128},
         "evaluation": {"prompts": 4, "every": 1, "best_of": 2},
         "checkpoint": {"every": 1},
@@ -62,21 +62,21 @@ def run_in_process(settings: dict[str, Any]) -> Path:
     """Run all stages. Gives the run's folder."""
     experiment = Experiment.model_validate(settings)
     run = folder_of(experiment)
-    inputs = load_inputs(experiment)
+    datasets = load_datasets(experiment)
     begin_run(run, experiment)
-    run_stages(experiment, run, inputs, Stop())
+    run_stages(experiment, run, datasets, StopRequest())
     return run.path
 
 
 def run_a_step_at_a_time(settings: dict[str, Any]) -> Path:
     """Run all stages, stopped after every step of each and taken up again. Gives the run's folder."""
     experiment = Experiment.model_validate(settings)
-    run, stop = folder_of(experiment), Stop()
+    run, stop = folder_of(experiment), StopRequest()
     begin_run(run, experiment)
     while True:
         stop.requested = True
         try:
-            run_stages(experiment, run, load_inputs(experiment), stop)
+            run_stages(experiment, run, load_datasets(experiment), stop)
         except Interrupted:
             continue
         return run.path

@@ -3,14 +3,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from policies.device import Computing
+from policies.device import ComputeSettings
 
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
-    Computing(threads, deterministic).begin()
+    ComputeSettings(threads, deterministic).begin()
 
 
 def put() -> torch.Tensor:
@@ -19,14 +19,14 @@ def put() -> torch.Tensor:
 
 
 def test_what_may_differ_from_run_to_run_is_refused() -> None:
-    Computing(1, deterministic=True).begin()
+    ComputeSettings(1, deterministic=True).begin()
     with pytest.raises(RuntimeError, match="deterministic"):
         put()
-    Computing(1, deterministic=False).begin()
+    ComputeSettings(1, deterministic=False).begin()
     assert float(put()[0]) in (1.0, 2.0)
 
 
 def test_threads_are_set() -> None:
     for threads in (2, 1):
-        Computing(threads).begin()
+        ComputeSettings(threads).begin()
         assert torch.get_num_threads() == threads

@@ -21,8 +21,7 @@ from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
-from rollouts.transformers_engine import ROLE as SAMPLER
-from rollouts.transformers_engine import TransformersEngine
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -93,8 +92,8 @@ def far_off(trunk: Trunk, role: str) -> Trunk:
 @torch.no_grad()
 def scored(trunk: Trunk, role: str) -> Tensor:
     batch = collate(PROMPTS, RESPONSES)
-    states = trunk.hidden_of_rows(batch.ids, batch.rows, role)
-    return token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, role), 1.0)
+    states = trunk.hidden_packed(batch.ids, batch.lengths, role)
+    return token_logprobs(states[batch.predictors], batch.response_ids, lambda h: trunk.head(h, role), 1.0)
 
 
 def check(name: str, what: str, does: Callable[[], str]) -> None:
@@ -124,7 +123,7 @@ def test_log_probabilities_are_those_of_the_model_itself_row_by_row(family: tupl
             places = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
             alone.append(whole[places, torch.tensor(response)])
         torch.testing.assert_close(scored(trunk, ""), torch.cat(alone), rtol=1e-4, atol=1e-4)
-        return "✓" if trunk.packs else "padded"
+        return "✓" if trunk.supports_packing else "padded"
 
     check(name, "log-probabilities", does)
 
@@ -139,7 +138,7 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
     model, settings = ModelSettings(path=str(folder)), METHODS[method]
 
     def does() -> str:
-        trunk = build_trunk(model, settings, ("reference", "policy", SAMPLER))
+        trunk = build_trunk(model, settings, ("reference", "policy", SAMPLER_ROLE))
         still = "reference" if method == "full" else ""
         base = scored(trunk, still)
         far_off(trunk, "policy")
@@ -148,8 +147,10 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
         assert torch.equal(scored(trunk, still), base)
         trunk.train_only("policy")
         batch = collate(PROMPTS, RESPONSES)
-        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
-        token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0).sum().backward()
+        states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
+        token_logprobs(
+            states[batch.predictors], batch.response_ids, lambda h: trunk.head(h, "policy"), 1.0
+        ).sum().backward()
         gradients = [p.grad for p in trunk.adapter("policy").values() if p.grad is not None]
         assert gradients
         assert all(torch.isfinite(gradient).all() for gradient in gradients)
@@ -158,8 +159,8 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
         made = engine.generate([Request("", tuple(p), seed) for seed, p in enumerate(PROMPTS)], Sampling(1.0, 9))
         batch = collate([t.request.prompt_ids for t in made], [t.response_ids for t in made])
         with torch.no_grad():
-            states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
-            said = token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0)
+            states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
+            said = token_logprobs(states[batch.predictors], batch.response_ids, lambda h: trunk.head(h, "policy"), 1.0)
         torch.testing.assert_close(torch.cat([t.sampler_logprobs for t in made]), said, rtol=1e-3, atol=1e-3)
         save_adapter(tmp_path / "policy", trunk.read_adapter("policy"), settings, trunk.base)
         exports = model, settings, tmp_path / "policy", tiny_tokenizer
@@ -188,7 +189,7 @@ def test_all_stages_with_a_step_of_ppo(family: tuple[str, Path], tmp_path: Path)
         assert (step["learner/optimizer_steps"], step["learner/skipped_steps"]) == (4, 0)
         assert step["policy/gradient_norm"] > 0
         assert step["value/gradient_norm"] > 0
-        assert step["rollout/gap_max"] < 1e-3
+        assert step["rollout/mismatch_max"] < 1e-3
         return "✓"
 
     check(name, "PPO step", does)

@@ -42,7 +42,7 @@ def test_folded_head_gives_the_normalised_score() -> None:
     head.bias.data.fill_(0.7)
     hidden = torch.randn(5, 8)
     expected = (head(hidden).detach() - 3.0) / 2.5
-    head.fold(mean=3.0, deviation=2.5)
+    head.fold(mean=3.0, std=2.5)
     torch.testing.assert_close(head(hidden), expected)
 
 

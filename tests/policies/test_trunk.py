@@ -165,16 +165,16 @@ def test_named_targets_are_the_only_ones(tiny_model: Path) -> None:
 TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=9)
 
 
-@given(rows=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), packs=st.booleans())
+@given(rows=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), supports_packing=st.booleans())
 def test_neighbours_change_no_log_probability(
-    trunk: Trunk, rows: list[tuple[list[int], list[int]]], packs: bool
+    trunk: Trunk, rows: list[tuple[list[int], list[int]]], supports_packing: bool
 ) -> None:
-    trunk.packs = packs
+    trunk.supports_packing = supports_packing
 
     def logprobs(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, ...]:
         batch = collate(prompts, responses)
-        states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")[batch.before]
-        return batch.split(token_logprobs(states, batch.tokens, partial(trunk.head, role="policy"), 1.0))
+        states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]
+        return batch.split(token_logprobs(states, batch.response_ids, partial(trunk.head, role="policy"), 1.0))
 
     with torch.no_grad():
         together = logprobs(*map(list, zip(*rows)))
@@ -215,7 +215,7 @@ def gradients(trunk: Trunk, role: str) -> Tensor:
 @pytest.mark.parametrize("role", ROLES)
 def test_recomputation_is_under_the_role_of_its_forward_pass(own_trunk: Trunk, role: str) -> None:
     expected = gradients(own_trunk, role)
-    own_trunk.checkpoint_gradients()
+    own_trunk.enable_gradient_checkpointing()
     torch.testing.assert_close(gradients(own_trunk, role), expected)
     assert own_trunk._role == "critic"
 
@@ -238,13 +238,13 @@ def gpt2() -> PreTrainedModel:
 def test_dropout_stays_off_while_activations_are_recomputed(make: Callable[[], PreTrainedModel]) -> None:
     trunk = randomise(make_trunk(make(), PolicySettings(rank=4, dropout=0.5), ROLES))
     expected = gradients(trunk, "policy")
-    trunk.checkpoint_gradients()
+    trunk.enable_gradient_checkpointing()
     torch.testing.assert_close(gradients(trunk, "policy"), expected)
 
 
 def test_after_recomputation_scoring_is_as_before(own_trunk: Trunk) -> None:
     expected = logits_of(own_trunk, "policy")
-    own_trunk.checkpoint_gradients()
+    own_trunk.enable_gradient_checkpointing()
     gradients(own_trunk, "policy")
     assert torch.equal(logits_of(own_trunk, "policy"), expected)
 

@@ -36,8 +36,8 @@ def test_running_moments_are_those_of_all_values_together(batches: list[list[flo
         moments.add(doubles(*batch))
     everything = doubles(*(value for batch in batches for value in batch))
     assert moments.mean == pytest.approx(float(everything.mean()), abs=1e-9)
-    deviation = float(everything.std(correction=0))
-    assert moments.deviation == pytest.approx(deviation if deviation > 1e-8 else 1.0, abs=1e-6)
+    std = float(everything.std(correction=0))
+    assert moments.std == pytest.approx(std if std > 1e-8 else 1.0, abs=1e-6)
 
 
 def test_a_term_is_normalised_by_what_was_seen_before_and_in_its_batch() -> None:
@@ -93,5 +93,5 @@ def test_an_ensembles_scores_in_one() -> None:
     members = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
     assert combine(members, "mean").tolist() == [2.0, 2.0]
     assert combine(members, "minimum").tolist() == [1.0, 2.0]
-    assert combine(members, "mean_less_deviation", 0.5).tolist() == [1.5, 2.0]
+    assert combine(members, "mean_minus_std", 0.5).tolist() == [1.5, 2.0]
     assert spread(members).tolist() == [1.0, 0.0]

@@ -17,7 +17,7 @@ from rewards.diagnostics import (
     reliability,
     wilson,
 )
-from rewards.preferences import Feedback, Pair, Ranking, Rating
+from rewards.preferences import Pair, PreferenceExample, Ranking, Rating
 
 
 def doubles(*values: float) -> torch.Tensor:
@@ -26,9 +26,9 @@ def doubles(*values: float) -> torch.Tensor:
 
 def test_everything_that_feedback_compares() -> None:
     rows = [
-        Feedback("p", ("a", "b"), Pair(margin=2.0, certainty=0.9)),
-        Feedback("p", ("a", "b"), Pair(certainty=0.5)),
-        Feedback("p", ("a", "b", "c", "d"), Ranking((1, 2, 1)), "kind"),
+        PreferenceExample("p", ("a", "b"), Pair(margin=2.0, certainty=0.9)),
+        PreferenceExample("p", ("a", "b"), Pair(certainty=0.5)),
+        PreferenceExample("p", ("a", "b", "c", "d"), Ranking((1, 2, 1)), "kind"),
     ]
     found = comparisons(rows)
     assert [(c.better, c.worse) for c in found] == [
@@ -39,7 +39,7 @@ def test_everything_that_feedback_compares() -> None:
 
 def test_ratings_are_compared_two_rows_at_a_time_and_none_twice() -> None:
     values = [1.0, 2.0, 2.0, 5.0, 3.0, 4.0, 1.0]
-    found = comparisons([Feedback("p", ("r",), Rating({"": value})) for value in values])
+    found = comparisons([PreferenceExample("p", ("r",), Rating({"": value})) for value in values])
     rows = [row for c in found for row in (c.better[0], c.worse[0])]
     assert len(rows) == len(set(rows))
     assert all(values[c.better[0]] > values[c.worse[0]] for c in found)

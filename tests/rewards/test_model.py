@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from policies.batching import collate, collate_branches
+from policies.batching import collate, collate_shared_prompts
 from policies.errors import UserError
 from policies.files.adapters import load_adapter, load_head
 from policies.heads import ScalarHead
@@ -134,15 +134,15 @@ def test_responses_behind_one_prompt_score_as_behind_their_own(model: RewardMode
     others = RESPONSES[3:] + RESPONSES[:3]
     both = [side for sides in zip(RESPONSES, others) for side in sides]
     lone = collate([prompt for prompt in PROMPTS for _ in range(2)], both)
-    branches = collate_branches(PROMPTS, list(zip(RESPONSES, others)), pad=3)
-    assert model.trunk.branches_agree("reward")
+    branches = collate_shared_prompts(PROMPTS, list(zip(RESPONSES, others)), pad=3)
+    assert model.trunk.supports_shared_prompts("reward")
     model.trunk.train_only("reward")
     weights = torch.randn(2 * len(PROMPTS), generator=torch.Generator().manual_seed(0))
     rows = [i for i, row in enumerate(both) if row]  # an empty response has no token of its own
     found = []
     for scores in (
         model(lone),
-        model.scores_of_branches(branches.ids, branches.positions, branches.seen, branches.last),
+        model.scores_shared_prompts(branches.ids, branches.positions, branches.seen, branches.last),
     ):
         scores = scores[:, 0]
         model.zero_grad()
@@ -164,4 +164,4 @@ def test_prompts_are_not_shared_where_a_window_counts_what_lies_between() -> Non
         num_key_value_heads=2,
     )
     mistral = make_trunk(MistralForCausalLM(windowed), POLICY, ("reward",))
-    assert not mistral.branches_agree("reward")
+    assert not mistral.supports_shared_prompts("reward")

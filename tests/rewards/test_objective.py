@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewards.losses import bradley_terry_loss, ordinal_loss
-from rewards.objective import FeedbackLoss, Steps, Ties
-from rewards.preferences import Feedback, Pair, Ranking, Rating
+from rewards.objective import PreferenceLoss, Steps, Ties
+from rewards.preferences import Pair, PreferenceExample, Ranking, Rating
 from rewards.rankings import davidson_luce_loss, open_ranking_loss, plackett_luce_loss
 
 WEIGHTS = {"kind": 0.25, "true": 2.0}
 
 
-def of(*responses: str, judged: Pair | Ranking | Rating, attribute: str = "") -> Feedback:
-    return Feedback("p", responses, judged, attribute)
+def of(*responses: str, judged: Pair | Ranking | Rating, attribute: str = "") -> PreferenceExample:
+    return PreferenceExample("p", responses, judged, attribute)
 
 
 MIXED = [
@@ -31,13 +31,13 @@ MIXED = [
 ]
 
 
-def scores_of(feedback: list[Feedback], attributes: int = 2, seed: int = 0) -> Tensor:
+def scores_of(feedback: list[PreferenceExample], attributes: int = 2, seed: int = 0) -> Tensor:
     count = sum(len(each.responses) for each in feedback)
     return torch.randn(count, attributes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_each_row_of_a_mixed_batch_has_its_own_loss() -> None:
-    loss = FeedbackLoss(MIXED, WEIGHTS, "regression").double()
+    loss = PreferenceLoss(MIXED, WEIGHTS, "regression").double()
     scores = scores_of(MIXED)
     whole, kind, true = scores @ torch.tensor([0.25, 2.0], dtype=torch.float64), scores[:, 0], scores[:, 1]
     one = torch.ones(1, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_smoothing_takes_the_reverse_for_true_with_its_share() -> None:
         of("a", "b", judged=Ranking((1, 1))),
         of("a", "b", "c", judged=Ranking((2, 1))),
     ]
-    loss, scores = FeedbackLoss(rows, {"": 1.0}, "regression").double(), scores_of(rows, 1)
+    loss, scores = PreferenceLoss(rows, {"": 1.0}, "regression").double(), scores_of(rows, 1)
     pair, ranking, _ = loss(scores, rows, smoothing=0.1)
     right, wrong = (-torch.log(torch.sigmoid(sign * (scores[0, 0] - scores[1, 0]))) for sign in (1, -1))
     torch.testing.assert_close(pair, 0.9 * right + 0.1 * wrong)
@@ -72,7 +72,7 @@ def test_smoothing_takes_the_reverse_for_true_with_its_share() -> None:
 
 def test_rankings_without_ties_are_plackett_and_luces() -> None:
     rows = [of("a", "b", "c", judged=Ranking((1, 1, 1)))]
-    loss, scores = FeedbackLoss(rows, {"": 1.0}, "regression").double(), scores_of(rows, 1)
+    loss, scores = PreferenceLoss(rows, {"": 1.0}, "regression").double(), scores_of(rows, 1)
     torch.testing.assert_close(loss(scores, rows), plackett_luce_loss(scores[None, :, 0]))
 
 
@@ -85,7 +85,7 @@ def test_how_readily_ties_are_called_starts_from_the_data() -> None:
 
 
 def test_what_links_scores_to_verdicts_learns() -> None:
-    loss = FeedbackLoss(MIXED, WEIGHTS, "ordinal").double()
+    loss = PreferenceLoss(MIXED, WEIGHTS, "ordinal").double()
     loss(scores_of(MIXED), MIXED).sum().backward()
     assert {name for name, p in loss.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == {
         "ties.free", "links.overall.first", "links.of kind.first",

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rewards.preferences import Feedback, Pair, Ranking, Rating, parse_feedback
+from rewards.preferences import Pair, PreferenceExample, Ranking, Rating, parse_preference
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 OTHER = [CHAT[0], {"role": "assistant", "content": "What?"}]
@@ -13,8 +13,8 @@ HARMLESS = SHARED / "hh" / "harmless.jsonl"
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
-def pair(prompt: Any = "p", chosen: str = "c", rejected: str = "r", **judged: Any) -> Feedback:
-    return Feedback(prompt, (chosen, rejected), Pair(**judged))
+def pair(prompt: Any = "p", chosen: str = "c", rejected: str = "r", **judged: Any) -> PreferenceExample:
+    return PreferenceExample(prompt, (chosen, rejected), Pair(**judged))
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def pair(prompt: Any = "p", chosen: str = "c", rejected: str = "r", **judged: An
         ({"chosen": CHAT, "rejected": OTHER}, pair(CHAT[:1], "Hello", "What?")),
     ],
 )
-def test_pairs_in_every_form(values: dict[str, Any], expected: Feedback) -> None:
-    assert parse_feedback(values) == expected
+def test_pairs_in_every_form(values: dict[str, Any], expected: PreferenceExample) -> None:
+    assert parse_preference(values) == expected
 
 
 @pytest.mark.parametrize(
@@ -46,41 +46,41 @@ def test_pairs_in_every_form(values: dict[str, Any], expected: Feedback) -> None
 )
 def test_rankings_come_best_first_in_groups_of_equal_rank(ranks: Any, order: str, sizes: tuple[int, ...]) -> None:
     values = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": ranks}
-    assert parse_feedback(values) == Feedback("p", tuple(order), Ranking(sizes))
+    assert parse_preference(values) == PreferenceExample("p", tuple(order), Ranking(sizes))
 
 
 def test_a_row_of_csv_spells_its_lists_in_json() -> None:
     values = {"prompt": "p", "responses": '["a", "b"]', "ranks": "[2, 1]"}
-    assert parse_feedback(values) == Feedback("p", ("b", "a"), Ranking((1, 1)))
+    assert parse_preference(values) == PreferenceExample("p", ("b", "a"), Ranking((1, 1)))
 
 
 def test_the_row_says_what_its_ties_are_and_else_the_settings() -> None:
     values = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]}
-    assert parse_feedback(values, open_ties=True).judgement == Ranking((2, 1), open=True)
-    assert parse_feedback(values | {"ties": "judged"}, open_ties=True).judgement == Ranking((2, 1))
-    assert parse_feedback(values | {"ties": "unknown"}).judgement == Ranking((2, 1), open=True)
+    assert parse_preference(values, open_ties=True).preference == Ranking((2, 1), open=True)
+    assert parse_preference(values | {"ties": "judged"}, open_ties=True).preference == Ranking((2, 1))
+    assert parse_preference(values | {"ties": "unknown"}).preference == Ranking((2, 1), open=True)
 
 
 def test_a_choice_is_one_before_all_others_whose_order_is_unknown() -> None:
     values = {"prompt": "p", "responses": ["a", "b", "c"], "best": 2}
-    assert parse_feedback(values) == Feedback("p", ("c", "a", "b"), Ranking((1, 2), open=True))
+    assert parse_preference(values) == PreferenceExample("p", ("c", "a", "b"), Ranking((1, 2), open=True))
 
 
 def test_ratings_are_a_number_or_one_for_each_attribute() -> None:
     row = {"prompt": "p", "response": "r"}
-    assert parse_feedback(row | {"rating": "4"}) == Feedback("p", ("r",), Rating({"": 4.0}))
-    rated = parse_feedback(row | {"rating": {"kind": 1, "helpful": 3, "unasked": None}})
-    assert rated.judgement == Rating({"helpful": 3.0, "kind": 1.0})
+    assert parse_preference(row | {"rating": "4"}) == PreferenceExample("p", ("r",), Rating({"": 4.0}))
+    rated = parse_preference(row | {"rating": {"kind": 1, "helpful": 3, "unasked": None}})
+    assert rated.preference == Rating({"helpful": 3.0, "kind": 1.0})
     assert rated.attributes == ("helpful", "kind")
 
 
 def test_comparisons_may_be_by_an_attribute() -> None:
-    assert parse_feedback(PAIR | {"attribute": "kind"}).attributes == ("kind",)
+    assert parse_preference(PAIR | {"attribute": "kind"}).attributes == ("kind",)
 
 
 def test_a_common_beginning_may_run_on_into_the_reply() -> None:
     start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A joke?\n\nAssistant:"
-    found = parse_feedback({"chosen": start + " I will not.", "rejected": start + " I will."})
+    found = parse_preference({"chosen": start + " I will not.", "rejected": start + " I will."})
     assert found == pair(start, " I will not.", " I will.")
 
 
@@ -119,7 +119,7 @@ RANKING = {"prompt": "p", "responses": ["a", "b"]}
 )
 def test_bad_rows(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        parse_feedback(values)
+        parse_preference(values)
 
 
 @pytest.mark.skipif(not HARMLESS.is_file(), reason="shared/data is not here")
@@ -128,7 +128,7 @@ def test_real_transcripts() -> None:
     for line in HARMLESS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         try:
-            found = parse_feedback(row)
+            found = parse_preference(row)
         except ValueError:
             bad += 1
             continue

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from align.scoring.build import make_function
+from align.scoring.build import build_function
 from rewards.rules import final_number
 from rewards.terms import Term
 from rewards.user_functions import ScoreFunction
@@ -14,7 +14,7 @@ SOLUTIONS = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "solutions
 
 
 def rule(**settings: Any) -> ScoreFunction:
-    return make_function("rule", TypeAdapter(Term).validate_python(settings))
+    return build_function("rule", TypeAdapter(Term).validate_python(settings))
 
 
 def scores(responses: list[str], columns: dict[str, Any] | None = None, **settings: Any) -> list[float]:
@@ -98,8 +98,8 @@ def test_json_as_a_schema_says(tmp_path: Path) -> None:
         ({"kind": "regex", "pattern": "("}, "no regular expression"),
         ({"kind": "json", "schema": {"type": "thing"}}, "no JSON schema"),
         ({"kind": "json", "schema": "nowhere.json"}, "cannot be read"),
-        ({"kind": "length", "most": 3, "window": 4}, "window 4 is longer than most, 3"),
-        ({"kind": "exact", "clip": [1, 0]}, r"\[least, most\]"),
+        ({"kind": "length", "max_tokens": 3, "window": 4}, "window 4 is longer than max_tokens, 3"),
+        ({"kind": "exact", "clip": [1, 0]}, r"\[min, max\]"),
         ({"kind": "judge", "url": "localhost", "model": "m"}, "http:// or https://"),
         ({"kind": "judge", "url": "http://h", "model": "m", "instruction": "grade!"}, "no {response}"),
     ],

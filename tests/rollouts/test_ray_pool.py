@@ -15,22 +15,22 @@ import torch
 
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
-from policies.device import Computing
+from policies.device import ComputeSettings
 from policies.errors import UserError
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
-from rollouts.async_rollouts import Ahead, Renewing
+from rollouts.async_rollouts import AsyncRollouts, PartialRollouts
 from rollouts.build import build_engine
 from rollouts.engine import Engine, Sampling
 from rollouts.pool import LocalPool
 from rollouts.ray_pool import RayPool
 from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request, Trajectory
-from rollouts.transformers_engine import ROLE
+from rollouts.transformers_engine import SAMPLER_ROLE
 
 POLICY = PolicySettings(rank=4, alpha=8)
-ROLLOUTS = RolloutSettings(rows=4, chunk=8)
+ROLLOUTS = RolloutSettings(max_num_seqs=4, chunk_size=8)
 REQUESTS = [Request("x", (5 + i % 40, 6, 7), i) for i in range(64)]
 SAMPLING = Sampling(1.0, 32)
 
@@ -49,7 +49,7 @@ def local(tiny_model: Path) -> LocalPool:
 @pytest.fixture(scope="module")
 def versions(tiny_model: Path) -> list[AdapterWeights]:
     """Adapters that differ."""
-    first = build_trunk(ModelSettings(path=str(tiny_model)), POLICY, (ROLE,)).read_adapter(ROLE)
+    first = build_trunk(ModelSettings(path=str(tiny_model)), POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
     return [{name: tensor + 0.02 * version for name, tensor in first.items()} for version in range(6)]
 
 
@@ -61,9 +61,9 @@ def pool(tiny_model: Path, cluster: None) -> Iterator[RayPool]:
     made.close()
 
 
-def pool_of(model: Path, workers: int = 2, timeout: float = 60.0, slow: float = 4.0) -> RayPool:
+def pool_of(model: Path, workers: int = 2, timeout: float = 60.0, straggler_factor: float = 4.0) -> RayPool:
     build = partial(build_engine, ModelSettings(path=str(model)), POLICY, ROLLOUTS)
-    return RayPool(build, workers, 8, timeout, slow, Computing(1, deterministic=True), 0.0)
+    return RayPool(build, workers, 8, timeout, straggler_factor, ComputeSettings(1, deterministic=True), 0.0)
 
 
 def processes() -> list[psutil.Process]:
@@ -166,7 +166,7 @@ def test_a_worker_with_a_wrong_adapter_never_serves(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None, tmp_path: Path
 ) -> None:
     build = partial(build_forgetful, tiny_model, tmp_path / "forgot")
-    pool = RayPool(build, 2, 8, 60.0, 4.0, Computing(1), 0.0)
+    pool = RayPool(build, 2, 8, 60.0, 4.0, ComputeSettings(1), 0.0)
     for version in (1, 2, 3):
         pool.load_adapter(version, versions[version])
         assert tokens(pool.generate(REQUESTS, SAMPLING)) == answers(local, version, versions[version])
@@ -177,13 +177,13 @@ def test_a_worker_with_a_wrong_adapter_never_serves(
 def test_batches_asked_ahead_are_each_made_under_their_own_weights(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
 ) -> None:
-    pool = Ahead(pool_of(tiny_model))
-    batches = [pool.ask(version, versions[version], REQUESTS, SAMPLING) for version in (1, 2)]
+    pool = AsyncRollouts(pool_of(tiny_model))
+    batches = [pool.submit(version, versions[version], REQUESTS, SAMPLING) for version in (1, 2)]
     pool.load_adapter(3, versions[3])  # takes its turn
     assert tokens(pool.generate(REQUESTS, SAMPLING)) == answers(local, 3, versions[3])
     for version, batch in zip((1, 2), batches, strict=True):
         assert tokens(batch()) == answers(local, version, versions[version])
-    unfinished = pool.ask(4, versions[4], REQUESTS, SAMPLING)
+    unfinished = pool.submit(4, versions[4], REQUESTS, SAMPLING)
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         unfinished()
@@ -201,7 +201,7 @@ def test_responses_in_stretches_are_those_made_in_one_go(
     pool: RayPool, local: LocalPool, versions: list[AdapterWeights]
 ) -> None:
     pool.load_adapter(1, versions[1])
-    trajectories = pool.generate(REQUESTS, replace(SAMPLING, stretch=10))
+    trajectories = pool.generate(REQUESTS, replace(SAMPLING, segment_tokens=10))
     assert tokens(trajectories) == answers(local, 1, versions[1])
     assert [t.request for t in trajectories] == REQUESTS
 
@@ -209,12 +209,12 @@ def test_responses_in_stretches_are_those_made_in_one_go(
 def test_what_is_under_way_takes_up_newer_weights(pool: RayPool, versions: list[AdapterWeights]) -> None:
     pool.load_adapter(0, versions[0])
     pool.generate(REQUESTS[:8], SAMPLING)
-    asker, before, stretched = Renewing(pool), pool.roster.batch, replace(SAMPLING, stretch=2)
-    first = asker.ask(1, versions[1], REQUESTS, stretched)
-    waiting = asker.ask(1, versions[1], REQUESTS, stretched)
+    rollouts, before, stretched = PartialRollouts(pool), pool.roster.batch, replace(SAMPLING, segment_tokens=2)
+    first = rollouts.submit(1, versions[1], REQUESTS, stretched)
+    waiting = rollouts.submit(1, versions[1], REQUESTS, stretched)
     while pool.roster.batch == before or not pool.roster.answered:
         time.sleep(0.001)
-    last = asker.ask(2, versions[2], REQUESTS, stretched)
+    last = rollouts.submit(2, versions[2], REQUESTS, stretched)
     batches = [answered() for answered in (first, waiting, last)]
     assert any({*t.versions} == {1, 2} for t in batches[0])
     assert all(earlier <= later for t in batches[0] for earlier, later in pairwise(t.versions))

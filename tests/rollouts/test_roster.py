@@ -4,17 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollouts.roster import TRANSITIONS, Event, Order, Roster, State, Weights, WrongWeights
+from rollouts.roster import TRANSITIONS, Event, Order, Roster, State, WeightsVersion, WrongWeights
 
-OLD, NEW = Weights(1, "a"), Weights(2, "b")
+OLD, NEW = WeightsVersion(1, "a"), WeightsVersion(2, "b")
 
 
-def roster(workers: int = 2, weights: Weights = OLD) -> Roster:
+def roster(workers: int = 2, weights: WeightsVersion = OLD) -> Roster:
     """Workers that all hold these weights at time 0."""
-    made = Roster(timeout=100.0, slow=4.0)
+    made = Roster(timeout=100.0, straggler_factor=4.0)
     for worker in range(workers):
         made.join(worker)
-    made.renew(weights)
+    made.update_weights(weights)
     for order in made.orders(0.0):
         made.reply(order.worker, weights, 0.0)
     return made
@@ -32,7 +32,7 @@ def test_the_gone_stay_gone_and_only_confirmed_weights_make_healthy() -> None:
 
 def test_nobody_serves_before_it_has_confirmed_the_current_weights() -> None:
     r = roster()
-    r.renew(NEW)
+    r.update_weights(NEW)
     r.begin(2)
     assert chunks(r.orders(0.0)) == {0: None, 1: None}  # load first
     assert not r.orders(0.0)
@@ -43,9 +43,9 @@ def test_nobody_serves_before_it_has_confirmed_the_current_weights() -> None:
 def test_weights_that_were_replaced_while_loading_are_loaded_again() -> None:
     r = Roster(100.0, 4.0)
     r.join(0)
-    r.renew(OLD)
+    r.update_weights(OLD)
     r.orders(0.0)
-    r.renew(NEW)
+    r.update_weights(NEW)
     r.reply(0, OLD, 1.0)
     assert r.members[0].state == State.STALE
     (order,) = r.orders(1.0)
@@ -95,7 +95,7 @@ def test_an_answer_to_an_earlier_batch_does_not_count() -> None:
     r.lose(0)
     r.join(2)
     r.begin(2)
-    r.renew(NEW)
+    r.update_weights(NEW)
     assert r.reply(1, OLD, 2.0) is None
     assert r.members[1].state == State.STALE
     assert sorted(r.waiting) == [0, 1]
@@ -106,7 +106,7 @@ def test_one_that_holds_other_weights_is_lost() -> None:
     r.begin(1)
     r.orders(0.0)
     with pytest.raises(WrongWeights, match="version 1 \\(x\\)"):
-        r.reply(0, Weights(1, "x"), 1.0)
+        r.reply(0, WeightsVersion(1, "x"), 1.0)
     assert 0 not in r.members
     assert list(r.waiting) == [0]
 
@@ -121,8 +121,8 @@ def test_every_chunk_is_answered_once_whatever_happens(data: st.DataObject) -> N
     now, version, busy = 0.0, 0, {}
     for _ in range(data.draw(st.integers(1, 3))):
         version += 1
-        current = Weights(version, str(version))
-        r.renew(current)
+        current = WeightsVersion(version, str(version))
+        r.update_weights(current)
         count = data.draw(st.integers(0, 6))
         r.begin(count)
         answers: list[int] = []
@@ -157,7 +157,7 @@ def test_every_chunk_is_answered_once_whatever_happens(data: st.DataObject) -> N
                     r.lose(worker)
                 else:
                     with pytest.raises(WrongWeights):
-                        r.reply(worker, Weights(task.weights.version, "other"), now)
+                        r.reply(worker, WeightsVersion(task.weights.version, "other"), now)
                 r.join(new)
                 held[new], new = OLD, new + 1
         assert sorted(answers) == list(range(count))

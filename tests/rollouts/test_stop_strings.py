@@ -10,7 +10,7 @@ from rollouts.engine import Sampling
 from rollouts.schema import RolloutSettings
 from rollouts.stop_strings import StopStrings
 from rollouts.trajectory import Request
-from rollouts.transformers_engine import ROLE, make_engine
+from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
 
 
 @pytest.mark.parametrize("text", ["a short answer.", "blue is a colour, and so is é!", "\n\nUser:"])
@@ -26,11 +26,13 @@ def test_a_response_ends_with_the_token_that_completes_a_string(
 
 def test_the_engine_ends_responses_by_strings(tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     trunk = make_trunk(
-        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), PolicySettings(rank=2), (ROLE,)
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), PolicySettings(rank=2), (SAMPLER_ROLE,)
     )
     requests = [Request("p", (5, 6, 7 + seed), seed) for seed in range(20)]
-    whole = make_engine(trunk, tiny_tokenizer, RolloutSettings()).generate(requests, Sampling(1.0, 30))
-    ended = make_engine(trunk, tiny_tokenizer, RolloutSettings(stop=["e", "the"])).generate(requests, Sampling(1.0, 30))
+    whole = make_transformers_engine(trunk, tiny_tokenizer, RolloutSettings()).generate(requests, Sampling(1.0, 30))
+    ended = make_transformers_engine(trunk, tiny_tokenizer, RolloutSettings(stop=["e", "the"])).generate(
+        requests, Sampling(1.0, 30)
+    )
     for before, after in zip(whole, ended, strict=True):
         assert before.response_ids[: after.length] == after.response_ids
         text = tiny_tokenizer.decode(list(after.response_ids))

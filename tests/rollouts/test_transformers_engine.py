@@ -6,14 +6,14 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from policies.files.adapters import digests, fingerprint, lora_config
+from policies.files.adapters import lora_config, tensor_digests, weights_digest
 from policies.layers.decode_step import PlainStack
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
-from rollouts.transformers_engine import ROLE, TransformersEngine, draw
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, draw
 
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
 STOPS = frozenset(range(1, 300, 20))
@@ -26,13 +26,15 @@ REQUESTS = [Request("p", tuple(IDS[seed][:length]), seed) for seed, length in en
 
 def random_weights(trunk: Trunk, seed: int) -> AdapterWeights:
     generator = torch.Generator().manual_seed(seed)
-    return {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in trunk.adapter(ROLE).items()}
+    return {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in trunk.adapter(SAMPLER_ROLE).items()}
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> TransformersEngine:
     """An engine of eight rows, with random weights of version 7 beside another random adapter, `policy`."""
-    trunk = make_trunk(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), POLICY, ("policy", ROLE))
+    trunk = make_trunk(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), POLICY, ("policy", SAMPLER_ROLE)
+    )
     trunk.write_adapter("policy", random_weights(trunk, 2))
     engine = TransformersEngine(trunk, STOPS, rows=8)
     engine.load_adapter(7, random_weights(trunk, 1))
@@ -44,7 +46,7 @@ def plain(tiny_model: Path, engine: TransformersEngine) -> PeftModel:
     """The same model by PEFT and transformers as they come."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     peft = get_peft_model(base, lora_config(POLICY, base.config.name_or_path))
-    set_peft_model_state_dict(peft, engine.trunk.read_adapter(ROLE))
+    set_peft_model_state_dict(peft, engine.trunk.read_adapter(SAMPLER_ROLE))
     return peft.eval()
 
 
@@ -97,32 +99,34 @@ def test_trajectories_carry_the_request_and_the_version(engine: TransformersEngi
     assert [(t.request, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)] == [(r, {7}) for r in REQUESTS]
 
 
-def go_on(engine: TransformersEngine, begun: list[Trajectory], sampling: Sampling) -> list[Trajectory]:
+def go_on(engine: TransformersEngine, partial: list[Trajectory], sampling: Sampling) -> list[Trajectory]:
     """The responses with another stretch of those that go on."""
-    going = [place for place, t in enumerate(begun) if sampling.goes_on(t)]
-    more = engine.generate([replace(begun[place].request, begun=begun[place]) for place in going], sampling)
-    return [dict(zip(going, more)).get(place, t) for place, t in enumerate(begun)]
+    going = [place for place, t in enumerate(partial) if sampling.is_unfinished(t)]
+    more = engine.generate(
+        [replace(partial[place].request, partial_response=partial[place]) for place in going], sampling
+    )
+    return [dict(zip(going, more)).get(place, t) for place, t in enumerate(partial)]
 
 
 def test_a_response_made_in_stretches_is_the_same(engine: TransformersEngine) -> None:
-    whole, stretched = engine.generate(REQUESTS, SAMPLING), replace(SAMPLING, stretch=5)
-    begun = engine.generate(REQUESTS, stretched)
-    assert max(t.length for t in begun) == 5
-    while any(map(stretched.goes_on, begun)):
-        begun = go_on(engine, begun, stretched)
-    for mine, theirs in zip(begun, whole, strict=True):
+    whole, stretched = engine.generate(REQUESTS, SAMPLING), replace(SAMPLING, segment_tokens=5)
+    partial = engine.generate(REQUESTS, stretched)
+    assert max(t.length for t in partial) == 5
+    while any(map(stretched.is_unfinished, partial)):
+        partial = go_on(engine, partial, stretched)
+    for mine, theirs in zip(partial, whole, strict=True):
         torch.testing.assert_close(mine.sampler_logprobs, theirs.sampler_logprobs, rtol=1e-5, atol=1e-5)
-    same = [(t.request, t.response_ids, t.ended, t.versions) for t in begun]
+    same = [(t.request, t.response_ids, t.ended, t.versions) for t in partial]
     assert same == [(t.request, t.response_ids, t.ended, t.versions) for t in whole]
 
 
 def test_a_response_goes_on_under_other_weights(engine: TransformersEngine, plain: PeftModel) -> None:
     """Each token has the version, and the log-probability, of the weights that it was drawn by."""
-    held, other = engine.trunk.read_adapter(ROLE), engine.trunk.read_adapter("policy")
-    stretched = replace(SAMPLING, stretch=7)
-    begun = engine.generate(REQUESTS, stretched)
+    held, other = engine.trunk.read_adapter(SAMPLER_ROLE), engine.trunk.read_adapter("policy")
+    stretched = replace(SAMPLING, segment_tokens=7)
+    partial = engine.generate(REQUESTS, stretched)
     engine.load_adapter(8, other)
-    more = go_on(engine, begun, stretched)
+    more = go_on(engine, partial, stretched)
     assert any(t.versions == (7,) * 7 + (8,) * 7 for t in more)
     for trajectory in more:
         prompt_ids, ids = trajectory.request.prompt_ids, torch.tensor(trajectory.response_ids)
@@ -139,11 +143,11 @@ def test_a_response_goes_on_under_other_weights(engine: TransformersEngine, plai
 
 
 def test_loading_weights_changes_responses_version_and_fingerprint(engine: TransformersEngine) -> None:
-    before, weights = engine.trunk.read_adapter(ROLE), engine.trunk.read_adapter("policy")
+    before, weights = engine.trunk.read_adapter(SAMPLER_ROLE), engine.trunk.read_adapter("policy")
     held = engine.load_adapter(8, weights)
     loaded = [(t.response_ids, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)]
     engine.load_adapter(7, before)
-    assert held == fingerprint(digests(weights))
+    assert held == weights_digest(tensor_digests(weights))
     assert loaded == [(t.response_ids, {8}) for t in engine.generate(REQUESTS, SAMPLING, role="policy")]
     assert [ids for ids, _ in loaded] != responses(engine, REQUESTS, SAMPLING)
 
@@ -164,7 +168,7 @@ def test_draws_have_the_frequencies_of_the_distribution() -> None:
     assert not frequencies[logits.isinf()].any()
 
 
-def passes(engine: TransformersEngine, requests: list[Request]) -> list[tuple[int, int]]:
+def microbatches(engine: TransformersEngine, requests: list[Request]) -> list[tuple[int, int]]:
     """Rows and columns of the ids of every forward pass."""
     seen: list[tuple[int, int]] = []
     states, step = engine.trunk.states, PlainStack.__call__
@@ -183,7 +187,7 @@ def passes(engine: TransformersEngine, requests: list[Request]) -> list[tuple[in
 
 def test_a_prompt_that_several_rows_share_is_computed_once(engine: TransformersEngine) -> None:
     requests = [Request("p", tuple(IDS[i % 2][: 5 + i % 2]), seed) for i, seed in enumerate(range(8))]
-    (rows, columns), *decoding = passes(engine, requests)
+    (rows, columns), *decoding = microbatches(engine, requests)
     assert (rows, columns) == (2, 6)
     assert decoding[0] == (8, 1)
 
@@ -191,7 +195,7 @@ def test_a_prompt_that_several_rows_share_is_computed_once(engine: TransformersE
 def test_rows_that_wait_come_in_while_others_are_decoded(engine: TransformersEngine) -> None:
     narrow = TransformersEngine(engine.trunk, STOPS, rows=4)
     requests = [Request("p", tuple(IDS[i % 8][: LENGTHS[i % 8]]), seed=i) for i in range(24)]
-    shapes = passes(narrow, requests)
+    shapes = microbatches(narrow, requests)
     entered = [place for place, (_, columns) in enumerate(shapes) if columns > 1 or shapes[place][0] > 4]
     assert len(entered) > 2
     assert max(rows for rows, columns in shapes if columns == 1) <= 4
@@ -206,7 +210,7 @@ def test_a_model_with_a_sliding_window_decodes_in_waves() -> None:
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=6,
     )  # fmt: skip
-    trunk = make_trunk(MistralForCausalLM(config).eval(), POLICY, (ROLE,))
+    trunk = make_trunk(MistralForCausalLM(config).eval(), POLICY, (SAMPLER_ROLE,))
     alone = [TransformersEngine(trunk, STOPS, rows=1).generate([r], SAMPLING)[0].response_ids for r in REQUESTS]
     assert responses(TransformersEngine(trunk, STOPS, rows=3), REQUESTS, SAMPLING) == alone
 
@@ -215,7 +219,7 @@ def test_a_row_that_has_ended_does_not_run_past_the_positions_of_the_model() -> 
     """Rows that come in later go on while it is still in the batch."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=30)
-    trunk = make_trunk(GPT2LMHeadModel(config).eval(), POLICY, (ROLE,))
+    trunk = make_trunk(GPT2LMHeadModel(config).eval(), POLICY, (SAMPLER_ROLE,))
     requests = [Request("p", tuple(IDS[i % 8][: 6 - i % 2]), seed=i) for i in range(80)]
     found = TransformersEngine(trunk, STOPS, rows=16).generate(requests, SAMPLING)
     assert max(t.length for t in found) == SAMPLING.max_new_tokens

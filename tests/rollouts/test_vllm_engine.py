@@ -8,14 +8,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("vllm")
 
-from policies.files.adapters import digests, fingerprint
+from policies.files.adapters import tensor_digests, weights_digest
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
 from rollouts.engine import Sampling
 from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request, Trajectory
-from rollouts.transformers_engine import ROLE, TransformersEngine, build_transformers
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, build_transformers_engine
 from rollouts.vllm_engine import VllmEngine
 
 POLICY = PolicySettings(rank=4, alpha=8)
@@ -55,11 +55,11 @@ def engine(model: ModelSettings) -> VllmEngine:
 
 @pytest.fixture(scope="module")
 def ours(model: ModelSettings) -> TransformersEngine:
-    return build_transformers(model, POLICY, RolloutSettings(**SETTINGS))
+    return build_transformers_engine(model, POLICY, RolloutSettings(**SETTINGS))
 
 
 def versions(model: ModelSettings) -> list[dict[str, torch.Tensor]]:
-    first = build_trunk(model, POLICY, (ROLE,)).read_adapter(ROLE)
+    first = build_trunk(model, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
     return [{name: tensor + 0.03 * version for name, tensor in first.items()} for version in range(3)]
 
 
@@ -68,7 +68,7 @@ def test_greedy_text_and_logprobs_are_those_of_transformers_under_each_adapter(
 ) -> None:
     texts = set()
     for version, weights in enumerate(versions(model)):
-        assert engine.load_adapter(version, weights) == fingerprint(digests(weights))
+        assert engine.load_adapter(version, weights) == weights_digest(tensor_digests(weights))
         ours.load_adapter(version, weights)
         theirs, expected = (e.generate(REQUESTS, Sampling(0.0, 16)) for e in (engine, ours))
         assert [t.response_ids for t in theirs] == [t.response_ids for t in expected]
@@ -87,11 +87,11 @@ def test_samples_carry_the_logprobs_of_their_temperature(
     engine.load_adapter(1, weights)
     sampled = engine.generate(REQUESTS, Sampling(0.7, 16))
     trunk = ours.trunk
-    trunk.write_adapter(ROLE, weights)
+    trunk.write_adapter(SAMPLER_ROLE, weights)
     for t in sampled:
         ids = torch.tensor([[*t.request.prompt_ids, *t.response_ids]])
         with torch.no_grad():
-            logits = trunk.head(trunk.hidden(ids, ROLE), ROLE)[0, len(t.request.prompt_ids) - 1 : -1]
+            logits = trunk.head(trunk.hidden(ids, SAMPLER_ROLE), SAMPLER_ROLE)[0, len(t.request.prompt_ids) - 1 : -1]
         logprobs = torch.log_softmax(logits / 0.7, -1)
         expected = logprobs.gather(-1, torch.tensor(t.response_ids)[:, None])[:, 0]
         torch.testing.assert_close(t.sampler_logprobs, expected, atol=1e-4, rtol=0)
@@ -100,14 +100,16 @@ def test_samples_carry_the_logprobs_of_their_temperature(
 def test_a_response_goes_on_under_other_weights(
     engine: VllmEngine, ours: TransformersEngine, model: ModelSettings
 ) -> None:
-    stretched, weights = Sampling(0.0, 16, stretch=6), versions(model)
+    stretched, weights = Sampling(0.0, 16, segment_tokens=6), versions(model)
     trajectories: list[list[Trajectory]] = []
     for each in (engine, ours):
         requests, made = REQUESTS, []
         for version in (1, 2, 2):
             each.load_adapter(version, weights[version])
             made = [*made, *each.generate(requests, stretched)]
-            requests = [replace(t.request, begun=t) for t in made[-len(requests) :] if stretched.goes_on(t)]
+            requests = [
+                replace(t.request, partial_response=t) for t in made[-len(requests) :] if stretched.is_unfinished(t)
+            ]
         trajectories.append(made)
     for theirs, expected in zip(*trajectories, strict=True):
         assert (theirs.request, theirs.response_ids) == (expected.request, expected.response_ids)
@@ -117,10 +119,10 @@ def test_a_response_goes_on_under_other_weights(
 
 
 def test_a_sample_that_goes_on_does_not_repeat_its_draws(engine: VllmEngine) -> None:
-    requests, stretched = [Request("x", (5, 6, 7), seed) for seed in range(12)], Sampling(2.0, 12, stretch=6)
-    going = [t for t in engine.generate(requests, stretched) if stretched.goes_on(t)]
+    requests, stretched = [Request("x", (5, 6, 7), seed) for seed in range(12)], Sampling(2.0, 12, segment_tokens=6)
+    going = [t for t in engine.generate(requests, stretched) if stretched.is_unfinished(t)]
     assert going
-    for begun, more in zip(going, engine.generate([replace(t.request, begun=t) for t in going], stretched)):
+    for begun, more in zip(going, engine.generate([replace(t.request, partial_response=t) for t in going], stretched)):
         assert more.response_ids[:6] == begun.response_ids != more.response_ids[6:]
 
 

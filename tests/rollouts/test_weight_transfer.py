@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rollouts import weight_transfer as parcels
+from rollouts import weight_transfer as bundles
 from rollouts.weight_transfer import groups, pack, unpack
 
 WEIGHTS = {
@@ -22,7 +22,7 @@ def test_what_is_packed_comes_out_as_it_was() -> None:
 
 
 def test_parcels_are_filled_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parcels, "LARGEST", 70)
+    monkeypatch.setattr(bundles, "LARGEST", 70)
     assert list(groups(WEIGHTS)) == [["a", "b"], ["c", "d"], ["e"]]
-    monkeypatch.setattr(parcels, "LARGEST", 1)
+    monkeypatch.setattr(bundles, "LARGEST", 1)
     assert list(groups(WEIGHTS)) == [[name] for name in WEIGHTS]

@@ -21,12 +21,14 @@ STEPS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=30)
 
 
 @given(STEPS, NUMBERS, st.floats(0.05, 1), st.floats(0, 1))
-def test_gae_is_the_double_sum(steps: list[tuple[float, float]], last: float, gamma: float, lam: float) -> None:
+def test_gae_is_the_double_sum(steps: list[tuple[float, float]], last: float, gamma: float, gae_lambda: float) -> None:
     rewards = [reward for reward, _ in steps]
     values = [*(value for _, value in steps), last]
     deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
-    oracle = [sum((gamma * lam) ** k * deltas[t + k] for k in range(len(deltas) - t)) for t in range(len(deltas))]
-    advantages, returns = gae(torch.tensor(rewards), torch.tensor(values), gamma, lam)
+    oracle = [
+        sum((gamma * gae_lambda) ** k * deltas[t + k] for k in range(len(deltas) - t)) for t in range(len(deltas))
+    ]
+    advantages, returns = gae(torch.tensor(rewards), torch.tensor(values), gamma, gae_lambda)
     torch.testing.assert_close(advantages.double(), torch.tensor(oracle, dtype=torch.float64), rtol=1e-4, atol=1e-3)
     expected = torch.tensor([a + v for a, v in zip(oracle, values)], dtype=torch.float64)
     torch.testing.assert_close(returns.double(), expected, rtol=1e-4, atol=1e-3)
@@ -38,7 +40,7 @@ def test_gae_with_lambda_one_is_the_discounted_return(
 ) -> None:
     rewards = [reward for reward, _ in steps]
     values = torch.tensor([*(value for _, value in steps), last])
-    _, returns = gae(torch.tensor(rewards), values, gamma, lam=1.0)
+    _, returns = gae(torch.tensor(rewards), values, gamma, gae_lambda=1.0)
     following, oracle = last, []
     for reward in reversed(rewards):
         following = reward + gamma * following
@@ -47,19 +49,19 @@ def test_gae_with_lambda_one_is_the_discounted_return(
 
 
 def test_gae_with_lambda_zero_is_one_step() -> None:
-    advantages, returns = gae(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0, 40.0]), gamma=0.5, lam=0.0)
+    advantages, returns = gae(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0, 40.0]), gamma=0.5, gae_lambda=0.0)
     assert advantages.tolist() == [1 + 10 - 10, 2 + 20 - 20]
     assert returns.tolist() == [11.0, 22.0]
 
 
 def test_gae_by_hand() -> None:
-    advantages, returns = gae(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.25, 0.0]), gamma=1.0, lam=0.95)
+    advantages, returns = gae(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.25, 0.0]), gamma=1.0, gae_lambda=0.95)
     assert advantages.tolist() == pytest.approx([-0.25 + 0.95 * 0.75, 0.75])
     assert returns.tolist() == pytest.approx([0.25 + 0.95 * 0.75, 1.0])
 
 
 def test_last_value_enters_the_last_advantage() -> None:
-    advantages, _ = gae(torch.tensor([0.0]), torch.tensor([1.0, 3.0]), gamma=0.9, lam=0.5)
+    advantages, _ = gae(torch.tensor([0.0]), torch.tensor([1.0, 3.0]), gamma=0.9, gae_lambda=0.5)
     assert advantages.tolist() == pytest.approx([0.9 * 3 - 1])
 
 
@@ -144,8 +146,8 @@ def test_grpo_is_each_total_standardised_within_its_prompt(groups: tuple[int, li
     oracle = []
     for group in totals:
         mean = sum(group) / samples
-        deviation = math.sqrt(sum((total - mean) ** 2 for total in group) / samples)
-        oracle += [(total - mean) / (deviation + 1e-8) for total in group]
+        std = math.sqrt(sum((total - mean) ** 2 for total in group) / samples)
+        oracle += [(total - mean) / (std + 1e-8) for total in group]
     got = grpo(torch.tensor(totals).flatten(), samples)
     torch.testing.assert_close(got.double(), torch.tensor(oracle, dtype=torch.float64), rtol=1e-5, atol=1e-5)
 

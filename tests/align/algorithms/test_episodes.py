@@ -6,24 +6,24 @@ from hypothesis import strategies as st
 from align.algorithms.advantages import gae
 from align.algorithms.episodes import Episode, make_episodes
 from align.config.schema import KlSettings, PpoSettings
-from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
-PLAIN = PpoSettings(gamma=1.0, lam=1.0, whiten_advantages=False)
+PLAIN = PpoSettings(gamma=1.0, gae_lambda=1.0, whiten_advantages=False)
 
 
 def trajectory(length: int, ended: bool = True) -> Trajectory:
-    return Trajectory.made(
+    return Trajectory.from_tokens(
         Request("p", (5, 6), seed=0), tuple(range(10, 10 + length)), torch.zeros(length), ended, version=3
     )
 
 
-def scored(length: int, score: float, kl: float = 0.0, value: float = 0.0, last: float = 0.0) -> Scored:
+def scored(length: int, score: float, kl: float = 0.0, value: float = 0.0, last: float = 0.0) -> RoleOutputs:
     values = torch.full((length + 1,), value)
     values[-1] = last
-    return Scored(torch.full((length,), kl - 1.0), torch.full((length,), -1.0), values, score)
+    return RoleOutputs(torch.full((length,), kl - 1.0), torch.full((length,), -1.0), values, score)
 
 
-def one(ended: bool, ppo: PpoSettings, said: Scored, coefficient: float = 0.0) -> Episode:
+def one(ended: bool, ppo: PpoSettings, said: RoleOutputs, coefficient: float = 0.0) -> Episode:
     (episode,) = make_episodes([trajectory(len(said.logprobs), ended)], [said], ppo, coefficient)
     return episode
 
@@ -34,38 +34,38 @@ def test_ended_response_is_scored_and_terminal() -> None:
 
 
 def test_cut_response_is_scored_terminal_and_penalised() -> None:
-    ppo = PLAIN.model_copy(update={"cut_penalty": 0.5})
+    ppo = PLAIN.model_copy(update={"truncation_penalty": 0.5})
     assert one(False, ppo, scored(3, score=2.0, last=100.0)).returns.tolist() == [1.5, 1.5, 1.5]
 
 
 def test_ended_response_has_no_penalty() -> None:
-    ppo = PLAIN.model_copy(update={"cut_penalty": 0.5})
+    ppo = PLAIN.model_copy(update={"truncation_penalty": 0.5})
     assert one(True, ppo, scored(3, score=2.0)).returns.tolist() == [2.0, 2.0, 2.0]
 
 
 def test_cut_response_is_bootstrapped_and_not_scored() -> None:
-    ppo = PLAIN.model_copy(update={"cut": "bootstrap"})
+    ppo = PLAIN.model_copy(update={"on_truncation": "bootstrap"})
     assert one(False, ppo, scored(3, score=2.0, last=100.0)).returns.tolist() == [100.0, 100.0, 100.0]
 
 
 def test_ended_response_is_never_bootstrapped() -> None:
-    ppo = PLAIN.model_copy(update={"cut": "bootstrap"})
+    ppo = PLAIN.model_copy(update={"on_truncation": "bootstrap"})
     assert one(True, ppo, scored(3, score=2.0, last=100.0)).returns.tolist() == [2.0, 2.0, 2.0]
 
 
 def test_bootstrapped_response_still_pays_for_its_kl() -> None:
-    ppo = PLAIN.model_copy(update={"cut": "bootstrap"})
+    ppo = PLAIN.model_copy(update={"on_truncation": "bootstrap"})
     episode = one(False, ppo, scored(2, score=2.0, kl=0.5, last=10.0), coefficient=2.0)
     torch.testing.assert_close(episode.returns, torch.tensor([8.0, 9.0]))
 
 
 def test_penalty_on_what_is_not_scored_is_refused() -> None:
-    with pytest.raises(ValueError, match="cut_penalty"):
-        PpoSettings(cut="bootstrap", cut_penalty=1.0)
+    with pytest.raises(ValueError, match="truncation_penalty"):
+        PpoSettings(on_truncation="bootstrap", truncation_penalty=1.0)
 
 
 def test_score_without_bootstrap_may_be_nan_where_it_is_not_used() -> None:
-    ppo = PLAIN.model_copy(update={"cut": "bootstrap"})
+    ppo = PLAIN.model_copy(update={"on_truncation": "bootstrap"})
     assert one(False, ppo, scored(2, score=float("nan"), last=1.0)).returns.tolist() == [1.0, 1.0]
 
 
@@ -88,7 +88,7 @@ def test_scoring_record_is_left_as_it_was() -> None:
 
 
 def test_old_values_are_those_before_each_token() -> None:
-    said = Scored(torch.zeros(2), torch.zeros(2), torch.tensor([1.0, 2.0, 3.0]), 0.0)
+    said = RoleOutputs(torch.zeros(2), torch.zeros(2), torch.tensor([1.0, 2.0, 3.0]), 0.0)
     assert one(True, PLAIN, said).old_values.tolist() == [1.0, 2.0]
 
 
@@ -110,7 +110,7 @@ def test_advantages_are_whitened_over_the_whole_batch(rows: list[tuple[int, bool
 
 @given(ROWS)
 def test_returns_are_not_whitened(rows: list[tuple[int, bool, float, float]]) -> None:
-    ppo = PpoSettings(gamma=0.9, lam=0.8, whiten_advantages=True)
+    ppo = PpoSettings(gamma=0.9, gae_lambda=0.8, whiten_advantages=True)
     trajectories = [trajectory(length, ended) for length, ended, _, _ in rows]
     said = [scored(length, score, value=value, last=9.0) for length, _, score, value in rows]
     for episode, record in zip(make_episodes(trajectories, said, ppo, 0.0), said):
@@ -133,17 +133,17 @@ def rows(scores: list[float], ppo: PpoSettings, lengths: tuple[int, ...] = (3, 1
     return make_episodes([trajectory(length) for length in lengths], said, ppo, 0.0)
 
 
-def without_critic(length: int, score: float, kl: float) -> Scored:
-    return Scored(torch.full((length,), kl - 1.0), torch.full((length,), -1.0), torch.empty(0), score)
+def without_critic(length: int, score: float, kl: float) -> RoleOutputs:
+    return RoleOutputs(torch.full((length,), kl - 1.0), torch.full((length,), -1.0), torch.empty(0), score)
 
 
 def test_rloo_gives_all_tokens_of_a_response_its_lead_over_the_others() -> None:
-    made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(batch=4, samples=2, estimator="rloo"))
+    made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(batch_size=4, samples_per_prompt=2, estimator="rloo"))
     assert [e.advantages.tolist() for e in made] == [[-2.0] * 3, [2.0], [0.0] * 2, [0.0] * 4]
 
 
 def test_grpo_standardises_within_a_prompt() -> None:
-    made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(batch=4, samples=2, estimator="grpo"))
+    made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(batch_size=4, samples_per_prompt=2, estimator="grpo"))
     assert [e.advantages.tolist() for e in made] == [
         pytest.approx([-1.0] * 3),
         pytest.approx([1.0]),
@@ -164,7 +164,7 @@ def test_reinforce_pp_whitens_rewards_to_go_and_pays_the_kl_token_by_token() -> 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
 def test_estimators_without_a_critic_need_no_values(estimator: str) -> None:
-    ppo = PpoSettings(batch=2, minibatches=1, samples=2, estimator=estimator)
+    ppo = PpoSettings(batch_size=2, minibatches=1, samples_per_prompt=2, estimator=estimator)
     made = make_episodes(
         [trajectory(2), trajectory(3)], [without_critic(2, 0.0, 0.1), without_critic(3, 1.0, 0.1)], ppo, 0.1
     )
@@ -173,7 +173,7 @@ def test_estimators_without_a_critic_need_no_values(estimator: str) -> None:
 
 
 def test_kl_in_the_reward_lowers_the_total_that_rloo_compares() -> None:
-    ppo = PpoSettings(batch=2, minibatches=1, samples=2, estimator="rloo")
+    ppo = PpoSettings(batch_size=2, minibatches=1, samples_per_prompt=2, estimator="rloo")
     said = [without_critic(2, 1.0, 0.0), without_critic(2, 1.0, 0.5)]
     made = make_episodes([trajectory(2), trajectory(2)], said, ppo, coefficient=1.0)
     assert [e.advantages.tolist() for e in made] == [[1.0, 1.0], [-1.0, -1.0]]
@@ -196,12 +196,12 @@ def test_whitened_rewards_scale_the_returns() -> None:
 
 
 def test_importance_weights_are_the_ratio_of_learner_to_sampler_and_capped() -> None:
-    said = Scored(torch.tensor([0.0, -1.0, -0.5]), torch.zeros(3), torch.zeros(4), 1.0)
+    said = RoleOutputs(torch.tensor([0.0, -1.0, -0.5]), torch.zeros(3), torch.zeros(4), 1.0)
     row = trajectory(3)
     sampler = torch.tensor([-2.0, -1.0, -0.25])
-    row = Trajectory.made(row.request, row.response_ids, sampler, True, 3)
+    row = Trajectory.from_tokens(row.request, row.response_ids, sampler, True, 3)
     (plain,), (weighed,) = (
-        make_episodes([row], [said], PLAIN.model_copy(update={"importance_cap": cap}), 0.0) for cap in (None, 2.0)
+        make_episodes([row], [said], PLAIN.model_copy(update={"importance_ratio_cap": cap}), 0.0) for cap in (None, 2.0)
     )
     ratios = weighed.advantages / plain.advantages
     torch.testing.assert_close(ratios, torch.tensor([2.0, 1.0, 0.7788008]))
@@ -209,6 +209,6 @@ def test_importance_weights_are_the_ratio_of_learner_to_sampler_and_capped() -> 
 
 
 def test_a_mean_over_sequences_weighs_each_of_them_alike() -> None:
-    made = rows([0.0] * 4, PLAIN.model_copy(update={"average": "sequences"}))
+    made = rows([0.0] * 4, PLAIN.model_copy(update={"loss_aggregation": "sequence_mean"}))
     assert [e.weight * len(e.response_ids) for e in made] == pytest.approx([1.0] * 4)
     assert {e.weight for e in rows([0.0] * 4, PLAIN)} == {1.0}

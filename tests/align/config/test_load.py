@@ -52,7 +52,12 @@ def test_the_file_wins_over_what_it_includes_and_a_later_include_over_an_earlier
     experiment = load_experiment(
         write(tmp_path, "include: [one.yaml, parts/two.yaml]\n" + MINIMAL + "ppo: {batch: 8}\n")
     )
-    assert (experiment.ppo.steps, experiment.ppo.epochs, experiment.ppo.batch, experiment.ppo.gamma) == (1, 3, 8, 0.5)
+    assert (experiment.ppo.steps, experiment.ppo.epochs, experiment.ppo.batch_size, experiment.ppo.gamma) == (
+        1,
+        3,
+        8,
+        0.5,
+    )
 
 
 def test_an_unknown_key_is_named_with_line_and_nearest_key(tmp_path: Path) -> None:
@@ -122,20 +127,23 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
             "ppo: {critic: {model: m}}",
             "ppo.critic: `model` is the base of a critic of kind `model`, and kind is",
         ),
-        ("rollouts: {max_age: 1}", "max_age lets rollouts go on beside the learner, in workers: set workers"),
         (
-            "deterministic: true\nrollouts: {max_age: 1, stretch: 8, workers: 2}\nppo: {importance_cap: 2}",
-            "deterministic: no two runs are the same with rollouts.stretch",
+            "rollouts: {max_staleness: 1}",
+            "max_staleness lets rollouts go on beside the learner, in workers: set workers",
         ),
-        ("rollouts: {stretch: 8}", "under weights that come while they are made: set max_age"),
         (
-            "rollouts: {max_age: 1, stretch: 8, workers: 2, engine: vllm, stop: [x]}",
+            "deterministic: true\nrollouts: {max_staleness: 1, stretch: 8, workers: 2}\nppo: {importance_ratio_cap: 2}",
+            "deterministic: no two runs are the same with rollouts.segment_tokens",
+        ),
+        ("rollouts: {stretch: 8}", "under weights that come while they are made: set max_staleness"),
+        (
+            "rollouts: {max_staleness: 1, stretch: 8, workers: 2, engine: vllm, stop: [x]}",
             "vllm would miss a stop string that begins before a stretch ends",
         ),
-        ("rollouts: {max_age: 1, workers: 2}", "which ppo.importance_cap corrects: set it, to 2.0"),
+        ("rollouts: {max_staleness: 1, workers: 2}", "which ppo.importance_ratio_cap corrects: set it, to 2.0"),
         (
-            "rollouts: {max_age: 1, workers: 2}\nppo: {importance_cap: 2, max_gap: 1}",
-            "ppo.max_gap compares sampler and learner under the same weights, which rollouts.max_age lets differ",
+            "rollouts: {max_staleness: 1, workers: 2}\nppo: {importance_ratio_cap: 2, max_mismatch: 1}",
+            "ppo.max_mismatch compares sampler and learner under the same weights, which rollouts.max_staleness lets differ",
         ),
         ("rollouts: {workers: 3}", "a batch of 128 is 2 chunks of 64 prompts, and some workers would idle: set roll"),
         ("rollouts: {engine: vllm}", "engine vllm runs in workers, beside the learner's process: set workers to 1"),

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
-from align.data.datasets import Inputs, case_parser, example_parser, read_inputs, request_parser
+from align.data.datasets import Datasets, demonstration_parser, preference_parser, read_datasets, request_parser
 from policies.errors import UserError
 from rewards.schema import RewardSettings
 from tests.integration.tiny_run import make_settings, write_rows
@@ -21,8 +21,8 @@ def make(model: Path, folder: Path, **data: Any) -> Experiment:
     return Experiment.model_validate(settings | {"data": settings["data"] | data})
 
 
-def read(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> Inputs:
-    return read_inputs(experiment, tokenizer, context)
+def read(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> Datasets:
+    return read_datasets(experiment, tokenizer, context)
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, *texts: str) -> int:
@@ -31,10 +31,10 @@ def tokens(tokenizer: PreTrainedTokenizerBase, *texts: str) -> int:
 
 def test_a_demonstration_may_fill_the_limit_and_no_more(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     length = tokens(tiny_tokenizer, PROMPT, " blue") + 1
-    example = example_parser(tiny_tokenizer, length)(DEMONSTRATION)
+    example = demonstration_parser(tiny_tokenizer, length)(DEMONSTRATION)
     assert example.response_ids[-1] == tiny_tokenizer.eos_token_id
     with pytest.raises(ValueError, match=f"{length} tokens are more than sft.max_tokens, {length - 1}"):
-        example_parser(tiny_tokenizer, length - 1)(DEMONSTRATION)
+        demonstration_parser(tiny_tokenizer, length - 1)(DEMONSTRATION)
 
 
 @pytest.mark.parametrize("pair", [PAIR, PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}])
@@ -42,16 +42,16 @@ def test_the_longer_side_of_a_pair_may_fill_the_limit(
     tiny_tokenizer: PreTrainedTokenizerBase, pair: Mapping[str, Any]
 ) -> None:
     length = tokens(tiny_tokenizer, PROMPT, PAIR["rejected"]) + 1
-    case_parser(tiny_tokenizer, RewardSettings(max_tokens=length))(pair)
+    preference_parser(tiny_tokenizer, RewardSettings(max_tokens=length))(pair)
     with pytest.raises(ValueError, match=f"{length} tokens are more than reward.max_tokens, {length - 1}"):
-        case_parser(tiny_tokenizer, RewardSettings(max_tokens=length - 1))(pair)
+        preference_parser(tiny_tokenizer, RewardSettings(max_tokens=length - 1))(pair)
 
 
 def test_an_attribute_that_has_no_weight_is_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     kind = PAIR | {"attribute": "kind"}
-    assert case_parser(tiny_tokenizer, RewardSettings(attributes={"kind": 1.0}))(kind).feedback.attribute == "kind"
+    assert preference_parser(tiny_tokenizer, RewardSettings(attributes={"kind": 1.0}))(kind).example.attribute == "kind"
     with pytest.raises(ValueError, match=r"attribute 'kind' is not in reward.attributes \(true\)"):
-        case_parser(tiny_tokenizer, RewardSettings(attributes={"true": 1.0}))(kind)
+        preference_parser(tiny_tokenizer, RewardSettings(attributes={"true": 1.0}))(kind)
 
 
 def test_a_prompt_may_fill_its_limit_and_no_more(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -77,9 +77,9 @@ def test_a_row_that_is_too_long_is_told_or_skipped(
     path = write_rows(tmp_path / "long.jsonl", [rows[0], {"prompt": "two " * 300}, *rows[1:]])
     with pytest.raises(UserError, match=r"data\.prompts: .*long\.jsonl:2: .* rollouts\.max_prompt_tokens, 256"):
         read(make(tiny_model, tmp_path, prompts=path), tiny_tokenizer)
-    inputs = read(make(tiny_model, tmp_path, prompts=path, on_bad_row="skip"), tiny_tokenizer)
-    assert len(inputs.prompts) + len(inputs.prompts_heldout) == 9
-    assert [(source, len(why)) for source, why in inputs.skipped.items()] == [("prompts", 1)]
+    datasets = read(make(tiny_model, tmp_path, prompts=path, on_bad_row="skip"), tiny_tokenizer)
+    assert len(datasets.prompts) + len(datasets.prompts_heldout) == 9
+    assert [(source, len(why)) for source, why in datasets.skipped.items()] == [("prompts", 1)]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,10 @@ def test_the_heldout_rows_never_share_a_prompt_with_the_others(
 ) -> None:
     rows = [{"prompt": f"p{n % 10}"} | {key: text.format(n=n) for key, text in other.items()} for n in range(40)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    inputs = read(make(tiny_model, tmp_path, **{source: path, "heldout_share": 0.3}), tiny_tokenizer)
-    trained, heldout = ({tuple(row.prompt_ids) for row in getattr(inputs, f"{ours}{end}")} for end in ("", "_heldout"))
+    datasets = read(make(tiny_model, tmp_path, **{source: path, "heldout_share": 0.3}), tiny_tokenizer)
+    trained, heldout = (
+        {tuple(row.prompt_ids) for row in getattr(datasets, f"{ours}{end}")} for end in ("", "_heldout")
+    )
     assert heldout
     assert not trained & heldout
 
@@ -105,6 +107,6 @@ def test_given_heldout_rows_are_used_and_nothing_is_split_off(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "heldout.jsonl", [{"prompt": "User: red?"}, {"prompt": "User: blue?"}])
-    inputs = read(make(tiny_model, tmp_path, prompts_heldout=path), tiny_tokenizer)
-    assert [request.prompt for request in inputs.prompts_heldout] == ["User: red?", "User: blue?"]
-    assert len(inputs.prompts) == 40
+    datasets = read(make(tiny_model, tmp_path, prompts_heldout=path), tiny_tokenizer)
+    assert [request.prompt for request in datasets.prompts_heldout] == ["User: red?", "User: blue?"]
+    assert len(datasets.prompts) == 40

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from align.evaluation.policy import REFERENCE_VERSION, Evaluator, best_of_n, distinct_2, win_rate
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
-from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
 SCORES = st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=20)
 PROMPTS = [Request(name, (1,), seed=0) for name in ("p", "q")]
@@ -25,20 +25,20 @@ class ListedPool:
 
     def __init__(self) -> None:
         self.loaded: list[tuple[int, AdapterWeights]] = []
-        self.asked: list[tuple[int, list[int]]] = []
+        self.requested_roles: list[tuple[int, list[int]]] = []
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
         self.loaded.append((version, weights))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
         version = self.loaded[-1][0]
-        draw = sum(asked == version for asked, _ in self.asked)
-        self.asked.append((version, [request.seed for request in requests]))
+        draw = sum(requested_roles == version for requested_roles, _ in self.requested_roles)
+        self.requested_roles.append((version, [request.seed for request in requests]))
         made = []
         for request in requests:
             token = (DRAWS[request.prompt][draw] if version == REFERENCE_VERSION else POLICY[request.prompt])[0]
             ids = (token,) * (2 if request.prompt == "p" else 4)
-            made.append(Trajectory.made(request, ids, torch.zeros(len(ids)), request.prompt == "p", version))
+            made.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), request.prompt == "p", version))
         return made
 
     def close(self) -> None: ...
@@ -48,13 +48,13 @@ def said(trajectory: Trajectory) -> tuple[float, float]:
     return SAID[str(trajectory.request.prompt), trajectory.response_ids[0]]
 
 
-def score(trajectories: Sequence[Trajectory]) -> list[Scored]:
+def score(trajectories: Sequence[Trajectory]) -> list[RoleOutputs]:
     """The policy is half a nat above the reference at each token."""
     rows = [torch.zeros(t.length) for t in trajectories]
-    return [Scored(row, row - 0.5, torch.zeros(len(row) + 1), said(t)[0]) for row, t in zip(rows, trajectories)]
+    return [RoleOutputs(row, row - 0.5, torch.zeros(len(row) + 1), said(t)[0]) for row, t in zip(rows, trajectories)]
 
 
-def ask(trajectories: Sequence[Trajectory]) -> Callable[[], list[Scored]]:
+def ask(trajectories: Sequence[Trajectory]) -> Callable[[], list[RoleOutputs]]:
     return lambda: score(trajectories)
 
 
@@ -136,5 +136,5 @@ def test_the_reference_is_judged_once_and_the_policy_stays_loaded() -> None:
 def test_both_sides_have_the_seeds_of_the_first_draw_and_every_other_draw_its_own() -> None:
     pool = ListedPool()
     evaluator(pool, best_of=2).judge(5, {})
-    (_, first), (_, second), (_, policy) = pool.asked
+    (_, first), (_, second), (_, policy) = pool.requested_roles
     assert (first, len({*first, *second})) == (policy, 4)

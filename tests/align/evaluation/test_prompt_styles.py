@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from align.config.schema import StyleSettings
-from align.evaluation.prompt_styles import make_style, styled
+from align.config.schema import PromptStyleSettings
+from align.evaluation.prompt_styles import make_prompt_style, styled
 from rollouts.trajectory import Request
 
 SHOT = {"prompt": "2+2?", "completion": " 4"}
@@ -20,12 +20,12 @@ SHOT = {"prompt": "2+2?", "completion": " 4"}
     ],
 )
 def test_text_stands_behind_system_prompt_and_examples(settings: dict[str, Any], expected: str) -> None:
-    assert styled("3+3?", StyleSettings(**settings)) == expected
+    assert styled("3+3?", PromptStyleSettings(**settings)) == expected
 
 
 def test_messages_take_the_system_prompt_first_and_examples_as_turns() -> None:
     prompt = [{"role": "system", "content": "old"}, {"role": "user", "content": "3+3?"}]
-    style = StyleSettings(system="Add.", examples=[SHOT], suffix=" Think.")  # type: ignore[list-item]
+    style = PromptStyleSettings(system="Add.", examples=[SHOT], suffix=" Think.")  # type: ignore[list-item]
     assert styled(prompt, style) == [
         {"role": "system", "content": "Add."},
         {"role": "user", "content": "2+2?"},
@@ -33,7 +33,7 @@ def test_messages_take_the_system_prompt_first_and_examples_as_turns() -> None:
         {"role": "user", "content": "3+3? Think."},
     ]
     assert prompt[-1]["content"] == "3+3?"
-    assert styled(prompt, StyleSettings(examples=[SHOT]))[:2] == [  # type: ignore[list-item]
+    assert styled(prompt, PromptStyleSettings(examples=[SHOT]))[:2] == [  # type: ignore[list-item]
         {"role": "system", "content": "old"},
         {"role": "user", "content": "2+2?"},
     ]
@@ -41,6 +41,10 @@ def test_messages_take_the_system_prompt_first_and_examples_as_turns() -> None:
 
 def test_a_styled_request_keeps_its_seed_and_columns(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     request = Request("red", (1, 2), seed=7, columns={"answer": "blue"})
-    asked = make_style(StyleSettings(suffix=" and blue"), tiny_tokenizer)(request)
-    assert (asked.prompt, asked.seed, asked.columns) == ("red and blue", 7, {"answer": "blue"})
-    assert list(asked.prompt_ids) == tiny_tokenizer("red and blue")["input_ids"]
+    requested_roles = make_prompt_style(PromptStyleSettings(suffix=" and blue"), tiny_tokenizer)(request)
+    assert (requested_roles.prompt, requested_roles.seed, requested_roles.columns) == (
+        "red and blue",
+        7,
+        {"answer": "blue"},
+    )
+    assert list(requested_roles.prompt_ids) == tiny_tokenizer("red and blue")["input_ids"]

@@ -12,25 +12,25 @@ from transformers import AutoModelForCausalLM
 
 from align.algorithms.episodes import Episode
 from align.config.schema import CriticSettings, KlSettings, LearnerSettings, PpoSettings
-from align.learner.learner import Learner, Rates
+from align.learner.learner import Learner, StepCoefficients
 from align.roles.build import Blueprint, RewardRole, build_roles
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
-from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
 TEMPERATURE = 0.7
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)  # dropout must be off in every forward of the loop
 PPO = PpoSettings(
     clip_low=0.2,
     clip_high=0.3,
-    entropy=0.01,
+    entropy_coefficient=0.01,
     kl=KlSettings(where="loss", estimator="k3"),
     critic=CriticSettings(value_clip=0.2),
 )
-SGD = LearnerSettings(optimizer="sgd", clip=1e9, tokens_per_microbatch=40)
-ADAM = LearnerSettings(optimizer="adamw", clip=1.0, tokens_per_microbatch=40, weight_decay=0.1)
-RATES = Rates(policy=1.0, critic=1.0, kl_in_loss=0.3)
-SMALL = Rates(policy=1e-2, critic=1e-2, kl_in_loss=0.3)
+SGD = LearnerSettings(optimizer="sgd", max_grad_norm=1e9, tokens_per_microbatch=40)
+ADAM = LearnerSettings(optimizer="adamw", max_grad_norm=1.0, tokens_per_microbatch=40, weight_decay=0.1)
+RATES = StepCoefficients(policy=1.0, critic=1.0, kl_in_loss=0.3)
+SMALL = StepCoefficients(policy=1e-2, critic=1e-2, kl_in_loss=0.3)
 ROLES = ("reference", "policy", "critic", "reward")
 ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3), (8, 8), (5, 2)]
 
@@ -56,7 +56,7 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
         probe = build_roles(Blueprint(model, POLICY, 0, None), None).trunk
         reward = probe.read_adapter("policy")
         head = {"weight": torch.randn(32, generator=torch.Generator().manual_seed(5)) / 6, "bias": torch.tensor([0.25])}
-        roles = build_roles(Blueprint(model, POLICY, 0, None, (RewardRole(reward, (head,)),)), ppo.critic_if_any)
+        roles = build_roles(Blueprint(model, POLICY, 0, None, (RewardRole(reward, (head,)),)), ppo.active_critic)
         for role, weights in random_weights(roles.trunk).items():
             roles.trunk.write_adapter(role, weights)
         made.append(Learner(roles, ppo, settings, TEMPERATURE, gradient_checkpointing=recompute))
@@ -74,12 +74,12 @@ def trajectories() -> list[Trajectory]:
         return tuple(torch.randint(2, 290, (count,), generator=generator).tolist())
 
     return [
-        Trajectory.made(Request("", ids(prompt), 0), ids(response), torch.zeros(response), index % 3 > 0, 1)
+        Trajectory.from_tokens(Request("", ids(prompt), 0), ids(response), torch.zeros(response), index % 3 > 0, 1)
         for index, (prompt, response) in enumerate(ROWS)
     ]
 
 
-def episodes(scored: list[Scored]) -> list[Episode]:
+def episodes(scored: list[RoleOutputs]) -> list[Episode]:
     """Targets near enough to what the roles say that some tokens are clipped and some are not."""
     generator = torch.Generator().manual_seed(4)
     made = []
@@ -184,7 +184,7 @@ class Oracle:
                 difference = new[t] - episode.reference_logprobs[t].double()
                 kl = torch.exp(-difference) - 1 + difference
                 entropy = -(whole[t].exp() * whole[t]).sum()
-                loss = loss + part + beta * kl - ppo.entropy * entropy
+                loss = loss + part + beta * kl - ppo.entropy_coefficient * entropy
             (loss / tokens).backward()
             values = self.scalars(*row, "critic")[:-1]
             loss = torch.zeros((), dtype=torch.float64)
@@ -285,7 +285,7 @@ def test_optimizer_steps_are_epochs_times_minibatches(new_learner: Factory) -> N
 def test_updates_begin_without_a_left_over_gradient(new_learner: Factory) -> None:
     learner, fresh = new_learner(), new_learner()
     batch = episodes(learner.score(trajectories()))
-    learner.update(batch, [[HALVES[0]]], Rates(0.0, 0.0, 0.3))
+    learner.update(batch, [[HALVES[0]]], StepCoefficients(0.0, 0.0, 0.3))
     learner.update(batch, [[HALVES[1]]], RATES)
     fresh.update(batch, [[HALVES[1]]], RATES)
     for role, expected in snapshot(fresh).items():
@@ -293,7 +293,7 @@ def test_updates_begin_without_a_left_over_gradient(new_learner: Factory) -> Non
 
 
 def test_policy_and_critic_are_clipped_each_by_itself(new_learner: Factory, tiny_model: Path) -> None:
-    learner = new_learner(SGD.model_copy(update={"clip": 0.01}))
+    learner = new_learner(SGD.model_copy(update={"max_grad_norm": 0.01}))
     batch = episodes(learner.score(trajectories()))
     expected, _ = Oracle(learner, tiny_model).gradients(batch, PPO, RATES.kl_in_loss)
     before = snapshot(learner)
@@ -333,7 +333,7 @@ def test_the_very_first_gradient_may_be_not_finite(new_learner: Factory, zero: i
 def test_policy_at_rate_zero_keeps_its_bits_while_the_critic_learns(new_learner: Factory) -> None:
     learner = new_learner(ADAM)
     before = snapshot(learner)
-    learner.update(episodes(learner.score(trajectories())), [HALVES], Rates(0.0, 1e-2, 0.3))
+    learner.update(episodes(learner.score(trajectories())), [HALVES], StepCoefficients(0.0, 1e-2, 0.3))
     after = snapshot(learner)
     assert torch.equal(before["policy"], after["policy"])
     assert distance(before["critic"], after["critic"]) > 1e-3

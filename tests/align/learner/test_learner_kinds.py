@@ -10,8 +10,8 @@ from torch import Tensor
 
 from align.algorithms.episodes import Episode
 from align.config.schema import CriticSettings, LearnerSettings, PpoSettings
-from align.data.datasets import Example
-from align.learner.learner import Learner, Rates
+from align.data.datasets import TokenizedDemonstration
+from align.learner.learner import Learner, StepCoefficients
 from align.roles.build import Blueprint, build_roles
 from align.roles.roles import Roles
 from policies.schema import ModelSettings, PolicySettings
@@ -19,8 +19,8 @@ from rollouts.trajectory import Request, Trajectory
 
 LORA = PolicySettings(rank=4, alpha=8.0)
 FULL = PolicySettings(method="full")
-SGD = LearnerSettings(optimizer="sgd", clip=1e9, tokens_per_microbatch=40)
-RATES = Rates(policy=1e-2, critic=1e-2, kl_in_loss=0.0)
+SGD = LearnerSettings(optimizer="sgd", max_grad_norm=1e9, tokens_per_microbatch=40)
+RATES = StepCoefficients(policy=1e-2, critic=1e-2, kl_in_loss=0.0)
 ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3)]
 ALL = [[list(range(len(ROWS)))]]
 KINDS = [None, "head", "adapter", "model"]
@@ -36,7 +36,7 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
         policy: PolicySettings, ppo: PpoSettings, settings: LearnerSettings = SGD, dtype: str = "float32"
     ) -> Learner:
         roles = build_roles(
-            Blueprint(ModelSettings(path=str(tiny_model), dtype=dtype), policy, 0, None), ppo.critic_if_any
+            Blueprint(ModelSettings(path=str(tiny_model), dtype=dtype), policy, 0, None), ppo.active_critic
         )
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -61,7 +61,7 @@ def trajectories() -> list[Trajectory]:
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(2, 290, (prompt + response,), generator=generator).tolist() for prompt, response in ROWS]
     return [
-        Trajectory.made(Request("", tuple(row[:prompt]), 0), tuple(row[prompt:]), torch.zeros(response), True, 0)
+        Trajectory.from_tokens(Request("", tuple(row[:prompt]), 0), tuple(row[prompt:]), torch.zeros(response), True, 0)
         for row, (prompt, response) in zip(rows, ROWS)
     ]
 
@@ -163,7 +163,7 @@ def test_demonstrations_are_mixed_in_with_their_weight(new_learner: Factory) -> 
     ppo = settings(None, ptx=0.7)
     learner = new_learner(LORA, ppo)
     rows = episodes(learner)
-    demonstrations = [Example([5, 6], [7, 8, 9]), Example([10], [11])]
+    demonstrations = [TokenizedDemonstration([5, 6], [7, 8, 9]), TokenizedDemonstration([10], [11])]
     loss = sum(row_loss(learner.roles, row, ppo) for row in rows) / sum(len(row.response_ids) for row in rows)
     likelihood = torch.zeros(())
     for demonstration in demonstrations:
@@ -191,7 +191,7 @@ def test_forward_passes_over_the_trunk_a_microbatch(new_learner: Factory, kind: 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
 def test_no_critic_is_built_where_none_is_used(new_learner: Factory, estimator: str) -> None:
-    learner = new_learner(LORA, PpoSettings(estimator=estimator, samples=2))
+    learner = new_learner(LORA, PpoSettings(estimator=estimator, samples_per_prompt=2))
     assert "critic" not in learner.roles.trunk.roles
     assert [group["role"] for group in learner.optimizer.param_groups] == ["policy"]
     (said,) = learner.score(trajectories()[:1])
@@ -237,7 +237,7 @@ def test_gradient_is_the_same_for_every_cut_and_order_of_rows(
     for tokens, order in ((4096, [0, 1, 2, 3, 4, 5]), (1, [5, 0, 3, 1, 4, 2]), (30, [2, 4, 1, 0, 3, 5])):
         learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": tokens}), dtype)
         rows = rows or episodes(learner)
-        gradients.append(moved(learner, [rows[i] for i in order], ALL, Rates(1e3, 1e3, 0.0)))
+        gradients.append(moved(learner, [rows[i] for i in order], ALL, StepCoefficients(1e3, 1e3, 0.0)))
     for other in gradients[1:]:
         assert distance(other, gradients[0]) < near
 
@@ -256,9 +256,9 @@ def test_lora_plus_steps_b_by_a_multiple_of_the_rate_of_a(new_learner: Factory) 
 
 def test_padding_counts_where_the_critics_own_base_needs_it(new_learner: Factory) -> None:
     roles = new_learner(LORA, settings("model")).roles
-    assert roles.passes([2, 7, 3], 12) == [[0, 2, 1]]
-    roles.critic.trunk.packs = False
-    assert roles.passes([2, 7, 3], 12) == [[0, 2], [1]]
+    assert roles.microbatches([2, 7, 3], 12) == [[0, 2, 1]]
+    roles.critic.trunk.supports_packing = False
+    assert roles.microbatches([2, 7, 3], 12) == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize("kind", ["head", "adapter"])
@@ -267,8 +267,8 @@ def test_one_roles_activations_are_kept_at_a_time(
 ) -> None:
     learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": 1000}))
     batch, seen = episodes(learner), []
-    hidden, backward = learner.roles.trunk.hidden_of_rows, learner.engine.backward
-    monkeypatch.setattr(learner.roles.trunk, "hidden_of_rows", lambda *a: (seen.append(a[2]), hidden(*a))[1])
+    hidden, backward = learner.roles.trunk.hidden_packed, learner.engine.backward
+    monkeypatch.setattr(learner.roles.trunk, "hidden_packed", lambda *a: (seen.append(a[2]), hidden(*a))[1])
     monkeypatch.setattr(learner.engine, "backward", lambda loss: (seen.append("backward"), backward(loss))[1])
     learner.update(batch, ALL, RATES)
     assert seen == ["policy", "backward"] + ["critic", "backward"] * (kind == "adapter")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.learner.reshard import cut, join
+from align.learner.reshard import shard, unshard
 
 SIZES = [[6, 5, 1], [7]]
 
@@ -37,11 +37,11 @@ def shapes_of(sizes: list[list[int]], zero: int, ranks: int) -> list[torch.Size]
 def test_what_is_cut_joins_again(sizes: list[list[int]], zero: int, ranks: int) -> None:
     before = whole(sizes)
     shapes = shapes_of(sizes, zero, ranks)
-    parts = [cut(before, sizes, zero, rank, ranks, shapes) for rank in range(ranks)]
+    parts = [shard(before, sizes, zero, rank, ranks, shapes) for rank in range(ranks)]
     for part in parts:
         masters = [part[f"{i}.master"].shape for i in range(len(shapes))]
         assert masters == shapes
-    after = join(parts, sizes, zero)
+    after = unshard(parts, sizes, zero)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -51,7 +51,7 @@ def test_another_layout_holds_the_same_numbers(old: tuple[int, int], new: tuple[
     state = whole(SIZES)
     for ranks, zero in (old, new):
         shapes = shapes_of(SIZES, zero, ranks)
-        parts = [cut(state, SIZES, zero, rank, ranks, shapes) for rank in range(ranks)]
-        state = join(parts, SIZES, zero)
+        parts = [shard(state, SIZES, zero, rank, ranks, shapes) for rank in range(ranks)]
+        state = unshard(parts, SIZES, zero)
     for name, tensor in whole(SIZES).items():
         assert state[name].shape == tensor.shape

@@ -17,21 +17,21 @@ from align.algorithms.episodes import make_episodes
 from align.algorithms.kl import AdaptiveKl
 from align.config.schema import ClusterSettings, CriticSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
 from align.learner.group import Learners, LocalLearners
-from align.learner.learner import Rates
+from align.learner.learner import StepCoefficients
 from align.learner.ray_ranks import RayLearners
 from align.ppo.checkpoint import read_progress
-from align.ppo.loop import Step, learning_rates
+from align.ppo.loop import Step, step_coefficients
 from align.ppo.metrics import step_metrics
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles
-from align.roles.scoring import STATISTICS, score_group
+from align.roles.scoring import STATISTICS, score_microbatch
 from align.runs.checkpoint import latest
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
-from align.scoring.build import make_judges
-from align.stages.pipeline import load_inputs
-from policies.device import Computing
+from align.scoring.build import build_scorers
+from align.stages.pipeline import load_datasets
+from policies.device import ComputeSettings
 from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer, stop_ids
 from policies.heads import ScalarHead
@@ -39,8 +39,8 @@ from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
-from rollouts.trajectory import Request, Scored, Trajectory
-from rollouts.transformers_engine import ROLE, TransformersEngine
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 from tests.integration.tiny_run import figures, make_settings, run_in_process
 
 Series = Callable[[str], list[float]]
@@ -74,7 +74,7 @@ def gpt2(_: Path) -> PreTrainedModel:
 def roles(request: pytest.FixtureRequest, tiny_model: Path) -> Roles:
     """Four roles that differ, and the sampler."""
     names = ("policy", "reference", "critic", "reward")
-    trunk = make_trunk(request.param(tiny_model), POLICY, (*names, ROLE))
+    trunk = make_trunk(request.param(tiny_model), POLICY, (*names, SAMPLER_ROLE))
     randomise(trunk, *names)
     critic, reward = (ScalarHead(trunk.width, torch.Generator().manual_seed(seed)) for seed in (1, 2))
     return Roles(trunk, Critic(critic, "critic"), {"reward": [reward]}).eval()
@@ -93,8 +93,8 @@ def sample(roles: Roles) -> list[Trajectory]:
 
 
 @torch.no_grad()
-def score(roles: Roles, rows: list[Trajectory]) -> list[Scored]:
-    return score_group(roles, rows, TEMPERATURE, torch.device("cpu"))
+def score(roles: Roles, rows: list[Trajectory]) -> list[RoleOutputs]:
+    return score_microbatch(roles, rows, TEMPERATURE, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pa
 def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
     """Score, whiten and train on a batch; gives its advantages and the statistics of the update."""
     made = make_episodes(rows, learners.score(rows), PpoSettings(), 0.1)
-    statistics = learners.update(made, [[[*range(len(rows))]]], Rates(0.1, 0.1, 0.0))
+    statistics = learners.update(made, [[[*range(len(rows))]]], StepCoefficients(0.1, 0.1, 0.0))
     learners.close()
     return torch.cat([episode.advantages for episode in made]), statistics
 
@@ -144,40 +144,43 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     reference, reward = (probe.read_adapter(role) for role in ("policy", "reward"))
     blueprint = Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, reference, (RewardRole(reward, (head,)),))
     lengths = (1, 9, 4, 12, 7, 2, 3)
-    rows = [Trajectory.made(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0) for t in lengths]
+    rows = [
+        Trajectory.from_tokens(Request("", (5, 6), 0), tuple(range(t, 2 * t)), torch.zeros(t), t > 3, 0)
+        for t in lengths
+    ]
     sgd = LearnerSettings(optimizer="sgd", tokens_per_microbatch=20, ranks=2)
     advantages, statistics = one_round(
         LocalLearners(build_roles(blueprint, CriticSettings()), PpoSettings(), sgd, 1.0, False), rows
     )
     with ray_cluster(ClusterSettings(), 2):
-        split, theirs = one_round(RayLearners(blueprint, PpoSettings(), sgd, 1.0, Computing(1)), rows)
+        split, theirs = one_round(RayLearners(blueprint, PpoSettings(), sgd, 1.0, ComputeSettings(1)), rows)
     torch.testing.assert_close(split, advantages, **NEAR)
     assert float(advantages.std(correction=0)) == pytest.approx(1, abs=1e-3)
     assert statistics["policy_gradient_norm"] > 0.1
     assert theirs == pytest.approx(statistics, rel=1e-3, abs=1e-4)
 
 
-def row_and_verdict(difference: Tensor) -> tuple[Trajectory, Scored]:
+def row_and_verdict(difference: Tensor) -> tuple[Trajectory, RoleOutputs]:
     """A trajectory whose log-probabilities under the learner differ so from the sampler's and the reference's."""
     zeros = torch.zeros(len(difference))
-    row = Trajectory.made(Request("", (5,), 0), tuple(range(10, 10 + len(zeros))), zeros, True, 4)
-    return row, Scored(difference, zeros, torch.zeros(len(zeros) + 1), 1.0)
+    row = Trajectory.from_tokens(Request("", (5,), 0), tuple(range(10, 10 + len(zeros))), zeros, True, 4)
+    return row, RoleOutputs(difference, zeros, torch.zeros(len(zeros) + 1), 1.0)
 
 
 @pytest.mark.parametrize("where", ["reward", "loss"])
 def test_kl_weighs_in_the_reward_or_in_the_loss_and_never_in_both(where: Any) -> None:
     """KL to the reference by k1, k2 or k3, in the reward (default) or in the loss."""
-    ppo = PpoSettings(kl=KlSettings(where=where, estimator="k2"), lam=1.0)
-    row, verdict = row_and_verdict(torch.tensor([1.0, 2.0]))
-    (episode,) = make_episodes([row], [verdict], ppo, 0.3)
-    in_loss = learning_rates(LearnerSettings(), ppo, 0, 0.3).kl_in_loss
+    ppo = PpoSettings(kl=KlSettings(where=where, estimator="k2"), gae_lambda=1.0)
+    row, output = row_and_verdict(torch.tensor([1.0, 2.0]))
+    (episode,) = make_episodes([row], [output], ppo, 0.3)
+    in_loss = step_coefficients(LearnerSettings(), ppo, 0, 0.3).kl_in_loss
     assert (float(episode.returns[0]), in_loss) == pytest.approx((1 - 0.3 * 2.5, 0) if where == "reward" else (1, 0.3))
     assert KlSettings().where == "reward"
 
 
 def test_a_step_logs_the_gap_the_coefficient_the_skipped_steps_and_the_version() -> None:
     """The sampler's log-probabilities against the learner's: the gap is logged; skipped steps are counted, logged."""
-    row, verdict = row_and_verdict(torch.tensor([0.1, -0.3, 0.2]))
+    row, output = row_and_verdict(torch.tensor([0.1, -0.3, 0.2]))
     names = (
         *STATISTICS,
         "policy_gradient_norm",
@@ -186,11 +189,13 @@ def test_a_step_logs_the_gap_the_coefficient_the_skipped_steps_and_the_version()
         "skipped_steps",
         "ptx_loss",
     )
-    made = make_episodes([row], [verdict], PpoSettings(), 0.1)
+    made = make_episodes([row], [output], PpoSettings(), 0.1)
     logged = step_metrics(
-        Step(0, [row], [verdict], made, Rates(0, 0, 0), 0.25, dict.fromkeys(names, 3.0), {}), PpoSettings(), None
+        Step(0, [row], [output], made, StepCoefficients(0, 0, 0), 0.25, dict.fromkeys(names, 3.0), {}),
+        PpoSettings(),
+        None,
     )
-    assert (logged["rollout/gap_mean"], logged["rollout/gap_max"]) == pytest.approx((0.2, 0.3))
+    assert (logged["rollout/mismatch_mean"], logged["rollout/mismatch_max"]) == pytest.approx((0.2, 0.3))
     assert (logged["kl/coefficient"], logged["learner/skipped_steps"], logged["rollout/version"]) == (0.25, 3, 4)
 
 
@@ -222,11 +227,11 @@ def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(w
     """Reward normalised so that SFT responses have mean 0, the same shift and scale folded into the critic's head."""
     experiment, run = whole[0], RunFolder(whole[1])
     tokenizer = load_tokenizer(experiment.model.path)
-    roles = build_roles(make_judges(experiment, run, tokenizer).blueprint, CriticSettings(), (ROLE,))
+    roles = build_roles(build_scorers(experiment, run, tokenizer).blueprint, CriticSettings(), (SAMPLER_ROLE,))
     engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal.generation_config, tokenizer), rows=8)
     engine.load_adapter(0, load_adapter(run.sft, experiment.policy))
-    asked = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_inputs(experiment).prompts)]
-    scored = score(roles, engine.generate(asked, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens)))
+    pending = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_datasets(experiment).prompts)]
+    scored = score(roles, engine.generate(pending, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens)))
     scores = torch.tensor([said.score for said in scored])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-3)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-3)
@@ -237,7 +242,7 @@ def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(w
 def test_every_step_samples_from_the_policy_that_it_trains(series: Series) -> None:
     """Temperature included, dropout off in every forward; each trajectory carries the version that made it."""
     assert series("rollout/version") == [0, 1, 2, 3]
-    assert max(series("rollout/gap_max")) < 1e-4
+    assert max(series("rollout/mismatch_max")) < 1e-4
     assert max(series("policy/approximate_kl")) < 1e-8
     assert max(series("policy/clip_fraction")) == 0
 
@@ -246,14 +251,14 @@ def test_the_critic_warms_up_alone(series: Series) -> None:
     """Optional warm-up steps for the critic alone."""
     assert series("policy/learning_rate") == [0, 1e-2, 1e-2, 1e-2]
     assert min(series("value/learning_rate")) > 0
-    assert series("kl/sequence")[:2] == pytest.approx([0, 0], abs=1e-5)
-    assert abs(series("kl/sequence")[2]) > 1e-2
+    assert series("kl/per_sequence")[:2] == pytest.approx([0, 0], abs=1e-5)
+    assert abs(series("kl/per_sequence")[2]) > 1e-2
 
 
 def test_the_adaptive_coefficient_follows_from_the_kl_before(series: Series, whole: tuple[Experiment, Path]) -> None:
     """The coefficient is fixed or adaptive to a target; its state is in the checkpoint; it is logged every step."""
     coefficient, expected = AdaptiveKl(0.05, target=0.1, horizon=40), []
-    for kl in series("kl/sequence"):
+    for kl in series("kl/per_sequence"):
         expected.append(coefficient.value)
         coefficient.update(kl, episodes=8)
     assert series("kl/coefficient") == pytest.approx(expected, rel=1e-6)

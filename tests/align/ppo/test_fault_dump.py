@@ -6,19 +6,19 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from align.algorithms.episodes import Episode
-from align.learner.learner import Rates
-from align.ppo.fault_dump import write_batch
+from align.learner.learner import StepCoefficients
+from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
-from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
 
 def test_a_batch_is_written_for_people(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    row = Trajectory.made(Request("Why?", (5, 6), 0), (7, 8), torch.zeros(2), True, 0)
-    verdict = Scored(torch.zeros(2), torch.zeros(2), torch.zeros(3), float("inf"))
+    row = Trajectory.from_tokens(Request("Why?", (5, 6), 0), (7, 8), torch.zeros(2), True, 0)
+    output = RoleOutputs(torch.zeros(2), torch.zeros(2), torch.zeros(3), float("inf"))
     numbers = [torch.arange(2.0) + i for i in range(5)]
     good, bad = Episode((5, 6), (7, 8), *numbers), Episode((5, 6), (7, 8), *numbers[:4], torch.tensor([0.0, torch.nan]))
-    step = Step(0, [row, row], [verdict, verdict], [good, bad], Rates(0, 0, 0), 0.1, {}, {})
-    write_batch(tmp_path / "faults" / "step-1", step, tiny_tokenizer)
+    step = Step(0, [row, row], [output, output], [good, bad], StepCoefficients(0, 0, 0), 0.1, {}, {})
+    write_fault_dump(tmp_path / "faults" / "step-1", step, tiny_tokenizer)
     rows = [json.loads(line) for line in (tmp_path / "faults/step-1/episodes.jsonl").read_text().splitlines()]
     assert [r["finite"] for r in rows] == [True, False]
     assert (rows[0]["prompt"], rows[0]["response_ids"], rows[0]["score"]) == ("Why?", [7, 8], "inf")

@@ -4,35 +4,35 @@ from dataclasses import replace
 import pytest
 import torch
 
-from align.ppo.mismatch import SamplerGap, check_gap, check_parity, sampler_gaps
+from align.ppo.mismatch import SamplerMismatch, check_mismatch, check_parity, sampler_mismatch
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
-from rollouts.trajectory import Request, Scored, Trajectory
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
 
-def pair(sampler: list[float], learner: list[float]) -> tuple[Trajectory, Scored]:
-    row = Trajectory.made(Request("", (1,), 0), tuple(range(len(sampler))), torch.tensor(sampler), True, 0)
-    return row, Scored(torch.tensor(learner), torch.zeros(len(learner)), torch.empty(0), 0.0)
+def pair(sampler: list[float], learner: list[float]) -> tuple[Trajectory, RoleOutputs]:
+    row = Trajectory.from_tokens(Request("", (1,), 0), tuple(range(len(sampler))), torch.tensor(sampler), True, 0)
+    return row, RoleOutputs(torch.tensor(learner), torch.zeros(len(learner)), torch.empty(0), 0.0)
 
 
 ROWS, VERDICTS = zip(pair([-1.0, -2.0], [-1.5, -2.0]), pair([-3.0], [-2.5]))
 
 
 def test_gaps_are_the_distances_of_every_token() -> None:
-    assert sampler_gaps(ROWS, VERDICTS).tolist() == [0.5, 0.0, 0.5]
+    assert sampler_mismatch(ROWS, VERDICTS).tolist() == [0.5, 0.0, 0.5]
 
 
 def test_a_mean_gap_past_the_limit_ends_the_run() -> None:
-    check_gap(ROWS, VERDICTS, None)
-    check_gap(ROWS, VERDICTS, 0.34)
-    with pytest.raises(SamplerGap, match=r"0\.333 nats a token.*max_gap is 0\.3"):
-        check_gap(ROWS, VERDICTS, 0.3)
+    check_mismatch(ROWS, VERDICTS, None)
+    check_mismatch(ROWS, VERDICTS, 0.34)
+    with pytest.raises(SamplerMismatch, match=r"0\.333 nats a token.*max_mismatch is 0\.3"):
+        check_mismatch(ROWS, VERDICTS, 0.3)
 
 
 def test_a_gap_that_is_not_a_number_ends_the_run() -> None:
-    row, verdict = pair([-1.0], [float("nan")])
-    with pytest.raises(SamplerGap):
-        check_gap([row], [verdict], 0.3)
+    row, output = pair([-1.0], [float("nan")])
+    with pytest.raises(SamplerMismatch):
+        check_mismatch([row], [output], 0.3)
 
 
 class Recorded:
@@ -51,18 +51,18 @@ class Recorded:
 def test_other_weights_than_the_learners_are_found_before_the_first_update() -> None:
     requests = [Request("Why?", (1,), 0), Request("How?", (1,), 0)]
 
-    def same(rows: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
-        verdicts = [pair([], row.sampler_logprobs.tolist())[1] for row in rows]
-        return [replace(verdict, shortfalls=torch.zeros(len(verdict.logprobs))) for verdict in verdicts]
+    def same(rows: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
+        outputs = [pair([], row.sampler_logprobs.tolist())[1] for row in rows]
+        return [replace(output, shortfalls=torch.zeros(len(output.logprobs))) for output in outputs]
 
-    def greedy(rows: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
+    def greedy(rows: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
         return [replace(VERDICTS[0], shortfalls=torch.tensor([0.0, 0.01]))]
 
-    def other(rows: Sequence[Trajectory], asked: Collection[str]) -> list[Scored]:
+    def other(rows: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
         return [replace(VERDICTS[0], shortfalls=torch.tensor([0.0, 0.3]))]
 
     check_parity(Recorded(), same, requests, Sampling(1.0, 2))
-    with pytest.raises(SamplerGap, match=r"to 'Why\?' are 0\.25 nats a token .* most at token 1 \(0\.5\)"):
+    with pytest.raises(SamplerMismatch, match=r"to 'Why\?' are 0\.25 nats a token .* most at token 1 \(0\.5\)"):
         check_parity(Recorded(), greedy, requests, Sampling(1.0, 2))
-    with pytest.raises(SamplerGap, match=r"greedy response to 'Why\?' .* token 2 is 0\.3 nats less likely"):
+    with pytest.raises(SamplerMismatch, match=r"greedy response to 'Why\?' .* token 2 is 0\.3 nats less likely"):
         check_parity(Recorded(), other, requests, Sampling(1.0, 2))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.config.schema import PpoSettings
-from align.data.datasets import Example
+from align.data.datasets import TokenizedDemonstration
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from rollouts.trajectory import Request
 
@@ -62,8 +62,8 @@ def test_prompt_and_columns_stay_together() -> None:
 
 
 def test_each_pass_has_an_order_of_its_own() -> None:
-    passes = [[request.prompt for request in stream(30, 30).requests(step)] for step in range(3)]
-    assert len({tuple(order) for order in passes}) == 3
+    microbatches = [[request.prompt for request in stream(30, 30).requests(step)] for step in range(3)]
+    assert len({tuple(order) for order in microbatches}) == 3
 
 
 def test_another_seed_has_another_order_and_other_seeds() -> None:
@@ -105,8 +105,8 @@ def test_samples_of_a_prompt_stand_side_by_side_with_seeds_of_their_own() -> Non
 
 
 def test_demonstrations_are_dealt_to_each_optimizer_step_all_of_them_before_one_comes_again() -> None:
-    rows = [Example([n], [n]) for n in range(20)]
-    ppo = PpoSettings(batch=8, minibatches=2, epochs=3, ptx=0.1)
+    rows = [TokenizedDemonstration([n], [n]) for n in range(20)]
+    ppo = PpoSettings(batch_size=8, minibatches=2, epochs=3, ptx_coefficient=0.1)
     batches = demonstration_batches(rows, ppo, seed=0, step=4)
     assert [len(batch) for batch in batches] == [4] * 6
     dealt = [row.prompt_ids[0] for batch in batches for row in batch]
@@ -116,6 +116,6 @@ def test_demonstrations_are_dealt_to_each_optimizer_step_all_of_them_before_one_
 
 
 def test_fewer_demonstrations_than_a_minibatch_come_again() -> None:
-    ppo = PpoSettings(batch=8, minibatches=1, epochs=1, ptx=0.1)
-    ((*rows,),) = demonstration_batches([Example([n], [n]) for n in range(3)], ppo, seed=0, step=0)
+    ppo = PpoSettings(batch_size=8, minibatches=1, epochs=1, ptx_coefficient=0.1)
+    ((*rows,),) = demonstration_batches([TokenizedDemonstration([n], [n]) for n in range(3)], ppo, seed=0, step=0)
     assert sorted(Counter(row.prompt_ids[0] for row in rows).values()) == [2, 3, 3]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.align.learner.test_learner_kinds import ALL, RATES, episodes
 from torch.optim import Optimizer
 
 from align.config.schema import Experiment
@@ -16,8 +15,8 @@ from align.roles.build import Blueprint, RewardRole, build_roles
 from policies.files.base_model import load_base
 from policies.module_names import linears
 from policies.schema import ModelSettings, PolicySettings
-from rollouts.transformers_engine import ROLE as SAMPLER
-from rollouts.transformers_engine import TransformersEngine
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
+from tests.align.learner.test_learner_kinds import ALL, RATES, episodes
 from tests.integration.tiny_run import make_settings
 
 POLICIES = {
@@ -55,7 +54,7 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     head = {"weight": torch.zeros(donor.width), "bias": torch.zeros(1)}
     del donor
     blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, (RewardRole(weights, (head,)),))
-    roles = build_roles(blueprint, experiment.ppo.critic, (SAMPLER,))
+    roles = build_roles(blueprint, experiment.ppo.critic, (SAMPLER_ROLE,))
     del blueprint
     learner = Learner(roles, experiment.ppo, experiment.learner, 1.0, gradient_checkpointing=False)
     engine = TransformersEngine(roles.trunk, frozenset(), rows=2, merge=experiment.rollouts.merge)
@@ -74,9 +73,9 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     assert measured[-1] == pytest.approx(planned, rel=0.15)
 
 
-@pytest.mark.parametrize(("four_bits", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
-def test_four_bit_weights_take_what_is_counted(tiny_model: Path, four_bits: str, double: bool) -> None:
-    policy = PolicySettings(method="qlora", four_bits=four_bits, double_quantization=double)
+@pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_four_bit_weights_take_what_is_counted(tiny_model: Path, quant_type: str, double: bool) -> None:
+    policy = PolicySettings(method="qlora", quant_type=quant_type, double_quantization=double)
     model = ModelSettings(path=str(tiny_model))
     base = load_base(model, policy)
     tensors = list(base.parameters())

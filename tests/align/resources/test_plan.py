@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from align.config.schema import STAGES, Experiment
-from align.data.datasets import Inputs, read_inputs
+from align.data.datasets import Datasets, read_datasets
 from align.resources.memory import measure
 from align.resources.plan import plan_lines, plan_table
 from policies.files.adapters import save_adapter
@@ -25,13 +25,13 @@ def experiment(tiny_model: Path, tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture
-def inputs(experiment: Experiment, tiny_tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    return read_inputs(experiment, tiny_tokenizer, context=2048)
+def datasets(experiment: Experiment, tiny_tokenizer: PreTrainedTokenizerBase) -> Datasets:
+    return read_datasets(experiment, tiny_tokenizer, context=2048)
 
 
-def planned(experiment: Experiment, inputs: Inputs, *stages: str) -> dict[str, str]:
+def planned(experiment: Experiment, datasets: Datasets, *stages: str) -> dict[str, str]:
     sizes = measure(experiment.model, experiment.policy)
-    return dict(plan_lines(experiment, inputs, list(stages or STAGES), sizes))
+    return dict(plan_lines(experiment, datasets, list(stages or STAGES), sizes))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -58,15 +58,15 @@ def test_a_head_has_as_many_parameters_as_the_real_one(tiny_model: Path) -> None
 
 
 def test_a_machine_without_a_compiler_is_told(
-    experiment: Experiment, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, datasets: Datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "kernels" not in planned(experiment, inputs)
+    assert "kernels" not in planned(experiment, datasets)
     monkeypatch.setattr(native, "library", lambda: None)
-    assert planned(experiment, inputs)["kernels"].startswith("none: no C++ compiler")
+    assert planned(experiment, datasets)["kernels"].startswith("none: no C++ compiler")
 
 
-def test_the_rows_are_those_that_train(experiment: Experiment, inputs: Inputs) -> None:
-    lines = planned(experiment, inputs)
+def test_the_rows_are_those_that_train(experiment: Experiment, datasets: Datasets) -> None:
+    lines = planned(experiment, datasets)
     assert lines["sft"] == "36 demonstrations, 1 epochs of batches of 12: 3 optimizer steps"
     assert lines["reward"] == "36 rows of feedback, 1 epochs of batches of 12: 3 optimizer steps"
     assert lines["ppo"] == "3 steps of 8: 24 episodes from 36 prompts"
@@ -75,50 +75,55 @@ def test_the_rows_are_those_that_train(experiment: Experiment, inputs: Inputs) -
 
 @pytest.mark.parametrize(("batch", "epochs", "steps"), [(36, 1, 1), (35, 1, 2), (12, 1.5, 5), (12, 0.1, 1), (10, 2, 8)])
 def test_optimizer_steps_of_a_supervised_stage_round_up(
-    experiment: Experiment, inputs: Inputs, batch: int, epochs: float, steps: int
+    experiment: Experiment, datasets: Datasets, batch: int, epochs: float, steps: int
 ) -> None:
-    sft = experiment.sft.model_copy(update={"batch": batch, "epochs": epochs})
-    planned_sft = planned(experiment.model_copy(update={"sft": sft}), inputs)["sft"]
+    sft = experiment.sft.model_copy(update={"batch_size": batch, "epochs": epochs})
+    planned_sft = planned(experiment.model_copy(update={"sft": sft}), datasets)["sft"]
     assert planned_sft.endswith(f": {steps} optimizer steps")
 
 
-def test_updates_and_tokens_of_ppo(experiment: Experiment, inputs: Inputs) -> None:
-    lines = planned(experiment, inputs)
+def test_updates_and_tokens_of_ppo(experiment: Experiment, datasets: Datasets) -> None:
+    lines = planned(experiment, datasets)
     assert lines["updates"] == "2 epochs × 2 minibatches a step: 12 optimizer steps"
     assert lines["tokens"] == "at most 144 generated, 6 a response"
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_the_base_takes_its_dtypes_bytes(experiment: Experiment, inputs: Inputs, dtype: str, size: int) -> None:
+def test_the_base_takes_its_dtypes_bytes(experiment: Experiment, datasets: Datasets, dtype: str, size: int) -> None:
     model = experiment.model.model_copy(update={"dtype": dtype})
     base = measure(experiment.model, experiment.policy).base
-    text = planned(experiment.model_copy(update={"model": model}), inputs)["base model"]
+    text = planned(experiment.model_copy(update={"model": model}), datasets)["base model"]
     assert f"{base * size / 1000:.3g} KB in each of 1 processes" in text
 
 
 @pytest.mark.parametrize(("workers", "ranks", "processes"), [(0, 0, 1), (3, 0, 4), (0, 2, 3), (3, 2, 5)])
-def test_processes(experiment: Experiment, inputs: Inputs, workers: int, ranks: int, processes: int) -> None:
+def test_processes(experiment: Experiment, datasets: Datasets, workers: int, ranks: int, processes: int) -> None:
     update = {
         "rollouts": experiment.rollouts.model_copy(update={"workers": workers}),
         "learner": experiment.learner.model_copy(update={"ranks": ranks}),
     }
-    lines = planned(experiment.model_copy(update=update), inputs)
+    lines = planned(experiment.model_copy(update=update), datasets)
     assert lines["base model"].endswith(f"in each of {processes} processes")
     assert lines["processes"].startswith(f"{workers} rollout workers, {ranks} learner ranks")
 
 
-def test_only_the_stages_that_are_left_are_planned(experiment: Experiment, inputs: Inputs) -> None:
-    assert planned(experiment, inputs, "reward").keys() == {"stages", "reward", "memory, reward: trainer", "written to"}
+def test_only_the_stages_that_are_left_are_planned(experiment: Experiment, datasets: Datasets) -> None:
+    assert planned(experiment, datasets, "reward").keys() == {
+        "stages",
+        "reward",
+        "memory, reward: trainer",
+        "written to",
+    }
 
 
-def test_skipped_rows_are_told(experiment: Experiment, inputs: Inputs) -> None:
-    inputs.skipped["prompts"] = ["bad", "worse"]
-    assert planned(experiment, inputs)["skipped rows"] == "2 of data.prompts"
+def test_skipped_rows_are_told(experiment: Experiment, datasets: Datasets) -> None:
+    datasets.skipped["prompts"] = ["bad", "worse"]
+    assert planned(experiment, datasets)["skipped rows"] == "2 of data.prompts"
 
 
-def test_the_table_shows_every_line(experiment: Experiment, inputs: Inputs) -> None:
+def test_the_table_shows_every_line(experiment: Experiment, datasets: Datasets) -> None:
     out = StringIO()
-    Console(file=out, width=300).print(plan_table(experiment, inputs, list(STAGES)))
+    Console(file=out, width=300).print(plan_table(experiment, datasets, list(STAGES)))
     assert "plan of tiny" in out.getvalue()
-    assert all(f"{name}  " in out.getvalue() for name in planned(experiment, inputs))
+    assert all(f"{name}  " in out.getvalue() for name in planned(experiment, datasets))
     assert str(Path(experiment.runs) / "tiny") in out.getvalue()

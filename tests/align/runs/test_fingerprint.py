@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from align.config.schema import Experiment
-from align.data.datasets import Inputs
-from align.runs.fingerprint import check_origins, write_origins
+from align.data.datasets import Datasets
+from align.runs.fingerprint import check_fingerprint, write_fingerprint
 from align.runs.folder import RunFolder, locked
-from align.stages.pipeline import load_inputs
+from align.stages.pipeline import load_datasets
 from policies.errors import UserError
 from tests.integration.tiny_run import make_settings
 
@@ -27,27 +27,27 @@ def settings(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 def begun(settings: dict[str, Any], tmp_path: Path) -> RunFolder:
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    write_origins(run, *made(settings))
+    write_fingerprint(run, *made(settings))
     return run
 
 
-def made(settings: dict[str, Any]) -> tuple[Experiment, Inputs]:
+def made(settings: dict[str, Any]) -> tuple[Experiment, Datasets]:
     experiment = Experiment.model_validate(settings)
-    return experiment, load_inputs(experiment)
+    return experiment, load_datasets(experiment)
 
 
 def test_how_long_and_by_how_many_may_change(settings: dict[str, Any], tmp_path: Path) -> None:
     run = begun(settings, tmp_path)
     settings["ppo"]["steps"] = 9
-    settings["rollouts"] |= {"workers": 1, "chunk": 4}
+    settings["rollouts"] |= {"workers": 1, "chunk_size": 4}
     settings["learner"]["ranks"] = 2
     settings["checkpoint"]["every"] = 2
-    check_origins(run, *made(settings))
+    check_fingerprint(run, *made(settings))
 
 
 @pytest.mark.parametrize(
     ("section", "name", "value"),
-    [("ppo", "epochs", 3), ("learner", "clip", 0.5), ("rollouts", "temperature", 0.9), ("policy", "alpha", 8)],
+    [("ppo", "epochs", 3), ("learner", "max_grad_norm", 0.5), ("rollouts", "temperature", 0.9), ("policy", "alpha", 8)],
 )
 def test_what_changes_the_mathematics_is_refused_by_name(
     section: str, name: str, value: Any, settings: dict[str, Any], tmp_path: Path
@@ -55,7 +55,7 @@ def test_what_changes_the_mathematics_is_refused_by_name(
     run = begun(settings, tmp_path)
     settings[section] |= {name: value}
     with pytest.raises(UserError, match=rf"began with {section}\.{name} .* and it is {value}"):
-        check_origins(run, *made(settings))
+        check_fingerprint(run, *made(settings))
 
 
 def test_another_base_is_refused_and_the_same_elsewhere_is_not(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -63,12 +63,12 @@ def test_another_base_is_refused_and_the_same_elsewhere_is_not(settings: dict[st
     moved = tmp_path / "moved"
     shutil.copytree(settings["model"]["path"], moved)
     settings["model"] = {"path": str(moved)}
-    check_origins(run, *made(settings))
+    check_fingerprint(run, *made(settings))
     weights = load_file(moved / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1e-6
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.path: .*moved is not the model"):
-        check_origins(run, *made(settings))
+        check_fingerprint(run, *made(settings))
 
 
 @pytest.mark.parametrize("source", ["demonstrations", "preferences", "prompts"])
@@ -79,7 +79,7 @@ def test_other_data_are_refused_by_source(source: str, settings: dict[str, Any],
     row = json.loads(lines[0])
     path.write_text("\n".join([*lines[1:], json.dumps(row | {"prompt": row["prompt"] + " red"})]) + "\n")
     with pytest.raises(UserError, match=rf"data\.{source}\S*: the rows"):
-        check_origins(run, *made(settings))
+        check_fingerprint(run, *made(settings))
 
 
 def test_one_process_writes_a_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from align.runtime.progress import Progress
+from align.runtime.progress import ProgressBar
 
 ON_A_TERMINAL = """
 from align.runtime.progress import Progress
@@ -17,7 +17,7 @@ with Progress("ppo", 2) as progress:
 """
 
 
-def long_ago(progress: Progress, seconds: float) -> None:
+def long_ago(progress: ProgressBar, seconds: float) -> None:
     """As if the process had started, and printed for the last time, so many seconds ago."""
     progress.started -= seconds
     progress.printed -= seconds
@@ -25,7 +25,7 @@ def long_ago(progress: Progress, seconds: float) -> None:
 
 def line(capsys: pytest.CaptureFixture[str], first: int, *later: int, total: int, seconds: float) -> str:
     """The last line of a process that began with step `first` and has taken so many seconds."""
-    with Progress("ppo", total) as progress:
+    with ProgressBar("ppo", total) as progress:
         progress.advance(first)
         long_ago(progress, seconds)
         for step in later:
@@ -34,13 +34,13 @@ def line(capsys: pytest.CaptureFixture[str], first: int, *later: int, total: int
 
 
 def test_a_plain_line_has_stage_step_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("sft", 1) as progress:
+    with ProgressBar("sft", 1) as progress:
         progress.advance(1, loss=0.123456, tokens=12345)
     assert capsys.readouterr() == ("", "sft 1/1  loss 0.123  tokens 12,345  left 0:00\n")
 
 
 def test_plain_lines_come_now_and_then_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("sft", 100) as progress:
+    with ProgressBar("sft", 100) as progress:
         for step in range(1, 101):
             progress.advance(step)
             if step == 40:
@@ -49,7 +49,7 @@ def test_plain_lines_come_now_and_then_and_at_the_end(capsys: pytest.CaptureFixt
 
 
 def test_a_plain_line_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("sft", 1) as progress:
+    with ProgressBar("sft", 1) as progress:
         progress.advance(1, loss=0.5)
     assert re.fullmatch(r"[ -~]+\n", capsys.readouterr().err)
 

@@ -10,12 +10,12 @@ from policies.files.adapters import (
     CONFIG,
     HEAD,
     WEIGHTS,
-    digests,
-    fingerprint,
     load_adapter,
     load_head,
     save_adapter,
     save_head,
+    tensor_digests,
+    weights_digest,
 )
 from policies.schema import PolicySettings
 
@@ -113,13 +113,13 @@ def test_an_adapter_that_is_not_as_the_settings_say_is_refused(saved: Path, chan
 
 
 def test_fingerprint_depends_on_bytes_names_and_shapes_and_not_on_order() -> None:
-    first = fingerprint(digests(ADAPTER))
-    assert fingerprint(digests(dict(reversed(ADAPTER.items())))) == first
-    assert fingerprint(digests({name: tensor.clone() for name, tensor in ADAPTER.items()})) == first
+    first = weights_digest(tensor_digests(ADAPTER))
+    assert weights_digest(tensor_digests(dict(reversed(ADAPTER.items())))) == first
+    assert weights_digest(tensor_digests({name: tensor.clone() for name, tensor in ADAPTER.items()})) == first
     others = [
         {**ADAPTER, "layer.lora_B.weight": ADAPTER["layer.lora_B.weight"].index_fill(0, torch.tensor(0), 1.0000001)},
         {**ADAPTER, "layer.lora_B.weight": ADAPTER["layer.lora_B.weight"].T},
         {name.replace("layer", "other"): tensor for name, tensor in ADAPTER.items()},
         {name: tensor.to(torch.bfloat16) for name, tensor in ADAPTER.items()},
     ]
-    assert len({first, *(fingerprint(digests(other)) for other in others)}) == 5
+    assert len({first, *(weights_digest(tensor_digests(other)) for other in others)}) == 5

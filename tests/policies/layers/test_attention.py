@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from policies.layers import attention, native
 from policies.layers.attention import NAME, SHORT, _OwnAttention
-from policies.layers.packing import starts_of
+from policies.layers.packing import cu_seqlens_of
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_in_double_precision(
     exact = [state.detach().double().requires_grad_() for state in inputs]
     expected = attend(exact, lengths)
     outer = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    made = _OwnAttention.apply(*(state.contiguous() for state in inputs), 0.3, starts_of(lengths))
+    made = _OwnAttention.apply(*(state.contiguous() for state in inputs), 0.3, cu_seqlens_of(lengths))
     expected_all = [expected, *torch.autograd.grad(expected, exact, outer.double())]
     for ours, theirs in zip([made, *torch.autograd.grad(made, inputs, outer)], expected_all, strict=True):
         assert ours.dtype == dtype
@@ -57,7 +57,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_others_on_any_number_of_th
     outer = torch.randn(sum(lengths), 4, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def results(lengths: list[int], inputs: list[Tensor], outer: Tensor) -> list[Tensor]:
-        made = _OwnAttention.apply(*inputs, 0.3, starts_of(lengths))
+        made = _OwnAttention.apply(*inputs, 0.3, cu_seqlens_of(lengths))
         return [made, *torch.autograd.grad(made, inputs, outer)]
 
     together, threads = results(lengths, inputs, outer), torch.get_num_threads()
@@ -74,7 +74,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_others_on_any_number_of_th
 def test_what_is_no_number_stays_none_and_in_its_row() -> None:
     inputs = [state.contiguous().detach() for state in states(9, 2, 2, 8, torch.bfloat16)]
     inputs[1][6] = torch.nan  # the second token of the second row
-    made = _OwnAttention.apply(*inputs, 0.3, starts_of([5, 4]))
+    made = _OwnAttention.apply(*inputs, 0.3, cu_seqlens_of([5, 4]))
     assert made[:5].isfinite().all()
     assert made[6:].isnan().all()
 

@@ -43,11 +43,11 @@ def distance(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_and_gradients_are_as_near_to_float64_as_those_of_peft(tiny_model: Path, dtype: torch.dtype) -> None:
     ours, theirs, exact = make(tiny_model, dtype), make(tiny_model, dtype), make(tiny_model)
-    theirs.leave_to_modules()
+    theirs.use_module_forwards()
     assert (
         sum(isinstance(vars(m).get("forward"), AdaptedLinear) for m in ours.modules()) == 14
     )  # the seven linear layers of two blocks
-    exact.leave_to_modules()
+    exact.use_module_forwards()
     for value, peft, expected in zip(gradients(ours), gradients(theirs), gradients(exact.double())):
         assert distance(value, expected) < 1.5 * distance(peft, expected) + 1e-6
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from policies.layers.attention import SHORT
-from policies.layers.packing import SPREAD, Block, Rows
+from policies.layers.packing import MAX_LENGTH_RATIO, PackedSequences, PaddedBlock
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
@@ -22,7 +22,7 @@ LONG = SHORT // 8 + 5
 
 @given(LENGTHS)
 def test_rows_are_padded_and_come_back(lengths: list[int]) -> None:
-    block = Block.of(lengths, CPU)
+    block = PaddedBlock.of(lengths, CPU)
     flat = torch.arange(1.0, 2 * sum(lengths) + 1).view(-1, 2)
     padded = block.pad(flat)
     assert padded.shape == (len(lengths), max(lengths), 2)
@@ -35,7 +35,7 @@ def test_rows_are_padded_and_come_back(lengths: list[int]) -> None:
 
 @given(LENGTHS)
 def test_blocks_are_of_rows_of_about_one_length(lengths: list[int]) -> None:
-    rows = Rows.of(lengths, CPU)
+    rows = PackedSequences.of(lengths, CPU)
     rest = sorted(lengths)
     own = torch.tensor([place for length in lengths for place in range(length)])
     assert torch.equal(rows.positions, own[rows.order])
@@ -46,8 +46,8 @@ def test_blocks_are_of_rows_of_about_one_length(lengths: list[int]) -> None:
     assert not rest
     assert rows.sizes == [sum(run) for run in runs]
     assert [block.width for block in rows.blocks] == [max(run) for run in runs]
-    assert all(max(run) <= SPREAD * min(run) for run in runs)
-    assert all(min(after) > SPREAD * min(run) for run, after in pairwise(runs))
+    assert all(max(run) <= MAX_LENGTH_RATIO * min(run) for run in runs)
+    assert all(min(after) > MAX_LENGTH_RATIO * min(run) for run, after in pairwise(runs))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def trunk(tiny_model: Path) -> Trunk:
 @pytest.mark.parametrize("lengths", [[3, 9, 1, 5], [4, 4], [LONG, 2, LONG - 1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_and_gradients_are_those_of_each_row_alone(trunk: Trunk, lengths: list[int], dtype: torch.dtype) -> None:
-    assert trunk.packs
+    assert trunk.supports_packing
     trunk.to(dtype).train_only("policy")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(300, (sum(lengths),), generator=generator)
@@ -77,7 +77,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(trunk: Trunk, lengths:
 
     apart = [trunk.hidden(row.unsqueeze(0), "policy").squeeze(0) for row in ids.split(lengths)]
     expected, expected_gradient = gradients(torch.cat(apart))
-    made, gradient = gradients(trunk.hidden_of_rows(ids, torch.tensor(lengths), "policy"))
+    made, gradient = gradients(trunk.hidden_packed(ids, torch.tensor(lengths), "policy"))
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert float((made - expected).norm()) <= bound * float(expected.norm())
     assert float((gradient - expected_gradient).norm()) <= bound * float(expected_gradient.norm())
@@ -86,13 +86,13 @@ def test_states_and_gradients_are_those_of_each_row_alone(trunk: Trunk, lengths:
 def test_no_layer_sees_padding(trunk: Trunk) -> None:
     sizes = []
     trunk.causal.base_model.layers[0].mlp.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape[:2]))
-    trunk.hidden_of_rows(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
+    trunk.hidden_packed(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
     assert sizes == [(1, 12)]
-    assert trunk.passes([2, 7, 3], 12) == [[0, 2, 1]]
-    trunk.packs = False
-    trunk.hidden_of_rows(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
+    assert trunk.microbatches([2, 7, 3], 12) == [[0, 2, 1]]
+    trunk.supports_packing = False
+    trunk.hidden_packed(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
     assert sizes[1:] == [(3, 7)]
-    assert trunk.passes([2, 7, 3], 12) == [[0, 2], [1]]
+    assert trunk.microbatches([2, 7, 3], 12) == [[0, 2], [1]]
 
 
 def test_in_bfloat16_passes_have_few_numbers_of_tokens(trunk: Trunk) -> None:
@@ -101,7 +101,7 @@ def test_in_bfloat16_passes_have_few_numbers_of_tokens(trunk: Trunk) -> None:
         lambda _, given, __: sizes.append(given[0].shape[1])
     )
     for lengths in ([2, 7, 3], [30], [30, 2], [30, 3]):
-        states = trunk.hidden_of_rows(torch.arange(sum(lengths)), torch.tensor(lengths), "policy")
+        states = trunk.hidden_packed(torch.arange(sum(lengths)), torch.tensor(lengths), "policy")
         assert len(states) == sum(lengths)
     assert sizes == [32, 32, 32, 64]
 
@@ -111,7 +111,7 @@ def test_a_model_that_attends_through_a_window_is_padded(tiny_model: Path) -> No
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     mistral = AutoModelForCausalLM.from_config(MistralConfig(**sizes, **heads, sliding_window=4))
-    assert not make_trunk(mistral, PolicySettings(rank=4), ("policy",)).packs
+    assert not make_trunk(mistral, PolicySettings(rank=4), ("policy",)).supports_packing
 
 
 def test_a_model_that_hands_nothing_on_to_its_attention_is_padded(trunk: Trunk) -> None:

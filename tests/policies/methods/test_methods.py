@@ -23,8 +23,7 @@ from policies.schema import SOFT, ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
-from rollouts.transformers_engine import ROLE as SAMPLER
-from rollouts.transformers_engine import TransformersEngine
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 
 METHODS = {
     "lora": PolicySettings(rank=4, alpha=8),
@@ -32,7 +31,7 @@ METHODS = {
     "dora": PolicySettings(rank=4, alpha=8, dora=True),
     "pissa": PolicySettings(rank=4, alpha=8, init="pissa"),
     "qlora": PolicySettings(method="qlora", rank=4, alpha=8),
-    "qlora-fp4": PolicySettings(method="qlora", rank=4, alpha=8, four_bits="fp4", double_quantization=False),
+    "qlora-fp4": PolicySettings(method="qlora", rank=4, alpha=8, quant_type="fp4", double_quantization=False),
     "loftq": PolicySettings(method="qlora", rank=4, alpha=8, init="loftq"),
     "ia3": PolicySettings(method="ia3"),
     "bottleneck": PolicySettings(method="bottleneck", bottleneck=8),
@@ -97,9 +96,9 @@ def test_gradients_reach_the_role_that_trains_and_nothing_else(name: str, tiny_m
     far_off(trunk, "policy", 1)
     trunk.train_only("policy")
     batch = collate([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]])
-    states = trunk.hidden_of_rows(batch.ids, batch.rows, "policy")
-    trunk.hidden_of_rows(batch.ids, batch.rows, "critic")  # a pass between forward and backward changes nothing
-    loss = -token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, "policy"), 1.0).sum()
+    states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
+    trunk.hidden_packed(batch.ids, batch.lengths, "critic")  # a pass between forward and backward changes nothing
+    loss = -token_logprobs(states[batch.predictors], batch.response_ids, lambda h: trunk.head(h, "policy"), 1.0).sum()
     trunk.switch("critic")
     loss.backward()
     own = {id(p) for p in trunk.adapter("policy").values()}
@@ -109,15 +108,17 @@ def test_gradients_reach_the_role_that_trains_and_nothing_else(name: str, tiny_m
 
 @every_method
 def test_the_engine_samples_what_the_learner_scores(name: str, tiny_model: Path) -> None:
-    trunk = far_off(make(name, tiny_model, (SAMPLER,)), SAMPLER, 3)
+    trunk = far_off(make(name, tiny_model, (SAMPLER_ROLE,)), SAMPLER_ROLE, 3)
     engine = TransformersEngine(trunk, frozenset({1}), rows=8)
-    engine.load_adapter(1, trunk.read_adapter(SAMPLER))
+    engine.load_adapter(1, trunk.read_adapter(SAMPLER_ROLE))
     requests = [Request("", prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:8])]
     made = engine.generate(requests, Sampling(1.0, 12))
     batch = collate([t.request.prompt_ids for t in made], [t.response_ids for t in made])
     with torch.no_grad():
-        states = trunk.hidden_of_rows(batch.ids, batch.rows, SAMPLER)
-        scored = token_logprobs(states[batch.before], batch.tokens, lambda h: trunk.head(h, SAMPLER), 1.0)
+        states = trunk.hidden_packed(batch.ids, batch.lengths, SAMPLER_ROLE)
+        scored = token_logprobs(
+            states[batch.predictors], batch.response_ids, lambda h: trunk.head(h, SAMPLER_ROLE), 1.0
+        )
     torch.testing.assert_close(torch.cat([t.sampler_logprobs for t in made]), scored, rtol=1e-4, atol=1e-4)
 
 
@@ -309,7 +310,7 @@ def test_p_tuning_trains_through_its_encoder_and_keeps_the_tokens(tiny_model: Pa
 
 
 def test_prompt_tuning_starts_from_a_text(tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    settings = PolicySettings(method="prompt_tuning", virtual_tokens=7, start="The cat sat")
+    settings = PolicySettings(method="prompt_tuning", virtual_tokens=7, init_text="The cat sat")
     trunk = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
     ids = tiny_tokenizer("The cat sat", add_special_tokens=False)["input_ids"]
     ids = (ids * 7)[:7]
@@ -321,7 +322,7 @@ def test_prompt_tuning_starts_from_a_text(tiny_model: Path, tiny_tokenizer: PreT
 def test_a_prefix_from_a_text_is_that_text_before_the_prompt(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    settings = PolicySettings(method="prefix_tuning", virtual_tokens=4, start="The cat sat on the mat")
+    settings = PolicySettings(method="prefix_tuning", virtual_tokens=4, init_text="The cat sat on the mat")
     trunk = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
     ids = tiny_tokenizer("The cat sat on the mat", add_special_tokens=False)["input_ids"][:4]
     before = logits(trunk, "", torch.cat([torch.tensor([ids] * 2), IDS], dim=1))[:, 4:]
