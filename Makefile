@@ -54,9 +54,10 @@ runs/reviews/sft:
 	$(BIN)/python experiments/reviews/make.py --sentences $(SENTENCES) --to runs/reviews/data
 	$(BIN)/align sft experiments/reviews/experiment.yaml model.path=$(MODEL)
 
-lint: $(STAMP) types  ## ruff's rules, formatting and types
+lint: $(STAMP) types  ## ruff's rules, formatting, types and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(STAMP)  ## mypy alone
 	$(BIN)/mypy

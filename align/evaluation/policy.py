@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from align.evaluation.prompt_styles import PromptStyle
+from align.config.schema import Experiment
+from align.evaluation.prompt_styles import PromptStyle, make_prompt_style
 from align.runtime.seeds import seed_for
-from align.scoring.reward import EvaluationScorer, Gold, Rescore
+from align.scoring.build import Scorers
+from align.scoring.reward import EvaluationScorer, Gold, Rescore, RoleScorer
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
 from rollouts.engine import Sampling
@@ -180,3 +183,24 @@ def distinct_2(rows: Sequence[Sequence[int]]) -> float:
     """Different pairs of neighbouring tokens over all such pairs (Li et al. 2016, "distinct-2")."""
     pairs = [pair for row in rows for pair in pairwise(row)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def build_evaluator(
+    experiment: Experiment,
+    judges: Scorers,
+    pool: Pool,
+    roles_score: RoleScorer,
+    reference: AdapterWeights,
+    prompts: Sequence[Request],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Evaluator:
+    """The evaluator that the experiment asks for."""
+    rollouts, settings = experiment.rollouts, experiment.evaluation
+    warm = rollouts.temperature if settings.temperature is None else settings.temperature
+    sampling = Sampling(warm, rollouts.max_new_tokens)
+    styles = {name: make_prompt_style(style, tokenizer) for name, style in settings.prompt_styles.items()}
+    score = judges.evaluation_scorer(roles_score, ("policy", "reference", "reward"))
+    rate = judges.evaluation_scorer(roles_score, ("reward",))
+    return Evaluator(
+        pool, score, rate, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of, styles
+    )

@@ -16,19 +16,11 @@ from align.algorithms.episodes import Episode
 from align.config.schema import LearnerSettings, PpoSettings
 from align.data.datasets import TokenizedDemonstration
 from align.learner.engine import make_deepspeed_engine
+from align.learner.objective import STATISTICS, Loss, in_one, likelihood_loss, microbatch, ppo_losses
 from align.learner.optimizer import GroupClip, make_optimizer
 from align.learner.state import RankState
 from align.roles.roles import Roles
-from align.roles.scoring import (
-    ALL_ROLES,
-    STATISTICS,
-    Loss,
-    in_one,
-    likelihood_loss,
-    microbatch,
-    ppo_losses,
-    score_microbatches,
-)
+from align.roles.scoring import ALL_ROLES, score_microbatches
 from policies.batching import Batch, collate
 from rollouts.trajectory import RoleOutputs, Trajectory
 

@@ -8,12 +8,13 @@ import torch
 
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, TokenizedPreference
+from align.evaluation.policy import build_evaluator
 from align.evaluation.reward_model import diagnose
 from align.roles.build import build_roles
 from align.roles.scoring import score_microbatches
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
-from align.scoring.build import REWARD_STATE, build_evaluator, build_scorers
+from align.scoring.build import REWARD_STATE, build_scorers
 from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
 from policies.errors import UserError
 from policies.files.adapters import load_adapter

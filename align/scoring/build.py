@@ -1,14 +1,12 @@
 """What scores responses in PPO and in evaluation, from what the earlier stages left in a run's folder."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
-from align.evaluation.policy import Evaluator
-from align.evaluation.prompt_styles import make_prompt_style
 from align.roles.build import Blueprint, RewardRole
 from align.roles.scoring import ALL_ROLES
 from align.runs.folder import RunFolder, read_facts
@@ -27,7 +25,6 @@ from align.scoring.reward import (
 )
 from policies.files.adapters import load_adapter
 from policies.files.base_model import check_model_folder
-from policies.trunk import AdapterWeights
 from rewards import rules
 from rewards.classifier import Classifier
 from rewards.compose import Composition
@@ -51,9 +48,6 @@ from rewards.terms import (
     TermSettings,
 )
 from rewards.user_functions import ScoreFunction, load_function
-from rollouts.engine import Sampling
-from rollouts.pool import Pool
-from rollouts.trajectory import Request
 
 REWARD_STATE = "reward.json"
 """What the composition of the reward had learned when a policy was judged, beside the policy."""
@@ -153,24 +147,3 @@ FUNCTIONS: dict[type[TermSettings], Callable[[Any], ScoreFunction]] = {
     JudgeTerm: judge,
 }
 """What makes a function of a term's settings."""
-
-
-def build_evaluator(
-    experiment: Experiment,
-    judges: Scorers,
-    pool: Pool,
-    roles_score: RoleScorer,
-    reference: AdapterWeights,
-    prompts: Sequence[Request],
-    tokenizer: PreTrainedTokenizerBase,
-) -> Evaluator:
-    """The evaluator that the experiment asks for."""
-    rollouts, settings = experiment.rollouts, experiment.evaluation
-    warm = rollouts.temperature if settings.temperature is None else settings.temperature
-    sampling = Sampling(warm, rollouts.max_new_tokens)
-    styles = {name: make_prompt_style(style, tokenizer) for name, style in settings.prompt_styles.items()}
-    score = judges.evaluation_scorer(roles_score, ("policy", "reference", "reward"))
-    rate = judges.evaluation_scorer(roles_score, ("reward",))
-    return Evaluator(
-        pool, score, rate, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of, styles
-    )

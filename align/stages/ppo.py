@@ -10,7 +10,7 @@ from typing import Any
 
 from align.algorithms.kl import AdaptiveKl, FixedKl, KlCoefficient
 from align.config.schema import KlSettings
-from align.evaluation.policy import REFERENCE_VERSION, Evaluator
+from align.evaluation.policy import REFERENCE_VERSION, Evaluator, build_evaluator
 from align.learner.group import Learners, LocalLearners
 from align.ppo.checkpoint import PpoProgress, read_pending, read_progress, read_states, write_state
 from align.ppo.fault_dump import write_fault_dump
@@ -29,7 +29,7 @@ from align.runtime.failures import Fault
 from align.runtime.progress import ProgressBar
 from align.runtime.seeds import permutation, seed_for
 from align.runtime.signals import Interrupted
-from align.scoring.build import REWARD_STATE, Scorers, build_evaluator, build_scorers
+from align.scoring.build import REWARD_STATE, Scorers, build_scorers
 from align.scoring.reward import RoleScorer
 from align.stages.context import StageContext
 from policies.files.adapters import save_adapter

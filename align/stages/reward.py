@@ -16,9 +16,9 @@ from align.evaluation.reward_model import diagnose, invariance, write_diagnostic
 from align.runs.folder import read_facts
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
-from align.stages.sft import SFT_ROLE
 from align.supervised.fit import fit
 from align.supervised.reward_objective import RewardObjective, branches, rows, score_preferences, shares_prompts
+from align.supervised.sft_objective import SFT_ROLE
 from policies.files.adapters import load_adapter
 from policies.heads import ScalarHead
 from policies.methods.build import build_trunk

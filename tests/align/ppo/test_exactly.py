@@ -18,6 +18,7 @@ from align.algorithms.kl import AdaptiveKl
 from align.config.schema import ClusterSettings, CriticSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
 from align.learner.group import Learners, LocalLearners
 from align.learner.learner import StepCoefficients
+from align.learner.objective import STATISTICS
 from align.learner.ray_ranks import RayLearners
 from align.ppo.checkpoint import read_progress
 from align.ppo.loop import Step, step_coefficients
@@ -25,7 +26,7 @@ from align.ppo.metrics import step_metrics
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles
-from align.roles.scoring import STATISTICS, score_microbatch
+from align.roles.scoring import score_microbatch
 from align.runs.checkpoint import latest
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
