@@ -1,12 +1,11 @@
-"""Reference and policy side by side on held-out prompts."""
+"""Policy and reference side by side on held-out prompts."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,23 +24,24 @@ from rollouts.pool import Pool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory, lengths
 
 REFERENCE_VERSION = -1
-"""The version under which the pool holds the reference while it is judged."""
+"""The version under which the pool holds the reference while it is sampled; the policy's count from 0."""
 
 
 @dataclass(frozen=True)
-class Side:
-    """One model's responses to the held-out prompts, one a prompt, and what is known of them."""
+class ScoredSamples:
+    """One model's responses to the held-out prompts, one per prompt, with their scores."""
 
     trajectories: list[Trajectory]
-    scored: list[RoleOutputs]
+    outputs: list[RoleOutputs]
     gold: Tensor | None
 
     @property
     def scores(self) -> Tensor:
-        return torch.tensor([output.score for output in self.scored])
+        """The reward's scores `[prompts]`."""
+        return torch.tensor([output.score for output in self.outputs])
 
     def figures(self) -> dict[str, float]:
-        """The figures of `evaluation.json` that either side has."""
+        """The figures of `evaluation.json` that policy and reference both have."""
         figures = {
             "score_mean": float(self.scores.mean()),
             "score_std": float(self.scores.std(correction=0)),
@@ -49,158 +49,235 @@ class Side:
             "distinct_2": distinct_2([t.response_ids for t in self.trajectories]),
             "eos_share": sum(t.ended for t in self.trajectories) / len(self.trajectories),
         }
-        if "spread" in self.scored[0].notes:
-            figures["spread_mean"] = fmean(output.notes["spread"] for output in self.scored)
-        return figures if self.gold is None else figures | {"gold_mean": float(self.gold.mean())}
-
-
-class Evaluator:
-    """Samples both sides with the same seeds and compares them. The reference is sampled once."""
-
-    def __init__(
-        self,
-        pool: Pool,
-        score: EvaluationScorer,
-        rate: EvaluationScorer,
-        gold: Gold | None,
-        reference: AdapterWeights,
-        prompts: Sequence[Request],
-        sampling: Sampling,
-        seed: int,
-        best_of: int,
-        styles: Mapping[str, PromptStyle] = MappingProxyType({}),
-    ) -> None:
-        """score: verdicts on the policy's trajectories, KL and score; rate: on the reference's, the score alone.
-
-        best_of: how many reference samples a prompt to pick from; 0: not. styles: in which the reference is asked too;
-        its responses are judged as answers to the prompts as they were.
-        """
-        self.styles = styles
-        self.pool, self.score, self.rate, self.gold = pool, score, rate, gold
-        self.sampling, self.best_of = sampling, best_of
-        self.weights = reference
-        self.draws = [
-            [replace(p, seed=seed_for(seed, "heldout", index, draw)) for index, p in enumerate(prompts)]
-            for draw in range(max(1, best_of))
-        ]
-
-    def judge(self, version: int, policy: AdapterWeights) -> dict[str, Any]:
-        """The sections `reference`, `policy`, `best_of`, `styles` and `prompts` of `evaluation.json`.
-
-        The pool holds the policy when this returns.
-        """
-        draws, styled = self._of_reference
-        references = [sampled.now() for sampled in draws]
-        self.pool.load_adapter(version, policy)
-        side = self._sample(self.draws[0], self.score).now()
-        kl = torch.tensor([output.kl for output in side.scored], dtype=torch.float64)
-        compared = _wins(side, references[0]) | {
-            "kl_per_sequence": float(kl.mean()),
-            "kl_per_token": float(kl.sum()) / int(lengths(side.trajectories).sum()),
-            "step": version,
-        }
-        sections: dict[str, Any] = {"reference": references[0].figures(), "policy": side.figures() | compared}
-        if self.best_of:
-            sections["best_of"] = _best_of(references)
-        if styled:
-            now = {name: sampled.now() for name, sampled in styled.items()}
-            sections["prompt_styles"] = {name: own.figures() | _wins(side, own) for name, own in now.items()}
-        return sections | {"prompts": len(side.trajectories)}
-
-    @cached_property
-    def _of_reference(self) -> tuple[list["Sampled"], dict[str, "Sampled"]]:
-        """The reference's responses at each draw, and to the first draw's prompts in each style."""
-        self.pool.load_adapter(REFERENCE_VERSION, self.weights)
-        draws = [self._sample(requests, self.rate) for requests in self.draws]
-        return draws, {name: self._sample(self.draws[0], self.rate, style) for name, style in self.styles.items()}
-
-    def _sample(
-        self, requests: Sequence[Request], ask: EvaluationScorer, style: PromptStyle | None = None
-    ) -> "Sampled":
-        requested_roles = requests if style is None else [style(request) for request in requests]
-        answers = self.pool.generate(requested_roles, self.sampling)
-        trajectories = [replace(t, request=request) for t, request in zip(answers, requests, strict=True)]
-        gold = None if self.gold is None else torch.tensor(self.gold(trajectories), dtype=torch.float64)
-        return Sampled(trajectories, ask(trajectories), gold)
+        if "spread" in self.outputs[0].notes:
+            figures["spread_mean"] = fmean(output.notes["spread"] for output in self.outputs)
+        if self.gold is not None:
+            figures["gold_mean"] = float(self.gold.mean())
+        return figures
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Responses, and what is asked for their verdicts: a reward that learns says another thing later."""
+class Samples:
+    """One model's responses, which the reward can score again after it has learned."""
 
     trajectories: list[Trajectory]
-    outputs: Rescore
+    rescore: Rescore
     gold: Tensor | None
 
-    def now(self) -> Side:
-        return Side(self.trajectories, self.outputs(), self.gold)
+    def score(self) -> ScoredSamples:
+        """The responses with the scores that the reward gives them now."""
+        return ScoredSamples(self.trajectories, self.rescore(), self.gold)
 
 
-def _wins(ours: Side, theirs: Side) -> dict[str, float]:
+@dataclass(frozen=True)
+class EvaluationScorers:
+    """What scores responses. policy: with the KL to the reference; reference: the score alone; gold: the true score."""
+
+    policy: EvaluationScorer
+    reference: EvaluationScorer
+    gold: Gold | None = None
+
+
+@dataclass(frozen=True)
+class HeldoutPlan:
+    """What is sampled from which prompts.
+
+    best_of: how many reference samples per prompt to pick the best from; 0: none. prompt_styles: in which the
+    reference is prompted as well; its responses are scored as responses to the plain prompts.
+    """
+
+    prompts: Sequence[Request]
+    sampling: Sampling
+    seed: int
+    best_of: int = 0
+    prompt_styles: Mapping[str, PromptStyle] = field(default_factory=dict)
+
+    def draws(self) -> list[list[Request]]:
+        """The prompts once per draw, each with a seed of its own."""
+        return [self._draw(draw) for draw in range(max(1, self.best_of))]
+
+    def _draw(self, draw: int) -> list[Request]:
+        requests = []
+        for index, prompt in enumerate(self.prompts):
+            requests.append(replace(prompt, seed=seed_for(self.seed, "heldout", index, draw)))
+        return requests
+
+
+class Evaluator:
+    """Samples policy and reference with the same seeds and compares them. The reference is sampled only once."""
+
+    def __init__(self, pool: Pool, scorers: EvaluationScorers, reference: AdapterWeights, heldout: HeldoutPlan) -> None:
+        self.pool = pool
+        self.scorers = scorers
+        self.reference = reference
+        self.heldout = heldout
+        self.draws = heldout.draws()
+
+    def evaluate(self, version: int, policy: AdapterWeights) -> dict[str, Any]:
+        """Compare the policy with the reference.
+
+        Args:
+            version: Under which the pool loads the policy; it holds the policy when this returns.
+            policy: The policy's adapter.
+
+        Returns:
+            The sections `reference`, `policy`, `best_of`, `prompt_styles` and `prompts` of `evaluation.json`.
+        """
+        references = [samples.score() for samples in self._reference_draws]
+        self.pool.load_adapter(version, policy)
+        ours = self._sample(self.draws[0], self.scorers.policy).score()
+        sections: dict[str, Any] = {
+            "reference": references[0].figures(),
+            "policy": ours.figures() | _wins(ours, references[0]) | _kl_figures(ours) | {"step": version},
+        }
+        if self.heldout.best_of:
+            sections["best_of"] = _best_of(references)
+        if self.heldout.prompt_styles:
+            sections["prompt_styles"] = self._style_figures(ours)
+        return sections | {"prompts": len(ours.trajectories)}
+
+    def _style_figures(self, policy: ScoredSamples) -> dict[str, dict[str, float]]:
+        """Figures of the reference in each style, and how often the policy wins against it."""
+        figures = {}
+        for name, samples in self._reference_styles.items():
+            styled = samples.score()
+            figures[name] = styled.figures() | _wins(policy, styled)
+        return figures
+
+    @property
+    def _reference_draws(self) -> list[Samples]:
+        """The reference's responses at each draw."""
+        return self._reference_samples[0]
+
+    @property
+    def _reference_styles(self) -> dict[str, Samples]:
+        """The reference's responses to the first draw's prompts in each style."""
+        return self._reference_samples[1]
+
+    @cached_property
+    def _reference_samples(self) -> tuple[list[Samples], dict[str, Samples]]:
+        self.pool.load_adapter(REFERENCE_VERSION, self.reference)
+        draws = [self._sample(requests, self.scorers.reference) for requests in self.draws]
+        styles = {}
+        for name, style in self.heldout.prompt_styles.items():
+            styles[name] = self._sample(self.draws[0], self.scorers.reference, style)
+        return draws, styles
+
+    def _sample(
+        self, requests: Sequence[Request], scorer: EvaluationScorer, style: PromptStyle | None = None
+    ) -> Samples:
+        """Responses of the model that the pool holds; they are scored as responses to the prompts without the style."""
+        sent = requests if style is None else [style(request) for request in requests]
+        sampled = self.pool.generate(sent, self.heldout.sampling)
+        trajectories = [replace(t, request=request) for t, request in zip(sampled, requests, strict=True)]
+        gold = None
+        if self.scorers.gold is not None:
+            gold = torch.tensor(self.scorers.gold(trajectories), dtype=torch.float64)
+        return Samples(trajectories, scorer(trajectories), gold)
+
+
+def _kl_figures(policy: ScoredSamples) -> dict[str, float]:
+    kl = torch.tensor([output.kl for output in policy.outputs], dtype=torch.float64)
+    tokens = int(lengths(policy.trajectories).sum())
+    return {"kl_per_sequence": float(kl.mean()), "kl_per_token": float(kl.sum()) / tokens}
+
+
+def _wins(ours: ScoredSamples, theirs: ScoredSamples) -> dict[str, float]:
     """How often ours scores higher than theirs."""
     wins = {"win_rate": win_rate(ours.scores, theirs.scores)}
-    if ours.gold is None or theirs.gold is None:
-        return wins
-    return wins | {"gold_win_rate": win_rate(ours.gold, theirs.gold)}
+    if ours.gold is not None and theirs.gold is not None:
+        wins["gold_win_rate"] = win_rate(ours.gold, theirs.gold)
+    return wins
 
 
-def _best_of(sides: Sequence[Side]) -> dict[str, Any]:
+def _best_of(draws: Sequence[ScoredSamples]) -> dict[str, Any]:
     """For each prompt the sample that the reward scores highest: its mean score, and its mean gold score.
 
-    `gold_best_mean` is that of the samples that the gold score itself would pick: no reward can do better.
-    `curve`: the same for fewer samples a prompt, with their KL to the reference.
+    `gold_best_mean` is the mean of the samples that the gold score itself would pick: no reward can do better.
+    `curve`: the same for fewer samples per prompt, with their KL to the reference.
     """
-    scores = torch.stack([side.scores.double() for side in sides])
-    gold = [side.gold for side in sides if side.gold is not None]
-    table = torch.stack(gold) if gold else None
-    powers = [2**i for i in range(len(sides).bit_length()) if 2**i < len(sides)]
-    curve = [best_of_n(scores, table, n) for n in (*powers, len(sides))]
-    figures = {name: value for name, value in curve[-1].items() if name != "kl"} | {"curve": curve}
-    return figures if table is None else figures | {"gold_best_mean": float(table.amax(0).mean())}
+    scores = torch.stack([samples.scores.double() for samples in draws])
+    gold = _stacked_gold(draws)
+    curve = [best_of_n(scores, gold, n) for n in _powers_of_two_to(len(draws))]
+    figures: dict[str, Any] = {name: value for name, value in curve[-1].items() if name != "kl"}
+    figures["curve"] = curve
+    if gold is not None:
+        figures["gold_best_mean"] = float(gold.amax(0).mean())
+    return figures
+
+
+def _stacked_gold(draws: Sequence[ScoredSamples]) -> Tensor | None:
+    """Gold scores `[draws, prompts]`."""
+    gold = [samples.gold for samples in draws if samples.gold is not None]
+    return torch.stack(gold) if gold else None
+
+
+def _powers_of_two_to(largest: int) -> list[int]:
+    """1, 2, 4, … and the largest."""
+    powers = [2**exponent for exponent in range(largest.bit_length())]
+    return [power for power in powers if power < largest] + [largest]
 
 
 def best_of_n(scores: Tensor, gold: Tensor | None, n: int) -> dict[str, float]:
-    """Expected score, and gold score, of the best by score of n of the N samples a prompt; both `[N, prompts]`.
+    """Expected score, and gold score, of the best of n samples by score.
 
-    Unbiased, over all choices of n: the sample of rank i is the best of C(i - 1, n - 1) of C(N, n) (Nakano et al. 2021,
-    "WebGPT", appendix I). kl: log n - (n - 1) / n nats, that of the best of n to the one (Stiennon et al. 2020,
-    appendix G.3).
+    The estimate is unbiased over all choices of n of the N samples: the sample of rank i is the best of C(i - 1, n - 1)
+    of C(N, n) choices (Nakano et al. 2021, "WebGPT", appendix I).
+
+    Args:
+        scores: `[N, prompts]`, N samples per prompt.
+        gold: The same of the gold score; None where there is none.
+        n: Between 1 and N.
+
+    Returns:
+        `n`, `score_mean`, `gold_mean` where there is a gold score, and `kl`, which is log n - (n - 1) / n nats, the KL
+        of the best of n to a single sample (Stiennon et al. 2020, appendix G.3).
     """
     count = len(scores)
     shares = [math.comb(rank, n - 1) / math.comb(count, n) for rank in range(count)]
     weights = torch.tensor(shares, dtype=torch.float64)
-    rising, order = scores.sort(dim=0, stable=True)
-    figures = {"n": n, "kl": math.log(n) - (n - 1) / n, "score_mean": float((weights @ rising).mean())}
-    return figures if gold is None else figures | {"gold_mean": float((weights @ gold.gather(0, order)).mean())}
+    ascending, order = scores.sort(dim=0, stable=True)
+    figures = {"n": n, "kl": math.log(n) - (n - 1) / n, "score_mean": float((weights @ ascending).mean())}
+    if gold is not None:
+        figures["gold_mean"] = float((weights @ gold.gather(0, order)).mean())
+    return figures
 
 
 def win_rate(ours: Tensor, theirs: Tensor) -> float:
-    """Share of prompts in which ours scores higher, ties counted half."""
+    """Share of prompts for which ours scores higher, ties counted half."""
     return float(pair_accuracy(ours, theirs))
 
 
-def distinct_2(rows: Sequence[Sequence[int]]) -> float:
-    """Different pairs of neighbouring tokens over all such pairs (Li et al. 2016, "distinct-2")."""
-    pairs = [pair for row in rows for pair in pairwise(row)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
+def distinct_2(sequences: Sequence[Sequence[int]]) -> float:
+    """Distinct bigrams over all bigrams (Li et al. 2016, "distinct-2")."""
+    bigrams: list[tuple[int, int]] = []
+    for sequence in sequences:
+        bigrams.extend(pairwise(sequence))
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 def build_evaluator(
     experiment: Experiment,
-    judges: Scorers,
+    scorers: Scorers,
     pool: Pool,
     roles_score: RoleScorer,
     reference: AdapterWeights,
     prompts: Sequence[Request],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluator:
-    """The evaluator that the experiment asks for."""
+    """The evaluator that the experiment's settings describe."""
     rollouts, settings = experiment.rollouts, experiment.evaluation
-    warm = rollouts.temperature if settings.temperature is None else settings.temperature
-    sampling = Sampling(warm, rollouts.max_new_tokens)
-    styles = {name: make_prompt_style(style, tokenizer) for name, style in settings.prompt_styles.items()}
-    score = judges.evaluation_scorer(roles_score, ("policy", "reference", "reward"))
-    rate = judges.evaluation_scorer(roles_score, ("reward",))
-    return Evaluator(
-        pool, score, rate, judges.gold, reference, prompts, sampling, settings.seed, settings.best_of, styles
+    temperature = rollouts.temperature if settings.temperature is None else settings.temperature
+    heldout = HeldoutPlan(
+        prompts=prompts,
+        sampling=Sampling(temperature, rollouts.max_new_tokens),
+        seed=settings.seed,
+        best_of=settings.best_of,
+        prompt_styles={name: make_prompt_style(style, tokenizer) for name, style in settings.prompt_styles.items()},
     )
+    evaluation_scorers = EvaluationScorers(
+        policy=scorers.evaluation_scorer(roles_score, ("policy", "reference", "reward")),
+        reference=scorers.evaluation_scorer(roles_score, ("reward",)),
+        gold=scorers.gold,
+    )
+    return Evaluator(pool, evaluation_scorers, reference, heldout)

@@ -1,4 +1,4 @@
-"""Ways to put a prompt to the model before any training: what a trained policy is to be set against."""
+"""Prompting baselines: the base model prompted in other ways, to compare a trained policy with."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +10,11 @@ from policies.text.tokenization import Prompt, encode_prompt
 from rollouts.trajectory import Request
 
 PromptStyle = Callable[[Request], Request]
-"""The same question, put in another way."""
+"""The same question, prompted in another way."""
 
 
 def make_prompt_style(settings: PromptStyleSettings, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
-    """A request with the style's system prompt, examples and suffix about its prompt."""
+    """A function that adds the style's system prompt, examples and suffix to a request's prompt."""
 
     def style(request: Request) -> Request:
         prompt = styled(request.prompt, settings)
@@ -24,18 +24,21 @@ def make_prompt_style(settings: PromptStyleSettings, tokenizer: PreTrainedTokeni
 
 
 def styled(prompt: Prompt, settings: PromptStyleSettings) -> Prompt:
-    """In messages, the system prompt comes first and examples are turns; before text, all stand a blank line apart."""
+    """The prompt with system prompt, examples and suffix.
+
+    Text: the parts are separated by blank lines. Messages: the system prompt replaces the prompt's own, and each
+    example is a turn of the user and one of the assistant.
+    """
     if isinstance(prompt, str):
-        before = [settings.system] if settings.system else []
-        before += [example.prompt + example.completion for example in settings.examples]
-        return "\n\n".join([*before, prompt + settings.suffix])
-    own = [message for message in prompt[:1] if message["role"] == "system"]
-    system = [{"role": "system", "content": settings.system}] if settings.system else own
-    rest = prompt[len(own) :]
-    turns = [
-        {"role": role, "content": content}
-        for example in settings.examples
-        for role, content in (("user", example.prompt), ("assistant", example.completion))
-    ]
-    *earlier, last = rest
-    return [*system, *turns, *earlier, last | {"content": last["content"] + settings.suffix}]
+        parts = [settings.system] if settings.system else []
+        parts += [example.prompt + example.completion for example in settings.examples]
+        return "\n\n".join([*parts, prompt + settings.suffix])
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    *earlier, last = prompt[len(system) :]
+    if settings.system:
+        system = [{"role": "system", "content": settings.system}]
+    examples = []
+    for example in settings.examples:
+        examples.append({"role": "user", "content": example.prompt})
+        examples.append({"role": "assistant", "content": example.completion})
+    return [*system, *examples, *earlier, last | {"content": last["content"] + settings.suffix}]

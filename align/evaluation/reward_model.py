@@ -28,7 +28,7 @@ SHOWN = 20
 """How many of the worst errors are kept in full."""
 
 
-def diagnose(
+def compute_diagnostics(
     preferences: Sequence[TokenizedPreference],
     scores: Tensor,
     weights: Mapping[str, float],

@@ -9,7 +9,7 @@ import torch
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, TokenizedPreference
 from align.evaluation.policy import build_evaluator
-from align.evaluation.reward_model import diagnose
+from align.evaluation.reward_model import compute_diagnostics
 from align.roles.build import build_roles
 from align.roles.scoring import score_microbatches
 from align.runs.folder import RunFolder, read_facts
@@ -51,7 +51,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> 
     pool = LocalPool(make_transformers_engine(roles.trunk, tokenizer, rollouts), rollouts.effective_chunk_size)
     evaluator = build_evaluator(experiment, scorers, pool, roles_score, reference, datasets.prompts_heldout, tokenizer)
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
-    return evaluator.judge(step, policy)
+    return evaluator.evaluate(step, policy)
 
 
 def evaluate_reward_model(
@@ -60,7 +60,7 @@ def evaluate_reward_model(
     """Figures and worst errors of the run's reward model, or of a classifier, on these cases."""
     path = classifier or read_facts(run.reward).get("classifier")
     if path:
-        return diagnose(preferences, classifier_scores(Classifier(path, "--classifier"), preferences), {"": 1.0})
+        return compute_diagnostics(preferences, classifier_scores(Classifier(path, "--classifier"), preferences), {"": 1.0})
     models = load_models(experiment, run.reward)
     return evaluate_models(models, folded_moments(experiment.reward, run.reward, len(models)), preferences)
 

@@ -1,4 +1,4 @@
-"""Ray for as long as a stage needs it."""
+"""A Ray cluster for as long as a stage needs it."""
 
 import logging
 import os
@@ -7,43 +7,49 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from align.config.schema import ClusterSettings, Experiment
 from policies.device import ComputeSettings
 
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # By default Ray's workers run at a low priority and would starve beside a busy process.
+    "RAY_worker_niceness": "0",
+}
+"""Ray's own variables, which a user's values override."""
+
 
 @contextmanager
 def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
-    """Join the cluster of `cluster.address`, or start one of our own that ends with the block; nothing without actors.
+    """Join the cluster of `cluster.address`, or start a local one that ends with the block; nothing without actors.
 
-    Our own has no dashboard, picks free ports and keeps its files in a temporary folder, so that runs side by side
-    do not meet. It offers at least one CPU an actor: what shares the cores is the actors' number of threads.
+    The local cluster has no dashboard, picks free ports and keeps its files in a temporary folder, so that runs on one
+    machine do not interfere. It offers at least one CPU per actor: the actors' number of threads is what divides the
+    cores among them.
     """
     if not actors:
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's workers give way to every other process unless told otherwise, and would starve beside a busy one.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    if not settings.address:  # events of tasks, which only a dashboard shows, pile up in Ray's store by the 100,000
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not settings.address:
+        # Task events, which only a dashboard shows, would accumulate in Ray's store by the 100,000.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-    import ray
+    import ray  # reads these variables when it is imported
 
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     folder = None
-    # Ray puts its own in their place, which end the process at once.
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if settings.address:
-        ray.init(address=settings.address, **quiet)
-    else:
-        folder = tempfile.mkdtemp(prefix="align-ray-")
-        cpus = max(cores(), actors)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **quiet)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with _keep_signal_handlers():
+        if settings.address:
+            ray.init(address=settings.address, **options)
+        else:
+            folder = tempfile.mkdtemp(prefix="align-ray-")
+            options |= {"num_cpus": max(cores(), actors), "include_dashboard": False, "_temp_dir": folder}
+            ray.init(address="local", **options)
     try:
         yield
     finally:
@@ -52,15 +58,26 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def threads(settings: ClusterSettings, processes: int) -> int:
-    """Threads of each of so many processes that compute at the same time."""
+@contextmanager
+def _keep_signal_handlers() -> Iterator[None]:
+    """Restore the handlers that Ray replaces when it starts: its own end the process at once."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def threads_per_process(settings: ClusterSettings, processes: int) -> int:
+    """CPU threads of each of several processes that compute at the same time."""
     return settings.threads or max(1, cores() // max(1, processes))
 
 
-def computing(experiment: Experiment, processes: int) -> ComputeSettings:
-    """How each of so many processes computes."""
-    deterministic = not torch.cuda.is_available() if experiment.deterministic is None else experiment.deterministic
-    return ComputeSettings(threads(experiment.cluster, processes), deterministic)
+def compute_settings(experiment: Experiment, processes: int) -> ComputeSettings:
+    """Threads and determinism of each of several processes that compute at the same time."""
+    deterministic = experiment.deterministic
+    if deterministic is None:
+        deterministic = not torch.cuda.is_available()
+    return ComputeSettings(threads_per_process(experiment.cluster, processes), deterministic)
 
 
 def cores() -> int:

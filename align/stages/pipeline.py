@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.schema import STAGES, Experiment
 from align.data.datasets import Datasets, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
-from align.resources.ray_cluster import computing
+from align.resources.ray_cluster import compute_settings
 from align.runs.checkpoint import latest, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.tracking import open_tracker, truncate_after
@@ -116,7 +116,7 @@ def _check_given(experiment: Experiment) -> None:
 def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop: StopRequest) -> dict[str, Any]:
     """Run what is left, write `evaluation.json` and return it. Raises Interrupted if asked to stop in between."""
     left = stages_left(experiment, run)
-    computing(experiment, 1).begin()
+    compute_settings(experiment, 1).begin()
     if left:
         _forget_beyond_checkpoint(run, left[0])
     tokenizer = load_tokenizer(experiment.model.path)

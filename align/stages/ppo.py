@@ -19,7 +19,7 @@ from align.ppo.metrics import step_metrics, step_samples
 from align.ppo.mismatch import check_parity
 from align.ppo.prompts import PromptStream
 from align.ppo.stop_rule import StopRule
-from align.resources.ray_cluster import computing, ray_cluster
+from align.resources.ray_cluster import compute_settings, ray_cluster
 from align.roles.build import build_roles
 from align.runs.checkpoint import latest, new_checkpoint
 from align.runs.fingerprint import product_digests
@@ -124,7 +124,7 @@ def _build(context: StageContext, scorers: Scorers, stack: ExitStack) -> tuple[L
         from rollouts.ray_pool import RayPool  # Ray is slow to import, and only wanted here
 
         build = partial(build_engine, settings.model, settings.policy, rollouts)
-        each = computing(settings, rollouts.workers)
+        each = compute_settings(settings, rollouts.workers)
         if rollouts.engine == "vllm":
             each = replace(each, deterministic=False)  # it has kernels that torch does not know to be so
         workers = RayPool(
@@ -145,7 +145,7 @@ def _build(context: StageContext, scorers: Scorers, stack: ExitStack) -> tuple[L
     if learner.ranks:
         from align.learner.ray_ranks import RayLearners
 
-        each = computing(settings, learner.ranks)
+        each = compute_settings(settings, learner.ranks)
         learners = RayLearners(blueprint, ppo, learner, rollouts.temperature, each)
     else:
         roles = build_roles(blueprint, ppo.active_critic, (SAMPLER_ROLE,) if shares else ())
@@ -230,7 +230,7 @@ def _evaluate(
 ) -> None:
     """Judge the policy; if no earlier one was better, keep it in `best/`."""
     weights = learners.policy_weights()
-    figures = evaluator.judge(step, weights)
+    figures = evaluator.evaluate(step, weights)
     policy: dict[str, float] = figures["policy"]
     shown = ("score_mean", "gold_mean", "spread_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
     context.tracker.log("ppo", step, {f"eval/{name}": policy[name] for name in shown if name in policy})

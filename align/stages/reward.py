@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align.config.schema import Experiment
 from align.data.datasets import TokenizedPreference
-from align.evaluation.reward_model import diagnose, invariance, write_diagnostics
+from align.evaluation.reward_model import compute_diagnostics, invariance, write_diagnostics
 from align.runs.folder import read_facts
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
@@ -84,7 +84,7 @@ def evaluate_models(
     """Figures and worst errors of an ensemble, on the scale of training, whatever its scores are normalised by."""
     tokens = models[0].trunk.default_microbatch_tokens()
     scores = [score_preferences(m, preferences, tokens) * std for m, (_, std) in zip(models, moments_of, strict=True)]
-    figures, worst = diagnose(preferences, torch.stack(scores), models[0].weights, trained)
+    figures, worst = compute_diagnostics(preferences, torch.stack(scores), models[0].weights, trained)
     return figures | {"invariance": invariance(models[0], preferences, tokens)}, worst
 
 
@@ -145,7 +145,7 @@ def _run_classifier(context: StageContext, started: float) -> None:
     figures: dict[str, Any] = {}
     worst: list[dict[str, Any]] = []
     if heldout := context.datasets.preferences_heldout:
-        figures, worst = diagnose(heldout, classifier_scores(classifier, heldout), {"": 1.0})
+        figures, worst = compute_diagnostics(heldout, classifier_scores(classifier, heldout), {"": 1.0})
     if settings.normalise:
         samples = context.sample_sft(context.new_trunk("reward"), settings.normalise)
         responses = [decode_response(context.tokenizer, t.response_ids) for t in samples]
@@ -156,7 +156,7 @@ def _run_classifier(context: StageContext, started: float) -> None:
 
 
 def classifier_scores(classifier: Classifier, preferences: Sequence[TokenizedPreference]) -> Tensor:
-    """What a classifier says of the cases' responses, in the form that `diagnose` takes."""
+    """What a classifier says of the cases' responses, in the form that `compute_diagnostics` takes."""
     prompts = [preference.example.prompt for preference in preferences for _ in preference.example.responses]
     return classifier.score(prompts, [text for preference in preferences for text in preference.example.responses])[
         None, :, None

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.evaluation.policy import REFERENCE_VERSION, Evaluator, best_of_n, distinct_2, win_rate
+from align.evaluation.policy import (
+    REFERENCE_VERSION,
+    EvaluationScorers,
+    Evaluator,
+    HeldoutPlan,
+    best_of_n,
+    distinct_2,
+    win_rate,
+)
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
@@ -15,9 +23,9 @@ from rollouts.trajectory import Request, RoleOutputs, Trajectory
 SCORES = st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=20)
 PROMPTS = [Request(name, (1,), seed=0) for name in ("p", "q")]
 DRAWS = {"p": [(5, 1.0, 10.0), (6, 3.0, 20.0), (7, 2.0, 90.0)], "q": [(5, 4.0, 40.0), (6, 0.0, 60.0), (7, 0.0, 0.0)]}
-"""What the reference says at each draw: a token, its score, its gold score."""
+"""What the reference samples at each draw: a token, its score, its gold score."""
 POLICY = {"p": (8, 2.0, 10.0), "q": (9, 1.0, 70.0)}
-SAID = {(p, t): (score, gold) for p in DRAWS for t, score, gold in (*DRAWS[p], POLICY[p])}
+SCORES_OF = {(p, t): (score, gold) for p in DRAWS for t, score, gold in (*DRAWS[p], POLICY[p])}
 
 
 class ListedPool:
@@ -25,46 +33,51 @@ class ListedPool:
 
     def __init__(self) -> None:
         self.loaded: list[tuple[int, AdapterWeights]] = []
-        self.requested_roles: list[tuple[int, list[int]]] = []
+        self.seeds: list[tuple[int, list[int]]] = []
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
         self.loaded.append((version, weights))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
         version = self.loaded[-1][0]
-        draw = sum(requested_roles == version for requested_roles, _ in self.requested_roles)
-        self.requested_roles.append((version, [request.seed for request in requests]))
-        made = []
+        draw = sum(earlier == version for earlier, _ in self.seeds)
+        self.seeds.append((version, [request.seed for request in requests]))
+        trajectories = []
         for request in requests:
             token = (DRAWS[request.prompt][draw] if version == REFERENCE_VERSION else POLICY[request.prompt])[0]
             ids = (token,) * (2 if request.prompt == "p" else 4)
-            made.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), request.prompt == "p", version))
-        return made
+            ended = request.prompt == "p"
+            trajectories.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), ended, version))
+        return trajectories
 
     def close(self) -> None: ...
 
 
-def said(trajectory: Trajectory) -> tuple[float, float]:
-    return SAID[str(trajectory.request.prompt), trajectory.response_ids[0]]
+def scores_of(trajectory: Trajectory) -> tuple[float, float]:
+    return SCORES_OF[str(trajectory.request.prompt), trajectory.response_ids[0]]
 
 
 def score(trajectories: Sequence[Trajectory]) -> list[RoleOutputs]:
     """The policy is half a nat above the reference at each token."""
-    rows = [torch.zeros(t.length) for t in trajectories]
-    return [RoleOutputs(row, row - 0.5, torch.zeros(len(row) + 1), said(t)[0]) for row, t in zip(rows, trajectories)]
+    outputs = []
+    for trajectory in trajectories:
+        logprobs, values = torch.zeros(trajectory.length), torch.zeros(trajectory.length + 1)
+        outputs.append(RoleOutputs(logprobs, logprobs - 0.5, values, scores_of(trajectory)[0]))
+    return outputs
 
 
-def ask(trajectories: Sequence[Trajectory]) -> Callable[[], list[RoleOutputs]]:
+def scorer(trajectories: Sequence[Trajectory]) -> Callable[[], list[RoleOutputs]]:
     return lambda: score(trajectories)
 
 
 def gold(trajectories: Sequence[Trajectory]) -> list[float]:
-    return [said(t)[1] for t in trajectories]
+    return [scores_of(t)[1] for t in trajectories]
 
 
 def evaluator(pool: ListedPool, best_of: int = 0, with_gold: bool = True) -> Evaluator:
-    weights = {"a": torch.zeros(1)}
-    return Evaluator(pool, ask, ask, gold if with_gold else None, weights, PROMPTS, Sampling(1.0, 4), 7, best_of)
+    scorers = EvaluationScorers(policy=scorer, reference=scorer, gold=gold if with_gold else None)
+    heldout = HeldoutPlan(PROMPTS, Sampling(1.0, 4), seed=7, best_of=best_of)
+    return Evaluator(pool, scorers, {"a": torch.zeros(1)}, heldout)
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -72,20 +85,20 @@ def test_a_tie_is_half_a_win() -> None:
 
 
 @given(SCORES)
-def test_the_win_rates_of_both_sides_add_up_to_one(pairs: list[tuple[int, int]]) -> None:
+def test_the_win_rates_of_both_models_add_up_to_one(pairs: list[tuple[int, int]]) -> None:
     ours, theirs = torch.tensor(pairs).T
     assert win_rate(ours, theirs) + win_rate(theirs, ours) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    ("rows", "share"), [([[1, 2, 1, 2]], 2 / 3), ([[1, 2], [1, 2]], 1 / 2), ([[1, 2], [2, 1]], 1), ([[1], []], 0)]
+    ("sequences", "share"), [([[1, 2, 1, 2]], 2 / 3), ([[1, 2], [1, 2]], 1 / 2), ([[1, 2], [2, 1]], 1), ([[1], []], 0)]
 )
-def test_distinct_2_counts_pairs_within_rows_and_once_over_all_rows(rows: list[list[int]], share: float) -> None:
-    assert distinct_2(rows) == pytest.approx(share)
+def test_distinct_2_counts_bigrams_within_sequences_and_once_over_all(sequences: list[list[int]], share: float) -> None:
+    assert distinct_2(sequences) == pytest.approx(share)
 
 
 def test_the_best_of_is_what_the_reward_picks_and_the_gold_best_what_gold_picks() -> None:
-    best = evaluator(ListedPool(), best_of=3).judge(5, {})["best_of"]
+    best = evaluator(ListedPool(), best_of=3).evaluate(5, {})["best_of"]
     curve = best.pop("curve")
     assert best == {"n": 3, "score_mean": (3 + 4) / 2, "gold_mean": (20 + 40) / 2, "gold_best_mean": (90 + 60) / 2}
     assert [point["n"] for point in curve] == [1, 2, 3]
@@ -105,18 +118,18 @@ def test_the_best_of_n_is_the_mean_over_all_choices_of_n_samples(count: int, n: 
 
 
 def test_the_best_of_one_is_the_reference_itself() -> None:
-    figures = evaluator(ListedPool(), best_of=1).judge(5, {})
+    figures = evaluator(ListedPool(), best_of=1).evaluate(5, {})
     assert figures["best_of"]["score_mean"] == figures["reference"]["score_mean"] == (1 + 4) / 2
 
 
 def test_without_best_of_and_gold_their_figures_are_not_there() -> None:
-    figures = evaluator(ListedPool(), with_gold=False).judge(5, {})
+    figures = evaluator(ListedPool(), with_gold=False).evaluate(5, {})
     assert figures.keys() == {"reference", "policy", "prompts"}
     assert not [name for name in (*figures["reference"], *figures["policy"]) if "gold" in name]
 
 
-def test_figures_of_both_sides() -> None:
-    figures = evaluator(ListedPool()).judge(5, {})
+def test_figures_of_policy_and_reference() -> None:
+    figures = evaluator(ListedPool()).evaluate(5, {})
     both = {"length_mean": 3.0, "eos_share": 0.5}
     reference = {"score_mean": 2.5, "score_std": 1.5, "gold_mean": 25.0, "distinct_2": 1 / 4}
     policy = {"score_mean": 1.5, "score_std": 0.5, "gold_mean": 40.0, "distinct_2": 2 / 4}
@@ -125,16 +138,16 @@ def test_figures_of_both_sides() -> None:
     assert figures["policy"] == pytest.approx(policy | both | compared)
 
 
-def test_the_reference_is_judged_once_and_the_policy_stays_loaded() -> None:
+def test_the_reference_is_sampled_once_and_the_policy_stays_loaded() -> None:
     pool = ListedPool()
-    judge = evaluator(pool, best_of=2).judge
-    judge(5, {"b": torch.ones(1)})
-    judge(6, {"c": torch.ones(1)})
+    evaluate = evaluator(pool, best_of=2).evaluate
+    evaluate(5, {"b": torch.ones(1)})
+    evaluate(6, {"c": torch.ones(1)})
     assert [(version, *weights) for version, weights in pool.loaded] == [(REFERENCE_VERSION, "a"), (5, "b"), (6, "c")]
 
 
-def test_both_sides_have_the_seeds_of_the_first_draw_and_every_other_draw_its_own() -> None:
+def test_policy_and_reference_share_the_first_draws_seeds_and_every_other_draw_has_its_own() -> None:
     pool = ListedPool()
-    evaluator(pool, best_of=2).judge(5, {})
-    (_, first), (_, second), (_, policy) = pool.requested_roles
+    evaluator(pool, best_of=2).evaluate(5, {})
+    (_, first), (_, second), (_, policy) = pool.seeds
     assert (first, len({*first, *second})) == (policy, 4)

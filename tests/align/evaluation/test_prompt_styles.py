@@ -41,10 +41,6 @@ def test_messages_take_the_system_prompt_first_and_examples_as_turns() -> None:
 
 def test_a_styled_request_keeps_its_seed_and_columns(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     request = Request("red", (1, 2), seed=7, columns={"answer": "blue"})
-    requested_roles = make_prompt_style(PromptStyleSettings(suffix=" and blue"), tiny_tokenizer)(request)
-    assert (requested_roles.prompt, requested_roles.seed, requested_roles.columns) == (
-        "red and blue",
-        7,
-        {"answer": "blue"},
-    )
-    assert list(requested_roles.prompt_ids) == tiny_tokenizer("red and blue")["input_ids"]
+    request = make_prompt_style(PromptStyleSettings(suffix=" and blue"), tiny_tokenizer)(request)
+    assert (request.prompt, request.seed, request.columns) == ("red and blue", 7, {"answer": "blue"})
+    assert list(request.prompt_ids) == tiny_tokenizer("red and blue")["input_ids"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from align.config.schema import Experiment
-from align.resources.ray_cluster import computing, cores
+from align.resources.ray_cluster import compute_settings, cores
 from policies.device import ComputeSettings
 
 
@@ -18,4 +18,4 @@ def test_processes_share_the_cores_and_compute_as_the_experiment_says(
     settings: dict[str, object], processes: int, expected: ComputeSettings
 ) -> None:
     experiment = Experiment.model_validate({"name": "x", "model": {"path": "x"}} | settings)
-    assert computing(experiment, processes) == expected
+    assert compute_settings(experiment, processes) == expected
