@@ -13,7 +13,7 @@ class ComputeSettings:
     threads: int
     deterministic: bool = False
 
-    def begin(self) -> None:
+    def apply(self) -> None:
         """Compute so from now on, in this process; before anything is computed on a GPU."""
         torch.set_num_threads(self.threads)
         if self.deterministic:

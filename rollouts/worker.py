@@ -26,7 +26,7 @@ class Worker:
     """Serves one engine. Every reply names the weights in use, so that a worker with others is found out."""
 
     def __init__(self, build: Callable[[], Engine], computing: ComputeSettings) -> None:
-        computing.begin()
+        computing.apply()
         self.engine = build()
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

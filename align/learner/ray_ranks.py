@@ -99,7 +99,7 @@ class _Rank:
     """The actor of one rank."""
 
     def __init__(self, rank: int, computing: ComputeSettings) -> None:
-        computing.begin()
+        computing.apply()
         self.rank = rank
 
     def ready(self) -> None:

@@ -116,7 +116,7 @@ def _check_given(experiment: Experiment) -> None:
 def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop: StopRequest) -> dict[str, Any]:
     """Run what is left, write `evaluation.json` and return it. Raises Interrupted if asked to stop in between."""
     left = stages_left(experiment, run)
-    compute_settings(experiment, 1).begin()
+    compute_settings(experiment, 1).apply()
     if left:
         _forget_beyond_checkpoint(run, left[0])
     tokenizer = load_tokenizer(experiment.model.path)

@@ -10,7 +10,7 @@ from policies.device import ComputeSettings
 def as_it_was() -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
-    ComputeSettings(threads, deterministic).begin()
+    ComputeSettings(threads, deterministic).apply()
 
 
 def put() -> torch.Tensor:
@@ -19,14 +19,14 @@ def put() -> torch.Tensor:
 
 
 def test_what_may_differ_from_run_to_run_is_refused() -> None:
-    ComputeSettings(1, deterministic=True).begin()
+    ComputeSettings(1, deterministic=True).apply()
     with pytest.raises(RuntimeError, match="deterministic"):
         put()
-    ComputeSettings(1, deterministic=False).begin()
+    ComputeSettings(1, deterministic=False).apply()
     assert float(put()[0]) in (1.0, 2.0)
 
 
 def test_threads_are_set() -> None:
     for threads in (2, 1):
-        ComputeSettings(threads).begin()
+        ComputeSettings(threads).apply()
         assert torch.get_num_threads() == threads
