@@ -1,4 +1,4 @@
-"""The tensors that each process of a run will hold, in bytes, before one of them is made."""
+"""How many bytes of tensors each process of a run will hold, worked out before any is allocated."""
 
 import copy
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.config.schema import Experiment
@@ -18,28 +18,35 @@ from rewards.model import members_in
 from rewards.terms import ClassifierTerm
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes per number."""
+FLOAT32 = BYTES["float32"]
+"""Adapters and heads are float32 whatever `model.dtype` is."""
 TRAINED = {"adamw": 16, "paged_adamw": 16, "sgd": 8}
-"""Bytes a number that trains: weight, gradient and, of Adam, two moments, all float32."""
+"""Bytes per trained number: weight, gradient and Adam's two moments, all in float32."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """base: parameters; base_bytes: as they lie in memory. adapter: numbers of a policy's; judge: of a reward's or a
-    critic's, which may lack an output layer; head: of a scalar head. merged: bytes of a merged copy of what the adapter
-    changes. token: bytes of a token's keys and values."""
+class ModelSizes:
+    """Parameters and bytes of a base model and of what a policy's method adds to it.
+
+    base: parameters of the base model. base_bytes: their bytes in memory. adapter: parameters of a policy's adapter.
+    scalar_adapter: those of a reward model's or a critic's, which has nothing on the LM head. head: parameters of a
+    scalar head. merged_bytes: of a merged copy of the weights that the adapter changes. kv_bytes: of the KV cache, per
+    token.
+    """
 
     base: int
     base_bytes: int
     adapter: int
-    judge: int
+    scalar_adapter: int
     head: int
-    merged: int
-    token: int
+    merged_bytes: int
+    kv_bytes: int
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What a process of a stage holds. role: whose it is."""
+class TensorUse:
+    """Bytes that one kind of process holds in a stage. role: what the tensors are for."""
 
     stage: str
     process: str
@@ -47,134 +54,172 @@ class Holding:
     bytes: float
 
 
-def measure(model: ModelSettings, policy: PolicySettings) -> Sizes:
-    """Count on the meta device, without loading a weight."""
+def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
+    """Count parameters on the meta device, without loading weights."""
     config = copy.deepcopy(load_model_config(model.path))
-    size = BYTES[model.dtype]
+    itemsize = BYTES[model.dtype]
+    quantized = policy.method == "qlora"
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
-        count = sum(parameter.numel() for parameter in base.parameters())
-        held = _four_bit_bytes(base, policy, size) if policy.method == "qlora" else count * size
+        parameters = _parameter_count(base)
+        base_bytes = _four_bit_bytes(base, policy, itemsize) if quantized else parameters * itemsize
         trunk = make_trunk(base, policy, ("policy", "critic"))
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Sizes(
-        base=count,
-        base_bytes=held,
+    return ModelSizes(
+        base=parameters,
+        base_bytes=base_bytes,
         adapter=sum(p.numel() for p in trunk.adapter("policy").values()),
-        judge=sum(p.numel() for p in trunk.adapter("critic").values()),
+        scalar_adapter=sum(p.numel() for p in trunk.adapter("critic").values()),
         head=trunk.width + 1,
-        merged=0 if policy.method == "qlora" else trunk.merged_parameter_count() * size,
-        token=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * size,
+        merged_bytes=0 if quantized else trunk.merged_parameter_count() * itemsize,
+        kv_bytes=_kv_numbers(config) * itemsize,
     )
 
 
-def _four_bit_bytes(base: PreTrainedModel, policy: PolicySettings, size: int) -> int:
-    """Linear layers but the output layer in four bits, with a scale for each 64 numbers (Dettmers et al. 2023)."""
-    head = base.get_output_embeddings()
-    packed = [m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    rest = sum(parameter.numel() for parameter in base.parameters()) - sum(packed)
-    scales = sum(packed) // 64
-    return rest * size + sum(packed) // 2 + (scales + scales // 64 if policy.double_quantization else scales * 4)
+def _parameter_count(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def memory(experiment: Experiment, stages: list[str], sizes: Sizes) -> list[Holding]:
-    """All holdings, stage by stage. Activations and the interpreter's own memory come on top."""
-    holdings: list[Holding] = []
+def _kv_numbers(config: PretrainedConfig) -> int:
+    """Numbers in the KV cache per token."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * text.num_hidden_layers * kv_heads * head_dim
+
+
+def _four_bit_bytes(base: PreTrainedModel, policy: PolicySettings, itemsize: int) -> int:
+    """Bytes with all linear layers but the LM head in four bits, and a scale per 64 numbers (Dettmers et al. 2023)."""
+    lm_head = base.get_output_embeddings()
+    linears = [m for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not lm_head]
+    quantized = sum(layer.weight.numel() for layer in linears)
+    scales = quantized // 64
+    # Double quantization: a scale in one byte, and a second-level scale in float32 per 256 of those.
+    scale_bytes = scales + scales // 64 if policy.double_quantization else scales * FLOAT32
+    return (_parameter_count(base) - quantized) * itemsize + quantized // 2 + scale_bytes
+
+
+def estimate_memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> list[TensorUse]:
+    """The tensors of every process, stage by stage.
+
+    Args:
+        experiment: The settings.
+        stages: The stages that will run.
+        sizes: Of the experiment's model and policy, by `measure`.
+
+    Returns:
+        One record per process and role. Activations and the interpreter's own memory come on top.
+    """
+    uses: list[TensorUse] = []
     if trains_sft(experiment) and "sft" in stages:
-        holdings += [Holding("sft", "trainer", role, size) for role, size in _sft(experiment, sizes)]
+        uses += [TensorUse("sft", "trainer", role, size) for role, size in _sft(experiment, sizes)]
     if trains_reward(experiment) and "reward" in stages:
-        holdings += [Holding("reward", "trainer", role, size) for role, size in _reward(experiment, sizes)]
+        uses += [TensorUse("reward", "trainer", role, size) for role, size in _reward(experiment, sizes)]
     if "ppo" in stages:
-        each = "learner" if experiment.learner.ranks < 2 else f"each of {experiment.learner.ranks} ranks"
-        holdings += [Holding("ppo", each, role, size) for role, size in _learner(experiment, sizes)]
-        workers = experiment.rollouts.workers
-        if workers:
-            each = "worker" if workers == 1 else f"each of {workers} workers"
-            holdings += [Holding("ppo", each, "trunk", _trunk(experiment, sizes))]
-            holdings += [Holding("ppo", each, role, size) for role, size in _sampler(experiment, sizes)]
-    return holdings
+        learner = "learner" if experiment.learner.ranks < 2 else f"each of {experiment.learner.ranks} ranks"
+        uses += [TensorUse("ppo", learner, role, size) for role, size in _learner(experiment, sizes)]
+        if experiment.rollouts.workers:
+            uses += _workers(experiment, sizes)
+    return uses
 
 
-def _trunk(experiment: Experiment, sizes: Sizes) -> int:
-    """The shared base; with full fine-tuning there is none besides the roles themselves."""
+def _workers(experiment: Experiment, sizes: ModelSizes) -> list[TensorUse]:
+    workers = experiment.rollouts.workers
+    process = "worker" if workers == 1 else f"each of {workers} workers"
+    base = TensorUse("ppo", process, "base model", _base_bytes(experiment, sizes))
+    return [base, *(TensorUse("ppo", process, role, size) for role, size in _sampler(experiment, sizes))]
+
+
+def _base_bytes(experiment: Experiment, sizes: ModelSizes) -> int:
+    """The shared base model; with full fine-tuning there is none besides the roles themselves."""
     return 0 if experiment.policy.method == "full" else sizes.base_bytes
 
 
-def _sft(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
-    yield "trunk", _trunk(experiment, sizes)
-    yield "reference, which trains", sizes.adapter * 16
+def _sft(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    yield "base model", _base_bytes(experiment, sizes)
+    yield "reference, trained", sizes.adapter * TRAINED["adamw"]
 
 
-def _reward(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
-    yield "trunk", _trunk(experiment, sizes)
-    yield "reference", sizes.adapter * 4
+def _reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    yield "base model", _base_bytes(experiment, sizes)
+    yield "reference", sizes.adapter * FLOAT32
     heads = sizes.head * len(experiment.reward.weights)
-    trained = heads if experiment.reward.trains == "head" else sizes.judge + heads
-    yield "reward, which trains", trained * 16 + (sizes.judge + heads - trained) * 4
+    model = sizes.scalar_adapter + heads
+    trained = heads if experiment.reward.trains == "head" else model
+    yield "reward, trained", trained * TRAINED["adamw"] + (model - trained) * FLOAT32
     if others := (experiment.reward.ensemble.members or 1) - 1:
-        yield "reward's other members", (sizes.judge + heads) * 4 * others
+        yield "reward's other members", model * FLOAT32 * others
 
 
-def _learner(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
-    learner, ppo = experiment.learner, experiment.ppo
-    ranks = max(1, learner.ranks)
-    sharded = ranks if learner.zero == 3 else 1
-    yield "trunk", _trunk(experiment, sizes) / sharded
-    yield "reference", sizes.adapter * 4 / sharded
-    reward = experiment.reward
-    for name, term in reward.terms.items():
-        if isinstance(term, ClassifierTerm):
-            yield f"reward {name}, a model of its own", _classifier_bytes(term.path)
-    if reward.classifier:
-        yield "reward, a model of its own", _classifier_bytes(reward.classifier)
-    elif reward.has_model:
-        members = reward.ensemble.members or (members_in(reward.model) if reward.model else 1)
-        yield "reward", (sizes.judge + sizes.head * (1 + len(reward.attributes))) * members * 4 / sharded
-    yield "policy, which trains", _trained(experiment, sizes.adapter)
-    if ppo.has_critic and ppo.critic.kind == "head":
-        yield "critic, which trains", _trained(experiment, sizes.head)
-    elif ppo.has_critic:
-        own = sizes if ppo.critic.model is None else measure(_critic_base(experiment), experiment.policy)
-        if ppo.critic.kind == "model":
-            yield "critic's trunk", _trunk(experiment, own) / sharded
-        yield "critic, which trains", _trained(experiment, own.judge + own.head)
+def _learner(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    learner = experiment.learner
+    shards = max(1, learner.ranks) if learner.zero == 3 else 1
+    yield "base model", _base_bytes(experiment, sizes) / shards
+    yield "reference", sizes.adapter * FLOAT32 / shards
+    yield from _reward_models(experiment, sizes, shards)
+    yield "policy, trained", _trained_bytes(experiment, sizes.adapter)
+    if experiment.ppo.has_critic:
+        yield from _critic(experiment, sizes, shards)
     if not experiment.rollouts.workers:
         if learner.ranks or learner.zero == 3:
-            yield "sampler's trunk", _trunk(experiment, sizes)
+            yield "sampler's base model", _base_bytes(experiment, sizes)
         yield from _sampler(experiment, sizes)
 
 
-def _critic_base(experiment: Experiment) -> ModelSettings:
-    return experiment.model.model_copy(update={"path": experiment.ppo.critic.model})
+def _reward_models(experiment: Experiment, sizes: ModelSizes, shards: int) -> Iterator[tuple[str, float]]:
+    reward = experiment.reward
+    for name, term in reward.terms.items():
+        if isinstance(term, ClassifierTerm):
+            yield f"reward {name}, a separate model", _classifier_bytes(term.path)
+    if reward.classifier:
+        yield "reward, a separate model", _classifier_bytes(reward.classifier)
+    elif reward.has_model:
+        members = reward.ensemble.members or (members_in(reward.model) if reward.model else 1)
+        heads = sizes.head * (1 + len(reward.attributes))
+        yield "reward", (sizes.scalar_adapter + heads) * members * FLOAT32 / shards
 
 
-def _trained(experiment: Experiment, numbers: int) -> float:
-    """Bytes of numbers that train on one rank; ZeRO 1 to 3 shards the optimizer, which then has a copy of its own of
-    the weights, from 2 on the gradient, at 3 the weights."""
+def _critic(experiment: Experiment, sizes: ModelSizes, shards: int) -> Iterator[tuple[str, float]]:
+    critic = experiment.ppo.critic
+    if critic.kind == "head":
+        yield "critic, trained", _trained_bytes(experiment, sizes.head)
+        return
+    if critic.model is not None:
+        base = experiment.model.model_copy(update={"path": critic.model})
+        sizes = measure(base, experiment.policy)
+    if critic.kind == "model":
+        yield "critic's base model", _base_bytes(experiment, sizes) / shards
+    yield "critic, trained", _trained_bytes(experiment, sizes.scalar_adapter + sizes.head)
+
+
+def _trained_bytes(experiment: Experiment, parameters: int) -> float:
+    """Bytes of trained parameters on one rank.
+
+    ZeRO 1 to 3 shard the optimizer, which then has its own copy of the weights; 2 and 3 shard the gradient as well, and
+    3 the weights.
+    """
     learner = experiment.learner
-    ranks, whole = max(1, learner.ranks), TRAINED[learner.optimizer]
+    ranks = max(1, learner.ranks)
+    unsharded = TRAINED[learner.optimizer]
     if learner.zero == 0:
-        return numbers * whole
-    moments = whole - 8 + 4
-    gradient, weight = (4 / ranks if learner.zero >= stage else 4 for stage in (2, 3))
-    return numbers * (weight + gradient + moments / ranks)
+        return parameters * unsharded
+    optimizer = unsharded - 2 * FLOAT32 + FLOAT32  # the moments and the optimizer's copy of the weights
+    gradient = FLOAT32 / ranks if learner.zero >= 2 else FLOAT32
+    weight = FLOAT32 / ranks if learner.zero >= 3 else FLOAT32
+    return parameters * (weight + gradient + optimizer / ranks)
 
 
-def _sampler(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[str, float]]:
+def _sampler(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
     rollouts = experiment.rollouts
-    yield "sampler", sizes.adapter * 4
-    if rollouts.merge and sizes.merged:
-        yield "sampler's merged weights", sizes.merged
-    rows, tokens = (
-        min(rollouts.max_num_seqs, rollouts.effective_chunk_size),
-        rollouts.max_prompt_tokens + rollouts.max_new_tokens,
-    )
-    yield "keys and values, at most", rows * tokens * sizes.token
+    yield "sampler", sizes.adapter * FLOAT32
+    if rollouts.merge and sizes.merged_bytes:
+        yield "sampler's merged weights", sizes.merged_bytes
+    sequences = min(rollouts.max_num_seqs, rollouts.effective_chunk_size)
+    tokens = rollouts.max_prompt_tokens + rollouts.max_new_tokens
+    yield "KV cache, at most", sequences * tokens * sizes.kv_bytes
 
 
 def _classifier_bytes(path: str) -> int:
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(copy.deepcopy(load_model_config(path)))
-    return sum(parameter.numel() for parameter in model.parameters()) * 4
+    return _parameter_count(model) * FLOAT32

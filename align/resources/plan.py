@@ -1,4 +1,4 @@
-"""What a run will do and need, before it does it."""
+"""What a run will do and what it needs, before it starts."""
 
 from itertools import groupby
 from pathlib import Path
@@ -7,8 +7,9 @@ from rich.table import Table
 
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, trains_reward, trains_sft
-from align.resources.memory import Sizes, measure, memory
-from align.resources.ray_cluster import cores, threads
+from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
+from align.resources.ray_cluster import cores, threads_per_process
+from align.runtime.wording import counted
 from align.supervised.fit import optimizer_steps
 from policies.device import default_device
 from policies.layers import native
@@ -16,7 +17,7 @@ from rewards.schema import FitSettings
 
 
 def plan_table(experiment: Experiment, datasets: Datasets, stages: list[str]) -> Table:
-    """The plan as a table for people: data, steps, tokens, memory, processes, files."""
+    """The plan as a table for the terminal."""
     table = Table(title=f"plan of {experiment.name}", title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -25,54 +26,83 @@ def plan_table(experiment: Experiment, datasets: Datasets, stages: list[str]) ->
     return table
 
 
-def plan_lines(experiment: Experiment, datasets: Datasets, stages: list[str], sizes: Sizes) -> list[tuple[str, str]]:
-    """Name and text of each line of the plan."""
+def plan_lines(
+    experiment: Experiment, datasets: Datasets, stages: list[str], sizes: ModelSizes
+) -> list[tuple[str, str]]:
+    """What the stages will do and need: data, steps, tokens, memory, processes, files.
+
+    Args:
+        experiment: The settings.
+        datasets: What the stages read.
+        stages: The stages that will run, in order.
+        sizes: Of the experiment's model and policy, by `measure`.
+
+    Returns:
+        Name and text of each line.
+    """
     lines = [("stages", " → ".join(stages) or "nothing is left to do")]
     if trains_sft(experiment) and "sft" in stages:
-        lines.append(("sft", _fit(len(datasets.demonstrations), "demonstrations", experiment.sft)))
+        lines.append(("sft", _fit(len(datasets.demonstrations), "demonstration", experiment.sft)))
     if trains_reward(experiment) and "reward" in stages:
-        lines.append(("reward", _fit(len(datasets.preferences), "rows of feedback", experiment.reward)))
+        lines.append(("reward", _fit(len(datasets.preferences), "preference example", experiment.reward)))
     if "ppo" in stages:
         lines += _ppo(experiment, datasets, sizes)
     lines += _memory(experiment, stages, sizes)
     if default_device().type == "cpu" and native.library() is None:
-        lines.append(("kernels", "none: no C++ compiler (c++, or what CXX names); every stage takes longer without"))
-    lines += [("skipped rows", f"{len(why)} of data.{source}") for source, why in datasets.skipped.items()]
+        lines.append(
+            ("kernels", "none: no C++ compiler (c++, or the one that CXX names); every stage is slower without")
+        )
+    for source, reasons in datasets.skipped.items():
+        lines.append(("skipped rows", f"{len(reasons)} of data.{source}"))
     return [*lines, ("written to", str(Path(experiment.runs) / experiment.name))]
 
 
-def _fit(rows: int, what: str, settings: FitSettings) -> str:
-    steps = optimizer_steps(rows, settings)
-    return f"{rows:,} {what}, {settings.epochs:g} epochs of batches of {settings.batch_size}: {steps:,} optimizer steps"
+def _fit(examples: int, noun: str, settings: FitSettings) -> str:
+    epochs = counted(settings.epochs, "epoch")
+    steps = counted(optimizer_steps(examples, settings), "optimizer step")
+    return f"{counted(examples, noun)}, {epochs} in batches of {settings.batch_size}: {steps}"
 
 
-def _ppo(experiment: Experiment, datasets: Datasets, sizes: Sizes) -> list[tuple[str, str]]:
+def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[tuple[str, str]]:
     ppo, rollouts, learner = experiment.ppo, experiment.rollouts, experiment.learner
     episodes = ppo.steps * ppo.batch_size
     updates = ppo.steps * ppo.epochs * ppo.minibatches
-    processes = max(1, rollouts.workers) + max(1, learner.ranks) if rollouts.workers or learner.ranks else 1
-    each = max(rollouts.workers, learner.ranks, 1)
+    processes = 1
+    if rollouts.workers or learner.ranks:
+        processes = max(1, rollouts.workers) + max(1, learner.ranks)
+    where = "in one process" if processes == 1 else f"in each of {processes} processes"
+    threads = threads_per_process(experiment.cluster, max(rollouts.workers, learner.ranks, 1))
+    steps = counted(ppo.steps, "step")
+    prompts = counted(len(datasets.prompts), "prompt")
+    minibatches = f"{counted(ppo.epochs, 'epoch')} × {counted(ppo.minibatches, 'minibatch', 'minibatches')}"
+    workers = counted(rollouts.workers, "rollout worker")
+    ranks = counted(learner.ranks, "learner rank")
+    base = f"{sizes.base / 1e6:,.1f} M parameters"
+    adapter = f"{sizes.adapter / 1e6:,.2f} M parameters"
     return [
-        ("ppo", f"{ppo.steps:,} steps of {ppo.batch_size}: {episodes:,} episodes from {len(datasets.prompts):,} prompts"),
-        ("updates", f"{ppo.epochs} epochs × {ppo.minibatches} minibatches a step: {updates:,} optimizer steps"),
-        ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} a response"),
-        ("base model", f"{sizes.base / 1e6:,.1f} M parameters, {_bytes(sizes.base_bytes)} in each of {processes} "
-                       "processes"),
-        ("adapters", f"{sizes.adapter / 1e6:,.2f} M parameters a role; each update sends {_bytes(sizes.adapter * 4)}"),
-        ("processes", f"{rollouts.workers} rollout workers, {learner.ranks} learner ranks, {cores()} cores, "
-                      f"{threads(experiment.cluster, each)} threads each"),
-        ("evaluation", f"{len(datasets.prompts_heldout)} held-out prompts"),
-    ]  # fmt: skip
+        ("ppo", f"{steps} of {ppo.batch_size}: {counted(episodes, 'episode')} from {prompts}"),
+        ("updates", f"{minibatches} per step: {counted(updates, 'optimizer step')}"),
+        ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} per response"),
+        ("base model", f"{base}, {_bytes(sizes.base_bytes)} {where}"),
+        ("adapters", f"{adapter} per role; each update sends {_bytes(sizes.adapter * FLOAT32)}"),
+        ("processes", f"{workers}, {ranks}, {counted(cores(), 'core')}, {counted(threads, 'thread')} each"),
+        ("evaluation", counted(len(datasets.prompts_heldout), "held-out prompt")),
+    ]
 
 
-def _memory(experiment: Experiment, stages: list[str], sizes: Sizes) -> list[tuple[str, str]]:
-    """A line for each stage and process: its tensors in all, and whose they are."""
+def _memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> list[tuple[str, str]]:
+    """A line per stage and process: the bytes of its tensors, in all and by role."""
     lines = []
-    for (stage, process), group in groupby(memory(experiment, stages, sizes), lambda h: (h.stage, h.process)):
-        held = list(group)
-        parts = ", ".join(f"{h.role} {_bytes(h.bytes)}" for h in held if h.bytes)
-        lines.append((f"memory, {stage}: {process}", f"{_bytes(sum(h.bytes for h in held))}: {parts}"))
+    for (stage, process), group in groupby(estimate_memory(experiment, stages, sizes), _stage_and_process):
+        uses = list(group)
+        total = _bytes(sum(use.bytes for use in uses))
+        roles = ", ".join(f"{use.role} {_bytes(use.bytes)}" for use in uses if use.bytes)
+        lines.append((f"memory, {stage}: {process}", f"{total}: {roles}"))
     return lines
+
+
+def _stage_and_process(use: TensorUse) -> tuple[str, str]:
+    return use.stage, use.process
 
 
 def _bytes(count: float) -> str:

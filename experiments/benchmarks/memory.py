@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from align.config.schema import Experiment
-from align.resources.memory import measure, memory
+from align.resources.memory import estimate_memory, measure
 from align.roles.build import Blueprint, RewardRole, build_roles
 
 LORA = {"rank": 16, "alpha": 32}
@@ -64,7 +64,11 @@ def figures(model: Path, dtype: str) -> tuple[float, float]:
     """Bytes by the plan: of the learner without its sampler; and the same with a trunk for each role."""
     experiment = experiment_of(model, dtype)
     sizes = measure(experiment.model, experiment.policy)
-    held = [h.bytes for h in memory(experiment, ["ppo"], sizes) if "sampler" not in h.role and "at most" not in h.role]
+    held = [
+        h.bytes
+        for h in estimate_memory(experiment, ["ppo"], sizes)
+        if "sampler" not in h.role and "at most" not in h.role
+    ]
     return sum(held), sum(held) + 3 * sizes.base_bytes
 
 

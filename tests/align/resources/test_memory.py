@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from align.config.schema import Experiment
 from align.learner.learner import Learner
-from align.resources.memory import measure, memory
+from align.resources.memory import estimate_memory, measure
 from align.roles.build import Blueprint, RewardRole, build_roles
 from policies.files.base_model import load_base
 from policies.module_names import linears
@@ -45,8 +45,8 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
 ) -> None:
     settings = make_settings(tiny_model, tmp_path) | {"policy": POLICIES[name]}
     experiment = Experiment.model_validate(settings)
-    held = memory(experiment, ["ppo"], measure(experiment.model, experiment.policy))
-    planned = sum(holding.bytes for holding in held if "at most" not in holding.role)
+    uses = estimate_memory(experiment, ["ppo"], measure(experiment.model, experiment.policy))
+    planned = sum(use.bytes for use in uses if "at most" not in use.role)
 
     before = storages()
     donor = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), None).trunk
@@ -57,7 +57,7 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     roles = build_roles(blueprint, experiment.ppo.critic, (SAMPLER_ROLE,))
     del blueprint
     learner = Learner(roles, experiment.ppo, experiment.learner, 1.0, gradient_checkpointing=False)
-    engine = TransformersEngine(roles.trunk, frozenset(), rows=2, merge=experiment.rollouts.merge)
+    engine = TransformersEngine(roles.trunk, frozenset(), max_num_seqs=2, merge=experiment.rollouts.merge)
     engine.load_adapter(0, weights)
     del weights, head
     measured: list[int] = []

@@ -6,7 +6,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from align.config.schema import STAGES, Experiment
+from align.config.schema import Experiment
+from align.config.stage import stage_names
 from align.data.datasets import Datasets, read_datasets
 from align.resources.memory import measure
 from align.resources.plan import plan_lines, plan_table
@@ -31,7 +32,7 @@ def datasets(experiment: Experiment, tiny_tokenizer: PreTrainedTokenizerBase) ->
 
 def planned(experiment: Experiment, datasets: Datasets, *stages: str) -> dict[str, str]:
     sizes = measure(experiment.model, experiment.policy)
-    return dict(plan_lines(experiment, datasets, list(stages or STAGES), sizes))
+    return dict(plan_lines(experiment, datasets, list(stages or stage_names()), sizes))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -57,7 +58,7 @@ def test_a_head_has_as_many_parameters_as_the_real_one(tiny_model: Path) -> None
     assert sizes.head == sum(parameter.numel() for parameter in ScalarHead(32).parameters())
 
 
-def test_a_machine_without_a_compiler_is_told(
+def test_a_missing_compiler_is_reported(
     experiment: Experiment, datasets: Datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "kernels" not in planned(experiment, datasets)
@@ -65,10 +66,10 @@ def test_a_machine_without_a_compiler_is_told(
     assert planned(experiment, datasets)["kernels"].startswith("none: no C++ compiler")
 
 
-def test_the_rows_are_those_that_train(experiment: Experiment, datasets: Datasets) -> None:
+def test_the_examples_are_those_that_train(experiment: Experiment, datasets: Datasets) -> None:
     lines = planned(experiment, datasets)
-    assert lines["sft"] == "36 demonstrations, 1 epochs of batches of 12: 3 optimizer steps"
-    assert lines["reward"] == "36 rows of feedback, 1 epochs of batches of 12: 3 optimizer steps"
+    assert lines["sft"] == "36 demonstrations, 1 epoch in batches of 12: 3 optimizer steps"
+    assert lines["reward"] == "36 preference examples, 1 epoch in batches of 12: 3 optimizer steps"
     assert lines["ppo"] == "3 steps of 8: 24 episodes from 36 prompts"
     assert lines["evaluation"] == "4 held-out prompts"
 
@@ -79,13 +80,13 @@ def test_optimizer_steps_of_a_supervised_stage_round_up(
 ) -> None:
     sft = experiment.sft.model_copy(update={"batch_size": batch, "epochs": epochs})
     planned_sft = planned(experiment.model_copy(update={"sft": sft}), datasets)["sft"]
-    assert planned_sft.endswith(f": {steps} optimizer steps")
+    assert planned_sft.endswith(": 1 optimizer step" if steps == 1 else f": {steps} optimizer steps")
 
 
 def test_updates_and_tokens_of_ppo(experiment: Experiment, datasets: Datasets) -> None:
     lines = planned(experiment, datasets)
-    assert lines["updates"] == "2 epochs × 2 minibatches a step: 12 optimizer steps"
-    assert lines["tokens"] == "at most 144 generated, 6 a response"
+    assert lines["updates"] == "2 epochs × 2 minibatches per step: 12 optimizer steps"
+    assert lines["tokens"] == "at most 144 generated, 6 per response"
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
@@ -93,18 +94,29 @@ def test_the_base_takes_its_dtypes_bytes(experiment: Experiment, datasets: Datas
     model = experiment.model.model_copy(update={"dtype": dtype})
     base = measure(experiment.model, experiment.policy).base
     text = planned(experiment.model_copy(update={"model": model}), datasets)["base model"]
-    assert f"{base * size / 1000:.3g} KB in each of 1 processes" in text
+    assert f"{base * size / 1000:.3g} KB in one process" in text
 
 
-@pytest.mark.parametrize(("workers", "ranks", "processes"), [(0, 0, 1), (3, 0, 4), (0, 2, 3), (3, 2, 5)])
-def test_processes(experiment: Experiment, datasets: Datasets, workers: int, ranks: int, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "ranks", "where", "processes"),
+    [
+        (0, 0, "in one process", "0 rollout workers, 0 learner ranks"),
+        (3, 0, "in each of 4 processes", "3 rollout workers, 0 learner ranks"),
+        (0, 2, "in each of 3 processes", "0 rollout workers, 2 learner ranks"),
+        (3, 2, "in each of 5 processes", "3 rollout workers, 2 learner ranks"),
+        (1, 1, "in each of 2 processes", "1 rollout worker, 1 learner rank"),
+    ],
+)
+def test_processes(
+    experiment: Experiment, datasets: Datasets, workers: int, ranks: int, where: str, processes: str
+) -> None:
     update = {
         "rollouts": experiment.rollouts.model_copy(update={"workers": workers}),
         "learner": experiment.learner.model_copy(update={"ranks": ranks}),
     }
     lines = planned(experiment.model_copy(update=update), datasets)
-    assert lines["base model"].endswith(f"in each of {processes} processes")
-    assert lines["processes"].startswith(f"{workers} rollout workers, {ranks} learner ranks")
+    assert lines["base model"].endswith(where)
+    assert lines["processes"].startswith(f"{processes}, ")
 
 
 def test_only_the_stages_that_are_left_are_planned(experiment: Experiment, datasets: Datasets) -> None:
@@ -116,14 +128,14 @@ def test_only_the_stages_that_are_left_are_planned(experiment: Experiment, datas
     }
 
 
-def test_skipped_rows_are_told(experiment: Experiment, datasets: Datasets) -> None:
+def test_skipped_rows_are_counted(experiment: Experiment, datasets: Datasets) -> None:
     datasets.skipped["prompts"] = ["bad", "worse"]
     assert planned(experiment, datasets)["skipped rows"] == "2 of data.prompts"
 
 
 def test_the_table_shows_every_line(experiment: Experiment, datasets: Datasets) -> None:
     out = StringIO()
-    Console(file=out, width=300).print(plan_table(experiment, datasets, list(STAGES)))
+    Console(file=out, width=300).print(plan_table(experiment, datasets, stage_names()))
     assert "plan of tiny" in out.getvalue()
     assert all(f"{name}  " in out.getvalue() for name in planned(experiment, datasets))
     assert str(Path(experiment.runs) / "tiny") in out.getvalue()
