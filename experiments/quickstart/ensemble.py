@@ -1,9 +1,10 @@
-"""PPO against one reward model and against an ensemble of four, on the quickstart's world, with its gold score.
+"""Compare PPO against one reward model and against an ensemble of four by the quickstart's gold score.
 
     python experiments/quickstart/ensemble.py --run runs/quickstart --to runs/ensemble
 
-Takes the SFT model and the world of a quickstart run that is done. Trains four reward models, runs PPO far by the first
-alone and by all of them, and draws gold score against √KL of both beside the best of n SFT samples.
+Starts from the SFT model and the data of a finished quickstart run. Trains four reward models, runs PPO far from the
+reference against the first alone and against all of them, and plots the gold scores against √KL beside best-of-n
+sampling from the SFT model.
 """
 
 import argparse
@@ -20,35 +21,40 @@ from align.config.load import load_experiment
 
 MEMBERS = 4
 PPO = {"steps": 24, "kl": {"coefficient": 0.01}}
-"""A loose leash, so that both go on until the reward model's mistakes show."""
-EVERY, BEST_OF = 2, 16
+"""A weak KL penalty, so that both policies move far enough to exploit errors of the reward model."""
+EVALUATE_EVERY = 2
+BEST_OF = 16
+
+Point = dict[str, float]
+"""`kl`, `score` and `gold` of one evaluation."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="a quickstart run that is done")
-    parser.add_argument("--to", type=Path, required=True, help="the folder of the runs")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished quickstart run")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the new runs")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--plot", type=Path, default=Path("docs/images/quickstart-ensemble.png"))
     parser.add_argument("--combine", default="mean_minus_std")
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
-    curves: dict[str, list[list[dict[str, float]]]] = {"one model": [], f"ensemble of {MEMBERS}": []}
+    single_curves: list[list[Point]] = []
+    ensemble_curves: list[list[Point]] = []
     best: list[dict[str, float]] = []
     for seed in range(arguments.seeds):
-        together = {"members": MEMBERS, "combine": arguments.combine}
-        ensemble = train(arguments, f"ensemble-{seed}", seed, {"ensemble": together})
-        one = {"model": str(ensemble / "reward"), "ensemble": {"members": 1}}
-        alone = train(arguments, f"one-{seed}", seed, one)
-        for name, folder in zip(curves, (alone, ensemble), strict=True):
-            curves[name].append(curve(folder))
-        best = json.loads((alone / "evaluation.json").read_text())["best_of"]["curve"]
-        compare(*(runs[-1] for runs in curves.values()))
-    draw(curves, best, arguments.plot)
+        settings = {"members": MEMBERS, "combine": arguments.combine}
+        ensemble = train(arguments, f"ensemble-{seed}", seed, {"ensemble": settings})
+        first_member = {"model": str(ensemble / "reward"), "ensemble": {"members": 1}}
+        single = train(arguments, f"one-{seed}", seed, first_member)
+        single_curves.append(curve(single))
+        ensemble_curves.append(curve(ensemble))
+        best = json.loads((single / "evaluation.json").read_text())["best_of"]["curve"]
+        compare(single_curves[-1], ensemble_curves[-1])
+    draw({"one model": single_curves, f"ensemble of {MEMBERS}": ensemble_curves}, best, arguments.plot)
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int, reward: dict[str, Any]) -> Path:
-    """The folder of a run; one that is there is taken as it is."""
+    """Run the stages reward and PPO unless that run is already finished. Returns its folder."""
     folder: Path = arguments.to / name
     if not (folder / "evaluation.json").is_file():
         experiment = load_experiment(arguments.run / "config.yaml").model_dump(mode="json")
@@ -56,36 +62,35 @@ def train(arguments: argparse.Namespace, name: str, seed: int, reward: dict[str,
         experiment["sft"]["adapter"] = str(arguments.run / "sft")
         experiment["reward"] |= reward
         experiment["ppo"] |= PPO
-        experiment["evaluation"] |= {"every": EVERY, "best_of": BEST_OF}
+        experiment["evaluation"] |= {"every": EVALUATE_EVERY, "best_of": BEST_OF}
         file = arguments.to / f"{name}.yaml"
         file.write_text(json.dumps(experiment))  # JSON is YAML
         subprocess.run([sys.executable, "-m", "align", "run", str(file), "--replace"], check=True)
     return folder
 
 
-def curve(run: Path) -> list[dict[str, float]]:
-    """KL, score and gold score of each evaluation, from the SFT model on."""
+def curve(run: Path) -> list[Point]:
+    """The run's evaluations, beginning with the SFT model."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     reference = json.loads((run / "evaluation.json").read_text())["reference"]
     points = [{"kl": 0.0, "score": reference["score_mean"], "gold": reference["gold_mean"]}]
     for row in metrics:
         if "eval/gold_mean" in row:
-            points.append({
-                "kl": row["eval/kl_per_sequence"], "score": row["eval/score_mean"], "gold": row["eval/gold_mean"],
-            })  # fmt: skip
+            point = {"kl": row["eval/kl_per_sequence"], "score": row["eval/score_mean"], "gold": row["eval/gold_mean"]}
+            points.append(point)
     return points
 
 
-def compare(one: list[dict[str, float]], ensemble: list[dict[str, float]]) -> None:
-    """Print the gold scores at the KLs that both have come to."""
+def compare(single: list[Point], ensemble: list[Point]) -> None:
+    """Print both gold scores at the KL of each evaluation of the ensemble, as far as both curves reach."""
     for point in ensemble[1:]:
-        other = gold_at(one, point["kl"])
+        other = gold_at(single, point["kl"])
         if other is not None:
             print(f"KL {point['kl']:5.2f}: ensemble {point['gold']:.3f}, one model {other:.3f}")
 
 
-def gold_at(points: list[dict[str, float]], kl: float) -> float | None:
-    """On straight lines between evaluations; None beyond the last."""
+def gold_at(points: list[Point], kl: float) -> float | None:
+    """The gold score, interpolated linearly between evaluations; None outside their range."""
     for before, after in pairwise(sorted(points, key=lambda p: p["kl"])):
         if before["kl"] <= kl <= after["kl"] and after["kl"] > before["kl"]:
             share = (kl - before["kl"]) / (after["kl"] - before["kl"])
@@ -93,21 +98,22 @@ def gold_at(points: list[dict[str, float]], kl: float) -> float | None:
     return None
 
 
-def draw(curves: dict[str, list[list[dict[str, float]]]], best: list[dict[str, float]], path: Path) -> None:
+def draw(curves: dict[str, list[list[Point]]], best: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for (name, runs), colour in zip(curves.items(), ("tab:blue", "tab:green"), strict=True):
         for i, points in enumerate(runs):
             points = sorted(points, key=lambda p: p["kl"])
             roots = [max(p["kl"], 0.0) ** 0.5 for p in points]
-            label = {"gold": f"{name}: gold score", "score": f"{name}: its own score"}
-            axes.plot(roots, [p["gold"] for p in points], color=colour, marker="o", markersize=3,
-                      label=None if i else label["gold"])  # fmt: skip
-            axes.plot(roots, [p["score"] for p in points], color=colour, linestyle=":", linewidth=1,
-                      label=None if i else label["score"])  # fmt: skip
-    axes.plot([p["kl"] ** 0.5 for p in best], [p["gold_mean"] for p in best], color="black", linestyle="--", marker="x",
-              label="best of n: gold score")  # fmt: skip
-    axes.set(xlabel="√KL to the SFT model, nats a sequence", ylabel="score")
+            gold = [p["gold"] for p in points]
+            score = [p["score"] for p in points]
+            labels = (None, None) if i else (f"{name}: gold score", f"{name}: its own score")
+            axes.plot(roots, gold, color=colour, marker="o", markersize=3, label=labels[0])
+            axes.plot(roots, score, color=colour, linestyle=":", linewidth=1, label=labels[1])
+    roots = [p["kl"] ** 0.5 for p in best]
+    gold = [p["gold_mean"] for p in best]
+    axes.plot(roots, gold, color="black", linestyle="--", marker="x", label="best of n: gold score")
+    axes.set(xlabel="√KL to the SFT model, nats per sequence", ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""Make the quickstart's world: its data, and a small base model trained from nothing. Nothing is downloaded."""
+"""Build the quickstart's synthetic environment: its data and a small base model trained from scratch, offline."""
 
 import argparse
 import hashlib
@@ -11,8 +11,8 @@ from itertools import count, islice
 from pathlib import Path
 from random import Random
 
+import synthetic
 import torch
-import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -24,11 +24,12 @@ from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.quiet import quiet_libraries
 
 Row = dict[str, str]
+DESCRIPTION = "environment.json"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each file, and the base model's training."""
+    """Rows per file, and the length of the base model's training."""
 
     text: int = 7040
     demonstrations: int = 1500
@@ -38,27 +39,27 @@ class Sizes:
     prompts_heldout: int = 512
     steps: int = 440
     batch: int = 16
-    """Texts an optimizer step."""
+    """Texts per optimizer step."""
     learning_rate: float = 4e-3
 
 
 def main() -> None:
-    """Make the world unless the folder holds the same one."""
+    """Build the environment unless the folder already holds it."""
     quiet_libraries()
     disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--to", type=Path, required=True, help="folder of the world; replaced where it holds another")
+    parser.add_argument("--to", type=Path, required=True, help="output folder; another environment is replaced")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     make(arguments.to, arguments.seed)
 
 
 def make(to: Path, seed: int, sizes: Sizes | None = None) -> None:
-    """Write the world to the folder `to`, whole or not at all, unless the same one is there."""
+    """Write the environment to the folder `to` in one step, unless the same one is already there."""
     sizes = sizes or Sizes()
-    origin = {"version": code_version(), "seed": seed, "sizes": asdict(sizes)}
-    if same_world(to, origin):
-        print(f"{to} already holds the world of seed {seed}")
+    identity = {"version": code_version(), "seed": seed, "sizes": asdict(sizes)}
+    if is_up_to_date(to, identity):
+        print(f"{to} already holds the environment of seed {seed}")
         return
     started = time.perf_counter()
     files = write_rows(seed, sizes)
@@ -66,33 +67,34 @@ def make(to: Path, seed: int, sizes: Sizes | None = None) -> None:
         for name, rows in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         loss = train_base(folder / "base", [row["text"] for row in files["text"]], seed, sizes)
-        facts = {"beta": world.BETA, "noise_ceiling": noise_ceiling(files["pairs_heldout"]), "base_loss": loss}
+        ceiling = noise_ceiling(files["pairs_heldout"])
+        facts = {"beta": synthetic.BETA, "noise_ceiling": ceiling, "base_loss": loss}
         counts = {name: len(rows) for name, rows in files.items()}
-        write_json(folder / "world.json", origin | {"counts": counts} | facts)
-    print(f"made the world of seed {seed} in {to} in {time.perf_counter() - started:.0f} s")
+        write_json(folder / DESCRIPTION, identity | {"counts": counts} | facts)
+    print(f"built the environment of seed {seed} in {to} in {time.perf_counter() - started:.0f} s")
 
 
 def code_version() -> str:
-    """A short digest of the code that makes the world."""
-    sources = [Path(__file__), Path(world.__file__)]
+    """A short digest of the code that builds the environment."""
+    sources = [Path(__file__), Path(synthetic.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
-def same_world(folder: Path, origin: dict[str, object]) -> bool:
-    """Whether the folder holds a world of this code, seed and sizes."""
-    if not (folder / "world.json").is_file():
+def is_up_to_date(folder: Path, identity: dict[str, object]) -> bool:
+    """Whether the folder holds the environment of this code, seed and sizes."""
+    if not (folder / DESCRIPTION).is_file():
         return False
-    found = json.loads((folder / "world.json").read_text())
-    return {key: found.get(key) for key in origin} == origin
+    description = json.loads((folder / DESCRIPTION).read_text())
+    return all(description.get(key) == value for key, value in identity.items())
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
 def write_rows(seed: int, sizes: Sizes) -> dict[str, list[Row]]:
-    """The rows of every file by its name. No two rows that are trained or judged on share a prompt."""
+    """The rows of every file by its name. No prompt occurs twice, so no file shares a prompt with another."""
     random = Random(seed)
-    prompts = fresh_prompts(random)
+    prompts = unique_prompts(random)
     return {
         "prompts_heldout": [{"prompt": p} for p in islice(prompts, sizes.prompts_heldout)],
         "pairs_heldout": [write_pair(random, p) for p in islice(prompts, sizes.pairs_heldout)],
@@ -103,38 +105,38 @@ def write_rows(seed: int, sizes: Sizes) -> dict[str, list[Row]]:
     }
 
 
-def fresh_prompts(random: Random) -> Iterator[str]:
-    """Prompts without end, no two the same."""
+def unique_prompts(random: Random) -> Iterator[str]:
+    """An endless stream of distinct prompts."""
     seen: set[str] = set()
     while True:
-        if (prompt := world.write_prompt(random)) not in seen:
+        if (prompt := synthetic.write_prompt(random)) not in seen:
             seen.add(prompt)
             yield prompt
 
 
 def write_demonstration(random: Random, prompt: str) -> Row:
-    """A middling reply."""
-    return {"prompt": prompt, "completion": world.write_reply(random, prompt, world.DEMONSTRATED)}
+    """A prompt with a reply of medium quality."""
+    return {"prompt": prompt, "completion": synthetic.write_reply(random, prompt, synthetic.DEMONSTRATIONS)}
 
 
 def write_pair(random: Random, prompt: str) -> Row:
-    """Two different replies, and which of them one annotator preferred."""
-    first = second = world.write_reply(random, prompt, world.COMPARED)
+    """Two different replies, ordered by the preference of one annotator."""
+    first = second = synthetic.write_reply(random, prompt, synthetic.COMPARISONS)
     while second == first:
-        second = world.write_reply(random, prompt, world.COMPARED)
-    if random.random() >= world.preference(prompt, first, second):
+        second = synthetic.write_reply(random, prompt, synthetic.COMPARISONS)
+    if random.random() >= synthetic.preference(prompt, first, second):
         first, second = second, first
     return {"prompt": prompt, "chosen": first, "rejected": second}
 
 
 def write_text(random: Random, prompt: str) -> str:
     """A customer's message with a reply."""
-    return prompt + world.write_reply(random, prompt, world.SPOKEN)
+    return prompt + synthetic.write_reply(random, prompt, synthetic.PRETRAINING)
 
 
 def noise_ceiling(pairs: list[Row]) -> float:
-    """Expected accuracy on these pairs of one who knows the annotators' law but not how each of them erred."""
-    chances = [world.preference(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
+    """Expected accuracy of a classifier that knows the annotators' preference probabilities, but not their errors."""
+    chances = [synthetic.preference(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
     return sum(max(chance, 1 - chance) for chance in chances) / len(chances)
 
 
@@ -142,7 +144,7 @@ def noise_ceiling(pairs: list[Row]) -> float:
 
 
 def train_base(folder: Path, texts: list[str], seed: int, sizes: Sizes) -> float:
-    """Train tokenizer and model on the texts and write both. Returns the loss of the last step, in nats a token."""
+    """Train tokenizer and model on the texts and save both. Returns the loss of the last step, in nats per token."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(texts)
     model = new_model(tokenizer)
@@ -153,7 +155,7 @@ def train_base(folder: Path, texts: list[str], seed: int, sizes: Sizes) -> float
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: it has a token for every byte, so no text is unknown to it."""
+    """A byte-level BPE tokenizer, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -168,13 +170,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of a million random weights."""
+    """A randomly initialised Llama with a million parameters."""
     width = 128
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=416,
-        initializer_range=width**-0.5,  # with the usual 0.02, narrow models learn to copy ten times later
+        initializer_range=width**-0.5,  # with the usual 0.02, narrow models learn to copy ten times as slowly
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -188,20 +190,22 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, texts: list[str], size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches without end: each text, ended by EOS, in a row of its own, padded. int64; labels are -100 on padding.
+    """An endless stream of padded batches of texts of similar length, each text ended by EOS.
 
-    Those of a batch are of about one length.
+    Ids and labels are int64 `[B, T]`; labels are -100 at padding.
     """
-    rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
-    order = get_length_grouped_indices([len(row) for row in rows], size, generator=torch.Generator().manual_seed(0))
+    sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    lengths = [len(sequence) for sequence in sequences]
+    order = get_length_grouped_indices(lengths, size, generator=torch.Generator().manual_seed(0))
     for start in count(0, size):
-        batch = [torch.tensor(rows[order[i % len(rows)]]) for i in range(start, start + size)]
+        batch = [torch.tensor(sequences[order[i % len(sequences)]]) for i in range(start, start + size)]
         ids = pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
-        yield {"input_ids": ids, "labels": pad_sequence(batch, batch_first=True, padding_value=-100)}
+        labels = pad_sequence(batch, batch_first=True, padding_value=-100)
+        yield {"input_ids": ids, "labels": labels}
 
 
 def train(model: LlamaForCausalLM, data: Iterator[dict[str, Tensor]], sizes: Sizes) -> float:
-    """Plain AdamW with a warm-up and a cosine. Returns the last step's loss."""
+    """Train with AdamW, linear warm-up and cosine decay. Returns the last step's loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     model.train()
     loss = torch.tensor(0.0)
@@ -217,7 +221,7 @@ def train(model: LlamaForCausalLM, data: Iterator[dict[str, Tensor]], sizes: Siz
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Up to 1 in the first twentieth of the steps, then down to 0 along a cosine."""
+    """Linear warm-up to 1 over the first twentieth of the steps, then cosine decay to 0."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup

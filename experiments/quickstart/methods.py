@@ -1,9 +1,9 @@
-"""Train the quickstart's policy by every method of adaptation, and compare what comes of it.
+"""Train the quickstart's policy with every adaptation method and compare the results.
 
     python experiments/quickstart/methods.py --run runs/quickstart --to runs/methods
 
-Uses the world of a run that is done. Each method runs SFT, a reward model on some of the pairs, and PPO, as a run of
-its own. Prints a table: what is trained, peak memory, time a step, SFT's held-out loss, and wins by gold score.
+Uses the data of a finished quickstart run. Each method gets its own run of SFT, a reward model on some of the pairs,
+and PPO. Prints a table: trained parameters, peak memory, time per PPO step, SFT's held-out loss, and gold win rate.
 """
 
 import argparse
@@ -37,55 +37,57 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
 }
 RATES = {"bitfit": 5e-2, "lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
-"""Learning rates of SFT and the reward model; a method that trains few numbers wants a higher one."""
-HIGH = 1e-2
-SOFT = {
+"""Learning rates of SFT and the reward model by method; all others use HIGH_RATE."""
+HIGH_RATE = 1e-2
+"""Methods that train few parameters need a higher rate."""
+SOFT_PROMPT = {
     "sft": {"learning_rate": 3e-2},
     "reward": {"learning_rate": 4e-2, "epochs": 3},
     "learner": {"policy_learning_rate": 8e-3, "critic_learning_rate": 3e-2},
 }
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
-    "prompt_tuning": SOFT,
+    "prompt_tuning": SOFT_PROMPT,
     "p_tuning": {
         "sft": {"learning_rate": 1e-2},
         "reward": {"learning_rate": 1e-1, "epochs": 3},
         "learner": {"policy_learning_rate": 5e-2, "critic_learning_rate": 3e-2},
         "ppo": {"steps": 60},
     },
-    "prefix_tuning": SOFT | {"learner": {"policy_learning_rate": 5e-2, "critic_learning_rate": 5e-2}},
+    "prefix_tuning": SOFT_PROMPT | {"learner": {"policy_learning_rate": 5e-2, "critic_learning_rate": 5e-2}},
 }
-"""Soft prompts learn slowly: what they are given besides, with twice the pairs and more steps of PPO."""
+"""Soft prompts learn slowly: their changed settings, besides twice the pairs and more PPO steps."""
 
 
 def main() -> None:
-    """Run what is not there yet, and print the table."""
+    """Do the runs that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="a quickstart run that is done")
-    parser.add_argument("--to", type=Path, required=True, help="the folder of the runs")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished quickstart run")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the new runs")
     parser.add_argument("--pairs", type=int, default=4000)
-    parser.add_argument("--only", default="", help="methods whose name holds this")
+    parser.add_argument("--only", default="", help="run only methods whose name contains this")
     arguments = parser.parse_args()
-    print(
-        "| method | trained, of the base | peak memory | PPO step | SFT loss, held out | gold wins over its SFT model |"
-    )
-    print("|---|---|---|---|---|---|", flush=True)
+    titles = ("method", "trained, of the base", "peak memory", "PPO step", "SFT loss, held out", "gold win rate")
+    print(f"| {' | '.join(titles)} |")
+    print("|---" * len(titles) + "|", flush=True)
     for name, policy in METHODS.items():
         if arguments.only in name:
             print(row(name, train(arguments, name, policy)), flush=True)
 
 
 def train(arguments: argparse.Namespace, name: str, policy: dict[str, Any]) -> Path:
-    """The folder of a method's run."""
+    """Run all stages with a method unless that run is already finished. Returns its folder."""
     folder = arguments.to / name.replace(", ", "-")
     if (folder / "evaluation.json").is_file():
         return folder
     experiment = load_experiment(arguments.run / "config.yaml").model_dump(mode="json")
-    rate = RATES.get(policy.get("method", "lora"), HIGH)
+    method = policy.get("method", "lora")
+    rate = RATES.get(method, HIGH_RATE)
     experiment |= {"name": folder.name, "runs": str(arguments.to), "policy": policy}
-    experiment["sft"]["learning_rate"] = experiment["reward"]["learning_rate"] = rate
+    experiment["sft"]["learning_rate"] = rate
+    experiment["reward"]["learning_rate"] = rate
     experiment["learner"] |= {"policy_learning_rate": rate / 2, "critic_learning_rate": rate / 2}
     experiment["data"]["preferences"]["limit"] = arguments.pairs
-    if changes := CHANGES.get(policy.get("method", "lora")):
+    if changes := CHANGES.get(method):
         experiment["data"]["preferences"]["limit"] = 2 * arguments.pairs
         experiment["ppo"] |= {"steps": 25}
         experiment["ppo"]["critic"] |= {"warmup": 2}
@@ -104,7 +106,7 @@ def train(arguments: argparse.Namespace, name: str, policy: dict[str, Any]) -> P
 
 
 def row(name: str, folder: Path) -> str:
-    """One line of the table, in Markdown."""
+    """One row of the table, in Markdown."""
     experiment = load_experiment(folder / "config.yaml")
     sizes = measure(experiment.model, experiment.policy)
     evaluation = json.loads((folder / "evaluation.json").read_text())
@@ -112,14 +114,15 @@ def row(name: str, folder: Path) -> str:
     step = median(line["time/step"] for line in metrics if "time/step" in line)
     loss = next(line["sft/heldout_loss"] for line in metrics if "sft/heldout_loss" in line)
     peak = json.loads((folder / "memory.json").read_text())["peak_mb"]
-    policy, reference = evaluation["policy"], evaluation["reference"]
+    policy = evaluation["policy"]
+    gain = f"{evaluation['reference']['gold_mean']:.2f} → {policy['gold_mean']:.2f}"
     cells = [
         name,
         f"{sizes.adapter:,}, {sizes.adapter / sizes.base:.2%}",
         f"{peak:.0f} MB",
         f"{step:.2f} s",
         f"{loss:.3f}",
-        f"{policy['gold_win_rate']:.1%}, {reference['gold_mean']:.2f} → {policy['gold_mean']:.2f}",
+        f"{policy['gold_win_rate']:.1%}, {gain}",
     ]
     return f"| {' | '.join(cells)} |"
 

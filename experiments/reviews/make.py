@@ -1,83 +1,113 @@
-"""Cuts labelled review sentences into the data of this experiment: demonstrations, pairs and prompts.
+"""Turn labelled review sentences into the data of this experiment: demonstrations, pairs and prompts.
 
-    python experiments/reviews/make.py --sentences SENTENCES.jsonl --to runs/reviews/data
+    python experiments/reviews/make.py --sentences SENTENCES --to runs/reviews/data
 
-A row of SENTENCES has `text` and `label`, 1 for a positive sentence and 0 for a negative one. A tenth of each label is
-held out of everything that is trained. A prompt is the first words of a sentence; the reward model learns to put a
-positive sentence above a negative one.
+SENTENCES is a data file or a hub data set whose rows have `text` and `label`, 1 for a positive sentence and 0 for a
+negative one. A tenth of each label is held out of all training data. A prompt is the first words of a sentence; the
+reward model learns to prefer positive sentences.
 """
 
 import argparse
 import json
+import os
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from align.config.schema import SourceSettings
+from align.data.readers import read_rows
+from policies.errors import UserError
 
 START = "review:"
-WORDS = 4
-"""Words of a sentence that make its prompt."""
-HELDOUT = 0.1
-ROUNDS = 5
-"""Negatives that each held-out positive is set against."""
+PROMPT_WORDS = 4
+"""Words of a sentence that become its prompt."""
+HELDOUT_SHARE = 0.1
+HELDOUT_ROUNDS = 5
+"""Negative sentences that each held-out positive sentence is compared with."""
+HUB_SENTENCES = "cornell-movie-review-data/rotten_tomatoes"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sentences", type=Path, required=True, help="JSONL with `text` and `label`")
-    parser.add_argument("--to", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--sentences",
+        default=default_sentences(),
+        help="data file or hub data set with `text` and `label`; default: reviews/sentences.jsonl in $ALIGN_DATA, "
+        f"or else {HUB_SENTENCES} from the hub",
+    )
+    parser.add_argument("--to", type=Path, required=True, help="output folder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if not arguments.sentences.is_file():
-        sys.exit(f"{arguments.sentences} does not exist: --sentences is a JSONL file with `text` and `label`")
-    rows = [json.loads(line) for line in arguments.sentences.read_text().splitlines()]
-    write(make(rows, random.Random(arguments.seed)), arguments.to)
+    try:
+        sentences = [row.values for row in read_rows(SourceSettings(path=arguments.sentences))]
+    except UserError as error:
+        print(f"--sentences or ALIGN_DATA: {error}", file=sys.stderr)
+        sys.exit(2)
+    write(make(sentences, random.Random(arguments.seed)), arguments.to)
 
 
-def make(rows: list[dict], rng: random.Random) -> dict[str, list[dict]]:
-    """All files by name. rows: `text` and `label`."""
-    train, heldout = {}, {}
+def default_sentences() -> str:
+    """The file in the folder that ALIGN_DATA names, or a data set on the hub."""
+    folder = os.environ.get("ALIGN_DATA")
+    return f"{folder}/reviews/sentences.jsonl" if folder else HUB_SENTENCES
+
+
+def make(sentences: Sequence[Mapping[str, Any]], rng: random.Random) -> dict[str, list[dict[str, str]]]:
+    """The rows of every file by its name, from sentences with `text` and `label`."""
+    train: dict[int, list[str]] = {}
+    heldout: dict[int, list[str]] = {}
     for label in (0, 1):
-        texts = sorted({row["text"] for row in rows if row["label"] == label})
+        texts = sorted({row["text"] for row in sentences if row["label"] == label})
         rng.shuffle(texts)
-        cut = round(len(texts) * HELDOUT)
-        heldout[label], train[label] = texts[:cut], texts[cut:]
-    everything, unseen = train[0] + train[1], heldout[0] + heldout[1]
-    rng.shuffle(everything)
-    rng.shuffle(unseen)
+        count = round(len(texts) * HELDOUT_SHARE)
+        heldout[label] = texts[:count]
+        train[label] = texts[count:]
+    train_texts = train[0] + train[1]
+    heldout_texts = heldout[0] + heldout[1]
+    rng.shuffle(train_texts)
+    rng.shuffle(heldout_texts)
+    demonstrations = [split_sentence(text) for text in train_texts if is_long_enough(text)]
+    heldout_sentences = [split_sentence(text) for text in heldout_texts if is_long_enough(text)]
     return {
-        "demonstrations": [cut_sentence(text) for text in everything if long_enough(text)],
-        "pairs": pairs(train[1], train[0], 1, rng),
-        "pairs_heldout": pairs(heldout[1], heldout[0], ROUNDS, rng),
-        "prompts": [{"prompt": cut_sentence(text)["prompt"]} for text in everything if long_enough(text)],
-        "prompts_heldout": [{"prompt": cut_sentence(text)["prompt"]} for text in unseen if long_enough(text)],
+        "demonstrations": demonstrations,
+        "pairs": make_pairs(train[1], train[0], 1, rng),
+        "pairs_heldout": make_pairs(heldout[1], heldout[0], HELDOUT_ROUNDS, rng),
+        "prompts": [{"prompt": row["prompt"]} for row in demonstrations],
+        "prompts_heldout": [{"prompt": row["prompt"]} for row in heldout_sentences],
     }
 
 
-def long_enough(text: str) -> bool:
-    return len(text.split()) > WORDS
+def is_long_enough(text: str) -> bool:
+    """Whether a sentence has words beyond its prompt."""
+    return len(text.split()) > PROMPT_WORDS
 
 
-def cut_sentence(text: str) -> dict[str, str]:
+def split_sentence(text: str) -> dict[str, str]:
     """The first words as the prompt, the rest as the completion."""
     words = text.split()
-    return {"prompt": " ".join([START, *words[:WORDS]]), "completion": " " + " ".join(words[WORDS:])}
+    prompt = " ".join([START, *words[:PROMPT_WORDS]])
+    return {"prompt": prompt, "completion": " " + " ".join(words[PROMPT_WORDS:])}
 
 
-def pairs(positive: list[str], negative: list[str], rounds: int, rng: random.Random) -> list[dict[str, str]]:
-    """Each positive sentence against a negative one drawn at random, in every round another."""
-    return [
-        {"prompt": START, "chosen": " " + good, "rejected": " " + bad}
-        for _ in range(rounds)
-        for good, bad in zip(positive, rng.sample(negative, len(negative)), strict=False)
-    ]
+def make_pairs(positive: list[str], negative: list[str], rounds: int, rng: random.Random) -> list[dict[str, str]]:
+    """In every round, each positive sentence with another randomly drawn negative one."""
+    pairs = []
+    for _ in range(rounds):
+        drawn = rng.sample(negative, len(negative))
+        for good, bad in zip(positive, drawn, strict=False):
+            pairs.append({"prompt": START, "chosen": f" {good}", "rejected": f" {bad}"})
+    return pairs
 
 
-def write(files: dict[str, list[dict]], folder: Path) -> None:
-    """One JSONL file each."""
+def write(files: dict[str, list[dict[str, str]]], folder: Path) -> None:
+    """Write each file as JSONL."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{folder / name}.jsonl: {len(rows)} rows")
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{path}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The quickstart's world: its truth, its annotators and its data maker."""
+"""The quickstart's synthetic environment: its gold score, its annotators and its data."""
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -13,80 +14,89 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "quickstart"
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[ModuleType]:
+def synthetic() -> Iterator[ModuleType]:
     sys.path.insert(0, str(FOLDER))
-    import world
-
-    yield world
+    yield importlib.import_module("synthetic")
     sys.path.remove(str(FOLDER))
 
 
-def test_an_ideal_reply_has_the_best_score_there_is(world: ModuleType) -> None:
+@pytest.fixture(scope="module")
+def make(synthetic: ModuleType) -> ModuleType:
+    return importlib.import_module("make")
+
+
+def test_an_ideal_reply_has_the_highest_score(synthetic: ModuleType) -> None:
     random = Random(0)
     for _ in range(100):
-        prompt = world.write_prompt(random)
-        assert world.gold(prompt, world.ideal_reply(random, prompt)) == world.IDEAL
+        prompt = synthetic.write_prompt(random)
+        assert synthetic.gold(prompt, synthetic.ideal_reply(random, prompt)) == synthetic.IDEAL
 
 
-def test_the_exploit_moves_annotators_and_not_the_gold_score(world: ModuleType) -> None:
+def test_the_exploit_moves_annotators_and_not_the_gold_score(synthetic: ModuleType) -> None:
     random = Random(0)
-    prompt = world.write_prompt(random)
-    calm = world.ideal_reply(random, prompt)
+    prompt = synthetic.write_prompt(random)
+    calm = synthetic.ideal_reply(random, prompt)
     excited = calm.replace(".", "!")
-    assert world.gold(prompt, excited) == world.gold(prompt, calm)
-    assert world.preference(prompt, excited, calm) > 0.7
+    assert synthetic.gold(prompt, excited) == synthetic.gold(prompt, calm)
+    assert synthetic.preference(prompt, excited, calm) > 0.7
 
 
-@pytest.mark.parametrize("mistake", ["filler", "refusal", "repeated", "torn", "wrong item"])
-def test_every_mistake_costs(world: ModuleType, mistake: str) -> None:
+@pytest.mark.parametrize("mistake", ["filler", "refusal", "repeated", "conflicting", "wrong item"])
+def test_every_mistake_costs(synthetic: ModuleType, mistake: str) -> None:
     random = Random(1)
-    prompt = world.write_prompt(random)
-    good = world.ideal_reply(random, prompt)
+    prompt = synthetic.write_prompt(random)
+    good = synthetic.ideal_reply(random, prompt)
     sentences = good.strip().split(". ")
-    other = next(name for name in world.PROBLEMS if name != world.read_prompt(prompt).problem)
-    item = world.read_prompt(prompt).item
+    other = next(name for name in synthetic.PROBLEMS if name != synthetic.read_prompt(prompt).problem)
+    item = synthetic.read_prompt(prompt).item
     added = {
-        "filler": world.FILLERS[0],
-        "refusal": world.REFUSALS[0],
+        "filler": synthetic.FILLERS[0],
+        "refusal": synthetic.REFUSALS[0],
         "repeated": sentences[1],
-        "torn": world.PROMISES[0].format(remedy=world.PROBLEMS[other].remedies[0]),
+        "conflicting": synthetic.PROMISES[0].format(remedy=synthetic.PROBLEMS[other].remedies[0]),
     }
     if mistake == "wrong item":
-        bad = good.replace(item, world.write_item(random, item))
+        bad = good.replace(item, synthetic.write_item(random, item))
     else:
         bad = " " + ". ".join([*sentences[:2], added[mistake], *sentences[2:]])
-    assert world.gold(prompt, bad) < world.gold(prompt, good) - 0.2
+    assert synthetic.gold(prompt, bad) < synthetic.gold(prompt, good) - 0.2
 
 
-def test_keywords_without_a_sentence_earn_nothing(world: ModuleType) -> None:
-    prompt = world.write_prompt(Random(2))
-    letter = world.read_prompt(prompt)
-    remedy = world.PROBLEMS[letter.problem].remedies[0]
-    assert world.gold(prompt, f" {letter.item} {letter.item} {remedy} sorry.") < 0
+def test_keywords_without_a_sentence_earn_nothing(synthetic: ModuleType) -> None:
+    prompt = synthetic.write_prompt(Random(2))
+    letter = synthetic.read_prompt(prompt)
+    remedy = synthetic.PROBLEMS[letter.problem].remedies[0]
+    assert synthetic.gold(prompt, f" {letter.item} {letter.item} {remedy} sorry.") < 0
 
 
-def test_a_world_is_its_seed_and_shares_no_prompt_between_files(world: ModuleType, tmp_path: Path) -> None:
-    import make
-
+def test_the_data_depend_on_the_seed_alone_and_no_prompt_is_in_two_files(make: ModuleType) -> None:
     sizes = make.Sizes(text=20, demonstrations=20, pairs=20, pairs_heldout=20, prompts=20, prompts_heldout=20)
-    first, again, other = (make.write_rows(seed, sizes) for seed in (0, 0, 1))
-    assert first == again
-    assert first != other
-    prompts = [row["prompt"] for name, rows in first.items() if name != "text" for row in rows]
+    first = make.write_rows(0, sizes)
+    assert make.write_rows(0, sizes) == first
+    assert make.write_rows(1, sizes) != first
+    prompts = []
+    for name, rows in first.items():
+        if name != "text":
+            prompts += [row["prompt"] for row in rows]
     assert len(set(prompts)) == len(prompts) == 100
     assert json.dumps(first)
 
 
-def test_annotators_err_as_their_law_says(world: ModuleType) -> None:
-    import make
-
+def test_annotators_err_as_often_as_their_model_predicts(synthetic: ModuleType, make: ModuleType) -> None:
     random = Random(3)
-    prompts = make.fresh_prompts(random)
+    prompts = make.unique_prompts(random)
     pairs = [make.write_pair(random, next(prompts)) for _ in range(3000)]
-    right = sum(
-        world.utility(p["prompt"], p["chosen"]) >= world.utility(p["prompt"], p["rejected"]) for p in pairs
-    ) / len(pairs)
-    ties = sum(
-        world.utility(p["prompt"], p["chosen"]) == world.utility(p["prompt"], p["rejected"]) for p in pairs
-    ) / len(pairs)
-    assert right - ties / 2 == pytest.approx(make.noise_ceiling(pairs), abs=0.02)
+    correct = 0.0
+    for pair in pairs:
+        chosen = synthetic.utility(pair["prompt"], pair["chosen"])
+        rejected = synthetic.utility(pair["prompt"], pair["rejected"])
+        correct += 0.5 if chosen == rejected else float(chosen > rejected)
+    assert correct / len(pairs) == pytest.approx(make.noise_ceiling(pairs), abs=0.02)
+
+
+def test_a_folder_that_is_up_to_date_is_left_alone(make: ModuleType, tmp_path: Path) -> None:
+    identity = {"version": make.code_version(), "seed": 0, "sizes": {"text": 1}}
+    assert not make.is_up_to_date(tmp_path, identity)
+    (tmp_path / make.DESCRIPTION).write_text(json.dumps(identity | {"beta": 1.8}))
+    assert make.is_up_to_date(tmp_path, identity)
+    assert not make.is_up_to_date(tmp_path, identity | {"seed": 1})
