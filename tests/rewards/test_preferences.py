@@ -1,15 +1,13 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rewards.preferences import Pair, PreferenceExample, Ranking, Rating, parse_preference
+from tests.outside_data import outside_data
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 OTHER = [CHAT[0], {"role": "assistant", "content": "What?"}]
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-HARMLESS = SHARED / "hh" / "harmless.jsonl"
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
@@ -122,10 +120,9 @@ def test_bad_rows(values: dict[str, Any], reason: str) -> None:
         parse_preference(values)
 
 
-@pytest.mark.skipif(not HARMLESS.is_file(), reason="shared/data is not here")
 def test_real_transcripts() -> None:
     bad = 0
-    for line in HARMLESS.read_text(encoding="utf-8").splitlines():
+    for line in outside_data("hh/harmless.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         try:
             found = parse_preference(row)
