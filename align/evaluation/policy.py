@@ -16,7 +16,7 @@ from align.config.schema import Experiment
 from align.evaluation.prompt_styles import PromptStyle, make_prompt_style
 from align.runtime.seeds import seed_for
 from align.scoring.build import Scorers
-from align.scoring.reward import EvaluationScorer, Gold, Rescore, RoleScorer
+from align.scoring.reward import EvaluationScorer, GoldScorer, Rescore, RoleScorer
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
 from rollouts.engine import Sampling
@@ -75,7 +75,7 @@ class EvaluationScorers:
 
     policy: EvaluationScorer
     reference: EvaluationScorer
-    gold: Gold | None = None
+    gold: GoldScorer | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What a reward stage ends with: the figures that tell whether to trust its model, in `reward/`."""
+"""Diagnostics of a reward model: figures that show whether to trust it, written to `reward/` when the stage ends."""
 
 import json
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, takewhile
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,15 @@ from rewards.diagnostics import Comparison, LengthModel
 from rewards.model import RewardModel
 from rewards.preferences import OVERALL, Ranking, Rating
 
-DIAGNOSTICS, WORST, RELIABILITY = "diagnostics.json", "worst.jsonl", "reliability.png"
-PROBED = 32
-"""At most so many responses are scored in several ways."""
-SHOWN = 20
-"""How many of the worst errors are kept in full."""
+DIAGNOSTICS = "diagnostics.json"
+WORST = "worst.jsonl"
+RELIABILITY = "reliability.png"
+MAX_PROBED = 32
+"""Most responses that are scored in several ways to measure invariance: each is scored alone, which is slow."""
+MAX_WORST = 20
+"""Most errors that are kept in full: as many as a person reads."""
+EXTRA_TOKENS = 16
+"""How much longer than the longest example the sequence is beside which examples are scored."""
 
 
 def compute_diagnostics(
@@ -34,160 +38,257 @@ def compute_diagnostics(
     weights: Mapping[str, float],
     trained: Sequence[TokenizedPreference] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of `diagnostics.json`, and the worst errors in full.
+    """Compare a reward model's scores with preferences.
 
-    scores: `[members, N, A]`, by attribute, of all responses of the cases in order, on the scale of training. What is
-    said of an ensemble is said of its mean. trained: the cases of training, to which the length model is fitted.
+    Args:
+        preferences: Held-out preference examples.
+        scores: `[members, N, A]`, by attribute, of all N responses of the examples in order, on the scale of training.
+            The figures are those of the ensemble's mean.
+        weights: Of the A attributes in the overall score.
+        trained: The examples of training, to which the length baseline is fitted.
+
+    Returns:
+        The figures of `diagnostics.json`, and the worst errors in full.
     """
-    compared = figures.comparisons([preference.example for preference in preferences])
+    comparisons = figures.comparisons([preference.example for preference in preferences])
     starts = _starts(preferences)
-    whole = _by_attribute(scores, weights)
     facts: dict[str, Any] = {"rows": len(preferences)} | _correlations(preferences, scores.mean(0), weights, starts)
-    if not compared:
+    if not comparisons:
         return facts, []
-    members = torch.stack([_differences(compared, own, starts) for own in whole])
-    difference = members.mean(0)
-    clusters = [each.cluster for each in compared]
-    certainty = torch.tensor([each.certainty for each in compared], dtype=torch.float64)
-    longer, margin = (
-        _lengths(compared, preferences),
-        torch.tensor([each.margin for each in compared], dtype=torch.float64),
-    )
-    rows = figures.reliability(difference)
-    facts |= vars(figures.accuracy(difference, clusters)) | {
+    differences = [_differences(comparisons, member, starts) for member in _by_attribute(scores, weights)]
+    members = torch.stack(differences)  # [members, M]
+    difference = members.mean(0)  # [M]
+    facts |= _comparison_figures(comparisons, difference, preferences, trained)
+    if len(members) > 1:
+        clusters = _clusters(comparisons)
+        facts["members"] = [figures.accuracy(member, clusters).accuracy for member in members]
+        facts["agreement"] = figures.agreement(members)
+    return facts, _worst_errors(comparisons, difference, preferences)
+
+
+def _comparison_figures(
+    comparisons: Sequence[Comparison],
+    difference: Tensor,
+    preferences: Sequence[TokenizedPreference],
+    trained: Sequence[TokenizedPreference],
+) -> dict[str, Any]:
+    """Accuracy, calibration and baselines of score differences `[M]`, better minus worse."""
+    clusters = _clusters(comparisons)
+    certainty = _tensor(comparison.certainty for comparison in comparisons)
+    margin = _tensor(comparison.margin for comparison in comparisons)
+    lengths = _lengths(comparisons, preferences)
+    reliability = figures.reliability(difference)
+    facts: dict[str, Any] = vars(figures.accuracy(difference, clusters)) | {
         "log_loss": figures.log_loss(difference, certainty),
         "brier": figures.brier(difference, certainty),
-        "calibration_error": figures.calibration_error(rows),
-        "reliability": rows,
-        "by_length_difference": figures.accuracy_by(longer[:, 0] - longer[:, 1], difference, clusters),
-        "baselines": _baselines(longer, clusters, trained),
+        "calibration_error": figures.calibration_error(reliability),
+        "reliability": reliability,
+        "by_length_difference": figures.accuracy_by(lengths[:, 0] - lengths[:, 1], difference, clusters),
+        "baselines": _baselines(lengths, clusters, trained),
     }
     if margin.any():
         facts["by_margin"] = figures.accuracy_by(margin, difference, clusters)
-    if len(members) > 1:
-        facts["members"] = [figures.accuracy(own, clusters).accuracy for own in members]
-        facts["agreement"] = figures.agreement(members)
-    worst = difference.argsort()[:SHOWN].tolist()
-    return facts, [_in_full(compared[i], preferences, float(difference[i])) for i in worst if difference[i] < 0]
+    return facts
 
 
 def invariance(model: RewardModel, preferences: Sequence[TokenizedPreference], tokens: int) -> dict[str, float]:
-    """How far the same responses' scores lie apart: in batches, alone, beside a long row, behind one prompt."""
-    counts = accumulate(len(preference.responses_ids) for preference in preferences)
-    preferences = preferences[: sum(1 for _ in takewhile(lambda count: count <= PROBED, counts))]
+    """How much scores depend on how they are computed.
+
+    Args:
+        model: The reward model.
+        preferences: Examples, of which the first are used.
+        tokens: Per microbatch.
+
+    Returns:
+        The largest difference from scoring each response alone: in a microbatch, beside a long sequence, and behind a
+        prompt shared with other responses, where the model supports it.
+    """
+    preferences = _first_responses(preferences, MAX_PROBED)
     if not preferences:
         return {}
     prompts, responses = flat(preferences)
     alone = model.attribute_scores(prompts, responses, 1)
-    found = {"batched": model.attribute_scores(prompts, responses, tokens)}
-    device, longest = model.trunk.causal.device, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    scores = {"batched": model.attribute_scores(prompts, responses, tokens)}
     with torch.no_grad():
-        most = getattr(model.trunk.causal.config.get_text_config(), "max_position_embeddings", None) or longest + 16
-        beside = collate([[0] * max(longest, min(longest + 16, most)), *prompts], [[], *responses]).to(device)
-        found["beside_a_long_row"] = model(beside)[1:].cpu()
+        scores["beside_a_long_row"] = _scores_beside_long(model, prompts, responses)
         if model.trunk.supports_shared_prompts(model.role):
             batch = branches(list(preferences))
-            places = {name: batch[name].to(device) for name in ("ids", "last", "positions", "seen")}
-            found["shared"] = model.scores_shared_prompts(**places).cpu()
-    return {name: float((scores - alone).abs().max()) for name, scores in found.items()}
+            inputs = {name: batch[name].to(model.trunk.causal.device) for name in ("ids", "last", "positions", "seen")}
+            scores["shared"] = model.scores_shared_prompts(**inputs).cpu()
+    return {name: float((own - alone).abs().max()) for name, own in scores.items()}
+
+
+def _first_responses(preferences: Sequence[TokenizedPreference], limit: int) -> Sequence[TokenizedPreference]:
+    """The first examples, with at most `limit` responses between them."""
+    totals = accumulate(len(preference.responses_ids) for preference in preferences)
+    return preferences[: sum(total <= limit for total in totals)]
+
+
+def _scores_beside_long(
+    model: RewardModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> Tensor:
+    """Scores `[N, A]` of the responses in one batch with a sequence that is longer than any of theirs."""
+    causal = model.trunk.causal
+    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+    longer = longest + EXTRA_TOKENS
+    limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None) or longer
+    long_prompt = [0] * max(longest, min(longer, limit))
+    batch = collate([long_prompt, *prompts], [[], *responses]).to(causal.device)
+    return model(batch)[1:].cpu()
 
 
 def write_diagnostics(folder: Path, facts: Mapping[str, Any], worst: Sequence[Mapping[str, Any]]) -> None:
-    """Write figures, worst errors and the reliability plot."""
+    """Write figures, worst errors and the reliability plot to a folder."""
     write_json(folder / DIAGNOSTICS, facts)
-    (folder / WORST).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in worst), encoding="utf-8")
+    lines = [json.dumps(error, ensure_ascii=False) + "\n" for error in worst]
+    (folder / WORST).write_text("".join(lines), encoding="utf-8")
     if "reliability" in facts:
         _draw_reliability(facts["reliability"], folder / RELIABILITY)
 
 
+def _clusters(comparisons: Sequence[Comparison]) -> list[int]:
+    return [comparison.cluster for comparison in comparisons]
+
+
+def _tensor(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
 def _starts(preferences: Sequence[TokenizedPreference]) -> list[int]:
-    return list(accumulate((len(preference.responses_ids) for preference in preferences), initial=0))
+    """The index of each example's first response among all responses."""
+    counts = [len(preference.responses_ids) for preference in preferences]
+    return list(accumulate(counts, initial=0))
 
 
 def _by_attribute(scores: Tensor, weights: Mapping[str, float]) -> list[dict[str, Tensor]]:
-    """For each member its scores `[N]` by attribute, the whole one too."""
+    """Each member's scores `[N]` float64 by attribute, and their weighted sum as `OVERALL`."""
     scores = scores.double()
-    whole = scores @ torch.tensor([*weights.values()], dtype=torch.float64)
-    named = [{name: own[:, i] for i, name in enumerate(weights)} for own in scores]
-    return [parts | {OVERALL: own} for parts, own in zip(named, whole, strict=True)]
+    overall = scores @ torch.tensor([*weights.values()], dtype=torch.float64)  # [members, N]
+    members = []
+    for member, total in zip(scores, overall, strict=True):
+        attributes = {name: member[:, i] for i, name in enumerate(weights)}
+        members.append(attributes | {OVERALL: total})
+    return members
 
 
-def _differences(compared: Sequence[Comparison], scores: Mapping[str, Tensor], starts: Sequence[int]) -> Tensor:
-    """Better less worse `[M]` float64."""
-    found = []
-    for each in compared:
-        own = scores.get(each.attribute, scores[OVERALL])
-        (row, response), (other_row, other) = each.better, each.worse
-        found.append(own[starts[row] + response] - own[starts[other_row] + other])
-    return torch.stack(found)
+def _differences(comparisons: Sequence[Comparison], scores: Mapping[str, Tensor], starts: Sequence[int]) -> Tensor:
+    """Score of the better response minus that of the worse one, `[M]` float64."""
+    differences = []
+    for comparison in comparisons:
+        attribute_scores = scores.get(comparison.attribute, scores[OVERALL])
+        better_example, better = comparison.better
+        worse_example, worse = comparison.worse
+        better_score = attribute_scores[starts[better_example] + better]
+        differences.append(better_score - attribute_scores[starts[worse_example] + worse])
+    return torch.stack(differences)
 
 
-def _lengths(compared: Sequence[Comparison], preferences: Sequence[TokenizedPreference]) -> Tensor:
-    """Tokens `[M, 2]` float64 of the better and the worse response."""
-    pairs = [[len(preferences[row].responses_ids[i]) for row, i in (each.better, each.worse)] for each in compared]
-    return torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
+def _lengths(comparisons: Sequence[Comparison], preferences: Sequence[TokenizedPreference]) -> Tensor:
+    """Tokens `[M, 2]` float64 of the better and of the worse response."""
+
+    def length(response: tuple[int, int]) -> int:
+        example, index = response
+        return len(preferences[example].responses_ids[index])
+
+    lengths = [[length(comparison.better), length(comparison.worse)] for comparison in comparisons]
+    return torch.tensor(lengths, dtype=torch.float64).reshape(-1, 2)
 
 
 def _baselines(lengths: Tensor, clusters: Sequence[int], trained: Sequence[TokenizedPreference]) -> dict[str, Any]:
-    """Accuracy of two rewards that know only the length: the longer is better, and a fit to the training rows."""
-    found = {"longer": vars(figures.accuracy(lengths[:, 0] - lengths[:, 1], clusters))}
-    if compared := figures.comparisons([preference.example for preference in trained]):
-        better, worse = _lengths(compared, trained).unbind(-1)
-        worth = LengthModel(better, worse)
-        found["fitted_to_length"] = vars(figures.accuracy(worth(lengths[:, 0]) - worth(lengths[:, 1]), clusters))
-    return found
+    """Accuracy of two rewards that see only the length: the longer is better, and a fit to the training examples."""
+    baselines = {"longer": vars(figures.accuracy(lengths[:, 0] - lengths[:, 1], clusters))}
+    if comparisons := figures.comparisons([preference.example for preference in trained]):
+        better, worse = _lengths(comparisons, trained).unbind(-1)
+        length_score = LengthModel(better, worse)
+        difference = length_score(lengths[:, 0]) - length_score(lengths[:, 1])
+        baselines["fitted_to_length"] = vars(figures.accuracy(difference, clusters))
+    return baselines
 
 
 def _correlations(
     preferences: Sequence[TokenizedPreference], scores: Tensor, weights: Mapping[str, float], starts: Sequence[int]
 ) -> dict[str, Any]:
-    """Spearman's correlation of scores with ratings, by attribute, and its mean with the ranks of rankings."""
-    named = _by_attribute(scores[None], weights)[0]
-    rated: dict[str, list[tuple[float, float]]] = {}
-    ranked = []
-    for preference, start in zip(preferences, starts, strict=False):
-        feedback = preference.example
-        if isinstance(feedback.preference, Rating):
-            for attribute, value in feedback.preference.values.items():
-                own = named.get(attribute, named[OVERALL])
-                rated.setdefault(attribute, []).append((float(own[start]), value))
-        elif isinstance(feedback.preference, Ranking) and len(feedback.preference.sizes) > 1:
-            ranks = [-i for i, size in enumerate(feedback.preference.sizes) for _ in range(size)]
-            said = named.get(feedback.attribute, named[OVERALL])[start : start + len(ranks)].tolist()
-            if len(set(said)) > 1:
-                ranked.append(figures.rank_correlation(said, ranks))
+    """Spearman's correlation of scores `[N, A]` with ratings, by attribute, and its mean with the ranks of rankings."""
+    by_attribute = _by_attribute(scores[None], weights)[0]
     facts: dict[str, Any] = {}
-    if ranked:
-        facts["rank_correlation"] = sum(ranked) / len(ranked)
-    for attribute, pairs in rated.items():
-        predicted, values = zip(*pairs, strict=True)
-        if len(set(values)) > 1 and len(set(predicted)) > 1:
+    if correlations := _ranking_correlations(preferences, by_attribute, starts):
+        facts["rank_correlation"] = sum(correlations) / len(correlations)
+    for attribute, pairs in _rated_scores(preferences, by_attribute, starts).items():
+        predicted, ratings = zip(*pairs, strict=True)
+        if len(set(ratings)) > 1 and len(set(predicted)) > 1:
             name = f"rating_correlation.{attribute}" if attribute else "rating_correlation"
-            facts[name] = figures.rank_correlation(predicted, values)
+            facts[name] = figures.rank_correlation(predicted, ratings)
     return facts
 
 
-def _in_full(each: Comparison, preferences: Sequence[TokenizedPreference], difference: float) -> dict[str, Any]:
-    (row, better), (other, worse) = each.better, each.worse
-    feedback = preferences[row].example
-    full = {
-        "difference": difference,
-        "prompt": prompt_text(feedback.prompt),
-        "better": feedback.responses[better],
-        "worse": preferences[other].example.responses[worse],
+def _ranking_correlations(
+    preferences: Sequence[TokenizedPreference], scores: Mapping[str, Tensor], starts: Sequence[int]
+) -> list[float]:
+    """The correlation of each ranking's ranks with the scores, where neither are all equal."""
+    correlations = []
+    for preference, start in zip(preferences, starts, strict=False):
+        example = preference.example
+        if not isinstance(example.preference, Ranking) or len(example.preference.sizes) < 2:
+            continue
+        ranks: list[int] = []
+        for rank, size in enumerate(example.preference.sizes):
+            ranks += [-rank] * size
+        predicted = scores.get(example.attribute, scores[OVERALL])[start : start + len(ranks)].tolist()
+        if len(set(predicted)) > 1:
+            correlations.append(figures.rank_correlation(predicted, ranks))
+    return correlations
+
+
+def _rated_scores(
+    preferences: Sequence[TokenizedPreference], scores: Mapping[str, Tensor], starts: Sequence[int]
+) -> dict[str, list[tuple[float, float]]]:
+    """Score and rating of each rated response, by attribute."""
+    rated: dict[str, list[tuple[float, float]]] = {}
+    for preference, start in zip(preferences, starts, strict=False):
+        if isinstance(preference.example.preference, Rating):
+            for attribute, rating in preference.example.preference.values.items():
+                score = float(scores.get(attribute, scores[OVERALL])[start])
+                rated.setdefault(attribute, []).append((score, rating))
+    return rated
+
+
+def _worst_errors(
+    comparisons: Sequence[Comparison], difference: Tensor, preferences: Sequence[TokenizedPreference]
+) -> list[dict[str, Any]]:
+    """The comparisons that the scores get most wrong, worst first, with their texts."""
+    errors = []
+    for index in difference.argsort()[:MAX_WORST].tolist():
+        if difference[index] < 0:
+            errors.append({"difference": float(difference[index])} | _texts(comparisons[index], preferences))
+    return errors
+
+
+def _texts(comparison: Comparison, preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
+    better_example, better = comparison.better
+    worse_example, worse = comparison.worse
+    example, other = preferences[better_example].example, preferences[worse_example].example
+    texts = {
+        "prompt": prompt_text(example.prompt),
+        "better": example.responses[better],
+        "worse": other.responses[worse],
     }
-    if row != other:
-        full["prompt_of_worse"] = prompt_text(preferences[other].example.prompt)
-    return full | ({"attribute": each.attribute} if each.attribute else {})
+    if better_example != worse_example:
+        texts["prompt_of_worse"] = prompt_text(other.prompt)
+    if comparison.attribute:
+        texts["attribute"] = comparison.attribute
+    return texts
 
 
-def _draw_reliability(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+def _draw_reliability(bins: Sequence[Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(4, 4), dpi=120, layout="constrained")
     axes: Axes = figure.add_subplot()
     axes.plot([0.5, 1], [0.5, 1], color="grey", linewidth=1, linestyle="--", label="perfectly calibrated")
-    sizes = [12 + 200 * row["pairs"] / sum(r["pairs"] for r in rows) for row in rows]
-    axes.plot([r["confidence"] for r in rows], [r["accuracy"] for r in rows], linewidth=1)
-    axes.scatter([r["confidence"] for r in rows], [r["accuracy"] for r in rows], s=sizes, label="held-out comparisons")
+    confidences = [each["confidence"] for each in bins]
+    accuracies = [each["accuracy"] for each in bins]
+    total = sum(each["pairs"] for each in bins)
+    sizes = [12 + 200 * each["pairs"] / total for each in bins]
+    axes.plot(confidences, accuracies, linewidth=1)
+    axes.scatter(confidences, accuracies, s=sizes, label="held-out comparisons")
     axes.set(title="Reliability of the reward model", xlabel="confidence", ylabel="share in the right order")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -1,5 +1,6 @@
-"""The evaluation of a run as a table on the terminal."""
+"""Evaluations and diagnostics as tables for the terminal."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -7,69 +8,80 @@ from rich.table import Table
 
 FIGURES = (
     ("score_mean", "score, mean", "{:.3f}"),
-    ("score_std", "score, deviation", "{:.3f}"),
+    ("score_std", "score, standard deviation", "{:.3f}"),
     ("spread_mean", "spread of the ensemble, mean", "{:.3f}"),
     ("gold_mean", "gold score, mean", "{:.3f}"),
     ("win_rate", "wins over the reference by score", "{:.1%}"),
     ("gold_win_rate", "wins over the reference by gold score", "{:.1%}"),
-    ("kl_per_sequence", "KL to the reference, nats a sequence", "{:.2f}"),
-    ("kl_per_token", "KL to the reference, nats a token", "{:.3f}"),
+    ("kl_per_sequence", "KL to the reference, nats per sequence", "{:.2f}"),
+    ("kl_per_token", "KL to the reference, nats per token", "{:.3f}"),
     ("length_mean", "length, tokens", "{:.1f}"),
     ("distinct_2", "distinct-2", "{:.3f}"),
     ("eos_share", "ended by EOS", "{:.1%}"),
 )
-"""Key in `evaluation.json`, name for people, format."""
+"""Key in `evaluation.json`, label, format."""
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
-    """What `evaluation.json` holds: the reward model's accuracy, then the sides beside each other."""
+    """The contents of `evaluation.json`: the reward model's accuracy, then the models side by side."""
     parts: list[RenderableType] = []
-    if model := evaluation.get("reward_model"):
-        low, high = model["accuracy_low"], model["accuracy_high"]
+    if reward_model := evaluation.get("reward_model"):
+        low, high = reward_model["accuracy_low"], reward_model["accuracy_high"]
         parts.append(
-            f"reward model: accuracy {model['accuracy']:.1%} on {model['pairs']:,} held-out pairs "
+            f"reward model: accuracy {reward_model['accuracy']:.1%} on {reward_model['pairs']:,} held-out pairs "
             f"(95 % interval {low:.1%} to {high:.1%})"
         )
     if "policy" in evaluation:
-        parts.append(_sides(evaluation))
-    spent = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in evaluation.get("seconds", {}).items())
-    return Group(*parts, f"time: {spent or 'nothing ran'}")
+        parts.append(_models_table(evaluation))
+    times = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in evaluation.get("seconds", {}).items())
+    return Group(*parts, f"time: {times or 'nothing ran'}")
 
 
-def _sides(evaluation: dict[str, Any]) -> Table:
-    best = evaluation.get("best_of")
-    sides = {"reference": evaluation["reference"], "policy": evaluation["policy"]}
-    if best:
-        sides[f"best of {best['n']}"] = best
+def _models_table(evaluation: dict[str, Any]) -> Table:
+    columns = {"reference": evaluation["reference"], "policy": evaluation["policy"]}
+    if best := evaluation.get("best_of"):
+        columns[f"best of {best['n']}"] = best
     for name, figures in evaluation.get("prompt_styles", {}).items():
-        sides[f"reference, {name}"] = {key: value for key, value in figures.items() if "win" not in key}
+        # The win rates there are the policy's against this column, and would read as the column's own.
+        columns[f"reference, {name}"] = {key: value for key, value in figures.items() if "win" not in key}
     title = f"{evaluation['prompts']} held-out prompts; policy of step {evaluation['policy']['step']}"
-    table = Table("", *sides, title=title, title_justify="left", box=None, padding=(0, 2))
-    for key, name, form in FIGURES:
-        cells = [form.format(side[key]) if key in side else "" for side in sides.values()]
-        if any(cells):
-            table.add_row(name, *cells)
+    table = Table("", *columns, title=title, title_justify="left", box=None, padding=(0, 2))
+    for label, cells in figure_rows(list(columns.values())):
+        table.add_row(label, *cells)
     return table
 
 
+def figure_rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Label and formatted cells of each figure that some column has; an empty cell where a column lacks it."""
+    rows = []
+    for key, label, form in FIGURES:
+        cells = [form.format(column[key]) if key in column else "" for column in columns]
+        if any(cells):
+            rows.append((label, cells))
+    return rows
+
+
 def diagnostics_table(facts: dict[str, Any]) -> Table:
-    """Whether to trust a reward model, in a few lines."""
+    """The main figures of `diagnostics.json`."""
     table = Table(show_header=False, box=None, padding=(0, 2))
-
-    def share(known: dict[str, Any]) -> str:
-        return f"{known['accuracy']:.1%} ({known['accuracy_low']:.1%} to {known['accuracy_high']:.1%})"
-
     if "accuracy" in facts:
-        table.add_row("accuracy, 95 % interval", f"{share(facts)} of {facts['pairs']:,} comparisons")
-        for name, known in facts["baselines"].items():
-            table.add_row(f"the length alone: {name.replace('_', ' ')}", share(known))
+        table.add_row("accuracy, 95 % interval", f"{_accuracy(facts)} of {facts['pairs']:,} comparisons")
+        for name, baseline in facts["baselines"].items():
+            table.add_row(f"length alone: {name.replace('_', ' ')}", _accuracy(baseline))
         table.add_row("log loss, Brier score", f"{facts['log_loss']:.4f} nats, {facts['brier']:.4f}")
         table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
-        for row in facts["by_length_difference"]:
-            table.add_row(f"better one longer by {row['from']:g} to {row['to']:g} tokens", share(row))
+        for group in facts["by_length_difference"]:
+            label = f"better response longer by {group['from']:g} to {group['to']:g} tokens"
+            table.add_row(label, _accuracy(group))
     for name in ("agreement", "rank_correlation", "rating_correlation"):
         if name in facts:
             table.add_row(name.replace("_", " "), f"{facts[name]:.3f}")
     if "invariance" in facts:
-        table.add_row("scores move by", ", ".join(f"{gap:.1g} {name}" for name, gap in facts["invariance"].items()))
+        differences = ", ".join(f"{difference:.1g} {name}" for name, difference in facts["invariance"].items())
+        table.add_row("scores differ by", differences)
     return table
+
+
+def _accuracy(figures: dict[str, Any]) -> str:
+    """Accuracy with its interval."""
+    return f"{figures['accuracy']:.1%} ({figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%})"

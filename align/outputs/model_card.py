@@ -1,16 +1,22 @@
-"""The model card of what a run exports."""
+"""The model card of an exported adapter or model."""
 
 from typing import Any
 
-from align.config.schema import DataSettings, Experiment
-from align.evaluation.tables import FIGURES
+from align.config.schema import DataSettings, Experiment, SourceSettings
+from align.config.stage import all_stages
+from align.evaluation.tables import figure_rows
 from align.runs.folder import RunFolder, read_facts
+from align.runtime.wording import counted
 
 
 def model_card(experiment: Experiment, run: RunFolder, what: str, notes: list[str]) -> str:
-    """README.md of an exported folder: what it is, what it was made from, and how it did.
+    """README.md of an exported folder: contents, origin and results.
 
-    what: `adapter`, `model` or `reward model`. notes: what the export has to say besides, a line each.
+    Args:
+        experiment: The run's settings.
+        run: The run.
+        what: `adapter`, `model` or `reward model`.
+        notes: Further lines about this export.
     """
     lines = [
         "---",
@@ -26,7 +32,7 @@ def model_card(experiment: Experiment, run: RunFolder, what: str, notes: list[st
         "",
         "| stage | what | seconds |",
         "|---|---|---|",
-        *(f"| {name} | {text} | {seconds} |" for name, text, seconds in _stages(experiment, run)),
+        *_stages(experiment, run),
         "",
         *_data(experiment.data),
     ]
@@ -35,31 +41,37 @@ def model_card(experiment: Experiment, run: RunFolder, what: str, notes: list[st
     return "\n".join(lines) + "\n"
 
 
-def _stages(experiment: Experiment, run: RunFolder) -> list[tuple[str, str, str]]:
+def _stages(experiment: Experiment, run: RunFolder) -> list[str]:
+    """A table row per finished stage."""
+    ppo = experiment.ppo
     texts = {
-        "sft": f"{experiment.policy.method}, {experiment.sft.epochs:g} epochs",
-        "reward": f"{experiment.reward.epochs:g} epochs",
-        "ppo": f"{experiment.ppo.estimator}, {experiment.ppo.steps} steps of {experiment.ppo.batch_size} episodes, "
-        f"KL coefficient {experiment.ppo.kl.coefficient:g} in the {experiment.ppo.kl.where}",
+        "sft": f"{experiment.policy.method}, {counted(experiment.sft.epochs, 'epoch')}",
+        "reward": counted(experiment.reward.epochs, "epoch"),
+        "ppo": f"{ppo.estimator}, {counted(ppo.steps, 'step')} of {counted(ppo.batch_size, 'episode')}, "
+        f"KL coefficient {ppo.kl.coefficient:g} in the {ppo.kl.where}",
     }
-    folders = {"sft": run.sft, "reward": run.reward, "ppo": run.policy}
-    return [
-        (name, text, f"{read_facts(folders[name]).get('seconds', 0):.0f}")
-        for name, text in texts.items()
-        if folders[name].is_dir()
-    ]
+    rows = []
+    for stage in all_stages():
+        if run.done(stage.name):
+            seconds = read_facts(run.product(stage.name)).get("seconds", 0)
+            rows.append(f"| {stage.name} | {texts.get(stage.name, stage.summary)} | {seconds:.0f} |")
+    return rows
 
 
 def _data(data: DataSettings) -> list[str]:
-    named = [(name, getattr(data, name)) for name in type(data).model_fields]
-    return [f"* `data.{name}`: {source.path}" for name, source in named if hasattr(source, "path")]
+    """A list item per data source that is set."""
+    items = []
+    for name in type(data).model_fields:
+        source = getattr(data, name)
+        if isinstance(source, SourceSettings):
+            items.append(f"* `data.{name}`: {source.path}")
+    return items
 
 
 def _figures(evaluation: dict[str, Any]) -> list[str]:
-    sides = [side for side in ("reference", "policy", "best_of") if side in evaluation]
-    lines = [f"| held out | {' | '.join(sides)} |", "|---" * (len(sides) + 1) + "|"]
-    for key, label, form in FIGURES:
-        cells = [form.format(evaluation[side][key]) if key in evaluation[side] else "" for side in sides]
-        if any(cells):
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+    """The evaluation as a Markdown table."""
+    names = [name for name in ("reference", "policy", "best_of") if name in evaluation]
+    lines = [f"| held out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for label, cells in figure_rows([evaluation[name] for name in names]):
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines

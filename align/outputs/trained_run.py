@@ -60,7 +60,9 @@ def evaluate_reward_model(
     """Figures and worst errors of the run's reward model, or of a classifier, on these cases."""
     path = classifier or read_facts(run.reward).get("classifier")
     if path:
-        return compute_diagnostics(preferences, classifier_scores(Classifier(path, "--classifier"), preferences), {"": 1.0})
+        return compute_diagnostics(
+            preferences, classifier_scores(Classifier(path, "--classifier"), preferences), {"": 1.0}
+        )
     models = load_models(experiment, run.reward)
     return evaluate_models(models, folded_moments(experiment.reward, run.reward, len(models)), preferences)
 
