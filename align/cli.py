@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from align.config.schema import STAGES, Experiment
+from align.config.schema import Experiment
+from align.config.stage import Stage, all_stages, stages_from
 from align.runtime.quiet import quiet_libraries
 from policies.errors import UserError
 
@@ -33,37 +35,42 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
-Replace = Annotated[bool, typer.Option("--replace", help="start anew where a run of this name is")]
+Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
 
 
 @app.command()
 def run(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
     """Run all stages of an experiment."""
-    _start(_load(experiment, overrides), replace)
+    from align.runs.folder import folder_of, refuse_run
+
+    settings = _load(experiment, overrides)
+    if not replace:
+        refuse_run(folder_of(settings))
+    _begin(settings, all_stages())
 
 
-@app.command()
-def sft(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
-    """Run supervised fine-tuning alone."""
-    _one_stage("sft", experiment, overrides, replace)
+def _add_stage_command(stage: Stage) -> None:
+    """`align STAGE`: one stage, on top of what the run already has."""
+
+    def command(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+        from align.runs.folder import folder_of, refuse_stage
+
+        settings = _load(experiment, overrides).model_copy(update={"stages": [stage.name]})
+        if not replace:
+            refuse_stage(folder_of(settings), stage.name)
+        _begin(settings, stages_from(stage.name))
+
+    app.command(name=stage.name, help=stage.summary)(command)
 
 
-@app.command()
-def reward(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
-    """Train the reward model alone, from the SFT model that the run has."""
-    _one_stage("reward", experiment, overrides, replace)
-
-
-@app.command()
-def ppo(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
-    """Run PPO alone, from the SFT and reward models that the run has."""
-    _one_stage("ppo", experiment, overrides, replace)
+for _stage in all_stages():
+    _add_stage_command(_stage)
 
 
 @app.command()
 def resume(run: Run, overrides: Overrides = None) -> None:
-    """Go on with a run that was stopped, from its last whole checkpoint; settings that do not change what is learned,
-    as more steps or other workers, may be others now."""
+    """Resume a stopped run from its last complete checkpoint. Settings that do not change what is learned, such as the
+    number of steps or of workers, may be overridden."""
     from align.config.load import dump_experiment
     from align.runs.fingerprint import check_fingerprint
     from align.runs.folder import locked, open_run
@@ -75,32 +82,34 @@ def resume(run: Run, overrides: Overrides = None) -> None:
         check_fingerprint(folder, settings, datasets)
         dump_experiment(settings, folder.config)
         reopen(settings, folder)
-        _go(settings, folder, datasets)
+        _run(settings, folder, datasets)
 
 
 @app.command()
 def plan(experiment: File, overrides: Overrides = None) -> None:
-    """Say what a run would do and need, without starting it."""
+    """Show what a run would do and need, without starting it."""
     from align.resources.plan import plan_table
     from align.runs.folder import folder_of
-    from align.stages.pipeline import load_datasets, stages_left
+    from align.stages.pipeline import load_datasets, remaining_stages
 
     settings = _load(experiment, overrides)
-    left = stages_left(settings, folder_of(settings))
-    console.print(plan_table(settings, load_datasets(settings), left))
+    stages = remaining_stages(settings, folder_of(settings))
+    console.print(plan_table(settings, load_datasets(settings), stages))
 
 
 @app.command(name="eval")
 def evaluate(
     run: Run,
-    reward: Annotated[bool, typer.Option("--reward", help="judge the reward model instead")] = False,
-    data: Annotated[Path | None, typer.Option(help="with --reward: feedback to judge it by; unset: the run's")] = None,
-    classifier: Annotated[
-        str | None, typer.Option(help="with --reward: judge this sequence-classification model in its place")
+    reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="with --reward: preferences to evaluate it on; unset: the run's held-out ones")
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="with --reward: the folder to write figures and plot to")] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="with --reward: evaluate this sequence-classification model instead")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="with --reward: folder for the figures and the plot")] = None,
 ) -> None:
-    """Judge a run's policy against its reference again, and write evaluation.json; or judge its reward model."""
+    """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model."""
     from align.outputs.trained_run import evaluate_run
     from align.runs.folder import open_run
     from align.runtime.atomic_files import write_json
@@ -111,9 +120,9 @@ def evaluate(
         _evaluate_reward_model(folder, settings, data, classifier, to)
         return
     if data or classifier or to:
-        raise UserError("--data, --classifier and --to are for --reward: give it too")
+        raise UserError("--data, --classifier and --to need --reward: add it")
     if not folder.done("ppo"):
-        raise UserError(f"run {folder.path} has no policy/ yet: `align resume {folder.path}` goes on with it")
+        raise UserError(f"run {folder.path} has no policy/ yet: `align resume {folder.path}` resumes it")
     evaluation = folder.read_evaluation() | evaluate_run(settings, folder, load_datasets(settings))
     write_json(folder.evaluation, evaluation)
     _show(evaluation)
@@ -122,14 +131,14 @@ def evaluate(
 @app.command()
 def generate(
     run: Run,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt; may be given more than once")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="a JSONL file of rows with `prompt`")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy; unset: the run's")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt; may be repeated")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="a JSONL file with the column `prompt`")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy; unset: the run's")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="unset: the run's")] = None,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
 ) -> None:
-    """Answer prompts with a run's policy: those given, those of a file, or a chat line by line."""
-    with redirect_stdout(sys.stderr):  # transformers says there at import that W&B is offline, amid the answers
+    """Generate responses with a run's policy: to prompts, to those of a file, or in a chat line by line."""
+    with redirect_stdout(sys.stderr):  # on import, transformers prints there that W&B is offline
         from align.outputs.trained_run import TextGenerator
     from align.runs.folder import open_run
     from rollouts.engine import Sampling
@@ -145,7 +154,7 @@ def generate(
         for response in answerer.answer(prompts, sampling, seed):
             print(response)
         return
-    for turn, line in enumerate(iter(_ask, "")):
+    for turn, line in enumerate(iter(_read_line, "")):
         print(answerer.answer([line], sampling, seed + turn)[0])
 
 
@@ -153,13 +162,17 @@ def generate(
 def export(
     run: Run,
     to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
-    merge: Annotated[bool, typer.Option("--merge", help="a whole model, the adapter merged into its weights")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="a complete model, the adapter merged into its weights")
+    ] = False,
     reward: Annotated[bool, typer.Option("--reward", help="the reward model, as a sequence classifier")] = False,
-    member: Annotated[int | None, typer.Option(min=0, help="with --reward: which one of an ensemble, from 0")] = None,
-    task: Annotated[str, typer.Option(help="add a soft prompt under this name to a table of several, --to")] = "",
-    dtype: Annotated[str, typer.Option(help="of a whole model: float32, bfloat16 or float16")] = "float32",
+    member: Annotated[
+        int | None, typer.Option(min=0, help="with --reward: which member of an ensemble, counted from 0")
+    ] = None,
+    task: Annotated[str, typer.Option(help="add the soft prompt under this name to the prompt table --to")] = "",
+    dtype: Annotated[str, typer.Option(help="with --merge: float32, bfloat16 or float16")] = "float32",
 ) -> None:
-    """Write a run's policy for other programs, check it, and describe it in a model card."""
+    """Export a run's policy for other programs, check it, and describe it in a model card."""
     from align.outputs.export import export_prompt, export_run
     from align.runs.folder import open_run
 
@@ -168,38 +181,48 @@ def export(
         export_prompt(settings, folder, to, task)
         errors.print(f"soft prompt of {folder.path} added to {to} as {task}; sft.adapter={to}#{task} starts from it")
         return
+    _check_export(to, merge, reward, member, dtype)
+    product = "adapter"
+    if merge:
+        product = "model"
+    if reward:
+        product = "reward model"
+    written, difference = export_run(settings, folder, to, product, dtype, member)
+    errors.print(f"{written} of {folder.path} written to {to}; reloaded, it differs from the run's by {difference:.2g}")
+
+
+def _check_export(to: Path, merge: bool, reward: bool, member: int | None, dtype: str) -> None:
     if to.exists():
-        raise UserError(f"--to {to} exists already: give a new folder")
+        raise UserError(f"--to {to} already exists: choose a new folder")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: float32, bfloat16 or float16 was expected")
+        raise UserError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
     if merge and reward:
-        raise UserError("--merge is for the policy; a reward model is written whole in any case: leave one of them out")
+        raise UserError("--merge is for the policy; a reward model is always exported complete: remove one of the two")
     if dtype != "float32" and not merge:
-        raise UserError("--dtype is of a whole model: give --merge with it")
+        raise UserError("--dtype needs --merge: add it")
     if member is not None and not reward:
-        raise UserError("--member is of a reward model: give --reward with it")
-    what = "reward model" if reward else "model" if merge else "adapter"
-    what, gap = export_run(settings, folder, to, what, dtype, member)
-    errors.print(f"{what} of {folder.path} written to {to}; loaded afresh it differs from the live one by {gap:.2g}")
+        raise UserError("--member needs --reward: add it")
 
 
 @app.command()
 def average(
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="folders, as runs/NAME/policy", show_default=False)
+        list[Path], typer.Argument(metavar="ADAPTER...", help="folders such as runs/NAME/policy", show_default=False)
     ],
     to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
-    weight: Annotated[list[float] | None, typer.Option(help="of each, in their order; unset: all alike")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="weight of each adapter, in order; unset: all equal")
+    ] = None,
 ) -> None:
-    """Write the mean of adapters that started alike, with that of their heads: of policies, or of reward models."""
+    """Average the adapters, and heads, of policies or of reward models that started from the same weights."""
     from align.runtime.atomic_files import new_folder
     from policies.averaging import average_adapters
 
     shares = weight or [1.0] * len(adapters)
     if len(shares) != len(adapters) or not all(0 < share < math.inf for share in shares):
-        raise UserError(f"--weight: one for each of the {len(adapters)} adapters, above 0, was expected")
+        raise UserError(f"--weight: expected {len(adapters)} positive weights, one for each adapter")
     if to.exists():
-        raise UserError(f"--to {to} exists already: give a new folder")
+        raise UserError(f"--to {to} already exists: choose a new folder")
     with new_folder(to) as folder:
         average_adapters(adapters, shares, folder)
     errors.print(f"mean of {len(adapters)} adapters written to {to}")
@@ -207,7 +230,7 @@ def average(
 
 @app.command()
 def report(run: Run) -> None:
-    """Draw a run's curves on one page, report/index.html."""
+    """Plot a run's curves on one page, report/index.html."""
     from align.outputs.report import write_report
     from align.runs.folder import open_run
 
@@ -216,11 +239,11 @@ def report(run: Run) -> None:
 
 
 def main() -> None:
-    """Exit status 0: done; 2: a mistake in what the user gave; 130: stopped by the user; 1: anything else."""
+    """Run the command. Exit status 0: done; 2: a mistake of the user's; 130: stopped by the user; 1: anything else."""
     from align.runtime.signals import Interrupted
 
     quiet_libraries()
-    # Torch reads it at its first tensor. Tensors of megabytes come and go in every layer, at a fault for each page.
+    # Torch reads this at its first tensor. Layers allocate and free megabytes, and each small page costs a fault.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
@@ -228,7 +251,7 @@ def main() -> None:
         errors.print(f"[red]error:[/red] {_escaped(error)}", soft_wrap=True)
         sys.exit(2)
     except Interrupted as stopped:
-        errors.print(f"stopped; `align resume {stopped}` goes on", soft_wrap=True)
+        errors.print(f"stopped; `align resume {stopped}` resumes the run", soft_wrap=True)
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -240,50 +263,32 @@ def _load(path: Path, overrides: list[str] | None) -> Experiment:
     return load_experiment(path, overrides or [])
 
 
-def _start(settings: Experiment, replace: bool) -> None:
+def _begin(settings: Experiment, stages: Sequence[Stage]) -> None:
+    """Remove what an earlier run wrote of these stages, and run the experiment's."""
     from align.runs.fingerprint import write_fingerprint
-    from align.runs.folder import begin_run, folder_of, locked, refuse_run
+    from align.runs.folder import begin_run, folder_of, locked
     from align.stages.pipeline import load_datasets
 
     folder = folder_of(settings)
-    if not replace:
-        refuse_run(folder)
     datasets = load_datasets(settings)
     with locked(folder):
         write_fingerprint(folder, settings, datasets)
-        begin_run(folder, settings)
-        _go(settings, folder, datasets)
+        begin_run(folder, settings, [stage.name for stage in stages])
+        _run(settings, folder, datasets)
 
 
-def _one_stage(stage: str, path: Path, overrides: list[str] | None, replace: bool) -> None:
-    """A stage on top of what the run has."""
-    from align.runs.fingerprint import write_fingerprint
-    from align.runs.folder import begin_run, folder_of, locked, refuse_stage
-    from align.stages.pipeline import load_datasets
-
-    settings = _load(path, overrides).model_copy(update={"stages": [stage]})
-    folder = folder_of(settings)
-    if not replace:
-        refuse_stage(folder, stage)
-    datasets = load_datasets(settings)
-    with locked(folder):
-        write_fingerprint(folder, settings, datasets)
-        begin_run(folder, settings, STAGES[STAGES.index(stage) :])
-        _go(settings, folder, datasets)
-
-
-def _go(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> None:
-    """Print the plan, run what is left, show the evaluation and draw the report."""
+def _run(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> None:
+    """Print the plan, run the remaining stages, show the evaluation and write the report."""
     from align.outputs.report import write_report
     from align.resources.plan import plan_table
     from align.runtime.failures import Fault, describe_outside_failure
     from align.runtime.last_words import last_words
     from align.runtime.signals import Interrupted, graceful_stop
-    from align.stages.pipeline import run_stages, stages_left
+    from align.stages.pipeline import remaining_stages, run_stages
 
-    console.print(plan_table(settings, datasets, stages_left(settings, folder)))
-    goes_on = f"`align resume {folder.path}` goes on from the last checkpoint"
-    with graceful_stop() as stop, last_words(f"the run was ended from outside, without a word; {goes_on}"):
+    console.print(plan_table(settings, datasets, remaining_stages(settings, folder)))
+    how_to_resume = f"`align resume {folder.path}` resumes from the last checkpoint"
+    with graceful_stop() as stop, last_words(f"the run was killed from outside, without a message; {how_to_resume}"):
         try:
             evaluation = run_stages(settings, folder, datasets, stop)
         except Interrupted:
@@ -292,9 +297,10 @@ def _go(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> None
             errors.print(f"[red]stopped:[/red] {_escaped(fault)}", soft_wrap=True)
             sys.exit(1)
         except Exception as error:
-            if (said := describe_outside_failure(error)) is None:
+            description = describe_outside_failure(error)
+            if description is None:
                 raise
-            errors.print(f"[red]error:[/red] {_escaped(said)}; {_escaped(goes_on)}", soft_wrap=True)
+            errors.print(f"[red]error:[/red] {_escaped(description)}; {_escaped(how_to_resume)}", soft_wrap=True)
             sys.exit(1)
     _show(evaluation)
     console.print(f"report: {write_report(folder.path, evaluation)}")
@@ -315,7 +321,7 @@ def _evaluate_reward_model(
     from align.outputs.trained_run import evaluate_reward_model
 
     if not classifier and not folder.done("reward"):
-        raise UserError(f"run {folder.path} has no reward/ yet: `align resume {folder.path}` goes on with it")
+        raise UserError(f"run {folder.path} has no reward/ yet: `align resume {folder.path}` resumes it")
     facts, worst = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
     console.print(diagnostics_table(facts))
     if to:
@@ -334,7 +340,7 @@ def _prompts_of(file: Path | None) -> list[Any]:
     return [row.prompt for row in parse_rows(rows, parse_prompt, "error").items]
 
 
-def _ask() -> str:
+def _read_line() -> str:
     try:
         return input("> ").strip()
     except EOFError:

@@ -1,26 +1,25 @@
-"""The settings of the stages and of what drives them. `align.config` puts them together with those of the packages."""
+"""The settings of the stages, and `Experiment`, which holds all settings."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from align.config.estimators import ESTIMATORS, POLICY_LOSSES, READABLE, find_estimator, user_function
+from align.config.stage import all_stages, stage_names
 from policies.schema import SELECTED, ModelSettings, PolicySettings, Schedule, Settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import LARGEST_RANK, RolloutSettings
 
-Stage = Literal["sft", "reward", "ppo"]
-STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
-
 
 class SourceSettings(Settings):
-    """One source of rows. A bare string is short for `path`."""
+    """One source of rows. A string or a list of strings alone is short for `path`."""
 
     path: str | list[str] = Field(
-        description="file (JSONL, JSON, CSV, Parquet), folder of such files, or a dataset's hub name; or a list of them"
+        description="file (JSONL, JSON, CSV, Parquet), folder of such files, or dataset on the hub; or a list of these"
     )
-    columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: its name in the data")
-    split: str = Field("train", description="which split, for a hub name")
+    columns: dict[str, str] = Field(default_factory=dict, description="align's name of a column: its name in the data")
+    split: str = Field("train", description="split of a dataset on the hub")
     limit: int | None = Field(None, ge=1, description="read only the first rows")
 
     @model_validator(mode="before")
@@ -30,15 +29,15 @@ class SourceSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where the rows of each stage come from."""
+    """The data of each stage."""
 
     demonstrations: SourceSettings | None = Field(None, description="SFT: prompt + completion, messages, or text")
     preferences: SourceSettings | None = Field(None, description="reward: pairs, rankings, choices, ratings")
-    preferences_heldout: SourceSettings | None = Field(None, description="what the reward model is judged by")
+    preferences_heldout: SourceSettings | None = Field(None, description="evaluates the reward model")
     prompts: SourceSettings | None = Field(None, description="PPO: prompt")
-    prompts_heldout: SourceSettings | None = Field(None, description="prompts that reference and policy are judged by")
+    prompts_heldout: SourceSettings | None = Field(None, description="evaluates the reference and the policy")
     heldout_share: float = Field(
-        0.1, gt=0, lt=1, description="share set aside for judging where no held-out source is given"
+        0.1, gt=0, lt=1, description="share held out for evaluation where no held-out source is set"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or skip and count it")
 
@@ -46,11 +45,11 @@ class DataSettings(Settings):
 class SftSettings(FitSettings):
     """Supervised fine-tuning on demonstrations."""
 
-    adapter: str | None = Field(None, description="an adapter in PEFT layout to start from: used as it is, not trained")
+    adapter: str | None = Field(None, description="an adapter in PEFT layout, used as is instead of training one")
 
 
 class KlSettings(Settings):
-    """The leash to the reference."""
+    """The KL penalty to the reference policy."""
 
     where: Literal["reward", "loss"] = "reward"
     estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -58,36 +57,38 @@ class KlSettings(Settings):
     target: float | None = Field(
         None,
         gt=0,
-        description="nats a sequence that the adaptive controller steers to; unset: the coefficient is fixed",
+        description="KL in nats per sequence that the adaptive controller aims for; unset: the coefficient is fixed",
     )
     horizon: int = Field(10_000, ge=1, description="episodes over which the adaptive controller acts")
 
     @model_validator(mode="after")
     def _has_a_gradient(self) -> "KlSettings":
         if self.where == "loss" and self.estimator == "k1":
-            raise ValueError("k1 in the loss has a gradient of mean zero and would hold nothing: use k2 or k3")
+            raise ValueError("k1 in the loss has a gradient of mean zero and would penalize nothing: use k2 or k3")
         return self
 
 
 class CriticSettings(Settings):
-    """The value critic. It is not built where the estimator needs none."""
+    """The critic. It is built only for an estimator that needs values."""
 
     kind: Literal["adapter", "head", "model"] = Field(
         "adapter",
-        description="an adapter of its own on the trunk, a head on the policy's states, or a model of its own",
+        description="adapter: on the shared base model; head: on the policy's hidden states; model: a separate model",
     )
     model: str | None = Field(
-        None, description="folder or hub name of the base of a critic of kind model; unset: the policy's"
+        None, description="kind model: folder or hub name of the critic's base model; unset: the policy's"
     )
     coefficient: float | None = Field(
-        None, gt=0, description="weight of the value loss; unset: 1, and 0.1 where it shares the policy's weights"
+        None, gt=0, description="weight of the value loss; unset: 1, or 0.1 where it shares the policy's weights"
     )
-    value_clip: float | None = Field(0.2, gt=0, description="how far a value may move from the old one; unset: freely")
-    warmup: int = Field(0, ge=0, description="first steps in which only the critic learns")
+    value_clip: float | None = Field(
+        0.2, gt=0, description="largest change of a value from the old one; unset: no clipping"
+    )
+    warmup: int = Field(0, ge=0, description="initial steps that train the critic alone")
 
     @property
     def weight(self) -> float:
-        """The coefficient in force."""
+        """The effective coefficient."""
         return self.coefficient or (0.1 if self.kind == "head" else 1.0)
 
     @model_validator(mode="after")
@@ -98,18 +99,20 @@ class CriticSettings(Settings):
 
 
 class StopSettings(Settings):
-    """A figure of each step at which PPO ends early. The policy is the best evaluated, as at any end."""
+    """A rule on a metric of each step that stops PPO early. The policy is the best evaluated one, as always."""
 
-    metric: str = Field(description="a name in metrics.jsonl, as reward/spread, reward/gold_mean or kl/per_sequence")
+    metric: str = Field(
+        description="a name in metrics.jsonl, such as reward/spread, reward/gold_mean or kl/per_sequence"
+    )
     above: float | None = None
     below: float | None = None
-    falls_by: float | None = Field(None, gt=0, description="under the highest value so far")
-    patience: int = Field(1, ge=1, description="steps in a row that must be so")
+    falls_by: float | None = Field(None, gt=0, description="below the highest value so far")
+    patience: int = Field(1, ge=1, description="consecutive steps for which the rule must hold")
 
     @model_validator(mode="after")
     def _says_when(self) -> "StopSettings":
         if self.above is None and self.below is None and self.falls_by is None:
-            raise ValueError("one of above, below and falls_by was expected")
+            raise ValueError("set at least one of above, below and falls_by")
         return self
 
 
@@ -117,55 +120,66 @@ class PpoSettings(Settings):
     """Proximal policy optimization. Sizes are in episodes (one prompt with one response)."""
 
     steps: int = Field(50, ge=1, description="rounds of rollout and update")
-    batch_size: int = Field(128, ge=1, description="episodes a step")
-    samples_per_prompt: int = Field(1, ge=1, description="episodes a prompt; rloo and grpo compare those of one prompt")
-    epochs: int = Field(2, ge=1, description="passes over the episodes of a step")
-    minibatches: int = Field(4, ge=1, description="optimizer steps a pass")
-    estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = Field(
-        "gae", description="of advantages; only gae has a critic"
+    batch_size: int = Field(128, ge=1, description="episodes per step")
+    samples_per_prompt: int = Field(
+        1, ge=1, description="episodes per prompt; rloo and grpo compare the episodes of one prompt"
     )
-    gamma: float = Field(1.0, gt=0, le=1, description="discount a token, in gae and reinforce++")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
+    epochs: int = Field(2, ge=1, description="how often a step trains on each of its episodes")
+    minibatches: int = Field(4, ge=1, description="optimizer steps per epoch")
+    estimator: str = Field(
+        "gae",
+        description="of advantages: gae (the only one with a critic), rloo, grpo, reinforce++ or FILE.py:function",
+    )
+    policy_loss: str = Field("clip", description="clip: the clipped surrogate of PPO; or FILE.py:function")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount per token, in gae and reinforce++")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of generalized advantage estimation")
     whiten_advantages: bool | None = Field(
-        None, description="over the batch; unset: as the estimator's paper has it, so for gae and reinforce++"
+        None, description="over the batch; unset: as in the estimator's paper, so for gae and reinforce++"
     )
-    whiten_rewards: bool = Field(False, description="scale the token rewards of a batch to deviation 1")
+    whiten_rewards: bool = Field(
+        False, description="scale the token rewards of a batch to standard deviation 1 about their mean"
+    )
     loss_aggregation: Literal["token_mean", "sequence_mean"] = Field(
-        "token_mean", description="losses are means over all tokens, or means over sequences of each one's mean"
+        "token_mean", description="mean over all tokens, or mean over sequences of the mean over each one's tokens"
     )
     clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped at 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="the ratio is clipped at 1 + clip_high")
     dual_clip: float | None = Field(
-        None, gt=1, description="largest ratio that counts where the advantage is negative; unset: any"
+        None, gt=1, description="bound on the ratio where the advantage is negative; unset: no bound"
     )
     entropy_coefficient: float = Field(0.0, ge=0, description="coefficient of the entropy bonus")
     importance_ratio_cap: float | None = Field(
-        None, gt=0, description="weigh tokens by learner over sampler probability, at most so much; unset: do not"
+        None,
+        gt=0,
+        description="truncated importance sampling: weight tokens by the ratio of learner to sampler probability, "
+        "capped at this value; unset: no weights",
     )
     max_mismatch: float | None = Field(
-        None, gt=0, description="mean nats a token between sampler and learner at which the run stops"
+        None, gt=0, description="the run stops when sampler and learner differ by more nats per token on average"
     )
     ptx_coefficient: float = Field(
         0.0, ge=0, description="weight of the likelihood of demonstrations, mixed into each update"
     )
     target_kl: float | None = Field(
-        None, gt=0, description="mean KL a token of new to old policy at which the passes over a batch end early"
+        None, gt=0, description="an update ends early once the new policy's mean KL per token to the old passes this"
     )
     on_truncation: Literal["score", "bootstrap"] = Field(
         "score", description="responses truncated at max_new_tokens: scored and terminal, or unscored and bootstrapped"
     )
     truncation_penalty: float = Field(
-        0.0, ge=0, description="taken off the score of a truncated response (with on_truncation: score)"
+        0.0, ge=0, description="subtracted from the score of a truncated response (with on_truncation: score)"
     )
-    length_penalty: float = Field(0.0, description="taken off the score for each response token; negative: a bonus")
-    stop: StopSettings | None = Field(None, description="a rule that ends PPO early; unset: none")
+    length_penalty: float = Field(
+        0.0, description="subtracted from the score for each response token; negative: a bonus"
+    )
+    stop: StopSettings | None = Field(None, description="a rule that stops PPO early; unset: none")
     kl: KlSettings = KlSettings()
     critic: CriticSettings = CriticSettings()
 
     @property
     def has_critic(self) -> bool:
         """Whether a critic is built and trained."""
-        return self.estimator == "gae"
+        return find_estimator(self.estimator).has_critic
 
     @property
     def active_critic(self) -> CriticSettings | None:
@@ -175,29 +189,62 @@ class PpoSettings(Settings):
     @property
     def whitens_advantages(self) -> bool:
         """Whether advantages are whitened over the batch."""
-        return self.estimator in ("gae", "reinforce++") if self.whiten_advantages is None else self.whiten_advantages
+        if self.whiten_advantages is None:
+            return find_estimator(self.estimator).whitens
+        return self.whiten_advantages
+
+    @field_validator("estimator")
+    @classmethod
+    def _known_estimator(cls, name: str) -> str:
+        if name not in ESTIMATORS and ":" not in name:
+            raise ValueError(f"expected {', '.join(ESTIMATORS)} or FILE.py:function")
+        user_function.cache_clear()  # in a notebook the file may have changed since it was last loaded
+        find_estimator(name)
+        return name
+
+    @field_validator("policy_loss")
+    @classmethod
+    def _known_policy_loss(cls, name: str) -> str:
+        if name not in POLICY_LOSSES and ":" not in name:
+            raise ValueError(f"expected {', '.join(POLICY_LOSSES)} or FILE.py:function")
+        if name not in POLICY_LOSSES:
+            user_function(name, "ppo.policy_loss")
+        return name
 
     @model_validator(mode="after")
-    def _consistent(self) -> "PpoSettings":
+    def _batch_divides(self) -> "PpoSettings":
         for name in ("minibatches", "samples_per_prompt"):
             if self.batch_size % getattr(self, name):
                 raise ValueError(f"{name} {getattr(self, name)} does not divide batch_size {self.batch_size}")
-        if self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2:
-            raise ValueError(f"{self.estimator} compares the samples of a prompt: set samples_per_prompt to 2 or more")
-        if not self.has_critic and self.critic != CriticSettings():
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_fits(self) -> "PpoSettings":
+        estimator = find_estimator(self.estimator)
+        if self.samples_per_prompt < estimator.min_samples:
+            raise ValueError(
+                f"{self.estimator} compares the samples of a prompt: set samples_per_prompt to "
+                f"{estimator.min_samples} or more"
+            )
+        if not estimator.has_critic and self.critic != CriticSettings():
             raise ValueError(f"{self.estimator} has no critic: remove `critic`")
-        readers = {"gamma": ("gae", "reinforce++"), "gae_lambda": ("gae",)}
-        for name, estimators in readers.items():
+        for name in READABLE:
             default = type(self).model_fields[name].default
-            if getattr(self, name) != default and self.estimator not in estimators:
-                raise ValueError(f"{self.estimator} does not read {name}: remove it, or use {' or '.join(estimators)}")
+            if getattr(self, name) != default and name not in estimator.reads:
+                readers = [other.name for other in ESTIMATORS.values() if name in other.reads]
+                raise ValueError(f"{self.estimator} does not read {name}: remove it, or use {' or '.join(readers)}")
+        return self
+
+    @model_validator(mode="after")
+    def _truncation_fits(self) -> "PpoSettings":
         if self.on_truncation == "bootstrap" and not self.has_critic:
             raise ValueError(
                 f"`on_truncation: bootstrap` needs a critic, and {self.estimator} has none: use `on_truncation: score`"
             )
         if self.on_truncation == "bootstrap" and self.truncation_penalty:
             raise ValueError(
-                "truncation_penalty is taken off a score, which `on_truncation: bootstrap` does not give: remove one of them"
+                "truncation_penalty is subtracted from a score, and `on_truncation: bootstrap` gives none: "
+                "remove one of the two"
             )
         return self
 
@@ -205,72 +252,78 @@ class PpoSettings(Settings):
 class LearnerSettings(Settings):
     """The DeepSpeed learner that trains policy and critic together."""
 
-    ranks: int = Field(0, ge=0, description="Ray actors, one a rank; 0: one rank in the controller's process")
-    gpus: float = Field(0.0, ge=0, description="GPUs that each actor reserves of the Ray cluster")
+    ranks: int = Field(0, ge=0, description="Ray actors, one per rank; 0: one rank in the controller's process")
+    gpus: float = Field(0.0, ge=0, description="GPUs of the Ray cluster that each actor reserves")
     restarts: int = Field(
-        3, ge=0, description="times that a run goes on by itself from its last checkpoint when a rank has died"
+        3, ge=0, description="how often a run resumes by itself from its last checkpoint after a rank has died"
     )
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     optimizer: Literal["adamw", "paged_adamw", "sgd"] = Field(
-        "adamw", description="paged_adamw: by bitsandbytes, its state in the host's memory when the GPU's is full"
+        "adamw", description="paged_adamw: of bitsandbytes; its state moves to host memory when the GPU is full"
     )
     policy_learning_rate: float = Field(1e-4, ge=0)
     critic_learning_rate: float = Field(1e-4, ge=0)
-    schedule: Schedule = Field("constant", description="how the rates go on from their peaks, as in transformers")
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
+    schedule: Schedule = Field("constant", description="decay of the learning rates after warmup, as in transformers")
+    warmup: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(
-        1.0, gt=0, description="largest norm of the gradient, of policy and of critic each by itself"
+        1.0, gt=0, description="largest norm of the gradient, for the policy and the critic separately"
     )
     max_skipped: int = Field(
-        3, ge=1, description="steps in a row with a gradient that is not finite, and is left out, at which PPO stops"
+        3, ge=1, description="PPO stops after this many consecutive steps skipped for a non-finite gradient"
     )
     tokens_per_microbatch: int | None = Field(
         None,
         ge=1,
-        description="tokens of one forward pass, padding too where there is any; unset: as the device likes it",
+        description="tokens of one microbatch, any padding included; unset: chosen for the device",
     )
 
 
 class FewShotExample(Settings):
-    """A prompt and what a good answer to it is."""
+    """A prompt with a good response."""
 
     prompt: str
     completion: str
 
 
 class PromptStyleSettings(Settings):
-    """A way to put the held-out prompts to the reference: what prompting alone can do."""
+    """A prompting baseline: how the held-out prompts are given to the reference."""
 
     system: str | None = Field(None, description="a system prompt")
-    examples: list[FewShotExample] = Field(default_factory=list, description="answered before the prompt: few-shot")
-    suffix: str = Field("", description="added to the prompt, as in ` Think step by step.`")
+    examples: list[FewShotExample] = Field(default_factory=list, description="few-shot examples before the prompt")
+    suffix: str = Field("", description="text after the prompt, such as ` Think step by step.`")
 
 
 class EvaluationSettings(Settings):
-    """How reference and policy are judged."""
+    """How the reference and the policy are evaluated."""
 
-    prompts: int = Field(256, ge=1, description="held-out prompts, one sample of each side a prompt")
-    every: int = Field(0, ge=0, description="PPO steps between evaluations; 0: at the end only")
+    prompts: int = Field(256, ge=1, description="held-out prompts; each side samples one response per prompt")
+    every: int = Field(0, ge=0, description="PPO steps between evaluations; 0: only at the end")
     best: Literal["score_mean", "gold_mean"] = Field(
         "score_mean",
-        description="what the best policy is picked by, among the steps that were evaluated; where the reward learns "
+        description="metric that selects the best policy among the evaluated steps; where the reward itself changes "
         "(running moments, a constraint), score_mean keeps the last",
     )
-    gold: str | None = Field(None, description="true score of a response: FILE.py:function or module:function")
+    gold: str | None = Field(
+        None, description="function with the true score of a response: FILE.py:function or module:function"
+    )
     temperature: float | None = Field(
-        None, ge=0, description="of the samples; 0: greedy; unset: that of the rollouts, at which alone KL is unbiased"
+        None,
+        ge=0,
+        description="of the samples; 0: greedy; unset: that of the rollouts, the only one at which KL is unbiased",
     )
     prompt_styles: dict[str, PromptStyleSettings] = Field(
-        default_factory=dict, description="NAME: also judge the reference with the prompts put in this way"
+        default_factory=dict, description="NAME: a prompting baseline to evaluate too"
     )
-    best_of: int = Field(0, ge=0, description="also judge the best of so many reference samples; 0: not")
-    seed: int = Field(1234, description="of the samples; the same in every run, so that runs compare")
+    best_of: int = Field(0, ge=0, description="also evaluate the best of this many reference samples; 0: do not")
+    seed: int = Field(1234, description="of the samples; the same in every run, so that runs can be compared")
 
     @model_validator(mode="after")
     def _has_gold(self) -> "EvaluationSettings":
         if self.best_of > 1 and self.temperature == 0:
-            raise ValueError("best_of: greedy samples, of `temperature` 0, are all the same")
+            raise ValueError("best_of: greedy samples (`temperature: 0`) are all the same")
         if self.best == "gold_mean" and not self.gold:
             raise ValueError("`best: gold_mean` needs `gold`")
         return self
@@ -278,7 +331,7 @@ class EvaluationSettings(Settings):
 
 class CheckpointSettings(Settings):
     every: int = Field(10, ge=1, description="PPO steps between checkpoints")
-    keep: int = Field(2, ge=1, description="how many of the last ones stay")
+    keep: int = Field(2, ge=1, description="how many of the latest checkpoints to keep")
 
 
 class TrackingSettings(Settings):
@@ -286,28 +339,36 @@ class TrackingSettings(Settings):
         "auto", description="auto: online where the user is logged in, offline otherwise"
     )
     project: str = "align"
-    samples: int = Field(4, ge=0, description="episodes written to samples.jsonl a step")
+    samples: int = Field(4, ge=0, description="episodes per step that are written to samples.jsonl")
 
 
 class ClusterSettings(Settings):
-    address: str | None = Field(None, description="a Ray cluster to join; unset: one of our own on this machine")
-    threads: int | None = Field(
-        None, ge=1, description="CPU threads of each process; unset: an even share of the cores"
-    )
+    address: str | None = Field(None, description="a Ray cluster to join; unset: start one on this machine")
+    threads: int | None = Field(None, ge=1, description="CPU threads per process; unset: an even share of the cores")
+
+
+def _known_stage(name: str) -> str:
+    if name not in stage_names():
+        raise ValueError(f"expected one of {', '.join(stage_names())}")
+    return name
 
 
 class Experiment(Settings):
-    """All that a run needs to know."""
+    """All settings of a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
     seed: int = Field(0, ge=0)
     deterministic: bool | None = Field(
         None,
-        description="use only operations that give the same figures each time, bit for bit, on the same machine; "
-        "unset: on CPUs yes, and on GPUs, where it is slower, no",
+        description="use only operations that give the same figures every time, bit for bit, on the same machine; "
+        "unset: true on CPUs, false on GPUs, where it is slower",
     )
-    runs: str = Field("runs", description="the folder of all runs")
-    stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
+    runs: str = Field("runs", description="folder of all runs")
+    stages: list[Annotated[str, AfterValidator(_known_stage)]] = Field(
+        default_factory=lambda: [stage.name for stage in all_stages() if stage.default],
+        min_length=1,
+        description="the stages to run: sft, reward, ppo, or any other in align/config/stages/",
+    )
     model: ModelSettings
     policy: PolicySettings = PolicySettings()
     data: DataSettings = DataSettings()
@@ -338,27 +399,44 @@ class Experiment(Settings):
         if rollouts.workers > chunks:
             raise ValueError(
                 f"rollouts.workers {rollouts.workers}: a batch of {ppo.batch_size} is {chunks} chunks of "
-                f"{rollouts.effective_chunk_size} prompts, and some workers would idle: set rollouts.chunk_size to at most "
-                f"{max(1, ppo.batch_size // rollouts.workers)}, or fewer workers"
+                f"{rollouts.effective_chunk_size} prompts, and some workers would be idle: set rollouts.chunk_size to "
+                f"at most {max(1, ppo.batch_size // rollouts.workers)}, or fewer workers"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_fits(self) -> "Experiment":
+        rollouts = self.rollouts
         plain = self.policy.method == "lora" and not self.policy.dora and self.policy.full_rank <= LARGEST_RANK
         if rollouts.engine == "vllm" and not plain:
             raise ValueError(
                 f"rollouts.engine vllm swaps adapters of policy.method lora, without dora, of rank {LARGEST_RANK} at "
                 "most; this policy is another: use engine transformers"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _is_deterministic(self) -> "Experiment":
+        rollouts = self.rollouts
         if self.deterministic and (rollouts.engine == "vllm" or rollouts.segment_tokens):
-            what = "engine vllm, which batches as requests come" if rollouts.engine == "vllm" else "segment_tokens"
-            raise ValueError(f"deterministic: no two runs are the same with rollouts.{what}: remove one of them")
+            cause = "engine vllm, which batches requests as they arrive"
+            if rollouts.engine != "vllm":
+                cause = "segment_tokens"
+            raise ValueError(f"deterministic: no two runs are the same with rollouts.{cause}: remove one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_fits(self) -> "Experiment":
+        rollouts, ppo = self.rollouts, self.ppo
         if rollouts.max_staleness and ppo.importance_ratio_cap is None:
             raise ValueError(
-                "rollouts.max_staleness samples from older weights than are trained, which ppo.importance_ratio_cap corrects: set "
-                "it, to 2.0 as is usual"
+                "rollouts.max_staleness samples from older weights than those being trained, which "
+                "ppo.importance_ratio_cap corrects for: set it; 2.0 is usual"
             )
         if rollouts.max_staleness and ppo.max_mismatch is not None:
             raise ValueError(
-                "ppo.max_mismatch compares sampler and learner under the same weights, which rollouts.max_staleness lets differ: "
-                "remove one of them"
+                "ppo.max_mismatch compares sampler and learner under the same weights, and rollouts.max_staleness lets "
+                "them differ: remove one of the two"
             )
         return self
 

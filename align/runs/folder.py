@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from align.config.load import dump_experiment, load_experiment
-from align.config.schema import STAGES, Experiment
+from align.config.schema import Experiment
+from align.config.stage import find_stage, stage_names, stages_from
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
-
-PRODUCTS = {
-    "sft": ("sft", "checkpoints/sft"),
-    "reward": ("reward", "checkpoints/reward"),
-    "ppo": ("best", "policy", "checkpoints/ppo"),
-}
-"""What each stage writes into the run's folder."""
 
 WRITTEN = (
     "config.yaml",
@@ -77,9 +71,13 @@ class RunFolder:
         """What `evaluation.json` holds; nothing where it is not there yet."""
         return read_object(self.evaluation) if self.evaluation.is_file() else {}
 
+    def product(self, stage: str) -> Path:
+        """The folder that a stage writes when it is done."""
+        return self.path / find_stage(stage).folder
+
     def done(self, stage: str) -> bool:
         """Whether a stage has written its product."""
-        return {"sft": self.sft, "reward": self.reward, "ppo": self.policy}[stage].is_dir()
+        return self.product(stage).is_dir()
 
 
 def folder_of(experiment: Experiment) -> RunFolder:
@@ -98,7 +96,7 @@ def refuse_run(run: RunFolder) -> None:
 
 def refuse_stage(run: RunFolder, stage: str) -> None:
     """Raise UserError where the run has done this stage or a later one."""
-    for later in STAGES[STAGES.index(stage) :]:
+    for later in (found.name for found in stages_from(stage)):
         if run.done(later):
             raise UserError(f"{run.path} has done {later}: --replace does {stage} anew and forgets what came after it")
 
@@ -122,11 +120,15 @@ def locked(run: RunFolder) -> Iterator[None]:
         yield
 
 
-def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] = STAGES) -> None:
-    """Remove what an earlier run wrote of these stages, and nothing else that lies there; write `config.yaml`."""
-    whole = tuple(stages) == STAGES
-    products = [name for stage in stages for name in PRODUCTS[stage]]
-    for name in (*products, *(WRITTEN if whole else ())):
+def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | None = None) -> None:
+    """Remove what an earlier run wrote of these stages (unset: all), and no other files; write `config.yaml`."""
+    names = stage_names() if stages is None else list(stages)
+    written: list[str] = []
+    for stage in map(find_stage, names):
+        written += [stage.folder, *stage.scratch]
+    if names == stage_names():
+        written += WRITTEN
+    for name in written:
         path = run.path / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -11,23 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from align.config.schema import STAGES, TrackingSettings
+from align.config.schema import TrackingSettings
+from align.config.stage import all_stages, find_stage, stage_names
 from policies.errors import UserError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-
-ORDER = (*STAGES, "evaluation")
-"""Stages as they stand in the files, in the order of a run."""
-
-AXES = {"sft": "sft/step", "reward": "reward_model/step", "ppo": "ppo/step", "evaluation": "ppo/step"}
-"""The metric that W&B plots a stage's figures over; its own step only ever counts up."""
-
-GROUPS = {
-    "sft": ("sft",),
-    "reward": ("reward_model",),
-    "ppo": ("reward", "kl", "policy", "value", "rollout", "learner", "time", "eval"),
-}
-"""Which groups of metric names belong to a stage."""
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +31,7 @@ class Tracker:
         _append(self.run / METRICS, [{"stage": stage, "step": step, **metrics}])
         if self.wandb_run is not None:
             try:
-                self.wandb_run.log({**metrics, AXES[stage]: step})
+                self.wandb_run.log({**metrics, find_stage(stage).axis: step})
             except Exception as error:  # a lost W&B process must not end hours of training
                 log.warning("W&B is lost, the run goes on without it: %s", error)
                 self.wandb_run = None
@@ -134,8 +122,15 @@ def _strict(value: Any) -> Any:
 
 
 def _until(row: Mapping[str, Any], stage: str, step: int) -> bool:
-    there, here = ORDER.index(row["stage"]), ORDER.index(stage)
-    return there < here or (there == here and row["step"] <= step)
+    position = _position(row["stage"])
+    last = _position(stage)
+    return position < last or (position == last and row["step"] <= step)
+
+
+def _position(stage: str) -> int:
+    """A stage's place in the order of a run; a line of an unknown stage comes last."""
+    names = stage_names()
+    return names.index(stage) if stage in names else len(names)
 
 
 def _start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> Any | None:
@@ -161,10 +156,10 @@ def _start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[
             f"W&B cannot start: {error}. Set tracking.wandb to offline (kept in {run / 'wandb'}, `wandb sync` sends it "
             "later) or disabled; for online, log in with `wandb login` and look whether the server can be reached"
         ) from error
-    for stage, groups in GROUPS.items():
-        wandb_run.define_metric(AXES[stage], hidden=True)
-        for group in groups:
-            wandb_run.define_metric(f"{group}/*", step_metric=AXES[stage])
+    for stage in all_stages():
+        wandb_run.define_metric(stage.axis, hidden=True)
+        for group in stage.metric_groups:
+            wandb_run.define_metric(f"{group}/*", step_metric=stage.axis)
     return wandb_run
 
 

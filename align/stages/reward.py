@@ -13,7 +13,7 @@ from torch import Tensor
 from align.config.schema import Experiment
 from align.data.datasets import TokenizedPreference
 from align.evaluation.reward_model import compute_diagnostics, invariance, write_diagnostics
-from align.runs.folder import read_facts
+from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
 from align.supervised.fit import fit
@@ -201,6 +201,14 @@ def _steps(facts: dict[str, Any]) -> int:
 def _save_members(models: Sequence[RewardModel], moments_of: Sequence[tuple[float, float]], folder: Path) -> None:
     for member, (model, (mean, std)) in enumerate(zip(models, moments_of, strict=True)):
         model.save(member_folder(folder, member), mean, std)
+
+
+def accuracy_figures(run: RunFolder) -> dict[str, Any]:
+    """The reward model's part of `evaluation.json`: its accuracy on held-out preferences, where it has any."""
+    facts = read_facts(run.reward)
+    if "accuracy" not in facts:
+        return {}
+    return {"reward_model": {name: facts[name] for name in ACCURACY}}
 
 
 def moments(scores: Tensor) -> tuple[float, float]:

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from align.config.schema import STAGES, Experiment, Stage
+from align.config.schema import Experiment
+from align.config.stage import stage_names
 from align.runs.folder import (
     RunFolder,
     begin_run,
@@ -57,8 +58,8 @@ def test_beginning_anew_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path
     assert files(run) == {*FOREIGN, "config.yaml"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_beginning_a_stage_anew_leaves_the_others(tmp_path: Path, stage: Stage) -> None:
+@pytest.mark.parametrize("stage", stage_names())
+def test_beginning_a_stage_anew_leaves_the_others(tmp_path: Path, stage: str) -> None:
     run = folder_of(make(tmp_path))
     fill(run)
     before = files(run)
@@ -67,12 +68,12 @@ def test_beginning_a_stage_anew_leaves_the_others(tmp_path: Path, stage: Stage) 
 
 
 @pytest.mark.parametrize(("stage", "product"), [("sft", "sft"), ("reward", "reward"), ("ppo", "policy")])
-def test_a_stage_is_done_when_its_product_is_there(tmp_path: Path, stage: Stage, product: str) -> None:
+def test_a_stage_is_done_when_its_product_is_there(tmp_path: Path, stage: str, product: str) -> None:
     run = RunFolder(tmp_path)
     run.checkpoints(stage).mkdir(parents=True)
     assert not run.done(stage)
     (tmp_path / product).mkdir()
-    assert [each for each in STAGES if run.done(each)] == [stage]
+    assert [each for each in stage_names() if run.done(each)] == [stage]
 
 
 def test_a_best_policy_does_not_make_ppo_done(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_only_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "done"), [("sft", "sft"), ("sft", "ppo"), ("reward", "ppo"), ("ppo", "ppo")])
-def test_a_stage_is_refused_where_it_or_a_later_one_is_done(tmp_path: Path, stage: Stage, done: str) -> None:
+def test_a_stage_is_refused_where_it_or_a_later_one_is_done(tmp_path: Path, stage: str, done: str) -> None:
     (tmp_path / {"sft": "sft", "ppo": "policy"}[done]).mkdir()
     with pytest.raises(UserError, match=f"has done {done}: --replace does {stage} anew"):
         refuse_stage(RunFolder(tmp_path), stage)

@@ -1,0 +1,88 @@
+"""What a stage is, and the stages that there are: each is one file in `align/config/stages/`."""
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from align.config import stages as records
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that align needs to know about a stage. A file of `align/config/stages/` defines one as `STAGE`.
+
+    The records are read before anything heavy is imported, so they name functions by strings, `module:function`.
+
+    Attributes:
+        name: the stage's name in `stages:`, its command, and its `stage` in `metrics.jsonl`.
+        order: stages run in this order.
+        summary: one sentence, the help of its command.
+        folder: its product in the run's folder; the stage is done once this folder exists.
+        scratch: what else it writes there, removed when it starts again.
+        axis: the metric that W&B plots its metrics over; it must only ever increase.
+        metric_groups: first parts of the names of its metrics.
+        runner: the function that runs it, from a `StageContext` to None.
+        evaluation: the function from the `RunFolder` to its part of `evaluation.json`, if it has one.
+        default: whether it runs in an experiment that does not set `stages`.
+    """
+
+    name: str
+    order: int
+    summary: str
+    folder: str
+    scratch: tuple[str, ...]
+    axis: str
+    metric_groups: tuple[str, ...]
+    runner: str
+    evaluation: str | None = None
+    default: bool = False
+
+    def load_runner(self) -> Callable[[Any], None]:
+        """Import the function that runs the stage."""
+        runner: Callable[[Any], None] = pkgutil.resolve_name(self.runner)
+        return runner
+
+    def load_evaluation(self) -> Callable[[Any], dict[str, Any]] | None:
+        """Import the function that gives the stage's part of `evaluation.json`."""
+        return pkgutil.resolve_name(self.evaluation) if self.evaluation else None
+
+
+@cache
+def all_stages() -> tuple[Stage, ...]:
+    """All stages, in the order in which they run."""
+    modules = [import_module(f"{records.__name__}.{found.name}") for found in pkgutil.iter_modules(records.__path__)]
+    return tuple(sorted((module.STAGE for module in modules), key=lambda stage: stage.order))
+
+
+def stage_names() -> list[str]:
+    """The names of all stages, in the order in which they run."""
+    return [stage.name for stage in all_stages()]
+
+
+def find_stage(name: str) -> Stage:
+    """The stage of this name. Raises KeyError where there is none."""
+    for stage in all_stages():
+        if stage.name == name:
+            return stage
+    raise KeyError(name)
+
+
+def stages_from(name: str) -> list[Stage]:
+    """This stage and those after it."""
+    first = find_stage(name).order
+    return [stage for stage in all_stages() if stage.order >= first]
+
+
+def stages_table() -> str:
+    """A Markdown table of the stages, for docs/run-folder.md."""
+    lines = [
+        "| stage | what it does | writes | W&B plots it over | metrics |",
+        "|---|---|---|---|---|",
+    ]
+    for stage in all_stages():
+        groups = ", ".join(f"`{group}/…`" for group in stage.metric_groups)
+        lines.append(f"| `{stage.name}` | {stage.summary} | `{stage.folder}/` | `{stage.axis}` | {groups} |")
+    return "\n".join(lines)

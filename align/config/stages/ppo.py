@@ -1,0 +1,16 @@
+"""Proximal policy optimization."""
+
+from align.config.stage import Stage
+
+STAGE = Stage(
+    name="ppo",
+    order=30,
+    summary="Run PPO from the run's SFT and reward models.",
+    folder="policy",
+    scratch=("best", "checkpoints/ppo"),
+    axis="ppo/step",
+    metric_groups=("reward", "kl", "policy", "value", "rollout", "learner", "time", "eval"),
+    runner="align.stages.ppo:run_ppo",
+    evaluation="align.stages.ppo:policy_figures",
+    default=True,
+)

@@ -1,0 +1,16 @@
+"""The reward model."""
+
+from align.config.stage import Stage
+
+STAGE = Stage(
+    name="reward",
+    order=20,
+    summary="Train the reward model on preferences, starting from the run's SFT model.",
+    folder="reward",
+    scratch=("checkpoints/reward",),
+    axis="reward_model/step",
+    metric_groups=("reward_model",),
+    runner="align.stages.reward:run_reward",
+    evaluation="align.stages.reward:accuracy_figures",
+    default=True,
+)
