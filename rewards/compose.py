@@ -1,4 +1,4 @@
-"""From the scores of several terms to one: normalised, clipped, weighed, and held under a bound on a cost."""
+"""From the scores of several terms to one: normalised, clipped, weighted, and subject to a bound on a cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,16 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.terms import ConstraintSettings, TermSettings
+from rewards.terms.base import ConstraintSettings, TermSettings
 
-SMALL = 1e-8
+SMALLEST_STD = 1e-8
+"""A standard deviation of at most this is rounding error: the values are taken to be constant."""
 
 
 def combine(members: Tensor, how: str, penalty: float = 1.0) -> Tensor:
-    """One score `[B]` of an ensemble's `[B, members]`, each of mean 0 and deviation 1 on SFT responses.
+    """Combine the scores of an ensemble to one.
 
-    The minimum, or the mean less some deviations, is a low estimate where the members disagree (Coste et al. 2024,
-    "Reward model ensembles help mitigate overoptimization", eq. 4 and 5).
+    The minimum, or the mean minus a multiple of the standard deviation, is a conservative estimate where the members
+    disagree (Coste et al. 2024, "Reward model ensembles help mitigate overoptimization", eq. 4 and 5).
+
+    Args:
+        members: Scores `[B, members]`, each member's with mean 0 and standard deviation 1 over SFT responses.
+        how: `mean`, `minimum` or `mean_minus_std`.
+        penalty: Standard deviations that `mean_minus_std` subtracts.
+
+    Returns:
+        Scores `[B]`.
     """
     if how == "minimum":
         return members.amin(-1)
@@ -25,36 +34,45 @@ def combine(members: Tensor, how: str, penalty: float = 1.0) -> Tensor:
 
 
 def spread(members: Tensor) -> Tensor:
-    """Deviation `[B]` of an ensemble's scores `[B, members]`, about their mean."""
+    """Standard deviation `[B]` over an ensemble's scores `[B, members]`, without Bessel's correction."""
     return members.std(-1, correction=0)
 
 
 @dataclass
 class Moments:
-    """Mean and sum of squared deviations of all values seen so far (Chan et al. 1979, eq. 2.1)."""
+    """Running mean and sum of squared deviations of all values seen so far (Chan et al. 1979, eq. 2.1)."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Values `[B]` float64."""
-        count, mean = len(values), float(values.mean())
-        total, gap = self.count + count, mean - self.mean
-        self.squares += float((values - mean).square().sum()) + gap**2 * self.count * count / total
-        self.mean += gap * count / total
+        """Update by values `[B]` float64."""
+        count = len(values)
+        mean = float(values.mean())
+        total = self.count + count
+        difference = mean - self.mean
+        self.squares += float((values - mean).square().sum()) + difference**2 * self.count * count / total
+        self.mean += difference * count / total
         self.count = total
 
     @property
     def std(self) -> float:
-        """1 where there is none."""
+        """The standard deviation; 1 where there are no values or they are constant."""
         std = (self.squares / self.count) ** 0.5 if self.count else 0.0
-        return std if std > SMALL else 1.0
+        return std if std > SMALLEST_STD else 1.0
 
 
 @dataclass
 class Composition:
-    """The sum of a reward's terms, and what it knows of them: moments by term, and the multiplier of the constraint."""
+    """The weighted sum of a reward's terms, with the state that it depends on.
+
+    Attributes:
+        terms: The settings of the terms by name.
+        constraint: The bound on a term that is a cost, if there is one.
+        moments: Of the terms that are normalised, by name.
+        multiplier: λ of the constraint; 0 without one.
+    """
 
     terms: Mapping[str, TermSettings]
     constraint: ConstraintSettings | None = None
@@ -66,24 +84,35 @@ class Composition:
         self.multiplier = self.constraint.start if self.constraint else 0.0
 
     @property
-    def learns(self) -> bool:
-        """Whether the same response may score otherwise later."""
+    def is_stateful(self) -> bool:
+        """Whether training changes the composition, so that the same response may have another score later."""
         return self.constraint is not None or any(term.normalise == "running" for term in self.terms.values())
 
     @property
     def calibrated(self) -> list[str]:
-        """The terms that are normalised by SFT responses."""
+        """The names of the terms that are normalised over SFT responses."""
         return [name for name, term in self.terms.items() if term.normalise == "sft"]
 
     def calibrate(self, raw: Mapping[str, Tensor]) -> None:
-        """Take up what these terms say `[N]` of SFT responses."""
+        """Set the moments of the terms that are normalised over SFT responses.
+
+        Args:
+            raw: Scores `[N]` of SFT responses by term, before they are normalised.
+        """
         for name in self.calibrated:
             self.moments[name] = Moments()
             self.moments[name].add(raw[name].double())
 
     def score(self, raw: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Terms `[B]` to scores `[B]` float64, and each term as it goes in: normalised and clipped, not weighed."""
-        parts = {name: self._part(name, values.double()) for name, values in raw.items()}
+        """Compose the terms' scores to one, without an update.
+
+        Args:
+            raw: Scores `[B]` by term, before they are normalised.
+
+        Returns:
+            The scores `[B]` float64, and each term's own `[B]` float64: normalised and clipped, not weighted.
+        """
+        parts = {name: self._normalised(name, values.double()) for name, values in raw.items()}
         cost = self.constraint.term if self.constraint else None
         total = torch.zeros_like(next(iter(parts.values())))
         for name, values in parts.items():
@@ -93,28 +122,35 @@ class Composition:
             total = (total - self.multiplier * parts[cost]) / (1 + self.multiplier)
         return total, parts
 
-    def learn(self, raw: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`score`, by running moments that these values are part of; the multiplier moves after it."""
+    def score_and_update(self, raw: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compose the scores of a training batch, as `score` does, and update the state.
+
+        Running moments are updated first, so that they include this batch; the multiplier is updated last.
+        """
         for name, term in self.terms.items():
             if term.normalise == "running":
                 self.moments[name].add(raw[name].double())
         total, parts = self.score(raw)
         if constraint := self.constraint:
-            above = float(parts[constraint.term].mean()) - constraint.at_most
-            self.multiplier = max(0.0, self.multiplier + constraint.rate * above)
+            excess = float(parts[constraint.term].mean()) - constraint.at_most
+            self.multiplier = max(0.0, self.multiplier + constraint.rate * excess)
         return total, parts
 
     def state(self) -> dict[str, Any]:
-        """All that it has learned, for JSON."""
-        return {"moments": {name: vars(own) for name, own in self.moments.items()}, "multiplier": self.multiplier}
+        """The moments and the multiplier, for JSON."""
+        moments = {name: vars(values) for name, values in self.moments.items()}
+        return {"moments": moments, "multiplier": self.multiplier}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that was saved; what the experiment no longer normalises is left out."""
-        self.moments |= {name: Moments(**own) for name, own in state["moments"].items() if name in self.moments}
+        """Restore a saved state, except for terms that the experiment no longer normalises."""
+        for name, values in state["moments"].items():
+            if name in self.moments:
+                self.moments[name] = Moments(**values)
         self.multiplier = state["multiplier"] if self.constraint else 0.0
 
-    def _part(self, name: str, values: Tensor) -> Tensor:
-        if own := self.moments.get(name):
-            values = (values - own.mean) / own.std
+    def _normalised(self, name: str, values: Tensor) -> Tensor:
+        """The scores `[B]` of a term, normalised and clipped as its settings say."""
+        if moments := self.moments.get(name):
+            values = (values - moments.mean) / moments.std
         clip = self.terms[name].clip
         return values if clip is None else values.clamp(*clip)

@@ -1,105 +1,70 @@
-"""Scores over HTTP: a scorer of one's own, or a language model that grades."""
+"""What terms that call a service over HTTP share: settings, and a session that retries."""
 
 import os
 import re
-import string
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
+from pydantic import Field, field_validator
 
 from policies.errors import UserError
-from rewards.terms import EndpointTerm, HttpSettings, JudgeTerm
-from rewards.user_functions import ScoreFunction
+from rewards.terms.base import CallSettings
 
-RETRIED = (429, 500, 502, 503, 504)
+if TYPE_CHECKING:  # settings are loaded without requests
+    from requests import Session
+
+SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)
+"""Found in the names of variables and parameters that hold secrets."""
+
+RETRIED_STATUS = (429, 500, 502, 503, 504)
 LONGEST_WAIT = 60
-"""Seconds that a server may ask for between two tries."""
+"""Seconds that a server may demand between two attempts."""
 
 
-def endpoint(term: EndpointTerm) -> ScoreFunction:
-    """Scores by POST {prompts, responses, columns}, which gives {scores}."""
-    session = _session(term)
+class HttpSettings(CallSettings):
+    """The settings of terms that call a service over HTTP."""
 
-    def score(
-        prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
-    ) -> Sequence[float]:
-        scores: list[float] = []
-        for start in range(0, len(prompts), term.batch_size):
-            part = slice(start, start + term.batch_size)
-            asked = {
-                "prompts": prompts[part],
-                "responses": responses[part],
-                "columns": [dict(c) for c in columns[part]],
-            }
-            answer = _post(session, term, term.url, asked)
-            if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-                raise ValueError(f"{term.url} answered {str(answer)[:80]!r}; {{scores: [...]}} was expected")
-            scores += answer["scores"]
-        return scores
+    timeout: float | None = Field(30.0, gt=0, description="seconds that one request may take")
+    retries: int = Field(
+        3, ge=0, description="further attempts after a lost connection or status 429, 500, 502, 503, 504"
+    )
+    key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="the environment variable that holds the key, sent as a bearer token; never written anywhere",
+    )
 
-    score.__name__ = f"the scorer at {term.url}"
-    return score
+    @property
+    def call_timeout(self) -> None:
+        """None: a batch is many requests, and the timeout applies to each of them."""
+        return None
 
-
-def judge(term: JudgeTerm) -> ScoreFunction:
-    """Grades by a chat model. A response that was graded before in this process is not asked about again."""
-    session, known = _session(term), dict[str, float]()
-    worst, best = term.scale
-
-    def grade(instruction: str) -> None:
-        asked = {
-            "model": term.model,
-            "messages": [{"role": "user", "content": instruction}],
-            "temperature": 0,
-            "max_tokens": term.max_tokens,
-        }
-        answer = _post(session, term, f"{term.url.rstrip('/')}/chat/completions", asked)
-        try:
-            said = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"{term.url} answered {str(answer)[:80]!r}, which holds no message") from None
-        # "8/10" is a grade of 8.
-        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", re.sub(r"/\s*\d+(?:\.\d+)?", "", said or ""))
-        if not numbers:
-            raise ValueError(f"the judge gave no grade: {said!r}")
-        grade = float(numbers[-1])
-        if not min(term.scale) <= grade <= max(term.scale):
-            raise ValueError(f"the judge gave {grade:g}, which is not within scale {list(term.scale)}")
-        known[instruction] = (grade - worst) / (best - worst)
-
-    def score(
-        prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
-    ) -> Sequence[float]:
-        rows = zip(prompts, responses, columns, strict=True)
-        asked = [_filled(term.instruction, {**row, "prompt": p, "response": r}) for p, r, row in rows]
-        new = [instruction for instruction in dict.fromkeys(asked) if instruction not in known]
-        with ThreadPoolExecutor(term.parallel) as pool:
-            list(pool.map(grade, new))
-        return [known[instruction] for instruction in asked]
-
-    score.__name__ = f"the judge {term.model}"
-    return score
+    @field_validator("url", check_fields=False)
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("an http:// or https:// address was expected")
+        parts = urlsplit(url)
+        if "@" in parts.netloc or SECRET.search(parts.query):
+            raise ValueError("a key in an address would be written to config.yaml and W&B: use key_env")
+        return url
 
 
-def _filled(instruction: str, values: Mapping[str, Any]) -> str:
-    """Fields put in by name; nothing in what is put in is taken for a field."""
-    parts = string.Formatter().parse(instruction)
-    try:
-        return "".join(text + ("" if name is None else str(values[name])) for text, name, _, _ in parts)
-    except KeyError as error:
-        raise KeyError(f"the instruction asks for {error}, and the row has {', '.join(values)}") from None
+def open_session(settings: HttpSettings) -> "Session":
+    """A session that retries, after exponentially growing waits or as long as the server says.
 
+    Raises:
+        UserError: The environment variable `key_env` is not set.
+    """
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
 
-def _session(term: HttpSettings) -> requests.Session:
-    """Connections that try again, waiting longer each time, or as long as the server says."""
     retry = Retry(
-        total=term.retries,
+        total=settings.retries,
         backoff_factor=0.5,
-        status_forcelist=RETRIED,
+        status_forcelist=RETRIED_STATUS,
         allowed_methods=None,
         raise_on_status=False,
         retry_after_max=LONGEST_WAIT,
@@ -107,20 +72,21 @@ def _session(term: HttpSettings) -> requests.Session:
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=64))
-    if term.key_env:
-        if term.key_env not in os.environ:
-            raise UserError(f"key_env: the environment variable {term.key_env} is not set")
-        key = os.environ[term.key_env]
+    if settings.key_env:
+        if settings.key_env not in os.environ:
+            raise UserError(f"key_env: the environment variable {settings.key_env} is not set")
+        key = os.environ[settings.key_env]
 
         def authorise(request: Any) -> Any:
             request.headers["Authorization"] = f"Bearer {key}"
             return request
 
-        session.auth = authorise  # a header alone would give way to what ~/.netrc has for the host
+        session.auth = authorise  # a plain header would be overridden by ~/.netrc
     return session
 
 
-def _post(session: requests.Session, term: HttpSettings, url: str, body: Mapping[str, Any]) -> Any:
-    answer = session.post(url, json=body, timeout=term.timeout)
-    answer.raise_for_status()
-    return answer.json()
+def post(session: "Session", url: str, body: Mapping[str, Any], timeout: float | None) -> Any:
+    """The decoded JSON reply to a JSON body, within `timeout` seconds. Raises what `requests` raises."""
+    reply = session.post(url, json=body, timeout=timeout)
+    reply.raise_for_status()
+    return reply.json()

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from policies.schema import Schedule, Settings
-from rewards.terms import ConstraintSettings, ModelTerm, Term
+from rewards.terms.base import ConstraintSettings
+from rewards.terms.model import ModelTerm
+from rewards.terms.registry import Term
 
 
 class FitSettings(Settings):

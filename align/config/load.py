@@ -16,7 +16,7 @@ from align.config.source import Keys, Loader, Source, parse_override, read_sourc
 from align.config.validation_errors import explain
 from align.runtime.atomic_files import write_text
 from policies.errors import UserError, first_line
-from rewards.terms import SECRET
+from rewards.http import SECRET
 
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:

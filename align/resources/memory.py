@@ -15,7 +15,7 @@ from policies.files.base_model import load_model_config
 from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import members_in
-from rewards.terms import ClassifierTerm
+from rewards.terms.classifier import ClassifierTerm
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per number."""

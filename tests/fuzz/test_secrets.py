@@ -7,7 +7,7 @@ import yaml
 
 from align.config.load import dump_experiment, load_experiment
 from policies.errors import UserError
-from rewards.http import endpoint
+from rewards.terms.endpoint import EndpointTerm
 from rewards.user_functions import call_function
 
 KEY = "sk-very-secret"
@@ -32,8 +32,10 @@ def test_a_key_is_read_from_the_environment_and_written_nowhere(tmp_path: Path) 
     dump_experiment(experiment, tmp_path / "config.yaml")
     assert KEY not in (tmp_path / "config.yaml").read_text()
     assert KEY not in str(experiment.model_dump(mode="json"))  # what W&B is given
+    term = experiment.reward.terms["far"]
+    assert isinstance(term, EndpointTerm)
     with pytest.raises(UserError) as caught:  # nobody listens there
-        call_function(endpoint(experiment.reward.terms["far"]), ["p"], ["r"], [{}])  # type: ignore[arg-type]
+        call_function(term.make_function("far"), ["p"], ["r"], [{}])
     assert KEY not in str(caught.value)
     assert "GRADER_KEY" not in str(caught.value)
 

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -6,18 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.compose import Composition, Moments, combine, spread
-from rewards.terms import ConstraintSettings, RegexTerm
+from rewards.terms.base import ConstraintSettings
+from rewards.terms.regex import RegexTerm
 
 
-def term(**settings: object) -> RegexTerm:
-    return RegexTerm(kind="regex", pattern="x", **settings)  # type: ignore[arg-type]
+def term(**settings: Any) -> RegexTerm:
+    return RegexTerm(kind="regex", pattern="x", **settings)
 
 
 def doubles(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_terms_are_weighed_and_summed() -> None:
+def test_terms_are_weighted_and_summed() -> None:
     composition = Composition({"one": term(weight=2.0), "two": term(weight=-0.5)})
     total, parts = composition.score({"one": doubles(1, 2), "two": doubles(4, 0)})
     assert total.tolist() == [0.0, 4.0]
@@ -42,15 +44,15 @@ def test_running_moments_are_those_of_all_values_together(batches: list[list[flo
 
 def test_a_term_is_normalised_by_what_was_seen_before_and_in_its_batch() -> None:
     composition = Composition({"one": term(normalise="running")})
-    composition.learn({"one": doubles(0, 2)})
-    total, _ = composition.learn({"one": doubles(4, 6)})
+    composition.score_and_update({"one": doubles(0, 2)})
+    total, _ = composition.score_and_update({"one": doubles(4, 6)})
     seen = doubles(0, 2, 4, 6)
     torch.testing.assert_close(total, (seen[2:] - seen.mean()) / seen.std(correction=0))
 
 
-def test_judging_changes_nothing() -> None:
+def test_scoring_without_an_update_changes_nothing() -> None:
     composition = Composition({"one": term(normalise="running")})
-    composition.learn({"one": doubles(0, 2)})
+    composition.score_and_update({"one": doubles(0, 2)})
     before = json.dumps(composition.state())
     composition.score({"one": doubles(50, 60)})
     assert json.dumps(composition.state()) == before
@@ -61,7 +63,7 @@ def test_a_term_is_normalised_by_sft_responses_once() -> None:
     assert composition.calibrated == ["one"]
     composition.calibrate({"one": doubles(1, 3), "two": doubles(9, 9)})
     for _ in range(2):
-        total, _ = composition.learn({"one": doubles(1, 3, 7), "two": doubles(0, 0, 0)})
+        total, _ = composition.score_and_update({"one": doubles(1, 3, 7), "two": doubles(0, 0, 0)})
         assert total.tolist() == [-1.0, 1.0, 5.0]
 
 
@@ -69,23 +71,23 @@ def test_the_multiplier_grows_while_the_cost_is_above_its_bound_and_falls_to_zer
     constraint = ConstraintSettings(term="cost", at_most=0.5, rate=2.0)
     composition = Composition({"gain": term(), "cost": term()}, constraint)
     batch = {"gain": doubles(1, 1), "cost": doubles(1, 2)}
-    first, _ = composition.learn(batch)
+    first, _ = composition.score_and_update(batch)
     assert (first.tolist(), composition.multiplier) == ([1.0, 1.0], 2.0)
-    second, _ = composition.learn(batch)
+    second, _ = composition.score_and_update(batch)
     assert (second.tolist(), composition.multiplier) == ([(1 - 2) / 3, (1 - 4) / 3], 4.0)
-    composition.learn({"gain": doubles(1), "cost": doubles(-9)})
+    composition.score_and_update({"gain": doubles(1), "cost": doubles(-9)})
     assert composition.multiplier == 0.0
 
 
-def test_what_was_learned_comes_back_through_json() -> None:
+def test_the_state_is_restored_from_json() -> None:
     constraint = ConstraintSettings(term="cost", at_most=0.0)
     terms = {"gain": term(normalise="running"), "cost": term(normalise="sft")}
     one, other = Composition(terms, constraint), Composition(terms, constraint)
     one.calibrate({"cost": doubles(1, 2, 4)})
-    one.learn({"gain": doubles(0.1, 0.7), "cost": doubles(3.0, 1.0)})
+    one.score_and_update({"gain": doubles(0.1, 0.7), "cost": doubles(3.0, 1.0)})
     other.restore(json.loads(json.dumps(one.state())))
     batch = {"gain": doubles(5.5, 2.25), "cost": doubles(0.3, 8.0)}
-    assert torch.equal(one.learn(batch)[0], other.learn(batch)[0])
+    assert torch.equal(one.score_and_update(batch)[0], other.score_and_update(batch)[0])
     assert one.state() == other.state()
 
 

@@ -1,0 +1,41 @@
+"""A ready sequence-classification model as a term."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rewards.terms.base import RewardStage, TermInput, TermScores, TermSettings
+
+if TYPE_CHECKING:
+    from rewards.classifier import Classifier
+
+
+class ClassifierTerm(TermSettings):
+    """Score of the sequence-classification model at `path`, with its own tokenizer and template."""
+
+    kind: Literal["classifier"]
+    path: str
+
+    def check(self, name: str) -> None:
+        """Raises UserError where `path` is not a model folder."""
+        from policies.files.base_model import check_model_folder
+
+        check_model_folder(self.path)
+
+    def make_scorer(self, name: str, stage: RewardStage) -> "ClassifierScorer":
+        """Load the model."""
+        from rewards.classifier import Classifier
+
+        return ClassifierScorer(Classifier(self.path, key=f"reward.terms.{name}.path"))
+
+
+@dataclass(frozen=True)
+class ClassifierScorer:
+    """Scores of a classifier, shifted by `mean` and divided by `std`."""
+
+    classifier: "Classifier"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, batch: TermInput, /) -> TermScores:
+        scores = self.classifier.score(batch.prompts, batch.responses)  # [B] float32
+        return TermScores(((scores - self.mean) / self.std).double())
