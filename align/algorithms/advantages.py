@@ -1,13 +1,24 @@
-"""Rewards and advantages: pure functions of the numbers of one response, or of all responses of a batch."""
+"""Rewards and advantages: pure functions of the numbers of one response, or of all responses of a batch.
+
+Letters in shapes: T tokens of one response, N numbers of a batch (of all its tokens, or one per response).
+"""
 
 import torch
 from torch import Tensor
 
 
 def token_rewards(score: float, kl: Tensor, coefficient: float) -> Tensor:
-    """Reward of each response token, `[T]`: minus the weighted KL everywhere, the score on the last token.
+    """Reward of each token of a response: minus the weighted KL everywhere, plus the score on the last token.
 
     r_t = -β·KL_t + [t = T-1]·score                                         Ziegler et al. 2019, eq. 2
+
+    Args:
+        score: of the complete response.
+        kl: `[T]` float32, estimate of the KL to the reference at each token, in nats.
+        coefficient: β, in units of the score per nat.
+
+    Returns:
+        `[T]` float32; `kl` stays as it is.
     """
     rewards = -coefficient * kl
     rewards[-1] += score
@@ -15,66 +26,109 @@ def token_rewards(score: float, kl: Tensor, coefficient: float) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of one response of T tokens, both `[T]` float32.
-
-    rewards: `[T]`. values: `[T + 1]`, before each token and after the last; the last is 0 where the response is
-    terminal and the critic's value where it was cut and goes on.
+    """Generalized advantage estimation for one response.
 
     δ_t = r_t + γ·V_{t+1} - V_t;  A_t = Σ_k (γλ)^k δ_{t+k};  R_t = A_t + V_t        Schulman et al. 2016, eq. 16
+
+    Args:
+        rewards: `[T]` float32.
+        values: `[T + 1]` float32, before each token and after the last; the last is 0 where the response is terminal,
+            and the critic's value where it was truncated and would have continued.
+        gamma: discount per token.
+        gae_lambda: λ; 1 gives the discounted return minus the value, 0 the one-step advantage.
+
+    Returns:
+        Advantages and returns, both `[T]` float32.
     """
     deltas = (rewards + gamma * values[1:] - values[:-1]).tolist()
-    advantage, backwards = 0.0, []
+    advantage = 0.0
+    from_the_end = []
     for delta in reversed(deltas):
         advantage = delta + gamma * gae_lambda * advantage
-        backwards.append(advantage)
-    advantages = torch.tensor(backwards[::-1], dtype=torch.float32)
+        from_the_end.append(advantage)
+    advantages = torch.tensor(from_the_end[::-1], dtype=torch.float32)
     return advantages, advantages + values[:-1]
 
 
 def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
-    """Sum of what is still to come, `[T]` float32: R_t = Σ_k γ^k r_{t+k}.
+    """Discounted sum of the current and all later rewards: R_t = Σ_k γ^k r_{t+k}.
 
     Whitened over the batch it is the advantage of REINFORCE++                        Hu 2025, eq. 5 and 6
+
+    Args:
+        rewards: `[T]` float32.
+        gamma: discount per token.
+
+    Returns:
+        `[T]` float32.
     """
-    return gae(rewards, rewards.new_zeros(len(rewards) + 1), gamma, gae_lambda=1.0)[1]
+    no_values = rewards.new_zeros(len(rewards) + 1)
+    _, returns = gae(rewards, no_values, gamma, gae_lambda=1.0)
+    return returns
 
 
 def rloo(totals: Tensor, samples: int) -> Tensor:
-    """Total reward of each response less the mean of the others of its prompt, `[N]`; samples: responses a prompt.
+    """Total reward of each response minus the mean of the other responses to its prompt.
 
-    A_i = R_i - (Σ_{j≠i} R_j) / (k - 1)                                              Ahmadian et al. 2024, eq. 8
+    A_i = R_i - (Σ_{j≠i} R_j) / (K - 1)                                              Ahmadian et al. 2024, eq. 8
+
+    Args:
+        totals: `[N]`, total reward of each response; those to one prompt are adjacent.
+        samples: K, responses per prompt, at least 2.
+
+    Returns:
+        `[N]`, one advantage per response.
     """
-    groups = totals.view(-1, samples)
+    groups = totals.view(-1, samples)  # [prompts, K]
     others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
-    return (groups - others).flatten()
+    return (groups - others).flatten()  # [N]
 
 
 def grpo(totals: Tensor, samples: int) -> Tensor:
-    """Total reward of each response, whitened within its prompt, `[N]`; samples: responses a prompt.
+    """Total reward of each response, whitened within its prompt.
 
-    A_i = (R_i - mean R) / std R, and 0 where all of a prompt are the same           Shao et al. 2024, section 4.1.2
+    A_i = (R_i - mean R) / std R, and 0 where all responses to a prompt score the same   Shao et al. 2024, section 4.1.2
+
+    Args:
+        totals: `[N]`, total reward of each response; those to one prompt are adjacent.
+        samples: K, responses per prompt.
+
+    Returns:
+        `[N]` float32, one advantage per response.
     """
-    return torch.cat([whiten(group) for group in totals.split(samples)])
+    return torch.cat([whiten(group) for group in torch.split(totals, samples)])
 
 
 def scale_rewards(rewards: Tensor) -> Tensor:
-    """Token rewards of a batch, `[N]`, scaled to deviation 1 about their mean, which stays (Huang et al. 2024)."""
+    """Scale the token rewards of a batch, `[N]`, to standard deviation 1 about their mean (Huang et al. 2024)."""
     mean = rewards.mean()
     return whiten(rewards) + mean
 
 
 def whiten(advantages: Tensor) -> Tensor:
-    """Shift and scale all advantages of a batch, `[N]`, to mean 0 and (population) deviation 1.
+    """Shift and scale numbers to mean 0 and (population) standard deviation 1.
 
-    One number alone, or numbers that are all the same, become 0.
+    Args:
+        advantages: `[N]`, of any floating dtype.
+
+    Returns:
+        `[N]` float32; zeros where there is only one number or all are equal.
     """
-    # In float32 the mean of equal numbers may be off by a rounding, which the division would scale up.
+    # In float32 the mean of equal numbers may be off by a rounding error, which the division would amplify.
     exact = advantages.double()
     centred = exact - exact.mean()
     return (centred / (centred.square().mean().sqrt() + 1e-8)).float()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns), both `[N]`: 1 is a perfect critic, 0 no better than a constant."""
+    """Share of the variance of the returns that the critic's values explain: 1 - Var(R - V) / Var(R).
+
+    Args:
+        values: `[N]`, the critic's values of all tokens of a batch.
+        returns: `[N]`.
+
+    Returns:
+        1 for a perfect critic, 0 for one no better than a constant, NaN where all returns are equal.
+    """
     variance = returns.var(correction=0)
     return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else float("nan")

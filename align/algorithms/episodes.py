@@ -1,4 +1,4 @@
-"""From what was generated and scored to what the learner trains on."""
+"""Episodes: what the learner trains on, made of sampled and scored responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,23 +6,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.algorithms.advantages import gae, grpo, rewards_to_go, rloo, scale_rewards, token_rewards, whiten
+from align.algorithms.advantages import scale_rewards, token_rewards, whiten
+from align.algorithms.estimators import EstimatorInput, check_estimates, load_estimator
 from align.algorithms.kl import estimate_kl
 from align.config.schema import PpoSettings
 from rollouts.trajectory import RoleOutputs, Trajectory
 
-Rows = list[Tensor]
-"""One tensor a response, of its true length."""
-
 
 @dataclass(frozen=True)
 class Episode:
-    """One response of T tokens with its targets. Tensors are `[T]` float32, on the CPU, of true length.
+    """One response of T tokens with its targets. Tensors are `[T]` float32, on the CPU, without padding.
 
-    old_logprobs, reference_logprobs: nats. advantages: whitened over the batch if the settings say so, and then times
-    the truncated importance weights: the policy loss is homogeneous in them, so they weigh it.
-    returns, old_values: in the reward's unit, never whitened; empty without a critic.
-    weight: of each token in the mean that every loss is.
+    Attributes:
+        prompt_ids: tokens of the prompt.
+        response_ids: the T tokens of the response.
+        old_logprobs: under the policy before the update, in nats.
+        reference_logprobs: under the reference, in nats.
+        advantages: whitened over the batch if the settings say so, then multiplied by the truncated importance weights:
+            the policy loss is homogeneous in the advantages, so this weights the loss.
+        returns: targets of the critic, in the unit of the reward, never whitened; empty without a critic.
+        old_values: the critic's before the update, in the same unit; empty without a critic.
+        weight: of each token in the mean that every loss is.
     """
 
     prompt_ids: tuple[int, ...]
@@ -43,88 +47,119 @@ class Episode:
 def make_episodes(
     trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings, coefficient: float
 ) -> list[Episode]:
-    """Advantages and returns of a whole batch; the responses of a prompt stand side by side.
+    """Compute advantages and returns of a whole batch.
 
-    `coefficient` weighs the KL that is part of the reward.
+    Args:
+        trajectories: B responses; those to one prompt are adjacent.
+        scored: the outputs of the roles for each of them.
+        ppo: the settings of PPO.
+        coefficient: weight of the KL, where it is part of the reward.
+
+    Returns:
+        B episodes, in the same order.
+
+    Raises:
+        UserError: if the user's advantage estimator returned tensors of the wrong lengths.
     """
-    lengths = [trajectory.length for trajectory in trajectories]
-    beta = coefficient if ppo.kl.where == "reward" else 0.0
-    rewards = [_rewards(t, s, ppo, beta) for t, s in zip(trajectories, scored, strict=True)]
-    if ppo.whiten_rewards:
-        rewards = list(scale_rewards(torch.cat(rewards)).split(lengths))
-    values = [_values(t, s, ppo) for t, s in zip(trajectories, scored, strict=True)]
-    advantages, returns = ESTIMATORS[ppo.estimator](rewards, values, ppo)
+    advantages, returns = _estimate(trajectories, scored, ppo, coefficient)
     if ppo.whitens_advantages:
-        advantages = list(whiten(torch.cat(advantages)).split(lengths))
+        advantages = _over_the_batch(whiten, advantages)
     if ppo.importance_ratio_cap:
-        for i, (t, s) in enumerate(zip(trajectories, scored, strict=True)):
-            advantages[i] = advantages[i] * importance_weights(s.logprobs, t.sampler_logprobs, ppo.importance_ratio_cap)
-    return [
-        Episode(
+        advantages = _importance_weighted(advantages, trajectories, scored, ppo.importance_ratio_cap)
+    episodes = []
+    for i, (trajectory, outputs) in enumerate(zip(trajectories, scored, strict=True)):
+        episode = Episode(
             prompt_ids=trajectory.request.prompt_ids,
             response_ids=trajectory.response_ids,
-            old_logprobs=score.logprobs,
-            reference_logprobs=score.reference_logprobs,
+            old_logprobs=outputs.logprobs,
+            reference_logprobs=outputs.reference_logprobs,
             advantages=advantages[i],
             returns=returns[i],
-            old_values=score.values[:-1],
+            old_values=outputs.values[:-1],
             weight=1.0 if ppo.loss_aggregation == "token_mean" else 1.0 / trajectory.length,
         )
-        for i, (trajectory, score) in enumerate(zip(trajectories, scored, strict=True))
-    ]
+        episodes.append(episode)
+    return episodes
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """min(π_learner / π_sampler, cap) of each token, `[T]`: corrects for what the sampler computes differently."""
+    """Truncated importance weights: they correct for what the sampler computes differently from the learner.
+
+    min(π_learner / π_sampler, cap)                                                     Ionides 2008
+
+    Args:
+        logprobs: `[T]`, of the response tokens under the learner's policy, in nats.
+        sampler_logprobs: `[T]`, as the sampler computed them.
+        cap: the largest weight.
+
+    Returns:
+        `[T]` float32.
+    """
     return torch.exp(logprobs - sampler_logprobs).clamp(max=cap)
 
 
-def shaped_score(score: float, length: int, cut: bool, ppo: PpoSettings) -> float:
-    """The score of a response less what its length and a missing end cost."""
-    return score - ppo.length_penalty * length - (ppo.truncation_penalty if cut else 0.0)
+def shaped_score(score: float, length: int, truncated: bool, ppo: PpoSettings) -> float:
+    """The score of a response of `length` tokens minus the penalties for its length and for being truncated."""
+    return score - ppo.length_penalty * length - (ppo.truncation_penalty if truncated else 0.0)
+
+
+def _estimate(
+    trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings, coefficient: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Advantages and returns of each response by the estimator of the settings."""
+    reward_coefficient = coefficient if ppo.kl.where == "reward" else 0.0
+    rewards = []
+    values = []
+    for trajectory, outputs in zip(trajectories, scored, strict=True):
+        rewards.append(_token_rewards(trajectory, outputs, ppo, reward_coefficient))
+        values.append(_values(trajectory, outputs, ppo))
+    if ppo.whiten_rewards:
+        rewards = _over_the_batch(scale_rewards, rewards)
+    batch = EstimatorInput(
+        rewards=rewards,
+        values=values,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        samples_per_prompt=ppo.samples_per_prompt,
+    )
+    advantages, returns = load_estimator(ppo.estimator)(batch)
+    check_estimates(ppo.estimator, batch, advantages, returns)
+    return list(advantages), list(returns)
+
+
+def _over_the_batch(function: Callable[[Tensor], Tensor], responses: Sequence[Tensor]) -> list[Tensor]:
+    """Apply a function to the numbers of all tokens of a batch, given and returned as one tensor per response."""
+    lengths = [len(response) for response in responses]
+    return list(torch.split(function(torch.cat(list(responses))), lengths))
+
+
+def _importance_weighted(
+    advantages: Sequence[Tensor], trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], cap: float
+) -> list[Tensor]:
+    """The advantages of each response multiplied by its importance weights."""
+    weighted = []
+    for response_advantages, trajectory, outputs in zip(advantages, trajectories, scored, strict=True):
+        weights = importance_weights(outputs.logprobs, trajectory.sampler_logprobs, cap)
+        weighted.append(response_advantages * weights)
+    return weighted
 
 
 def _is_bootstrapped(trajectory: Trajectory, ppo: PpoSettings) -> bool:
     return not trajectory.ended and ppo.on_truncation == "bootstrap"
 
 
-def _rewards(trajectory: Trajectory, scored: RoleOutputs, ppo: PpoSettings, beta: float) -> Tensor:
-    score = shaped_score(scored.score, trajectory.length, not trajectory.ended, ppo)
-    kl = estimate_kl(scored.logprobs, scored.reference_logprobs, ppo.kl.estimator)
-    return token_rewards(0.0 if _is_bootstrapped(trajectory, ppo) else score, kl, beta)
+def _token_rewards(trajectory: Trajectory, outputs: RoleOutputs, ppo: PpoSettings, reward_coefficient: float) -> Tensor:
+    """Reward of each token, `[T]`; a bootstrapped response gets no score."""
+    kl = estimate_kl(outputs.logprobs, outputs.reference_logprobs, ppo.kl.estimator)
+    score = shaped_score(outputs.score, trajectory.length, truncated=not trajectory.ended, ppo=ppo)
+    if _is_bootstrapped(trajectory, ppo):
+        score = 0.0
+    return token_rewards(score, kl, reward_coefficient)
 
 
-def _values(trajectory: Trajectory, scored: RoleOutputs, ppo: PpoSettings) -> Tensor:
-    """The critic's values, the last one 0 where the response is terminal."""
-    values = scored.values.clone()
+def _values(trajectory: Trajectory, outputs: RoleOutputs, ppo: PpoSettings) -> Tensor:
+    """The critic's values `[T + 1]`; the last one is 0 where the response is terminal. Empty without a critic."""
+    values = outputs.values.clone()
     if len(values) and not _is_bootstrapped(trajectory, ppo):
         values[-1] = 0.0
     return values
-
-
-def _by_gae(rewards: Rows, values: Rows, ppo: PpoSettings) -> tuple[Rows, Rows]:
-    pairs = [gae(r, v, ppo.gamma, ppo.gae_lambda) for r, v in zip(rewards, values, strict=True)]
-    return [advantages for advantages, _ in pairs], [returns for _, returns in pairs]
-
-
-def _by_totals(function: Callable[[Tensor, int], Tensor]) -> Callable[[Rows, Rows, PpoSettings], tuple[Rows, Rows]]:
-    """An estimator that gives all tokens of a response the same advantage, from its total reward."""
-
-    def estimate(rewards: Rows, values: Rows, ppo: PpoSettings) -> tuple[Rows, Rows]:
-        advantages = function(torch.stack([row.sum() for row in rewards]), ppo.samples_per_prompt)
-        return [a.expand(len(r)) for a, r in zip(advantages, rewards, strict=True)], values
-
-    return estimate
-
-
-def _by_rewards_to_go(rewards: Rows, values: Rows, ppo: PpoSettings) -> tuple[Rows, Rows]:
-    return [rewards_to_go(row, ppo.gamma) for row in rewards], values
-
-
-ESTIMATORS: dict[str, Callable[[Rows, Rows, PpoSettings], tuple[Rows, Rows]]] = {
-    "gae": _by_gae,
-    "rloo": _by_totals(rloo),
-    "grpo": _by_totals(grpo),
-    "reinforce++": _by_rewards_to_go,
-}
-"""Advantages and returns from token rewards and values. Without a critic values are empty, and so are returns."""

@@ -1,4 +1,4 @@
-"""KL to the reference: estimators a token, and the coefficient that weighs them."""
+"""The KL to the reference: its estimators at each token, and the coefficient that weights it."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,25 @@ from torch import Tensor
 
 
 def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
-    """KL(policy ‖ reference) a token, estimated from samples of the policy. Shapes `[T]`, nats.
+    """KL(π ‖ π_ref) at each token, estimated from samples of the policy π.
 
     With d = log π - log π_ref (Schulman 2020, "Approximating KL Divergence"):
-    k1 = d, unbiased, may be negative; k2 = d²/2, biased, low variance; k3 = e^(-d) - 1 + d, unbiased, never negative.
+
+    * k1 = d. Its value is unbiased; it may be negative.
+    * k2 = d²/2. Its value is biased, with low variance. In the loss its expected gradient is that of KL(π ‖ π_ref).
+    * k3 = e^(-d) - 1 + d. Its value is unbiased and never negative. In the loss its expected gradient is that of
+      KL(π_ref ‖ π).
+
+    Args:
+        logprobs: `[T]`, of the tokens under the policy, in nats.
+        reference_logprobs: `[T]`, under the reference.
+        estimator: `k1`, `k2` or `k3`.
+
+    Returns:
+        `[T]`, in nats.
+
+    Raises:
+        ValueError: if there is no such estimator.
     """
     difference = logprobs - reference_logprobs
     match estimator:
@@ -26,30 +41,35 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
 
 
 class KlCoefficient(Protocol):
-    """What weighs the KL. `value` is the state that a checkpoint holds."""
+    """The weight of the KL. `value` is all of its state, which checkpoints keep."""
 
     value: float
 
     def update(self, kl: float, episodes: int) -> None:
-        """Learn the mean KL of a sequence, in nats, over so many episodes."""
+        """Adapt to the mean KL per sequence, in nats, of this many episodes."""
         ...
 
 
 @dataclass
 class FixedKl:
-    """The same coefficient throughout."""
+    """A constant coefficient."""
 
     value: float
 
     def update(self, kl: float, episodes: int) -> None:
-        pass  # fixed: there is nothing to learn
+        """Do nothing: the coefficient is fixed."""
 
 
 @dataclass
 class AdaptiveKl:
-    """A coefficient that steers the KL of a sequence to a target (Ziegler et al. 2019, section 2.2).
+    """A coefficient that steers the KL per sequence to a target (Ziegler et al. 2019, section 2.2).
 
     β ← β · (1 + clip(KL / target - 1, ±0.2) · episodes / horizon), kept within [1e-6, 1e3].
+
+    Attributes:
+        value: β.
+        target: KL per sequence, in nats.
+        horizon: episodes over which the controller acts.
     """
 
     value: float
@@ -57,7 +77,9 @@ class AdaptiveKl:
     horizon: int
 
     def update(self, kl: float, episodes: int) -> None:
+        """Adapt to the mean KL per sequence of this many episodes; a KL that is not finite changes nothing."""
         if not math.isfinite(kl):
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.value = min(max(self.value * (1.0 + error * min(episodes / self.horizon, 1.0)), 1e-6), 1e3)
+        factor = 1.0 + error * min(episodes / self.horizon, 1.0)
+        self.value = min(max(self.value * factor, 1e-6), 1e3)

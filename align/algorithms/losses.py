@@ -1,35 +1,94 @@
-"""PPO's losses a token. What is summed, and divided by what, is the learner's business."""
+"""The losses of PPO for each token. The learner sums and averages them.
+
+P is the number of response tokens of a microbatch.
+"""
 
 import math
+import pkgutil
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from align.config.estimators import POLICY_LOSSES, user_function
+from align.config.schema import PpoSettings
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, PpoSettings], tuple[Tensor, Tensor]]
+"""A policy loss takes, in this order, the log-probabilities of the response tokens under the current policy, those under
+the policy that scored the episodes, the advantages, all `[P]` float32, and the settings of PPO. It returns the loss of each
+token and whether a clip is active there (float 0 or 1, only logged), both `[P]`."""
+
+
+def load_policy_loss(name: str) -> PolicyLoss:
+    """The function of a built-in policy loss, or of a user's.
+
+    Raises:
+        UserError: if there is no such function.
+    """
+    if name not in POLICY_LOSSES:
+        return user_function(name, "ppo.policy_loss")
+    function: PolicyLoss = pkgutil.resolve_name(POLICY_LOSSES[name])
+    return function
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ppo: PpoSettings
+) -> tuple[Tensor, Tensor]:
+    """The policy loss `clip`: see `clipped_policy_loss` and `PolicyLoss`."""
+    return clipped_policy_loss(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        low=ppo.clip_low,
+        high=ppo.clip_high,
+        dual=ppo.dual_clip or math.inf,
+    )
 
 
 def clipped_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float, dual: float = math.inf
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token and whether a clip binds (float 0 or 1), all `[P]`.
+    """The clipped surrogate of PPO, with dual clip.
 
     max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)) with ρ = π/π_old                 Schulman et al. 2017, eq. 7
     and, where A < 0, at most -A·dual, so that a large ratio cannot run away   Ye et al. 2020, eq. 5
+
+    Args:
+        logprobs: `[P]`, of the response tokens under the current policy, in nats.
+        old_logprobs: `[P]`, under the policy that the episodes were scored with.
+        advantages: `[P]`.
+        low: the ratio is clipped at 1 - low.
+        high: the ratio is clipped at 1 + high.
+        dual: bound on the ratio where the advantage is negative.
+
+    Returns:
+        The loss of each token, and whether a clip is active there (float 0 or 1), both `[P]`.
     """
     ratio = torch.exp(logprobs - old_logprobs)
-    free = -advantages * ratio
-    pessimistic = torch.maximum(free, -advantages * ratio.clamp(1 - low, 1 + high))
+    unclipped = -advantages * ratio
+    pessimistic = torch.maximum(unclipped, -advantages * ratio.clamp(1 - low, 1 + high))
     loss = torch.where((advantages < 0) & (ratio > dual), -advantages * dual, pessimistic)
-    return loss, (loss != free).float()
+    return loss, (loss != unclipped).float()
 
 
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token and whether the clip binds (float 0 or 1), all `[P]`.
+    """The value loss with a clipped change, as in PPO's reference implementations.
 
     ½·max((V - R)², (clip(V, V_old ± clip) - R)²); without `clip`, ½·(V - R)².
+
+    Args:
+        values: `[P]`, of the current critic.
+        old_values: `[P]`, of the critic that the episodes were scored with.
+        returns: `[P]`, the targets.
+        clip: largest change of a value from the old one; None for no clip.
+
+    Returns:
+        The loss of each token, and whether the clip is active there (float 0 or 1), both `[P]`.
     """
-    free = (values - returns).square()
+    unclipped = (values - returns).square()
     if clip is None:
-        return free / 2, torch.zeros_like(free)
+        return unclipped / 2, torch.zeros_like(unclipped)
     clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
-    return torch.maximum(free, clipped) / 2, (clipped > free).float()
+    return torch.maximum(unclipped, clipped) / 2, (clipped > unclipped).float()

@@ -1,0 +1,109 @@
+"""Advantage estimators: from the token rewards of a whole batch to advantages and returns.
+
+All have one signature, as a user's own have. `align.config.estimators` lists them with what each of them needs.
+"""
+
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.algorithms.advantages import gae, grpo, rewards_to_go, rloo
+from align.config.estimators import ESTIMATORS, find_estimator, user_function
+from policies.errors import UserError
+
+
+@dataclass(frozen=True)
+class EstimatorInput:
+    """What an advantage estimator reads: a batch of B responses; those to one prompt are adjacent.
+
+    Attributes:
+        rewards: of each response `[T]` float32: the score on its last token, and minus the weighted KL of every token
+            where `ppo.kl.where` is `reward`.
+        values: of each response `[T + 1]` float32, the critic's values before each token and after the last, which is 0
+            where the response is terminal; empty without a critic.
+        gamma: discount per token.
+        gae_lambda: λ of generalized advantage estimation.
+        samples_per_prompt: K, responses per prompt.
+    """
+
+    rewards: list[Tensor]
+    values: list[Tensor]
+    gamma: float
+    gae_lambda: float
+    samples_per_prompt: int
+
+
+AdvantageEstimator = Callable[[EstimatorInput], tuple[list[Tensor], list[Tensor]]]
+"""From a batch to the advantages `[T]` float32 of each response and to the critic's targets, the returns: `[T]` float32
+of each response, or empty tensors without a critic."""
+
+
+def estimate_gae(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
+    """Generalized advantage estimation, the only built-in estimator with a critic."""
+    advantages = []
+    returns = []
+    for rewards, values in zip(batch.rewards, batch.values, strict=True):
+        response_advantages, response_returns = gae(rewards, values, batch.gamma, batch.gae_lambda)
+        advantages.append(response_advantages)
+        returns.append(response_returns)
+    return advantages, returns
+
+
+def estimate_rloo(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
+    """REINFORCE leave-one-out: one advantage for all tokens of a response."""
+    advantages = rloo(_totals(batch.rewards), batch.samples_per_prompt)
+    return _same_for_all_tokens(advantages, batch.rewards), batch.values
+
+
+def estimate_grpo(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
+    """Group-relative policy optimization: one advantage for all tokens of a response."""
+    advantages = grpo(_totals(batch.rewards), batch.samples_per_prompt)
+    return _same_for_all_tokens(advantages, batch.rewards), batch.values
+
+
+def estimate_reinforce_plus_plus(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
+    """REINFORCE++: rewards to go, which are then whitened over the batch."""
+    advantages = [rewards_to_go(rewards, batch.gamma) for rewards in batch.rewards]
+    return advantages, batch.values
+
+
+def _totals(rewards: Sequence[Tensor]) -> Tensor:
+    """Total reward of each response, `[B]`."""
+    return torch.stack([response.sum() for response in rewards])
+
+
+def _same_for_all_tokens(advantages: Tensor, rewards: Sequence[Tensor]) -> list[Tensor]:
+    """One advantage per response, `[B]`, as `[T]` of each response."""
+    return [advantage.expand(len(response)) for advantage, response in zip(advantages, rewards, strict=True)]
+
+
+def load_estimator(name: str) -> AdvantageEstimator:
+    """The function of a built-in estimator, or of a user's.
+
+    Raises:
+        UserError: if there is no such estimator.
+    """
+    if name not in ESTIMATORS:
+        return user_function(name, "ppo.estimator")
+    function: AdvantageEstimator = pkgutil.resolve_name(ESTIMATORS[name].function)
+    return function
+
+
+def check_estimates(name: str, batch: EstimatorInput, advantages: Sequence[Tensor], returns: Sequence[Tensor]) -> None:
+    """Check the lengths of what an estimator returned for a batch.
+
+    Raises:
+        UserError: if there is not one advantage per token and, with a critic, one return per token.
+    """
+    tokens = [len(rewards) for rewards in batch.rewards]
+    targets = tokens if find_estimator(name).has_critic else [len(values) for values in batch.values]
+    for what, tensors, expected in (("advantages", advantages, tokens), ("returns", returns, targets)):
+        actual = [len(tensor) for tensor in tensors]
+        if actual != expected:
+            raise UserError(
+                f"ppo.estimator: {name} returned {what} of {actual[:8]} numbers for the first responses of a batch of "
+                f"{len(tokens)}; expected {expected[:8]}"
+            )

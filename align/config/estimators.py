@@ -1,0 +1,170 @@
+"""Which advantage estimators and policy losses there are, and what each needs.
+
+Validation, the learner and the documentation read these records. They name functions by strings, `module:function`,
+because they are read before anything heavy is imported. Users bring their own by `FILE.py:function`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+from policies.errors import UserError
+from rewards.user_functions import load_function
+
+Function = Callable[..., Any]
+AnyFunction = TypeVar("AnyFunction", bound=Function)
+
+READABLE = ("gamma", "gae_lambda")
+"""Settings of PPO that only some estimators read."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An advantage estimator and what it needs.
+
+    Attributes:
+        name: its value of `ppo.estimator`.
+        function: `module:function` or `FILE.py:function`, from an `EstimatorInput` to advantages and returns.
+        has_critic: whether it reads the values of a critic, which is then built and trained.
+        min_samples: responses per prompt that it needs at least.
+        whitens: whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
+        reads: which of `READABLE` it reads; setting any other one is an error.
+        summary: the advantage of a token in a few words, for the documentation.
+        source: the paper.
+    """
+
+    name: str
+    function: str
+    has_critic: bool = False
+    min_samples: int = 1
+    whitens: bool = False
+    reads: tuple[str, ...] = ()
+    summary: str = ""
+    source: str = ""
+
+
+BUILT_IN_ESTIMATORS = (
+    Estimator(
+        name="gae",
+        function="align.algorithms.estimators:estimate_gae",
+        has_critic=True,
+        whitens=True,
+        reads=("gamma", "gae_lambda"),
+        summary="generalized advantage estimation",
+        source="Schulman et al. 2016",
+    ),
+    Estimator(
+        name="rloo",
+        function="align.algorithms.estimators:estimate_rloo",
+        min_samples=2,
+        summary="total reward minus the mean of the other samples of its prompt; the paper uses 2 and 4 samples",
+        source="Ahmadian et al. 2024",
+    ),
+    Estimator(
+        name="grpo",
+        function="align.algorithms.estimators:estimate_grpo",
+        min_samples=2,
+        summary="total reward whitened within its prompt; the paper uses 64 samples, "
+        "`loss_aggregation: sequence_mean` and `kl: {where: loss, estimator: k3}`",
+        source="Shao et al. 2024",
+    ),
+    Estimator(
+        name="reinforce++",
+        function="align.algorithms.estimators:estimate_reinforce_plus_plus",
+        whitens=True,
+        reads=("gamma",),
+        summary="rewards to go, which include the KL of each token",
+        source="Hu 2025",
+    ),
+)
+
+ESTIMATORS = {estimator.name: estimator for estimator in BUILT_IN_ESTIMATORS}
+
+POLICY_LOSSES = {"clip": "align.algorithms.losses:clipped_surrogate"}
+"""Built-in values of `ppo.policy_loss`, each with its function."""
+
+
+def advantage_estimator(
+    has_critic: bool = False, min_samples: int = 1, whitens: bool = False, reads: tuple[str, ...] = ()
+) -> Callable[[AnyFunction], AnyFunction]:
+    """Decorate a function of your own, for `ppo.estimator: FILE.py:function`, with what it needs.
+
+    The function takes an `align.algorithms.estimators.EstimatorInput` and returns the advantages and the returns of
+    each response. Without the decorator it needs nothing.
+
+    Args:
+        has_critic: whether it reads `values`; a critic is then built, and trained on the returns.
+        min_samples: responses per prompt that it needs at least.
+        whitens: whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
+        reads: which of `gamma` and `gae_lambda` it reads; setting one that it does not read is an error.
+    """
+    unknown = sorted(set(reads) - set(READABLE))
+    if unknown:
+        raise UserError(f"advantage_estimator: reads: unknown setting {unknown[0]!r}; valid: {', '.join(READABLE)}")
+
+    def decorate(function: AnyFunction) -> AnyFunction:
+        _DECORATED[function] = Estimator(
+            name=function.__name__,
+            function=f"{function.__module__}:{function.__name__}",
+            has_critic=has_critic,
+            min_samples=min_samples,
+            whitens=whitens,
+            reads=tuple(reads),
+        )
+        return function
+
+    return decorate
+
+
+_DECORATED: dict[Function, Estimator] = {}
+
+
+def find_estimator(name: str) -> Estimator:
+    """The record of a built-in estimator or of a user's, whose file is loaded.
+
+    Raises:
+        UserError: if there is no such estimator.
+    """
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    function = user_function(name, "ppo.estimator")
+    record = _DECORATED.get(function, Estimator(name, name))
+    return replace(record, name=name, function=name)
+
+
+def is_users(name: str) -> bool:
+    """Whether a value of `ppo.estimator` or `ppo.policy_loss` names a function of the user's."""
+    return name not in ESTIMATORS and name not in POLICY_LOSSES
+
+
+@cache
+def user_function(where: str, key: str) -> Function:
+    """The function that a setting names by `FILE.py:function` or `module:function`, loaded once per process.
+
+    Raises:
+        UserError: if the file or the function does not exist or cannot be imported; it names the setting `key`.
+    """
+    function: Function = load_function(where, key)
+    return function
+
+
+def estimators_table() -> str:
+    """A Markdown table of the built-in estimators, for docs/ppo.md."""
+    lines = [
+        "| `estimator` | advantage of a token | critic | reads | samples per prompt | whitened by default | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for estimator in BUILT_IN_ESTIMATORS:
+        reads = ", ".join(f"`{name}`" for name in estimator.reads) or "–"
+        columns = (
+            f"`{estimator.name}`",
+            estimator.summary,
+            "yes" if estimator.has_critic else "no",
+            reads,
+            f"≥ {estimator.min_samples}",
+            "over the batch" if estimator.whitens else "no",
+            estimator.source,
+        )
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
