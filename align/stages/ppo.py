@@ -121,21 +121,20 @@ def _build(context: StageContext, scorers: Scorers, stack: ExitStack) -> tuple[L
     pool: Pool
     learners: Learners
     if rollouts.workers:
-        from rollouts.ray_pool import RayPool  # Ray is slow to import, and only wanted here
+        from rollouts.ray_pool import PoolSettings, RayPool  # Ray is slow to import, and only wanted here
 
         build = partial(build_engine, settings.model, settings.policy, rollouts)
         each = compute_settings(settings, rollouts.workers)
         if rollouts.engine == "vllm":
             each = replace(each, deterministic=False)  # it has kernels that torch does not know to be so
-        workers = RayPool(
-            build,
-            rollouts.workers,
-            rollouts.effective_chunk_size,
-            rollouts.timeout,
-            rollouts.straggler_factor,
-            each,
-            rollouts.gpus,
+        pool_settings = PoolSettings(
+            workers=rollouts.workers,
+            chunk_size=rollouts.effective_chunk_size,
+            timeout=rollouts.timeout,
+            straggler_factor=rollouts.straggler_factor,
+            gpus=rollouts.gpus,
         )
+        workers = RayPool(build, pool_settings, each)
         pool = workers
         if rollouts.max_staleness:
             pool = PartialRollouts(workers) if rollouts.segment_tokens else AsyncRollouts(workers)
@@ -188,7 +187,7 @@ def _calibrate(
     chosen = permutation(len(prompts), seed, "normalise terms")[:count]
     requests = [replace(prompts[i], seed=seed_for(seed, "normalise terms", i)) for i in chosen]
     samples = pool.generate(requests, Sampling(rollouts.temperature, rollouts.max_new_tokens))
-    raw, _ = scorers.reward.raw(samples, roles_score(samples, ("reward",)))
+    raw, _ = scorers.reward.raw_scores(samples, roles_score(samples, ("reward",)))
     composition.calibrate(raw)
 
 
@@ -236,7 +235,7 @@ def _evaluate(
     context.tracker.log("ppo", step, {f"eval/{name}": policy[name] for name in shown if name in policy})
     value = policy[context.experiment.evaluation.best]
     # Scores of a reward that has learned since cannot be compared: the newest policy is the best known.
-    moved = scorers.reward.composition.learns and context.experiment.evaluation.best == "score_mean"
+    moved = scorers.reward.composition.is_stateful and context.experiment.evaluation.best == "score_mean"
     if moved or progressed.best is None or value >= progressed.best:
         progressed.best_step, progressed.best = step, value
         with new_folder(context.run.best) as folder:
