@@ -1,10 +1,10 @@
-"""PPO here against TRL's, side by side on this machine: episodes and tokens a second, memory, and where time goes.
+"""Compare PPO here and in TRL on this machine: episodes and tokens per second, memory, and time by phase.
 
     python experiments/benchmarks/bench.py --model MODEL --sft runs/reviews/sft --prompts PROMPTS.jsonl
 
-Each round runs the yardstick and then ours, as processes of their own, on the same model, prompts, lengths and threads.
-Ratios are taken within a round; the table gives their median, lowest and highest over the rounds. All figures go to
-`results.json`, where cases that are not run this time stay as they are.
+Each round runs TRL and then this library in separate processes, with the same model, prompts, lengths and threads.
+Ratios are taken within a round; the table gives their median, minimum and maximum over the rounds. All figures are
+written to `results.json`, which keeps the figures of cases that are not run this time.
 """
 
 import argparse
@@ -16,12 +16,14 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
+from inputs import add_model, require_model, require_paths
 from operations import shape_of, update_operations
 from peer import make_peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -41,16 +43,16 @@ TRL = "1.12.0"
 """The last release with PPO."""
 RANK, EPOCHS, BATCH, UPDATES = 16, 4, 32, 5
 MEASURED = 3
-"""Updates of which the share of the matrix-product rate is measured, in a run of its own."""
+"""Updates for which the share of the matrix-product rate is measured, in a separate run."""
 POLICY = PolicySettings(rank=RANK, alpha=2 * RANK)
 GROWN = 1.005
-"""Growth of the resident set size at which memory is looked at closely."""
+"""Growth of the resident set size at which the proportional set size is read."""
 PARTS = ("rollout", "score", "update", "sync", "between")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What both sides are given. model: the base as it is, its SFT model, or random weights of a size."""
+    """What both sides run. model: `base`, `sft` or the WIDTHxLAYERS of random weights; response: maximum length."""
 
     model: str
     response: int
@@ -58,7 +60,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Variant:
-    """How ours is set up."""
+    """How this library is configured."""
 
     critic: str = "adapter"
     dtype: str = "float32"
@@ -78,42 +80,37 @@ RAY = {"adapter-float32-ray": Variant(workers=1, ranks=1)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--sft", type=Path, required=True, help="the sft/ folder of a run of experiments/reviews")
+    add_model(parser)
+    parser.add_argument("--sft", type=Path, required=True, help="folder sft/ of a run of experiments/reviews")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with `prompt`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="cases whose name holds this, such as A-7m or head-float32")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this, such as A-7m")
     parser.add_argument("--to", type=Path, default=HERE / "results.json")
     arguments = parser.parse_args()
-    refuse_missing(parser, arguments.model, arguments.sft, arguments.prompts)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the yardstick is on the CPU, and so are both sides
+    require_model(parser, arguments.model)
+    require_paths(parser, arguments.sft, arguments.prompts)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # TRL runs on the CPU here, so both sides do
     peer = make_peer(PEER, TRL)
     results: dict[str, Any] = json.loads(arguments.to.read_text()) if arguments.to.exists() else {}
     measured = machine(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         for name, workload in WORKLOADS.items():
-            variants = VARIANTS | (RAY if name == "A-30m" else {})
-            wanted = {
-                f"{name}-{v}": variant
-                for v, variant in variants.items()
-                if arguments.only in f"{name}-{v}" and variant.dtype in ("float32", fast_dtype())
-            }
-            if not wanted:
+            cases = cases_of(name, arguments.only)
+            if not cases:
                 continue
             model = make_model(workload.model, arguments, Path(folder) / name)
-            rounds: dict[str, list[dict[str, Any]]] = {case: [] for case in wanted}
+            rounds: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
             for _ in range(arguments.rounds):
                 theirs = run_peer(peer, model, workload, arguments)
-                print(
-                    f"{name} trl: {theirs['episodes_per_s']:.2f} episodes/s, {theirs['memory_mb']:.0f} MB", flush=True
-                )
-                for case, variant in wanted.items():
+                episodes = theirs["episodes_per_s"]
+                print(f"{name} trl: {episodes:.2f} episodes/s, {theirs['memory_mb']:.0f} MB", flush=True)
+                for case, variant in cases.items():
                     ours = run_ours(model, workload, variant, arguments)
                     if not variant.workers:
                         ours["epochs"] = run_measured(model, workload, variant, arguments)
                     rounds[case].append({"ours": ours, "theirs": theirs})
-                    ratio = ours["episodes_per_s"] / theirs["episodes_per_s"]
+                    ratio = ours["episodes_per_s"] / episodes
                     print(f"{case}: {ours['episodes_per_s']:.2f} episodes/s, × {ratio:.2f}", flush=True)
             for case, pairs in rounds.items():
                 results[case] = {
@@ -127,15 +124,19 @@ def main() -> None:
     print(table(results))
 
 
-def refuse_missing(parser: argparse.ArgumentParser, *given: Path) -> None:
-    """End with status 2 where one of the files or folders is not there."""
-    for path in given:
-        if not path.exists():
-            parser.error(f"{path} does not exist")
+def cases_of(workload: str, only: str) -> dict[str, Variant]:
+    """The variants of a workload by case name: those that match `only`, in a dtype in which this machine is fast."""
+    variants = VARIANTS | (RAY if workload == "A-30m" else {})
+    cases: dict[str, Variant] = {}
+    for name, variant in variants.items():
+        case = f"{workload}-{name}"
+        if only in case and variant.dtype in ("float32", fast_dtype()):
+            cases[case] = variant
+    return cases
 
 
 def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:
-    """The folder of the workload's model: the base, its SFT model merged, or a random one of WIDTHxLAYERS."""
+    """The folder of the workload's model: the base, the SFT model merged, or random weights of WIDTHxLAYERS."""
     if kind == "base":
         return arguments.model
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -160,40 +161,44 @@ def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:
 
 
 def run_peer(python: Path, model: Path, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The yardstick's figures."""
+    """The figures of TRL."""
     settings = {"model": model, "prompts": arguments.prompts, "batch": BATCH, "updates": UPDATES, "epochs": EPOCHS}
     settings |= {"response": workload.response, "rank": RANK, "threads": arguments.threads}
-    line = [str(python), str(HERE / "trl_ppo.py")]
-    output, memory = watched([*line, *(f"--{name}={value}" for name, value in settings.items())])
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    output, memory = run_and_watch([str(python), str(HERE / "trl_ppo.py"), *options])
     return figures(**json.loads(output.strip().splitlines()[-1]), memory=memory)
 
 
 def run_ours(model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Our figures, by a whole run of the command, as a user would run it; on a GPU where one can be seen."""
+    """The figures of a run by the command `align`, as a user would run it; on a GPU if one is visible."""
     with tempfile.TemporaryDirectory() as folder:
         file = write_experiment(Path(folder), model, workload, variant, arguments, UPDATES + 1)
-        _, memory = watched([sys.executable, "-m", "align", "run", str(file)])
+        _, memory = run_and_watch([sys.executable, "-m", "align", "run", str(file)])
         lines = [json.loads(line) for line in (Path(folder) / "bench" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "time/step" in line][1:]
     seconds = [line["time/step"] + line["time/between"] for line in steps]
-    found = figures(seconds, [line["rollout/tokens"] for line in steps], memory)
-    parts = {part: median(line[f"time/{part}"] for line in steps) for part in PARTS}
+    tokens = [line["rollout/tokens"] for line in steps]
+    parts: dict[str, float] = {}
+    for part in PARTS:
+        parts[part] = median(line[f"time/{part}"] for line in steps)
     prompts = sum(line["rollout/prompt_tokens"] for line in steps) / len(steps) / BATCH
-    responses = [line["rollout/tokens"] / BATCH for line in steps]
     shape = shape_of(model, RANK)
-    needed = median(
-        EPOCHS * BATCH * update_operations(shape, [(prompts, each)], variant.critic == "adapter") for each in responses
-    )
-    return found | {"parts": parts, "update_operations_per_s": needed / parts["update"]}
+    critic_forward = variant.critic == "adapter"
+    operations = []
+    for count in tokens:
+        per_episode = update_operations(shape, [(prompts, count / BATCH)], critic_forward)
+        operations.append(EPOCHS * BATCH * per_episode)
+    update_rate = median(operations) / parts["update"]
+    return figures(seconds, tokens, memory) | {"parts": parts, "update_operations_per_s": update_rate}
 
 
 def run_measured(
     model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """What `share.py` prints, of a run of its own: to measure takes time."""
+    """What `share.py` prints about a separate run, because measuring takes time."""
     with tempfile.TemporaryDirectory() as folder:
         file = write_experiment(Path(folder), model, workload, variant, arguments, MEASURED + 1)
-        output, _ = watched([sys.executable, str(HERE / "share.py"), str(file)])
+        output, _ = run_and_watch([sys.executable, str(HERE / "share.py"), str(file)])
     epochs: list[dict[str, float]] = json.loads(output.splitlines()[-1])
     return epochs
 
@@ -201,7 +206,7 @@ def run_measured(
 def write_experiment(
     folder: Path, model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace, steps: int
 ) -> Path:
-    """The experiment file of a run `bench` in a folder, with a reward model beside it."""
+    """Write a reward model and the experiment file of a run `bench` into a folder. Returns the file."""
     write_reward(model, folder / "reward")
     experiment = {
         "name": "bench",
@@ -229,21 +234,22 @@ def write_experiment(
 
 
 def write_reward(model: Path, to: Path) -> None:
-    """A reward model of ours with random weights, on the same trunk: what TRL's side has too."""
+    """Write a reward model with random weights on the same base model, which is what TRL's side has too."""
     base = load_base(ModelSettings(path=str(model)))
     trunk = make_trunk(base, POLICY, (REWARD_ROLE,))
     generator = torch.Generator().manual_seed(seed_for(0, "reward head"))
     RewardModel(trunk, [ScalarHead(trunk.width, generator)]).save(to)
 
 
-def watched(command: list[str]) -> tuple[str, float]:
-    """Run a command. Returns what it printed and the most memory that it and its children had at one time, in MB.
+def run_and_watch(command: list[str]) -> tuple[str, float]:
+    """Run a command. Returns its standard output and the peak memory in MB of the process and its children together.
 
-    Memory is proportional set size, in which a page that processes share counts once. To read it holds the process up,
-    so that it is read only where the resident set size, which costs nothing, has grown.
+    Memory is the proportional set size, in which pages shared by processes count once. Reading it stalls the process,
+    so it is read only when the resident set size, which is cheap to read, has grown.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak, done = 0.0, threading.Event()
+    peak = 0.0
+    done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -254,7 +260,8 @@ def watched(command: list[str]) -> tuple[str, float]:
                 family = [root, *root.children(recursive=True)]
                 now = sum(child.memory_info().rss for child in family)
                 if now > GROWN * resident:
-                    resident, peak = now, max(peak, sum(share_of(child) for child in family))
+                    resident = now
+                    peak = max(peak, sum(proportional_set_size(child) for child in family))
             except psutil.Error:
                 continue
 
@@ -268,8 +275,8 @@ def watched(command: list[str]) -> tuple[str, float]:
     return output, peak / 2**20
 
 
-def share_of(process: psutil.Process) -> float:
-    """Proportional set size in bytes; 0 of a process that has gone."""
+def proportional_set_size(process: psutil.Process) -> float:
+    """In bytes; 0 if the process has ended."""
     try:
         return float(process.memory_full_info().pss)
     except psutil.Error:
@@ -277,7 +284,7 @@ def share_of(process: psutil.Process) -> float:
 
 
 def figures(seconds: list[float], tokens: list[float], memory: float) -> dict[str, Any]:
-    """The figures of one run from the seconds and response tokens of its updates."""
+    """The figures of one run, from the seconds and response tokens of its updates."""
     middle = median(seconds)
     return {
         "episodes_per_s": BATCH / middle,
@@ -289,13 +296,13 @@ def figures(seconds: list[float], tokens: list[float], memory: float) -> dict[st
 
 
 def spread(pairs: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Ours over theirs: median, lowest and highest of the rounds."""
+    """Ours over theirs: median, minimum and maximum over the rounds."""
     ratios = [pair["ours"][name] / pair["theirs"][name] for pair in pairs]
     return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """A description of the machine."""
     torch.set_num_threads(threads)
     return {
         "cpu_count": os.cpu_count(),
@@ -306,18 +313,20 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line a case, in Markdown."""
+    """One row per case, in Markdown."""
     lines = [
         "| case | rounds | episodes/s, ours over TRL's | tokens/s | memory | "
         "update's share of the matrix-product rate, GFLOP/s | rollout · score · update · rest, s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case, found in results.items():
-        ratios = [found[f"{name}_ratio"] for name in ("episodes", "tokens", "memory")]
+    for case, result in results.items():
+        ratios = [result[f"{name}_ratio"] for name in ("episodes", "tokens", "memory")]
         cells = [f"{r['median']:.2f} ({r['lowest']:.2f} to {r['highest']:.2f})" for r in ratios]
-        ours = [pair["ours"] for pair in found["rounds"]]
-        epochs = [epoch for run in ours for epoch in run.get("epochs", ())]
-        parts = {part: median(run["parts"][part] for run in ours) for part in PARTS}
+        ours = [pair["ours"] for pair in result["rounds"]]
+        epochs = list(chain.from_iterable(run.get("epochs", ()) for run in ours))
+        parts: dict[str, float] = {}
+        for part in PARTS:
+            parts[part] = median(run["parts"][part] for run in ours)
         rest = parts["sync"] + parts["between"]
         times = " · ".join(f"{parts[part]:.2f}" for part in PARTS[:3])
         lines.append(f"| {case} | {len(ours)} | {' | '.join(cells)} | {share(epochs)} | {times} · {rest:.2f} |")
@@ -325,7 +334,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def share(epochs: list[dict[str, float]]) -> str:
-    """Median, lowest and highest of the epochs, of the median rate; nothing where none was measured."""
+    """Median, minimum and maximum over the epochs, and the median rate; empty if none was measured."""
     if not epochs:
         return ""
     shares = [epoch["update_per_s"] / epoch["matrix_per_s"] for epoch in epochs]

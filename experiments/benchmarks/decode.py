@@ -1,10 +1,10 @@
-"""The transformers engine against `model.generate`, on the same prompts and weights: response tokens a second.
+"""Compare the transformers engine with `model.generate` in response tokens per second.
 
     python experiments/benchmarks/decode.py --run runs/reviews
 
-Two workloads, in float32: 256 prompts whose responses by the run's SFT model end by EOS at their own lengths, up to 128
-new tokens; and prompts of 512 tokens with 8 samples each. Both sides have as many rows in flight, and take turns.
-Writes `decode.json`.
+Two workloads in float32: 256 prompts whose responses by the run's SFT model end by EOS at different lengths, up to 128
+new tokens; and prompts of 512 tokens with 8 samples each. Both sides have the same weights and the same number of
+sequences in flight, and take turns. Writes `decode.json`.
 """
 
 import argparse
@@ -16,16 +16,22 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from inputs import require_paths
+from transformers import PreTrainedModel
 
 from align.config.load import load_experiment
+from align.config.schema import Experiment
 from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer, stop_ids
 from policies.methods.build import build_trunk
+from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 
-ROWS, NEW = 64, 128
+MAX_NUM_SEQS = 64
+MAX_NEW_TOKENS = 128
+SAMPLES = 8
 
 
 def main() -> None:
@@ -35,32 +41,44 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--to", type=Path, default=Path(__file__).with_name("decode.json"))
     arguments = parser.parse_args()
+    require_paths(parser, arguments.run / "sft")
     torch.set_num_threads(arguments.threads)
     experiment = load_experiment(arguments.run / "config.yaml")
     tokenizer = load_tokenizer(experiment.model.path)
     trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER_ROLE,))
     stops = stop_ids(trunk.causal.generation_config, tokenizer)
-    plain = build_trunk(experiment.model, experiment.policy, (SAMPLER_ROLE,))
     weights = load_adapter(arguments.run / "sft", experiment.policy)
-    plain.write_adapter(SAMPLER_ROLE, weights)
-    merged = plain.merged_weights(SAMPLER_ROLE)
-    theirs_model = type(plain.causal)(plain.causal.config).eval()
-    theirs_model.load_state_dict(merged, strict=False)
-    theirs_model.tie_weights()
-    engine = TransformersEngine(trunk, stops, ROWS)
+    merged = merged_model(experiment, weights)
+    engine = TransformersEngine(trunk, stops, max_num_seqs=MAX_NUM_SEQS)
     engine.load_adapter(0, weights)
     rows = [json.loads(line) for line in Path(experiment.data.prompts_heldout.path).read_text().splitlines()]
     reviews = [tuple(tokenizer(row["prompt"])["input_ids"]) for row in rows[:256]]
-    pick = random.Random(0)
-    long = [tuple(pick.randrange(2, len(tokenizer)) for _ in range(512)) for _ in range(8) for _ in range(8)]
-    long = [long[i - i % 8] for i in range(64)]
     results = {
-        "reviews": measure(reviews, arguments.rounds, engine, theirs_model, stops),
-        "samples_of_long_prompts": measure(long, arguments.rounds, engine, theirs_model, stops),
-        "rows": ROWS,
+        "reviews": measure(reviews, arguments.rounds, engine, merged, stops),
+        "samples_of_long_prompts": measure(long_prompts(len(tokenizer)), arguments.rounds, engine, merged, stops),
+        "rows": MAX_NUM_SEQS,
         "threads": arguments.threads,
     }
     arguments.to.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def merged_model(experiment: Experiment, weights: AdapterWeights) -> PreTrainedModel:
+    """A transformers model with the adapter merged into its weights."""
+    trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER_ROLE,))
+    trunk.write_adapter(SAMPLER_ROLE, weights)
+    model = type(trunk.causal)(trunk.causal.config).eval()
+    model.load_state_dict(trunk.merged_weights(SAMPLER_ROLE), strict=False)
+    model.tie_weights()
+    return model
+
+
+def long_prompts(vocabulary: int) -> list[tuple[int, ...]]:
+    """Random prompts of 512 tokens, each SAMPLES times in a row."""
+    pick = random.Random(0)
+    prompts: list[tuple[int, ...]] = []
+    for _ in range(MAX_NUM_SEQS):
+        prompts.append(tuple(pick.randrange(2, vocabulary) for _ in range(512)))
+    return [prompts[i - i % SAMPLES] for i in range(MAX_NUM_SEQS)]
 
 
 def measure(
@@ -70,43 +88,50 @@ def measure(
     model: torch.nn.Module,
     stops: frozenset[int],
 ) -> dict[str, object]:
-    """Tokens a second of both, and their ratio round by round."""
+    """Tokens per second of both sides, and their ratio within each round."""
     requests = [Request("", prompt, seed) for seed, prompt in enumerate(prompts)]
 
     def ours() -> int:
-        return sum(t.length for t in engine.generate(requests, Sampling(1.0, NEW)))
+        return sum(t.length for t in engine.generate(requests, Sampling(1.0, MAX_NEW_TOKENS)))
 
     def theirs() -> int:
         torch.manual_seed(0)
-        return sum(generate(model, prompts[start : start + ROWS], stops) for start in range(0, len(prompts), ROWS))
+        starts = range(0, len(prompts), MAX_NUM_SEQS)
+        return sum(generate(model, prompts[start : start + MAX_NUM_SEQS], stops) for start in starts)
 
     speeds: dict[str, list[float]] = {"ours": [], "generate": []}
     for _ in range(rounds):
         for name, side in (("generate", theirs), ("ours", ours)):
             speeds[name].append(speed(side))
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["generate"], strict=True)]
-    found = {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    print("  ".join(f"{key} {value:.2f}" for key, value in found.items()), speeds, flush=True)
-    return {"ratio": found, "tokens_per_s": speeds}
+    ratio = {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    print("  ".join(f"{key} {value:.2f}" for key, value in ratio.items()), speeds, flush=True)
+    return {"ratio": ratio, "tokens_per_s": speeds}
 
 
 @torch.inference_mode()
 def generate(model: torch.nn.Module, prompts: list[tuple[int, ...]], stops: frozenset[int]) -> int:
-    """Response tokens that `model.generate` makes of one batch, up to each row's first stop."""
+    """Number of response tokens that `model.generate` returns for a batch, up to the first stop token of each."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    whole = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, eos_token_id=sorted(stops),
+    sequences = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=sorted(stops),
         pad_token_id=0,
-    )  # fmt: skip
+    )
     count = 0
-    for row in whole[:, width:].tolist():
-        count += next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+    for response in sequences[:, width:].tolist():
+        count += next((i + 1 for i, token in enumerate(response) if token in stops), len(response))
     return count
 
 
 def speed(side: Callable[[], int]) -> float:
+    """Response tokens per second."""
     start = time.perf_counter()
     tokens = side()
     return tokens / (time.perf_counter() - start)

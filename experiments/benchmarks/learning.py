@@ -1,10 +1,10 @@
-"""Does PPO here learn as much at equal KL as TRL's does? Held-out score against KL of both, drawn and written.
+"""Compare learning by PPO here and in TRL: held-out score against KL.
 
     python experiments/benchmarks/learning.py --model MODEL --run runs/reviews
 
-Both start from the run's SFT model and train LoRA by the run's reward model, on the same prompts, with as many
-episodes, epochs and steps of the optimizer, once for each seed. Every few updates both policies answer the same
-held-out prompts from the same seeds, by the same engine, and are judged by the same reward model.
+Both sides start from the run's SFT model and train LoRA against the run's reward model, with the same prompts and the
+same numbers of episodes, epochs and optimizer steps, once per seed. Every few updates, one engine and one reward model
+evaluate both policies on the same held-out prompts and seeds. Writes `learning.json` and `learning.png`.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from bench import HERE, PEER, POLICY, TRL, refuse_missing
+from bench import HERE, PEER, POLICY, TRL
+from inputs import add_model, require_model, require_paths
 from matplotlib.figure import Figure
 from peer import make_peer
 from transformers import AutoTokenizer
@@ -43,91 +44,99 @@ from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 
-SETTINGS = {"epochs": 4, "response": 48, "rate": 3e-4, "kl": 0.05, "penalty": 1.0}
-"""What both sides are given; the KL coefficient is what `trl_ppo.py` has."""
-TOKENS = 2048
+SETTINGS: dict[str, Any] = {"epochs": 4, "response": 48, "rate": 3e-4, "kl": 0.05, "penalty": 1.0}
+"""Settings of both sides; the KL coefficient is that of `trl_ppo.py`."""
+TOKENS_PER_MICROBATCH = 2048
 REFERENCE = "reference"
 
 Points = list[dict[str, float]]
-"""What is found of one training: update, score and KL at each judgement."""
+"""`update`, `score` and `kl` of each evaluation of one training."""
 
 
-class Judge:
-    """Score of a policy, an adapter on a base, over held-out prompts, and its KL to the reference."""
+class Evaluator:
+    """Held-out score of policies, which are adapters on a base model, and their KL to the reference."""
 
     def __init__(self, base: Path, reference: Path | None, reward: RewardModel, prompts: list[Request]) -> None:
-        """reference: an adapter on the base, or None: the base as it is."""
+        """reference: folder of an adapter on the base model, or None for the base model itself."""
         self.trunk = build_trunk(ModelSettings(path=str(base)), POLICY, (SAMPLER_ROLE, REFERENCE))
         if reference is not None:
             self.trunk.write_adapter(REFERENCE, load_adapter(reference, POLICY))
         tokenizer = AutoTokenizer.from_pretrained(base)
-        self.engine = TransformersEngine(self.trunk, stop_ids(self.trunk.causal.generation_config, tokenizer), rows=128)
+        stops = stop_ids(self.trunk.causal.generation_config, tokenizer)
+        self.engine = TransformersEngine(self.trunk, stops, max_num_seqs=128)
         self.reward = reward
         self.requests = [replace(p, seed=seed_for(1234, "heldout", i, 0)) for i, p in enumerate(prompts)]
 
     @torch.no_grad()
-    def judge(self, weights: AdapterWeights) -> dict[str, float]:
-        """weights: of the policy. Its mean score, and its KL in nats a sequence."""
+    def evaluate(self, weights: AdapterWeights) -> dict[str, float]:
+        """The mean score and the KL, in nats per sequence, of the policy with these adapter weights."""
         self.engine.load_adapter(0, weights)
-        made = self.engine.generate(self.requests, Sampling(1.0, SETTINGS["response"]))
-        pending, given = [t.request.prompt_ids for t in made], [t.response_ids for t in made]
-        scores = self.reward.score(pending, given, TOKENS)
-        kl = sum(self._logprobs(made, SAMPLER_ROLE)) - sum(self._logprobs(made, REFERENCE))
-        return {"score": float(scores.mean()), "kl": kl / len(made)}
+        trajectories = self.engine.generate(self.requests, Sampling(1.0, SETTINGS["response"]))
+        prompts = [t.request.prompt_ids for t in trajectories]
+        responses = [t.response_ids for t in trajectories]
+        scores = self.reward.score(prompts, responses, TOKENS_PER_MICROBATCH)
+        kl = sum(self._logprobs(trajectories, SAMPLER_ROLE)) - sum(self._logprobs(trajectories, REFERENCE))
+        return {"score": float(scores.mean()), "kl": kl / len(trajectories)}
 
-    def _logprobs(self, made: list[Trajectory], role: str) -> Iterator[float]:
-        for group in self.trunk.microbatches([t.total_length for t in made], TOKENS):
-            batch = collate([made[i].request.prompt_ids for i in group], [made[i].response_ids for i in group])
+    def _logprobs(self, trajectories: list[Trajectory], role: str) -> Iterator[float]:
+        """The summed log-probability of each microbatch's responses."""
+        lengths = [t.total_length for t in trajectories]
+        for group in self.trunk.microbatches(lengths, TOKENS_PER_MICROBATCH):
+            prompts = [trajectories[i].request.prompt_ids for i in group]
+            responses = [trajectories[i].response_ids for i in group]
+            batch = collate(prompts, responses)
             states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)[batch.predictors]
-            yield float(
-                token_logprobs(states, batch.response_ids, lambda h: self.trunk.head(h, role), 1.0).double().sum()
-            )
+            logprobs = token_logprobs(states, batch.response_ids, lambda h: self.trunk.head(h, role), 1.0)
+            yield float(logprobs.double().sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--run", type=Path, required=True, help="a run of experiments/reviews with sft/ and reward/")
+    add_model(parser)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run of experiments/reviews")
     parser.add_argument("--updates", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=64, help="episodes an update")
-    parser.add_argument("--every", type=int, default=4, help="updates between two judgements")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each side")
+    parser.add_argument("--batch", type=int, default=64, help="episodes per update")
+    parser.add_argument("--every", type=int, default=4, help="updates between evaluations")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per side")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--to", type=Path, default=HERE, help="folder of learning.json and learning.png")
+    parser.add_argument("--to", type=Path, default=HERE, help="folder for learning.json and learning.png")
     arguments = parser.parse_args()
-    refuse_missing(parser, arguments.model, arguments.run / "sft", arguments.run / "reward")
+    require_model(parser, arguments.model)
+    require_paths(parser, arguments.run / "sft", arguments.run / "reward")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(arguments.threads)
-    model, tokenizer = ModelSettings(path=str(arguments.model)), AutoTokenizer.from_pretrained(arguments.model)
+    model = ModelSettings(path=str(arguments.model))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export_merged(model, POLICY, arguments.run / "sft", tokenizer, folder / "sft")
         export_reward(model, POLICY, arguments.run / "reward", tokenizer, folder / "reward")
         rows = read_rows(SourceSettings(path=str(arguments.run / "data" / "prompts_heldout.jsonl"), limit=256))
-        prompts = [
-            Request(row.prompt, tuple(encode_prompt(tokenizer, row.prompt)), 0)
-            for row in parse_rows(rows, parse_prompt, "error").items
-        ]
+        prompts = [row.prompt for row in parse_rows(rows, parse_prompt, "error").items]
+        requests = [Request(prompt, tuple(encode_prompt(tokenizer, prompt)), 0) for prompt in prompts]
         reward = read_reward(model, arguments.run / "reward")
-        peer = Judge(folder / "sft", None, reward, prompts)
-        own = Judge(arguments.model, arguments.run / "sft", reward, prompts)
-        found: dict[str, list[Points]] = {"trl": [], "align": []}
+        trl_evaluator = Evaluator(folder / "sft", None, reward, requests)
+        align_evaluator = Evaluator(arguments.model, arguments.run / "sft", reward, requests)
+        results: dict[str, list[Points]] = {"trl": [], "align": []}
         for seed in range(arguments.seeds):
-            found["trl"].append(judged(peer, theirs(arguments, folder, seed)))
-            found["align"].append(judged(own, ours(arguments, folder, seed)))
-            for side, trainings in found.items():
-                said = "  ".join(f"{p['update']}: {p['score']:.3f} at {p['kl']:.2f}" for p in trainings[-1])
-                print(f"seed {seed} {side}: {said}", flush=True)
-    (arguments.to / "learning.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, arguments.to / "learning.png")
+            results["trl"].append(evaluate_all(trl_evaluator, train_trl(arguments, folder, seed)))
+            results["align"].append(evaluate_all(align_evaluator, train_align(arguments, folder, seed)))
+            for side, trainings in results.items():
+                points = "  ".join(f"{p['update']}: {p['score']:.3f} at {p['kl']:.2f}" for p in trainings[-1])
+                print(f"seed {seed} {side}: {points}", flush=True)
+    (arguments.to / "learning.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, arguments.to / "learning.png")
     print("| updates | TRL | ours |\n|---|---|---|")
-    for places in zip(*(zip(*trainings, strict=True) for trainings in found.values()), strict=True):
-        print(f"| {places[0][0]['update']} | {' | '.join(map(cell, places))} |")
+    trl_by_update = zip(*results["trl"], strict=True)
+    align_by_update = zip(*results["align"], strict=True)
+    for trl_points, align_points in zip(trl_by_update, align_by_update, strict=True):
+        print(f"| {trl_points[0]['update']} | {cell(trl_points)} | {cell(align_points)} |")
 
 
 def cell(points: Sequence[dict[str, float]]) -> str:
-    """One judgement of all trainings of a side: the means, and the standard error of the score's."""
-    score, kl = ([point[name] for point in points] for name in ("score", "kl"))
+    """The means over all trainings of a side at one update, with the standard error of the score."""
+    score = [point["score"] for point in points]
+    kl = [point["kl"] for point in points]
     error = f" ± {stdev(score) / len(score) ** 0.5:.3f}" if len(score) > 1 else ""
     return f"{mean(score):.3f}{error} at {mean(kl):.2f}"
 
@@ -141,19 +150,33 @@ def read_reward(model: ModelSettings, folder: Path) -> RewardModel:
     return reward
 
 
-def theirs(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
-    """TRL's adapters, in folders that are named by the update."""
-    given = SETTINGS | {"model": folder / "sft", "reward": folder / "reward", "batch": arguments.batch}
-    given |= {"prompts": arguments.run / "data" / "prompts.jsonl", "updates": arguments.updates - 1}
+def train_trl(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
+    """Train by TRL. Returns a folder with an adapter per evaluated update, named by its number."""
     to = folder / f"trl-{seed}"
-    given |= {"threads": arguments.threads, "rank": POLICY.rank, "save-every": arguments.every, "to": to, "seed": seed}
-    line = [str(make_peer(PEER, TRL)), str(HERE / "trl_ppo.py"), *(f"--{n}={v}" for n, v in given.items() if n != "kl")]
-    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    options: dict[str, object] = {
+        "epochs": SETTINGS["epochs"],
+        "response": SETTINGS["response"],
+        "rate": SETTINGS["rate"],
+        "penalty": SETTINGS["penalty"],
+        "model": folder / "sft",
+        "reward": folder / "reward",
+        "batch": arguments.batch,
+        "prompts": arguments.run / "data" / "prompts.jsonl",
+        "updates": arguments.updates - 1,
+        "threads": arguments.threads,
+        "rank": POLICY.rank,
+        "save-every": arguments.every,
+        "to": to,
+        "seed": seed,
+    }
+    command = [str(make_peer(PEER, TRL)), str(HERE / "trl_ppo.py")]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return to
 
 
-def ours(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
-    """The policies of our checkpoints, in folders that are named by the update."""
+def train_align(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
+    """Train by `align`. Returns a folder with an adapter per evaluated update, named by its number."""
     experiment: dict[str, Any] = {
         "name": f"align-{seed}",
         "seed": seed,
@@ -188,25 +211,32 @@ def ours(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
     return to
 
 
-def judged(judge: Judge, folder: Path) -> Points:
-    """The judgement of the reference, and of each adapter of a folder."""
+def evaluate_all(evaluator: Evaluator, folder: Path) -> Points:
+    """Evaluate the reference and each adapter in a folder."""
     updates = sorted(int(path.name) for path in folder.iterdir())
-    start = judge.judge(judge.trunk.read_adapter(REFERENCE)) | {"update": 0}
-    return [start] + [
-        judge.judge(load_adapter(folder / str(update), POLICY)) | {"update": update} for update in updates
-    ]
+    points = [evaluator.evaluate(evaluator.trunk.read_adapter(REFERENCE)) | {"update": 0}]
+    for update in updates:
+        weights = load_adapter(folder / str(update), POLICY)
+        points.append(evaluator.evaluate(weights) | {"update": update})
+    return points
 
 
-def draw(found: dict[str, list[Points]], to: Path) -> None:
-    """Score against KL, a line for each training and the mean of each side's."""
+def draw(results: dict[str, list[Points]], to: Path) -> None:
+    """Plot score against KL, with a line per training and one through the means of each side."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for colour, (side, trainings) in enumerate(found.items()):
+    for colour, (side, trainings) in enumerate(results.items()):
         for points in trainings:
-            axes.plot([p["kl"] for p in points], [p["score"] for p in points], color=f"C{colour}", alpha=0.3)
-        means = [[mean(p[name] for p in place) for place in zip(*trainings, strict=True)] for name in ("kl", "score")]
-        axes.plot(*means, marker="o", color=f"C{colour}", label=side)
-    axes.set_xlabel("KL to the SFT model, nats a sequence")
+            kl = [point["kl"] for point in points]
+            score = [point["score"] for point in points]
+            axes.plot(kl, score, color=f"C{colour}", alpha=0.3)
+        mean_kl: list[float] = []
+        mean_score: list[float] = []
+        for same_update in zip(*trainings, strict=True):
+            mean_kl.append(mean(point["kl"] for point in same_update))
+            mean_score.append(mean(point["score"] for point in same_update))
+        axes.plot(mean_kl, mean_score, marker="o", color=f"C{colour}", label=side)
+    axes.set_xlabel("KL to the SFT model, nats per sequence")
     axes.set_ylabel("held-out score")
     axes.legend()
     figure.savefig(to, dpi=120)

@@ -1,9 +1,9 @@
-"""Bytes of tensors of PPO's four roles on one trunk, beside four models of their own.
+"""Compare the memory of PPO's four roles on one shared base model with that of four separate models.
 
     python experiments/benchmarks/memory.py --model MODEL
 
-Counts all tensors that a process holds for a random Llama of about 30 M, and works out the same by `align plan`'s
-figures for one of 7 B in bfloat16. Both sides train LoRA of rank 16 on policy and critic with Adam.
+Counts the bytes of all tensors in the process for a random Llama of about 30 M parameters, and computes the same from
+`align plan` for one of 7 B in bfloat16. Both sides train LoRA of rank 16 on policy and critic with Adam.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from inputs import add_model, require_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from align.config.schema import Experiment
@@ -23,16 +24,17 @@ LORA = {"rank": 16, "alpha": 32}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="whose tokenizer and family the 30 M model has")
+    add_model(parser)
     arguments = parser.parse_args()
-    print("| model | four roles on one trunk | four models | of that |")
+    require_model(parser, arguments.model)
+    print("| model | four roles on one base model | four models | ratio |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         small = make_small(arguments.model, Path(folder) / "small")
         planned, separate = figures(small, "float32")
         row("30 M, float32, as planned", planned, separate)
         row("30 M, float32, measured", *measured(small))
-        config = LlamaConfig(max_position_embeddings=4096)  # the defaults are those of Llama 2 7 B
+        config = LlamaConfig(max_position_embeddings=4096)  # the defaults are Llama 2 7B's
         config.save_pretrained(Path(folder) / "large")
         AutoTokenizer.from_pretrained(arguments.model).save_pretrained(Path(folder) / "large")
         row("7 B, bfloat16, as planned", *figures(Path(folder) / "large", "bfloat16"))
@@ -43,7 +45,7 @@ def row(name: str, shared: float, separate: float) -> None:
 
 
 def make_small(model: Path, to: Path) -> Path:
-    """A random Llama 512 wide with 8 layers."""
+    """A random Llama of hidden size 512 with 8 layers, with the given model's tokenizer."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(
         model, hidden_size=512, intermediate_size=1360, num_hidden_layers=8, head_dim=64
@@ -54,14 +56,17 @@ def make_small(model: Path, to: Path) -> Path:
 
 
 def experiment_of(model: Path, dtype: str) -> Experiment:
-    return Experiment.model_validate({
-        "name": "memory", "model": {"path": str(model), "dtype": dtype}, "policy": LORA,
+    settings = {
+        "name": "memory",
+        "model": {"path": str(model), "dtype": dtype},
+        "policy": LORA,
         "rollouts": {"merge": False, "max_num_seqs": 1, "max_prompt_tokens": 1, "max_new_tokens": 1},
-    })  # fmt: skip
+    }
+    return Experiment.model_validate(settings)
 
 
 def figures(model: Path, dtype: str) -> tuple[float, float]:
-    """Bytes by the plan: of the learner without its sampler; and the same with a trunk for each role."""
+    """Planned bytes of the learner without its sampler: with one shared base model, and with one per role."""
     experiment = experiment_of(model, dtype)
     sizes = measure(experiment.model, experiment.policy)
     held = [
@@ -73,11 +78,12 @@ def figures(model: Path, dtype: str) -> tuple[float, float]:
 
 
 def measured(model: Path) -> tuple[float, float]:
-    """Bytes of all tensors that are there once the roles are built and have trained a step."""
+    """Bytes of all tensors after the roles have trained one step, and the same with one base model per role."""
     experiment = experiment_of(model, "float32")
     before = held()
     probe = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), None).trunk
-    weights, head = probe.read_adapter("policy"), {"weight": torch.zeros(probe.width), "bias": torch.zeros(1)}
+    weights = probe.read_adapter("policy")
+    head = {"weight": torch.zeros(probe.width), "bias": torch.zeros(1)}
     base = sum(p.numel() * 4 for n, p in probe.causal.named_parameters() if "lora" not in n)
     del probe
     blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, (RewardRole(weights, (head,)),))
@@ -93,10 +99,14 @@ def measured(model: Path) -> tuple[float, float]:
 
 
 def held() -> int:
-    """Bytes of the storages of all tensors."""
+    """Bytes of the storages of all live tensors."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 if __name__ == "__main__":

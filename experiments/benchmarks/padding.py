@@ -1,9 +1,9 @@
-"""Forward and backward passes over rows of many lengths: without padding, in length buckets, under a block mask.
+"""Time forward and backward passes over sequences of many lengths: packed, in length buckets, under a block mask.
 
     python experiments/benchmarks/padding.py --model MODEL --texts runs/reviews/data/demonstrations.jsonl
 
-Each way is given the same batches, in turn, with LoRA on all layers; seconds a batch are medians over the rounds. The
-block mask is transformers' own: all rows are one, in which no token sees another row's.
+All variants run on the same batches in turn, with LoRA on all layers; times per batch are medians over the rounds. The
+block mask is how transformers packs: one long sequence in which tokens attend only within their own part.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 from bench import POLICY
+from inputs import add_model, require_model, require_paths
 from torch import Tensor
 
 from policies.batching import collate
@@ -28,63 +29,70 @@ ROLE = "policy"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
+    add_model(parser)
     parser.add_argument("--texts", type=Path, required=True, help="JSONL with `prompt` and `completion`")
-    parser.add_argument("--rows", type=int, default=32, help="of a batch")
+    parser.add_argument("--sequences", type=int, default=32, help="sequences per batch")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
+    require_model(parser, arguments.model)
+    require_paths(parser, arguments.texts)
     torch.set_num_threads(arguments.threads)
     tokenizer = load_tokenizer(str(arguments.model))
-    lines = [json.loads(line) for line in arguments.texts.read_text().splitlines()[: arguments.rows * arguments.rounds]]
-    texts = [tokenizer(line["prompt"] + line["completion"])["input_ids"] for line in lines]
+    lines = arguments.texts.read_text().splitlines()[: arguments.sequences * arguments.rounds]
+    rows = [json.loads(line) for line in lines]
+    sequences = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in rows]
     trunk = build_trunk(ModelSettings(path=str(arguments.model), dtype=arguments.dtype), POLICY, (ROLE,))
     trunk.train_only(ROLE)
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    for start in range(0, len(texts), arguments.rows):
-        for name, way in WAYS.items():
-            seconds[name].append(timed(way, trunk, texts[start : start + arguments.rows]))
-    print(f"{arguments.rows} rows, {sum(map(len, texts)) / arguments.rounds:.0f} tokens a batch, {arguments.dtype}")
-    for name, spent in seconds.items():
-        rest = spent[1:]
-        print(f"{name}: {median(rest) * 1e3:.0f} ms ({min(rest) * 1e3:.0f} to {max(rest) * 1e3:.0f})")
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for start in range(0, len(sequences), arguments.sequences):
+        for name, variant in VARIANTS.items():
+            seconds[name].append(time_pass(variant, trunk, sequences[start : start + arguments.sequences]))
+    tokens = sum(map(len, sequences)) / arguments.rounds
+    print(f"{arguments.sequences} sequences, {tokens:.0f} tokens per batch, {arguments.dtype}")
+    for name, times in seconds.items():
+        timed = times[1:]  # the first one is warm-up
+        print(f"{name}: {median(timed) * 1e3:.0f} ms ({min(timed) * 1e3:.0f} to {max(timed) * 1e3:.0f})")
 
 
-def packed(trunk: Trunk, rows: Sequence[list[int]]) -> list[Tensor]:
-    """As the learner does it."""
-    return in_passes(trunk, rows, padded=False)
+def packed(trunk: Trunk, sequences: Sequence[list[int]]) -> list[Tensor]:
+    """As in the learner."""
+    return in_microbatches(trunk, sequences, padded=False)
 
 
-def bucketed(trunk: Trunk, rows: Sequence[list[int]]) -> list[Tensor]:
-    """As the learner does it where a model cannot do without padding."""
-    return in_passes(trunk, rows, padded=True)
+def bucketed(trunk: Trunk, sequences: Sequence[list[int]]) -> list[Tensor]:
+    """As in the learner for models that cannot run without padding."""
+    return in_microbatches(trunk, sequences, padded=True)
 
 
-def in_passes(trunk: Trunk, rows: Sequence[list[int]], padded: bool) -> list[Tensor]:
+def in_microbatches(trunk: Trunk, sequences: Sequence[list[int]], padded: bool) -> list[Tensor]:
+    """Hidden states `[N, H]` of each microbatch."""
     trunk.supports_packing = not padded
-    made = []
-    for group in trunk.microbatches([len(row) for row in rows]):
-        batch = collate([rows[i] for i in group], [[]] * len(group))
-        made.append(trunk.hidden_packed(batch.ids, batch.lengths, ROLE))
-    return made
+    states = []
+    for group in trunk.microbatches([len(sequence) for sequence in sequences]):
+        batch = collate([sequences[i] for i in group], [[]] * len(group))
+        states.append(trunk.hidden_packed(batch.ids, batch.lengths, ROLE))
+    return states
 
 
-def masked(trunk: Trunk, rows: Sequence[list[int]]) -> list[Tensor]:
-    """transformers sees from the positions where a row begins, and makes the mask."""
-    batch = collate(rows, [[]] * len(rows))
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
+def masked(trunk: Trunk, sequences: Sequence[list[int]]) -> list[Tensor]:
+    """Hidden states `[N, H]` of all sequences; transformers derives the mask from the position ids."""
+    batch = collate(sequences, [[]] * len(sequences))
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
     trunk.switch(ROLE)
     return [trunk.states(input_ids=batch.ids[None], position_ids=positions[None], use_cache=False)]
 
 
-WAYS = {"without padding": packed, "length buckets": bucketed, "block mask": masked}
+Variant = Callable[[Trunk, Sequence[list[int]]], list[Tensor]]
+VARIANTS: dict[str, Variant] = {"without padding": packed, "length buckets": bucketed, "block mask": masked}
 
 
-def timed(way: Callable[[Trunk, Sequence[list[int]]], list[Tensor]], trunk: Trunk, rows: Sequence[list[int]]) -> float:
+def time_pass(variant: Variant, trunk: Trunk, sequences: Sequence[list[int]]) -> float:
     """Seconds of a forward and backward pass."""
     started = time.perf_counter()
-    torch.stack([states.float().square().sum() for states in way(trunk, rows)]).sum().backward()
+    losses = [states.float().square().sum() for states in variant(trunk, sequences)]
+    torch.stack(losses).sum().backward()
     trunk.zero_grad()
     return time.perf_counter() - started
 

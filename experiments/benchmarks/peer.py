@@ -1,4 +1,4 @@
-"""An environment with TRL in it, for a benchmark's other side."""
+"""A separate virtual environment with TRL, for the other side of a benchmark."""
 
 import subprocess
 import sys
@@ -8,10 +8,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_peer(folder: Path, version: str) -> Path:
-    """The interpreter of an environment with this version of TRL, made where it is missing."""
+    """The interpreter of an environment with this version of TRL, which is created if it is missing."""
     python = folder / "bin" / "python"
     if not (folder / ".installed").exists():
-        print(f"installing TRL {version} into an environment of its own", flush=True)
+        print(f"installing TRL {version} into {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
         subprocess.run([*pip, "torch==2.13.0"], check=True)

@@ -1,8 +1,9 @@
-"""How long an adapter takes from the learner to two rollout workers that have confirmed it, and how many bytes go out.
+"""Measure the time until two rollout workers have confirmed a new adapter, and the bytes that are sent.
 
     python experiments/benchmarks/sync.py --model MODEL
 
-On the given model and on a random Llama 512 wide with 8 layers (about 30 M), LoRA of rank 16 on all linear layers.
+On the given model and on a random Llama of hidden size 512 with 8 layers (about 30 M parameters), with LoRA of rank 16
+on all linear layers.
 Writes `sync.json`.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from inputs import add_model, require_model
 from memory import make_small
 
 from align.config.schema import ClusterSettings
@@ -23,20 +25,22 @@ from policies.device import ComputeSettings
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
-from rollouts.ray_pool import RayPool
+from rollouts.ray_pool import PoolSettings, RayPool
 from rollouts.schema import RolloutSettings
 from rollouts.transformers_engine import SAMPLER_ROLE
 
 POLICY = PolicySettings(rank=16, alpha=32)
 WORKERS = 2
+WARMUP_UPDATES = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
+    add_model(parser)
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--to", type=Path, default=Path(__file__).with_name("sync.json"))
     arguments = parser.parse_args()
+    require_model(parser, arguments.model)
     torch.set_num_threads(1)
     with ray_cluster(ClusterSettings(), WORKERS), tempfile.TemporaryDirectory() as folder:
         models = {"given": arguments.model, "30m": make_small(arguments.model, Path(folder))}
@@ -46,23 +50,24 @@ def main() -> None:
 
 
 def measure(model: Path, updates: int) -> dict[str, float]:
-    """Seconds from having the weights until both workers have confirmed them."""
+    """Bytes per update, and the time until both workers have confirmed it."""
     settings = ModelSettings(path=str(model))
     weights = build_trunk(settings, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
     build = partial(build_engine, settings, POLICY, RolloutSettings())
-    pool = RayPool(build, WORKERS, 64, 600.0, 4.0, ComputeSettings(1), 0.0)
+    pool_settings = PoolSettings(workers=WORKERS, chunk_size=64, timeout=600.0, straggler_factor=4.0)
+    pool = RayPool(build, pool_settings, ComputeSettings(1))
     seconds = []
-    for version in range(updates + 3):
+    for version in range(WARMUP_UPDATES + updates):
         changed = {name: tensor + 1e-3 * version for name, tensor in weights.items()}
         start = time.perf_counter()
         pool.load_adapter(version, changed)
         pool.wait()
         seconds.append(time.perf_counter() - start)
     pool.close()
-    warm = sorted(seconds[3:])
+    warm = sorted(seconds[WARMUP_UPDATES:])
     return {
         "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
-        "sent_bytes": pool.sent,
+        "sent_bytes": pool.sent_bytes,
         "median_ms": 1000 * median(warm),
         "lowest_ms": 1000 * warm[0],
         "highest_ms": 1000 * warm[-1],

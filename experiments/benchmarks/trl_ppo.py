@@ -1,10 +1,10 @@
-"""The yardstick: PPO by TRL 1.12.0, the last release that has it, on a given model and prompts, on the CPU.
+"""Run PPO in TRL 1.12.0, the last release that has it, on the CPU.
 
     python experiments/benchmarks/trl_ppo.py --model MODEL --prompts PROMPTS.jsonl
 
-Runs in an environment of its own, which `bench.py` makes. Prints one line of JSON: seconds of each update, the first
-one left out, and real response tokens of each. The settings follow TRL's own advice where its defaults are faulty: no
-gradient accumulation, one minibatch an epoch, stop at EOS. Its critic trains in full; that cannot be changed.
+Runs in a separate environment, which `bench.py` creates. Prints one line of JSON: seconds and response tokens of each
+update but the first. Where TRL's defaults are known to be faulty, the settings follow its own advice: no gradient
+accumulation, one minibatch per epoch, stop at EOS. TRL always trains all weights of its critic.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from itertools import pairwise
+from typing import Any
 
 os.environ.update(
     TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false"
@@ -20,22 +21,7 @@ os.environ.update(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a causal language model and its tokenizer")
-    parser.add_argument("--prompts", required=True, help="JSONL with a `prompt` on each line")
-    parser.add_argument("--batch", type=int, default=32, help="episodes an update")
-    parser.add_argument("--updates", type=int, default=5)
-    parser.add_argument("--response", type=int, default=64, help="most new tokens")
-    parser.add_argument("--epochs", type=int, default=4, help="PPO epochs an update")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reward", help="folder of a classifier, reward and start of the critic; default: MODEL")
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of policy and critic")
-    parser.add_argument("--penalty", type=float, help="taken off the score of a response without EOS")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=0, help="updates between adapters written to --to; 0: none")
-    parser.add_argument("--to", help="folder of the adapters")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
 
     import torch
 
@@ -53,17 +39,14 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(
-            arguments.reward or arguments.model, dtype=torch.float32, num_labels=1
-        )
-        for _ in range(2)
-    )
+    classifier = arguments.reward or arguments.model
+    reward = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32, num_labels=1)
+    value = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32, num_labels=1)
     with open(arguments.prompts) as file:
         prompts = [json.loads(line)["prompt"] for line in file]
     need = arguments.batch * (arguments.updates + 1)
-    rows = [tokenizer(prompt)["input_ids"] for prompt in (prompts * (need // len(prompts) + 1))[:need]]
-    data = Dataset.from_dict({"input_ids": rows})
+    repeated = (prompts * (need // len(prompts) + 1))[:need]
+    data = Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in repeated]})
     ends: list[float] = []
     tokens: list[float] = []
 
@@ -76,37 +59,15 @@ def main() -> None:
     first_true = ppo_trainer.first_true_indices
 
     def counted(bools: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
-        """TRL finds each response's end by this: the one place where real lengths can be seen."""
-        found = first_true(bools, *rest, **named)
+        """TRL locates each response's end by this function, the only place where true lengths can be seen."""
+        first = first_true(bools, *rest, **named)
         if bools.shape[-1] <= arguments.response:
-            tokens.append(float(found.clamp(max=arguments.response).sum()))
-        return found
+            tokens.append(float(first.clamp(max=arguments.response).sum()))
+        return first
 
     ppo_trainer.first_true_indices = counted
     with tempfile.TemporaryDirectory() as folder:
-        config = PPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=arguments.batch,
-            gradient_accumulation_steps=1,
-            num_mini_batches=1,
-            num_ppo_epochs=arguments.epochs,
-            total_episodes=arguments.batch * (arguments.updates + 1),
-            response_length=arguments.response,
-            stop_token="eos",
-            temperature=1.0,
-            kl_coef=0.05,
-            learning_rate=arguments.rate,
-            lr_scheduler_type="constant",
-            missing_eos_penalty=arguments.penalty,
-            local_rollout_forward_batch_size=arguments.batch,
-            num_sample_generations=0,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            seed=arguments.seed,
-            gradient_checkpointing=False,
-        )
+        config = PPOConfig(output_dir=folder, **ppo_options(arguments))
         trainer = PPOTrainer(
             args=config,
             processing_class=tokenizer,
@@ -123,8 +84,54 @@ def main() -> None:
         trainer.add_callback(Clock())
         trainer.train()
     seconds = [after - before for before, after in pairwise(ends)]
-    calls = len(tokens) // len(ends)  # in each update; the last one finds the first pad token, behind EOS
+    calls = len(tokens) // len(ends)  # per update; the last call locates the first pad token, after EOS
     print(json.dumps({"seconds": seconds, "tokens": tokens[2 * calls - 1 :: calls]}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a causal language model and its tokenizer")
+    parser.add_argument("--prompts", required=True, help="JSONL with a `prompt` on each line")
+    parser.add_argument("--batch", type=int, default=32, help="episodes per update")
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--response", type=int, default=64, help="maximum number of new tokens")
+    parser.add_argument("--epochs", type=int, default=4, help="PPO epochs per update")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA adapter")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reward", help="folder of the classifier: reward and initial critic; default: MODEL")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of policy and critic")
+    parser.add_argument("--penalty", type=float, help="subtracted from the score of a response without EOS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=0, help="updates between adapters written to --to; 0: none")
+    parser.add_argument("--to", help="folder for the adapters")
+    return parser.parse_args()
+
+
+def ppo_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of TRL's PPO."""
+    return {
+        "per_device_train_batch_size": arguments.batch,
+        "gradient_accumulation_steps": 1,
+        "num_mini_batches": 1,
+        "num_ppo_epochs": arguments.epochs,
+        "total_episodes": arguments.batch * (arguments.updates + 1),
+        "response_length": arguments.response,
+        "stop_token": "eos",
+        "temperature": 1.0,
+        "kl_coef": 0.05,
+        "learning_rate": arguments.rate,
+        "lr_scheduler_type": "constant",
+        "missing_eos_penalty": arguments.penalty,
+        "local_rollout_forward_batch_size": arguments.batch,
+        "num_sample_generations": 0,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "seed": arguments.seed,
+        "gradient_checkpointing": False,
+    }
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Our engine on vLLM against vLLM driven directly with the same requests: response tokens a second.
+"""Compare this library's vLLM engine with vLLM called directly, in response tokens per second.
 
     python experiments/benchmarks/vllm_engine.py --model MODEL --prompts PROMPTS.jsonl
 
-`make vllm` installs its CPU build. Both sides take turns on the same `vllm.LLM`, adapter, prompts and seeds; ours adds
-the making of requests and the reading of tokens and log-probabilities. Writes `vllm_engine.json`.
+`make vllm` installs vLLM's CPU build. Both sides take turns on the same `vllm.LLM`, adapter, prompts and seeds; the
+engine also builds the requests and reads tokens and log-probabilities. Writes `vllm_engine.json`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from inputs import add_model, require_model, require_paths
 
 from policies.files.base_model import load_tokenizer
 from policies.methods.build import build_trunk
@@ -26,27 +27,31 @@ from rollouts.transformers_engine import SAMPLER_ROLE
 from rollouts.vllm_engine import VllmEngine
 
 POLICY = PolicySettings(rank=16, alpha=32)
-NEW, ROWS, PROMPTS = 128, 64, 64
+MAX_NEW_TOKENS = 128
+MAX_NUM_SEQS = 64
+PROMPTS = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
+    add_model(parser)
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with `prompt`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--to", type=Path, default=Path(__file__).with_name("vllm_engine.json"))
     arguments = parser.parse_args()
-    model = ModelSettings(path=arguments.model, dtype="float32")
+    require_model(parser, arguments.model)
+    require_paths(parser, arguments.prompts)
+    model = ModelSettings(path=str(arguments.model), dtype="float32")
     rollouts = RolloutSettings(
-        engine="vllm", workers=1, max_num_seqs=ROWS, vllm={"max_model_len": 512, "enforce_eager": True}
+        engine="vllm", workers=1, max_num_seqs=MAX_NUM_SEQS, vllm={"max_model_len": 512, "enforce_eager": True}
     )
     engine = build_engine(model, POLICY, rollouts)
     assert isinstance(engine, VllmEngine)
     engine.load_adapter(1, build_trunk(model, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE))
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(str(arguments.model))
     rows = [json.loads(line) for line in arguments.prompts.read_text().splitlines()[:PROMPTS]]
     requests = [Request("", tuple(tokenizer(row["prompt"])["input_ids"]), seed) for seed, row in enumerate(rows)]
-    sampling = Sampling(1.0, NEW)
+    sampling = Sampling(1.0, MAX_NEW_TOKENS)
     prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
     parameters = [engine._parameters(request.seed, sampling) for request in requests]
 
@@ -57,12 +62,17 @@ def main() -> None:
         outputs = engine.llm.generate(prompts, parameters, lora_request=engine._adapter, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    ours(), direct()
-    pairs = [(rate(ours), rate(direct)) for _ in range(arguments.rounds)]
-    ratios = sorted(mine / theirs for mine, theirs in pairs)
+    ours()  # warm-up
+    direct()
+    ours_rates: list[float] = []
+    direct_rates: list[float] = []
+    for _ in range(arguments.rounds):
+        ours_rates.append(rate(ours))
+        direct_rates.append(rate(direct))
+    ratios = sorted(a / b for a, b in zip(ours_rates, direct_rates, strict=True))
     results = {
-        "ours": [mine for mine, _ in pairs],
-        "direct": [theirs for _, theirs in pairs],
+        "ours": ours_rates,
+        "direct": direct_rates,
         "ratio": {"median": median(ratios), "lowest": ratios[0], "highest": ratios[-1]},
         "threads": torch.get_num_threads(),
     }
@@ -71,7 +81,7 @@ def main() -> None:
 
 
 def rate(generate: Callable[[], int]) -> float:
-    """Response tokens a second."""
+    """Response tokens per second."""
     start = time.perf_counter()
     return generate() / (time.perf_counter() - start)
 

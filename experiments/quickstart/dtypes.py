@@ -30,7 +30,9 @@ def main() -> None:
         for seed in range(arguments.seeds):
             settings = {"seed": seed, "model.dtype": dtype, "evaluation.best_of": 0}
             results.append(rerun_ppo(arguments.run, arguments.to, f"{dtype}-{seed}", settings))
-        cells = [cell([result[name] for result in results]) for name in FIGURES]
+        cells = []
+        for name in FIGURES:
+            cells.append(cell([result[name] for result in results]))
         print(f"| {dtype} | {' | '.join(cells)} |", flush=True)
 
 

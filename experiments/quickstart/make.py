@@ -95,14 +95,14 @@ def write_rows(seed: int, sizes: Sizes) -> dict[str, list[Row]]:
     """The rows of every file by its name. No prompt occurs twice, so no file shares a prompt with another."""
     random = Random(seed)
     prompts = unique_prompts(random)
-    return {
-        "prompts_heldout": [{"prompt": p} for p in islice(prompts, sizes.prompts_heldout)],
-        "pairs_heldout": [write_pair(random, p) for p in islice(prompts, sizes.pairs_heldout)],
-        "demonstrations": [write_demonstration(random, p) for p in islice(prompts, sizes.demonstrations)],
-        "pairs": [write_pair(random, p) for p in islice(prompts, sizes.pairs)],
-        "prompts": [{"prompt": p} for p in islice(prompts, sizes.prompts)],
-        "text": [{"text": write_text(random, p)} for p in islice(prompts, sizes.text)],
-    }
+    files: dict[str, list[Row]] = {}  # the order of the draws is part of what a seed means
+    files["prompts_heldout"] = [{"prompt": prompt} for prompt in islice(prompts, sizes.prompts_heldout)]
+    files["pairs_heldout"] = [write_pair(random, prompt) for prompt in islice(prompts, sizes.pairs_heldout)]
+    files["demonstrations"] = [write_demonstration(random, prompt) for prompt in islice(prompts, sizes.demonstrations)]
+    files["pairs"] = [write_pair(random, prompt) for prompt in islice(prompts, sizes.pairs)]
+    files["prompts"] = [{"prompt": prompt} for prompt in islice(prompts, sizes.prompts)]
+    files["text"] = [{"text": write_text(random, prompt)} for prompt in islice(prompts, sizes.text)]
+    return files
 
 
 def unique_prompts(random: Random) -> Iterator[str]:

@@ -74,9 +74,14 @@ def make(sentences: Sequence[Mapping[str, Any]], rng: random.Random) -> dict[str
         "demonstrations": demonstrations,
         "pairs": make_pairs(train[1], train[0], 1, rng),
         "pairs_heldout": make_pairs(heldout[1], heldout[0], HELDOUT_ROUNDS, rng),
-        "prompts": [{"prompt": row["prompt"]} for row in demonstrations],
-        "prompts_heldout": [{"prompt": row["prompt"]} for row in heldout_sentences],
+        "prompts": only_prompts(demonstrations),
+        "prompts_heldout": only_prompts(heldout_sentences),
     }
+
+
+def only_prompts(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows without their completions."""
+    return [{"prompt": row["prompt"]} for row in rows]
 
 
 def is_long_enough(text: str) -> bool:

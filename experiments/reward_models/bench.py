@@ -1,9 +1,9 @@
-"""Training a reward model here against TRL's, and on rankings against the same ones as pairs: rows a second.
+"""Compare reward-model training here and in TRL, and on rankings and on their pairs, in prompts per second.
 
-    python experiments/feedback/bench.py --model MODEL --data ../shared/data --solutions SOLUTIONS.jsonl
+    python experiments/reward_models/bench.py --model MODEL --data runs/reward_models/data
 
-Each round runs every side as a process of its own, one after the other, on the same rows, model, LoRA rank and threads.
-Ratios are taken within a round. All figures go to `results.json`.
+Each round runs every side in a separate process, one after the other, with the same examples, model, LoRA rank and
+threads. Ratios are taken within a round. All figures are written to `results.json`.
 """
 
 import argparse
@@ -23,38 +23,43 @@ from rewards.schema import RewardSettings
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "benchmarks"))
+from inputs import add_model, require_model, require_paths  # noqa: E402
 from peer import make_peer  # noqa: E402
 
 TRL = "1.16.0"
-BATCH, STEPS, TOKENS = 16, 8, 1024
+BATCH = 16
+STEPS = 8
+MAX_TOKENS = 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with hh/harmless.jsonl")
-    parser.add_argument("--solutions", type=Path, required=True, help="rankings that make.py has written")
+    add_model(parser)
+    parser.add_argument("--data", type=Path, required=True, help="folder that make.py has written, with the rankings")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    require_model(parser, arguments.model)
+    require_paths(parser, arguments.data / "harmless.jsonl", arguments.data / "solutions.jsonl")
     peer = str(make_peer(HERE / ".venv-trl", TRL))
     raw: dict[str, list[float]] = {"ours": [], "trl": [], "rankings": [], "flattened": []}
     with tempfile.TemporaryDirectory() as folder:
         files = write_rows(arguments, Path(folder))
         common = ["--model", str(arguments.model), "--threads", str(arguments.threads)]
-        ours, theirs = [sys.executable, str(HERE / "ours_reward.py")], [peer, str(HERE / "trl_reward.py")]
+        ours = [sys.executable, str(HERE / "ours_reward.py")]
+        theirs = [peer, str(HERE / "trl_reward.py")]
         sides = {
             "trl": ([*theirs, "--pairs", files["pairs"]], BATCH),
-            "ours": ([*ours, "--feedback", files["pairs"]], BATCH),
-            "flattened": ([*ours, "--feedback", files["flattened"]], BATCH / 6),
-            "rankings": ([*ours, "--feedback", files["rankings"]], BATCH),
+            "ours": ([*ours, "--preferences", files["pairs"]], BATCH),
+            "flattened": ([*ours, "--preferences", files["flattened"]], BATCH / 6),
+            "rankings": ([*ours, "--preferences", files["rankings"]], BATCH),
         }
         for _ in range(arguments.rounds):
-            for name, (command, a_step) in sides.items():
-                done = subprocess.run([*command, *common], check=True, stdout=subprocess.PIPE, text=True).stdout
-                seconds = json.loads(done.splitlines()[-1])["seconds"]
-                raw[name].append(a_step * len(seconds) / sum(seconds))
-                print(f"{name:10s} {raw[name][-1]:7.2f} prompts a second", flush=True)
+            for name, (command, prompts_per_step) in sides.items():
+                process = subprocess.run([*command, *common], check=True, stdout=subprocess.PIPE, text=True)
+                seconds = json.loads(process.stdout.splitlines()[-1])["seconds"]
+                raw[name].append(prompts_per_step * len(seconds) / sum(seconds))
+                print(f"{name:10s} {raw[name][-1]:7.2f} prompts per second", flush=True)
     results = {
         "pairs_ratio": ratio(raw["ours"], raw["trl"]),
         "rankings_ratio": ratio(raw["rankings"], raw["flattened"]),
@@ -68,30 +73,38 @@ def main() -> None:
 
 
 def write_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """The same rows for every side: human pairs with their prompts, rankings, and the rankings' pairs."""
-    parse = preference_parser(load_tokenizer(str(arguments.model)), RewardSettings(max_tokens=TOKENS, ties="unknown"))
+    """Write the data of all sides: human pairs with their prompts, rankings, and the pairs of the rankings."""
+    parse = preference_parser(
+        load_tokenizer(str(arguments.model)), RewardSettings(max_tokens=MAX_TOKENS, ties="unknown")
+    )
     pairs: list[dict[str, Any]] = []
-    for line in (arguments.data / "hh" / "harmless.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (arguments.data / "harmless.jsonl").read_text(encoding="utf-8").splitlines():
         try:
-            feedback = parse(json.loads(line)).feedback
+            example = parse(json.loads(line)).example
         except ValueError:  # an empty reply, or too long
             continue
-        chosen, rejected = feedback.responses
-        pairs.append({"prompt": feedback.prompt, "chosen": chosen, "rejected": rejected})
-    rankings = [json.loads(line) for line in arguments.solutions.read_text(encoding="utf-8").splitlines()]
-    flattened = []
+        chosen, rejected = example.responses
+        pairs.append({"prompt": example.prompt, "chosen": chosen, "rejected": rejected})
+    rankings = [
+        json.loads(line) for line in (arguments.data / "solutions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    flattened: list[dict[str, Any]] = []
     for row in rankings[: BATCH * STEPS // 2]:
         responses = parse_preference(row, open_ties=True).responses
-        flattened += [
-            {"prompt": row["prompt"], "chosen": a, "rejected": b} for a, b in combinations(responses, 2) if a != b
-        ]
+        for first, second in combinations(responses, 2):
+            if first != second:
+                flattened.append({"prompt": row["prompt"], "chosen": first, "rejected": second})
     files = {"pairs": pairs[: BATCH * STEPS], "rankings": rankings[: BATCH * STEPS // 2], "flattened": flattened}
+    paths: dict[str, str] = {}
     for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {name: str(folder / f"{name}.jsonl") for name in files}
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        paths[name] = str(path)
+    return paths
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Ours over theirs: median, minimum and maximum over the rounds."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 

@@ -105,11 +105,9 @@ def rankings(problems: Iterable[Row]) -> Iterator[Row]:
         solutions = [value for value in problem.values() if isinstance(value, dict)]
         correct = [bool(solution["is_correct"]) for solution in solutions]
         if len(set(correct)) == 2:
-            yield {
-                "prompt": f"{problem['question']}\n",
-                "responses": [solution["solution"] for solution in solutions],
-                "ranks": [1 if is_correct else 2 for is_correct in correct],
-            }
+            responses = [solution["solution"] for solution in solutions]
+            ranks = [1 if is_correct else 2 for is_correct in correct]
+            yield {"prompt": f"{problem['question']}\n", "responses": responses, "ranks": ranks}
 
 
 if __name__ == "__main__":

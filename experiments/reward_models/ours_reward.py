@@ -1,8 +1,8 @@
-"""Our side of the benchmark: a reward model on given feedback, on the CPU.
+"""Train a reward model by this library on the CPU, as one side of `bench.py`.
 
-    python experiments/feedback/ours_reward.py --model MODEL --feedback ROWS.jsonl
+    python experiments/reward_models/ours_reward.py --model MODEL --preferences PREFERENCES.jsonl
 
-Prints one line of JSON: seconds of each step but the first.
+Prints one line of JSON: the seconds of each step but the first.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from rewards.schema import RewardSettings
 
 
 class Clock(Tracker):
-    """Keeps when each step ended in place of its figures."""
+    """Records when each step ended, and none of its figures."""
 
     def __init__(self) -> None:
         super().__init__(Path(), None)
@@ -46,31 +46,34 @@ class Clock(Tracker):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a causal language model and its tokenizer")
-    parser.add_argument("--feedback", type=Path, required=True, help="JSONL of feedback")
-    parser.add_argument("--batch", type=int, default=16, help="rows a step")
+    parser.add_argument("--preferences", type=Path, required=True, help="JSONL of preference examples")
+    parser.add_argument("--batch", type=int, default=16, help="examples per step")
     parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA adapter")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(arguments.threads)
     settings = RewardSettings(
-        batch=arguments.batch, max_tokens=arguments.max_tokens, learning_rate=5e-4, ties="unknown",
+        batch_size=arguments.batch,
+        max_tokens=arguments.max_tokens,
+        learning_rate=5e-4,
+        ties="unknown",
         checkpoint_every=10**6,
-    )  # fmt: skip
+    )
     parse = preference_parser(load_tokenizer(arguments.model), settings)
-    cases = [parse(json.loads(line)) for line in arguments.feedback.read_text().splitlines()]
+    examples = [parse(json.loads(line)) for line in arguments.preferences.read_text().splitlines()]
     policy = PolicySettings(rank=arguments.rank, alpha=2 * arguments.rank)
     trunk = build_trunk(ModelSettings(path=arguments.model), policy, (REWARD_ROLE,))
     trunk.train_only(REWARD_ROLE)
     model = RewardModel(trunk, [ScalarHead(trunk.width, torch.Generator().manual_seed(0))])
-    loss = PreferenceLoss([case.example for case in cases], settings.weights, settings.ratings)
+    loss = PreferenceLoss([example.example for example in examples], settings.weights, settings.ratings)
     clock = Clock()
-    shared = shares_prompts(trunk, REWARD_ROLE, cases)
+    shared = shares_prompts(trunk, REWARD_ROLE, examples)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             RewardObjective(model, loss, smoothing=0.0, centering=0.0),
-            cases,
+            examples,
             branches if shared else rows,
             settings,
             StageContext("reward", Path(folder), 1, 0, clock, StopRequest()),

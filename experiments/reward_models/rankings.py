@@ -1,10 +1,10 @@
-"""What a ranking of four is worth, where the truth is known: prompts needed for an accuracy, beside pairs.
+"""Measure how many annotated prompts a reward needs if annotators give rankings of four, or pairs.
 
-    python experiments/feedback/rankings.py
+    python experiments/reward_models/rankings.py
 
-Responses have features, the true utility is linear in them, and annotators rank four responses to a prompt by Plackett
-and Luce's model. A linear reward is fitted by maximum likelihood to the rankings, to one random pair of each, and to
-all six pairs of each. Prints the prompts that each needs for the same accuracy on held-out pairs, and draws
+Responses are feature vectors, the true utility is linear in them, and annotators rank four responses to a prompt by the
+Plackett-Luce model. A linear reward is fitted by maximum likelihood to the rankings, to one random pair of each, and to
+all six pairs of each. Prints the number of prompts that each needs for the same accuracy on held-out pairs, and draws
 `docs/images/rankings.png`.
 """
 
@@ -21,34 +21,36 @@ from rewards.diagnostics import rank_correlation
 from rewards.objective import PreferenceLoss
 from rewards.preferences import Pair, PreferenceExample, Ranking
 
-FEATURES, K = 16, 4
+FEATURES = 16
+K = 4
+"""Responses per prompt."""
 SCALE = 1.0
-"""Deviation of the true utilities: two random responses are told apart in two of three cases."""
+"""Standard deviation of the true utilities; annotators order two random responses correctly in two of three cases."""
 PROMPTS = (25, 50, 100, 200, 400, 800, 1600, 3200)
 ACCURACY = 0.95
-"""Share of held-out pairs that is put in the order of the true utilities."""
-HELDOUT = 20_000
+"""Target share of held-out pairs that the fitted reward puts in the order of the true utilities."""
+HELDOUT_PAIRS = 20_000
 
-RANKED = [PreferenceExample("", ("",) * K, Ranking((1,) * K))]
-PAIRED = [PreferenceExample("", ("", ""), Pair())]
+RANKING_EXAMPLE = PreferenceExample("", ("",) * K, Ranking((1,) * K))
+PAIR_EXAMPLE = PreferenceExample("", ("", ""), Pair())
 
 Choose = Callable[[Tensor, torch.Generator], Tensor]
-"""From ranked features `[N, K, F]`, best first, to the comparisons `[M, 2 or K, F]` that are learned from."""
+"""From ranked features `[N, K, F]`, best first, to comparisons `[M, 2 or K, F]` for training."""
 
 
 def main() -> None:
-    """Measure, print, draw."""
+    """Measure, print the results and plot them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--to", type=Path, default=Path("docs/images/rankings.png"))
     arguments = parser.parse_args()
-    curves = {
-        name: [[measure(choose, prompts, seed) for seed in range(arguments.seeds)] for prompts in PROMPTS]
-        for name, choose in KINDS.items()
-    }
-    needed = {name: prompts_for(ACCURACY, [mean(r) for r in rows]) for name, rows in curves.items()}
-    for name, rows in curves.items():
-        shown = "  ".join(f"{n}: {mean(r):.4f} ± {error(r):.4f}" for n, r in zip(PROMPTS, rows, strict=True))
+    curves: dict[str, list[list[float]]] = {}
+    needed: dict[str, float] = {}
+    for name, choose in KINDS.items():
+        curves[name] = accuracies(choose, arguments.seeds)
+        needed[name] = prompts_for(ACCURACY, [mean(accuracy) for accuracy in curves[name]])
+        points = zip(PROMPTS, curves[name], strict=True)
+        shown = "  ".join(f"{count}: {mean(values):.4f} ± {error(values):.4f}" for count, values in points)
         print(f"{name:18s} needs {needed[name]:6.0f} prompts for {ACCURACY:.0%}   {shown}")
     ranking = needed["rankings of four"]
     print(
@@ -59,29 +61,39 @@ def main() -> None:
     draw(curves, arguments.to)
 
 
+def accuracies(choose: Choose, seeds: int) -> list[list[float]]:
+    """The accuracy for each number of prompts and seed."""
+    curve = []
+    for prompts in PROMPTS:
+        curve.append([measure(choose, prompts, seed) for seed in range(seeds)])
+    return curve
+
+
 def measure(choose: Choose, prompts: int, seed: int) -> float:
-    """Accuracy of a reward fitted to so many prompts."""
+    """Held-out accuracy of a reward that is fitted to this number of prompts."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.randn(FEATURES, generator=generator, dtype=torch.float64)
     truth *= SCALE / truth.norm()
-    compared = choose(ranked(truth, prompts, generator), generator)
+    compared = choose(rank_responses(truth, prompts, generator), generator)
     fitted = fit(compared)
-    first, second = torch.randn(2, HELDOUT, FEATURES, generator=generator, dtype=torch.float64)
-    return float((((first - second) @ truth).sign() == ((first - second) @ fitted).sign()).double().mean())
+    first, second = torch.randn(2, HELDOUT_PAIRS, FEATURES, generator=generator, dtype=torch.float64)
+    true_order = ((first - second) @ truth).sign()
+    fitted_order = ((first - second) @ fitted).sign()
+    return float((fitted_order == true_order).double().mean())
 
 
 def recovered(seed: int) -> float:
-    """Spearman's correlation of fitted and true utilities, with the most rankings."""
+    """Spearman's correlation of fitted and true utilities, for the largest number of rankings."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.randn(FEATURES, generator=generator, dtype=torch.float64)
     truth *= SCALE / truth.norm()
-    fitted = fit(ranked(truth, PROMPTS[-1], generator))
-    unseen = torch.randn(HELDOUT, FEATURES, generator=generator, dtype=torch.float64)
+    fitted = fit(rank_responses(truth, PROMPTS[-1], generator))
+    unseen = torch.randn(HELDOUT_PAIRS, FEATURES, generator=generator, dtype=torch.float64)
     return rank_correlation((unseen @ fitted).tolist(), (unseen @ truth).tolist())
 
 
-def ranked(truth: Tensor, prompts: int, generator: torch.Generator) -> Tensor:
-    """Features `[N, K, F]`, ranked by utility plus Gumbel noise, which is Plackett and Luce's model (Yellott 1977)."""
+def rank_responses(truth: Tensor, prompts: int, generator: torch.Generator) -> Tensor:
+    """Features `[N, K, F]`, ranked by utility plus Gumbel noise: the Plackett-Luce model (Yellott 1977)."""
     features = torch.randn(prompts, K, FEATURES, generator=generator, dtype=torch.float64)
     noise = -torch.log(-torch.log(torch.rand(prompts, K, generator=generator, dtype=torch.float64)))
     order = (features @ truth + noise).argsort(-1, descending=True)
@@ -89,17 +101,17 @@ def ranked(truth: Tensor, prompts: int, generator: torch.Generator) -> Tensor:
 
 
 def fit(compared: Tensor) -> Tensor:
-    """Weights `[F]` of the greatest likelihood, with a slight ridge so that there is always one."""
+    """Maximum-likelihood weights `[F]`, with a small ridge penalty so that the maximum always exists."""
     weights = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
-    row = PAIRED[0] if compared.shape[1] == 2 else RANKED[0]
-    feedback, loss = [row] * len(compared), PreferenceLoss([row], {"": 1.0}, "regression")
-    loss.double()
+    example = PAIR_EXAMPLE if compared.shape[1] == 2 else RANKING_EXAMPLE
+    examples = [example] * len(compared)
+    loss = PreferenceLoss([example], {"": 1.0}, "regression").double()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         scores = (compared @ weights).flatten()[:, None]
-        value = loss(scores, feedback).sum() + 0.05 * weights.square().sum()
+        value = loss(scores, examples).sum() + 0.05 * weights.square().sum()
         value.backward()
         return value
 
@@ -107,25 +119,27 @@ def fit(compared: Tensor) -> Tensor:
     return weights.detach()
 
 
-def one_pair(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Two of each prompt's responses at random."""
-    two = torch.rand(rows.shape[:2], generator=generator).argsort(-1)[:, :2].sort(-1).values
-    return rows.gather(1, two[..., None].expand(-1, -1, rows.shape[-1]))
+def one_pair(ranked: Tensor, generator: torch.Generator) -> Tensor:
+    """Two random responses of each prompt."""
+    two = torch.rand(ranked.shape[:2], generator=generator).argsort(-1)[:, :2].sort(-1).values
+    return ranked.gather(1, two[..., None].expand(-1, -1, ranked.shape[-1]))
 
 
-def six_pairs(rows: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.cat([rows[:, list(pair)] for pair in combinations(range(K), 2)])
+def six_pairs(ranked: Tensor, generator: torch.Generator) -> Tensor:
+    """All pairs of each prompt's responses."""
+    return torch.cat([ranked[:, list(pair)] for pair in combinations(range(K), 2)])
 
 
-def whole(rows: Tensor, generator: torch.Generator) -> Tensor:
-    return rows
+def rankings(ranked: Tensor, generator: torch.Generator) -> Tensor:
+    """The rankings themselves."""
+    return ranked
 
 
-KINDS: dict[str, Choose] = {"rankings of four": whole, "all six pairs": six_pairs, "one pair": one_pair}
+KINDS: dict[str, Choose] = {"rankings of four": rankings, "all six pairs": six_pairs, "one pair": one_pair}
 
 
 def prompts_for(accuracy: float, reached: Sequence[float]) -> float:
-    """Where the curve crosses an accuracy, on straight lines over the logarithm of the prompts."""
+    """The number of prompts at which the curve crosses an accuracy, interpolated linearly over log prompts."""
     logs = torch.tensor(PROMPTS, dtype=torch.float64).log2().tolist()
     for i in range(1, len(reached)):
         if reached[i] >= accuracy > reached[i - 1]:
@@ -135,6 +149,7 @@ def prompts_for(accuracy: float, reached: Sequence[float]) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
     return sum(values) / len(values)
 
 
@@ -144,10 +159,13 @@ def error(values: Sequence[float]) -> float:
 
 
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Plot accuracy against prompts, with standard errors."""
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for name, rows in curves.items():
-        axes.errorbar(PROMPTS, [mean(r) for r in rows], [error(r) for r in rows], marker="o", markersize=3, label=name)
+    for name, curve in curves.items():
+        means = [mean(values) for values in curve]
+        errors = [error(values) for values in curve]
+        axes.errorbar(PROMPTS, means, errors, marker="o", markersize=3, label=name)
     axes.axhline(ACCURACY, color="grey", linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="prompts", ylabel="held-out accuracy", title="What an annotated prompt is worth")
     axes.grid(alpha=0.3)

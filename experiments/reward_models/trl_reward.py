@@ -1,8 +1,9 @@
-"""The yardstick: a reward model by TRL's RewardTrainer on given pairs, on the CPU.
+"""Train a reward model by TRL's RewardTrainer on the CPU, as one side of `bench.py`.
 
-    python experiments/feedback/trl_reward.py --model MODEL --pairs PAIRS.jsonl
+    python experiments/reward_models/trl_reward.py --model MODEL --pairs PAIRS.jsonl
 
-Runs in an environment of its own, which `bench.py` makes. Prints one line of JSON: seconds of each step but the first.
+Runs in a separate environment, which `bench.py` creates. Prints one line of JSON: the seconds of each step but the
+first.
 """
 
 import argparse
@@ -19,9 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a causal language model and its tokenizer")
     parser.add_argument("--pairs", required=True, help="JSONL with `prompt`, `chosen`, `rejected`")
-    parser.add_argument("--batch", type=int, default=16, help="pairs a step")
+    parser.add_argument("--batch", type=int, default=16, help="pairs per step")
     parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA adapter")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -52,7 +53,7 @@ def main() -> None:
             num_train_epochs=1,
             max_length=arguments.max_tokens,
             learning_rate=5e-4,
-            gradient_checkpointing=False,  # TRL's default; it would only cost it time here
+            gradient_checkpointing=False,  # it is on by default in TRL, and would only cost time here
             bf16=False,
             use_cpu=True,
             save_strategy="no",
