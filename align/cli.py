@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,10 +74,10 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     number of steps or of workers, may be overridden."""
     from align.config.load import dump_experiment
     from align.runs.fingerprint import check_fingerprint
-    from align.runs.folder import locked, open_run
+    from align.runs.folder import find_run, locked
     from align.stages.pipeline import load_datasets, reopen
 
-    folder, settings = open_run(run, overrides=overrides or [])
+    folder, settings = find_run(run, overrides=overrides or [])
     datasets = load_datasets(settings)
     with locked(folder):
         check_fingerprint(folder, settings, datasets)
@@ -110,22 +111,15 @@ def evaluate(
     to: Annotated[Path | None, typer.Option(help="with --reward: folder for the figures and the plot")] = None,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model."""
-    from align.outputs.trained_run import evaluate_run
-    from align.runs.folder import open_run
-    from align.runtime.atomic_files import write_json
-    from align.stages.pipeline import load_datasets
+    from align.outputs.trained_run import open_run
 
-    folder, settings = open_run(run)
+    trained = open_run(run)
     if reward:
-        _evaluate_reward_model(folder, settings, data, classifier, to)
+        _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to)
         return
     if data or classifier or to:
         raise UserError("--data, --classifier and --to need --reward: add it")
-    if not folder.done("ppo"):
-        raise UserError(f"run {folder.path} has no policy/ yet: `align resume {folder.path}` resumes it")
-    evaluation = folder.read_evaluation() | evaluate_run(settings, folder, load_datasets(settings))
-    write_json(folder.evaluation, evaluation)
-    _show(evaluation)
+    _show(trained.evaluate())
 
 
 @app.command()
@@ -139,23 +133,16 @@ def generate(
 ) -> None:
     """Generate responses with a run's policy: to prompts, to those of a file, or in a chat line by line."""
     with redirect_stdout(sys.stderr):  # on import, transformers prints there that W&B is offline
-        from align.outputs.trained_run import TextGenerator
-    from align.runs.folder import open_run
-    from rollouts.engine import Sampling
+        from align.outputs.trained_run import open_run
 
-    folder, settings = open_run(run)
+    generate_responses = partial(open_run(run).generate, temperature=temperature, max_new_tokens=max_new_tokens)
     prompts = list(prompt or []) + _prompts_of(file)
-    sampling = Sampling(
-        settings.rollouts.temperature if temperature is None else temperature,
-        max_new_tokens or settings.rollouts.max_new_tokens,
-    )
-    answerer = TextGenerator(settings, folder)
     if prompts:
-        for response in answerer.answer(prompts, sampling, seed):
+        for response in generate_responses(prompts, seed=seed):
             print(response)
         return
     for turn, line in enumerate(iter(_read_line, "")):
-        print(answerer.answer([line], sampling, seed + turn)[0])
+        print(generate_responses([line], seed=seed + turn)[0])
 
 
 @app.command()
@@ -173,16 +160,16 @@ def export(
     dtype: Annotated[str, typer.Option(help="with --merge: float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """Export a run's policy for other programs, check it, and describe it in a model card."""
-    from align.outputs.export import export_prompt, export_run
-    from align.runs.folder import open_run
+    from align.outputs.export import Product, export_prompt, export_run
+    from align.runs.folder import find_run
 
-    folder, settings = open_run(run)
+    folder, settings = find_run(run)
     if task:
         export_prompt(settings, folder, to, task)
         errors.print(f"soft prompt of {folder.path} added to {to} as {task}; sft.adapter={to}#{task} starts from it")
         return
     _check_export(to, merge, reward, member, dtype)
-    product = "adapter"
+    product: Product = "adapter"
     if merge:
         product = "model"
     if reward:
@@ -232,9 +219,9 @@ def average(
 def report(run: Run) -> None:
     """Plot a run's curves on one page, report/index.html."""
     from align.outputs.report import write_report
-    from align.runs.folder import open_run
+    from align.runs.folder import find_run
 
-    folder, _ = open_run(run)
+    folder, _ = find_run(run)
     console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
 
 

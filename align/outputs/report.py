@@ -117,7 +117,7 @@ def draw_optimisation(lines: Sequence[Line], evaluation: dict[str, Any], path: P
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=f"{label}, PPO")
         if best_points := [(point["kl"] ** 0.5, point[key]) for point in best_of if key in point]:
-            style = {"color": colour, "linestyle": "--", "marker": "x"}
+            style: dict[str, Any] = {"color": colour, "linestyle": "--", "marker": "x"}
             axes.plot(*zip(*best_points, strict=True), **style, label=f"{label}, best of n")
     axes.set(title="Score against distance from the SFT model", xlabel="√KL, nats per sequence", ylabel="score")
     axes.grid(alpha=0.3)

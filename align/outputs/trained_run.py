@@ -1,6 +1,7 @@
-"""Judging and using what a run has trained, without a learner."""
+"""A trained run: its policy and reward model, to be used or evaluated again without a learner."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,227 @@ from align.config.schema import Experiment
 from align.data.datasets import Datasets, TokenizedPreference
 from align.evaluation.policy import build_evaluator
 from align.evaluation.reward_model import compute_diagnostics
+from align.outputs.artifacts import policy_weights
+from align.outputs.export import Exported, Product, export_run
 from align.roles.build import build_roles
 from align.roles.scoring import score_microbatches
-from align.runs.folder import RunFolder, read_facts
+from align.runs.folder import RunFolder, find_run, read_facts
+from align.runtime.atomic_files import write_json
 from align.runtime.seeds import seed_for
 from align.scoring.build import REWARD_STATE, build_scorers
+from align.stages.pipeline import load_datasets
 from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
 from policies.errors import UserError
-from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
 from policies.methods.build import build_trunk
-from policies.text.tokenization import Prompt, decode_response, encode_prompt
-from policies.trunk import AdapterWeights
+from policies.text.tokenization import Prompt, decode_response, encode_prompt, encode_response
 from rewards.classifier import Classifier
-from rollouts.engine import Sampling
+from rollouts.engine import Engine, Sampling
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
 from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
 
 
-def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
-    """Sections `reference`, `policy` and `best_of` of `evaluation.json` for the run's policy."""
-    policy = policy_weights(experiment, run)
-    tokenizer = load_tokenizer(experiment.model.path)
-    scorers = build_scorers(experiment, run, tokenizer)
-    scorers.reward.composition.restore(read_object(run.policy / REWARD_STATE))
-    roles = build_roles(scorers.blueprint, None, (SAMPLER_ROLE,))
-    reference = scorers.blueprint.reference or roles.trunk.read_adapter("reference")
-    roles.trunk.write_adapter("policy", policy)
-    rollouts = experiment.rollouts
+def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
+    """Open a run to use what it has trained.
+
+    Args:
+        path: The run's folder, or its name under `runs/`.
+        overrides: Settings that replace the run's, as `key.path=value`.
+
+    Raises:
+        UserError: There is no such run.
+    """
+    folder, experiment = find_run(str(path), overrides=overrides)
+    return TrainedRun(experiment, folder)
+
+
+class TrainedRun:
+    """A run, and the models that it has trained so far. They are loaded when they are first used.
+
+    Attributes:
+        experiment: The run's settings.
+        folder: The paths inside the run's folder.
+    """
+
+    def __init__(self, experiment: Experiment, folder: RunFolder) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self.tokenizer = load_tokenizer(experiment.model.path)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The contents of `evaluation.json`; empty before the run has written it."""
+        return self.folder.read_evaluation()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Sample responses of the policy, or of the SFT model if PPO has not finished.
+
+        Args:
+            prompts: Texts, or lists of messages with `role` and `content`.
+            temperature: 0 is greedy; unset: `rollouts.temperature`.
+            max_new_tokens: The longest response; unset: `rollouts.max_new_tokens`.
+            seed: The same seed gives the same responses.
+
+        Returns:
+            One response per prompt, without special tokens.
+
+        Raises:
+            UserError: The run has neither policy nor SFT model yet.
+        """
+        rollouts = self.experiment.rollouts
+        sampling = Sampling(
+            rollouts.temperature if temperature is None else temperature,
+            max_new_tokens or rollouts.max_new_tokens,
+        )
+        requests = []
+        for index, prompt in enumerate(prompts):
+            prompt_ids = tuple(encode_prompt(self.tokenizer, prompt))
+            requests.append(Request(prompt, prompt_ids, seed_for(seed, "generate", index)))
+        trajectories = self._engine.generate(requests, sampling)
+        return [decode_response(self.tokenizer, trajectory.response_ids) for trajectory in trajectories]
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        columns: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[float]:
+        """Score responses by the run's reward, all its terms included, before PPO's KL and length penalties.
+
+        Args:
+            prompts: One per response.
+            responses: Complete responses, without EOS.
+            columns: The columns per prompt that the reward's terms read; unset: none.
+
+        Returns:
+            One score per response.
+
+        Raises:
+            UserError: The run has no reward yet.
+        """
+        rows: Sequence[Mapping[str, Any]] = [{}] * len(prompts) if columns is None else columns
+        trajectories = []
+        for prompt, response, row in zip(prompts, responses, rows, strict=True):
+            request = Request(prompt, tuple(encode_prompt(self.tokenizer, prompt)), seed=0, columns=dict(row))
+            ids = encode_response(self.tokenizer, response)
+            # Nothing was sampled: the sampler's log-probabilities and the version are not read.
+            trajectories.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), ended=True, version=0))
+        reward = self._reward
+        rescore = reward.scorers.evaluation_scorer(reward.roles_score, ("reward",))(trajectories)
+        return [output.score for output in rescore()]
+
+    def evaluate(self) -> dict[str, Any]:
+        """Compare the policy with its reference on the held-out prompts again, and update `evaluation.json`.
+
+        Returns:
+            The contents of `evaluation.json`.
+
+        Raises:
+            UserError: PPO has not finished.
+        """
+        if not self.folder.done("ppo"):
+            raise UserError(f"run {self.path} has no policy/ yet: `align resume {self.path}` resumes it")
+        datasets = load_datasets(self.experiment)
+        evaluation = self.evaluation | evaluate_run(self.experiment, self.folder, datasets)
+        write_json(self.folder.evaluation, evaluation)
+        return evaluation
+
+    def export(self, to: Path | str, merge: bool = False, dtype: str = "float32") -> Exported:
+        """Export the policy for other programs, with tokenizer and model card, and compare it with the run's own.
+
+        Args:
+            to: The folder to write; it must not exist.
+            merge: Write a complete model instead of an adapter in PEFT's layout.
+            dtype: Of a complete model's weights: float32, bfloat16 or float16.
+
+        Returns:
+            What was written, and its largest difference to the run's policy, reloaded, in nats.
+
+        Raises:
+            UserError: The folder exists, or the policy cannot be exported in this way.
+            RuntimeError: The difference is larger than rounding explains.
+        """
+        if Path(to).exists():
+            raise UserError(f"{to} already exists: choose a new folder")
+        product: Product = "model" if merge else "adapter"
+        return export_run(self.experiment, self.folder, Path(to), product, dtype)
+
+    @cached_property
+    def _engine(self) -> Engine:
+        trunk = build_trunk(self.experiment.model, self.experiment.policy, (SAMPLER_ROLE,))
+        engine = make_transformers_engine(trunk, self.tokenizer, self.experiment.rollouts)
+        engine.load_adapter(0, policy_weights(self.experiment, self.folder))
+        return engine
+
+    @cached_property
+    def _reward(self) -> "_LoadedReward":
+        if self.experiment.reward.has_model and not self.folder.done("reward"):
+            raise UserError(f"run {self.path} has no reward/ yet: `align resume {self.path}` resumes it")
+        return _LoadedReward(self.experiment, self.folder)
+
+
+class _LoadedReward:
+    """The reward as PPO left it, with the roles that its scores need."""
+
+    def __init__(self, experiment: Experiment, run: RunFolder) -> None:
+        self.temperature = experiment.rollouts.temperature
+        self.scorers = build_scorers(experiment, run, load_tokenizer(experiment.model.path))
+        composition = self.scorers.reward.composition
+        if run.policy.is_dir():
+            composition.restore(read_object(run.policy / REWARD_STATE))
+        elif composition.calibrated:
+            raise UserError(
+                f"reward.terms.{composition.calibrated[0]} is normalised by samples that PPO draws when it starts, and "
+                f"run {run.path} has no policy/ yet: `align resume {run.path}` resumes it"
+            )
+        self.roles = build_roles(self.scorers.blueprint, None, (SAMPLER_ROLE,))
 
     @torch.no_grad()
-    def roles_score(trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
-        groups = roles.microbatches([t.total_length for t in trajectories])
+    def roles_score(self, trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
+        """The forward passes of the requested roles."""
+        microbatches = self.roles.microbatches([trajectory.total_length for trajectory in trajectories])
         return score_microbatches(
-            roles, trajectories, groups, rollouts.temperature, roles.trunk.causal.device, requested_roles
+            self.roles,
+            trajectories,
+            microbatches,
+            self.temperature,
+            device=self.roles.trunk.causal.device,
+            requested_roles=requested_roles,
         )
 
-    pool = LocalPool(make_transformers_engine(roles.trunk, tokenizer, rollouts), rollouts.effective_chunk_size)
-    evaluator = build_evaluator(experiment, scorers, pool, roles_score, reference, datasets.prompts_heldout, tokenizer)
+
+def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
+    """The sections of `evaluation.json` about the run's policy: `reference`, `policy`, `best_of` and the like."""
+    policy = policy_weights(experiment, run)
+    tokenizer = load_tokenizer(experiment.model.path)
+    reward = _LoadedReward(experiment, run)
+    trunk = reward.roles.trunk
+    reference = reward.scorers.blueprint.reference or trunk.read_adapter("reference")
+    trunk.write_adapter("policy", policy)
+    engine = make_transformers_engine(trunk, tokenizer, experiment.rollouts)
+    evaluator = build_evaluator(
+        experiment,
+        reward.scorers,
+        LocalPool(engine, experiment.rollouts.effective_chunk_size),
+        reward.roles_score,
+        reference=reference,
+        prompts=datasets.prompts_heldout,
+        tokenizer=tokenizer,
+    )
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
     return evaluator.evaluate(step, policy)
 
@@ -57,42 +239,21 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> 
 def evaluate_reward_model(
     experiment: Experiment, run: RunFolder, preferences: Sequence[TokenizedPreference], classifier: str | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures and worst errors of the run's reward model, or of a classifier, on these cases."""
+    """Evaluate the run's reward model, or a classifier in its place, on preference examples.
+
+    Args:
+        experiment: The run's settings.
+        run: The run.
+        preferences: The preference examples.
+        classifier: Folder or hub name of a sequence-classification model; None: the run's reward model.
+
+    Returns:
+        The figures of `diagnostics.json`, and the worst errors.
+    """
     path = classifier or read_facts(run.reward).get("classifier")
     if path:
-        return compute_diagnostics(
-            preferences, classifier_scores(Classifier(path, "--classifier"), preferences), {"": 1.0}
-        )
+        scores = classifier_scores(Classifier(path, "--classifier"), preferences)
+        return compute_diagnostics(preferences, scores, {"": 1.0})
     models = load_models(experiment, run.reward)
-    return evaluate_models(models, folded_moments(experiment.reward, run.reward, len(models)), preferences)
-
-
-class TextGenerator:
-    """Answers prompts by a run's policy, or by its SFT model where PPO has not run."""
-
-    def __init__(self, experiment: Experiment, run: RunFolder) -> None:
-        self.tokenizer = load_tokenizer(experiment.model.path)
-        trunk = build_trunk(experiment.model, experiment.policy, (SAMPLER_ROLE,))
-        self.engine = make_transformers_engine(trunk, self.tokenizer, experiment.rollouts)
-        self.engine.load_adapter(0, policy_weights(experiment, run))
-
-    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[str]:
-        """One response a prompt; the same seed gives the same responses."""
-        requests = [
-            Request(prompt, tuple(encode_prompt(self.tokenizer, prompt)), seed_for(seed, "generate", index))
-            for index, prompt in enumerate(prompts)
-        ]
-        return [decode_response(self.tokenizer, t.response_ids) for t in self.engine.generate(requests, sampling)]
-
-
-def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
-    """The adapter of the run's policy, or of its SFT model where there is none. Raises UserError without either."""
-    return load_adapter(policy_folder(run), experiment.policy)
-
-
-def policy_folder(run: RunFolder) -> Path:
-    """Where the run's newest model is."""
-    for folder in (run.policy, run.sft):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"run {run.path} has no policy/ and no sft/ yet: `align resume {run.path}` goes on with it")
+    moments = folded_moments(experiment.reward, run.reward, len(models))
+    return evaluate_models(models, moments, preferences)

@@ -138,7 +138,7 @@ def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | No
     dump_experiment(experiment, run.config)
 
 
-def open_run(where: str, runs: str = "runs", overrides: Sequence[str] = ()) -> tuple[RunFolder, Experiment]:
+def find_run(where: str, runs: str = "runs", overrides: Sequence[str] = ()) -> tuple[RunFolder, Experiment]:
     """The run of a folder, or of a name under `runs`, and its settings. Raises UserError where there is none."""
     for path in (Path(where), Path(runs) / where):
         if (path / "config.yaml").is_file():

@@ -17,7 +17,7 @@ from align.config.schema import Experiment
 from align.data.datasets import read_preferences
 from align.evaluation.reward_model import DIAGNOSTICS, RELIABILITY, WORST
 from align.outputs.trained_run import evaluate_reward_model
-from align.runs.folder import RunFolder, open_run
+from align.runs.folder import RunFolder, find_run
 from align.runs.tracking import METRICS, read_lines
 from align.runtime.signals import StopRequest
 from align.stages.pipeline import load_datasets, run_stages
@@ -213,7 +213,7 @@ def test_the_figures_that_tell_whether_to_trust_it_are_beside_the_model(finished
 
 def test_judging_the_reward_model_again_gives_the_same_figures(finished: Path) -> None:
     """On the scale of training, though the saved head is normalised."""
-    run, experiment = open_run(str(finished))
+    run, experiment = find_run(str(finished))
     again, _ = evaluate_reward_model(experiment, run, read_preferences(experiment, None), None)
     found = json.loads((finished / "reward" / DIAGNOSTICS).read_text())
     assert json.loads((finished / "reward" / "stage.json").read_text())["moments"][0][1] != 1.0

@@ -8,7 +8,7 @@ from align.runs.folder import (
     RunFolder,
     begin_run,
     folder_of,
-    open_run,
+    find_run,
     read_facts,
     refuse_run,
     refuse_stage,
@@ -48,7 +48,7 @@ def test_a_run_lies_under_its_name(tmp_path: Path) -> None:
 def test_beginning_writes_the_settings(tmp_path: Path) -> None:
     experiment = make(tmp_path)
     begin_run(folder_of(experiment), experiment)
-    assert open_run(str(tmp_path / "tiny")) == (folder_of(experiment), experiment)
+    assert find_run(str(tmp_path / "tiny")) == (folder_of(experiment), experiment)
 
 
 def test_beginning_anew_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
@@ -108,13 +108,13 @@ def test_a_stage_is_not_refused_where_only_earlier_ones_are_done(tmp_path: Path)
 def test_a_run_is_opened_by_its_name_and_by_its_folder(tmp_path: Path) -> None:
     experiment = make(tmp_path / "runs")
     begin_run(folder_of(experiment), experiment)
-    assert open_run("tiny", str(tmp_path / "runs")) == open_run(str(tmp_path / "runs" / "tiny"))
+    assert find_run("tiny", str(tmp_path / "runs")) == find_run(str(tmp_path / "runs" / "tiny"))
 
 
 def test_what_is_no_run_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     with pytest.raises(UserError, match=f"tiny is no run: there is no tiny/config.yaml, nor {tmp_path}/tiny/config"):
-        open_run("tiny", str(tmp_path))
+        find_run("tiny", str(tmp_path))
 
 
 def test_facts_and_evaluation_come_back_and_are_empty_before(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Where the trained models of a run are."""
+
+from pathlib import Path
+
+from align.config.schema import Experiment
+from align.runs.folder import RunFolder, read_facts
+from policies.errors import UserError
+from policies.files.adapters import load_adapter
+from policies.trunk import AdapterWeights
+from rewards.model import member_folder, members_in
+
+
+def policy_folder(run: RunFolder) -> Path:
+    """The folder of the run's policy, or of its SFT model if PPO has not finished.
+
+    Raises:
+        UserError: The run has neither.
+    """
+    for folder in (run.policy, run.sft):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"run {run.path} has no policy/ and no sft/ yet: `align resume {run.path}` resumes it")
+
+
+def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
+    """The adapter in `policy_folder`."""
+    return load_adapter(policy_folder(run), experiment.policy)
+
+
+def reward_folder(run: RunFolder, member: int | None) -> Path:
+    """The folder of the run's reward model, or of one member of an ensemble.
+
+    Raises:
+        UserError: The run has no reward model of its own, or no such member, or several and none was chosen.
+    """
+    if not run.reward.is_dir():
+        raise UserError(f"run {run.path} has no reward/ yet: `align resume {run.path}` resumes it")
+    if classifier := read_facts(run.reward).get("classifier"):
+        raise UserError(f"the reward of run {run.path} is the model {classifier} itself: there is nothing to export")
+    members = members_in(run.reward)
+    if member is None and members > 1:
+        raise UserError(
+            f"{run.reward} holds an ensemble: choose --member 0 to {members - 1}, or average them by `align average`"
+        )
+    if member is not None and member >= members:
+        raise UserError(f"--member {member}: {run.reward} holds {members}, counted from 0")
+    return member_folder(run.reward, member or 0)
