@@ -21,24 +21,41 @@ from policies.files.adapters import CONFIG, WEIGHTS, load_adapter, load_head
 from policies.files.base_model import load_base
 from policies.files.safe_reading import NO_CODE, SAFE
 from policies.methods.build import build_trunk
-from policies.schema import SELECTED, ModelSettings, PolicySettings
+from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
 EXPORT_ROLE = "policy"
-OWN = {"bottleneck", *SELECTED} - {"layer_norm"}
-"""Methods that PEFT does not have: their adapters are loaded by `policies.methods`."""
+MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5}
+"""Differences of log-probabilities, in nats, that rounding explains."""
+MAX_SCORE_DIFFERENCE = 1e-3
+"""Difference of reward scores that rounding explains, relative to the largest score or to 1."""
+PROBE_SHAPE = (4, 16)
+"""Sequences and tokens that an export is compared on."""
 
 
 def export_adapter(
     model: ModelSettings, policy: PolicySettings, source: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> float:
-    """Copy an adapter with the tokenizer, load it afresh, by plain PEFT where PEFT has it, and compare.
+    """Copy an adapter and the tokenizer, reload it, by plain PEFT where PEFT has the method, and compare.
 
-    Returns the largest difference to the live policy, in nats. Raises RuntimeError as `compare` does.
+    Args:
+        model: the base.
+        policy: the settings of the adapter.
+        source: folder of the adapter.
+        tokenizer: of the base.
+        folder: where the export goes; made where it does not exist.
+
+    Returns:
+        The largest difference to the live policy's log-probabilities, in nats.
+
+    Raises:
+        UserError: the adapter is not as `policy` says.
+        RuntimeError: see `compare`.
     """
     live = _live(model, policy, source)
     ids = _probe(live)
-    expected, before = _of_role(live, EXPORT_ROLE, ids), _of_model(load_base(model, policy), ids)
+    expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
+    before = _log_probs_of_model(load_base(model, policy), ids)
     del live
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS):
@@ -46,11 +63,11 @@ def export_adapter(
     tokenizer.save_pretrained(folder)
     base = load_base(model, policy)
     base.generation_config.save_pretrained(folder)
-    if policy.method in OWN:
-        fresh = _of_role(_live(model, policy, folder), EXPORT_ROLE, ids)
+    if policy.spec.in_peft:
+        reloaded = _log_probs_of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
     else:
-        fresh = _of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
-    return compare(fresh, expected, before, model.dtype)
+        reloaded = _log_probs_of_role(_live(model, policy, folder), EXPORT_ROLE, ids)
+    return compare(reloaded, expected, before, model.dtype)
 
 
 def export_merged(
@@ -61,82 +78,133 @@ def export_merged(
     folder: Path,
     dtype: str = "float32",
 ) -> float:
-    """Write a whole model with the tokenizer, load it afresh by plain transformers, and compare.
+    """Write a complete model and the tokenizer, reload it by plain transformers, and compare.
 
-    source: the folder of an adapter on the model, or of a model that was trained as a whole. dtype: of the file.
-    Returns the largest difference to the live policy, in nats. Raises UserError where the method cannot be merged or
-    the family has no place for what it adds, RuntimeError as `compare` does.
+    Args:
+        model: the base.
+        policy: the settings of the adapter.
+        source: folder of an adapter for the base, or of a model with all weights trained.
+        tokenizer: of the base.
+        folder: where the export goes.
+        dtype: of the file.
+
+    Returns:
+        The largest difference to the live policy's log-probabilities, in nats.
+
+    Raises:
+        UserError: the method cannot be merged, or the family has no parameters for what the method adds.
+        RuntimeError: see `compare`.
     """
     live = _live(model, policy, source)
     ids = _probe(live)
-    expected, before = _of_role(live, EXPORT_ROLE, ids), _of_model(load_base(model, policy), ids)
-    write_whole(model, live.merged_weights(EXPORT_ROLE), folder, dtype)
+    expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
+    before = _log_probs_of_model(load_base(model, policy), ids)
+    write_model(model, live.merged_weights(EXPORT_ROLE), folder, dtype)
     tokenizer.save_pretrained(folder)
-    fresh = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE).to(default_device()).eval()
-    )
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE)
+    log_probs = _log_probs_of_model(reloaded.to(default_device()).eval(), ids)
     exact = dtype == model.dtype == "float32"
-    return compare(_of_model(fresh, ids), expected, before, "float32" if exact else "bfloat16")
+    return compare(log_probs, expected, before, "float32" if exact else "bfloat16")
 
 
-def write_whole(model: ModelSettings, weights: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
-    """The base with some of its weights replaced, as transformers saves it."""
+def write_model(model: ModelSettings, weights: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
+    """Write the base with some of its weights replaced, as transformers saves it.
+
+    Args:
+        model: the base.
+        weights: those that replace the base's, by name in the base.
+        folder: where the model goes.
+        dtype: of the file.
+
+    Raises:
+        UserError: the family has no parameter of such a name.
+    """
     config = AutoConfig.from_pretrained(model.path, **NO_CODE)
-    whole = _whole(model, config)
-    head = next(name for name, module in whole.named_modules() if module is whole.get_output_embeddings())
+    plain = _load_model(model, config)
+    head = next(name for name, module in plain.named_modules() if module is plain.get_output_embeddings())
     if f"{head}.weight" in weights:
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    if weights.keys() - whole.state_dict().keys():  # biases, which many families have room for and do not use
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+    if weights.keys() - plain.state_dict().keys():  # biases, which many families support but do not use
         for flag in ("attention_bias", "mlp_bias"):
             if hasattr(config, flag):
                 setattr(config, flag, True)
-    whole = _whole(model, config)
-    if missing := weights.keys() - whole.state_dict().keys():
+    changed = _load_model(model, config)
+    missing = weights.keys() - changed.state_dict().keys()
+    if missing:
         raise UserError(
-            f"{type(whole).__name__} has no place for {min(missing)}: export without --merge, for `policies.methods`"
+            f"{type(changed).__name__} has no parameter {min(missing)}: export without --merge, for `policies.methods` "
+            "to load"
         )
-    whole.load_state_dict(dict(weights), strict=False)
-    whole.to(getattr(torch, dtype)).save_pretrained(folder)
+    changed.load_state_dict(dict(weights), strict=False)
+    changed.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def export_reward(
     model: ModelSettings, policy: PolicySettings, source: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> tuple[float, float]:
-    """Write a reward model as a sequence classifier of one label, load it by plain transformers, and compare.
+    """Write a reward model as a sequence classifier of one label, reload it by plain transformers, and compare.
 
-    Returns the largest difference of scores of short rows, and the head's bias, for which such a classifier has no
-    place: its scores are ours less that.
+    Args:
+        model: the base.
+        policy: the settings of the adapter.
+        source: folder of the reward model's adapter and head.
+        tokenizer: of the base.
+        folder: where the export goes.
+
+    Returns:
+        The largest difference of the scores of short sequences; and the head's bias, which such a classifier does not
+        have: its scores are the reward model's minus this bias.
+
+    Raises:
+        UserError: as `export_merged` does.
+        RuntimeError: the scores differ by more than rounding.
     """
-    live, head = _live(model, policy, source, "reward"), load_head(source)
+    live = _live(model, policy, source, "reward")
+    head = load_head(source)
     ids = _probe(live)
     with torch.no_grad():
-        scores = live.hidden(ids, "reward")[:, -1].float() @ head["weight"].to(ids.device)
-    write_whole(model, live.merged_weights("reward"), folder, "float32")
+        scores = live.hidden(ids, "reward")[:, -1].float() @ head["weight"].to(ids.device)  # [B]
+    write_model(model, live.merged_weights("reward"), folder, "float32")
     tokenizer.save_pretrained(folder)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad, **SAFE)
-    classifier.score.weight.data.copy_(head["weight"].unsqueeze(0))
+    classifier.score.weight.data.copy_(head["weight"].unsqueeze(0))  # [1, H]
     classifier.save_pretrained(folder)
-    fresh = AutoModelForSequenceClassification.from_pretrained(folder, **SAFE).to(default_device()).eval()
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder, **SAFE).to(default_device()).eval()
     with torch.no_grad():
-        gap = float((fresh(input_ids=ids).logits.squeeze(-1) - scores).abs().max())
-    if not gap <= 1e-3 * max(1.0, float(scores.abs().max())):
-        raise RuntimeError(f"the exported reward model differs from the live one by {gap:.2g}, more than rounding")
-    return gap, float(head["bias"])
+        difference = float((reloaded(input_ids=ids).logits.squeeze(-1) - scores).abs().max())
+    if not difference <= MAX_SCORE_DIFFERENCE * max(1.0, float(scores.abs().max())):  # NaN too
+        raise RuntimeError(
+            f"the exported reward model differs from the live one by {difference:.2g}, more than rounding explains"
+        )
+    return difference, float(head["bias"])
 
 
-def compare(fresh: Tensor, expected: Tensor, before: Tensor, dtype: str) -> float:
-    """The largest difference of log-probabilities between what was exported and the live policy, in nats.
+def compare(exported: Tensor, expected: Tensor, before: Tensor, dtype: str) -> float:
+    """The largest difference of log-probabilities between what was exported and the live policy.
 
-    before: the base's. Raises RuntimeError where the difference is more than rounding explains, or where it is no
-    smaller than the policy's to the base: then the policy's own part may be missing.
+    Args:
+        exported: log-probabilities `[B, T, V]` of the reloaded export.
+        expected: those of the live policy.
+        before: those of the base.
+        dtype: how coarse the comparison is, "float32" or another.
+
+    Returns:
+        The difference, in nats.
+
+    Raises:
+        RuntimeError: the difference is more than rounding explains; or it is no smaller than the policy's to the base,
+            so that the policy's own part may be missing.
     """
-    gap = float((fresh - expected).abs().max())
-    if not gap <= (1e-3 if dtype == "float32" else 0.5):  # NaN too
-        raise RuntimeError(f"the exported model differs from the policy by {gap:.2g} nats, more than rounding explains")
-    if not gap < float((expected - before).abs().max()):
+    difference = float((exported - expected).abs().max())
+    if not difference <= MAX_DIFFERENCE["float32" if dtype == "float32" else "bfloat16"]:  # NaN too
+        raise RuntimeError(
+            f"the exported model differs from the policy by {difference:.2g} nats, more than rounding explains"
+        )
+    if not difference < float((expected - before).abs().max()):
         raise RuntimeError("the exported model is as far from the policy as the base is: nothing was trained")
-    return gap
+    return difference
 
 
 def _live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = EXPORT_ROLE) -> Trunk:
@@ -145,25 +213,28 @@ def _live(model: ModelSettings, policy: PolicySettings, source: Path, role: str 
     return trunk
 
 
-def _whole(model: ModelSettings, config: AutoConfig) -> PreTrainedModel:
+def _load_model(model: ModelSettings, config: AutoConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=torch.float32, **SAFE)
 
 
 def _probe(trunk: Trunk) -> Tensor:
-    """A few rows of tokens from all over the vocabulary, `[4, 16]`; none is the pad token's."""
+    """Sequences of tokens from all over the vocabulary, `PROBE_SHAPE`; without pad and end-of-sequence tokens."""
     special = {trunk.causal.config.pad_token_id, trunk.causal.config.eos_token_id}
-    ids = [i for i in range(trunk.causal.config.get_text_config().vocab_size) if i not in special]
-    return torch.tensor(ids)[torch.linspace(0, len(ids) - 1, 64).long()].view(4, 16).to(trunk.causal.device)
+    vocabulary = range(trunk.causal.config.get_text_config().vocab_size)
+    ids = torch.tensor([token for token in vocabulary if token not in special])
+    sequences, tokens = PROBE_SHAPE
+    chosen = torch.linspace(0, len(ids) - 1, sequences * tokens).long()
+    return ids[chosen].view(PROBE_SHAPE).to(trunk.causal.device)
 
 
 @torch.no_grad()
-def _of_role(trunk: Trunk, role: str, ids: Tensor) -> Tensor:
-    """Log-probabilities `[4, 16, V]` under a role, in float32 on the CPU."""
+def _log_probs_of_role(trunk: Trunk, role: str, ids: Tensor) -> Tensor:
+    """Log-probabilities `[B, T, V]` under a role, in float32 on the CPU."""
     return torch.log_softmax(trunk.head(trunk.hidden(ids, role), role).float(), dim=-1).cpu()
 
 
 @torch.no_grad()
-def _of_model(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """The same of a model; what it says of virtual tokens is left out."""
+def _log_probs_of_model(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities `[B, T, V]` of a model, without those of virtual tokens."""
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
     return torch.log_softmax(logits.float(), dim=-1).cpu()

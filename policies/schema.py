@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from policies.method_spec import MethodSpec, methods
+
 
 class Settings(BaseModel):
     """Immutable settings that refuse unknown keys."""
@@ -39,43 +41,10 @@ class ModelSettings(Settings):
         return fast_dtype()
 
 
-Method = Literal[
-    "lora",
-    "qlora",
-    "ia3",
-    "prompt_tuning",
-    "p_tuning",
-    "prefix_tuning",
-    "bottleneck",
-    "bitfit",
-    "layer_norm",
-    "top_layers",
-    "feature",
-    "full",
-]
-SELECTED: frozenset[Method] = frozenset({"bitfit", "layer_norm", "top_layers", "feature"})
-"""Methods that train some of the base's own parameters."""
-SOFT: frozenset[Method] = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning"})
-"""Methods that train virtual tokens before the prompt."""
-
-_LORA = {"rank", "alpha", "dropout", "targets", "rslora", "dora", "init", "lora_plus"}
-READS: dict[str, set[str]] = {
-    "lora": _LORA,
-    "qlora": _LORA | {"quant_type", "double_quantization"},
-    "ia3": {"targets"},
-    "prompt_tuning": {"virtual_tokens", "init_text"},
-    "p_tuning": {"virtual_tokens", "encoder", "encoder_width"},
-    "prefix_tuning": {"virtual_tokens", "init_text"},
-    "bottleneck": {"targets", "bottleneck", "activation"},
-    "top_layers": {"layers"},
-}
-"""The settings that each method reads besides `method`."""
-
-
 class PolicySettings(Settings):
     """What every trained role has of its own."""
 
-    method: Method = Field("lora", description="what is trained; docs/methods.md compares them")
+    method: str = Field("lora", description="what is trained; docs/methods.md compares them")
     rank: int = Field(16, ge=1, description="LoRA: rank of the low-rank matrices")
     alpha: float = Field(32.0, gt=0, description="LoRA: the product of the matrices is multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: on the adapter's input, in SFT and reward training only")
@@ -106,9 +75,25 @@ class PolicySettings(Settings):
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("gelu", description="bottleneck: between down and up")
     layers: int = Field(1, ge=1, description="top_layers: how many of the last decoder layers")
 
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in methods():
+            raise ValueError(f"expected one of {', '.join(methods())}")
+        return method
+
+    @property
+    def spec(self) -> MethodSpec:
+        """What the method is, and what it works with."""
+        return methods()[self.method]
+
+    def is_default(self, name: str) -> bool:
+        """Whether a setting has its default value."""
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
+
     @property
     def full_rank(self) -> int:
-        """Rank of the matrices as they are saved: PiSSA's hold, beside what is trained, what they started from."""
+        """Rank of the matrices as they are saved: PiSSA's hold both what is trained and what it started from."""
         return self.rank * (2 if self.init == "pissa" else 1)
 
     @property
@@ -122,19 +107,25 @@ class PolicySettings(Settings):
         return [self.targets] if isinstance(self.targets, str) else list(self.targets or ())
 
     @model_validator(mode="after")
-    def _consistent(self) -> "PolicySettings":
-        fields = type(self).model_fields
-        read = READS.get(self.method, set()) | {"method"}
-        for name in sorted(fields.keys() - read):
-            if getattr(self, name) != fields[name].default:
-                methods = " or ".join(method for method, names in READS.items() if name in names)
-                raise ValueError(f"method {self.method} does not read {name}, which is for {methods}: remove it")
+    def _reads_what_is_set(self) -> "PolicySettings":
+        unread = type(self).model_fields.keys() - {"method", *self.spec.reads}
+        for name in sorted(unread):
+            if not self.is_default(name):
+                readers = [spec.name for spec in methods().values() if name in spec.reads]
+                raise ValueError(
+                    f"method {self.method} does not read {name}, which is for {' or '.join(readers)}: remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _init_fits(self) -> "PolicySettings":
+        quantising = [spec.name for spec in methods().values() if spec.four_bits]
         if self.init == "pissa" and self.rslora:
-            raise ValueError("init pissa sets the scale of its matrices by alpha / rank: remove rslora")
-        if self.init == "loftq" and self.method != "qlora":
-            raise ValueError("init loftq makes good what quantisation loses: use it with method qlora")
-        if self.init == "pissa" and self.method == "qlora":
-            raise ValueError("init pissa needs the weights themselves, which method qlora has quantised: use loftq")
+            raise ValueError("init pissa scales its matrices by alpha / rank: remove rslora")
+        if self.init == "loftq" and not self.spec.four_bits:
+            raise ValueError(f"init loftq makes up for quantisation: use it with method {' or '.join(quantising)}")
+        if self.init == "pissa" and self.spec.four_bits:
+            raise ValueError(f"init pissa needs the weights that method {self.method} quantises: use loftq")
         if self.init != "zero" and self.dora:
             raise ValueError(f"init {self.init} and dora do not go together: remove one of them")
         return self

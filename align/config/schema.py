@@ -7,7 +7,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.config.estimators import ESTIMATORS, POLICY_LOSSES, READABLE, find_estimator, user_function
 from align.config.stage import all_stages, stage_names
-from policies.schema import SELECTED, ModelSettings, PolicySettings, Schedule, Settings
+from policies.method_spec import supporting
+from policies.schema import ModelSettings, PolicySettings, Schedule, Settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import LARGEST_RANK, RolloutSettings
 
@@ -384,11 +385,10 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _trains_in_float32(self) -> "Experiment":
-        method = self.policy.method
-        if method in {"full", *SELECTED} and self.model.dtype != "float32":
+        if self.model.dtype != "float32" and not self.policy.spec.below_float32:
             raise ValueError(
-                f"policy.method {method} trains the weights themselves, which model.dtype {self.model.dtype} is too "
-                "coarse for: use float32"
+                f"policy.method {self.policy.method} trains the weights themselves, which model.dtype "
+                f"{self.model.dtype} is too coarse for: use float32"
             )
         return self
 
@@ -407,11 +407,11 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _vllm_fits(self) -> "Experiment":
         rollouts = self.rollouts
-        plain = self.policy.method == "lora" and not self.policy.dora and self.policy.full_rank <= LARGEST_RANK
-        if rollouts.engine == "vllm" and not plain:
+        fits = self.policy.spec.vllm.allows(self.policy) and self.policy.full_rank <= LARGEST_RANK
+        if rollouts.engine == "vllm" and not fits:
             raise ValueError(
-                f"rollouts.engine vllm swaps adapters of policy.method lora, without dora, of rank {LARGEST_RANK} at "
-                "most; this policy is another: use engine transformers"
+                f"rollouts.engine vllm swaps adapters of policy.method {supporting('vllm')}, of rank {LARGEST_RANK} "
+                "at most; this policy is another: use engine transformers"
             )
         return self
 
@@ -442,19 +442,14 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _method_fits(self) -> "Experiment":
-        method = self.policy.method
-        plain = not self.policy.dora and self.policy.init == "zero"
-        if self.learner.zero == 3 and not (method in ("lora", "bottleneck", "full") and plain):
+        spec = self.policy.spec
+        if self.learner.zero == 3 and not spec.zero3.allows(self.policy):
             raise ValueError(
-                f"learner.zero 3 shards weights by the layers that use them, which policy.method {method} as it is set "
-                "does not allow: use learner.zero 0, 1 or 2, or policy.method bottleneck, full, or lora without dora "
-                "and init"
+                f"learner.zero 3 shards weights by the layers that use them, which policy.method {spec.name} as it is "
+                f"set does not allow: use learner.zero 0, 1 or 2, or policy.method {supporting('zero3')}"
             )
-        if method == "prefix_tuning" and self.model.gradient_checkpointing:
-            raise ValueError(
-                "model.gradient_checkpointing recomputes layers without the cache that prefix_tuning's keys and values "
-                "are in: turn it off, or use policy.method prompt_tuning"
-            )
+        if self.model.gradient_checkpointing and spec.checkpointing_conflict:
+            raise ValueError(f"model.gradient_checkpointing {spec.checkpointing_conflict}")
         decays: dict[str, FitSettings | LearnerSettings] = {
             "sft": self.sft,
             "reward": self.reward,

@@ -58,19 +58,19 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
     """Count parameters on the meta device, without loading weights."""
     config = copy.deepcopy(load_model_config(model.path))
     itemsize = BYTES[model.dtype]
-    quantized = policy.method == "qlora"
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         parameters = _parameter_count(base)
-        base_bytes = _four_bit_bytes(base, policy, itemsize) if quantized else parameters * itemsize
+        base_bytes = _four_bit_bytes(base, policy, itemsize) if policy.spec.four_bits else parameters * itemsize
         trunk = make_trunk(base, policy, ("policy", "critic"))
+    merges = policy.spec.merges_for_sampling.allows(policy)
     return ModelSizes(
         base=parameters,
         base_bytes=base_bytes,
         adapter=sum(p.numel() for p in trunk.adapter("policy").values()),
         scalar_adapter=sum(p.numel() for p in trunk.adapter("critic").values()),
         head=trunk.width + 1,
-        merged_bytes=0 if quantized else trunk.merged_parameter_count() * itemsize,
+        merged_bytes=trunk.merged_parameter_count() * itemsize if merges else 0,
         kv_bytes=_kv_numbers(config) * itemsize,
     )
 
@@ -132,7 +132,7 @@ def _workers(experiment: Experiment, sizes: ModelSizes) -> list[TensorUse]:
 
 def _base_bytes(experiment: Experiment, sizes: ModelSizes) -> int:
     """The shared base model; with full fine-tuning there is none besides the roles themselves."""
-    return 0 if experiment.policy.method == "full" else sizes.base_bytes
+    return sizes.base_bytes if experiment.policy.spec.shares_base else 0
 
 
 def _sft(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:

@@ -8,149 +8,70 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    IA3Config,
-    LNTuningConfig,
-    LoraConfig,
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-)
+from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from policies.errors import UserError
 from policies.files.prompt_table import MARK, read_task
 from policies.files.safe_reading import NO_CODE, read_object, read_tensors
-from policies.module_names import FEEDFORWARD_OUTPUTS, keys_and_values, linears, named_so
-from policies.schema import SOFT, PolicySettings
+from policies.method_spec import load_reference
+from policies.schema import PolicySettings
 
-WEIGHTS, CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+HEAD = "head.safetensors"
 MODEL = "model.safetensors"
 PREFIX = "base_model.model."
-"""What PEFT puts before a name in the base."""
+"""What PEFT prepends to a name in the base."""
 PROMPT = "prompt_embeddings"
-"""PEFT's name of a soft prompt's numbers."""
-
-PEFT_TYPES = {
-    "lora": "LORA",
-    "qlora": "LORA",
-    "ia3": "IA3",
-    "prompt_tuning": "PROMPT_TUNING",
-    "p_tuning": "P_TUNING",
-    "prefix_tuning": "PREFIX_TUNING",
-    "layer_norm": "LN_TUNING",
-    "bottleneck": "BOTTLENECK",
-    "bitfit": "BITFIT",
-    "top_layers": "TOP_LAYERS",
-    "feature": "FEATURE",
-}
-"""What `adapter_config.json` calls a method; the last four are not PEFT's."""
-
-_LORA = {"full_rank": "r", "full_alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
-_SOFT = {"virtual_tokens": "num_virtual_tokens"}
-FACTS = {
-    "lora": _LORA,
-    "qlora": _LORA,
-    "prompt_tuning": _SOFT,
-    "p_tuning": _SOFT,
-    "prefix_tuning": _SOFT,
-    "bottleneck": {"bottleneck": "bottleneck", "activation": "activation"},
-    "top_layers": {"layers": "layers"},
-}
-"""Settings that an adapter's file must agree with, and their names there."""
-
-
-def peft_config(settings: PolicySettings, base: PreTrainedModel) -> PeftConfig:
-    """PEFT's description of the adapter that a method puts into this model's layers."""
-    if settings.method == "ia3":
-        targets, feedforward = keys_and_values(base)
-        if settings.targets is not None:
-            targets = named_so(linears(base), settings.target_names)
-            feedforward = named_so(targets, FEEDFORWARD_OUTPUTS)
-        return _ia3_config(targets, feedforward, base.config.name_or_path)
-    return lora_config(settings, base.config.name_or_path)
-
-
-def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
-    """PEFT's description of a LoRA adapter; base: folder or hub name of the model that it is for."""
-    return LoraConfig(
-        r=settings.full_rank,
-        lora_alpha=settings.full_alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.targets or "all-linear",
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-        base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
-    )
+"""PEFT's name for the tensor of a soft prompt."""
+PATTERNS = ("rank_pattern", "alpha_pattern")
+"""PEFT's settings for ranks and scales that differ from layer to layer."""
 
 
 def save_adapter(folder: Path, weights: Mapping[str, Tensor], settings: PolicySettings, base: str) -> None:
-    """Write an adapter in PEFT's layout; base: the model that it is for.
+    """Write what is trained of a role, in PEFT's layout where the roles share a base.
 
-    What PEFT has, `peft.PeftModel.from_pretrained` loads. With `method: full` the weights are a model's, and
-    transformers loads the folder.
+    `peft.PeftModel.from_pretrained` loads the methods that PEFT has. Where each role is a complete model
+    (`method: full`), transformers loads the folder.
+
+    Args:
+        folder: made where it does not exist.
+        weights: by their names in the file.
+        settings: of the method.
+        base: folder or hub name of the model that the adapter is for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    if settings.method == "full":
+    if not settings.spec.shares_base:
         AutoConfig.from_pretrained(base, **NO_CODE).save_pretrained(folder)
         save_file(tensors, folder / MODEL, metadata={"format": "pt"})
         return
-    config = _saved_config(settings, base, weights)
+    config = _adapter_config(settings, base, weights)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors, folder / WEIGHTS)
 
 
-def _saved_config(settings: PolicySettings, base: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `adapter_config.json` says."""
-    modules = sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in weights})
-    match settings.method:
-        case "lora" | "qlora":
-            config = lora_config(settings, base)
-        case "ia3":
-            config = _ia3_config(modules, named_so(modules, FEEDFORWARD_OUTPUTS), base)
-        case "layer_norm":
-            norms = [module.removesuffix(".ln_tuning_layers") for module in modules]
-            config = LNTuningConfig(target_modules=norms, base_model_name_or_path=base, task_type="CAUSAL_LM")
-        case "prompt_tuning" | "p_tuning" | "prefix_tuning":
-            config = _prompt_config(settings, base, weights[PROMPT])
-        case _:  # what PEFT does not have
-            return {"peft_type": PEFT_TYPES[settings.method], "base_model_name_or_path": base} | {
-                theirs: getattr(settings, ours) for ours, theirs in FACTS.get(settings.method, {}).items()
-            }
-    config.inference_mode = True
-    with tempfile.TemporaryDirectory() as folder:  # the one way to PEFT's own form, sets made lists
-        config.save_pretrained(folder)
-        return json.loads((Path(folder) / CONFIG).read_text())
+def _adapter_config(settings: PolicySettings, base: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The content of `adapter_config.json`."""
+    spec = settings.spec
+    if not spec.in_peft:
+        config: dict[str, Any] = {"peft_type": spec.peft_type, "base_model_name_or_path": base}
+        for name, name_in_file in spec.saved_settings.items():
+            config[name_in_file] = getattr(settings, name)
+        return config
+    peft_config: PeftConfig = load_reference(spec.peft_config)(settings, base, weights)
+    peft_config.inference_mode = True
+    with tempfile.TemporaryDirectory() as folder:  # only PEFT's own saving makes lists of its sets
+        peft_config.save_pretrained(folder)
+        return read_object(Path(folder) / CONFIG)
 
 
-def _ia3_config(targets: list[str], feedforward: list[str], base: str) -> IA3Config:
-    return IA3Config(
-        target_modules=targets, feedforward_modules=feedforward, base_model_name_or_path=base, task_type="CAUSAL_LM"
-    )
-
-
-def _prompt_config(settings: PolicySettings, base: str, tokens: Tensor) -> PeftConfig:
-    config = AutoConfig.from_pretrained(base, **NO_CODE).get_text_config()
-    layers = config.num_hidden_layers
-    sizes = {"token_dim": tokens.shape[1], "num_attention_heads": config.num_attention_heads}
-    if settings.method == "prefix_tuning":
-        states = tokens.shape[1] // (2 * layers)
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        sizes = {"token_dim": states, "num_attention_heads": states // width}
-    kinds = {"prompt_tuning": PromptTuningConfig, "p_tuning": PromptEncoderConfig, "prefix_tuning": PrefixTuningConfig}
-    return kinds[settings.method](
-        num_virtual_tokens=len(tokens),
-        num_layers=layers,
-        num_transformer_submodules=1,
-        base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
-        **sizes,
-    )
+def adapted_modules(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names in the base of the modules that an adapter's weights belong to, sorted."""
+    return sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in weights})
 
 
 def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -160,60 +81,79 @@ def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:
-    """The weights of an adapter folder; with `method: full` of a model's, with a soft prompt also of TABLE#TASK.
+    """What `save_adapter` wrote.
 
-    Raises UserError where something is missing or not as `policy` says.
+    Args:
+        folder: of the adapter; with `method: full` of a model; with a soft prompt also FILE#TASK, a task of a prompt
+            table.
+        settings: that it must agree with.
+
+    Returns:
+        The weights by their names in the file, on the CPU.
+
+    Raises:
+        UserError: something is missing, or not as `policy` says.
     """
-    if settings.method in SOFT and MARK in str(folder):
+    spec = settings.spec
+    if spec.prompt_kind is not None and MARK in str(folder):
         return {PROMPT: read_task(str(folder))}
-    if settings.method == "full":
-        return _load(Path(folder), MODEL, "a model in Hugging Face layout, which policy.method 'full' trains")
-    weights = _load(Path(folder), WEIGHTS, "an adapter in PEFT layout")
-    try:
-        saved = read_object(Path(folder) / CONFIG)
-    except UserError as error:
-        raise UserError(f"folder {folder} has no readable {CONFIG}: it is not an adapter in PEFT layout") from error
-    expected = PEFT_TYPES[settings.method]
-    if saved.get("peft_type") != expected:
-        raise UserError(
-            f"{folder}/{CONFIG}: peft_type is {saved.get('peft_type')!r}, and policy.method {settings.method!r} "
-            f"reads {expected!r}"
-        )
-    if odd := [name for name in ("rank_pattern", "alpha_pattern") if saved.get(name)]:
-        raise UserError(f"{folder}/{CONFIG}: {odd[0]} is set, which policy.method {settings.method!r} does not have")
-    for ours, theirs in FACTS.get(settings.method, {}).items():
-        if saved.get(theirs) != getattr(settings, ours):
-            raise UserError(
-                f"{folder}/{CONFIG}: {theirs} is {saved.get(theirs)}, and policy.{ours.removeprefix('full_')} is "
-                f"{getattr(settings, ours)}: set them alike"
-            )
+    if not spec.shares_base:
+        kind = f"a model in Hugging Face layout, which policy.method {spec.name!r} trains"
+        return _read_weights(Path(folder), MODEL, kind)
+    weights = _read_weights(Path(folder), WEIGHTS, "an adapter in PEFT layout")
+    _check_adapter_config(Path(folder), settings)
     return weights
 
 
+def _check_adapter_config(folder: Path, settings: PolicySettings) -> None:
+    """Raise UserError where `adapter_config.json` is missing or does not agree with the settings."""
+    spec = settings.spec
+    try:
+        saved = read_object(folder / CONFIG)
+    except UserError as error:
+        raise UserError(f"folder {folder} has no readable {CONFIG}: it is not an adapter in PEFT layout") from error
+    if saved.get("peft_type") != spec.peft_type:
+        raise UserError(
+            f"{folder}/{CONFIG}: peft_type is {saved.get('peft_type')!r}, but policy.method {spec.name!r} "
+            f"reads {spec.peft_type!r}"
+        )
+    for name in PATTERNS:
+        if saved.get(name):
+            raise UserError(f"{folder}/{CONFIG}: {name} is set, which policy.method {spec.name!r} does not support")
+    for name, name_in_file in spec.saved_settings.items():
+        expected = getattr(settings, name)
+        if saved.get(name_in_file) != expected:
+            raise UserError(
+                f"{folder}/{CONFIG}: {name_in_file} is {saved.get(name_in_file)}, but policy."
+                f"{name.removeprefix('full_')} is {expected}: set both to the same value"
+            )
+
+
 def load_head(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of the scalar head of a reward or critic folder."""
-    return _load(Path(folder), HEAD, "a reward model of align")
+    """The weights of the scalar head in the folder of a reward model or critic."""
+    return _read_weights(Path(folder), HEAD, "a reward model of align")
 
 
 def tensor_digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """BLAKE2b, the fastest hash here without a chance of collisions, of each tensor: dtype, shape and bytes."""
-    made = {}
+    """BLAKE2b of each tensor's dtype, shape and bytes, by name; of the hashes without collisions the fastest here."""
+    digests: dict[str, str] = {}
     for name, weight in weights.items():
         tensor = weight.detach().cpu().contiguous()
         digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=32)
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-        made[name] = digest.hexdigest()
-    return made
+        digests[name] = digest.hexdigest()
+    return digests
 
 
-def weights_digest(of_each: Mapping[str, str]) -> str:
-    """One hash of names and digests: two sides that agree on it hold the same weights."""
-    return hashlib.blake2b(json.dumps(of_each, sort_keys=True).encode(), digest_size=32).hexdigest()
+def weights_digest(digests: Mapping[str, str]) -> str:
+    """One digest over the names and digests of all tensors: two sides that agree on it hold the same weights."""
+    return hashlib.blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
-def _load(folder: Path, name: str, what: str) -> dict[str, Tensor]:
+def _read_weights(folder: Path, name: str, kind: str) -> dict[str, Tensor]:
+    """The tensors of one file. kind: what the folder should be, for messages."""
     if not folder.is_dir():
-        raise UserError(f"folder {folder} does not exist: it should be {what}")
+        raise UserError(f"folder {folder} does not exist: it should be {kind}")
     if not (folder / name).is_file():
-        raise UserError(f"folder {folder} has no {name}: it is not {what}")
+        raise UserError(f"folder {folder} has no {name}: it is not {kind}")
     return read_tensors(folder / name)

@@ -1,36 +1,32 @@
-"""From settings to a trunk: the base as the method wants it, and what the method trains of it."""
+"""From settings to a trunk: the base as the method needs it, and what the method trains of it."""
 
 from transformers import PreTrainedModel
 
 from policies.files.base_model import load_base
-from policies.methods.full_trunk import FullTrunk
-from policies.methods.partial_trunk import PartialTrunk
-from policies.methods.soft_trunk import PrefixTrunk, SoftPromptTrunk
-from policies.methods.tuned_trunk import BottleneckTrunk, LayerAdapterTrunk
+from policies.method_spec import load_reference
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
-TRUNKS: dict[str, type[Trunk]] = {
-    "lora": LayerAdapterTrunk,
-    "qlora": LayerAdapterTrunk,
-    "ia3": LayerAdapterTrunk,
-    "bottleneck": BottleneckTrunk,
-    "bitfit": PartialTrunk,
-    "layer_norm": PartialTrunk,
-    "top_layers": PartialTrunk,
-    "feature": PartialTrunk,
-    "prompt_tuning": SoftPromptTrunk,
-    "p_tuning": SoftPromptTrunk,
-    "prefix_tuning": PrefixTrunk,
-    "full": FullTrunk,
-}
-
 
 def make_trunk(base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> Trunk:
-    """The trunk that `policy.method` asks for, on a base that is loaded."""
-    return TRUNKS[settings.method](base, settings, roles)
+    """The trunk of `policy.method` on a base that is loaded.
+
+    Args:
+        base: the model; the trunk keeps it and changes its modules.
+        settings: of the method.
+        roles: those that get an adapter.
+
+    Raises:
+        UserError: the method finds nothing to train in this model, or the model is not supported.
+    """
+    trunk_class: type[Trunk] = load_reference(settings.spec.trunk)
+    return trunk_class(base, settings, roles)
 
 
 def build_trunk(model: ModelSettings, settings: PolicySettings, roles: tuple[str, ...]) -> Trunk:
-    """The trunk that `policy.method` asks for, its base loaded as the method wants it."""
+    """The trunk of `policy.method`, its base loaded as the method needs it; as `make_trunk` otherwise.
+
+    Raises:
+        UserError: the model cannot be loaded, or as `make_trunk` does.
+    """
     return make_trunk(load_base(model, settings), settings, roles)

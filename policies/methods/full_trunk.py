@@ -1,4 +1,4 @@
-"""Full fine-tuning: every role is a model of its own."""
+"""The trunk of full fine-tuning: every role is a complete model."""
 
 import copy
 
@@ -10,20 +10,21 @@ from policies.trunk import Trunk
 
 
 class FullTrunk(Trunk):
-    """A trunk of which nothing is shared: what other methods call a role's adapter is here all its weights.
+    """A trunk that shares nothing: what other methods call a role's adapter is all of its weights here.
 
-    A role costs the memory of a model. Each starts as a copy of the base.
+    Each role costs the memory of a model, and starts as a copy of the base.
     """
 
     def _build(self, base: PreTrainedModel) -> None:
-        self.models = nn.ModuleDict({role: copy.deepcopy(base) for role in self.roles[1:]} | {self.roles[0]: base})
+        copies: dict[str, nn.Module] = {role: copy.deepcopy(base) for role in self.roles[1:]}
+        self.models = nn.ModuleDict(copies | {self.roles[0]: base})
 
     def switch(self, role: str) -> None:
         """Make the next forward passes those of a role."""
         self._role = role
 
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
-        """The live weights of a role by their names in the base; tied ones once."""
+        """The live weights of a role by their names in the base; tied weights once."""
         return dict(self._model_of(role).named_parameters())
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:

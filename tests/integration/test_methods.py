@@ -14,7 +14,6 @@ from align.config.load import load_experiment
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.files.prompt_table import read_task
-from policies.schema import SOFT
 from tests.integration.tiny_run import make_settings, run_in_process
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -54,7 +53,7 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
     card = (out / "README.md").read_text()
     assert f"base_model: {tiny_model}" in card
     assert "| KL to the reference, nats per sequence |" in card
-    if policy.method in SOFT:
+    if policy.spec.prompt_kind is not None:
         table = tmp_path / "prompts.safetensors"
         assert CliRunner().invoke(app, ["export", str(run), "--to", str(table), "--task", "one"]).exit_code == 0
         (tokens,) = trained.values()
@@ -63,7 +62,7 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
         result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "no"), *mixed_up])
         assert isinstance(result.exception, UserError)
         assert not (tmp_path / "no").exists()
-    if policy.method not in {*SOFT, "bottleneck"}:
+    if policy.spec.merges_at_export:
         merged = tmp_path / "merged"
         result = CliRunner().invoke(app, ["export", str(run), "--to", str(merged), "--merge", "--dtype", "bfloat16"])
         assert result.exit_code == 0, result.output

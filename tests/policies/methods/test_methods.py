@@ -19,7 +19,7 @@ from policies.files.quantization import dequantise
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
 from policies.methods.build import build_trunk
-from policies.schema import SOFT, ModelSettings, PolicySettings
+from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
@@ -45,7 +45,7 @@ METHODS = {
     "prefix_tuning": PolicySettings(method="prefix_tuning", virtual_tokens=5),
     "full": PolicySettings(method="full"),
 }
-MERGED = [name for name, settings in METHODS.items() if settings.method not in SOFT | {"bottleneck"}]
+MERGED = [name for name, settings in METHODS.items() if settings.spec.merges_at_export]
 NOT_IN_PEFT = ("bottleneck", "bitfit", "top_layers", "feature", "full")
 IN_PEFT = [name for name, settings in METHODS.items() if settings.method not in NOT_IN_PEFT]
 ROLES = ("policy", "critic")
@@ -76,7 +76,7 @@ def logits(trunk: Trunk, role: str, ids: Tensor = IDS) -> Tensor:
 def test_roles_start_from_the_base_and_part_from_it_and_from_each_other(name: str, tiny_model: Path) -> None:
     trunk = make(name, tiny_model, (*ROLES, "reference"))
     base = logits(trunk, "reference" if name == "full" else "")
-    if METHODS[name].method in SOFT:
+    if METHODS[name].spec.prompt_kind is not None:
         assert torch.equal(logits(trunk, "policy"), logits(trunk, "critic"))
     else:
         torch.testing.assert_close(logits(trunk, "policy"), base, rtol=1e-5, atol=1e-5)
@@ -109,7 +109,7 @@ def test_gradients_reach_the_role_that_trains_and_nothing_else(name: str, tiny_m
 @every_method
 def test_the_engine_samples_what_the_learner_scores(name: str, tiny_model: Path) -> None:
     trunk = far_off(make(name, tiny_model, (SAMPLER_ROLE,)), SAMPLER_ROLE, 3)
-    engine = TransformersEngine(trunk, frozenset({1}), rows=8)
+    engine = TransformersEngine(trunk, frozenset({1}), max_num_seqs=8)
     engine.load_adapter(1, trunk.read_adapter(SAMPLER_ROLE))
     requests = [Request("", prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:8])]
     made = engine.generate(requests, Sampling(1.0, 12))

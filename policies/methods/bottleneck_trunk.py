@@ -1,0 +1,19 @@
+"""The trunk of bottleneck adapters."""
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from policies.layers.bottleneck import Bottleneck
+from policies.methods.layer_adapter_trunk import LayerAdapterTrunk
+from policies.module_names import outputs_of_sublayers
+
+
+class BottleneckTrunk(LayerAdapterTrunk):
+    """A trunk with bottleneck adapters behind attention and MLP."""
+
+    def _wrap(self, base: PreTrainedModel) -> Iterable[Bottleneck]:
+        for parent, name in outputs_of_sublayers(base, self.settings.targets):
+            layer = Bottleneck(getattr(parent, name), self.width, self.settings, self.roles)
+            setattr(parent, name, layer.to(base.device))
+            yield layer

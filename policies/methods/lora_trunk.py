@@ -1,0 +1,115 @@
+"""The trunk of LoRA and QLoRA: PEFT's layers, by faster forward passes where they are plain."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from policies.layers.decode_step import PlainStack
+from policies.layers.lora import AdaptedLinear, join_siblings
+from policies.methods.layer_adapter_trunk import PeftTrunk
+from policies.methods.lora_init import hold_principal, write_loftq, write_pissa
+from policies.schema import PolicySettings
+from policies.trunk import states_agree
+
+
+class LoraTrunk(PeftTrunk):
+    """A trunk with low-rank matrices beside linear layers."""
+
+    def _build(self, base: PreTrainedModel) -> None:
+        super()._build(base)
+        self._adapted = [AdaptedLinear(layer) for layer in self._layers if AdaptedLinear.fits(layer)]
+        for adapted in self._adapted:
+            adapted.layer.forward = adapted
+        join_siblings(base)
+        self._stack = PlainStack(base) if PlainStack.fits(base) else None
+        self._stack_is_checked = False
+        if self.settings.init == "pissa":
+            hold_principal(self._layers, self.settings.rank)
+
+    def _peft_config(self, base: PreTrainedModel) -> LoraConfig:
+        return lora_config(self.settings, base.config.name_or_path)
+
+    def initialise(self, *roles: str) -> None:
+        layers = {name: module for name, module in self.causal.named_modules() if isinstance(module, LoraLayer)}
+        if roles and self.settings.init == "pissa":
+            write_pissa(layers.values(), roles, self.settings.rank)
+        if roles and self.settings.init == "loftq":
+            write_loftq(layers, roles, self.settings.rank, self.base)
+
+    def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:
+        super().write_adapter(role, weights)
+        for adapted in self._adapted:
+            adapted.merged.pop(role, None)
+
+    def merge(self, role: str) -> None:
+        """From now on, a role's passes use weights with its adapter, as it now is, in them: faster, and no gradient.
+
+        It costs the memory of the adapted weights once more. Layers that LoRA does not adapt plainly stay as they are.
+        """
+        if self._stack is not None:
+            self._stack.make_room(role)
+        for adapted in self._adapted:
+            adapted.merge(role)
+        if self._stack is not None and not self._stack_is_checked:
+            if not self._agrees(self._stack, role):
+                self._stack = None
+            self._stack_is_checked = True
+
+    def next_states(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        if self._stack is not None and self._role in self._adapted[0].merged:
+            return self._stack(self._role, ids, positions, mask, cache)
+        return super().next_states(ids, positions, mask, cache)
+
+    @torch.no_grad()
+    def _agrees(self, stack: PlainStack, role: str) -> bool:
+        """Whether a stack gives new tokens of a merged role the states that the model does."""
+        ids = torch.arange(8, device=self.causal.device).view(2, 4) % self.causal.config.vocab_size  # [B, T]
+        positions = torch.full((2, 1), 3)
+        mask = torch.ones(2, 4, dtype=torch.long)
+        states: list[Tensor] = []
+        with self._acting_as(role):
+            for step in (super().next_states, partial(stack, role)):
+                cache = DynamicCache(config=self.causal.config)
+                self.states(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
+                states.append(step(ids[:, 3], positions, mask, cache))  # [B, H]
+        by_model, by_stack = states
+        return states_agree(by_stack, by_model)
+
+    def merged_parameter_count(self) -> int:
+        return sum(adapted.base.weight.numel() for adapted in self._adapted)
+
+    def use_module_forwards(self) -> None:
+        """Use PEFT's own forward passes, which call the layers' parts as modules."""
+        for adapted in self._adapted:
+            del adapted.layer.forward
+        self._adapted = []
+        self._stack = None
+
+
+def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
+    """PEFT's description of a LoRA adapter.
+
+    Args:
+        settings: of the adapter.
+        base: folder or hub name of the model that it is for.
+    """
+    return LoraConfig(
+        r=settings.full_rank,
+        lora_alpha=settings.full_alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets or "all-linear",
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+
+
+def saved_lora_config(settings: PolicySettings, base: str, weights: Mapping[str, Tensor]) -> LoraConfig:
+    """PEFT's description of a saved LoRA adapter; the settings say all of it."""
+    return lora_config(settings, base)
