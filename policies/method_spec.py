@@ -1,8 +1,8 @@
 """What an adaptation method is, and the registry that finds all of them.
 
-A method is one file in `policies/methods` that assigns a `MethodSpec` to `SPEC`; the file has the method's name. All code
-that depends on the method asks its spec: validation, files, export, the memory plan, the tables in docs/methods.md.
-A new method needs no change anywhere else.
+A method is one file in `policies/methods` that assigns a `MethodSpec` to `SPEC`; the file has the method's name.
+Validation, files, export, the memory plan and the tables in docs/methods.md ask the spec for all that depends on the
+method, so that a new method needs no change anywhere else.
 """
 
 import re

@@ -6,14 +6,14 @@ from transformers import PreTrainedModel
 
 from policies.layers.bottleneck import Bottleneck
 from policies.methods.layer_adapter_trunk import LayerAdapterTrunk
-from policies.module_names import outputs_of_sublayers
+from policies.module_names import sublayer_outputs
 
 
 class BottleneckTrunk(LayerAdapterTrunk):
     """A trunk with bottleneck adapters behind attention and MLP."""
 
     def _wrap(self, base: PreTrainedModel) -> Iterable[Bottleneck]:
-        for parent, name in outputs_of_sublayers(base, self.settings.targets):
+        for parent, name in sublayer_outputs(base, self.settings.targets):
             layer = Bottleneck(getattr(parent, name), self.width, self.settings, self.roles)
             setattr(parent, name, layer.to(base.device))
             yield layer

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from policies.files.adapters import adapted_modules
 from policies.methods.layer_adapter_trunk import PeftTrunk
-from policies.module_names import FEEDFORWARD_OUTPUTS, keys_and_values, linears, named_so
+from policies.module_names import FEEDFORWARD_OUTPUTS, ia3_layers, linears, names_ending_in
 from policies.schema import PolicySettings
 
 
@@ -16,17 +16,17 @@ class Ia3Trunk(PeftTrunk):
     """A trunk with scales of the outputs of key and value projections, and of the inputs of the MLP's last layer."""
 
     def _peft_config(self, base: PreTrainedModel) -> IA3Config:
-        targets, feedforward = keys_and_values(base)
+        targets, feedforward = ia3_layers(base)
         if self.settings.targets is not None:
-            targets = named_so(linears(base), self.settings.target_names)
-            feedforward = named_so(targets, FEEDFORWARD_OUTPUTS)
+            targets = names_ending_in(linears(base), self.settings.target_names)
+            feedforward = names_ending_in(targets, FEEDFORWARD_OUTPUTS)
         return _ia3_config(targets, feedforward, base.config.name_or_path)
 
 
 def saved_ia3_config(settings: PolicySettings, base: str, weights: Mapping[str, Tensor]) -> IA3Config:
     """PEFT's description of a saved adapter, whose weights say which layers it scales."""
     targets = adapted_modules(weights)
-    return _ia3_config(targets, named_so(targets, FEEDFORWARD_OUTPUTS), base)
+    return _ia3_config(targets, names_ending_in(targets, FEEDFORWARD_OUTPUTS), base)
 
 
 def _ia3_config(targets: Sequence[str], feedforward: Sequence[str], base: str) -> IA3Config:

@@ -9,12 +9,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from policies.layers.decode_step import PlainStack
-from policies.layers.lora import AdaptedLinear, join_siblings
+from policies.layers.decode_step import DecodeStep
+from policies.layers.lora import LoraForward, join_siblings
 from policies.methods.layer_adapter_trunk import PeftTrunk
 from policies.methods.lora_init import hold_principal, write_loftq, write_pissa
+from policies.probes import states_agree
 from policies.schema import PolicySettings
-from policies.trunk import states_agree
 
 
 class LoraTrunk(PeftTrunk):
@@ -22,12 +22,12 @@ class LoraTrunk(PeftTrunk):
 
     def _build(self, base: PreTrainedModel) -> None:
         super()._build(base)
-        self._adapted = [AdaptedLinear(layer) for layer in self._layers if AdaptedLinear.fits(layer)]
-        for adapted in self._adapted:
-            adapted.layer.forward = adapted
+        self._forwards = [LoraForward(layer) for layer in self._layers if LoraForward.fits(layer)]
+        for forward in self._forwards:
+            forward.layer.forward = forward
         join_siblings(base)
-        self._stack = PlainStack(base) if PlainStack.fits(base) else None
-        self._stack_is_checked = False
+        self._decode_step = DecodeStep(base) if DecodeStep.fits(base) else None
+        self._decode_step_is_checked = False
         if self.settings.init == "pissa":
             hold_principal(self._layers, self.settings.rank)
 
@@ -43,52 +43,52 @@ class LoraTrunk(PeftTrunk):
 
     def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:
         super().write_adapter(role, weights)
-        for adapted in self._adapted:
-            adapted.merged.pop(role, None)
+        for forward in self._forwards:
+            forward.merged.pop(role, None)
 
     def merge(self, role: str) -> None:
-        """From now on, a role's passes use weights with its adapter, as it now is, in them: faster, and no gradient.
+        """From now on a role's forward passes use weights that contain its adapter as it is now: faster, no gradients.
 
-        It costs the memory of the adapted weights once more. Layers that LoRA does not adapt plainly stay as they are.
+        It costs the memory of the adapted weights once more. Layers that are not plain LoRA stay as they are.
         """
-        if self._stack is not None:
-            self._stack.make_room(role)
-        for adapted in self._adapted:
-            adapted.merge(role)
-        if self._stack is not None and not self._stack_is_checked:
-            if not self._agrees(self._stack, role):
-                self._stack = None
-            self._stack_is_checked = True
+        if self._decode_step is not None:
+            self._decode_step.allocate(role)
+        for forward in self._forwards:
+            forward.merge(role)
+        if self._decode_step is not None and not self._decode_step_is_checked:
+            if not self._agrees(self._decode_step, role):
+                self._decode_step = None
+            self._decode_step_is_checked = True
 
     def next_states(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        if self._stack is not None and self._role in self._adapted[0].merged:
-            return self._stack(self._role, ids, positions, mask, cache)
+        if self._decode_step is not None and self._role in self._forwards[0].merged:
+            return self._decode_step(self._role, ids, positions, mask, cache)
         return super().next_states(ids, positions, mask, cache)
 
     @torch.no_grad()
-    def _agrees(self, stack: PlainStack, role: str) -> bool:
-        """Whether a stack gives new tokens of a merged role the states that the model does."""
+    def _agrees(self, decode_step: DecodeStep, role: str) -> bool:
+        """Whether the decode step gives new tokens of a merged role the states that the model does."""
         ids = torch.arange(8, device=self.causal.device).view(2, 4) % self.causal.config.vocab_size  # [B, T]
         positions = torch.full((2, 1), 3)
         mask = torch.ones(2, 4, dtype=torch.long)
         states: list[Tensor] = []
         with self._acting_as(role):
-            for step in (super().next_states, partial(stack, role)):
+            for step in (super().next_states, partial(decode_step, role)):
                 cache = DynamicCache(config=self.causal.config)
                 self.states(input_ids=ids[:, :3], past_key_values=cache, use_cache=True)
                 states.append(step(ids[:, 3], positions, mask, cache))  # [B, H]
-        by_model, by_stack = states
-        return states_agree(by_stack, by_model)
+        by_model, by_decode_step = states
+        return states_agree(by_decode_step, by_model)
 
     def merged_parameter_count(self) -> int:
-        return sum(adapted.base.weight.numel() for adapted in self._adapted)
+        return sum(forward.base.weight.numel() for forward in self._forwards)
 
     def use_module_forwards(self) -> None:
         """Use PEFT's own forward passes, which call the layers' parts as modules."""
-        for adapted in self._adapted:
-            del adapted.layer.forward
-        self._adapted = []
-        self._stack = None
+        for forward in self._forwards:
+            del forward.layer.forward
+        self._forwards = []
+        self._decode_step = None
 
 
 def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
