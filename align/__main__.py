@@ -1,4 +1,4 @@
-"""`python -m align` is `align`."""
+"""`python -m align` runs the command `align`."""
 
 from align.cli import main
 

@@ -39,8 +39,8 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its 
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
 
 
-@app.command()
-def run(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+@app.command(name="run")
+def run_command(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
     """Run all stages of an experiment."""
     from align.runs.folder import folder_of, refuse_run
 
@@ -68,26 +68,18 @@ for _stage in all_stages():
     _add_stage_command(_stage)
 
 
-@app.command()
-def resume(run: Run, overrides: Overrides = None) -> None:
+@app.command(name="resume")
+def resume_command(run: Run, overrides: Overrides = None) -> None:
     """Resume a stopped run from its last complete checkpoint. Settings that do not change what is learned, such as the
     number of steps or of workers, may be overridden."""
-    from align.config.load import dump_experiment
-    from align.runs.fingerprint import check_fingerprint
-    from align.runs.folder import find_run, locked
-    from align.stages.pipeline import load_datasets, reopen
+    from align.stages.launch import resumed_run
 
-    folder, settings = find_run(run, overrides=overrides or [])
-    datasets = load_datasets(settings)
-    with locked(folder):
-        check_fingerprint(folder, settings, datasets)
-        dump_experiment(settings, folder.config)
-        reopen(settings, folder)
-        _run(settings, folder, datasets)
+    with resumed_run(run, overrides or []) as launch:
+        _run(launch.experiment, launch.folder, launch.datasets)
 
 
-@app.command()
-def plan(experiment: File, overrides: Overrides = None) -> None:
+@app.command(name="plan")
+def plan_command(experiment: File, overrides: Overrides = None) -> None:
     """Show what a run would do and need, without starting it."""
     from align.resources.plan import plan_table
     from align.runs.folder import folder_of
@@ -252,16 +244,10 @@ def _load(path: Path, overrides: list[str] | None) -> Experiment:
 
 def _begin(settings: Experiment, stages: Sequence[Stage]) -> None:
     """Remove what an earlier run wrote of these stages, and run the experiment's."""
-    from align.runs.fingerprint import write_fingerprint
-    from align.runs.folder import begin_run, folder_of, locked
-    from align.stages.pipeline import load_datasets
+    from align.stages.launch import new_run
 
-    folder = folder_of(settings)
-    datasets = load_datasets(settings)
-    with locked(folder):
-        write_fingerprint(folder, settings, datasets)
-        begin_run(folder, settings, [stage.name for stage in stages])
-        _run(settings, folder, datasets)
+    with new_run(settings, [stage.name for stage in stages]) as launch:
+        _run(launch.experiment, launch.folder, launch.datasets)
 
 
 def _run(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> None:

@@ -1,0 +1,61 @@
+"""The start of a run, new or resumed: its data read, its folder locked, and its fingerprint written or checked."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from align.config.load import dump_experiment
+from align.config.schema import Experiment
+from align.config.stage import stage_names
+from align.data.datasets import Datasets
+from align.runs.fingerprint import check_fingerprint, write_fingerprint
+from align.runs.folder import RunFolder, begin_run, find_run, folder_of, locked
+from align.stages.pipeline import load_datasets, reopen
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run whose folder this process has locked."""
+
+    experiment: Experiment
+    folder: RunFolder
+    datasets: Datasets
+
+
+@contextmanager
+def new_run(experiment: Experiment, stages: Sequence[str] | None = None) -> Iterator[Launch]:
+    """Prepare the folder of a new run, and lock it within the block.
+
+    Args:
+        experiment: The run's settings.
+        stages: The stages whose earlier products are removed; unset: all.
+
+    Raises:
+        UserError: Something that the settings refer to cannot be used, or another process writes the run.
+    """
+    folder = folder_of(experiment)
+    datasets = load_datasets(experiment)
+    with locked(folder):
+        write_fingerprint(folder, experiment, datasets)
+        begin_run(folder, experiment, stage_names() if stages is None else stages)
+        yield Launch(experiment, folder, datasets)
+
+
+@contextmanager
+def resumed_run(where: str, overrides: Sequence[str] = ()) -> Iterator[Launch]:
+    """Open a stopped run to resume it, and lock its folder within the block.
+
+    Args:
+        where: The run's folder, or its name under `runs/`.
+        overrides: Settings that replace the run's, as `key.path=value`; none may change what is learned.
+
+    Raises:
+        UserError: There is no such run, its settings or data have changed, or another process writes it.
+    """
+    folder, experiment = find_run(where, overrides=overrides)
+    datasets = load_datasets(experiment)
+    with locked(folder):
+        check_fingerprint(folder, experiment, datasets)
+        dump_experiment(experiment, folder.config)
+        reopen(experiment, folder)
+        yield Launch(experiment, folder, datasets)
