@@ -1,4 +1,4 @@
-"""A ready sequence-classification model as the reward, with its own tokenizer and template."""
+"""A ready sequence-classification model as a reward model, with its own tokenizer and chat template."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,18 @@ from policies.text.tokenization import Prompt, prompt_text
 
 
 class Classifier:
-    """Scores text by a model with one output: the score; or with two: the log-odds of the second class."""
+    """Scores texts: by the one output of a model, or by the log-odds of the second of two classes."""
 
     def __init__(self, path: str, key: str = "reward.classifier", tokens: int = 4096) -> None:
-        """key: the setting that names the path.
+        """Load a model in float32 onto the default device.
 
-        Raises UserError where the folder is no such model or it has another number of outputs.
+        Args:
+            path: Folder or hub name of the model.
+            key: The setting that names the path, for messages.
+            tokens: Largest number of tokens in a microbatch, padding included; one longer text is one by itself.
+
+        Raises:
+            UserError: There is no such model, it cannot be loaded, or it has more than two outputs.
         """
         check_model_folder(path)
         check_weights(path)
@@ -31,31 +37,41 @@ class Classifier:
             raise UserError(f"{key}: {path} cannot be loaded: {reason(error)}") from error
         if loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))
-            raise UserError(f"{key}: {path} is no trained classifier: its weights lack {missing}")
+            raise UserError(f"{key}: {path} is not a trained classifier: its weights lack {missing}")
         if model.config.num_labels not in (1, 2):
-            raise UserError(f"{key}: {path} has {model.config.num_labels} outputs; a reward has 1, or 2 classes")
+            raise UserError(
+                f"{key}: {path} has {model.config.num_labels} outputs; 1 (a score) or 2 (classes) were expected"
+            )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        model.config.pad_token_id = self.tokenizer.pad_token_id  # the model looks for a row's end by it
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # the model finds the last token by it
         self.model = model.float().requires_grad_(False).eval().to(default_device())
         self.tokens = tokens
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Scores `[N]` float32 of whole texts."""
-        rows = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
-        scores = torch.empty(len(rows))
-        for indices in length_buckets([len(row) for row in rows], self.tokens):
-            padded = self.tokenizer.pad(
-                {"input_ids": [rows[i] for i in indices]}, padding_side="right", return_tensors="pt"
-            )
-            logits = self.model(**padded.to(self.model.device)).logits.float().cpu()
-            scores[indices] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+        """Score responses.
+
+        Args:
+            prompts: Texts or lists of messages `[N]`.
+            responses: Texts `[N]`.
+
+        Returns:
+            Scores `[N]` float32, on the CPU.
+        """
+        sequences = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        lengths = [len(sequence) for sequence in sequences]
+        scores = torch.empty(len(sequences))
+        for members in length_buckets(lengths, self.tokens):
+            ids = [sequences[i] for i in members]
+            padded = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
+            logits = self.model(**padded.to(self.model.device)).logits.float().cpu()  # [members, 1 or 2]
+            scores[members] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         return scores
 
     def _encode(self, prompt: Prompt, response: str) -> list[int]:
         if self.tokenizer.chat_template:
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            whole = [*messages, {"role": "assistant", "content": response}]
-            return list(self.tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"])
+            conversation = [*messages, {"role": "assistant", "content": response}]
+            return list(self.tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"])
         return list(self.tokenizer(prompt_text(prompt) + response, truncation=True)["input_ids"])

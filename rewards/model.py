@@ -1,4 +1,4 @@
-"""The reward model: an adapter and scalar heads on the trunk."""
+"""The reward model: an adapter and scalar heads on the shared base model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -17,27 +17,29 @@ from policies.trunk import Trunk
 
 REWARD_ROLE = "reward"
 ATTRIBUTES = "attributes.safetensors"
+"""The file with the heads of named attributes."""
 
 
 def role_of(member: int) -> str:
-    """The role of a member of an ensemble; the first, or only, one is `reward`."""
+    """The role of a member of an ensemble; that of the first, or only, member is `reward`."""
     return REWARD_ROLE if member == 0 else f"{REWARD_ROLE}_{member}"
 
 
 def member_folder(folder: str | Path, member: int) -> Path:
-    """Where a member of an ensemble is: the first, or only, one in the reward's folder itself."""
+    """The folder of a member of an ensemble; that of the first, or only, member is the reward's folder itself."""
     return Path(folder) if member == 0 else Path(folder) / f"member-{member}"
 
 
 def members_in(folder: str | Path) -> int:
-    """How many members a reward's folder holds."""
+    """Number of members in a reward's folder."""
     return next(member for member in count(1) if not member_folder(folder, member).is_dir())
 
 
 class RewardModel(nn.Module):
     """Scores a response by the hidden state of its last token under the adapter of its role.
 
-    A head for each attribute; the whole score is their weighted sum.
+    It has a head for each attribute; the overall score is their weighted sum. `A` is the number of attributes, 1 for a
+    model without named ones.
     """
 
     def __init__(
@@ -47,73 +49,107 @@ class RewardModel(nn.Module):
         weights: Mapping[str, float] | None = None,
         role: str = REWARD_ROLE,
     ) -> None:
-        """weights: of the attributes by name, one for each head; without it the one head gives the whole score."""
+        """Assemble a model.
+
+        Args:
+            trunk: The base model, with an adapter for the role.
+            heads: One for each attribute.
+            weights: Of the attributes in the overall score, by name; None: a single head gives the overall score.
+            role: Whose adapter is used.
+        """
         super().__init__()
-        self.trunk, self.role = trunk, role
+        self.trunk = trunk
+        self.role = role
         self.heads = nn.ModuleList(heads)
         self.weights = dict(weights or {"": 1.0})
         if len(self.heads) != len(self.weights):
             raise ValueError(f"{len(self.heads)} heads for {len(self.weights)} attributes")
 
     def forward(self, batch: Batch) -> Tensor:
-        """Scores by attribute `[B, A]` float32 of the rows of a batch."""
+        """Scores by attribute `[B, A]` float32 of the sequences of a batch."""
         return self.scores_packed(batch.ids, batch.lengths, batch.last)
 
-    def scores_packed(self, ids: Tensor, rows: Tensor, last: Tensor) -> Tensor:
-        """Scores by attribute `[B, A]`; arguments: of a `Batch`."""
-        return self._scores(self.trunk.hidden_packed(ids, rows, self.role)[last])
+    def scores_packed(self, ids: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+        """Scores by attribute `[B, A]` float32 of packed sequences; arguments as in `Batch`."""
+        return self._scores(self.trunk.hidden_packed(ids, lengths, self.role)[last])
 
     def scores_shared_prompts(self, ids: Tensor, positions: Tensor, seen: Tensor, last: Tensor) -> Tensor:
-        """Scores by attribute `[R, A]` of all responses; arguments: of `SharedPromptBatch`."""
-        return self._scores(self.trunk.hidden_shared_prompts(ids, positions, seen, self.role).flatten(0, 1)[last])
+        """Scores by attribute `[R, A]` float32 of all R responses; arguments as in `SharedPromptBatch`."""
+        hidden = self.trunk.hidden_shared_prompts(ids, positions, seen, self.role)
+        return self._scores(hidden.flatten(0, 1)[last])
 
-    def _scores(self, states: Tensor) -> Tensor:
-        return torch.stack([head(states) for head in self.heads], dim=-1)
+    def _scores(self, hidden: Tensor) -> Tensor:
+        """From hidden states `[B, H]` to scores `[B, A]`."""
+        return torch.stack([head(hidden) for head in self.heads], dim=-1)
 
     @property
-    def whole(self) -> ScalarHead:
-        """A head that gives the weighted sum of the attributes at once."""
-        head = ScalarHead.zeros(self.trunk.width)
-        for part, weight in zip(self.heads, self.weights.values(), strict=True):
-            for own, added in zip(head.parameters(), part.parameters(), strict=True):
-                own.data += weight * added.detach().cpu()
-        return head
+    def combined_head(self) -> ScalarHead:
+        """A head on the CPU that computes the overall score: the weighted sum of the attributes' heads."""
+        combined = ScalarHead.zeros(self.trunk.width)
+        for head, weight in zip(self.heads, self.weights.values(), strict=True):
+            for total, parameter in zip(combined.parameters(), head.parameters(), strict=True):
+                total.data += weight * parameter.detach().cpu()
+        return combined
 
     @torch.no_grad()
     def attribute_scores(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: int
     ) -> Tensor:
-        """Scores by attribute `[N, A]` float32 of rows of tokens, at most `tokens` positions in one forward pass."""
+        """Score responses without gradients.
+
+        Args:
+            prompts: Token ids `[N]`.
+            responses: Token ids `[N]`.
+            tokens: Largest number of tokens in a microbatch; one longer sequence is a microbatch by itself.
+
+        Returns:
+            Scores by attribute `[N, A]` float32, on the CPU.
+        """
         scores = torch.empty(len(prompts), len(self.heads))
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        for rows in self.trunk.microbatches(lengths, tokens):
-            batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
-            scores[rows] = self(batch.to(self.trunk.causal.device)).cpu()
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        for members in self.trunk.microbatches(lengths, tokens):
+            member_prompts = [prompts[i] for i in members]
+            member_responses = [responses[i] for i in members]
+            batch = collate(member_prompts, member_responses)
+            scores[members] = self(batch.to(self.trunk.causal.device)).cpu()
         return scores
 
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: int) -> Tensor:
-        """Whole scores `[N]` float32 of rows of tokens."""
+        """Overall scores `[N]` float32 of responses; arguments as of `attribute_scores`."""
         return self.attribute_scores(prompts, responses, tokens) @ torch.tensor([*self.weights.values()])
 
     def save(self, folder: Path, mean: float = 0.0, std: float = 1.0) -> None:
-        """Write adapter and head in PEFT layout. The head that is written gives (score - mean) / deviation.
+        """Write adapter and head in PEFT layout, and the unchanged heads of named attributes to a file beside them.
 
-        With named attributes their own heads, as they are, are in a file beside it.
+        Args:
+            folder: Is created where it does not exist.
+            mean: Of the overall scores on SFT responses.
+            std: Standard deviation of the same; the saved head computes (score - mean) / std.
         """
         self.trunk.save(self.role, folder)
-        head = self.whole
+        head = self.combined_head
         head.fold(mean, std)
         save_head(folder, head.state_dict())
         if self.weights.keys() != {""}:
-            heads = zip(self.weights, self.heads, strict=True)
-            tensors = {f"{name}.{k}": t.cpu() for name, head in heads for k, t in head.state_dict().items()}
+            tensors: dict[str, Tensor] = {}
+            for name, attribute_head in zip(self.weights, self.heads, strict=True):
+                for part, tensor in attribute_head.state_dict().items():
+                    tensors[f"{name}.{part}"] = tensor.cpu()
             save_file(tensors, folder / ATTRIBUTES)
 
 
 def read_heads(folder: str | Path, weights: Mapping[str, float]) -> list[dict[str, Tensor]]:
-    """The weights of the heads that a folder holds: the whole score's, or of the attributes that are named.
+    """Read the heads of a saved reward model.
 
-    Raises UserError where the folder does not have them.
+    Args:
+        folder: Of the reward model.
+        weights: `{"": 1.0}` for the head of the overall score; else the attributes whose heads are wanted, by name.
+
+    Returns:
+        For each head its tensors `weight` `[H]` and `bias` `[1]`.
+
+    Raises:
+        UserError: The folder does not have them, or the file is damaged.
     """
     if weights.keys() == {""}:
         return [load_head(folder)]
@@ -125,17 +161,34 @@ def read_heads(folder: str | Path, weights: Mapping[str, float]) -> list[dict[st
     for name in weights:
         if name not in known:
             raise UserError(f"reward.attributes: {folder} has no attribute {name}; it has {', '.join(known)}")
-    if odd := [f"{name}.{part}" for name in weights for part in ("weight", "bias") if f"{name}.{part}" not in tensors]:
-        raise UserError(f"{path} is damaged: it has no {odd[0]}")
-    return [{part: tensors[f"{name}.{part}"] for part in ("weight", "bias")} for name in weights]
+    return [_attribute_head(tensors, name, path) for name in weights]
+
+
+def _attribute_head(tensors: Mapping[str, Tensor], name: str, path: Path) -> dict[str, Tensor]:
+    head: dict[str, Tensor] = {}
+    for part in ("weight", "bias"):
+        if f"{name}.{part}" not in tensors:
+            raise UserError(f"{path} is damaged: it has no {name}.{part}")
+        head[part] = tensors[f"{name}.{part}"]
+    return head
 
 
 def load_heads(heads: Iterable[nn.Module], weights: Sequence[Mapping[str, Tensor]], folder: str | Path) -> None:
-    """Give heads the weights that were read from a folder. Raises UserError where they are of another width."""
-    for head, own in zip(heads, weights, strict=True):
-        width = sum(p.numel() for p in head.parameters()) - 1
-        if own.keys() >= {"weight"} and own["weight"].dim() == 1 and len(own["weight"]) != width:
-            made = f"{len(own['weight'])} wide, this one is {width}"
-            raise UserError(f"the head in {folder} was made for another base: hidden states {made}")
-        check_names_and_shapes(own, head.state_dict(), f"the head in {folder}")
-        head.load_state_dict(dict(own))
+    """Load weights that were read from a folder into heads.
+
+    Args:
+        heads: Scalar heads.
+        weights: For each head its tensors by name, as `read_heads` returns them.
+        folder: For messages.
+
+    Raises:
+        UserError: The weights are of another hidden size, or have other names or shapes.
+    """
+    for head, tensors in zip(heads, weights, strict=True):
+        hidden_size = sum(parameter.numel() for parameter in head.parameters()) - 1  # without the bias
+        weight = tensors.get("weight")
+        if weight is not None and weight.dim() == 1 and len(weight) != hidden_size:
+            sizes = f"its hidden size is {len(weight)}, that of this base model is {hidden_size}"
+            raise UserError(f"the head in {folder} belongs to another base model: {sizes}")
+        check_names_and_shapes(tensors, head.state_dict(), f"the head in {folder}")
+        head.load_state_dict(dict(tensors))

@@ -1,4 +1,4 @@
-"""What a reward model is trained on: the negative log-likelihood of feedback of every kind, given its scores."""
+"""The training objective of a reward model: the negative log-likelihood of preference examples given its scores."""
 
 import math
 from collections import Counter
@@ -19,150 +19,192 @@ Ratings = Literal["regression", "ordinal"]
 
 
 class PreferenceLoss(nn.Module):
-    """Losses of feedback rows, in nats, and what links scores to verdicts besides the scores themselves.
+    """The loss of each preference example, whatever its kind, with the parameters that link scores to annotations.
 
-    Learned with the model: how readily annotators call a tie (`Ties`), and how a rating goes with a score (`Line` or
-    `Steps`, for each attribute that is rated). None of it is of use to a reward afterwards.
+    They are trained with the model and not part of it afterwards: how readily annotators call a tie (`ties`), and how a
+    rating depends on the score (`links`, one for each rated attribute).
     """
 
-    def __init__(self, feedback: Sequence[PreferenceExample], weights: Mapping[str, float], ratings: Ratings) -> None:
-        """feedback: of training, from which the links take their start. weights: of attributes in the whole score."""
+    def __init__(self, examples: Sequence[PreferenceExample], weights: Mapping[str, float], ratings: Ratings) -> None:
+        """Initialise the links from the training data.
+
+        Args:
+            examples: All training examples.
+            weights: Of the attributes in the overall score, in the order of the model's heads; `{"": 1.0}` for a model
+                without named attributes.
+            ratings: `regression`: ratings are numbers; `ordinal`: ordered levels.
+        """
         super().__init__()
-        self.columns = {name: i for i, name in enumerate(weights)}
+        self.attribute_index = {name: i for i, name in enumerate(weights)}
         self.weights: Tensor
         self.register_buffer("weights", torch.tensor([*weights.values()]), persistent=False)
-        self.ties = Ties([f.preference for f in feedback if isinstance(f.preference, Ranking)])
+        preferences = [example.preference for example in examples]
+        self.ties = TieParameters([preference for preference in preferences if isinstance(preference, Ranking)])
         rated: dict[str, list[float]] = {}
-        for preference in (f.preference for f in feedback if isinstance(f.preference, Rating)):
-            for name, value in preference.values.items():
-                rated.setdefault(name, []).append(value)
-        link = {"regression": Line, "ordinal": Steps}[ratings]
+        for preference in preferences:
+            if isinstance(preference, Rating):
+                for name, value in preference.values.items():
+                    rated.setdefault(name, []).append(value)
+        link = {"regression": LinearRatingLink, "ordinal": OrdinalRatingLink}[ratings]
         self._names = {name: f"of {name}" if name else "overall" for name in rated}  # a module's name is not empty
         self.links = nn.ModuleDict({self._names[name]: link(values) for name, values in rated.items()})
 
-    def forward(self, scores: Tensor, feedback: Sequence[PreferenceExample], smoothing: float = 0.0) -> Tensor:
-        """scores: `[N, A]` by attribute, of the responses of all rows in their order. Result: `[rows]`.
+    def forward(self, scores: Tensor, examples: Sequence[PreferenceExample], smoothing: float = 0.0) -> Tensor:
+        """Compute the loss of each example.
 
-        smoothing: the share of comparisons that are taken to be the reverse of the truth.
+        Args:
+            scores: `[R, A]` float by attribute, of the responses of all B examples in order.
+            examples: `[B]`.
+            smoothing: Share of the comparisons that are assumed to be reversed.
+
+        Returns:
+            Losses `[B]`, in nats.
         """
-        places: dict[tuple[object, ...], list[int]] = {}
-        for row, each in enumerate(feedback):
-            places.setdefault(_kind(each), []).append(row)
-        starts = list(accumulate((len(each.responses) for each in feedback), initial=0))
-        losses = scores.new_zeros(len(feedback))
-        for rows in places.values():
-            alike = [feedback[row] for row in rows]
-            count = len(alike[0].responses)
-            index = torch.tensor([range(starts[row], starts[row] + count) for row in rows], device=scores.device)
-            of_kind = self._of_kind(scores[index], alike, smoothing)
-            losses = losses.index_add(0, torch.tensor(rows, device=scores.device), of_kind)
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for i, example in enumerate(examples):
+            groups.setdefault(_loss_key(example), []).append(i)
+        starts = list(accumulate((len(example.responses) for example in examples), initial=0))
+        losses = scores.new_zeros(len(examples))
+        for members in groups.values():
+            group = [examples[i] for i in members]
+            count = len(group[0].responses)
+            responses = [range(starts[i], starts[i] + count) for i in members]
+            index = torch.tensor(responses, device=scores.device)  # [G, K]
+            group_losses = self._group_losses(scores[index], group, smoothing)  # [G]
+            losses = losses.index_add(0, torch.tensor(members, device=scores.device), group_losses)
         return losses
 
     def score(self, scores: Tensor, attribute: str) -> Tensor:
-        """From scores `[..., A]` by attribute to those `[...]` of one, or of the whole."""
-        return scores @ self.weights if attribute == OVERALL else scores[..., self.columns[attribute]]
+        """Select one attribute's scores, or compute the overall ones.
 
-    def _of_kind(self, scores: Tensor, alike: Sequence[PreferenceExample], smoothing: float) -> Tensor:
-        """Losses `[G]` of rows of one kind; scores `[G, K, A]`."""
-        preferences = [each.preference for each in alike]
-        if ratings := [preference for preference in preferences if isinstance(preference, Rating)]:
-            loss = scores.new_zeros(len(alike))
-            for name in ratings[0].values:
-                loss = loss + self._ratings(scores[:, 0], name, [rating.values[name] for rating in ratings])
-            return loss
-        of = self.score(scores, alike[0].attribute)
-        if pairs := [preference for preference in preferences if isinstance(preference, Pair)]:
-            margin = of.new_tensor([pair.margin for pair in pairs])
-            certainty = of.new_tensor([pair.certainty for pair in pairs])
-            right = certainty * (1 - smoothing) + (1 - certainty) * smoothing
-            return bradley_terry_loss(of[:, 0], of[:, 1], margin, right)
+        Args:
+            scores: `[..., A]` by attribute.
+            attribute: Its name, or `OVERALL`.
+
+        Returns:
+            Scores `[...]`.
+        """
+        return scores @ self.weights if attribute == OVERALL else scores[..., self.attribute_index[attribute]]
+
+    def _group_losses(self, scores: Tensor, group: Sequence[PreferenceExample], smoothing: float) -> Tensor:
+        """Losses `[G]` of examples with the same key; scores `[G, K, A]`."""
+        preferences = [example.preference for example in group]
+        ratings = [preference for preference in preferences if isinstance(preference, Rating)]
+        if ratings:
+            return self._rating_losses(scores[:, 0], ratings)
+        attribute_scores = self.score(scores, group[0].attribute)  # [G, K]
+        pairs = [preference for preference in preferences if isinstance(preference, Pair)]
+        if pairs:
+            return _pair_losses(attribute_scores, pairs, smoothing)
         (ranking,) = {preference for preference in preferences if isinstance(preference, Ranking)}
-        loss = self._ranking(of, ranking.sizes, ranking.open)
-        if not smoothing:
-            return loss
-        reverse = self._ranking(of.flip(-1), ranking.sizes[::-1], ranking.open)
-        return (1 - smoothing) * loss + smoothing * reverse
+        return self._smoothed_ranking_losses(attribute_scores, ranking, smoothing)
 
-    def _ranking(self, scores: Tensor, sizes: tuple[int, ...], open_ties: bool) -> Tensor:
+    def _smoothed_ranking_losses(self, scores: Tensor, ranking: Ranking, smoothing: float) -> Tensor:
+        """Losses `[G]` of equal rankings; scores `[G, K]`, best first."""
+        losses = self._ranking_losses(scores, ranking.sizes, ranking.open)
+        if not smoothing:
+            return losses
+        reverse = self._ranking_losses(scores.flip(-1), ranking.sizes[::-1], ranking.open)
+        return (1 - smoothing) * losses + smoothing * reverse
+
+    def _ranking_losses(self, scores: Tensor, sizes: tuple[int, ...], open_ties: bool) -> Tensor:
         if open_ties:
             return open_ranking_loss(scores, sizes)
         if len(self.ties.free) == 0:
             return plackett_luce_loss(scores)
         return davidson_luce_loss(scores, sizes, self.ties())
 
-    def _ratings(self, scores: Tensor, attribute: str, values: Sequence[float]) -> Tensor:
-        link = self.links[self._names[attribute]]
-        return link(self.score(scores, attribute), scores.new_tensor(values))
+    def _rating_losses(self, scores: Tensor, ratings: Sequence[Rating]) -> Tensor:
+        """Losses `[G]`, summed over the rated attributes, which all ratings share; scores `[G, A]`."""
+        losses = scores.new_zeros(len(ratings))
+        for name in ratings[0].values:
+            values = scores.new_tensor([rating.values[name] for rating in ratings])
+            link = self.links[self._names[name]]
+            losses = losses + link(self.score(scores, name), values)
+        return losses
 
 
-def _kind(feedback: PreferenceExample) -> tuple[object, ...]:
-    """Rows of one kind have as many responses and the same loss."""
-    preference = feedback.preference
+def _pair_losses(scores: Tensor, pairs: Sequence[Pair], smoothing: float) -> Tensor:
+    """Losses `[G]` of pairs; scores `[G, 2]`."""
+    margin = scores.new_tensor([pair.margin for pair in pairs])
+    certainty = scores.new_tensor([pair.certainty for pair in pairs])
+    preference = certainty * (1 - smoothing) + (1 - certainty) * smoothing
+    return bradley_terry_loss(scores[:, 0], scores[:, 1], margin, preference)
+
+
+def _loss_key(example: PreferenceExample) -> tuple[object, ...]:
+    """Examples with the same key have the same number of responses and the same loss: they are computed together."""
+    preference = example.preference
     if isinstance(preference, Rating):
         return (Rating, *preference.values)
-    return (feedback.attribute, Pair if isinstance(preference, Pair) else preference)
+    return (example.attribute, Pair if isinstance(preference, Pair) else preference)
 
 
-class Ties(nn.Module):
-    """log δ of Davidson and Luce's model, for ties of 2 and more; starts from how often the data has each."""
+class TieParameters(nn.Module):
+    """log δ of Davidson and Luce's model, for ties of 2 and more; initialised from how often the data has ties."""
 
     def __init__(self, rankings: Sequence[Ranking]) -> None:
+        """Solve for δ as if all worths were equal: sets of t are then chosen with odds δ_t · (number of such sets)."""
         super().__init__()
         judged = [ranking for ranking in rankings if not ranking.open]
-        most = max((size for ranking in judged for size in ranking.sizes), default=1)
-        # Were all worths equal, sets of t would be chosen with odds δ_t · (the number of such sets): solved for δ.
-        seen, sets = Counter[int](), Counter[int]()
+        largest = max((max(ranking.sizes) for ranking in judged), default=1)
+        chosen = Counter[int]()
+        available = Counter[int]()
         for ranking in judged:
-            left = sum(ranking.sizes)
+            remaining = sum(ranking.sizes)
             for size in ranking.sizes:
-                seen[size] += 1
-                for t in range(1, most + 1):
-                    sets[t] += math.comb(left, t)
-                left -= size
-        odds = [(seen[t] + 0.5) / max(sets[t], 1) for t in range(1, most + 1)]
-        self.free = nn.Parameter(torch.tensor([math.log(each / odds[0]) for each in odds[1:]]))
+                chosen[size] += 1
+                for t in range(1, largest + 1):
+                    available[t] += math.comb(remaining, t)
+                remaining -= size
+        # Half an observation more keeps the logarithm finite where a size never occurs.
+        odds = [(chosen[t] + 0.5) / max(available[t], 1) for t in range(1, largest + 1)]
+        self.free = nn.Parameter(torch.tensor([math.log(value / odds[0]) for value in odds[1:]]))
 
     def forward(self) -> Tensor:
-        """`[D]`, the first of them 0."""
+        """log δ `[D]`; the first is 0."""
         return torch.cat([self.free.new_zeros(1), self.free])
 
 
-class Line(nn.Module):
-    """A rating is a line of the score, rising, plus noise: ratings are standardised, the slope starts at 1."""
+class LinearRatingLink(nn.Module):
+    """A standardised rating is an increasing linear function of the score plus noise; the slope starts at 1."""
 
     def __init__(self, ratings: Sequence[float]) -> None:
         super().__init__()
-        self.mean, self.std = fmean(ratings), pstdev(ratings) or 1.0
+        self.mean = fmean(ratings)
+        self.std = pstdev(ratings) or 1.0
         self.log_slope = nn.Parameter(torch.zeros(()))
         self.intercept = nn.Parameter(torch.zeros(()))
 
     def forward(self, scores: Tensor, ratings: Tensor) -> Tensor:
-        """Losses `[N]`."""
+        """Losses `[N]`, in nats, of scores `[N]` and ratings `[N]`."""
         expected = self.log_slope.exp() * scores + self.intercept
         return regression_loss(expected, (ratings - self.mean) / self.std)
 
 
-class Steps(nn.Module):
-    """A rating is one of a few levels in order; the score passes a threshold between each two of them."""
+class OrdinalRatingLink(nn.Module):
+    """A rating is one of a few ordered levels; there is a threshold on the score between each two neighbours."""
 
     def __init__(self, ratings: Sequence[float]) -> None:
+        """Initialise the thresholds so that at a score of 0 each level has its share of the data."""
         super().__init__()
         self.levels = sorted(set(ratings))
         counts = Counter(ratings)
-        below, cuts = 0, []
-        for level in self.levels[:-1]:  # where every score is 0, the thresholds give each level its share
+        below = 0
+        thresholds: list[float] = []
+        for level in self.levels[:-1]:
             below += counts[level]
-            cuts.append(math.log(below / (len(ratings) - below)))
-        gaps = [math.log(math.expm1(b - a)) for a, b in pairwise(cuts)]
-        self.first = nn.Parameter(torch.tensor(cuts[:1]))
+            thresholds.append(math.log(below / (len(ratings) - below)))
+        gaps = [math.log(math.expm1(upper - lower)) for lower, upper in pairwise(thresholds)]  # inverse of softplus
+        self.first = nn.Parameter(torch.tensor(thresholds[:1]))
         self.gaps = nn.Parameter(torch.tensor(gaps))
 
     def forward(self, scores: Tensor, ratings: Tensor) -> Tensor:
-        """Losses `[N]`. A level that training has not seen counts as the nearest that it has."""
+        """Losses `[N]`, in nats. A rating that did not occur in training counts as the nearest level."""
         levels = ratings.new_tensor(self.levels)
-        level = (ratings[:, None] - levels).abs().argmin(-1)
+        level = (ratings[:, None] - levels).abs().argmin(-1)  # [N]
         return ordinal_loss(scores, level, self.thresholds())
 
     def thresholds(self) -> Tensor:
-        """`[levels - 1]`, rising."""
+        """Thresholds `[levels - 1]`, increasing."""
         return torch.cat([self.first, self.first + softplus(self.gaps).cumsum(0)])

@@ -1,7 +1,7 @@
 """Likelihoods of rankings of K responses, with and without ties: pure functions of scores.
 
-The worth of a response is exp(score). Scores `[N, K]` stand best first; `sizes` are those of the groups of equal rank,
-in that order: (1, 2, 1) is a first, two that share the second place, and a last. Results `[N]` are in nats.
+The worth of a response is exp(score). Scores `[N, K]` are in rank order, best first; `sizes` are those of the groups of
+equal rank, in the same order: (1, 2, 1) is a first, two tied for the second rank, and a last. Losses `[N]` are in nats.
 """
 
 from collections.abc import Sequence
@@ -11,90 +11,114 @@ from itertools import accumulate, combinations
 import torch
 from torch import Tensor
 
-NOTHING = -1e30
-"""Log of a weight of zero; not -inf, whose gradients are no numbers."""
+LOG_ZERO = -1e30
+"""Log of a weight of zero; finite, since the gradients of -inf are NaN."""
 
-MOST_OPEN = 10
-"""Most responses of one group whose order is unknown: the sum has 2 to the power of it terms."""
+MAX_OPEN_TIE = 10
+"""Largest group of unknown order: the sum over its subsets has 2 to the power of its size terms."""
 
 
 def plackett_luce_loss(scores: Tensor) -> Tensor:
-    """Negative log-likelihood of a strict ranking: the best is chosen of all, the next of those that are left.
+    """Negative log-likelihood of a strict ranking: the best is chosen from all, the next from the remaining ones.
 
-    Σ_k  log Σ_{j ≥ k} exp(s_j) - s_k                       Plackett (1975); Luce (1959); K = 2: Bradley and Terry
+        Σ_k  log Σ_{j ≥ k} exp(s_j) - s_k                       Plackett (1975); Luce (1959); K = 2: Bradley and Terry
+
+    Args:
+        scores: s `[N, K]` float, best first.
+
+    Returns:
+        Losses `[N]`, in nats.
     """
     return (scores.flip(-1).logcumsumexp(-1).flip(-1) - scores).sum(-1)
 
 
 def davidson_luce_loss(scores: Tensor, sizes: Sequence[int], log_ties: Tensor) -> Tensor:
-    """Negative log-likelihood of a ranking whose ties are judgements: these responses were found equally good.
+    """Negative log-likelihood of a ranking whose ties are judgements that the responses are equally good.
 
-    At each place a set T of the responses that are left is chosen, of up to D = len(log_ties) members, with weight
-    δ_|T| · (the geometric mean of its worths), normalised over all such sets (Firth, Kosmidis and Turner 2019,
-    "Davidson-Luce model for multi-item choice with ties", eq. 3). log_ties: `[D]`, log δ, of which the first is 0; no
-    size is above D. D = 1 is Plackett and Luce's model, K = 2 with D = 2 is Davidson's (1970).
+    For each rank a set T of the remaining responses is chosen, with up to D members and the weight δ_|T| · (geometric
+    mean of the worths of T), normalised over all such sets (Firth, Kosmidis and Turner 2019, "Davidson-Luce model for
+    multi-item choice with ties", eq. 3). D = 1 is Plackett and Luce's model; K = 2 with D = 2 is Davidson's (1970).
+
+    Args:
+        scores: `[N, K]` float, best first.
+        sizes: Of the groups of equal rank; none is larger than D, and their sum is K.
+        log_ties: log δ `[D]` float; the first is 0.
+
+    Returns:
+        Losses `[N]`, in nats.
     """
-    normalisers = _log_sum_of_sets(scores, log_ties)
+    normalisers = _log_sum_of_sets(scores, log_ties)  # [N, K]
     loss = scores.new_zeros(len(scores))
     for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
-        chosen = log_ties[size - 1] + scores[:, start : start + size].mean(-1)
+        chosen = log_ties[size - 1] + scores[:, start : start + size].mean(-1)  # [N]
         loss = loss + normalisers[:, start] - chosen
     return loss
 
 
 def _log_sum_of_sets(scores: Tensor, log_ties: Tensor) -> Tensor:
-    """For each place `[N, K]`, the log of the sum of the weights of all sets of what is left there.
+    """For each position `[N, K]`, the log of the summed weights of all sets of the responses from there on.
 
-    The sum of all geometric means of sets of t is the elementary symmetric polynomial e_t of exp(s / t); the table
-    holds log e_k of exp(s / t) for t and k from 1, of a suffix that grows by one response at a time.
+    The sum of the geometric means of all sets of t is the elementary symmetric polynomial e_t of exp(s / t). The table
+    holds log e_k of exp(s / t) for t and k from 1, over a suffix that grows by one response at a time.
     """
-    most = len(log_ties)
-    roots = torch.arange(1, most + 1, device=scores.device, dtype=scores.dtype)
-    nothing = scores.new_full((len(scores), most, most), NOTHING)
-    one = scores.new_zeros(len(scores), most, 1)
-    table, sums = nothing, []
+    largest = len(log_ties)
+    roots = torch.arange(1, largest + 1, device=scores.device, dtype=scores.dtype)  # [D]
+    one = scores.new_zeros(len(scores), largest, 1)
+    table = scores.new_full((len(scores), largest, largest), LOG_ZERO)  # [N, D (t), D (k)]
+    sums: list[Tensor] = []
     for score in reversed(scores.unbind(-1)):
-        grown = torch.cat([one, table[..., :-1]], dim=-1) + (score[:, None] / roots)[..., None]
-        table = torch.logaddexp(table, grown)
-        sums.append((table.diagonal(dim1=-2, dim2=-1) + log_ties).logsumexp(-1))
-    return torch.stack(sums[::-1], dim=-1)
+        with_score = torch.cat([one, table[..., :-1]], dim=-1) + (score[:, None] / roots)[..., None]  # [N, D, D]
+        table = torch.logaddexp(table, with_score)
+        sums.append((table.diagonal(dim1=-2, dim2=-1) + log_ties).logsumexp(-1))  # [N]
+    return torch.stack(sums[::-1], dim=-1)  # [N, K]
 
 
 def open_ranking_loss(scores: Tensor, sizes: Sequence[int]) -> Tensor:
     """Negative log-likelihood of a ranking in which the order within a group is unknown: the sum over all orders.
 
-    Under Plackett and Luce's model, each group's probability of coming before all that follow it, in whatever order
-    (marginal likelihood of a partial ranking; Ma et al. 2021, "Learning-to-rank with partitioned preference"). With
-    the best alone before one group of all others it is the choice of the best of K. No group but the last is larger
-    than `MOST_OPEN`.
+    Under Plackett and Luce's model, the probability of each group to come before all that follow it, in any order
+    (marginal likelihood of a partial ranking; Ma et al. 2021, "Learning-to-rank with partitioned preference"). With the
+    best alone in front of one group of all others it is the choice of the best of K.
+
+    Args:
+        scores: `[N, K]` float, best first.
+        sizes: Of the groups; only the last may be larger than `MAX_OPEN_TIE`, and their sum is K.
+
+    Returns:
+        Losses `[N]`, in nats.
     """
     loss = scores.new_zeros(len(scores))
     for start, size in zip(accumulate(sizes, initial=0), sizes[:-1], strict=False):
-        loss = loss - _log_first(scores[:, start : start + size], scores[:, start + size :].logsumexp(-1))
+        group = scores[:, start : start + size]
+        rest = scores[:, start + size :].logsumexp(-1)  # [N]
+        loss = loss - _log_first(group, rest)
     return loss
 
 
 def _log_first(group: Tensor, rest: Tensor) -> Tensor:
-    """Log-probability `[N]` that all of a group `[N, m]` are drawn before any of the rest of log-worth `[N]`.
+    """Log-probability `[N]` that all of a group `[N, m]` are drawn before any of the rest, of log-worth `[N]`.
 
-    By sets, from the empty one: a set has been drawn if one of its members was the last of it to be, and the others
-    before. Every term is positive, so nothing cancels.
+    Dynamic programming over the subsets that have been drawn, from the empty one: the last to be drawn was any member
+    of the subset. Every term is positive, so there is no cancellation.
     """
     size = group.shape[-1]
     members = torch.tensor(_membership(size), device=group.device)  # [2^m, m]
-    left = torch.where(members, NOTHING, group[:, None])  # worths that are not yet drawn, for each set
-    total = torch.cat([left, rest[:, None, None].expand(-1, 2**size, 1)], dim=-1).logsumexp(-1)  # [N, 2^m]
+    remaining = torch.where(members, LOG_ZERO, group[:, None])  # [N, 2^m, m]: log-worths not drawn yet, per subset
+    total = torch.cat([remaining, rest[:, None, None].expand(-1, 2**size, 1)], dim=-1).logsumexp(-1)  # [N, 2^m]
     drawn = group.new_zeros(len(group), 1)
-    passed = {0: drawn[:, 0] - total[:, 0]}
+    reached = {0: drawn[:, 0] - total[:, 0]}
     for count in range(1, size + 1):
         for chosen in combinations(range(size), count):
-            mask = sum(1 << i for i in chosen)
-            ways = torch.stack([passed[mask ^ (1 << i)] + group[:, i] for i in chosen])
-            passed[mask] = ways.logsumexp(0) - total[:, mask]
-    return passed[2**size - 1] + total[:, -1]
+            subset = sum(1 << i for i in chosen)
+            ways = torch.stack([reached[subset ^ (1 << i)] + group[:, i] for i in chosen])  # [count, N]
+            reached[subset] = ways.logsumexp(0) - total[:, subset]
+    return reached[2**size - 1] + total[:, -1]
 
 
 @cache
 def _membership(size: int) -> list[list[bool]]:
-    """Which of `size` things are in each of their sets; bit i of a set's number is thing i."""
-    return [[bool(mask >> i & 1) for i in range(size)] for mask in range(2**size)]
+    """For each subset of `size` things, by its number, which are in it: bit i of the number stands for thing i."""
+    subsets: list[list[bool]] = []
+    for subset in range(2**size):
+        subsets.append([bool(subset >> i & 1) for i in range(size)])
+    return subsets

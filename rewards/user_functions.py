@@ -1,4 +1,4 @@
-"""Scores by functions of the user's own."""
+"""Scores by functions of the user."""
 
 import asyncio
 import importlib
@@ -17,36 +17,49 @@ from typing import Any
 from policies.errors import UserError
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
-"""Prompts, responses and the prompt rows' other columns, to one score each."""
+"""From prompts, responses and the prompt rows' other columns to one score per response. It may be `async`."""
 
 
 def load_function(where: str, key: str) -> ScoreFunction:
-    """The function that `FILE.py:function` or `module:function` names. Raises UserError naming the setting `key`."""
-    place, _, name = where.rpartition(":")
-    file = place.endswith(".py")
-    if not name.isidentifier() or not (file or all(part.isidentifier() for part in place.split("."))):
+    """Load a function of the user.
+
+    Args:
+        where: `FILE.py:function` or `module:function`.
+        key: The setting that names it, for messages.
+
+    Raises:
+        UserError: There is no such file, module or function, or it cannot be imported.
+    """
+    source, _, name = where.rpartition(":")
+    is_file = source.endswith(".py")
+    if not name.isidentifier() or not (is_file or all(part.isidentifier() for part in source.split("."))):
         raise UserError(f"{key}: {where!r} is neither FILE.py:function nor module:function")
-    module = _load_file(Path(place), key) if file else _load_module(place, key)
-    function = getattr(module, name, None)
+    module = _load_file(Path(source), key) if is_file else _load_module(source, key)
+    function: ScoreFunction | None = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"{key}: {place} has no function {name}")
+        raise UserError(f"{key}: {source} has no function {name}")
     return function
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One score a response; failed: the rows whose score is the fallback, as the function gave none."""
+    """The scores of a batch.
+
+    Attributes:
+        values: `[B]`.
+        failed: The indices of the responses whose score is the fallback, since the call failed for them.
+    """
 
     values: list[float]
     failed: tuple[int, ...] = ()
 
 
-SEARCH = 60.0
-"""Seconds that the search for rows at fault may take, once it has begun on its last one."""
+SEARCH_SECONDS = 60.0
+"""After this time the search for the responses that a call fails for starts no further call."""
 
 
 class Failure(Exception):
-    """A function gave no score for a row, or not one for each; says why."""
+    """A call did not return one finite score per response; the message says why."""
 
 
 def call_function(
@@ -57,31 +70,44 @@ def call_function(
     timeout: float | None = None,
     fallback: float | None = None,
 ) -> Scores:
-    """The function's scores: one finite number a response. It may be `async`.
+    """Score a batch by a function, which must return one finite number per response.
 
-    timeout: seconds that a call may take; unset: any. Where a call fails, by an error, a wrong count, a score that is
-    not finite, or the time, rows are tried one by one to find those at fault, for `SEARCH` seconds: these, and those
-    that were not come to, get the fallback. Raises UserError that names function and row where there is none.
+    A call fails by an error, a wrong number of scores, a score that is not finite, or the timeout. Then the responses
+    are scored one by one, for about `SEARCH_SECONDS`, to find those that fail: these, and those not tried in time, get
+    the fallback.
+
+    Args:
+        function: Of the user; it may be `async`.
+        prompts: Texts `[B]`.
+        responses: Texts `[B]`.
+        columns: The other columns of the prompts' rows `[B]`.
+        timeout: Seconds that one call may take; None: no limit.
+        fallback: Score of a response that a call fails for; None: it is an error.
+
+    Raises:
+        UserError: A call failed and there is no fallback; the message names the function and the response.
     """
     name = getattr(function, "__name__", "the score function")
-    together = _attempt(function, (prompts, responses, columns), timeout)
-    if not isinstance(together, Failure):
-        return Scores(together)
+    scores = _attempt(function, (prompts, responses, columns), timeout)
+    if not isinstance(scores, Failure):
+        return Scores(scores)
+    failure = scores
     values: list[float] = []
     failed: list[int] = []
-    end = time.monotonic() + SEARCH
+    end = time.monotonic() + SEARCH_SECONDS
     for i, (prompt, response, row) in enumerate(zip(prompts, responses, columns, strict=True)):
-        alone = _attempt(function, ([prompt], [response], [row]), timeout) if time.monotonic() < end else together
-        if not isinstance(alone, Failure):
-            values += alone
+        in_time = time.monotonic() < end
+        single = _attempt(function, ([prompt], [response], [row]), timeout) if in_time else failure
+        if not isinstance(single, Failure):
+            values += single
             continue
         if fallback is None:
-            where = f"row {i} of the batch, prompt {prompt[-80:]!r}, response {response[:80]!r}"
-            raise UserError(f"{name} {together}; {where}") from together.__cause__
+            where = f"response {i} of the batch, prompt {prompt[-80:]!r}, response {response[:80]!r}"
+            raise UserError(f"{name} {failure}; {where}") from failure.__cause__
         failed.append(i)
         values.append(fallback)
     if fallback is None:
-        raise UserError(f"{name} {together}; though it scores each of them alone") from together.__cause__
+        raise UserError(f"{name} {failure}, though not for any of the responses alone") from failure.__cause__
     return Scores(values, tuple(failed))
 
 
@@ -89,40 +115,40 @@ Arguments = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]
 
 
 def _attempt(function: ScoreFunction, arguments: Arguments, timeout: float | None) -> list[float] | Failure:
-    """The scores of a call, or why there are none.
+    """The scores of a call, or why it failed.
 
-    With a timeout the call is made in a thread. A thread cannot be stopped: one that hangs is left behind, and does not
-    hold up the end of the program.
+    With a timeout the call runs in a thread. A thread cannot be stopped: one that hangs is abandoned, and does not
+    delay the end of the program.
     """
     if timeout is None:
         return _scores(function, arguments)
-    found: list[list[float] | Failure] = [Failure(f"took longer than {timeout:g} s")]
-    thread = Thread(target=lambda: found.append(_scores(function, arguments)), daemon=True)
+    outcomes: list[list[float] | Failure] = [Failure(f"took longer than {timeout:g} s")]
+    thread = Thread(target=lambda: outcomes.append(_scores(function, arguments)), daemon=True)
     thread.start()
     thread.join(timeout)
-    return found[-1]
+    return outcomes[-1]
 
 
 def _scores(function: ScoreFunction, arguments: Arguments) -> list[float] | Failure:
     responses = arguments[1]
     try:
-        given: Any = function(*arguments)
-        if inspect.iscoroutine(given):
-            given = asyncio.run(given)
+        result: Any = function(*arguments)
+        if inspect.iscoroutine(result):
+            result = asyncio.run(result)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         failure = Failure(f"raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
         failure.__cause__ = error
         return failure
     try:
-        scores = [float(score) for score in given]
+        scores = [float(score) for score in result]
     except (TypeError, ValueError):
-        return Failure(f"gave {str(given)[:80]!r}; a list with one number a response was expected")
+        return Failure(f"returned {str(result)[:80]!r}; a list with one number per response was expected")
     if len(scores) != len(responses):
-        return Failure(f"gave {len(scores)} scores for {len(responses)} responses")
+        return Failure(f"returned {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses, strict=True):
         if not math.isfinite(score):
-            return Failure(f"gave {score} for the response {response[:80]!r}; a score must be finite")
+            return Failure(f"returned {score} for the response {response[:80]!r}; a score must be finite")
     return scores
 
 
@@ -130,7 +156,7 @@ def _load_file(path: Path, key: str) -> Any:
     if not path.is_file():
         raise UserError(f"{key}: file {path} does not exist")
     spec = importlib.util.spec_from_file_location(f"align_user_{path.stem}", path)
-    assert spec  # a path that ends in .py always has a loader
+    assert spec  # a path that ends with .py always has a loader
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

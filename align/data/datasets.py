@@ -14,7 +14,7 @@ from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.text.tokenization import encode_prompt, encode_response
 from rewards.preferences import OVERALL, PreferenceExample, Ranking, parse_preference
-from rewards.rankings import MOST_OPEN
+from rewards.rankings import MAX_OPEN_TIE
 from rewards.schema import RewardSettings
 from rollouts.trajectory import Request
 
@@ -179,8 +179,8 @@ def preference_parser(
         feedback = parse_preference(values, open_ties=settings.ties == "unknown")
         judgement = feedback.preference
         largest = max(judgement.sizes) if isinstance(judgement, Ranking) and judgement.open else 0
-        if settings.label_smoothing and largest > MOST_OPEN:
-            raise ValueError(f"a tie of {largest}: with reward.label_smoothing it may have {MOST_OPEN}")
+        if settings.label_smoothing and largest > MAX_OPEN_TIE:
+            raise ValueError(f"a tie of {largest}: with reward.label_smoothing it may have {MAX_OPEN_TIE}")
         for attribute in feedback.attributes:
             if attribute != OVERALL and attribute not in settings.attributes:
                 known = ", ".join(settings.attributes) or "none"

@@ -55,7 +55,7 @@ def test_one_output_is_the_score_whatever_the_batch(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, family: str, tokens: int
 ) -> None:
     path = make(tmp_path, tiny_tokenizer, family=family)
-    scores, expected = Classifier(path, tokens).score(PROMPTS, RESPONSES), alone(path, TEXTS)[:, 0]
+    scores, expected = Classifier(path, tokens=tokens).score(PROMPTS, RESPONSES), alone(path, TEXTS)[:, 0]
     assert float(expected.sort().values.diff().min()) > 1e-3
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
@@ -98,12 +98,12 @@ def test_without_a_pad_token_padding_changes_no_score(
 
 
 def test_three_outputs_are_refused(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="has 3 outputs; a reward has 1, or 2 classes"):
+    with pytest.raises(UserError, match=r"has 3 outputs; 1 \(a score\) or 2 \(classes\) were expected"):
         Classifier(make(tmp_path, tiny_tokenizer, outputs=3))
 
 
 def test_a_model_without_a_trained_head_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=r"is no trained classifier: its weights lack score\.weight"):
+    with pytest.raises(UserError, match=r"is not a trained classifier: its weights lack score\.weight"):
         Classifier(str(tiny_model))
 
 

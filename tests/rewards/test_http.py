@@ -83,7 +83,7 @@ def test_a_request_is_retried_while_the_server_fails(server: Server) -> None:
 
 def test_a_server_that_keeps_failing_stops_the_run_and_is_named(server: Server) -> None:
     server.reply = lambda body: (500, {})
-    with pytest.raises(UserError, match=r"the scorer at http.* raised .*500.*row 0 of the batch"):
+    with pytest.raises(UserError, match=r"the scorer at http.* raised .*500.*response 0 of the batch"):
         scored(server, retries=0)
 
 

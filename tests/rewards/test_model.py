@@ -125,7 +125,7 @@ def test_a_saved_model_scores_the_same_when_it_is_loaded(model: RewardModel, sav
 
 
 def test_a_head_of_another_width_is_refused(new_model: Factory) -> None:
-    with pytest.raises(UserError, match=r"head in old/reward was made for another base: .* 16 wide, this one is 32"):
+    with pytest.raises(UserError, match=r"head in old/reward belongs to another base model: .* is 16, .* is 32"):
         load_heads(new_model().heads, [ScalarHead(16).state_dict()], "old/reward")
 
 
@@ -142,7 +142,7 @@ def test_responses_behind_one_prompt_score_as_behind_their_own(model: RewardMode
     found = []
     for scores in (
         model(lone),
-        model.scores_shared_prompts(branches.ids, branches.positions, branches.seen, branches.last),
+        model.scores_shared_prompts(branches.ids, branches.positions, branches.attention_mask, branches.last),
     ):
         scores = scores[:, 0]
         model.zero_grad()

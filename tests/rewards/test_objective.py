@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewards.losses import bradley_terry_loss, ordinal_loss
-from rewards.objective import PreferenceLoss, Steps, Ties
+from rewards.objective import OrdinalRatingLink, PreferenceLoss, TieParameters
 from rewards.preferences import Pair, PreferenceExample, Ranking, Rating
 from rewards.rankings import davidson_luce_loss, open_ranking_loss, plackett_luce_loss
 
@@ -78,7 +78,7 @@ def test_rankings_without_ties_are_plackett_and_luces() -> None:
 
 def test_how_readily_ties_are_called_starts_from_the_data() -> None:
     """Were all responses equally good, three rankings of two with one tie would come out as they did."""
-    ties = Ties([Ranking((1, 1)), Ranking((1, 1)), Ranking((2,))])
+    ties = TieParameters([Ranking((1, 1)), Ranking((1, 1)), Ranking((2,))])
     tie = ties()[1].exp().item()
     share = tie / (2 + tie)  # of three sets, two of one and one of two
     assert share == pytest.approx(1 / 3, abs=0.08)
@@ -94,7 +94,7 @@ def test_what_links_scores_to_verdicts_learns() -> None:
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=40).filter(lambda ratings: len(set(ratings)) > 1))
 def test_levels_start_with_their_shares_of_the_data(ratings: list[int]) -> None:
-    link = Steps([float(rating) for rating in ratings]).double()
+    link = OrdinalRatingLink([float(rating) for rating in ratings]).double()
     values = torch.tensor(sorted(set(ratings)), dtype=torch.float64)
     chances = torch.exp(-link(torch.zeros(len(values), dtype=torch.float64), values))
     expected = torch.tensor([ratings.count(int(v)) / len(ratings) for v in values], dtype=torch.float64)

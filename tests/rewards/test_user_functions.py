@@ -104,17 +104,19 @@ def test_a_missing_function_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("scores", [[], [1.0], [1.0, 2.0, 3.0]])
 def test_another_number_of_scores_is_refused(scores: list[float]) -> None:
-    assert f"gave {len(scores)} scores for 2 responses" in complaint(scores, ["a", "b"])
+    assert f"returned {len(scores)} scores for 2 responses" in complaint(scores, ["a", "b"])
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_refused_with_its_response(score: float) -> None:
-    assert f"gave {score} for the response 'bad'; a score must be finite" in complaint([0.0, score], ["good", "bad"])
+    assert f"returned {score} for the response 'bad'; a score must be finite" in complaint(
+        [0.0, score], ["good", "bad"]
+    )
 
 
 @pytest.mark.parametrize("scores", [None, 1.0, [None], ["good"]])
 def test_what_is_no_list_of_numbers_is_refused(scores: object) -> None:
-    assert "<lambda> gave" in complaint(scores, ["a"])
+    assert "<lambda> returned" in complaint(scores, ["a"])
 
 
 def score(text: str, tmp_path: Path, count: int = 3, **settings: float) -> Scores:
@@ -132,10 +134,10 @@ SHORT = "def f(p, r, c): return [1.0] * (len(r) - ('r1' in r))\n"
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (RAISES, r"f raised ZeroDivisionError: .*\.py:2\); row 1 of the batch, prompt 'p1', response 'r1'"),
-        (HANGS, r"f took longer than 0.3 s; row 1 of the batch"),
-        (NANS, r"f gave nan for the response 'r1'; a score must be finite; row 1"),
-        (SHORT, r"f gave 2 scores for 3 responses; row 1"),
+        (RAISES, r"f raised ZeroDivisionError: .*\.py:2\); response 1 of the batch, prompt 'p1', response 'r1'"),
+        (HANGS, r"f took longer than 0.3 s; response 1 of the batch"),
+        (NANS, r"f returned nan for the response 'r1'; a score must be finite; response 1"),
+        (SHORT, r"f returned 2 scores for 3 responses; response 1"),
     ],
     ids=["raises", "hangs", "nan", "count"],
 )
@@ -151,7 +153,9 @@ def test_the_row_at_fault_is_named_or_gets_the_fallback(tmp_path: Path, text: st
 
 def test_a_function_that_fails_for_the_batch_alone_is_named(tmp_path: Path) -> None:
     text = "def f(p, r, c): return [1.0] * (len(r) if len(r) == 1 else 0)\n"
-    with pytest.raises(UserError, match="f gave 0 scores for 3 responses; though it scores each of them alone"):
+    with pytest.raises(
+        UserError, match="f returned 0 scores for 3 responses, though not for any of the responses alone"
+    ):
         score(text, tmp_path)
     assert score(text, tmp_path, fallback=0.0) == Scores([1.0, 1.0, 1.0])
 
