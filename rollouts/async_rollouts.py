@@ -1,4 +1,4 @@
-"""Batches of responses that are asked for before they are needed."""
+"""When batches are generated: at once, in the background, or in the background with weights updated underway."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,21 +10,31 @@ from rollouts.pool import Pool
 from rollouts.trajectory import Request, Trajectory
 
 TrajectoriesFuture = Callable[[], list[Trajectory]]
-"""Waits for a batch that was asked for."""
+"""Waits for a submitted batch and returns its trajectories."""
 
 
 class RolloutSource(Protocol):
-    """A pool that can also be asked for a batch under given weights, to be fetched later."""
+    """Takes a batch together with the weights to generate it with; the caller collects the responses later."""
 
     def submit(
         self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
     ) -> TrajectoriesFuture:
-        """Have these requests answered under these weights."""
+        """Submit a batch.
+
+        Args:
+            version: The version of the weights.
+            weights: The tensors of the adapter by name.
+            requests: The prompts, each with its own seed.
+            sampling: How the responses are drawn.
+
+        Returns:
+            A function that waits for the batch and returns one trajectory per request, in the same order.
+        """
         ...
 
 
 class SynchronousRollouts:
-    """Answers while the caller waits."""
+    """Generates each batch while the caller waits."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -32,14 +42,16 @@ class SynchronousRollouts:
     def submit(
         self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
     ) -> TrajectoriesFuture:
-        trajectories = _answer(self.pool, version, weights, requests, sampling)
+        """Generate a batch; the future only hands it over."""
+        self.pool.load_adapter(version, weights)
+        trajectories = self.pool.generate(requests, sampling)
         return lambda: trajectories
 
 
 class AsyncRollouts:
-    """Answers while the caller goes on: one batch after the other, each under the weights that came with it.
+    """Generates batches in a background thread, one after another, each with the weights it was submitted with.
 
-    It is a pool itself: what is asked of it otherwise, as by an evaluation, takes its turn among the batches.
+    It is also a pool: other calls, for example those of an evaluation, wait in the same queue as the batches.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -49,29 +61,38 @@ class AsyncRollouts:
     def submit(
         self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
     ) -> TrajectoriesFuture:
-        return self._thread.submit(_answer, self.pool, version, weights, requests, sampling).result
+        """Queue a batch."""
+
+        def generate_batch() -> list[Trajectory]:
+            self.pool.load_adapter(version, weights)
+            return self.pool.generate(requests, sampling)
+
+        return self._thread.submit(generate_batch).result
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
+        """Use these weights for the next `generate`, once the batches submitted before are done."""
         self._thread.submit(self.pool.load_adapter, version, weights).result()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        """Generate one response per request, once the batches submitted before are done."""
         return self._thread.submit(self.pool.generate, requests, sampling).result()
 
     def close(self) -> None:
-        self.pool.close()  # which ends the batch at hand
+        """Abort the current batch, drop the queued ones and release the engines."""
+        self.pool.close()  # aborts the current batch
         self._thread.shutdown(cancel_futures=True)
 
 
 class UpdatablePool(Pool, Protocol):
-    """A pool that takes up new weights within a batch."""
+    """A pool that can switch to new weights in the middle of a batch."""
 
     def update_weights(self, version: int, weights: AdapterWeights) -> None:
-        """What goes on of the batch at hand, and what is new, is under these weights; from any thread."""
+        """Use these weights for everything that is handed out from now on; safe to call from any thread."""
         ...
 
 
 class PartialRollouts(AsyncRollouts):
-    """Ahead, but what is under way, or was asked for earlier, goes on under the weights that came last."""
+    """Like AsyncRollouts, but unfinished and queued batches continue with the weights submitted last."""
 
     def __init__(self, pool: UpdatablePool) -> None:
         super().__init__(pool)
@@ -80,13 +101,12 @@ class PartialRollouts(AsyncRollouts):
     def submit(
         self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
     ) -> TrajectoriesFuture:
-        self._newest = version, weights
+        """Queue a batch, and switch the current and the queued ones to these weights."""
+        self._newest = (version, weights)
         self._update_weights(version, weights)
-        return self._thread.submit(lambda: _answer(self.pool, *self._newest, requests, sampling)).result
 
+        def generate_batch() -> list[Trajectory]:
+            self.pool.load_adapter(*self._newest)
+            return self.pool.generate(requests, sampling)
 
-def _answer(
-    pool: Pool, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
-) -> list[Trajectory]:
-    pool.load_adapter(version, weights)
-    return pool.generate(requests, sampling)
+        return self._thread.submit(generate_batch).result

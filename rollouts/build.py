@@ -1,4 +1,4 @@
-"""The engine that the settings ask for."""
+"""The engine that the settings choose."""
 
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.engine import Engine
@@ -7,7 +7,7 @@ from rollouts.transformers_engine import build_transformers_engine
 
 
 def build_engine(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> Engine:
-    """An engine with a model of its own, in this process."""
+    """Build an engine with its own model, in this process."""
     if rollouts.engine == "vllm":
         from rollouts.vllm_engine import VllmEngine  # not installed everywhere
 

@@ -1,4 +1,4 @@
-"""What a rollout engine is."""
+"""The interface of rollout engines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,14 @@ from rollouts.trajectory import Request, Trajectory
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. temperature 0 is greedy; log-probabilities are then those at temperature 1.
+    """How responses are drawn.
 
-    segment_tokens: new tokens after which an engine gives a response back as it is, for whoever has it go on (see
-    `Request.partial_response`); None: it is made in one go.
+    Args:
+        temperature: Divides the logits before the softmax. 0 decodes greedily; log-probabilities are then those at
+            temperature 1.
+        max_new_tokens: The most tokens that a response may have.
+        segment_tokens: The most new tokens that an engine draws before it returns a response unfinished, so that the
+            caller can continue it with newer weights (see `Request.partial_response`); None: without interruption.
     """
 
     temperature: float
@@ -21,23 +25,39 @@ class Sampling:
     segment_tokens: int | None = None
 
     def limit(self, request: Request) -> int:
-        """Tokens that a response, with what was begun of it, may have when the engine gives it back."""
+        """The most response tokens, partial response included, with which the engine returns a response."""
         if self.segment_tokens is None:
             return self.max_new_tokens
         return min(self.max_new_tokens, len(request.partial_response_ids) + self.segment_tokens)
 
     def is_unfinished(self, trajectory: Trajectory) -> bool:
-        """Whether a response was given back before its end, at the end of a stretch."""
+        """Whether a response was returned at the end of a segment and is to be continued."""
         return self.segment_tokens is not None and not trajectory.ended and trajectory.length < self.max_new_tokens
 
 
 class Engine(Protocol):
-    """Generates responses under versioned adapter weights."""
+    """Generates responses with versioned adapter weights."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        """One trajectory a request, in their order, each stamped with the version of the weights in use."""
+        """Generate one response per request.
+
+        Args:
+            requests: The prompts, each with its own seed.
+            sampling: How the responses are drawn.
+
+        Returns:
+            One trajectory per request, in the same order. New tokens carry the version of the weights in use.
+        """
         ...
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> str:
-        """Use these weights from now on. Returns the fingerprint of what is now loaded."""
+        """Use these weights from now on.
+
+        Args:
+            version: The version that new tokens carry.
+            weights: The tensors of the adapter by name.
+
+        Returns:
+            The fingerprint of the adapter that is now loaded.
+        """
         ...

@@ -1,92 +1,106 @@
-"""A key-value cache that writes new tokens where there is room for them, and takes in the rows of another."""
+"""A KV cache that appends new tokens into preallocated storage, and can take in the sequences of another cache."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 BLOCK = 64
-"""Tokens that a row has room for beyond those that it holds when its storage is made."""
+"""Free token positions at the end of newly allocated storage: long enough that copies are rare, short enough that
+little memory stays unused."""
 
 
 def make_cache(config: PretrainedConfig) -> DynamicCache:
-    """The cache of a model; its plain layers copy what they hold once in `BLOCK` tokens, and not at each."""
+    """An empty cache for a model; its plain layers copy what they hold once per `BLOCK` tokens, not at every token."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def can_join(cache: DynamicCache) -> bool:
-    """Whether rows of several caches of this kind may stand in one: a layer that slides counts places, not tokens."""
-    return bool(cache.layers) and all(type(layer) is RoomyLayer for layer in cache.layers)
+    """Whether caches of this kind can be joined. Sliding-window layers cannot: they count positions, not tokens."""
+    return bool(cache.layers) and all(type(layer) is PreallocatedLayer for layer in cache.layers)
 
 
 def join(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """One cache with the rows of all, in their order, padded on the left with zeros to the widest."""
-    joined = caches[0]
-    if len(caches) == 1:
-        return joined
-    for layers in zip(*(cache.layers for cache in caches), strict=True):
-        layers[0].take_in(layers[1:])
+    """Join the sequences of all caches, in order, in the first one, left-padded with zeros to the longest."""
+    joined, *others = caches
+    if others:
+        for layer, *other_layers in zip(joined.layers, *(cache.layers for cache in others), strict=True):
+            layer.append_sequences(other_layers)
     return joined
 
 
-class RoomyLayer(DynamicLayer):
-    """What transformers' own layer holds and returns, in storage with room behind it."""
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]  # transformers is not followed
+    """Holds and returns what the layer of transformers does, in storage with free positions at the end."""
 
     keys: Tensor
     values: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Set up empty keys and values, as transformers does, without storage yet."""
         super().lazy_initialization(key_states, value_states)
-        self._rooms: dict[str, Tensor] = {}
+        self._storage: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the new states, `[B, groups, new, D]`; returns all, views into the storage."""
+        """Append new keys and values, each `[B, kv_heads, new, D]`.
+
+        Returns:
+            All keys and values, each `[B, kv_heads, T, D]`: views into the storage.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        self.keys = self._append("keys", self.keys, start, key_states)
-        self.values = self._append("values", self.values, start, value_states)
+        length = self.get_seq_length()
+        self.keys = self._append("keys", self.keys, length, key_states)  # [B, kv_heads, T, D]
+        self.values = self._append("values", self.values, length, value_states)  # [B, kv_heads, T, D]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows only."""
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences only, in this order; repeated indices repeat a sequence."""
         super().batch_select_indices(indices)
-        self._rooms = {}
+        self._storage = {}
 
-    def take_in(self, others: Sequence["RoomyLayer"]) -> None:
-        """Put the rows of other layers behind these."""
+    def append_sequences(self, others: Sequence["PreallocatedLayer"]) -> None:
+        """Append the sequences of other layers to the batch, all left-padded to the longest."""
         layers = [self, *others]
         width = max(layer.get_seq_length() for layer in layers)
         for name in ("keys", "values"):
-            parts = [getattr(layer, name) for layer in layers]
-            rows, (_, groups, _, size) = sum(map(len, parts)), parts[0].shape
-            room = parts[0].new_empty(rows, groups, width + BLOCK, size)
-            start = 0
-            for part in parts:
-                own = room[start : start + len(part), :, :width]
-                own[:, :, : width - part.shape[2]] = 0  # what is masked must still be a number
-                own[:, :, width - part.shape[2] :] = part
-                start += len(part)
-            self._rooms[name] = room
-            setattr(self, name, room[:, :, :width])
+            storage = _stack_left_padded([getattr(layer, name) for layer in layers], width)
+            self._storage[name] = storage  # [B, kv_heads, width + BLOCK, D]
+            setattr(self, name, storage[:, :, :width])  # [B, kv_heads, width, D]
 
     def drop_left(self, columns: int) -> None:
-        """Forget the first tokens of all rows."""
-        self.keys, self.values = self.keys[:, :, columns:], self.values[:, :, columns:]
-        self._rooms = {}
+        """Remove the first positions of all sequences."""
+        self.keys = self.keys[:, :, columns:]  # [B, kv_heads, T - columns, D]
+        self.values = self.values[:, :, columns:]  # [B, kv_heads, T - columns, D]
+        self._storage = {}
 
-    def _append(self, name: str, held: Tensor, start: int, new: Tensor) -> Tensor:
-        end = start + new.shape[2]
-        room = self._rooms.get(name)
-        if room is None or room.shape[2] < end:
-            room = new.new_empty(*new.shape[:2], end + BLOCK, new.shape[3])
-            if start:
-                room[:, :, :start] = held
-            self._rooms[name] = room
-        room[:, :, start:end] = new
-        return room[:, :, :end]
+    def _append(self, name: str, current: Tensor, length: int, new: Tensor) -> Tensor:
+        """Write `new` behind the `length` positions of `current`, in larger storage where it would not fit."""
+        end = length + new.shape[2]
+        storage = self._storage.get(name)
+        if storage is None or storage.shape[2] < end:
+            batch, kv_heads, _, head_dim = new.shape
+            storage = new.new_empty(batch, kv_heads, end + BLOCK, head_dim)  # [B, kv_heads, end + BLOCK, D]
+            if length:
+                storage[:, :, :length] = current
+            self._storage[name] = storage
+        storage[:, :, length:end] = new
+        return storage[:, :, :end]  # [B, kv_heads, end, D]
+
+
+def _stack_left_padded(parts: Sequence[Tensor], width: int) -> Tensor:
+    """Storage `[B, kv_heads, width + BLOCK, D]` with the sequences of all parts, each `[b, kv_heads, t, D]`."""
+    batch = sum(len(part) for part in parts)
+    _, kv_heads, _, head_dim = parts[0].shape
+    storage = parts[0].new_empty(batch, kv_heads, width + BLOCK, head_dim)  # [B, kv_heads, width + BLOCK, D]
+    start = 0
+    for part in parts:
+        padding = width - part.shape[2]
+        target = storage[start : start + len(part), :, :width]  # [b, kv_heads, width, D]
+        target[:, :, :padding] = 0  # masked positions must still hold finite numbers
+        target[:, :, padding:] = part
+        start += len(part)
+    return storage

@@ -1,4 +1,4 @@
-"""What answers a batch of prompts, and the simplest such thing: one engine in this process."""
+"""The interface of engine pools, and the simplest one: a single engine in this process."""
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
@@ -11,34 +11,60 @@ T = TypeVar("T")
 
 
 class Pool(Protocol):
-    """Answers prompts under the adapter that was loaded last."""
+    """Generates responses with the adapter that was loaded last, on one or more engines."""
 
-    def load_adapter(self, version: int, weights: AdapterWeights) -> None: ...
+    def load_adapter(self, version: int, weights: AdapterWeights) -> None:
+        """Use these weights from now on.
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        """One trajectory a request, in their order."""
+        Args:
+            version: The version that new tokens carry.
+            weights: The tensors of the adapter by name.
+        """
         ...
 
-    def close(self) -> None: ...
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        """Generate one response per request.
+
+        Args:
+            requests: The prompts, each with its own seed.
+            sampling: How the responses are drawn.
+
+        Returns:
+            One trajectory per request, in the same order.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the engines."""
+        ...
 
 
 class LocalPool:
     """One engine in this process."""
 
-    def __init__(self, engine: Engine, chunk: int) -> None:
-        """chunk: requests that the engine is handed at a time, as workers of a pool are."""
-        self.engine, self.chunk = engine, chunk
+    def __init__(self, engine: Engine, chunk_size: int) -> None:
+        """chunk_size: requests that the engine is handed at a time, as the workers of a Ray pool are."""
+        self.engine = engine
+        self.chunk_size = chunk_size
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
+        """Use these weights from now on."""
         self.engine.load_adapter(version, weights)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        return [t for chunk in split_chunks(requests, self.chunk) for t in self.engine.generate(chunk, sampling)]
+        """Generate one response per request, in the same order."""
+        trajectories: list[Trajectory] = []
+        for chunk in split_chunks(requests, self.chunk_size):
+            trajectories += self.engine.generate(chunk, sampling)
+        return trajectories
 
     def close(self) -> None:
-        pass  # the engine goes with its owner
+        """Nothing to release: the engine belongs to the caller."""
 
 
-def split_chunks(rows: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Chunks of at most so many rows. Rounding depends on what is decoded together, and a chunk always is."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def split_chunks(items: Sequence[T], chunk_size: int) -> list[Sequence[T]]:
+    """Consecutive chunks of at most `chunk_size` items.
+
+    Rounding depends on what is decoded together, so the requests of a chunk always go to one engine in one call.
+    """
+    return [items[start : start + chunk_size] for start in range(0, len(items), chunk_size)]

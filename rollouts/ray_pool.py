@@ -3,7 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
@@ -14,145 +15,235 @@ from policies.files.adapters import tensor_digests, weights_digest
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
 from rollouts.pool import split_chunks
-from rollouts.roster import Order, Roster, WeightsVersion, WrongWeights
+from rollouts.roster import Command, Roster, Task, WeightsVersion, WrongWeights
 from rollouts.trajectory import Request, Trajectory
-from rollouts.weight_transfer import groups, pack
+from rollouts.weight_transfer import bundle_names, pack
 from rollouts.worker import Reply, Worker
 
-POLL = 0.005
-"""Seconds that the pool waits for answers before it looks at the clock."""
+POLL_SECONDS = 0.005
+"""How long the pool waits for replies before it looks at the clock again."""
+
+LOSSES_PER_WORKER = 3
+"""Workers lost per worker of the pool, without a reply in between, before the pool gives up: the fault is then not that
+of a single machine."""
+
+BundleContent = tuple[tuple[str, str], ...]
+"""What is in a bundle: name and digest of each tensor."""
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """The size of a pool of Ray actors, and when it replaces them.
+
+    Args:
+        workers: The number of actors, each with its own engine.
+        chunk_size: Requests that a worker is handed at a time.
+        timeout: Seconds after which a worker that has not replied is replaced.
+        straggler_factor: Multiple of the median duration of recent chunks after which a chunk is also handed to another
+            worker.
+        gpus: GPUs that each worker reserves in the Ray cluster.
+    """
+
+    workers: int
+    chunk_size: int
+    timeout: float
+    straggler_factor: float
+    gpus: float = 0.0
 
 
 class RayPool:
-    """Workers that are handed chunks of a batch and answer as they are done (see `Roster`).
+    """Hands the chunks of a batch to workers, and collects them as they are done (see `Roster`).
 
-    What a chunk is made of does not depend on who takes it, so neither do the responses. A worker that dies, raises,
-    answers under other weights or stays silent for `timeout` seconds is replaced; while one is slow, another is handed
-    the same chunk. Responses that are given back before their end (see `Sampling.segment_tokens`) are a chunk again, which
-    goes on under the weights that are current by then.
+    Chunks do not depend on which worker takes them, so neither do the responses. A worker that dies, raises, uses other
+    weights or does not reply in time is replaced; the chunk of a slow one is also handed to another. Responses that are
+    returned unfinished (see `Sampling.segment_tokens`) form a new chunk, which continues with the weights that are
+    current by then.
     """
 
-    def __init__(
-        self,
-        build: Callable[[], Engine],
-        workers: int,
-        chunk: int,
-        timeout: float,
-        straggler_factor: float,
-        computing: ComputeSettings,
-        gpus: float,
-    ) -> None:
-        """build: makes the engine, in the worker's process. gpus: what each worker reserves."""
-        self.chunk = chunk
-        self.roster = Roster(timeout, straggler_factor)
-        self._spawn = lambda: (
-            ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0).remote(build, computing)
-        )
+    def __init__(self, build: Callable[[], Engine], settings: PoolSettings, compute: ComputeSettings) -> None:
+        """Start the workers. Ray must be initialized.
+
+        Args:
+            build: Makes the engine, in the worker's process.
+            settings: How many workers, and when they are replaced.
+            compute: CPU threads and determinism of each worker.
+        """
+        self.settings = settings
+        self.roster = Roster(settings.timeout, settings.straggler_factor)
+        self.sent_bytes = 0
+        """Bytes of the weights that the last `load_adapter` sent."""
+        self._build = build
+        self._compute = compute
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
-        self._most_losses, self._losses = 3 * workers, 0
-        self._bundles: dict[tuple[tuple[str, str], ...], ray.ObjectRef] = {}
-        self.sent = 0
-        """Bytes of the weights that went out last."""
+        self._losses = 0
+        self._bundles: dict[BundleContent, ray.ObjectRef] = {}
         self._newer: deque[tuple[int, AdapterWeights]] = deque(maxlen=1)
         self._closed = False
-        for _ in range(workers):
+        for _ in range(settings.workers):
             self._start_worker()
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
-        """Let every worker use these weights before it serves again.
+        """Have every worker use these weights before it serves again.
 
-        They go through Ray's store, to each node once; what has not changed since the last time does not go again.
+        They are sent through Ray's object store, once per node; bundles that have not changed are not sent again.
+
+        Args:
+            version: The version that new tokens carry.
+            weights: The tensors of the adapter by name.
         """
-        of_each, known, self._bundles, self.sent = tensor_digests(weights), self._bundles, {}, 0
-        for names in groups(weights):
-            content = tuple((name, of_each[name]) for name in names)
+        digests = tensor_digests(weights)
+        known = self._bundles
+        self._bundles = {}
+        self.sent_bytes = 0
+        for names in bundle_names(weights):
+            content = tuple((name, digests[name]) for name in names)
             if content not in known:
                 bundle = pack(weights, names)
-                known[content], self.sent = ray.put(bundle), self.sent + bundle.data.nbytes
+                known[content] = ray.put(bundle)
+                self.sent_bytes += bundle.data.nbytes
             self._bundles[content] = known[content]
-        self.roster.update_weights(WeightsVersion(version, weights_digest(of_each)))
+        self.roster.update_weights(WeightsVersion(version, weights_digest(digests)))
 
     def update_weights(self, version: int, weights: AdapterWeights) -> None:
-        """The same from another thread, while this one generates: what is handed out next is under these weights."""
+        """Use these weights for every chunk handed out from now on; safe to call while another thread generates."""
         self._newer.append((version, weights))
 
     def wait(self) -> None:
-        """Until every worker has confirmed the current weights."""
+        """Wait until every worker has confirmed the current weights."""
         while not self.roster.ready:
             self._advance()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        chunks = split_chunks(requests, self.chunk)
-        places = split_chunks(range(len(requests)), self.chunk)
-        self.roster.begin(len(chunks))
-        done: dict[int, Trajectory] = {}
-        while len(done) < len(requests):
-            for index, trajectories in self._advance(chunks, sampling).items():
-                answers = list(zip(places[index], trajectories, strict=True))
-                done |= {place: t for place, t in answers if not sampling.is_unfinished(t)}
-                if unfinished := [(place, t) for place, t in answers if sampling.is_unfinished(t)]:
-                    places.append([place for place, _ in unfinished])
-                    chunks.append([replace(t.request, partial_response=t) for _, t in unfinished])
-                    self.roster.add()
-        return [done[place] for place in range(len(requests))]
+        """Generate one response per request.
+
+        Args:
+            requests: The prompts, each with its own seed.
+            sampling: How the responses are drawn.
+
+        Returns:
+            One trajectory per request, in the same order.
+
+        Raises:
+            UserError: A worker failed because of the user's settings or files.
+            RuntimeError: Too many workers were lost in a row, or the pool is closed.
+        """
+        batch = _Batch(requests, sampling, self.settings.chunk_size)
+        self.roster.start_batch(len(batch.chunks))
+        while not batch.done:
+            for chunk, trajectories in self._advance(batch).items():
+                if batch.receive(chunk, trajectories):
+                    self.roster.add_chunk()
+        return batch.trajectories()
 
     def close(self) -> None:
+        """End all workers. A `generate` in another thread raises RuntimeError."""
         self._closed = True
         self.roster.retire()
         self._manager.clear()
 
-    def _advance(
-        self, chunks: Sequence[Sequence[Request]] = (), sampling: Sampling | None = None
-    ) -> dict[int, list[Trajectory]]:
-        """Carry out what is due, and take in what comes within a moment: the chunks that it answers, by their place."""
+    def _advance(self, batch: "_Batch | None" = None) -> dict[int, list[Trajectory]]:
+        """Carry out what is due, and wait a moment for replies. Returns the trajectories of each completed chunk."""
         if self._closed:
             raise RuntimeError("the pool of rollout workers is closed")
         if self._newer:
-            self.load_adapter(*self._newer.pop())
-        for order in self.roster.orders(time.monotonic()):
-            if order.task is None:
-                self._replace(order.worker, TimeoutError(order.why))
-            else:
-                self._hand_out(order, chunks, sampling)
-        done: dict[int, list[Trajectory]] = {}
-        for result in self._manager.fetch_ready_async_reqs(timeout_seconds=POLL):
-            worker = result.actor_id
-            if not result.ok:
-                self.roster.lose(worker)
-                self._replace(worker, result.get())
-                continue
-            reply: Reply = result.get()
-            try:
-                chunk = self.roster.reply(worker, reply.held, time.monotonic())
-            except WrongWeights as error:
-                self._replace(worker, error)
-                continue
-            self._losses = 0
-            if chunk is not None:
-                done[chunk] = reply.trajectories
-        return done
+            version, weights = self._newer.pop()
+            self.load_adapter(version, weights)
+        for command in self.roster.commands(time.monotonic()):
+            self._carry_out(command, batch)
+        completed: dict[int, list[Trajectory]] = {}
+        for result in self._manager.fetch_ready_async_reqs(timeout_seconds=POLL_SECONDS):
+            reply = self._reply(result.actor_id, result.ok, result.get())
+            if reply is not None:
+                chunk, trajectories = reply
+                completed[chunk] = trajectories
+        return completed
 
-    def _hand_out(self, order: Order, chunks: Sequence[Sequence[Request]], sampling: Sampling | None) -> None:
-        task = order.task
-        assert task is not None
+    def _reply(self, worker: int, ok: bool, content: Any) -> tuple[int, list[Trajectory]] | None:
+        """The chunk that a worker has completed, with its trajectories; None where there is none, or it was lost."""
+        if not ok:
+            self.roster.lose(worker)
+            self._replace(worker, content)
+            return None
+        reply: Reply = content
+        try:
+            chunk = self.roster.receive_reply(worker, reply.loaded, time.monotonic())
+        except WrongWeights as error:
+            self._replace(worker, error)
+            return None
+        self._losses = 0
+        return None if chunk is None else (chunk, reply.trajectories)
+
+    def _carry_out(self, command: Command, batch: "_Batch | None") -> None:
+        if command.task is None:
+            self._replace(command.worker, TimeoutError(command.reason))
+            return
+        name, arguments = self._call_for(command.task, batch)
+        self._manager.foreach_actor_async(name, kwargs=arguments, remote_actor_ids=[command.worker], healthy_only=False)
+
+    def _call_for(self, task: Task, batch: "_Batch | None") -> tuple[str, dict[str, Any]]:
+        """The worker's method, and its arguments, that do a task."""
         if task.chunk is None:
-            name, arguments = "load_adapter", {"version": task.weights.version, "parcels": list(self._bundles.values())}
-        else:
-            name, arguments = "generate", {"requests": chunks[task.chunk], "sampling": sampling}
-        self._manager.foreach_actor_async(name, kwargs=arguments, remote_actor_ids=[order.worker], healthy_only=False)
+            return "load_adapter", {"version": task.weights.version, "bundles": list(self._bundles.values())}
+        assert batch is not None
+        return "generate", {"requests": batch.chunks[task.chunk], "sampling": batch.sampling}
 
     def _replace(self, worker: int, error: Exception) -> None:
-        """Put a new worker in the place of a lost one. What is the user's to mend would befall that one too."""
+        """Start a new worker in place of a lost one. A UserError is raised instead: it would occur again."""
         if isinstance(error, UserError):
             raise error
         ray.kill(self._manager.remove_actor(worker))
         self._losses += 1
-        if self._losses > self._most_losses:
+        if self._losses > LOSSES_PER_WORKER * self.settings.workers:
             raise RuntimeError(
-                f"{self._losses} rollout workers were lost without an answer between: {error}"
+                f"{self._losses} rollout workers were lost without a reply in between: {error}"
             ) from error
         self._start_worker()
 
     def _start_worker(self) -> None:
-        self._manager.add_actors([self._spawn()])
-        self.roster.join(self._manager.actor_ids()[-1])
+        options = {"num_cpus": 1, "num_gpus": self.settings.gpus, "max_restarts": 0}
+        actor = ray.remote(Worker).options(**options).remote(self._build, self._compute)
+        self._manager.add_actors([actor])
+        self.roster.add_worker(self._manager.actor_ids()[-1])
+
+
+@dataclass
+class _Batch:
+    """The requests of a batch in chunks, and the trajectories completed so far.
+
+    positions: Of each chunk, the positions of its requests in the batch.
+    """
+
+    requests: Sequence[Request]
+    sampling: Sampling
+    chunk_size: int
+    chunks: list[Sequence[Request]] = field(init=False)
+    positions: list[Sequence[int]] = field(init=False)
+    finished: dict[int, Trajectory] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.chunks = split_chunks(self.requests, self.chunk_size)
+        self.positions = split_chunks(range(len(self.requests)), self.chunk_size)
+
+    @property
+    def done(self) -> bool:
+        return len(self.finished) == len(self.requests)
+
+    def receive(self, chunk: int, trajectories: Sequence[Trajectory]) -> bool:
+        """Take in the trajectories of a chunk. Returns whether its unfinished ones now form another chunk."""
+        positions: list[int] = []
+        requests: list[Request] = []
+        for position, trajectory in zip(self.positions[chunk], trajectories, strict=True):
+            if self.sampling.is_unfinished(trajectory):
+                positions.append(position)
+                requests.append(replace(trajectory.request, partial_response=trajectory))
+            else:
+                self.finished[position] = trajectory
+        if not requests:
+            return False
+        self.positions.append(positions)
+        self.chunks.append(requests)
+        return True
+
+    def trajectories(self) -> list[Trajectory]:
+        """All trajectories, in the order of the requests."""
+        return [self.finished[position] for position in range(len(self.requests))]

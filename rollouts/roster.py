@@ -1,6 +1,6 @@
-"""Which workers may serve, what each is doing, and what is to be done next: states and transitions, and nothing else.
+"""Which workers may serve, what each is doing, and what to do next: states and transitions, and nothing else.
 
-No clock, no actor and no weights: the pool tells what happened and when, and carries out the orders.
+It has no clock, no actors and no weights: the pool reports what happened and when, and carries out the commands.
 """
 
 from collections import deque
@@ -9,109 +9,118 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median
 
+RECENT_CHUNKS = 32
+"""Chunks whose durations are kept for the median: enough to be stable, few enough to follow longer responses."""
+
 
 class State(StrEnum):
-    """What is known of a worker. A dead one stays so: what takes its place is another worker, which starts."""
+    """What is known of a worker. DEAD and RETIRED are final: a replacement is a new worker, which starts."""
 
     STARTING = "starting"
     """It has not confirmed any weights yet."""
     STALE = "stale"
-    """It runs, under weights that are not the current ones."""
+    """It is running, with weights that are not the current ones."""
     HEALTHY = "healthy"
-    """It has confirmed the current weights: it alone is handed prompts."""
+    """It has confirmed the current weights. Only healthy workers are given prompts."""
     SUSPECT = "suspect"
-    """It takes far longer than others do: they are handed its prompts too, and whoever answers first counts."""
+    """It takes far longer than the others: its chunk is also given to another worker, and the first reply counts."""
     DEAD = "dead"
-    """It failed, was silent for too long, or answered under other weights than it was asked to."""
+    """It failed, did not reply in time, or used other weights than it was told to."""
     RETIRED = "retired"
-    """It was let go."""
+    """The pool was closed."""
 
 
 class Event(StrEnum):
-    """What may befall a worker."""
+    """What can happen to a worker."""
 
-    RENEWED = "the current weights are others now"
-    CONFIRMED = "it holds the current weights"
-    OUTDATED = "it holds weights that were current when it was asked"
-    LATE = "it takes far longer than others"
-    LOST = "it failed, or is given up"
-    RETIRED = "it is let go"
+    WEIGHTS_CHANGED = "there are new current weights"
+    CONFIRMED = "it has loaded the current weights"
+    OUTDATED = "it has loaded weights that were current when its task was given"
+    SLOW = "it takes far longer than the others"
+    LOST = "it failed, or was given up"
+    RETIRED = "the pool is closed"
 
 
-_GONE = {Event.LOST: State.DEAD, Event.RETIRED: State.RETIRED}
+_LEAVING = {Event.LOST: State.DEAD, Event.RETIRED: State.RETIRED}
 TRANSITIONS: dict[State, dict[Event, State]] = {
     State.STARTING: {
-        Event.RENEWED: State.STARTING,
+        Event.WEIGHTS_CHANGED: State.STARTING,
         Event.CONFIRMED: State.HEALTHY,
         Event.OUTDATED: State.STALE,
-        **_GONE,
+        **_LEAVING,
     },
     State.STALE: {
-        Event.RENEWED: State.STALE,
+        Event.WEIGHTS_CHANGED: State.STALE,
         Event.CONFIRMED: State.HEALTHY,
         Event.OUTDATED: State.STALE,
-        **_GONE,
+        **_LEAVING,
     },
     State.HEALTHY: {
-        Event.RENEWED: State.STALE,
+        Event.WEIGHTS_CHANGED: State.STALE,
         Event.CONFIRMED: State.HEALTHY,
-        Event.LATE: State.SUSPECT,
-        **_GONE,
+        Event.SLOW: State.SUSPECT,
+        **_LEAVING,
     },
     State.SUSPECT: {
-        Event.RENEWED: State.SUSPECT,
+        Event.WEIGHTS_CHANGED: State.SUSPECT,
         Event.CONFIRMED: State.HEALTHY,
         Event.OUTDATED: State.STALE,
-        **_GONE,
+        **_LEAVING,
     },
     State.DEAD: {},
     State.RETIRED: {},
 }
-"""A worker that is stale, or starts, becomes healthy by confirming the current weights and in no other way."""
+"""A worker becomes healthy by confirming the current weights, and in no other way."""
 
 
 @dataclass(frozen=True)
 class WeightsVersion:
-    """The name of adapter weights: their version, and the fingerprint of their bytes."""
+    """Identifies adapter weights by their version and the digest of their bytes."""
 
     version: int
     digest: str
 
+    def __str__(self) -> str:
+        return f"version {self.version} ({self.digest[:8]})"
+
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker was asked to do, and under which weights: to load them, or to answer a chunk of a batch."""
+    """What a worker is to do with which weights: load them, or generate a chunk of a batch.
+
+    chunk: The index of the chunk in the batch; None: load the weights.
+    """
 
     weights: WeightsVersion
     batch: int = 0
     chunk: int | None = None
-    """Its place in the batch; None: load the weights."""
 
 
 @dataclass
 class Member:
-    """A worker, as the roster knows it. since: when its task was handed out, in seconds."""
+    """A worker as the roster knows it. started: when it was given its task, in seconds."""
 
     state: State = State.STARTING
     task: Task | None = None
-    since: float = 0.0
+    started: float = 0.0
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the pool is to do: hand a task to a worker, or, where there is none, put another in its place."""
+class Command:
+    """What the pool is to do: give a worker a task, or, without a task, replace the worker for this reason."""
 
     worker: int
     task: Task | None
-    why: str = ""
+    reason: str = ""
 
 
 @dataclass
 class Roster:
-    """The workers of a pool and the chunks of the batch at hand.
+    """The workers of a pool and the chunks of the current batch.
 
-    timeout: seconds after which a worker that has not answered is given up. straggler_factor: it is suspect after so many times
-    the median of what the last chunks took.
+    Args:
+        timeout: Seconds after which a worker that has not replied is given up.
+        straggler_factor: Multiple of the median duration of recent chunks after which a worker is suspect.
     """
 
     timeout: float
@@ -119,127 +128,152 @@ class Roster:
     members: dict[int, Member] = field(default_factory=dict)
     weights: WeightsVersion | None = None
     batch: int = 0
-    chunks: int = 0
+    chunk_count: int = 0
     waiting: deque[int] = field(default_factory=deque)
-    answered: set[int] = field(default_factory=set)
-    took: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+    completed: set[int] = field(default_factory=set)
+    durations: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_CHUNKS))
 
-    def join(self, worker: int) -> None:
-        """A new worker starts."""
+    def add_worker(self, worker: int) -> None:
+        """Register a new worker, which starts."""
         self.members[worker] = Member()
 
     def update_weights(self, weights: WeightsVersion) -> None:
-        """These are the current weights from now on: nobody serves before it has confirmed them."""
+        """Make these the current weights: no worker serves before it has confirmed them."""
         if weights == self.weights:
             return
         self.weights = weights
         for member in self.members.values():
-            _move(member, Event.RENEWED)
+            _transition(member, Event.WEIGHTS_CHANGED)
 
-    def begin(self, chunks: int) -> None:
-        """A new batch of so many chunks; what is still being made of the one before is of no use any more."""
-        self.batch, self.chunks = self.batch + 1, chunks
-        self.waiting, self.answered = deque(range(chunks)), set()
+    def start_batch(self, chunk_count: int) -> None:
+        """Start a batch of this many chunks; replies to an earlier batch no longer count."""
+        self.batch += 1
+        self.chunk_count = chunk_count
+        self.waiting = deque(range(chunk_count))
+        self.completed = set()
 
-    def add(self) -> None:
-        """One chunk more of the batch at hand, behind the others."""
-        self.waiting.append(self.chunks)
-        self.chunks += 1
+    def add_chunk(self) -> None:
+        """Add a chunk to the current batch, after all others."""
+        self.waiting.append(self.chunk_count)
+        self.chunk_count += 1
 
     @property
     def ready(self) -> bool:
-        """Whether every worker holds the current weights."""
+        """Whether every worker has confirmed the current weights."""
         return all(member.state == State.HEALTHY for member in self.members.values())
 
-    def orders(self, now: float) -> list[Order]:
-        """What is to be done at this time: each order is as good as carried out, and not given twice."""
-        return [*self._give_up(now), *self._hand_out(now)]
+    def commands(self, now: float) -> list[Command]:
+        """What the pool is to do at this time, in seconds. Each command is given once and taken to be carried out."""
+        return [*self._replacements(now), *self._assignments(now)]
 
-    def reply(self, worker: int, held: WeightsVersion, now: float) -> int | None:
-        """A worker has done its task, under the weights that it names.
+    def receive_reply(self, worker: int, loaded: WeightsVersion, now: float) -> int | None:
+        """Record that a worker has completed its task.
 
-        Returns the chunk that it has answered, where that is wanted. Raises WrongWeights where the weights are others
-        than it was asked to use: it is lost then.
+        Args:
+            worker: The worker.
+            loaded: The weights that it reports to have loaded.
+            now: The time in seconds.
+
+        Returns:
+            The index of the chunk that it has generated, or None where the reply is not needed: it loaded weights, the
+            batch is over, or another worker was faster.
+
+        Raises:
+            WrongWeights: It used other weights than it was told to; it is dead then.
         """
         member = self.members[worker]
-        task, member.task = member.task, None
+        task = member.task
         assert task is not None
-        if held != task.weights:
-            self.lose(worker, task)
-            raise WrongWeights(f"it holds {_name(held)} and not {_name(task.weights)}")
-        _move(member, Event.CONFIRMED if held == self.weights else Event.OUTDATED)
-        if task.chunk is None or task.batch != self.batch or task.chunk in self.answered:
+        if loaded != task.weights:
+            self.lose(worker)
+            raise WrongWeights(f"it has loaded {loaded} instead of {task.weights}")
+        member.task = None
+        _transition(member, Event.CONFIRMED if loaded == self.weights else Event.OUTDATED)
+        if task.chunk is None or task.batch != self.batch or task.chunk in self.completed:
             return None
-        self.took.append(now - member.since)
-        self.answered.add(task.chunk)
+        self.durations.append(now - member.started)
+        self.completed.add(task.chunk)
         return task.chunk
 
-    def lose(self, worker: int, task: Task | None = None) -> None:
-        """A worker is dead; its chunk goes to another, before all others, unless another has it already."""
+    def lose(self, worker: int) -> None:
+        """Record that a worker is dead. Its chunk is the next to be handed out, unless another worker has it too."""
         member = self.members.pop(worker)
-        task = task or member.task
-        _move(member, Event.LOST)
-        if task and task.chunk is not None and task.batch == self.batch and self._unheld(task.chunk):
+        _transition(member, Event.LOST)
+        task = member.task
+        if task and task.chunk is not None and task.batch == self.batch and self._is_unassigned(task.chunk):
             self.waiting.appendleft(task.chunk)
 
     def retire(self) -> None:
-        """Let all workers go."""
+        """Retire all workers."""
         for member in self.members.values():
-            _move(member, Event.RETIRED)
+            _transition(member, Event.RETIRED)
         self.members.clear()
 
-    def _give_up(self, now: float) -> Iterator[Order]:
+    def _replacements(self, now: float) -> Iterator[Command]:
+        """Give up workers that did not reply in time, and mark slow ones as suspect."""
         for worker, member in list(self.members.items()):
             if member.task is None:
                 continue
-            if now - member.since > self.timeout:
-                starting = member.state == State.STARTING
-                what = "did not start: has the Ray cluster a CPU, and GPUs, for it?" if starting else "gave no answer"
+            seconds = now - member.started
+            if seconds > self.timeout:
+                reason = self._timeout_reason(member.state)
                 self.lose(worker)
-                yield Order(worker, None, f"after {self.timeout:g} s (rollouts.timeout) one {what}")
-            elif (
-                member.state == State.HEALTHY
-                and self.took
-                and now - member.since > self.straggler_factor * median(self.took)
-            ):
-                _move(member, Event.LATE)
+                yield Command(worker, None, reason)
+            elif self._is_slow(member, seconds):
+                _transition(member, Event.SLOW)
 
-    def _hand_out(self, now: float) -> Iterator[Order]:
+    def _timeout_reason(self, state: State) -> str:
+        problem = "did not reply"
+        if state == State.STARTING:
+            problem = "did not start: does the Ray cluster have a CPU, and GPUs, for it?"
+        return f"after {self.timeout:g} s (rollouts.timeout) a worker {problem}"
+
+    def _is_slow(self, member: Member, seconds: float) -> bool:
+        if member.state != State.HEALTHY or not self.durations:
+            return False
+        return seconds > self.straggler_factor * median(self.durations)
+
+    def _assignments(self, now: float) -> Iterator[Command]:
+        """Give each idle worker a task: load the weights, or a chunk if there is one."""
+        if self.weights is None:
+            return
         for worker, member in self.members.items():
-            if member.task is not None or self.weights is None:
+            if member.task is not None:
                 continue
-            if member.state != State.HEALTHY:
-                task = Task(self.weights)
-            elif (chunk := self._next_chunk()) is not None:
+            if member.state == State.HEALTHY:
+                chunk = self._next_chunk()
+                if chunk is None:
+                    continue
                 task = Task(self.weights, self.batch, chunk)
             else:
-                continue
-            member.task, member.since = task, now
-            yield Order(worker, task)
+                task = Task(self.weights)
+            member.task = task
+            member.started = now
+            yield Command(worker, task)
 
     def _next_chunk(self) -> int | None:
-        """One that nobody has; then one that only a suspect has."""
+        """The next waiting chunk; where there is none, the first that only suspect workers have."""
         if self.waiting:
             return self.waiting.popleft()
-        held = [m for m in self.members.values() if m.task and m.task.batch == self.batch]
-        late = {m.task.chunk for m in held if m.task and m.state == State.SUSPECT and m.task.chunk is not None}
-        timely = {m.task.chunk for m in held if m.task and m.state != State.SUSPECT}
-        return min(late - timely - self.answered, default=None)
+        suspected: set[int] = set()
+        in_time: set[int] = set()
+        for member in self.members.values():
+            if member.task and member.task.batch == self.batch and member.task.chunk is not None:
+                chunks = suspected if member.state == State.SUSPECT else in_time
+                chunks.add(member.task.chunk)
+        return min(suspected - in_time - self.completed, default=None)
 
-    def _unheld(self, chunk: int) -> bool:
-        if chunk in self.answered or chunk in self.waiting:
+    def _is_unassigned(self, chunk: int) -> bool:
+        """Whether a chunk is neither completed nor waiting, and no worker has it."""
+        if chunk in self.completed or chunk in self.waiting:
             return False
         tasks = [member.task for member in self.members.values()]
-        return not any(task and (task.batch, task.chunk) == (self.batch, chunk) for task in tasks)
+        return not any(task and task.batch == self.batch and task.chunk == chunk for task in tasks)
 
 
 class WrongWeights(RuntimeError):
-    """A worker used other weights than it was asked to."""
+    """A worker used other weights than it was told to."""
 
 
-def _move(member: Member, event: Event) -> None:
+def _transition(member: Member, event: Event) -> None:
     member.state = TRANSITIONS[member.state][event]
-
-
-def _name(weights: WeightsVersion) -> str:
-    return f"version {weights.version} ({weights.digest[:8]})"

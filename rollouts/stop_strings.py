@@ -1,4 +1,4 @@
-"""What ends a response besides its end-of-sequence tokens."""
+"""Stop strings: text that ends a response, besides the end-of-sequence tokens."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,12 @@ from transformers import PreTrainedTokenizerBase
 
 
 class StopStrings:
-    """Ends a response with the token by which one of these strings is complete in its text."""
+    """Ends a response with the token that completes one of these strings in its text."""
 
     def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.strings, self.tokenizer = tuple(strings), tokenizer
-        # A token has a byte at least; one of which only a part belongs to the string may stand before it.
+        self.strings = tuple(strings)
+        self.tokenizer = tokenizer
+        # Each token has at least one byte, and the first may hold only the beginning of the string at its end.
         self.window = max((len(string.encode()) for string in strings), default=0) + 1
 
     def __call__(self, tokens: Sequence[int]) -> bool:

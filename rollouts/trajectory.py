@@ -1,4 +1,4 @@
-"""The record that the loop passes on: one prompt with one response, and what is known of it."""
+"""The records of a rollout: a request, its response, and what the learner's roles compute for it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,10 +12,16 @@ from policies.text.tokenization import Prompt
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to answer. The response depends on these, the sampling and the weights, and on nothing else.
+    """A prompt to respond to.
 
-    prompt: as the user wrote it; prompt_ids: its tokens; seed: of the sampling; columns: the row's other columns.
-    partial_response: the response so far, which goes on (see `Sampling.segment_tokens`).
+    The response depends only on the request, the sampling parameters and the weights.
+
+    Args:
+        prompt: The prompt as the user wrote it.
+        prompt_ids: Its token ids.
+        seed: The seed of the draws of this response.
+        columns: The other columns of the data row.
+        partial_response: The response so far, which the engine continues (see `Sampling.segment_tokens`).
     """
 
     prompt: Prompt
@@ -32,12 +38,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A request and its response of T tokens. Tensors are on the CPU and of true length: nothing is masked.
+    """A request and its response of T tokens. Tensors are on the CPU and not padded.
 
-    response_ids: the tokens up to and with the first that stops, at most `max_new_tokens`.
-    sampler_logprobs: `[T]` float32, nats, of the sampled distribution, as the engine computed them.
-    ended: whether the last token stops the response; if not, it was cut at the length limit.
-    versions: of the adapter weights that made each token, never falling.
+    Args:
+        request: The request.
+        response_ids: Token ids up to and including the first stop token; at most `max_new_tokens`.
+        sampler_logprobs: `[T]` float32, in nats: the log-probability of each token under the distribution that it was
+            drawn from, as the engine computed it.
+        ended: Whether the last token ends the response; otherwise it was truncated at the length limit.
+        versions: Per token, the version of the adapter weights that it was drawn with; never decreasing.
     """
 
     request: Request
@@ -50,39 +59,61 @@ class Trajectory:
     def from_tokens(
         cls, request: Request, tokens: Sequence[int], logprobs: Sequence[float] | Tensor, ended: bool, version: int
     ) -> "Trajectory":
-        """Tokens that weights of one version have added to what was begun of the response, if anything was."""
-        before = request.partial_response
-        new = torch.as_tensor(logprobs, dtype=torch.float32)
-        if before is None:
-            return cls(request, tuple(tokens), new, ended, (version,) * len(tokens))
+        """Append new tokens, all drawn with one version of the weights, to the partial response of a request, if any.
+
+        Args:
+            request: The request that the engine was given.
+            tokens: The new token ids, without those of the partial response.
+            logprobs: Their log-probabilities, one per new token.
+            ended: Whether the last token ends the response.
+            version: The version of the weights.
+
+        Returns:
+            The trajectory of the original request, with the tokens of the partial response first.
+        """
+        partial = request.partial_response
+        new_logprobs = torch.as_tensor(logprobs, dtype=torch.float32)  # [new tokens]
+        new_versions = (version,) * len(tokens)
+        if partial is None:
+            return cls(
+                request=request,
+                response_ids=tuple(tokens),
+                sampler_logprobs=new_logprobs,
+                ended=ended,
+                versions=new_versions,
+            )
         return cls(
-            before.request,
-            before.response_ids + tuple(tokens),
-            torch.cat([before.sampler_logprobs, new]),
-            ended,
-            before.versions + (version,) * len(tokens),
+            request=partial.request,
+            response_ids=partial.response_ids + tuple(tokens),
+            sampler_logprobs=torch.cat([partial.sampler_logprobs, new_logprobs]),  # [T]
+            ended=ended,
+            versions=partial.versions + new_versions,
         )
 
     @property
     def length(self) -> int:
-        """T."""
+        """T, the number of response tokens."""
         return len(self.response_ids)
 
     @property
     def total_length(self) -> int:
-        """Tokens of prompt and response."""
+        """The number of prompt and response tokens."""
         return len(self.request.prompt_ids) + self.length
 
 
 @dataclass
 class RoleOutputs:
-    """What the learner's four roles say of a trajectory of T tokens: float32, on the CPU.
+    """What the learner's four roles compute for a trajectory of T tokens. Tensors are float32, on the CPU.
 
-    logprobs, reference_logprobs: `[T]`, nats, of each response token under policy and reference.
-    values: `[T + 1]`, the critic before each response token and after the last; empty without a critic.
-    shortfalls: `[T]`, nats, how much less likely each token is to the policy than the likeliest; empty where not asked.
-    score: what the reward gives to the whole response. reward_outputs: of the reward heads on the trunk. notes: what else is
-    known of the response, by name, to be logged.
+    Args:
+        logprobs: `[T]`, in nats: each response token under the policy.
+        reference_logprobs: `[T]`, in nats: each response token under the reference.
+        values: `[T + 1]`: the critic's value before each response token and after the last; empty without a critic.
+        score: The reward of the whole response.
+        reward_outputs: `[C]`: the outputs of the reward heads on the base model; empty without such heads.
+        notes: Further figures of the response by name, for logging.
+        shortfalls: `[T]`, in nats: how much less likely the policy finds each token than its most likely one; empty
+            where it was not requested.
     """
 
     logprobs: Tensor
@@ -95,10 +126,10 @@ class RoleOutputs:
 
     @property
     def kl(self) -> float:
-        """The k1 estimate of the response's KL to the reference, in nats."""
+        """The k1 estimate of the response's KL divergence from the reference, in nats."""
         return float((self.logprobs - self.reference_logprobs).sum())
 
 
 def lengths(trajectories: Sequence[Trajectory]) -> Tensor:
-    """Response tokens `[B]` int64."""
+    """The number of response tokens of each trajectory, `[B]` int64."""
     return torch.tensor([trajectory.length for trajectory in trajectories])

@@ -19,157 +19,235 @@ from rollouts.stop_strings import StopStrings
 from rollouts.trajectory import Request, Trajectory
 
 SAMPLER_ROLE = "sampler"
-"""The engine's own adapter on the trunk, so that it may share the trunk with a learner."""
+"""The engine's own adapter on the trunk, so that it can share the trunk with a learner."""
 
+REFILL_FRACTION = 1 / 4
+"""Waiting requests are admitted once this share of `max_num_seqs` is free: each time, the whole KV cache is copied."""
 
-REFILL, LEAVE = 4, 8
-"""Prompts come in when one row in so many is free, and rows that have ended leave when one in so many has: each time,
-the keys and values of all rows are copied."""
+REMOVE_FRACTION = 1 / 8
+"""Finished sequences are removed once they are this share of the batch: each time, the whole KV cache is copied."""
 
 
 class TransformersEngine:
-    """Decodes up to `rows` requests at a time; rows that have ended leave, and those that wait come in."""
+    """Decodes up to `max_num_seqs` requests at a time with continuous batching."""
 
     def __init__(
         self,
         trunk: Trunk,
         stop_ids: frozenset[int],
-        rows: int,
+        max_num_seqs: int,
         merge: bool = True,
         stop_strings: StopStrings | None = None,
     ) -> None:
-        """merge: decode with the adapter merged into a copy of the weights."""
+        """Create an engine on a trunk that has an adapter named `SAMPLER_ROLE`.
+
+        Args:
+            trunk: The model, which the engine may share with a learner.
+            stop_ids: Token ids that end a response.
+            max_num_seqs: The most sequences that are decoded together.
+            merge: Whether to decode with the adapter merged into a copy of the base weights.
+            stop_strings: What else ends a response.
+        """
         self.trunk = trunk
         self.merge = merge
-        self.stop_ids, self.stop_strings = stop_ids, stop_strings
-        self.rows = rows
+        self.stop_ids = stop_ids
+        self.stop_strings = stop_strings
+        self.max_num_seqs = max_num_seqs
         self.version = 0
-        self._unmerged = False
+        self._must_merge = False
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> str:
-        """Copy the weights into the engine's adapter. Returns the fingerprint of the adapter as it now is."""
+        """Copy the weights into the engine's adapter.
+
+        Args:
+            version: The version that new tokens carry.
+            weights: The tensors of the adapter by name.
+
+        Returns:
+            The fingerprint of the adapter as it is now.
+        """
         self.trunk.write_adapter(SAMPLER_ROLE, weights)
-        self._unmerged = self.merge
+        self._must_merge = self.merge
         self.version = version
         return weights_digest(tensor_digests(self.trunk.adapter(SAMPLER_ROLE)))
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling, role: str = SAMPLER_ROLE) -> list[Trajectory]:
-        """One trajectory a request, in their order; `role` other than the engine's own serves evaluation."""
-        if self._unmerged and role == SAMPLER_ROLE:
-            self.trunk.merge(SAMPLER_ROLE)
-            self._unmerged = False
-        self.trunk.switch(role)
-        prompts = [request.prompt_ids + request.partial_response_ids for request in requests]
-        responses = [
-            Response(_uniforms(r.seed, sampling.max_new_tokens), sampling.limit(r), list(r.partial_response_ids))
-            for r in requests
-        ]
-        # Longest first: prompts that come in together are of about one length, those of one group beside each other.
-        waiting = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
-        while waiting:
-            self._run(prompts, responses, waiting, Decoder(self.trunk, role), sampling.temperature)
-        return [
-            Trajectory.from_tokens(
-                request, r.tokens[len(request.partial_response_ids) :], r.logprobs, self._ends(r.tokens), self.version
-            )
-            for request, r in zip(requests, responses, strict=True)
-        ]
+        """Generate one response per request.
 
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence["Response"],
-        waiting: list[int],
-        decoder: Decoder,
-        temperature: float,
-    ) -> None:
-        """Decode what is waiting; where the decoder takes in rows only all at once, as much as fits."""
-        rows: list[int] = []
+        Args:
+            requests: The prompts, each with its own seed.
+            sampling: How the responses are drawn.
+            role: Whose adapter to decode with; one other than the engine's own serves evaluation.
+
+        Returns:
+            One trajectory per request, in the same order.
+        """
+        if self._must_merge and role == SAMPLER_ROLE:
+            self.trunk.merge(SAMPLER_ROLE)
+            self._must_merge = False
+        self.trunk.switch(role)
+        responses = [Response.start(request, sampling) for request in requests]
+        # Taken from the end, so the longest come first, and those admitted together have about the same length.
+        waiting = sorted(responses, key=lambda response: len(response.prefix_ids))
+        while waiting:
+            self._decode(waiting, Decoder(self.trunk, role), sampling.temperature)
+        return [self._trajectory(response) for response in responses]
+
+    def _decode(self, waiting: list["Response"], decoder: Decoder, temperature: float) -> None:
+        """Decode until nothing is waiting, or until the first batch is done where the decoder cannot add to one."""
+        active: list[Response] = []  # B responses
         logits = torch.empty(0)
-        while rows or waiting:
-            free = self.rows - len(rows)
-            if waiting and (not rows or (decoder.joins and free * REFILL >= self.rows)):
-                new = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                entered = decoder.enter([prompts[i] for i in new])
-                logits = torch.cat([logits, entered]) if rows else entered
-                rows += new
-            uniforms = torch.stack([responses[i].next_uniform() for i in rows])
-            chosen, logprobs = draw(logits, uniforms.to(logits.device), temperature)
-            for i, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
-                if not responses[i].done:
-                    responses[i].add(token, logprob, self._ends)
-            going = [place for place, i in enumerate(rows) if not responses[i].done]
-            if (len(rows) - len(going)) * LEAVE >= len(rows):
-                rows = [rows[place] for place in going]
-                if not rows and not decoder.joins:
+        while active or waiting:
+            if waiting and self._has_room(len(active), decoder):
+                admitted = _take_last(waiting, self.max_num_seqs - len(active))
+                new_logits = decoder.add([response.prefix_ids for response in admitted])  # [admitted, V]
+                logits = torch.cat([logits, new_logits]) if active else new_logits  # [B, V]
+                active += admitted
+
+            tokens = self._sample(active, logits, temperature)  # [B]
+
+            unfinished = [index for index, response in enumerate(active) if not response.finished]
+            finished_count = len(active) - len(unfinished)
+            if finished_count >= REMOVE_FRACTION * len(active):
+                active = [active[index] for index in unfinished]
+                if not active and not decoder.supports_joining:
                     return
-                decoder.keep(going)
-                chosen = chosen[going]
-            if rows:
-                logits = decoder.step(chosen, [not responses[i].done for i in rows])
+                decoder.keep(unfinished)
+                tokens = tokens[unfinished]  # [B]
+
+            if active:
+                logits = decoder.step(tokens, [not response.finished for response in active])  # [B, V]
+
+    def _has_room(self, active: int, decoder: Decoder) -> bool:
+        """Whether to admit waiting requests now."""
+        if active == 0:
+            return True
+        free = self.max_num_seqs - active
+        return decoder.supports_joining and free >= REFILL_FRACTION * self.max_num_seqs
+
+    def _sample(self, active: Sequence["Response"], logits: Tensor, temperature: float) -> Tensor:
+        """Draw the next token `[B]` of each active response from `[B, V]`, and record it in those not yet finished."""
+        uniforms = torch.stack([response.next_uniform() for response in active])  # [B]
+        tokens, logprobs = sample_tokens(logits, uniforms.to(logits.device), temperature)  # [B], [B]
+        for response, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not response.finished:
+                response.append(token, logprob, self._ends)
+        return tokens
+
+    def _trajectory(self, response: "Response") -> Trajectory:
+        return Trajectory.from_tokens(
+            response.request,
+            tokens=response.new_tokens,
+            logprobs=response.logprobs,
+            ended=self._ends(response.tokens),
+            version=self.version,
+        )
 
     def _ends(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of these response tokens ends the response."""
         return tokens[-1] in self.stop_ids or (self.stop_strings is not None and self.stop_strings(tokens))
 
 
 @dataclass
 class Response:
-    """One being made. uniforms: `[max_new_tokens]` float64, what its tokens are drawn by. limit: tokens at which it is
-    done, at the latest. logprobs: of the tokens that were drawn here, which may be the last of `tokens` only.
+    """A response being generated.
 
-    A row that is done stays in the batch for a while; what is drawn for it then is left out.
+    A finished one stays in the batch for a while; the tokens drawn for it then are ignored.
+
+    request: What it responds to. limit: The number of tokens at which it is finished at the latest.
+    uniforms: `[max_new_tokens]` float64 in [0, 1): the random number that each of its tokens is drawn with.
+    tokens: Those of the partial response, then the new ones. logprobs: Of the new tokens only.
     """
 
-    uniforms: Tensor
+    request: Request
     limit: int
-    tokens: list[int] = field(default_factory=list)
+    uniforms: Tensor
+    tokens: list[int]
     logprobs: list[float] = field(default_factory=list)
-    done: bool = False
+    finished: bool = False
+
+    @classmethod
+    def start(cls, request: Request, sampling: Sampling) -> "Response":
+        """A response without new tokens yet."""
+        return cls(
+            request=request,
+            limit=sampling.limit(request),
+            uniforms=_uniforms(request.seed, sampling.max_new_tokens),
+            tokens=list(request.partial_response_ids),
+        )
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens to prefill: the prompt and the partial response."""
+        return self.request.prompt_ids + self.request.partial_response_ids
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The tokens drawn here."""
+        return self.tokens[len(self.request.partial_response_ids) :]
 
     def next_uniform(self) -> Tensor:
+        """The random number of the next token, a float64 scalar; a finished response may repeat its last one."""
         return self.uniforms[min(len(self.tokens), len(self.uniforms) - 1)]
 
-    def add(self, token: int, logprob: float, ends: Callable[[Sequence[int]], bool]) -> None:
+    def append(self, token: int, logprob: float, ends: Callable[[Sequence[int]], bool]) -> None:
+        """Add a token, and finish if it ends the response or reaches the limit."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.done = ends(self.tokens) or len(self.tokens) == self.limit
+        self.finished = ends(self.tokens) or len(self.tokens) == self.limit
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by inverting the distribution function at a given number.
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sample one token per sequence by inverse transform sampling.
 
-    logits: `[B, V]`; uniforms: `[B]` float64 in [0, 1). Returns tokens `[B]` int64 and their log-probabilities `[B]`
-    float32. Temperature 0 takes the most likely token.
+    Args:
+        logits: `[B, V]`.
+        uniforms: `[B]` float64 in [0, 1): the random number of each sequence.
+        temperature: Divides the logits; 0 takes the most likely token.
+
+    Returns:
+        Tokens `[B]` int64, and their log-probabilities `[B]` float32 in nats at this temperature (at 1 where it is 0).
     """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # [B, V]
     if temperature == 0:
-        tokens = logprobs.argmax(-1)
+        tokens = logprobs.argmax(-1)  # [B]
     else:
-        cumulative = logprobs.double().exp().cumsum(-1)
-        # Scaled by the total, so that rounding in the sum can never leave the last token without its share.
-        targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        cumulative = logprobs.double().exp().cumsum(-1)  # [B, V]
+        # Scaled by the total, so that rounding in the sum cannot take away the last token's share.
+        targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]  # [B, 1]
+        tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)  # [B]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def make_transformers_engine(
     trunk: Trunk, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutSettings
 ) -> TransformersEngine:
-    """An engine on this trunk, which may be shared."""
+    """Create an engine on a given trunk, which may be shared."""
     stop_strings = StopStrings(rollouts.stop, tokenizer) if rollouts.stop else None
     return TransformersEngine(
-        trunk, stop_ids(trunk.causal.generation_config, tokenizer), rollouts.max_num_seqs, rollouts.merge, stop_strings
+        trunk=trunk,
+        stop_ids=stop_ids(trunk.causal.generation_config, tokenizer),
+        max_num_seqs=rollouts.max_num_seqs,
+        merge=rollouts.merge,
+        stop_strings=stop_strings,
     )
 
 
 def build_transformers_engine(
     model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings
 ) -> TransformersEngine:
-    """An engine on a trunk of its own."""
-    return make_transformers_engine(build_trunk(model, policy, (SAMPLER_ROLE,)), load_tokenizer(model.path), rollouts)
+    """Load the base model, and create an engine on it."""
+    trunk = build_trunk(model, policy, (SAMPLER_ROLE,))
+    return make_transformers_engine(trunk, load_tokenizer(model.path), rollouts)
+
+
+def _take_last(waiting: list[Response], count: int) -> list[Response]:
+    """Remove up to `count` responses from the end of a list, the last one first."""
+    return [waiting.pop() for _ in range(min(count, len(waiting)))]
 
 
 def _uniforms(seed: int, steps: int) -> Tensor:
-    """Numbers `[steps]` float64 that depend on the seed alone."""
+    """Random numbers `[steps]` float64 in [0, 1) that depend on the seed alone."""
     return torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

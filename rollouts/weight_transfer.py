@@ -1,4 +1,4 @@
-"""Weights on their way to the workers: in pieces that Ray's store shares between processes without copying."""
+"""Transfer of weights to workers: packed in bundles that Ray's object store shares between processes without a copy."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,57 +7,77 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from policies.trunk import AdapterWeights
 
-LARGEST = 2**26
-"""Bytes of one parcel, unless a single tensor is larger."""
-ALIGNED = 64
+MAX_BUNDLE_BYTES = 2**26
+"""A bundle is not larger than this (64 MiB), unless it is a single tensor: unchanged bundles are not sent again, and
+small ones leave more of them unchanged."""
+ALIGNMENT = 64
+"""Bytes to which each tensor is aligned in a bundle: a cache line, enough for a view in any dtype."""
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """Where a tensor is in a bundle. offset: its first byte."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
 
 
 @dataclass(frozen=True)
 class WeightBundle:
-    """Tensors one behind the other. layout: name, dtype, shape and first byte of each; data: `[bytes]` uint8."""
+    """Tensors packed one after another. data: `[bytes]` uint8."""
 
-    layout: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
-    data: np.ndarray
+    slots: tuple[TensorSlot, ...]
+    data: NDArray[np.uint8]
 
 
-def groups(weights: AdapterWeights) -> Iterator[list[str]]:
-    """The names of the tensors that travel together, in their order."""
+def bundle_names(weights: AdapterWeights) -> Iterator[list[str]]:
+    """The names of the tensors of each bundle, in order."""
     names: list[str] = []
     size = 0
     for name, tensor in weights.items():
-        if names and size + tensor.nbytes > LARGEST:
+        if names and size + tensor.nbytes > MAX_BUNDLE_BYTES:
             yield names
-            names, size = [], 0
+            names = []
+            size = 0
         names.append(name)
         size += tensor.nbytes
     yield names
 
 
 def pack(weights: AdapterWeights, names: Sequence[str]) -> WeightBundle:
-    """A copy of these tensors."""
-    layout, start = [], 0
+    """Copy these tensors into a bundle."""
+    slots: list[TensorSlot] = []
+    size = 0
     for name in names:
         tensor = weights[name]
-        layout.append((name, tensor.dtype, tuple(tensor.shape), start))
-        start += -(-tensor.nbytes // ALIGNED) * ALIGNED
-    data = np.zeros(start, dtype=np.uint8)
-    for name, _, _, at in layout:
-        tensor = weights[name].detach().cpu().contiguous()
-        data[at : at + tensor.nbytes] = tensor.view(-1).view(torch.uint8).numpy()
-    return WeightBundle(tuple(layout), data)
+        slots.append(TensorSlot(name, tensor.dtype, tuple(tensor.shape), offset=size))
+        size += _aligned(tensor.nbytes)
+    data = np.zeros(size, dtype=np.uint8)
+    for slot in slots:
+        tensor = weights[slot.name].detach().cpu().contiguous()
+        data[slot.offset : slot.offset + tensor.nbytes] = tensor.view(-1).view(torch.uint8).numpy()
+    return WeightBundle(tuple(slots), data)
 
 
 def unpack(bundles: Iterable[WeightBundle]) -> AdapterWeights:
-    """The tensors, as views: to be read and not to be written to."""
-    weights = {}
+    """The tensors of all bundles, as views of their data: read-only."""
+    weights: AdapterWeights = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         for bundle in bundles:
             data = torch.from_numpy(bundle.data)
-            for name, dtype, shape, start in bundle.layout:
-                end = start + prod(shape) * dtype.itemsize
-                weights[name] = data[start:end].view(dtype).view(shape)
+            for slot in bundle.slots:
+                end = slot.offset + prod(slot.shape) * slot.dtype.itemsize
+                weights[slot.name] = data[slot.offset : end].view(slot.dtype).view(slot.shape)
     return weights
+
+
+def _aligned(size: int) -> int:
+    """A size in bytes, rounded up to the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

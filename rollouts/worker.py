@@ -1,4 +1,4 @@
-"""The Ray actor that holds an engine."""
+"""The Ray actor that runs an engine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,28 +16,32 @@ from rollouts.weight_transfer import unpack
 
 @dataclass(frozen=True)
 class Reply:
-    """What a worker says: the weights that it holds, and trajectories if asked for them."""
+    """A worker's reply: the weights that it has loaded, and the trajectories of a chunk if it was given one."""
 
-    held: WeightsVersion
+    loaded: WeightsVersion
     trajectories: list[Trajectory]
 
 
 class Worker:
-    """Serves one engine. Every reply names the weights in use, so that a worker with others is found out."""
+    """Runs one engine. Every reply names the weights in use, so that the pool notices a worker with other weights."""
 
-    def __init__(self, build: Callable[[], Engine], computing: ComputeSettings) -> None:
-        computing.apply()
+    def __init__(self, build: Callable[[], Engine], compute: ComputeSettings) -> None:
+        compute.apply()
         self.engine = build()
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What RLlib's manager calls. An exception goes back to it; RLlib's own actors would end their process."""
+        """The method that RLlib's actor manager calls.
+
+        An exception is returned to the manager, whereas RLlib's own actors would end their process.
+        """
         return func(self, *args, **kwargs)
 
     def load_adapter(self, version: int, bundles: Sequence[ObjectRef]) -> Reply:
-        """Use the weights in these parcels, which lie in Ray's store."""
+        """Use the weights in these bundles of Ray's object store."""
         weights = unpack(ray.get(list(bundles)))
-        self.held = WeightsVersion(version, self.engine.load_adapter(version, weights))
-        return Reply(self.held, [])
+        self.loaded = WeightsVersion(version, self.engine.load_adapter(version, weights))
+        return Reply(self.loaded, [])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Reply:
-        return Reply(self.held, self.engine.generate(requests, sampling))
+        """Generate the responses of a chunk."""
+        return Reply(self.loaded, self.engine.generate(requests, sampling))

@@ -24,19 +24,18 @@ def test_a_response_ends_with_the_token_that_completes_a_string(
     assert text[-4:] not in tiny_tokenizer.decode(tokens[: end - 1])
 
 
-def test_the_engine_ends_responses_by_strings(tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    trunk = make_trunk(
-        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), PolicySettings(rank=2), (SAMPLER_ROLE,)
-    )
+def test_the_engine_ends_responses_at_stop_strings(tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    trunk = make_trunk(base, PolicySettings(rank=2), (SAMPLER_ROLE,))
+    plain = make_transformers_engine(trunk, tiny_tokenizer, RolloutSettings())
+    stopping = make_transformers_engine(trunk, tiny_tokenizer, RolloutSettings(stop=["e", "the"]))
     requests = [Request("p", (5, 6, 7 + seed), seed) for seed in range(20)]
-    whole = make_transformers_engine(trunk, tiny_tokenizer, RolloutSettings()).generate(requests, Sampling(1.0, 30))
-    ended = make_transformers_engine(trunk, tiny_tokenizer, RolloutSettings(stop=["e", "the"])).generate(
-        requests, Sampling(1.0, 30)
-    )
-    for before, after in zip(whole, ended, strict=True):
+    full = plain.generate(requests, Sampling(1.0, 30))
+    stopped = stopping.generate(requests, Sampling(1.0, 30))
+    for before, after in zip(full, stopped, strict=True):
         assert before.response_ids[: after.length] == after.response_ids
         text = tiny_tokenizer.decode(list(after.response_ids))
-        stopped = "e" in text or after.response_ids[-1] == tiny_tokenizer.eos_token_id
-        assert after.ended is stopped
+        should_end = "e" in text or after.response_ids[-1] == tiny_tokenizer.eos_token_id
+        assert after.ended is should_end
         assert "e" not in tiny_tokenizer.decode(list(after.response_ids[:-1]))
-    assert sum(t.length for t in ended) < sum(t.length for t in whole)
+    assert sum(t.length for t in stopped) < sum(t.length for t in full)

@@ -1,19 +1,21 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from policies.files.adapters import lora_config, tensor_digests, weights_digest
-from policies.layers.decode_step import PlainStack
+from policies.files.adapters import tensor_digests, weights_digest
+from policies.layers.decode_step import DecodeStep
 from policies.methods.build import make_trunk
+from policies.methods.lora_trunk import lora_config
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
-from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, draw
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, sample_tokens
 
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
 STOPS = frozenset(range(1, 300, 20))
@@ -31,19 +33,19 @@ def random_weights(trunk: Trunk, seed: int) -> AdapterWeights:
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> TransformersEngine:
-    """An engine of eight rows, with random weights of version 7 beside another random adapter, `policy`."""
+    """An engine of eight sequences, with random weights of version 7, and another random adapter, `policy`."""
     trunk = make_trunk(
         AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), POLICY, ("policy", SAMPLER_ROLE)
     )
     trunk.write_adapter("policy", random_weights(trunk, 2))
-    engine = TransformersEngine(trunk, STOPS, rows=8)
+    engine = TransformersEngine(trunk, STOPS, max_num_seqs=8)
     engine.load_adapter(7, random_weights(trunk, 1))
     return engine
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_model: Path, engine: TransformersEngine) -> PeftModel:
-    """The same model by PEFT and transformers as they come."""
+    """The same model in plain PEFT and transformers."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     peft = get_peft_model(base, lora_config(POLICY, base.config.name_or_path))
     set_peft_model_state_dict(peft, engine.trunk.read_adapter(SAMPLER_ROLE))
@@ -55,7 +57,9 @@ def responses(engine: TransformersEngine, requests: list[Request], sampling: Sam
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
-def test_logprobs_are_those_of_a_full_pass(engine: TransformersEngine, plain: PeftModel, temperature: float) -> None:
+def test_logprobs_are_those_of_a_full_forward_pass(
+    engine: TransformersEngine, plain: PeftModel, temperature: float
+) -> None:
     for trajectory in engine.generate(REQUESTS, Sampling(temperature, 24)):
         prompt_ids, tokens = trajectory.request.prompt_ids, torch.tensor(trajectory.response_ids)
         with torch.no_grad():
@@ -65,14 +69,14 @@ def test_logprobs_are_those_of_a_full_pass(engine: TransformersEngine, plain: Pe
         torch.testing.assert_close(trajectory.sampler_logprobs, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_responses_end_with_the_first_stop_token_and_are_otherwise_cut(engine: TransformersEngine) -> None:
-    endless = TransformersEngine(engine.trunk, frozenset(), rows=8)
+def test_responses_end_with_the_first_stop_token_and_are_otherwise_truncated(engine: TransformersEngine) -> None:
+    endless = TransformersEngine(engine.trunk, frozenset(), max_num_seqs=8)
     stopped = engine.generate(REQUESTS, SAMPLING)
-    for trajectory, whole in zip(stopped, responses(endless, REQUESTS, SAMPLING)):
-        assert len(whole) == SAMPLING.max_new_tokens
-        stop = next((place for place, token in enumerate(whole) if token in STOPS), None)
+    for trajectory, full in zip(stopped, responses(endless, REQUESTS, SAMPLING)):
+        assert len(full) == SAMPLING.max_new_tokens
+        stop = next((index for index, token in enumerate(full) if token in STOPS), None)
         assert trajectory.ended is (stop is not None)
-        assert trajectory.response_ids == (whole if stop is None else whole[: stop + 1])
+        assert trajectory.response_ids == (full if stop is None else full[: stop + 1])
     assert {trajectory.ended for trajectory in stopped} == {True, False}
 
 
@@ -83,10 +87,12 @@ def test_a_response_that_stops_at_the_limit_has_ended(engine: TransformersEngine
         assert (again.length, again.ended) == (limit, ended)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("max_num_seqs", [1, 3])
 @pytest.mark.parametrize("sampling", [SAMPLING, GREEDY])
-def test_the_other_rows_change_no_response(engine: TransformersEngine, rows: int, sampling: Sampling) -> None:
-    narrow = TransformersEngine(engine.trunk, STOPS, rows)
+def test_the_rest_of_the_batch_changes_no_response(
+    engine: TransformersEngine, max_num_seqs: int, sampling: Sampling
+) -> None:
+    narrow = TransformersEngine(engine.trunk, STOPS, max_num_seqs)
     assert responses(narrow, REQUESTS[::-1], sampling)[::-1] == responses(engine, REQUESTS, sampling)
 
 
@@ -99,55 +105,61 @@ def test_trajectories_carry_the_request_and_the_version(engine: TransformersEngi
     assert [(t.request, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)] == [(r, {7}) for r in REQUESTS]
 
 
-def go_on(engine: TransformersEngine, partial: list[Trajectory], sampling: Sampling) -> list[Trajectory]:
-    """The responses with another stretch of those that go on."""
-    going = [place for place, t in enumerate(partial) if sampling.is_unfinished(t)]
-    more = engine.generate(
-        [replace(partial[place].request, partial_response=partial[place]) for place in going], sampling
-    )
-    return [dict(zip(going, more)).get(place, t) for place, t in enumerate(partial)]
+def continue_unfinished(
+    engine: TransformersEngine, trajectories: list[Trajectory], sampling: Sampling
+) -> list[Trajectory]:
+    """The trajectories, with another segment in those that are unfinished."""
+    unfinished = [index for index, t in enumerate(trajectories) if sampling.is_unfinished(t)]
+    requests = [replace(trajectories[i].request, partial_response=trajectories[i]) for i in unfinished]
+    continued = list(trajectories)
+    for index, trajectory in zip(unfinished, engine.generate(requests, sampling), strict=True):
+        continued[index] = trajectory
+    return continued
 
 
-def test_a_response_made_in_stretches_is_the_same(engine: TransformersEngine) -> None:
-    whole, stretched = engine.generate(REQUESTS, SAMPLING), replace(SAMPLING, segment_tokens=5)
-    partial = engine.generate(REQUESTS, stretched)
-    assert max(t.length for t in partial) == 5
-    while any(map(stretched.is_unfinished, partial)):
-        partial = go_on(engine, partial, stretched)
-    for mine, theirs in zip(partial, whole, strict=True):
-        torch.testing.assert_close(mine.sampler_logprobs, theirs.sampler_logprobs, rtol=1e-5, atol=1e-5)
-    same = [(t.request, t.response_ids, t.ended, t.versions) for t in partial]
-    assert same == [(t.request, t.response_ids, t.ended, t.versions) for t in whole]
+def test_a_response_generated_in_segments_is_the_same(engine: TransformersEngine) -> None:
+    uninterrupted = engine.generate(REQUESTS, SAMPLING)
+    segmented = replace(SAMPLING, segment_tokens=5)
+    trajectories = engine.generate(REQUESTS, segmented)
+    assert max(t.length for t in trajectories) == 5
+    while any(segmented.is_unfinished(t) for t in trajectories):
+        trajectories = continue_unfinished(engine, trajectories, segmented)
+    for actual, expected in zip(trajectories, uninterrupted, strict=True):
+        torch.testing.assert_close(actual.sampler_logprobs, expected.sampler_logprobs, rtol=1e-5, atol=1e-5)
+        assert (actual.request, actual.response_ids) == (expected.request, expected.response_ids)
+        assert (actual.ended, actual.versions) == (expected.ended, expected.versions)
 
 
-def test_a_response_goes_on_under_other_weights(engine: TransformersEngine, plain: PeftModel) -> None:
-    """Each token has the version, and the log-probability, of the weights that it was drawn by."""
-    held, other = engine.trunk.read_adapter(SAMPLER_ROLE), engine.trunk.read_adapter("policy")
-    stretched = replace(SAMPLING, segment_tokens=7)
-    partial = engine.generate(REQUESTS, stretched)
+def test_a_response_continues_with_other_weights(engine: TransformersEngine, plain: PeftModel) -> None:
+    """Each token has the version, and the log-probability, of the weights that it was drawn with."""
+    own = engine.trunk.read_adapter(SAMPLER_ROLE)
+    other = engine.trunk.read_adapter("policy")
+    segmented = replace(SAMPLING, segment_tokens=7)
+    partial = engine.generate(REQUESTS, segmented)
     engine.load_adapter(8, other)
-    more = go_on(engine, partial, stretched)
-    assert any(t.versions == (7,) * 7 + (8,) * 7 for t in more)
-    for trajectory in more:
+    continued = continue_unfinished(engine, partial, segmented)
+    assert any(t.versions == (7,) * 7 + (8,) * 7 for t in continued)
+    for trajectory in continued:
         prompt_ids, ids = trajectory.request.prompt_ids, torch.tensor(trajectory.response_ids)
-        for version, weights in ((7, held), (8, other)):
+        for version, weights in ((7, own), (8, other)):
             set_peft_model_state_dict(plain, weights)
             with torch.no_grad():
                 logits = plain(input_ids=torch.tensor([[*prompt_ids, *trajectory.response_ids]])).logits[0]
             logprobs = torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / SAMPLING.temperature, dim=-1)
-            of = torch.tensor(trajectory.versions) == version
-            expected = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)[of]
-            torch.testing.assert_close(trajectory.sampler_logprobs[of], expected, rtol=1e-5, atol=1e-5)
-    set_peft_model_state_dict(plain, held)
-    engine.load_adapter(7, held)
+            drawn = torch.tensor(trajectory.versions) == version
+            expected = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)[drawn]
+            torch.testing.assert_close(trajectory.sampler_logprobs[drawn], expected, rtol=1e-5, atol=1e-5)
+    set_peft_model_state_dict(plain, own)
+    engine.load_adapter(7, own)
 
 
 def test_loading_weights_changes_responses_version_and_fingerprint(engine: TransformersEngine) -> None:
-    before, weights = engine.trunk.read_adapter(SAMPLER_ROLE), engine.trunk.read_adapter("policy")
-    held = engine.load_adapter(8, weights)
+    before = engine.trunk.read_adapter(SAMPLER_ROLE)
+    weights = engine.trunk.read_adapter("policy")
+    fingerprint = engine.load_adapter(8, weights)
     loaded = [(t.response_ids, {*t.versions}) for t in engine.generate(REQUESTS, SAMPLING)]
     engine.load_adapter(7, before)
-    assert held == weights_digest(tensor_digests(weights))
+    assert fingerprint == weights_digest(tensor_digests(weights))
     assert loaded == [(t.response_ids, {8}) for t in engine.generate(REQUESTS, SAMPLING, role="policy")]
     assert [ids for ids, _ in loaded] != responses(engine, REQUESTS, SAMPLING)
 
@@ -156,52 +168,59 @@ def test_greedy_responses_are_those_of_transformers_generate(engine: Transformer
     for request, response in zip(REQUESTS, responses(engine, REQUESTS, GREEDY)):
         ids = torch.tensor([request.prompt_ids])
         options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": sorted(STOPS), "pad_token_id": 0}
-        whole = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-        assert tuple(whole[0, ids.shape[1] :].tolist()) == response
+        expected = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        assert tuple(expected[0, ids.shape[1] :].tolist()) == response
 
 
 def test_draws_have_the_frequencies_of_the_distribution() -> None:
-    logits, count = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf]), 10_000
-    tokens, _ = draw(logits.expand(count, -1), torch.arange(count, dtype=torch.float64) / count, temperature=2.0)
+    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
+    count = 10_000
+    tokens, _ = sample_tokens(
+        logits.expand(count, -1), torch.arange(count, dtype=torch.float64) / count, temperature=2.0
+    )
     frequencies = torch.bincount(tokens, minlength=7) / count
     torch.testing.assert_close(frequencies, torch.softmax(logits / 2.0, -1), rtol=0, atol=2 / count)
     assert not frequencies[logits.isinf()].any()
 
 
-def microbatches(engine: TransformersEngine, requests: list[Request]) -> list[tuple[int, int]]:
-    """Rows and columns of the ids of every forward pass."""
+def forward_shapes(engine: TransformersEngine, requests: list[Request]) -> list[tuple[int, int]]:
+    """Sequences and tokens per sequence of every forward pass."""
     seen: list[tuple[int, int]] = []
-    states, step = engine.trunk.states, PlainStack.__call__
+    prefill = engine.trunk.states
+    decode = DecodeStep.__call__
+
+    def watched_prefill(**inputs: Any) -> torch.Tensor:
+        sequences, tokens = inputs["input_ids"].shape
+        seen.append((sequences, tokens))
+        return prefill(**inputs)
+
+    def watched_decode(self: DecodeStep, role: str, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append((len(ids), 1))
+        return decode(self, role, ids, *rest)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            engine.trunk, "states", lambda **inputs: seen.append(tuple(inputs["input_ids"].shape)) or states(**inputs)
-        )
-        patch.setattr(
-            PlainStack,
-            "__call__",
-            lambda self, role, ids, *rest: seen.append((len(ids), 1)) or step(self, role, ids, *rest),
-        )
+        patch.setattr(engine.trunk, "states", watched_prefill)
+        patch.setattr(DecodeStep, "__call__", watched_decode)
         engine.generate(requests, SAMPLING)
     return seen
 
 
-def test_a_prompt_that_several_rows_share_is_computed_once(engine: TransformersEngine) -> None:
+def test_a_prompt_shared_by_several_sequences_is_prefilled_once(engine: TransformersEngine) -> None:
     requests = [Request("p", tuple(IDS[i % 2][: 5 + i % 2]), seed) for i, seed in enumerate(range(8))]
-    (rows, columns), *decoding = microbatches(engine, requests)
-    assert (rows, columns) == (2, 6)
+    prefill, *decoding = forward_shapes(engine, requests)
+    assert prefill == (2, 6)
     assert decoding[0] == (8, 1)
 
 
-def test_rows_that_wait_come_in_while_others_are_decoded(engine: TransformersEngine) -> None:
-    narrow = TransformersEngine(engine.trunk, STOPS, rows=4)
+def test_waiting_requests_are_admitted_while_others_are_decoded(engine: TransformersEngine) -> None:
+    narrow = TransformersEngine(engine.trunk, STOPS, max_num_seqs=4)
     requests = [Request("p", tuple(IDS[i % 8][: LENGTHS[i % 8]]), seed=i) for i in range(24)]
-    shapes = microbatches(narrow, requests)
-    entered = [place for place, (_, columns) in enumerate(shapes) if columns > 1 or shapes[place][0] > 4]
-    assert len(entered) > 2
-    assert max(rows for rows, columns in shapes if columns == 1) <= 4
-    assert responses(narrow, requests, SAMPLING) == responses(
-        TransformersEngine(engine.trunk, STOPS, rows=24), requests, SAMPLING
-    )
+    shapes = forward_shapes(narrow, requests)
+    prefills = [(sequences, tokens) for sequences, tokens in shapes if tokens > 1 or sequences > 4]
+    assert len(prefills) > 2
+    assert max(sequences for sequences, tokens in shapes if tokens == 1) <= 4
+    wide = TransformersEngine(engine.trunk, STOPS, max_num_seqs=24)
+    assert responses(narrow, requests, SAMPLING) == responses(wide, requests, SAMPLING)
 
 
 def test_a_model_with_a_sliding_window_decodes_in_waves() -> None:
@@ -211,16 +230,16 @@ def test_a_model_with_a_sliding_window_decodes_in_waves() -> None:
         num_key_value_heads=2, sliding_window=6,
     )  # fmt: skip
     trunk = make_trunk(MistralForCausalLM(config).eval(), POLICY, (SAMPLER_ROLE,))
-    alone = [TransformersEngine(trunk, STOPS, rows=1).generate([r], SAMPLING)[0].response_ids for r in REQUESTS]
-    assert responses(TransformersEngine(trunk, STOPS, rows=3), REQUESTS, SAMPLING) == alone
+    alone = [TransformersEngine(trunk, STOPS, max_num_seqs=1).generate([r], SAMPLING)[0].response_ids for r in REQUESTS]
+    assert responses(TransformersEngine(trunk, STOPS, max_num_seqs=3), REQUESTS, SAMPLING) == alone
 
 
-def test_a_row_that_has_ended_does_not_run_past_the_positions_of_the_model() -> None:
-    """Rows that come in later go on while it is still in the batch."""
+def test_a_finished_sequence_does_not_run_past_the_positions_of_the_model() -> None:
+    """Sequences admitted later are decoded while it is still in the batch."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=30)
     trunk = make_trunk(GPT2LMHeadModel(config).eval(), POLICY, (SAMPLER_ROLE,))
     requests = [Request("p", tuple(IDS[i % 8][: 6 - i % 2]), seed=i) for i in range(80)]
-    found = TransformersEngine(trunk, STOPS, rows=16).generate(requests, SAMPLING)
-    assert max(t.length for t in found) == SAMPLING.max_new_tokens
-    assert len({t.length for t in found}) > 5
+    trajectories = TransformersEngine(trunk, STOPS, max_num_seqs=16).generate(requests, SAMPLING)
+    assert max(t.length for t in trajectories) == SAMPLING.max_new_tokens
+    assert len({t.length for t in trajectories}) > 5

@@ -1,5 +1,6 @@
-"""The engine on vLLM, where it is installed: `make vllm`."""
+"""The engine on vLLM, where it is installed (`make vllm`), against the engine on transformers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,21 +12,22 @@ pytest.importorskip("vllm")
 from policies.files.adapters import tensor_digests, weights_digest
 from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
+from policies.trunk import AdapterWeights
 from rollouts.build import build_engine
-from rollouts.engine import Sampling
+from rollouts.engine import Engine, Sampling
 from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, build_transformers_engine
 from rollouts.vllm_engine import VllmEngine
 
 POLICY = PolicySettings(rank=4, alpha=8)
-SETTINGS = {"rows": 8, "stop": [".", " dog"]}
+STOP = [".", " dog"]
 REQUESTS = [Request("x", (5 + i, 6, 7, *range(8, 8 + i % 5)), i) for i in range(12)]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> ModelSettings:
-    """A random Llama whose heads are as wide as vLLM's kernels want them."""
+    """A random Llama with a head dimension that vLLM's kernels support."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,45 +50,47 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTo
 @pytest.fixture(scope="module")
 def engine(model: ModelSettings) -> VllmEngine:
     vllm = {"max_model_len": 256, "enforce_eager": True}
-    made = build_engine(model, POLICY, RolloutSettings(engine="vllm", workers=1, vllm=vllm, **SETTINGS))
-    assert isinstance(made, VllmEngine)
-    return made
+    settings = RolloutSettings(engine="vllm", workers=1, vllm=vllm, max_num_seqs=8, stop=STOP)
+    engine = build_engine(model, POLICY, settings)
+    assert isinstance(engine, VllmEngine)
+    return engine
 
 
 @pytest.fixture(scope="module")
-def ours(model: ModelSettings) -> TransformersEngine:
-    return build_transformers_engine(model, POLICY, RolloutSettings(**SETTINGS))
+def reference(model: ModelSettings) -> TransformersEngine:
+    return build_transformers_engine(model, POLICY, RolloutSettings(max_num_seqs=8, stop=STOP))
 
 
-def versions(model: ModelSettings) -> list[dict[str, torch.Tensor]]:
+def versions(model: ModelSettings) -> list[AdapterWeights]:
     first = build_trunk(model, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
     return [{name: tensor + 0.03 * version for name, tensor in first.items()} for version in range(3)]
 
 
 def test_greedy_text_and_logprobs_are_those_of_transformers_under_each_adapter(
-    engine: VllmEngine, ours: TransformersEngine, model: ModelSettings
+    engine: VllmEngine, reference: TransformersEngine, model: ModelSettings
 ) -> None:
     texts = set()
     for version, weights in enumerate(versions(model)):
         assert engine.load_adapter(version, weights) == weights_digest(tensor_digests(weights))
-        ours.load_adapter(version, weights)
-        theirs, expected = (e.generate(REQUESTS, Sampling(0.0, 16)) for e in (engine, ours))
-        assert [t.response_ids for t in theirs] == [t.response_ids for t in expected]
-        assert [t.ended for t in theirs] == [t.ended for t in expected]
-        for mine, other in zip(expected, theirs, strict=True):
-            torch.testing.assert_close(other.sampler_logprobs, mine.sampler_logprobs, atol=1e-4, rtol=0)
-        assert {v for t in theirs for v in t.versions} == {version}
-        texts.add(tuple(t.response_ids for t in theirs))
+        reference.load_adapter(version, weights)
+        actual = engine.generate(REQUESTS, Sampling(0.0, 16))
+        expected = reference.generate(REQUESTS, Sampling(0.0, 16))
+        assert [t.response_ids for t in actual] == [t.response_ids for t in expected]
+        assert [t.ended for t in actual] == [t.ended for t in expected]
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one.sampler_logprobs, other.sampler_logprobs, atol=1e-4, rtol=0)
+        assert {v for t in actual for v in t.versions} == {version}
+        texts.add(tuple(t.response_ids for t in actual))
     assert len(texts) > 1
 
 
 def test_samples_carry_the_logprobs_of_their_temperature(
-    engine: VllmEngine, ours: TransformersEngine, model: ModelSettings
+    engine: VllmEngine, reference: TransformersEngine, model: ModelSettings
 ) -> None:
     weights = versions(model)[1]
     engine.load_adapter(1, weights)
     sampled = engine.generate(REQUESTS, Sampling(0.7, 16))
-    trunk = ours.trunk
+    trunk = reference.trunk
     trunk.write_adapter(SAMPLER_ROLE, weights)
     for t in sampled:
         ids = torch.tensor([[*t.request.prompt_ids, *t.response_ids]])
@@ -97,33 +101,43 @@ def test_samples_carry_the_logprobs_of_their_temperature(
         torch.testing.assert_close(t.sampler_logprobs, expected, atol=1e-4, rtol=0)
 
 
-def test_a_response_goes_on_under_other_weights(
-    engine: VllmEngine, ours: TransformersEngine, model: ModelSettings
+def generate_in_segments(
+    engine: Engine, sampling: Sampling, versions: Sequence[tuple[int, AdapterWeights]]
+) -> list[Trajectory]:
+    """The trajectories of every segment, each segment with its version of the weights."""
+    trajectories: list[Trajectory] = []
+    requests = REQUESTS
+    for version, weights in versions:
+        engine.load_adapter(version, weights)
+        segment = engine.generate(requests, sampling)
+        requests = [replace(t.request, partial_response=t) for t in segment if sampling.is_unfinished(t)]
+        trajectories += segment
+    return trajectories
+
+
+def test_a_response_continues_with_other_weights(
+    engine: VllmEngine, reference: TransformersEngine, model: ModelSettings
 ) -> None:
-    stretched, weights = Sampling(0.0, 16, segment_tokens=6), versions(model)
-    trajectories: list[list[Trajectory]] = []
-    for each in (engine, ours):
-        requests, made = REQUESTS, []
-        for version in (1, 2, 2):
-            each.load_adapter(version, weights[version])
-            made = [*made, *each.generate(requests, stretched)]
-            requests = [
-                replace(t.request, partial_response=t) for t in made[-len(requests) :] if stretched.is_unfinished(t)
-            ]
-        trajectories.append(made)
-    for theirs, expected in zip(*trajectories, strict=True):
-        assert (theirs.request, theirs.response_ids) == (expected.request, expected.response_ids)
-        assert (theirs.ended, theirs.versions) == (expected.ended, expected.versions)
-        torch.testing.assert_close(theirs.sampler_logprobs, expected.sampler_logprobs, atol=1e-4, rtol=0)
-    assert any({*t.versions} == {1, 2} for t in trajectories[0])
+    weights = versions(model)
+    segmented = Sampling(0.0, 16, segment_tokens=6)
+    segments = [(1, weights[1]), (2, weights[2]), (2, weights[2])]
+    actual = generate_in_segments(engine, segmented, segments)
+    expected = generate_in_segments(reference, segmented, segments)
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.request, one.response_ids) == (other.request, other.response_ids)
+        assert (one.ended, one.versions) == (other.ended, other.versions)
+        torch.testing.assert_close(one.sampler_logprobs, other.sampler_logprobs, atol=1e-4, rtol=0)
+    assert any({*t.versions} == {1, 2} for t in actual)
 
 
-def test_a_sample_that_goes_on_does_not_repeat_its_draws(engine: VllmEngine) -> None:
-    requests, stretched = [Request("x", (5, 6, 7), seed) for seed in range(12)], Sampling(2.0, 12, segment_tokens=6)
-    going = [t for t in engine.generate(requests, stretched) if stretched.is_unfinished(t)]
-    assert going
-    for begun, more in zip(going, engine.generate([replace(t.request, partial_response=t) for t in going], stretched)):
-        assert more.response_ids[:6] == begun.response_ids != more.response_ids[6:]
+def test_a_continued_sample_does_not_repeat_its_draws(engine: VllmEngine) -> None:
+    requests = [Request("x", (5, 6, 7), seed) for seed in range(12)]
+    segmented = Sampling(2.0, 12, segment_tokens=6)
+    unfinished = [t for t in engine.generate(requests, segmented) if segmented.is_unfinished(t)]
+    assert unfinished
+    continued = engine.generate([replace(t.request, partial_response=t) for t in unfinished], segmented)
+    for first, both in zip(unfinished, continued, strict=True):
+        assert both.response_ids[:6] == first.response_ids != both.response_ids[6:]
 
 
 def test_a_response_depends_on_its_seed(engine: VllmEngine) -> None:
@@ -131,12 +145,12 @@ def test_a_response_depends_on_its_seed(engine: VllmEngine) -> None:
     assert one.response_ids == same.response_ids != other.response_ids
 
 
-def test_a_response_ends_at_a_stop_string_or_the_limit(engine: VllmEngine, ours: TransformersEngine) -> None:
-    assert ours.stop_strings
+def test_a_response_ends_at_a_stop_string_or_the_limit(engine: VllmEngine, reference: TransformersEngine) -> None:
+    assert reference.stop_strings
     sampled = engine.generate([Request("x", (5 + i, 6), i) for i in range(40)], Sampling(1.0, 24))
     assert {t.ended for t in sampled} == {True, False}
     for t in sampled:
-        stops = [ours.stop_strings(t.response_ids[:n]) or t.response_ids[n - 1] in ours.stop_ids
-                 for n in range(1, t.length + 1)]  # fmt: skip
+        prefixes = [t.response_ids[:length] for length in range(1, t.length + 1)]
+        stops = [reference.stop_strings(ids) or ids[-1] in reference.stop_ids for ids in prefixes]
         assert stops == [*[False] * (t.length - 1), t.ended]
         assert t.ended or t.length == 24

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rollouts import weight_transfer as bundles
-from rollouts.weight_transfer import groups, pack, unpack
+from rollouts import weight_transfer
+from rollouts.weight_transfer import bundle_names, pack, unpack
 
 WEIGHTS = {
     "a": torch.randn(3, 5),
@@ -13,16 +13,16 @@ WEIGHTS = {
 }
 
 
-def test_what_is_packed_comes_out_as_it_was() -> None:
-    out = unpack([pack(WEIGHTS, ["a", "b"]), pack(WEIGHTS, ["c", "d", "e"])])
-    assert list(out) == list(WEIGHTS)
+def test_unpacking_restores_what_was_packed() -> None:
+    unpacked = unpack([pack(WEIGHTS, ["a", "b"]), pack(WEIGHTS, ["c", "d", "e"])])
+    assert list(unpacked) == list(WEIGHTS)
     for name, tensor in WEIGHTS.items():
-        assert out[name].dtype == tensor.dtype
-        assert torch.equal(out[name], tensor)
+        assert unpacked[name].dtype == tensor.dtype
+        assert torch.equal(unpacked[name], tensor)
 
 
-def test_parcels_are_filled_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "LARGEST", 70)
-    assert list(groups(WEIGHTS)) == [["a", "b"], ["c", "d"], ["e"]]
-    monkeypatch.setattr(bundles, "LARGEST", 1)
-    assert list(groups(WEIGHTS)) == [[name] for name in WEIGHTS]
+def test_bundles_are_filled_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_transfer, "MAX_BUNDLE_BYTES", 70)
+    assert list(bundle_names(WEIGHTS)) == [["a", "b"], ["c", "d"], ["e"]]
+    monkeypatch.setattr(weight_transfer, "MAX_BUNDLE_BYTES", 1)
+    assert list(bundle_names(WEIGHTS)) == [[name] for name in WEIGHTS]
