@@ -1,4 +1,4 @@
-"""Experiment files: YAML with `include:`, `${…}` and overrides, into settings that are known to be right."""
+"""Reads experiment files: YAML with `include:`, `${…}` and overrides, as validated settings."""
 
 import os
 import re
@@ -20,11 +20,20 @@ from rewards.http import SECRET
 
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-    """The settings of an experiment file.
+    """Read the settings of an experiment file.
 
-    Files that `include:` names, relative to the file that names them, come first; then the file itself; then the
-    overrides, `key.path=value` with the value in YAML; then `${key.path}` and `${oc.env:NAME}` are put in.
-    Raises UserError that lists every problem with its file, line and key.
+    The files that it names under `include:` come first, each relative to the file that names it; then the file itself;
+    then the overrides. `${key.path}` and `${oc.env:NAME}` are resolved last.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value`, the value in YAML.
+
+    Returns:
+        The validated settings.
+
+    Raises:
+        UserError: it lists every problem with its file, line and key.
     """
     source = read_source(Path(path))
     for override in overrides:
@@ -33,11 +42,10 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
         values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)
     except OmegaConfBaseException as error:
         keys = tuple(str(error.full_key or "").split("."))
-        said = first_line(error)
-        raise UserError(f"{source.place(keys)}: {error.full_key or 'experiment'}: {said}") from None
+        raise UserError(f"{source.place(keys)}: {error.full_key or 'experiment'}: {first_line(error)}") from None
     except RecursionError:
-        raise UserError(f"{path}: a setting is put into itself by ${{…}}") from None
-    _refuse_odd_text(values, (), source)
+        raise UserError(f"{path}: a setting refers to itself by ${{…}}") from None
+    _refuse_invalid_text(values, (), source)
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
@@ -49,11 +57,11 @@ NO_DEFAULT = object()
 
 
 def _environment(name: str, default: Any = NO_DEFAULT) -> Any:
-    """`${oc.env:NAME,default}`. What it gives is written to `config.yaml` and sent to W&B, so it gives no secret."""
+    """`${oc.env:NAME,default}`. Its value is written to `config.yaml` and sent to W&B, so it refuses secrets."""
     if SECRET.search(name):
         raise ValueError(
-            f"{name} seems to hold a secret, which would be written to config.yaml and W&B: an endpoint reads its key "
-            "by itself from the variable that key_env names"
+            f"{name} seems to hold a secret, which would be written to config.yaml and W&B: for the key of an "
+            "endpoint, set key_env to the name of the variable"
         )
     if name not in os.environ and default is NO_DEFAULT:
         raise ValueError(f"the environment variable {name} is not set")
@@ -64,26 +72,28 @@ OmegaConf.register_resolver("oc.env", _environment, replace=True)
 
 
 def dump_experiment(experiment: Experiment, path: Path) -> None:
-    """Write all settings, defaults too, so that `load_experiment` gives the same ones again."""
+    """Write all settings, defaults included, so that `load_experiment` returns them again."""
     text = yaml.dump(experiment.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     write_text(path, text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `Loader` would take for numbers."""
+    """Quotes strings that `Loader` would read as numbers."""
 
 
 _Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
-def _refuse_odd_text(value: Any, keys: Keys, source: Source) -> None:
-    """Raise UserError where text holds what neither a file's name nor UTF-8 can."""
+def _refuse_invalid_text(value: Any, keys: Keys, source: Source) -> None:
+    """Raise UserError for text with characters that neither file names nor UTF-8 can hold."""
     if isinstance(value, dict):
         for name, item in value.items():
-            _refuse_odd_text(name, keys, source)
-            _refuse_odd_text(item, (*keys, str(name)), source)
+            _refuse_invalid_text(name, keys, source)
+            _refuse_invalid_text(item, (*keys, str(name)), source)
     elif isinstance(value, list):
         for item in value:
-            _refuse_odd_text(item, keys, source)
+            _refuse_invalid_text(item, keys, source)
     elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise UserError(f"{source.place(keys)}: {'.'.join(keys)}: {value!r} holds a character that no text may have")
+        raise UserError(
+            f"{source.place(keys)}: {'.'.join(keys)}: {value!r} contains a character that is not allowed in text"
+        )

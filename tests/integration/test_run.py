@@ -205,7 +205,7 @@ def test_options_of_judging_a_reward_model_are_refused_without_it(
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "wrong key": ({"ppo": {"stepz": 3}}, "experiment.yaml:.*ppo.stepz is no setting; did you mean steps"),
+    "wrong key": ({"ppo": {"stepz": 3}}, "experiment.yaml:.*ppo.stepz: unknown key; did you mean steps"),
     "missing file": (
         {"data": {"demonstrations": "nowhere.jsonl"}},
         "data.demonstrations: nowhere.jsonl does not exist",

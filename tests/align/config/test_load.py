@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from align.config.load import dump_experiment, load_experiment
 from align.config.schema import Experiment
+from align.config.stage import stage_names
 from policies.errors import UserError
 
 MINIMAL = "name: x\nmodel: {path: m}\n"
@@ -45,28 +46,24 @@ def test_overrides_win_and_are_put_into_interpolations(tmp_path: Path) -> None:
 
 
 def test_the_file_wins_over_what_it_includes_and_a_later_include_over_an_earlier(tmp_path: Path) -> None:
-    write(tmp_path, "ppo: {steps: 1, epochs: 1, batch: 4}\n", "one.yaml")
+    write(tmp_path, "ppo: {steps: 1, epochs: 1, batch_size: 4}\n", "one.yaml")
     (tmp_path / "parts").mkdir()
     write(tmp_path / "parts", "include: ../deep.yaml\nppo: {epochs: 3}\n", "two.yaml")
     write(tmp_path, "ppo: {epochs: 9, gamma: 0.5}\n", "deep.yaml")
     experiment = load_experiment(
-        write(tmp_path, "include: [one.yaml, parts/two.yaml]\n" + MINIMAL + "ppo: {batch: 8}\n")
+        write(tmp_path, "include: [one.yaml, parts/two.yaml]\n" + MINIMAL + "ppo: {batch_size: 8}\n")
     )
-    assert (experiment.ppo.steps, experiment.ppo.epochs, experiment.ppo.batch_size, experiment.ppo.gamma) == (
-        1,
-        3,
-        8,
-        0.5,
-    )
+    ppo = experiment.ppo
+    assert (ppo.steps, ppo.epochs, ppo.batch_size, ppo.gamma) == (1, 3, 8, 0.5)
 
 
 def test_an_unknown_key_is_named_with_line_and_nearest_key(tmp_path: Path) -> None:
     message = problem(tmp_path, MINIMAL + "ppo:\n  kl:\n    coeficient: 0.1\n")
-    assert "experiment.yaml:5: ppo.kl.coeficient is no setting; did you mean coefficient?" in message
+    assert "experiment.yaml:5: ppo.kl.coeficient: unknown key; did you mean coefficient?" in message
 
 
-def test_a_key_like_nothing_known_gets_the_list(tmp_path: Path) -> None:
-    assert "known here: where, estimator" in problem(tmp_path, MINIMAL + "ppo: {kl: {zzz: 1}}\n")
+def test_a_key_unlike_any_other_lists_the_valid_ones(tmp_path: Path) -> None:
+    assert "valid keys: where, estimator" in problem(tmp_path, MINIMAL + "ppo: {kl: {zzz: 1}}\n")
 
 
 def test_an_unknown_key_of_a_data_source(tmp_path: Path) -> None:
@@ -80,13 +77,25 @@ def test_an_unknown_key_of_an_include_names_that_file(tmp_path: Path) -> None:
 
 def test_all_problems_are_listed(tmp_path: Path) -> None:
     message = problem(tmp_path, "nam: x\nmodel: {}\nppo: {epochs: 0, gamma: nan}\n", "learner.zero=7")
-    expected = ("nam is no", "name is missing", "model.path is missing", "ppo.epochs", "ppo.gamma", "learner.zero=7")
+    expected = (
+        "nam: unknown key",
+        "name is missing",
+        "model.path is missing",
+        "ppo.epochs",
+        "ppo.gamma",
+        "learner.zero=7",
+    )
     assert all(part in message for part in expected), message
 
 
+def test_an_unknown_stage_is_told_the_stages(tmp_path: Path) -> None:
+    message = problem(tmp_path, MINIMAL + "stages: [sft, pp]\n")
+    assert message == f"{tmp_path}/experiment.yaml:3: stages: expected one of {', '.join(stage_names())}, not 'pp'"
+
+
 def test_a_rule_across_keys_is_explained(tmp_path: Path) -> None:
-    message = problem(tmp_path, MINIMAL + "ppo:\n  batch: 10\n  minibatches: 4\n")
-    assert message == f"{tmp_path}/experiment.yaml:3: ppo: minibatches 4 does not divide batch 10"
+    message = problem(tmp_path, MINIMAL + "ppo:\n  batch_size: 10\n  minibatches: 4\n")
+    assert message == f"{tmp_path}/experiment.yaml:3: ppo: minibatches 4 does not divide batch_size 10"
 
 
 def test_a_union_is_named_by_its_key(tmp_path: Path) -> None:
@@ -100,15 +109,15 @@ def test_a_union_is_named_by_its_key(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ("# only a comment\n", "is empty"),
-        ("- a\n- b\n", "were expected"),
-        ("name: x\nmodel: {path: m\n", "no valid YAML"),
-        ("name: x\nname: y\n", ":2: name is set twice, first in line 1"),
+        ("- a\n- b\n", "expected lines of the form `key: value`"),
+        ("name: x\nmodel: {path: m\n", "not valid YAML"),
+        ("name: x\nname: y\n", ":2: name is set twice, first on line 1"),
         (MINIMAL + "ppo:\n  steps: 1\n  steps: 2\n", ":5: ppo.steps is set twice"),
         (MINIMAL + "include: nowhere.yaml\n", "nowhere.yaml does not exist"),
         (MINIMAL + "include: experiment.yaml\n", "includes itself"),
         (MINIMAL + "include: {a: b}\n", "a file name or a list"),
         (MINIMAL + "runs: ${nothing}\n", "experiment.yaml:3: runs: "),
-        (MINIMAL + "name2: &a [*b]\n", "no valid YAML"),
+        (MINIMAL + "name2: &a [*b]\n", "not valid YAML"),
         ("name: '../x'\nmodel: {path: m}\n", "name: "),
         (MINIMAL + "learner: {schedule: cosin}\n", ":3: learner.schedule: Input should be 'constant', 'linear'"),
     ],
@@ -120,53 +129,70 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("ppo: {estimator: rloo}", "ppo: rloo compares the samples of a prompt: set samples to 2 or more"),
-        ("ppo: {samples: 3}", "ppo: samples 3 does not divide batch 128"),
-        ("ppo: {estimator: reinforce++, cut: bootstrap}", "`cut: bootstrap` needs a critic, and reinforce++ has none"),
+        ("ppo: {estimator: rloo}", "ppo: rloo compares the samples of a prompt: set samples_per_prompt to 2 or more"),
+        ("ppo: {samples_per_prompt: 3}", "ppo: samples_per_prompt 3 does not divide batch_size 128"),
+        (
+            "ppo: {estimator: reinforce++, on_truncation: bootstrap}",
+            "`on_truncation: bootstrap` needs a critic, and reinforce++ has none",
+        ),
         (
             "ppo: {critic: {model: m}}",
             "ppo.critic: `model` is the base of a critic of kind `model`, and kind is",
         ),
         (
             "rollouts: {max_staleness: 1}",
-            "max_staleness lets rollouts go on beside the learner, in workers: set workers",
+            "max_staleness: rollouts run beside the learner only in workers: set workers",
         ),
         (
-            "deterministic: true\nrollouts: {max_staleness: 1, stretch: 8, workers: 2}\nppo: {importance_ratio_cap: 2}",
+            "deterministic: true\nppo: {importance_ratio_cap: 2}\n"
+            "rollouts: {max_staleness: 1, segment_tokens: 8, workers: 2}",
             "deterministic: no two runs are the same with rollouts.segment_tokens",
         ),
-        ("rollouts: {stretch: 8}", "under weights that come while they are made: set max_staleness"),
+        ("rollouts: {segment_tokens: 8}", "newer weights only while the learner trains: set max_staleness"),
         (
-            "rollouts: {max_staleness: 1, stretch: 8, workers: 2, engine: vllm, stop: [x]}",
-            "vllm would miss a stop string that begins before a stretch ends",
+            "rollouts: {max_staleness: 1, segment_tokens: 8, workers: 2, engine: vllm, stop: [x]}",
+            "vllm would miss a stop string that begins before a segment ends",
         ),
-        ("rollouts: {max_staleness: 1, workers: 2}", "which ppo.importance_ratio_cap corrects: set it, to 2.0"),
+        (
+            "rollouts: {max_staleness: 1, workers: 2}",
+            "which ppo.importance_ratio_cap corrects for: set it; 2.0 is usual",
+        ),
         (
             "rollouts: {max_staleness: 1, workers: 2}\nppo: {importance_ratio_cap: 2, max_mismatch: 1}",
-            "ppo.max_mismatch compares sampler and learner under the same weights, which rollouts.max_staleness lets differ",
+            "ppo.max_mismatch compares sampler and learner under the same weights, and rollouts.max_staleness lets "
+            "them differ: remove one of the two",
         ),
-        ("rollouts: {workers: 3}", "a batch of 128 is 2 chunks of 64 prompts, and some workers would idle: set roll"),
-        ("rollouts: {engine: vllm}", "engine vllm runs in workers, beside the learner's process: set workers to 1"),
-        ("rollouts: {vllm: {seed: 1}}", "`vllm` is of engine vllm, and engine is transformers: remove it"),
-        ("rollouts: {engine: vllm, workers: 1}\npolicy: {method: ia3}", "adapters of policy.method lora, without dora"),
+        (
+            "rollouts: {workers: 3}",
+            "a batch of 128 is 2 chunks of 64 prompts, and some workers would be idle: set roll",
+        ),
+        ("rollouts: {engine: vllm}", "engine vllm runs only in workers: set workers to 1"),
+        ("rollouts: {vllm: {seed: 1}}", "`vllm` has no effect with engine transformers: remove it"),
+        ("rollouts: {engine: vllm, workers: 1}\npolicy: {method: ia3}", "adapters of policy.method lora without dora"),
         ("rollouts: {engine: vllm, workers: 1}\npolicy: {dora: true}", "this policy is another: use engine transf"),
-        ("ppo: {estimator: rloo, samples: 2, gamma: 0.9}", "ppo: rloo does not read gamma: remove it, or use gae or"),
-        ("ppo: {estimator: reinforce++, lam: 0.9}", "ppo: reinforce++ does not read lam: remove it, or use gae"),
+        (
+            "ppo: {estimator: rloo, samples_per_prompt: 2, gamma: 0.9}",
+            "ppo: rloo does not read gamma: remove it, or use gae or",
+        ),
+        (
+            "ppo: {estimator: reinforce++, gae_lambda: 0.9}",
+            "ppo: reinforce++ does not read gae_lambda: remove it, or use gae",
+        ),
         ("reward: {terms: {a: {kind: regex}}}", "reward.terms.a.pattern is missing"),
         (
-            "reward: {terms: {a: {kind: regex, pattern: x, whol: true}}}",
-            "reward.terms.a.whol is no setting; did you mean whole",
+            "reward: {terms: {a: {kind: regex, pattern: x, full_mach: true}}}",
+            "reward.terms.a.full_mach: unknown key; did you mean full_match",
         ),
         ("reward: {terms: {a: {kind: regexp, pattern: x}}}", "reward.terms.a: Input tag 'regexp' found using 'kind'"),
         (
             "reward: {terms: {a: {kind: exact}}, constraint: {term: b, at_most: 1}}",
-            "constraint.term: 'b' is none of the terms a",
+            "constraint.term: unknown term 'b'; the terms are a",
         ),
-        ("reward: {ensemble: {combine: minimum}}", "reward: ensemble.combine `minimum` needs more than one"),
-        ("reward: {patience: 2}", "reward: patience counts looks at the held-out loss: set evaluate_every too"),
-        ("reward: {classifier: x, attributes: {a: 1}}", "reward: `attributes` is of a reward model on the trunk"),
+        ("reward: {ensemble: {combine: minimum}}", "reward: ensemble.combine `minimum` needs ensemble.members of 2 or more"),
+        ("reward: {patience: 2}", "reward: patience counts evaluations of the held-out loss: set evaluate_every too"),
+        ("reward: {classifier: x, attributes: {a: 1}}", "reward: `attributes` has no effect with `classifier`"),
         ("reward: {terms: {a: {kind: exact}}, model: x}", "reward: terms: none is of kind `model`"),
-        ("ppo: {stop: {metric: reward/spread}}", "ppo.stop: one of above, below and falls_by was expected"),
+        ("ppo: {stop: {metric: reward/spread}}", "ppo.stop: set at least one of above, below and falls_by"),
         ("ppo: {estimator: reinforce++, critic: {warmup: 3}}", "ppo: reinforce++ has no critic: remove `critic`"),
         ("policy: {method: full}", "model.dtype bfloat16 is too coarse"),
     ],
@@ -206,7 +232,7 @@ def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["policy.method=lore"], "policy.method"),
         (["policy.rank=0"], "policy.rank"),
@@ -221,8 +247,10 @@ def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFacto
         (["policy.init=pissa", "learner.weight_decay=0.1"], "set learner.weight_decay to 0"),
     ],
 )
-def test_methods_that_do_not_go_with_a_setting_say_what_does(tmp_path: Path, overrides: list[str], said: str) -> None:
-    assert said in problem(tmp_path, MINIMAL, *overrides)
+def test_methods_that_do_not_go_with_a_setting_say_what_does(
+    tmp_path: Path, overrides: list[str], expected: str
+) -> None:
+    assert expected in problem(tmp_path, MINIMAL, *overrides)
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck", "full"])
