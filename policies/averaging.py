@@ -1,51 +1,76 @@
 """One adapter out of several."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from policies.errors import UserError
 from policies.files.adapters import CONFIG, MODEL, WEIGHTS
 from policies.files.safe_reading import check_names_and_shapes, read_object, read_tensors
 
 MODEL_CONFIG = "config.json"
-KIND = ("peft_type", "model_type")
-WHERE = "base_model_name_or_path"
-"""What two adapters' files may say otherwise: the base may have been found elsewhere."""
+KIND_KEYS = ("peft_type", "model_type")
+"""What says of which kind an adapter or model is: named first where two configs differ."""
+BASE_KEY = "base_model_name_or_path"
+"""What two adapters' configs may say differently: the base may have been in another folder."""
 
 
 def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path) -> None:
-    """Write the weighted mean of the parameters of adapters, or whole models, of one kind, and of their heads.
+    """Write the weighted mean of the parameters of adapters, or complete models, of one kind, and of their heads.
 
-    Meant for adapters that started alike: policies of several seeds from one SFT adapter (Wortsman et al. 2022, "Model
-    soups"), members of an ensemble of reward models (Ramé et al. 2024, "WARM"). It is the mean of LoRA's factors, not
-    of their products. shares: positive, and scaled here to a sum of 1. Raises UserError where they do not go together.
+    It is meant for adapters with the same start: policies of several seeds from one SFT adapter (Wortsman et al. 2022,
+    "Model soups"), or members of an ensemble of reward models (Ramé et al. 2024, "WARM"). It is the mean of LoRA's
+    factors, not of their products.
+
+    Args:
+        folders: of the adapters.
+        shares: the weight of each, positive; scaled here to a sum of 1.
+        to: the folder of the mean.
+
+    Raises:
+        UserError: a folder is not an adapter, or two are not of one kind.
     """
-    first, total = folders[0], sum(shares)
-    config = CONFIG if (first / CONFIG).is_file() else MODEL_CONFIG
-    kind = read_object(first / config)
+    first = folders[0]
+    config_file = CONFIG if (first / CONFIG).is_file() else MODEL_CONFIG
+    config = read_object(first / config_file)
     files = sorted(path.name for path in first.glob("*.safetensors"))
-    if not {WEIGHTS, MODEL} & {*files}:
-        raise UserError(f"{first} holds neither {WEIGHTS} nor {MODEL}: it is not an adapter")
-    made = {name: read_tensors(first / name) for name in files}
-    sums = {name: {k: w.double() * shares[0] for k, w in tensors.items()} for name, tensors in made.items()}
-    for folder, share in zip(folders[1:], shares[1:], strict=True):
-        other = read_object(folder / config)
-        odd = [k for k in kind.keys() | other.keys() if kind.get(k) != other.get(k) and k != WHERE]
-        if odd := sorted(odd, key=lambda k: (k not in KIND, k)):
-            raise UserError(
-                f"{folder / config}: {odd[0]} is {other.get(odd[0])!r}, and {kind.get(odd[0])!r} in {first}: only "
-                "adapters of one kind have a mean"
-            )
-        for name in files:
-            weights = read_tensors(folder / name)
-            check_names_and_shapes(weights, made[name], str(folder / name))
-            for key, weight in weights.items():
-                sums[name][key] += weight.double() * share
+    if WEIGHTS not in files and MODEL not in files:
+        raise UserError(f"{first} has neither {WEIGHTS} nor {MODEL}: it is not an adapter")
+    for folder in folders[1:]:
+        _check_same_kind(read_object(folder / config_file), config, folder / config_file, first)
+    means: dict[str, dict[str, Tensor]] = {}
+    for name in files:
+        means[name] = _mean([folder / name for folder in folders], shares)
     to.mkdir(parents=True, exist_ok=True)
-    shutil.copy(first / config, to / config)
-    for name, tensors in made.items():
-        means = {key: (sums[name][key] / total).to(weight.dtype) for key, weight in tensors.items()}
-        save_file(means, to / name, metadata={"format": "pt"} if name == MODEL else None)
+    shutil.copy(first / config_file, to / config_file)
+    for name, mean in means.items():
+        save_file(mean, to / name, metadata={"format": "pt"} if name == MODEL else None)
+
+
+def _check_same_kind(config: Mapping[str, Any], expected: Mapping[str, Any], path: Path, first: Path) -> None:
+    """Raise UserError where the config of an adapter, read from `path`, differs from that of the first one."""
+    keys = config.keys() | expected.keys()
+    different = [key for key in keys if config.get(key) != expected.get(key) and key != BASE_KEY]
+    if different:
+        key = min(different, key=lambda name: (name not in KIND_KEYS, name))
+        raise UserError(
+            f"{path}: {key} is {config.get(key)!r}, but {expected.get(key)!r} in {first}: only adapters of one kind "
+            "can be averaged"
+        )
+
+
+def _mean(files: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted mean of the tensors of several files, summed in float64, in the dtype of the first."""
+    first = read_tensors(files[0])
+    sums = {name: tensor.double() * shares[0] for name, tensor in first.items()}
+    for file, share in zip(files[1:], shares[1:], strict=True):
+        tensors = read_tensors(file)
+        check_names_and_shapes(tensors, first, file)
+        for name, tensor in tensors.items():
+            sums[name] += tensor.double() * share
+    total = sum(shares)
+    return {name: (sums[name] / total).to(tensor.dtype) for name, tensor in first.items()}

@@ -20,36 +20,57 @@ from policies.files.quantization import four_bits, leave_packed
 from policies.files.safe_reading import NO_CODE, SAFE, read_object
 from policies.schema import ModelSettings, PolicySettings
 
+LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What transformers raises for a damaged folder."""
+CONVERT = (
+    "other weight files are pickles, which run code when they are read: load the model where it can be trusted, and "
+    "save it with save_pretrained, which writes safetensors"
+)
+"""What to do where a model's weights are not in safetensors."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""A tokenizer that transformers can load has one of them."""
+WEIGHTS_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".index.json"
+
 
 def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
-    """Refuse a path that looks like a folder and holds no model or, where one is needed, no tokenizer.
+    """Check that a model's folder has a model in it.
 
-    A name like a hub's (`model` or `owner/model`) that is no folder here is left to the hub's client.
+    Args:
+        path: folder, or a hub name (`model` or `owner/model`), which is left to the hub's client.
+        needs_tokenizer: whether a tokenizer must be there, too.
+
+    Raises:
+        UserError: the folder does not exist, or has no model or no tokenizer.
     """
     folder = Path(path)
     if not folder.is_dir():
-        if not _like_a_hub_name(path):
+        if not _is_like_a_hub_name(path):
             raise UserError(f"model folder {path} does not exist")
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {path} has no config.json: it is not a model in Hugging Face layout")
-    if needs_tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if needs_tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"model folder {path} has no tokenizer: save it there with tokenizer.save_pretrained({path!r})")
 
 
-def _like_a_hub_name(path: str) -> bool:
-    """One or two plain names, the first of two no folder here: `gpt2`, `owner/model`."""
-    names = path.split("/")
-    return (
-        len(names) <= 2 and not path.startswith((".", "/", "~")) and not (len(names) == 2 and Path(names[0]).is_dir())
-    )
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+def _is_like_a_hub_name(path: str) -> bool:
+    """Whether it is a name or an owner and a name, `gpt2` or `owner/model`, and the owner is no folder here."""
+    if path.startswith((".", "/", "~")):
+        return False
+    owner, *names = path.split("/")
+    return not names or (len(names) == 1 and not Path(owner).is_dir())
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; it must have an end-of-sequence token, or no response would ever end."""
+    """The tokenizer of a model.
+
+    Args:
+        path: folder or hub name of the model.
+
+    Raises:
+        UserError: it cannot be loaded, or has no end-of-sequence token, without which no response would end.
+    """
     check_model_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
@@ -60,51 +81,52 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
-"""What transformers raises for a damaged folder."""
-
-CONVERT = (
-    "other files of weights are pickles, which run what they hold when they are read: load the model where it can be "
-    "trusted, and save it by save_pretrained, which writes safetensors"
-)
-
-
 def check_weights(path: str) -> None:
-    """Raise UserError where the weights in a model's folder are not in safetensors. A hub name is the hub's client's.
+    """Raise UserError where the weights in a model's folder are not in safetensors. Hub names are not checked.
 
-    transformers would heed file names in `config.json` and in an index, whatever kind of file they are of.
+    transformers loads whatever file `config.json` or an index names, of any format.
     """
     folder = Path(path)
     if not folder.is_dir():
         return
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"model folder {path} has an adapter_config.json, which names another model: remove the file")
-    named = read_object(folder / "config.json").get("transformers_weights", "model.safetensors")
-    files = [named, f"{named}.index.json"]
-    if not isinstance(named, str) or Path(named).name != named or not named.removesuffix(_INDEX).endswith(_WEIGHTS):
-        raise UserError(f"{path}/config.json: transformers_weights is {named!r}; a .safetensors file was expected")
-    if not any((folder / name).is_file() for name in files):
-        raise UserError(f"model {path} cannot be loaded: it has no {named}; {CONVERT}")
-    for index in (folder / name for name in files if name.endswith(_INDEX) and (folder / name).is_file()):
-        _check_index(index)
-
-
-_WEIGHTS, _INDEX = ".safetensors", ".index.json"
+    weights = read_object(folder / "config.json").get("transformers_weights", "model.safetensors")
+    if not isinstance(weights, str) or not _is_safetensors_beside(weights.removesuffix(INDEX_SUFFIX)):
+        raise UserError(f"{path}/config.json: transformers_weights is {weights!r}; expected a .safetensors file")
+    files = [folder / weights, folder / f"{weights}{INDEX_SUFFIX}"]
+    existing = [file for file in files if file.is_file()]
+    if not existing:
+        raise UserError(f"model {path} cannot be loaded: it has no {weights}; {CONVERT}")
+    for file in existing:
+        if file.name.endswith(INDEX_SUFFIX):
+            _check_index(file)
 
 
 def _check_index(path: Path) -> None:
-    places = read_object(path).get("weight_map")
-    if not isinstance(places, dict):
+    """Raise UserError where an index names a file that is not in safetensors, or in another folder."""
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise UserError(f"{path} is damaged: it has no weight_map")
-    for name in places.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(_WEIGHTS):
-            raise UserError(f"{path}: {name!r} is no .safetensors file beside it; {CONVERT}")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _is_safetensors_beside(name):
+            raise UserError(f"{path}: {name!r} is not a .safetensors file in the same folder; {CONVERT}")
+
+
+def _is_safetensors_beside(name: str) -> bool:
+    """Whether it is the bare name of a safetensors file, without a folder."""
+    return Path(name).name == name and name.endswith(WEIGHTS_SUFFIX)
 
 
 def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> PreTrainedModel:
-    """The causal language model, frozen, in evaluation mode, in the dtype of the settings, on the default device.
+    """The causal language model, frozen, in evaluation mode, on the default device.
 
-    With `policy.method: qlora` the weights of its linear layers, but for the output layer, are in four bits.
+    Args:
+        settings: folder or hub name, and dtype.
+        policy: with `policy.method: qlora` the weights of all linear layers except the LM head are in four bits.
+
+    Raises:
+        UserError: the model cannot be loaded, or its weights are not in safetensors.
     """
     check_model_folder(settings.path)
     check_weights(settings.path)
@@ -123,7 +145,7 @@ def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> 
 
 
 def load_model_config(path: str) -> AutoConfig:
-    """The model's own configuration alone, without its weights."""
+    """The configuration of a model, without its weights. Raises UserError where it cannot be read."""
     check_model_folder(path)
     try:
         return AutoConfig.from_pretrained(path, **NO_CODE)
@@ -132,7 +154,10 @@ def load_model_config(path: str) -> AutoConfig:
 
 
 def load_generation_config(path: str) -> GenerationConfig:
-    """The model's generation config; without one, what its configuration says of it."""
+    """The generation config of a model; where it has none, what its configuration says about generation.
+
+    Raises UserError where it cannot be read.
+    """
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError as error:
@@ -143,15 +168,19 @@ def load_generation_config(path: str) -> GenerationConfig:
 
 def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a response: the tokenizer's EOS and those of the generation config."""
+    ids = {tokenizer.eos_token_id}
     configured = generation.eos_token_id if generation else None
-    listed = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    return frozenset([tokenizer.eos_token_id, *listed])
+    if isinstance(configured, list):
+        ids.update(configured)
+    elif configured is not None:
+        ids.add(configured)
+    return frozenset(ids)
 
 
 def reason(error: Exception) -> str:
-    """Why transformers could not load something, in a line for people."""
+    """Why transformers could not load something, in one line."""
     if "trust_remote_code" in str(error):
-        return "it needs code from its own folder, which is never run here: use a model that transformers itself has"
+        return "it needs code from its own folder, which is never run here: use a model class of transformers itself"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
         return f"it has no model.safetensors; {CONVERT}"
     return first_line(error)

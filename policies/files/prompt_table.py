@@ -16,7 +16,7 @@ MARK = "#"
 
 
 def read_task(where: str) -> Tensor:
-    """The virtual tokens of FILE#TASK. Raises UserError where file or task is not there."""
+    """The virtual tokens of FILE#TASK, `[virtual_tokens, width]`. Raises UserError where either is missing."""
     file, _, task = where.rpartition(MARK)
     tokens = _read(Path(file))
     if task not in tokens:
@@ -24,25 +24,39 @@ def read_task(where: str) -> Tensor:
     return tokens[task]
 
 
-def add_task(path: Path, task: str, tokens: Tensor, facts: Mapping[str, str]) -> None:
-    """Put a task's virtual tokens into a table, a new one or one that is there; the other tasks stay bit for bit.
+def add_task(path: Path, task: str, tokens: Tensor, metadata: Mapping[str, str]) -> None:
+    """Put a task's virtual tokens into a table, a new or an existing one; the other tasks stay bit for bit.
 
-    facts: what all tasks of a table have in common, their base and their method. Raises UserError where the table's
-    are others, or where it has the task already.
+    Args:
+        path: of the table, a safetensors file.
+        task: its name.
+        tokens: `[virtual_tokens, width]`.
+        metadata: what all tasks of a table have in common: their base, and what their virtual tokens are.
+
+    Raises:
+        UserError: the table's metadata differs, or it has the task already.
     """
-    held: dict[str, Tensor] = {}
+    tasks: dict[str, Tensor] = {}
     if path.exists():
-        held, theirs = _read(path), _facts(path)
-        if odd := [name for name, value in facts.items() if theirs.get(name) != value]:
-            raise UserError(
-                f"prompt table {path} is for {odd[0]} {theirs.get(odd[0])}, and this prompt for {facts[odd[0]]}: "
-                "give another file"
-            )
-        if task in held:
+        tasks = _read(path)
+        _check_metadata(path, metadata)
+        if task in tasks:
             raise UserError(f"prompt table {path} has a task {task!r} already: give another name")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(held | {task: tokens.detach().cpu().contiguous()}, partial, metadata=dict(facts))
+    save_file(tasks | {task: tokens.detach().cpu().contiguous()}, partial, metadata=dict(metadata))
     os.replace(partial, path)
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise UserError where a table's metadata is not that of the prompt that it should take."""
+    with safe_open(path, "pt") as file:
+        of_table = dict(file.metadata() or {})
+    for name, value in metadata.items():
+        if of_table.get(name) != value:
+            raise UserError(
+                f"prompt table {path} is for {name} {of_table.get(name)}, but this prompt for {value}: "
+                "give another file"
+            )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -50,8 +64,3 @@ def _read(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)
     except UserError as error:
         raise UserError(f"prompt table {error}") from error
-
-
-def _facts(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})

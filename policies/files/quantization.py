@@ -12,9 +12,12 @@ from policies.schema import ModelSettings, PolicySettings
 
 
 def four_bits(model: ModelSettings, policy: PolicySettings) -> BitsAndBytesConfig:
-    """How transformers quantises on loading. Products are in `model.dtype`. Raises UserError where it is not there."""
+    """How transformers quantises on loading; products are in `model.dtype`.
+
+    Raises UserError where bitsandbytes is not installed.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("policy.method qlora needs bitsandbytes: pip install 'align-rlhf[qlora]'")
+        raise UserError(f"policy.method {policy.method} needs bitsandbytes: pip install 'align-rlhf[qlora]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=policy.quant_type,
@@ -24,9 +27,9 @@ def four_bits(model: ModelSettings, policy: PolicySettings) -> BitsAndBytesConfi
 
 
 def leave_packed(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing weights anew, in place, in passes without gradients on a CPU.
+    """Keep bitsandbytes from repacking weights, in place, in forward passes without gradients on a CPU.
 
-    What it packs so is a layout for one kernel alone; passes with gradients, and ZeRO 3, would read it wrong.
+    The new layout is for one kernel alone; passes with gradients, and ZeRO 3, would misread it.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -40,7 +43,7 @@ def is_packed(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def dequantise(layer: Any) -> torch.Tensor:
-    """The weight of a four-bit layer as its products see it, `[out, in]`."""
+    """The weight `[out, in]` that a four-bit layer multiplies by."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)

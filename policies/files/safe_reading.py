@@ -1,4 +1,4 @@
-"""Files that a run, a user or a download has left, read such that nothing in them is ever run."""
+"""Files from a run, a user or a download, read such that no code in them is ever run."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from torch import Tensor
 from policies.errors import UserError
 
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""For every `from_pretrained`: unset, transformers asks at the terminal whether to run the code in a model's folder."""
+"""For every `from_pretrained`: without it transformers asks at the terminal whether to run code in a model's folder."""
 SAFE: dict[str, Any] = NO_CODE | {"use_safetensors": True}
-"""For every `from_pretrained` of a model: its weights may be pickles, which run what they hold when they are read."""
+"""For every `from_pretrained` of a model: its weights may be pickles, which run code when they are read."""
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError where there is none or it cannot be read."""
+    """The value in a JSON file. Raises UserError where the file is missing or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -28,15 +28,15 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """What a JSON file with an object holds. Raises UserError as `read_json` does, and where it holds another thing."""
+    """The object in a JSON file. Raises UserError as `read_json` does, and where the value is not an object."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: a JSON object was expected")
+        raise UserError(f"{path} is damaged: expected a JSON object")
     return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds. Raises UserError where there is none or it cannot be read."""
+    """The tensors in a safetensors file, by name. Raises UserError where the file is missing or cannot be read."""
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
@@ -45,12 +45,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged, it cannot be read: {error}") from error
 
 
-def check_names_and_shapes(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
-    """Raise UserError where tensors that were read have other names or shapes than those that they are for."""
-    if odd := sorted(given.keys() ^ expected.keys()):
-        raise UserError(f"{path} is not of this model: {odd[0]} is {'in' if odd[0] in given else 'missing from'} it")
-    for name, tensor in given.items():
+def check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
+    """Check that tensors fit those that they will replace.
+
+    Args:
+        tensors: as they were read.
+        expected: those of the model.
+        path: where they were read from, for messages.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    different = sorted(tensors.keys() ^ expected.keys())
+    if different:
+        where = "in" if different[0] in tensors else "missing from"
+        raise UserError(f"{path} does not fit this model: {different[0]} is {where} it")
+    for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise UserError(
-                f"{path} is not of this model: {name} is {list(tensor.shape)}, and {list(expected[name].shape)} there"
+                f"{path} does not fit this model: the shape of {name} is {list(tensor.shape)}, but "
+                f"{list(expected[name].shape)} in the model"
             )

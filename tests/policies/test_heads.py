@@ -5,7 +5,7 @@ from policies.heads import ScalarHead
 
 
 @pytest.mark.parametrize("width", [64, 4096])
-def test_weights_start_with_deviation_one_over_root_d_plus_one(width: int) -> None:
+def test_weights_start_with_a_std_of_one_over_root_of_width_plus_one(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.cat([ScalarHead(width, generator).weight.detach() for _ in range(200_000 // width)])
     assert float(weights.std()) == pytest.approx((width + 1) ** -0.5, rel=0.01)
@@ -17,11 +17,12 @@ def test_bias_starts_at_zero() -> None:
 
 
 def test_same_generator_same_head() -> None:
-    one, other = (ScalarHead(8, torch.Generator().manual_seed(3)).weight for _ in range(2))
+    one = ScalarHead(8, torch.Generator().manual_seed(3)).weight
+    other = ScalarHead(8, torch.Generator().manual_seed(3)).weight
     assert torch.equal(one, other)
 
 
-def test_head_is_linear_in_float32_whatever_it_is_given() -> None:
+def test_head_is_linear_in_float32_whatever_the_dtype_of_the_states() -> None:
     head = ScalarHead(8)
     hidden = torch.randn(2, 3, 8)
     assert head(hidden).shape == (2, 3)
@@ -29,15 +30,16 @@ def test_head_is_linear_in_float32_whatever_it_is_given() -> None:
     assert head(hidden.bfloat16()).dtype == torch.float32
 
 
-def test_zeros_say_zero_and_can_learn() -> None:
+def test_a_head_of_zeros_scores_zero_and_can_learn() -> None:
     head = ScalarHead.zeros(8)
     scores = head(torch.randn(4, 8))
     assert scores.tolist() == [0.0] * 4
     scores.sum().backward()
+    assert head.weight.grad is not None
     assert head.weight.grad.abs().sum() > 0
 
 
-def test_folded_head_gives_the_normalised_score() -> None:
+def test_a_folded_head_returns_the_normalised_score() -> None:
     head = ScalarHead(8)
     head.bias.data.fill_(0.7)
     hidden = torch.randn(5, 8)

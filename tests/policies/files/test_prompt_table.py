@@ -8,15 +8,15 @@ from policies.files.adapters import PROMPT, load_adapter
 from policies.files.prompt_table import add_task, read_task
 from policies.schema import PolicySettings
 
-FACTS = {"base": "a-model", "kind": "embeddings"}
+METADATA = {"base": "a-model", "kind": "embeddings"}
 SETTINGS = PolicySettings(method="prompt_tuning", virtual_tokens=3)
 
 
 def test_tasks_are_looked_up_by_name_and_added_without_touching_the_others(tmp_path: Path) -> None:
     table = tmp_path / "prompts.safetensors"
     first, second = torch.randn(3, 8), torch.randn(5, 8)
-    add_task(table, "refunds", first, FACTS)
-    add_task(table, "thanks", second, FACTS)
+    add_task(table, "refunds", first, METADATA)
+    add_task(table, "thanks", second, METADATA)
     assert torch.equal(read_task(f"{table}#refunds"), first)
     assert torch.equal(read_task(f"{table}#thanks"), second)
     assert torch.equal(load_adapter(f"{table}#refunds", SETTINGS)[PROMPT], first)
@@ -27,14 +27,14 @@ def test_mistakes_are_named_and_change_nothing(tmp_path: Path) -> None:
     table = tmp_path / "prompts.safetensors"
     with pytest.raises(UserError, match="does not exist"):
         read_task(f"{table}#refunds")
-    add_task(table, "refunds", torch.zeros(3, 8), FACTS)
+    add_task(table, "refunds", torch.zeros(3, 8), METADATA)
     before = table.read_bytes()
     with pytest.raises(UserError, match="has no task 'thanks': it has refunds"):
         read_task(f"{table}#thanks")
     with pytest.raises(UserError, match="has a task 'refunds' already"):
-        add_task(table, "refunds", torch.ones(3, 8), FACTS)
-    with pytest.raises(UserError, match="is for base a-model, and this prompt for another"):
-        add_task(table, "thanks", torch.ones(3, 8), FACTS | {"base": "another"})
+        add_task(table, "refunds", torch.ones(3, 8), METADATA)
+    with pytest.raises(UserError, match="is for base a-model, but this prompt for another"):
+        add_task(table, "thanks", torch.ones(3, 8), METADATA | {"base": "another"})
     assert table.read_bytes() == before
     table.write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="is damaged"):

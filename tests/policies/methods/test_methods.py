@@ -371,9 +371,9 @@ def test_mistakes_are_named(tiny_model: Path) -> None:
 
 def test_an_adapter_of_another_method_is_refused(saved: tuple[Path, dict[str, Tensor]]) -> None:
     root, _ = saved
-    with pytest.raises(UserError, match=r"peft_type is 'IA3', and policy.method 'lora' reads 'LORA'"):
+    with pytest.raises(UserError, match=r"peft_type is 'IA3', but policy.method 'lora' reads 'LORA'"):
         load_adapter(root / "ia3", METHODS["lora"])
     with pytest.raises(UserError, match="use_dora is True"):
         load_adapter(root / "dora", METHODS["lora"])
-    with pytest.raises(UserError, match="set them alike"):
+    with pytest.raises(UserError, match="set both to the same value"):
         load_adapter(root / "prompt_tuning", PolicySettings(method="prompt_tuning", virtual_tokens=6))
