@@ -14,9 +14,9 @@ from align.config.estimators import POLICY_LOSSES, user_function
 from align.config.schema import PpoSettings
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, PpoSettings], tuple[Tensor, Tensor]]
-"""A policy loss takes, in this order, the log-probabilities of the response tokens under the current policy, those under
-the policy that scored the episodes, the advantages, all `[P]` float32, and the settings of PPO. It returns the loss of each
-token and whether a clip is active there (float 0 or 1, only logged), both `[P]`."""
+"""A policy loss takes, in this order, the log-probabilities of the response tokens under the current policy, those
+under the policy that scored the episodes, the advantages, all `[P]` float32, and the settings of PPO. It returns the
+loss of each token and whether a clip is active there (float 0 or 1, only logged), both `[P]`."""
 
 
 def load_policy_loss(name: str) -> PolicyLoss:

@@ -1,4 +1,4 @@
-"""DeepSpeed around the roles."""
+"""The DeepSpeed engine around the roles."""
 
 import os
 from typing import Any
@@ -10,16 +10,29 @@ from align.roles.roles import Roles
 
 
 def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> Any:
-    """The engine. Clipping, schedules and the count of microbatches are the learner's own."""
+    """Build the engine.
+
+    The learner itself clips gradients, schedules learning rates and counts microbatches.
+
+    Args:
+        roles: the module to wrap.
+        optimizer: over the parameters that are trained.
+        stage: the ZeRO stage, 0 to 3.
+
+    Returns:
+        DeepSpeed's engine.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Each rank is a process that sees one device. ZeRO 3 reads this at every step; `close` takes it back, or
-    # transformers' Trainer would take the process for one of a launcher's.
+    # Each rank is a process that sees one device. ZeRO 3 reads this at every step. `Learner.close` removes it, or
+    # transformers' Trainer would believe that a launcher started this process.
     os.environ["LOCAL_RANK"] = "0"
     import deepspeed
 
     _without_compiler(deepspeed)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trainable: list[torch.nn.Parameter] = []
+    for group in optimizer.param_groups:
+        trainable += group["params"]
     engine, *_ = deepspeed.initialize(
         model=roles,
         optimizer=optimizer,
@@ -32,16 +45,16 @@ def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage:
             "zero_optimization": {
                 "stage": stage,
                 "overlap_comm": False,
-                "sub_group_size": 10**12,  # one a parameter group, so that GroupClip sees a group's whole partition
+                "sub_group_size": 10**12,  # one per parameter group: GroupClip must see a group's complete partition
                 "stage3_param_persistence_threshold": 0,
             },
         },
     )
-    # Gradients of one rank that are whole are what they are: DeepSpeed would copy them to their mean and back.
+    # The complete gradients of a single rank need no averaging, for which DeepSpeed would copy them twice.
     engine.enable_backward_allreduce = stage > 0 or dist.get_world_size() > 1
     return engine
 
 
 def _without_compiler(deepspeed: Any) -> None:
-    """Keep DeepSpeed from building its shared-memory operator, which needs a compiler and ninja on the PATH."""
+    """Prevent DeepSpeed from building its shared-memory operator, which needs a compiler and ninja on the PATH."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

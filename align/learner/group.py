@@ -1,50 +1,59 @@
-"""All ranks of the learner as one, and the simplest such thing: one rank in this process."""
+"""All ranks of the learner behind one interface, and its simplest form: one rank in this process."""
 
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore  # torch.distributed has it, but not for type checkers
 
 from align.algorithms.episodes import Episode
 from align.config.schema import LearnerSettings, PpoSettings
-from align.data.datasets import TokenizedDemonstration
-from align.learner.learner import Learner, StepCoefficients
+from align.learner.learner import DemonstrationBatches, Learner, MinibatchOrders, StepCoefficients
 from align.learner.state import LearnerState
 from align.roles.roles import Roles
 from align.roles.scoring import ALL_ROLES
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import RoleOutputs, Trajectory
 
-Orders = Sequence[Sequence[Sequence[int]]]
-"""For each epoch, for each minibatch, the episodes in it."""
-
-Mixed = Sequence[Sequence[TokenizedDemonstration]]
-"""For each optimizer step, the demonstrations that are mixed into it; none at all without ptx."""
-
 
 class Learners(Protocol):
-    """All ranks of the learner as one."""
+    """All ranks of the learner."""
 
     def score(
         self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
-    ) -> list[RoleOutputs]: ...
+    ) -> list[RoleOutputs]:
+        """Compute the outputs of the requested roles, one record per trajectory; see `Learner.score`."""
+        ...
 
     def update(
-        self, episodes: Sequence[Episode], orders: Orders, coefficients: StepCoefficients, demonstrations: Mixed = ()
-    ) -> dict[str, float]: ...
+        self,
+        episodes: Sequence[Episode],
+        orders: MinibatchOrders,
+        coefficients: StepCoefficients,
+        demonstrations: DemonstrationBatches = (),
+    ) -> dict[str, float]:
+        """Train on all episodes of a step and return statistics; see `Learner.update`."""
+        ...
 
-    def policy_weights(self) -> AdapterWeights: ...
+    def policy_weights(self) -> AdapterWeights:
+        """A copy of the policy's adapter, complete, on the CPU."""
+        ...
 
     def state(self) -> list[LearnerState]:
-        """One state a rank."""
+        """The state of each rank, for a checkpoint."""
         ...
 
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        """Take up the states that so many ranks have saved at this ZeRO stage; bit for bit where these are as many."""
+        """Take over the states that ranks saved at this ZeRO stage.
+
+        Bit for bit where there are as many ranks as now and the stage is the same.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the ranks hold."""
+        ...
 
 
 class LocalLearners:
@@ -53,23 +62,40 @@ class LocalLearners:
     def __init__(
         self, roles: Roles, ppo: PpoSettings, learner: LearnerSettings, temperature: float, gradient_checkpointing: bool
     ) -> None:
-        dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        """Form a process group of one process and build its `Learner`."""
+        dist.init_process_group(collective_backend(), store=HashStore(), rank=0, world_size=1)
         self.learner = Learner(roles, ppo, learner, temperature, gradient_checkpointing)
-        self.score = self.learner.score
-        self.update = self.learner.update
-        self.policy_weights = self.learner.policy_weights
-        self.restore = self.learner.restore
+
+    def score(
+        self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
+    ) -> list[RoleOutputs]:
+        return self.learner.score(trajectories, requested_roles)
+
+    def update(
+        self,
+        episodes: Sequence[Episode],
+        orders: MinibatchOrders,
+        coefficients: StepCoefficients,
+        demonstrations: DemonstrationBatches = (),
+    ) -> dict[str, float]:
+        return self.learner.update(episodes, orders, coefficients, demonstrations)
+
+    def policy_weights(self) -> AdapterWeights:
+        return self.learner.policy_weights()
 
     def state(self) -> list[LearnerState]:
         return [self.learner.state()]
+
+    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
+        self.learner.restore(states, zero)
 
     def close(self) -> None:
         import deepspeed
 
         self.learner.close()
-        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a group that is gone
+        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with a group that no longer exists
 
 
 def collective_backend() -> str:
-    """What processes talk by: nccl between GPUs, gloo between CPUs."""
+    """The backend of the collectives: nccl between GPUs, gloo between CPUs."""
     return "nccl" if torch.cuda.is_available() else "gloo"

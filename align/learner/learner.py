@@ -1,11 +1,11 @@
-"""One rank of the learner: a DeepSpeed engine over policy and critic on one trunk."""
+"""One rank of the learner: a DeepSpeed engine around the policy and the critic on one base model."""
 
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -13,193 +13,305 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align.algorithms.episodes import Episode
+from align.algorithms.losses import load_policy_loss
 from align.config.schema import LearnerSettings, PpoSettings
 from align.data.datasets import TokenizedDemonstration
 from align.learner.engine import make_deepspeed_engine
-from align.learner.objective import STATISTICS, Loss, in_one, likelihood_loss, microbatch, ppo_losses
+from align.learner.objective import (
+    STATISTICS,
+    Objective,
+    collate_demonstrations,
+    collate_episodes,
+    likelihood_objective,
+    ppo_objectives,
+    summed,
+)
 from align.learner.optimizer import GroupClip, make_optimizer
-from align.learner.state import RankState
+from align.learner.state import LearnerState, RankState
 from align.roles.roles import Roles
 from align.roles.scoring import ALL_ROLES, score_microbatches
-from policies.batching import Batch, collate
+from policies.trunk import AdapterWeights
 from rollouts.trajectory import RoleOutputs, Trajectory
 
-R = TypeVar("R", Episode, TokenizedDemonstration)
+Example = TypeVar("Example", Episode, TokenizedDemonstration)
 
-ROLES = ("policy", "critic")
-"""What is trained, each with a learning rate and a gradient norm of its own."""
+MinibatchOrders = Sequence[Sequence[Sequence[int]]]
+"""For each epoch, for each minibatch, the indices of its episodes."""
+
+DemonstrationBatches = Sequence[Sequence[TokenizedDemonstration]]
+"""For each optimizer step, the demonstrations that are mixed into it; empty without ptx."""
+
+TRAINED_ROLES = ("policy", "critic")
+"""Each has its own learning rate and gradient norm."""
 
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """What one PPO step trains with: learning rates and the weight of the KL in the loss (0: it is in the reward)."""
+    """What one PPO step trains with.
 
-    policy: float
-    critic: float
+    Attributes:
+        policy_lr: learning rate of the policy.
+        critic_lr: learning rate of the critic.
+        kl_in_loss: weight of the KL in the loss; 0 where the KL is in the reward.
+    """
+
+    policy_lr: float
+    critic_lr: float
     kl_in_loss: float
 
 
-class Learner:
-    """Scores trajectories and updates policy and critic.
+@dataclass(frozen=True)
+class MinibatchResult:
+    """What one optimizer step measured.
 
-    All ranks run the same calls in the same order; each is given its own rows in `score` and all of them in `update`.
+    Attributes:
+        sums: `[7]` float64, on the CPU: the `STATISTICS`, summed over the tokens of all ranks.
+        weight: what to divide the sums by.
+        likelihood: loss of the demonstrations in nats per token; 0 without any.
+        norms: gradient norms of the parameter groups; empty if DeepSpeed skipped the step.
+    """
+
+    sums: Tensor
+    weight: float
+    likelihood: float
+    norms: dict[str, float]
+
+    @property
+    def approximate_kl(self) -> float:
+        """KL of the old policy to the new one, in nats per token."""
+        return float(self.sums[STATISTICS.index("approximate_kl")]) / self.weight
+
+
+class Learner:
+    """Scores trajectories and updates the policy and the critic.
+
+    All ranks make the same calls in the same order. `score` is given this rank's trajectories, `update` all episodes.
     """
 
     def __init__(
         self, roles: Roles, ppo: PpoSettings, learner: LearnerSettings, temperature: float, gradient_checkpointing: bool
     ) -> None:
-        """The default process group must exist, one process a rank."""
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.ppo, self.learner, self.temperature = ppo, learner, temperature
+        """Build the optimizer and the engine around the roles. The default process group must exist.
+
+        Args:
+            roles: what is trained, and what scores.
+            ppo: the settings of PPO.
+            learner: the settings of the learner.
+            temperature: of the sampling, by which logits are divided.
+            gradient_checkpointing: whether the backward pass recomputes activations.
+        """
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.ppo = ppo
+        self.settings = learner
+        self.temperature = temperature
+        self.policy_loss = load_policy_loss(ppo.policy_loss)
         groups, factors = roles.groups()
-        sizes = [[parameter.numel() for parameter in parameters] for parameters in groups.values()]
+        sizes = []  # before ZeRO 3 takes the parameters apart
+        for parameters in groups.values():
+            sizes.append([parameter.numel() for parameter in parameters])
         self.optimizer = make_optimizer(learner, groups, factors)
         if learner.zero == 3:
             for trunk in roles.trunks:
                 trunk.use_module_forwards()
         self.engine = make_deepspeed_engine(roles, self.optimizer, learner.zero)
+        self.device: torch.device = self.engine.device
         self.roles = roles.eval()
-        learned = RankState(roles, sizes, self.engine, self.optimizer, learner.zero)
-        self.policy_weights, self.state, self.restore = learned.policy_weights, learned.state, learned.restore
+        self.rank_state = RankState(roles, sizes, self.engine, self.optimizer, learner.zero)
         if gradient_checkpointing:
             for trunk in roles.trunks:
                 trunk.enable_gradient_checkpointing()
         self.clip = GroupClip(learner.max_grad_norm, partitioned=learner.zero > 0)
         self.optimizer.register_step_pre_hook(self.clip)
-        self._seen_skips = 0
-        self.device = self.engine.device
-        self.tokens = learner.tokens_per_microbatch
+        self._skips_seen = 0
 
     @torch.no_grad()
     def score(
         self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
     ) -> list[RoleOutputs]:
-        """What the roles that are asked say of each trajectory. The score is NaN without a reward head."""
-        groups = self._level(self.roles.microbatches([t.total_length for t in trajectories], self.tokens))
-        return score_microbatches(self.engine, trajectories, groups, self.temperature, self.device, requested_roles)
+        """Compute the outputs of the requested roles.
+
+        Args:
+            trajectories: this rank's, at least one.
+            requested_roles: see `align.roles.scoring`.
+
+        Returns:
+            One record per trajectory, in the same order. The score is NaN without a reward head.
+        """
+        lengths = [trajectory.total_length for trajectory in trajectories]
+        microbatches = self._same_count_on_all_ranks(self._microbatches(lengths))
+        return score_microbatches(
+            run=self.engine,
+            trajectories=trajectories,
+            microbatches=microbatches,
+            temperature=self.temperature,
+            device=self.device,
+            requested_roles=requested_roles,
+        )
 
     def update(
         self,
         episodes: Sequence[Episode],
-        orders: Sequence[Sequence[Sequence[int]]],
+        orders: MinibatchOrders,
         coefficients: StepCoefficients,
-        demonstrations: Sequence[Sequence[TokenizedDemonstration]] = (),
+        demonstrations: DemonstrationBatches = (),
     ) -> dict[str, float]:
-        """Train on all episodes of a step. orders: for each epoch, for each minibatch, the episodes in it.
+        """Train on all episodes of a step.
 
-        demonstrations: those that are mixed into each optimizer step, or none at all.
-        Ends early, between two optimizer steps, once the approximate KL a token passes `ppo.target_kl`.
-        Statistics are means over the tokens that were trained on, the same on every rank.
+        It ends early, between two optimizer steps, once the approximate KL per token passes `ppo.target_kl`.
+
+        Args:
+            episodes: of the step.
+            orders: for each epoch, for each minibatch, the indices of its episodes.
+            coefficients: learning rates and the weight of the KL in the loss.
+            demonstrations: those that are mixed into each optimizer step, or none at all.
+
+        Returns:
+            Means over the tokens that were trained on (`STATISTICS`), `ptx_loss`, `optimizer_steps`, `skipped_steps`,
+            and `policy_gradient_norm` and `critic_gradient_norm`: the same on every rank.
         """
-        self._set_rates(coefficients)
-        skipped = self.clip.skipped
-        totals, weights, steps = torch.zeros(len(STATISTICS), dtype=torch.float64), 0.0, 0
-        norms: list[dict[str, float]] = []
-        likelihoods: list[float] = []
-        minibatches = [rows for epoch in orders for rows in epoch]
-        for minibatch, mixed_in in zip_longest(minibatches, demonstrations, fillvalue=()):
-            rows = [episodes[i] for i in minibatch]
-            weight = math.fsum(row.weight * len(row.response_ids) for row in rows)
-            sums, likelihood = self._train(rows, weight, coefficients.kl_in_loss, mixed_in)
-            totals, weights, steps = totals + sums, weights + weight, steps + 1
-            likelihoods.append(likelihood)
-            norms.append(dict(self.clip.norms))
-            if self._moved_too_far(sums, weight):
+        self._set_learning_rates(coefficients)
+        skipped_before = self.clip.skipped
+        results: list[MinibatchResult] = []
+        minibatches = chain.from_iterable(orders)
+        for indices, mixed_in in zip_longest(minibatches, demonstrations, fillvalue=()):
+            minibatch = [episodes[i] for i in indices]
+            result = self._train_minibatch(minibatch, mixed_in, coefficients.kl_in_loss)
+            results.append(result)
+            if self.ppo.target_kl is not None and result.approximate_kl > self.ppo.target_kl:
                 break
-        means = {name: float(total) / weights for name, total in zip(STATISTICS, totals, strict=True)}
-        return means | {
-            "ptx_loss": sum(likelihoods) / steps,
-            "optimizer_steps": steps,
-            "skipped_steps": self.clip.skipped - skipped + self._skipped_by_deepspeed(),
-            **{f"{role}_gradient_norm": _finite_mean(_norm_of(role, of) for of in norms) for role in ROLES},
-        }
+        skipped = self.clip.skipped - skipped_before + self._skipped_by_deepspeed()
+        return _mean_statistics(results) | {"skipped_steps": skipped}
+
+    def policy_weights(self) -> AdapterWeights:
+        """A copy of the policy's adapter, complete, on the CPU."""
+        return self.rank_state.policy_weights()
+
+    def state(self) -> LearnerState:
+        """A copy of all that updates change, on the CPU; of the optimizer, this rank's part."""
+        return self.rank_state.state()
+
+    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
+        """Take over the states that ranks saved at this ZeRO stage; see `RankState.restore`."""
+        self.rank_state.restore(states, zero)
 
     def close(self) -> None:
-        """Free what DeepSpeed holds; without it ZeRO 3 aborts at exit."""
+        """Free what DeepSpeed holds; without this, ZeRO 3 aborts at exit."""
         self.engine.destroy()
         os.environ.pop("LOCAL_RANK", None)
 
-    def _train(
-        self,
-        minibatch: Sequence[Episode],
-        weight: float,
-        kl_in_loss: float,
-        demonstrations: Sequence[TokenizedDemonstration],
-    ) -> tuple[Tensor, float]:
-        """One optimizer step. Returns the statistics' sums over all ranks, and the loss of the demonstrations."""
-        losses = ppo_losses(self.roles, self.ppo, self.temperature, kl_in_loss)
-        if self.learner.zero == 3:  # it takes the first backward pass of a step for one over all that is trained
-            losses = [in_one(losses)]
-        sums = self._backward(minibatch, weight, losses, partial(microbatch, device=self.device))
-        likelihood = 0.0
-        if demonstrations:
-            tokens = sum(len(row.response_ids) for row in demonstrations)
-            mixed_in = self._backward(
-                demonstrations, tokens / self.ppo.ptx_coefficient, [likelihood_loss], self._demonstrated
-            )
-            likelihood = float(mixed_in) / tokens
-        self.clip.norms.clear()  # DeepSpeed skips a step that is not finite before the clip sees it
+    def _train_minibatch(
+        self, minibatch: Sequence[Episode], demonstrations: Sequence[TokenizedDemonstration], kl_in_loss: float
+    ) -> MinibatchResult:
+        """One optimizer step."""
+        weight = math.fsum(episode.weight * len(episode.response_ids) for episode in minibatch)
+        objectives = ppo_objectives(self.roles, self.ppo, self.policy_loss, self.temperature, kl_in_loss)
+        if self.settings.zero == 3:
+            # DeepSpeed takes the first backward pass of a step for one through all that is trained.
+            objectives = [summed(objectives)]
+        sums = self._backward(minibatch, weight, objectives, partial(collate_episodes, device=self.device))
+        likelihood = self._backward_demonstrations(demonstrations) if demonstrations else 0.0
+        self.clip.norms.clear()  # DeepSpeed skips a non-finite step before the clip sees it
         self.engine.step()
-        return sums, likelihood
+        return MinibatchResult(sums, weight, likelihood, norms=dict(self.clip.norms))
 
-    def _demonstrated(self, rows: Sequence[TokenizedDemonstration]) -> tuple[Batch]:
-        return (collate([row.prompt_ids for row in rows], [row.response_ids for row in rows]).to(self.device),)
+    def _backward_demonstrations(self, demonstrations: Sequence[TokenizedDemonstration]) -> float:
+        """Accumulate the gradient of the demonstrations. Returns their loss in nats per token."""
+        tokens = sum(len(demonstration.response_ids) for demonstration in demonstrations)
+        weight = tokens / self.ppo.ptx_coefficient
+        collate = partial(collate_demonstrations, device=self.device)
+        return float(self._backward(demonstrations, weight, [likelihood_objective], collate)) / tokens
 
     def _backward(
-        self, rows: Sequence[R], weight: float, losses: Sequence[Loss], tensors: Callable[[list[R]], tuple[Any, ...]]
+        self,
+        examples: Sequence[Example],
+        weight: float,
+        objectives: Sequence[Objective],
+        collate: Callable[[Sequence[Example]], tuple[Any, ...]],
     ) -> Tensor:
-        """Accumulate the gradient of the losses of all rows over `weight`, by this rank's share of them.
+        """Accumulate the gradient of this rank's share of the examples.
 
-        tensors: of a microbatch of rows, what each loss is given. Returns the statistics' sums over all ranks.
+        Args:
+            examples: of all ranks.
+            weight: what the losses of all examples are divided by.
+            objectives: whose losses are differentiated one after another.
+            collate: from examples to the tensors of a microbatch that an objective takes.
+
+        Returns:
+            The sums of the objectives' statistics over all ranks, float64, on the CPU.
         """
-        rows = sorted(rows, key=lambda row: row.length)
-        share = range(self.rank, len(rows), self.world)
-        microbatches = self.roles.microbatches([rows[i].length for i in share], self.tokens)
-        groups = [[share[i] for i in group] for group in microbatches]
-        sums = []
-        for place, group in enumerate(self._level(groups)):
-            given = tensors([rows[i] for i in group])
-            # DeepSpeed averages over ranks; the loss is a mean over the tokens of all of them. A microbatch beyond
-            # this rank's own is there to keep step with the other ranks and weighs nothing.
-            mine = place < len(groups)
-            for loss_of in losses:
-                loss, parts = self.engine(loss_of, *given)
-                self.engine.backward(loss * (self.world / weight if mine else 0.0))
-                sums.append(parts.double() * mine)
-        total = torch.stack(sums).sum(0)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.cpu()
+        by_length = sorted(examples, key=lambda example: example.length)
+        share = range(self.rank, len(by_length), self.world_size)
+        microbatches = []
+        for positions in self._microbatches([by_length[i].length for i in share]):
+            microbatches.append([share[position] for position in positions])
+        parts = []
+        for number, indices in enumerate(self._same_count_on_all_ranks(microbatches)):
+            tensors = collate([by_length[i] for i in indices])
+            # A microbatch beyond this rank's own is a filler: it keeps step with the other ranks and weighs nothing.
+            is_own = number < len(microbatches)
+            # DeepSpeed averages over ranks, and the loss is a mean over the tokens of all ranks.
+            scale = self.world_size / weight if is_own else 0.0
+            for objective in objectives:
+                loss, statistics = self.engine(objective, *tensors)
+                self.engine.backward(loss * scale)
+                parts.append(statistics.double() * is_own)
+        sums = torch.stack(parts).sum(0)
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        return sums.cpu()
 
-    def _level(self, groups: list[list[int]]) -> list[list[int]]:
-        """The groups, filled up by groups of row 0 alone to as many as the rank with the most has."""
-        if self.world == 1:
-            return groups
-        most = torch.tensor(len(groups), device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return groups + [[0]] * (int(most) - len(groups))
+    def _microbatches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of the sequences of each microbatch."""
+        return self.roles.microbatches(lengths, self.settings.tokens_per_microbatch)
 
-    def _moved_too_far(self, sums: Tensor, weight: float) -> bool:
-        target = self.ppo.target_kl
-        return target is not None and float(sums[STATISTICS.index("approximate_kl")]) / weight > target
+    def _same_count_on_all_ranks(self, microbatches: list[list[int]]) -> list[list[int]]:
+        """The microbatches, followed by fillers of sequence 0 up to the largest number on any rank."""
+        if self.world_size == 1:
+            return microbatches
+        largest = torch.tensor(len(microbatches), device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return microbatches + [[0]] * (int(largest) - len(microbatches))
 
-    def _set_rates(self, coefficients: StepCoefficients) -> None:
+    def _set_learning_rates(self, coefficients: StepCoefficients) -> None:
+        rates = {"policy": coefficients.policy_lr, "critic": coefficients.critic_lr}
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = getattr(coefficients, group["role"].partition(".")[0]) * group["factor"]
+            group["lr"] = rates[_role_of_group(group["role"])] * group["factor"]
 
     def _skipped_by_deepspeed(self) -> int:
-        """Steps that ZeRO itself skipped since last asked: there it looks for non-finite gradients before we do."""
-        before, self._seen_skips = self._seen_skips, int(self.engine.skipped_steps)
-        return self._seen_skips - before
+        """Steps that ZeRO skipped since the last call: it checks for non-finite gradients before `GroupClip` does."""
+        seen_before = self._skips_seen
+        self._skips_seen = int(self.engine.skipped_steps)
+        return self._skips_seen - seen_before
 
 
-def _norm_of(role: str, norms: Mapping[str, float]) -> float:
-    """The norm of a role's gradient from those of its groups; NaN where it had none."""
-    parts = [norm for name, norm in norms.items() if name.partition(".")[0] == role]
+def _mean_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:
+    """Means over the tokens of all optimizer steps of an update."""
+    sums = torch.zeros(len(STATISTICS), dtype=torch.float64)  # [7]
+    weight = 0.0
+    for result in results:
+        sums = sums + result.sums
+        weight += result.weight
+    means = {name: float(total) / weight for name, total in zip(STATISTICS, sums, strict=True)}
+    means["ptx_loss"] = sum(result.likelihood for result in results) / len(results)
+    means["optimizer_steps"] = len(results)
+    for role in TRAINED_ROLES:
+        means[f"{role}_gradient_norm"] = _finite_mean(_norm_of_role(role, result.norms) for result in results)
+    return means
+
+
+def _role_of_group(name: str) -> str:
+    """The role of a parameter group, which is named ROLE or ROLE.PART."""
+    return name.partition(".")[0]
+
+
+def _norm_of_role(role: str, norms: Mapping[str, float]) -> float:
+    """The norm of a role's gradient from the norms of its groups; NaN if it has none."""
+    parts = [norm for name, norm in norms.items() if _role_of_group(name) == role]
     return math.hypot(*parts) if parts else math.nan
 
 
 def _finite_mean(values: Iterable[float]) -> float:
-    """The mean of those that are finite; NaN where none is."""
+    """The mean of the finite values; NaN if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan

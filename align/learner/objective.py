@@ -1,7 +1,10 @@
-"""The losses of an update, as functions of the roles and one microbatch."""
+"""The objectives of an update, as functions of the roles and one microbatch.
 
-import math
-from collections.abc import Callable, Sequence
+Letters in shapes: B sequences and P response tokens of a microbatch, N packed tokens (prompts and responses), H hidden
+size.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,16 +14,28 @@ from torch import Tensor
 
 from align.algorithms.episodes import Episode
 from align.algorithms.kl import estimate_kl
-from align.algorithms.losses import clipped_policy_loss, clipped_value_loss
+from align.algorithms.losses import PolicyLoss, clipped_value_loss
 from align.config.schema import PpoSettings
+from align.data.datasets import TokenizedDemonstration
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
+from policies.errors import UserError
 from policies.logprobs import token_logprobs_and_entropy
+
+STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
+"""Names of the sums that PPO's objectives return, in order; 0 where an objective has no such term."""
+
+Objective = Callable[..., tuple[Tensor, Tensor]]
+"""From the roles and the tensors of a microbatch to the loss, summed over its tokens by their weights, `[]`, and to
+statistics without a gradient that are summed in the same way: PPO's are `[7]`, see `STATISTICS`."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """A microbatch's targets, each `[P]` float32 (see `Episode`); returns and old_values are empty without a critic."""
+    """The targets of a microbatch, each `[P]` float32 (see `Episode`).
+
+    Without a critic `returns` and `old_values` are empty.
+    """
 
     old_logprobs: Tensor
     reference_logprobs: Tensor
@@ -29,92 +44,134 @@ class Targets:
     old_values: Tensor
     weights: Tensor
 
-    @classmethod
-    def of(cls, episodes: Sequence[Episode], device: torch.device) -> "Targets":
-        names = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
-        columns = [torch.cat([getattr(e, name) for e in episodes]) for name in names]
-        columns.append(torch.cat([torch.full((len(e.response_ids),), e.weight) for e in episodes]))
-        return cls(*(column.to(device) for column in columns))
 
-
-def microbatch(episodes: list[Episode], device: torch.device) -> tuple[Batch, Targets]:
+def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple[Batch, Targets]:
     """Episodes as the tensors of one forward pass."""
-    batch = collate([e.prompt_ids for e in episodes], [e.response_ids for e in episodes])
-    return batch.to(device), Targets.of(episodes, device)
+    prompts = [episode.prompt_ids for episode in episodes]
+    responses = [episode.response_ids for episode in episodes]
+
+    def cat(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(parts)).to(device)  # [T] of each -> [P]
+
+    targets = Targets(
+        old_logprobs=cat(episode.old_logprobs for episode in episodes),
+        reference_logprobs=cat(episode.reference_logprobs for episode in episodes),
+        advantages=cat(episode.advantages for episode in episodes),
+        returns=cat(episode.returns for episode in episodes),
+        old_values=cat(episode.old_values for episode in episodes),
+        weights=cat(torch.full((len(episode.response_ids),), episode.weight) for episode in episodes),
+    )
+    return collate(prompts, responses).to(device), targets
 
 
-STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
-"""Names of the sums that a loss returns, in order; 0 where it has nothing to say of one."""
+def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
+    """Demonstrations as the tensors of one forward pass."""
+    prompts = [demonstration.prompt_ids for demonstration in demonstrations]
+    responses = [demonstration.response_ids for demonstration in demonstrations]
+    return (collate(prompts, responses).to(device),)
 
-Loss = Callable[..., tuple[Tensor, Tensor]]
-"""Of roles, batch and what else it needs: the loss summed over the tokens of a microbatch, each by its weight, and its
-statistics, sums too: PPO's are `[7]` (see `STATISTICS`)."""
 
+def ppo_objectives(
+    roles: Roles, ppo: PpoSettings, policy_loss: PolicyLoss, temperature: float, kl_in_loss: float
+) -> list[Objective]:
+    """The objectives of one update, which are differentiated one after another.
 
-def ppo_losses(roles: Roles, ppo: PpoSettings, temperature: float, kl_in_loss: float) -> list[Loss]:
-    """The losses of one update, which are differentiated one after the other.
+    Their sum is policy loss + value loss + β·KL - entropy bonus. A critic with its own hidden states has its own
+    objective, so that the activations of only one role are kept at a time.
 
-    Together they are policy + value + β·KL - entropy bonus; `kl_in_loss` is β, 0 where the KL is in the reward. Where
-    the critic has states of its own it has a loss of its own, so that one role's activations are kept at a time.
+    Args:
+        roles: which the update trains.
+        ppo: the settings of PPO.
+        policy_loss: of each token.
+        temperature: of the sampling, by which logits are divided.
+        kl_in_loss: β; 0 where the KL is in the reward.
     """
-    of_policy = partial(policy_loss, ppo=ppo, temperature=temperature, kl_in_loss=kl_in_loss)
-    return [of_policy] if roles.critic_trunk is None else [of_policy, partial(value_loss, ppo=ppo)]
+    of_policy = partial(
+        policy_objective, ppo=ppo, policy_loss=policy_loss, temperature=temperature, kl_in_loss=kl_in_loss
+    )
+    if roles.critic_trunk is None:
+        return [of_policy]
+    return [of_policy, partial(critic_objective, ppo=ppo)]
 
 
-def in_one(losses: Sequence[Loss]) -> Loss:
-    """Their sum as one loss."""
+def summed(objectives: Sequence[Objective]) -> Objective:
+    """The sum of objectives as one objective."""
 
-    def loss_of(*given: Any) -> tuple[Tensor, Tensor]:
-        made = [loss(*given) for loss in losses]
-        return torch.stack([loss for loss, _ in made]).sum(), torch.stack([parts for _, parts in made]).sum(0)
+    def objective(*microbatch: Any) -> tuple[Tensor, Tensor]:
+        losses = []
+        statistics = []
+        for term in objectives:
+            loss, sums = term(*microbatch)
+            losses.append(loss)
+            statistics.append(sums)
+        return torch.stack(losses).sum(), torch.stack(statistics).sum(0)
 
-    return loss_of
+    return objective
 
 
-def policy_loss(
-    roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings, temperature: float, kl_in_loss: float
+def policy_objective(
+    roles: Roles,
+    batch: Batch,
+    targets: Targets,
+    ppo: PpoSettings,
+    policy_loss: PolicyLoss,
+    temperature: float,
+    kl_in_loss: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the policy, and of a critic that is a head on its states; see `Loss`.
+    """The objective of the policy, and of a critic that is a head on its hidden states; see `Objective`.
 
-    The approximate KL is k3 of the old policy to the new, from samples of the old.
+    The approximate KL is k3 of the old policy to the new one, from samples of the old one.
     """
-    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]
-    head = partial(roles.trunk.head, role="policy")
-    logprobs, entropy = token_logprobs_and_entropy(
-        states, batch.response_ids, head, temperature, learn_entropy=ppo.entropy_coefficient > 0
+    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]  # [N, H] -> [P, H]
+    logprobs, entropy = token_logprobs_and_entropy(  # [P], [P]
+        states,
+        batch.response_ids,
+        partial(roles.trunk.head, role="policy"),
+        temperature,
+        learn_entropy=ppo.entropy_coefficient > 0,
     )
-    policy, policy_clipped = clipped_policy_loss(
-        logprobs, targets.old_logprobs, targets.advantages, ppo.clip_low, ppo.clip_high, ppo.dual_clip or math.inf
-    )
+    policy, policy_clipped = policy_loss(logprobs, targets.old_logprobs, targets.advantages, ppo)  # [P], [P]
+    if not policy.shape == policy_clipped.shape == logprobs.shape:
+        raise UserError(
+            f"ppo.policy_loss: {ppo.policy_loss} returned tensors of shapes {list(policy.shape)} and "
+            f"{list(policy_clipped.shape)} for {len(logprobs)} tokens; expected {list(logprobs.shape)} twice"
+        )
     kl = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)
-    moved = estimate_kl(targets.old_logprobs, logprobs, "k3")
+    approximate_kl = estimate_kl(targets.old_logprobs, logprobs, "k3")
     value = value_clipped = torch.zeros_like(policy)
     if roles.critic is not None and roles.critic_trunk is None:
         value, value_clipped = _value_loss(roles.critic, states, targets, ppo)
-    loss = policy + ppo.critic.weight * value + kl - ppo.entropy_coefficient * entropy
-    parts = torch.stack([policy, value, kl, entropy, moved, policy_clipped, value_clipped]).detach()
-    return loss @ targets.weights, parts @ targets.weights
+    loss = policy + ppo.critic.weight * value + kl - ppo.entropy_coefficient * entropy  # [P]
+    statistics = torch.stack([policy, value, kl, entropy, approximate_kl, policy_clipped, value_clipped]).detach()
+    return loss @ targets.weights, statistics @ targets.weights  # [], [7]
 
 
-def value_loss(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
-    """The loss of a critic that has states of its own; see `Loss`. Raises ValueError where there is none."""
+def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
+    """The objective of a critic that has its own hidden states; see `Objective`.
+
+    Raises:
+        ValueError: if there is no such critic.
+    """
     trunk, critic = roles.critic_trunk, roles.critic
     if trunk is None or critic is None:
-        raise ValueError("there is no critic with states of its own")
-    states = trunk.hidden_packed(batch.ids, batch.lengths, "critic")[batch.predictors]
-    value, clipped = _value_loss(critic, states, targets, ppo)
-    nothing = torch.zeros_like(value)
-    parts = torch.stack([nothing, value, nothing, nothing, nothing, nothing, clipped]).detach()
-    return ppo.critic.weight * value @ targets.weights, parts @ targets.weights
+        raise ValueError("there is no critic with its own hidden states")
+    states = trunk.hidden_packed(batch.ids, batch.lengths, "critic")[batch.predictors]  # [N, H] -> [P, H]
+    value, value_clipped = _value_loss(critic, states, targets, ppo)  # [P], [P]
+    zeros = torch.zeros_like(value)
+    statistics = torch.stack([zeros, value, zeros, zeros, zeros, zeros, value_clipped]).detach()
+    return ppo.critic.weight * value @ targets.weights, statistics @ targets.weights  # [], [7]
 
 
 def _value_loss(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
+    """The loss of each token and whether its clip is active, `[P]` both, from hidden states `[P, H]`."""
     return clipped_value_loss(critic.head(states), targets.old_values, targets.returns, ppo.critic.value_clip)
 
 
-def likelihood_loss(roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of demonstrations under the policy, in nats, summed over response tokens; twice, the
-    second time without a gradient."""
-    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")
+def likelihood_objective(roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The objective of demonstrations: their negative log-likelihood under the policy, in nats, over response tokens.
+
+    Its statistics, `[]`, are the same sum without a gradient.
+    """
+    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")  # [N, H]
     loss = -roles.logprobs("policy", states, batch, temperature=1.0).sum()
     return loss, loss.detach()

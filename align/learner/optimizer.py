@@ -1,6 +1,6 @@
-"""The optimizer under DeepSpeed: groups clipped each by its own norm, and steps that non-finite gradients skip."""
+"""The optimizer under DeepSpeed: each group is clipped by its own norm, and non-finite gradients skip a step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,64 +11,77 @@ from torch.optim import SGD, AdamW, Optimizer
 from align.config.schema import LearnerSettings
 from policies.errors import UserError
 
+ADAM_EPSILON = 1e-5
+"""As in PPO's reference implementations."""
+
 
 def make_optimizer(
     settings: LearnerSettings, groups: Mapping[str, list[nn.Parameter]], factors: Mapping[str, float] | None = None
 ) -> Optimizer:
-    """AdamW (ε 1e-5, as PPO's reference implementations have it), paged or not, or SGD over named groups.
+    """Build the optimizer: AdamW, paged AdamW or SGD over named groups, with learning rates of 0.
 
-    groups: parameters by the role that they are of, or ROLE.PART. factors: what a group's learning rate is a multiple
-    of its role's by, where it is not the same. Raises UserError where there is nothing to page.
+    Args:
+        settings: the settings of the learner.
+        groups: parameters by name: ROLE, or ROLE.PART.
+        factors: by which a group's learning rate differs from its role's; 1 where there is none.
+
+    Raises:
+        UserError: if there is no GPU for a paged optimizer.
     """
     factors = factors or {}
-    named: list[dict[str, Any]] = [
-        {"params": parameters, "role": name, "factor": factors.get(name, 1.0)} for name, parameters in groups.items()
-    ]
+    named: list[dict[str, Any]] = []
+    for name, parameters in groups.items():
+        named.append({"params": parameters, "role": name, "factor": factors.get(name, 1.0)})
     if settings.optimizer == "sgd":
         return SGD(named, lr=0.0, weight_decay=settings.weight_decay)
     if settings.optimizer == "paged_adamw":
-        return _paged(named, settings.weight_decay)
-    return AdamW(named, lr=0.0, eps=1e-5, weight_decay=settings.weight_decay, fused=True)
+        return _paged_adamw(named, settings.weight_decay)
+    return AdamW(named, lr=0.0, eps=ADAM_EPSILON, weight_decay=settings.weight_decay, fused=True)
 
 
-def _paged(named: list[dict[str, Any]], weight_decay: float) -> Optimizer:
+def _paged_adamw(named: list[dict[str, Any]], weight_decay: float) -> Optimizer:
     if not torch.cuda.is_available():
         raise UserError(
-            "learner.optimizer paged_adamw moves its state between the memories of a GPU and its host, "
-            "and there is no GPU here: use adamw"
+            "learner.optimizer paged_adamw moves its state between GPU and host memory, and there is no GPU here: "
+            "use adamw"
         )
     from bitsandbytes.optim import PagedAdamW32bit
 
-    return PagedAdamW32bit(named, lr=0.0, eps=1e-5, weight_decay=weight_decay)
+    optimizer: Optimizer = PagedAdamW32bit(named, lr=0.0, eps=ADAM_EPSILON, weight_decay=weight_decay)
+    return optimizer
 
 
 class GroupClip:
     """Clips the gradient of each parameter group by its own norm, just before the optimizer's step.
 
-    It sees what the optimizer sees: whole gradients at ZeRO stage 0, this rank's flat partition at stages 1 to 3, where
-    DeepSpeed steps one group at a time. Norms are of the whole gradient, over all ranks. `norms` holds those of the
-    last step by the group's role; `skipped` counts steps whose gradient was not finite, which change nothing.
+    It sees what the optimizer sees: complete gradients at ZeRO stage 0, this rank's flat partition at stages 1 to 3,
+    where DeepSpeed steps one group at a time. Norms are of the complete gradient, over all ranks.
+
+    Attributes:
+        norms: of the last step, by the name of the group.
+        skipped: how many steps had a non-finite gradient; they change nothing.
     """
 
     def __init__(self, limit: float, partitioned: bool) -> None:
+        """limit: the largest norm. partitioned: whether each rank sees a part of the gradient."""
         self.limit = limit
         self.partitioned = partitioned
         self.norms: dict[str, float] = {}
         self.skipped = 0
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        gradients = {g["role"]: [p.grad for p in g["params"] if p.grad is not None] for g in optimizer.param_groups}
-        norms = {role: self._norm(tensors) for role, tensors in gradients.items() if tensors}
-        self.norms |= {role: float(norm) for role, norm in norms.items()}
+        """Clip; registered as a hook before the optimizer's step."""
+        gradients = _gradients_by_group(optimizer)
+        norms = {name: self._norm(tensors) for name, tensors in gradients.items()}
+        self.norms |= {name: float(norm) for name, norm in norms.items()}
         if not all(torch.isfinite(norm) for norm in norms.values()):
             self.skipped += 1
-            for parameter in _parameters(optimizer):
-                parameter.grad = None
+            optimizer.zero_grad()  # sets the gradients to None, which the optimizer passes over
             return
-        for role, norm in norms.items():
+        for name, norm in norms.items():
             scale = min(1.0, self.limit / (float(norm) + 1e-6))
             if scale < 1.0:
-                torch._foreach_mul_(gradients[role], scale)
+                torch._foreach_mul_(gradients[name], scale)
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
         # In float64, or the sum over one flat partition and that over many parameters would differ in the fifth digit.
@@ -78,5 +91,11 @@ class GroupClip:
         return square.sqrt()
 
 
-def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+def _gradients_by_group(optimizer: Optimizer) -> dict[str, list[Tensor]]:
+    """The gradients of each group that has any."""
+    gradients = {}
+    for group in optimizer.param_groups:
+        tensors = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        if tensors:
+            gradients[group["role"]] = tensors
+    return gradients

@@ -1,76 +1,138 @@
-"""The optimizer's state in another layout: saved by so many ranks at one ZeRO stage, taken up by others.
+"""The optimizer's state in another layout: saved by some ranks at one ZeRO stage, restored by others at another.
 
-What a rank saves (`LearnerState.optimizer`): at stage 0 a tensor a parameter; at 1 and 2 its slice of each group's
-parameters laid end to end; at 3 its slices of each parameter, laid end to end for each group. Slices are padded with
-zeros to equal lengths.
+Example: one group with the parameters a (5 numbers) and b (3 numbers), two ranks; `.` is padding:
+
+    stage 0   every rank    [a a a a a]   [b b b]         one tensor per parameter, in its own shape
+    full                    [a a a a a b b b]             one vector per group, parameters end to end
+    stage 1/2 rank 0        [a a a a]                     slices of the full vector
+              rank 1        [a b b b]
+    stage 3   rank 0        [a a a b b]                   slices of each parameter, end to end
+              rank 1        [a a . b .]
+
+`unshard` goes from any layout to full vectors, `shard` from full vectors to the part of one rank. Both keep every bit.
+The names in a part are `N.master` and `N.state.NAME`: N counts parameters at stage 0, and groups otherwise.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
 Part = Mapping[str, Tensor]
-"""`N.master` and `N.state.NAME`, where N counts parameters at stage 0, else groups."""
+"""The optimizer's state of one rank: `N.master` and `N.state.NAME`."""
 
 
-def unshard(parts: Sequence[Part], sizes: Sequence[Sequence[int]], zero: int) -> dict[str, Tensor]:
-    """From all ranks' parts to whole vectors: `N.master` and `N.state.NAME` of group N, its parameters end to end.
+@dataclass(frozen=True)
+class Layout:
+    """How the optimizer's state is divided.
 
-    sizes: numbers in each parameter of each group. Counts of steps, of one number, stay as they are.
+    Attributes:
+        sizes: how many numbers each parameter of each group has when it is complete.
+        zero: the ZeRO stage.
+        ranks: how many ranks there are.
     """
-    if zero == 0:
-        starts = [sum(map(len, sizes[:group])) for group in range(len(sizes))]
-        return {
-            f"{group}.{kind}": parts[0][f"{start}.{kind}"]
-            if _is_count(kind)
-            else torch.cat([parts[0][f"{start + i}.{kind}"].flatten() for i in range(len(sizes[group]))])
-            for group, start in enumerate(starts)
-            for kind in _kinds(parts[0], start)
-        }
-    whole = {}
-    for group, own in enumerate(sizes):
-        for kind in _kinds(parts[0], group):
-            slices = [part[f"{group}.{kind}"] for part in parts]
+
+    sizes: Sequence[Sequence[int]]
+    zero: int
+    ranks: int
+
+    def first_tensor(self, group: int) -> int:
+        """The number of a group's first tensor in the names of a part."""
+        if self.zero == 0:
+            return sum(len(sizes) for sizes in self.sizes[:group])
+        return group
+
+    def slice_sizes(self, group: int) -> list[int]:
+        """Stage 3: how many numbers of each parameter of a group one rank holds, padding included."""
+        return [ceil(size / self.ranks) for size in self.sizes[group]]
+
+
+def unshard(parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
+    """From the parts of all ranks to full vectors.
+
+    Args:
+        parts: one for each rank of the layout, in order.
+        layout: the one that the parts were saved in.
+
+    Returns:
+        `G.master` and `G.state.NAME` of each group G, `[numbers of the group]`. Step counts, of one number, stay as
+        they are.
+    """
+    full = {}
+    for group in range(len(layout.sizes)):
+        first = layout.first_tensor(group)
+        for kind in _kinds(parts[0], first):
             if _is_count(kind):
-                whole[f"{group}.{kind}"] = slices[0]
-            elif zero < 3:
-                whole[f"{group}.{kind}"] = torch.cat(slices)[: sum(own)]
+                full[f"{group}.{kind}"] = parts[0][f"{first}.{kind}"]
             else:
-                each = [ceil(size / len(parts)) for size in own]
-                rows = zip(*(vector[: sum(each)].split(each) for vector in slices), strict=True)
-                whole[f"{group}.{kind}"] = torch.cat(
-                    [torch.cat(row)[:size] for row, size in zip(rows, own, strict=True)]
-                )
-    return whole
+                full[f"{group}.{kind}"] = _full_vector(parts, layout, group, kind)
+    return full
 
 
-def shard(
-    whole: Part, sizes: Sequence[Sequence[int]], zero: int, rank: int, ranks: int, shapes: Sequence[torch.Size]
-) -> dict[str, Tensor]:
-    """The part of a rank, of so many at this stage. shapes: of the tensors that the rank's optimizer steps."""
+def shard(full: Part, layout: Layout, rank: int, shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
+    """From full vectors to the part of one rank.
+
+    Args:
+        full: as `unshard` returns it.
+        layout: the one to divide by.
+        rank: whose part.
+        shapes: of the tensors that the rank's optimizer steps.
+
+    Returns:
+        Copies, by the names of the layout.
+    """
     part: dict[str, Tensor] = {}
-    for name, vector in whole.items():
-        group, kind = int(name.partition(".")[0]), name.partition(".")[2]
-        own = sizes[group]
-        if zero == 0:
-            start = sum(map(len, sizes[:group]))
-            pieces = [vector] * len(own) if _is_count(kind) else list(vector.split(list(own)))
-            for i, piece in enumerate(pieces):
-                part[f"{start + i}.{kind}"] = piece if _is_count(kind) else piece.view(shapes[start + i])
+    for name, vector in full.items():
+        number, _, kind = name.partition(".")
+        group = int(number)
+        first = layout.first_tensor(group)
+        if layout.zero == 0:
+            for i, tensor in enumerate(_parameters(vector, layout.sizes[group], kind)):
+                part[f"{first + i}.{kind}"] = tensor if _is_count(kind) else tensor.view(shapes[first + i])
         elif _is_count(kind):
             part[name] = vector
-        elif zero < 3:
+        elif layout.zero < 3:
             part[name] = _slice(vector, rank, shapes[group].numel())
         else:
-            slices = [_slice(p, rank, ceil(size / ranks)) for p, size in zip(vector.split(list(own)), own, strict=True)]
-            part[name] = _padded(torch.cat(slices), shapes[group].numel())
+            part[name] = _padded(_slices_of_parameters(vector, layout, group, rank), shapes[group].numel())
     return {name: tensor.clone() for name, tensor in part.items()}
 
 
+def _full_vector(parts: Sequence[Part], layout: Layout, group: int, kind: str) -> Tensor:
+    """One kind of state of a group: its parameters end to end, without padding."""
+    sizes = layout.sizes[group]
+    if layout.zero == 0:
+        first = layout.first_tensor(group)
+        return torch.cat([parts[0][f"{first + i}.{kind}"].flatten() for i in range(len(sizes))])
+    vectors = [part[f"{group}.{kind}"] for part in parts]
+    if layout.zero < 3:
+        return torch.cat(vectors)[: sum(sizes)]
+    slice_sizes = layout.slice_sizes(group)
+    slices_by_rank = [torch.split(vector[: sum(slice_sizes)], slice_sizes) for vector in vectors]
+    slices_by_parameter = zip(*slices_by_rank, strict=True)
+    return torch.cat([torch.cat(slices)[:size] for slices, size in zip(slices_by_parameter, sizes, strict=True)])
+
+
+def _parameters(vector: Tensor, sizes: Sequence[int], kind: str) -> list[Tensor]:
+    """Stage 0: one flat tensor per parameter of a group; each gets the same step count."""
+    if _is_count(kind):
+        return [vector] * len(sizes)
+    return list(torch.split(vector, list(sizes)))
+
+
+def _slices_of_parameters(vector: Tensor, layout: Layout, group: int, rank: int) -> Tensor:
+    """Stage 3: one rank's slice of each parameter of a group, end to end."""
+    parameters = torch.split(vector, list(layout.sizes[group]))
+    slice_sizes = layout.slice_sizes(group)
+    return torch.cat([_slice(p, rank, size) for p, size in zip(parameters, slice_sizes, strict=True)])
+
+
 def _kinds(part: Part, number: int) -> list[str]:
-    return [name.partition(".")[2] for name in part if name.partition(".")[0] == str(number)]
+    """What a part holds of its N-th tensor: `master`, `state.NAME`, …"""
+    prefix = f"{number}."
+    return [name.removeprefix(prefix) for name in part if name.startswith(prefix)]
 
 
 def _is_count(kind: str) -> bool:
@@ -78,6 +140,7 @@ def _is_count(kind: str) -> bool:
 
 
 def _slice(vector: Tensor, rank: int, length: int) -> Tensor:
+    """The rank-th slice of this length, padded with zeros at the end of the vector."""
     return _padded(vector[rank * length : (rank + 1) * length], length)
 
 

@@ -1,15 +1,25 @@
-"""What a rank of the learner has learned: read from it, saved, and taken up again, bit for bit or cut anew."""
+"""What one rank of the learner has learned: read for a checkpoint and restored from one, bit for bit.
 
-from collections.abc import Sequence
+A rank's state in a checkpoint:
+
+    policy        the policy's adapter, complete (the same on every rank)
+    critic        the critic's adapter, complete; empty where it has none
+    critic_head   the critic's head, complete; empty where there is no critic
+    optimizer     N.master, N.state.exp_avg, …: this rank's part, in the layout of its ZeRO stage (see `reshard`)
+
+Another number of ranks or another ZeRO stage restores it too: the parts of all ranks are joined and divided again.
+"""
+
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from align.learner.reshard import shard, unshard
+from align.learner.reshard import Layout, shard, unshard
 from align.roles.roles import Roles
 from policies.errors import UserError
 from policies.files.safe_reading import check_names_and_shapes
@@ -18,9 +28,13 @@ from policies.trunk import AdapterWeights, Trunk
 
 @dataclass(frozen=True)
 class LearnerState:
-    """What a checkpoint holds of one rank. The optimizer's tensors are this rank's partitions at ZeRO 1 to 3.
+    """What a checkpoint holds of one rank, on the CPU.
 
-    critic, critic_head: empty where the critic has no adapter, or where there is none.
+    Attributes:
+        policy: the policy's adapter.
+        critic: the critic's adapter; empty where it has none.
+        critic_head: empty where there is no critic.
+        optimizer: this rank's part, by the names of `reshard`.
     """
 
     policy: AdapterWeights
@@ -30,108 +44,147 @@ class LearnerState:
 
 
 class RankState:
-    """All that the updates of a rank change: adapters, the critic's head, and its part of the optimizer."""
+    """All that updates change on one rank: adapters, the critic's head, and its part of the optimizer's state."""
 
     def __init__(
         self, roles: Roles, sizes: Sequence[Sequence[int]], engine: Any, optimizer: torch.optim.Optimizer, zero: int
     ) -> None:
-        """engine: DeepSpeed's around the roles at this ZeRO stage; optimizer: what it steps.
+        """Refer to what is trained; the default process group must exist.
 
-        sizes: how many numbers each parameter of each of its groups has when it is whole.
+        Args:
+            roles: the policy and the critic.
+            sizes: how many numbers each parameter of each of the optimizer's groups has when it is complete.
+            engine: DeepSpeed's, around the roles.
+            optimizer: the one that the engine steps.
+            zero: the engine's ZeRO stage.
         """
-        self.roles, self.sizes, self.engine, self.optimizer, self.zero = roles, sizes, engine, optimizer, zero
+        self.roles = roles
+        self.engine = engine
+        self.optimizer = optimizer
+        self.layout = Layout(sizes, zero, ranks=dist.get_world_size())
 
     def policy_weights(self) -> AdapterWeights:
-        """A copy of the policy's adapter, whole, on the CPU."""
-        return self._read(self.roles.trunk, "policy")
+        """A copy of the policy's adapter, complete, on the CPU."""
+        return self._read_adapter(self.roles.trunk, "policy")
 
     def state(self) -> LearnerState:
-        """All that the update has changed, on the CPU: whole adapters and head, this rank's part of the optimizer."""
+        """A copy of all that updates change, on the CPU."""
         optimizer = {}
-        for index, master in enumerate(self._masters()):
-            optimizer[f"{index}.master"] = master.detach()
+        for number, master in enumerate(self._masters()):
+            optimizer[f"{number}.master"] = master.detach()
             for name, value in self.optimizer.state.get(master, {}).items():
-                optimizer[f"{index}.state.{name}"] = torch.atleast_1d(torch.as_tensor(value))
+                optimizer[f"{number}.state.{name}"] = _at_least_one_dimension(torch.as_tensor(value))
         return LearnerState(
-            policy=self._read(self.roles.trunk, "policy"),
-            critic=self._read(self.roles.critic_trunk, "critic"),
-            critic_head=self._read_head(),
+            policy=self._read_adapter(self.roles.trunk, "policy"),
+            critic=self._read_adapter(self.roles.critic_trunk, "critic"),
+            critic_head=self._read_critic_head(),
             optimizer={name: tensor.cpu().contiguous().clone() for name, tensor in optimizer.items()},
         )
 
     @torch.no_grad()
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        """Take up what so many ranks have saved at this ZeRO stage: bit for bit where it is as many and the same.
+        """Take over a saved state; bit for bit where the number of ranks and the ZeRO stage are the same.
 
-        Raises UserError where it is of another model, or was saved otherwise.
+        Args:
+            states: one for each rank that saved them, in order.
+            zero: the ZeRO stage that they were saved at.
+
+        Raises:
+            UserError: if the state is of another model or was saved with other settings.
         """
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        if (len(states), zero) == (ranks, self.zero):
-            state = states[rank]
-        else:
-            whole = unshard([state.optimizer for state in states], self.sizes, zero)
-            shapes = [master.shape for master in self._masters()]
-            state = replace(states[0], optimizer=shard(whole, self.sizes, self.zero, rank, ranks, shapes))
+        state = self._in_this_layout(states, zero)
         self._check(state)
-        self._write(self.roles.trunk, "policy", state.policy)
-        self._write(self.roles.critic_trunk, "critic", state.critic)
-        if self.roles.critic is not None:
-            with self._gathered(list(self.roles.critic.head.parameters()), write=True):
-                self.roles.critic.head.load_state_dict(state.critic_head)
-        for index, master in enumerate(self._masters()):
-            master.copy_(state.optimizer[f"{index}.master"])
-            mark = f"{index}.state."
-            saved = {n.removeprefix(mark): t for n, t in state.optimizer.items() if n.startswith(mark)}
-            self.optimizer.state.pop(master, None)
-            if saved:
-                own = {name: tensor.to(master.device, copy=True) for name, tensor in saved.items()}
-                # A count is saved as one number in a row; the fused optimizer wants it plain, and on the device.
-                self.optimizer.state[master] = own | ({"step": own["step"].squeeze()} if "step" in own else {})
+        self._write_adapter(self.roles.trunk, "policy", state.policy)
+        self._write_adapter(self.roles.critic_trunk, "critic", state.critic)
+        self._write_critic_head(state.critic_head)
+        self._write_optimizer(state.optimizer)
+
+    def _in_this_layout(self, states: Sequence[LearnerState], zero: int) -> LearnerState:
+        """This rank's state, its part of the optimizer divided as it is here."""
+        rank = dist.get_rank()
+        saved_layout = Layout(self.layout.sizes, zero, ranks=len(states))
+        if saved_layout == self.layout:
+            return states[rank]
+        full = unshard([state.optimizer for state in states], saved_layout)
+        shapes = [master.shape for master in self._masters()]
+        return replace(states[0], optimizer=shard(full, self.layout, rank, shapes))
 
     def _check(self, state: LearnerState) -> None:
-        masters, what = self._masters(), "the checkpoint's optimizer"
-        expected = {f"{index}.master": master for index, master in enumerate(masters)}
-        check_names_and_shapes(
-            {name: t for name, t in state.optimizer.items() if name.endswith(".master")}, expected, what
-        )
+        """Raise UserError unless the optimizer's tensors and the critic's head fit this model."""
+        what = "the checkpoint's optimizer"
+        masters = self._masters()
+        expected = {f"{number}.master": master for number, master in enumerate(masters)}
+        saved = {name: tensor for name, tensor in state.optimizer.items() if name.endswith(".master")}
+        check_names_and_shapes(saved, expected, what)
         for name, tensor in state.optimizer.items():
-            number, kind, _ = name.split(".", 2) if name.count(".") > 1 else (name.partition(".")[0], "master", "")
-            if f"{number}.master" not in expected or kind not in ("master", "state"):
+            number, _, kind = name.partition(".")
+            is_known = kind == "master" or kind.startswith("state.")
+            if f"{number}.master" not in expected or not is_known:
                 raise UserError(f"{what} is not of this model: it has {name}")
             if tensor.numel() not in (1, masters[int(number)].numel()):
                 raise UserError(f"{what} is not of this model: {name} is {list(tensor.shape)}")
         if self.roles.critic is not None:
-            check_names_and_shapes(state.critic_head, self._read_head(), "the checkpoint's critic head")
+            check_names_and_shapes(state.critic_head, self._read_critic_head(), "the checkpoint's critic head")
 
     def _masters(self) -> list[Tensor]:
-        """What the optimizer steps: whole parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""
+        """What the optimizer steps: complete parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""
         zero = self.engine.optimizer
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
             if hasattr(zero, name):
                 return list(getattr(zero, name))
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        masters: list[Tensor] = []
+        for group in self.optimizer.param_groups:
+            masters += group["params"]
+        return masters
 
-    def _gathered(self, parameters: list[Any], write: bool = False) -> AbstractContextManager[Any]:
-        if self.zero < 3 or not parameters:
+    def _write_optimizer(self, saved: Mapping[str, Tensor]) -> None:
+        for number, master in enumerate(self._masters()):
+            master.copy_(saved[f"{number}.master"])
+            self.optimizer.state.pop(master, None)
+            state = {}
+            prefix = f"{number}.state."
+            for name, tensor in saved.items():
+                if name.startswith(prefix):
+                    state[name.removeprefix(prefix)] = tensor.to(master.device, copy=True)
+            if "step" in state:
+                # A count is saved as a vector of one number; the fused optimizer wants a scalar on the device.
+                state["step"] = state["step"].squeeze()
+            if state:
+                self.optimizer.state[master] = state
+
+    def _gathered(self, parameters: list[nn.Parameter], write: bool = False) -> AbstractContextManager[Any]:
+        """While this context is open, the parameters are complete, at ZeRO 3 too."""
+        if self.layout.zero < 3 or not parameters:
             return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
 
-        return GatheredParameters(parameters, modifier_rank=0 if write else None)
+        context: AbstractContextManager[Any] = GatheredParameters(parameters, modifier_rank=0 if write else None)
+        return context
 
-    def _read(self, trunk: Trunk | None, role: str) -> AdapterWeights:
+    def _read_adapter(self, trunk: Trunk | None, role: str) -> AdapterWeights:
         if trunk is None:
             return {}
         with self._gathered(list(trunk.adapter(role).values())):
             return {name: tensor.cpu() for name, tensor in trunk.read_adapter(role).items()}
 
-    def _read_head(self) -> AdapterWeights:
+    def _write_adapter(self, trunk: Trunk | None, role: str, weights: AdapterWeights) -> None:
+        if trunk is not None:
+            with self._gathered(list(trunk.adapter(role).values()), write=True):
+                trunk.write_adapter(role, weights)
+
+    def _read_critic_head(self) -> dict[str, Tensor]:
         if self.roles.critic is None:
             return {}
         head = self.roles.critic.head
         with self._gathered(list(head.parameters())):
             return {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
 
-    def _write(self, trunk: Trunk | None, role: str, weights: AdapterWeights) -> None:
-        if trunk is not None:
-            with self._gathered(list(trunk.adapter(role).values()), write=True):
-                trunk.write_adapter(role, weights)
+    def _write_critic_head(self, weights: Mapping[str, Tensor]) -> None:
+        if self.roles.critic is not None:
+            head = self.roles.critic.head
+            with self._gathered(list(head.parameters()), write=True):
+                head.load_state_dict(dict(weights))
+
+
+def _at_least_one_dimension(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() else tensor.reshape(1)

@@ -110,8 +110,8 @@ def step_coefficients(
     factor = schedule_factor(learner.schedule, index, ppo.steps, learner.warmup)
     policy = 0.0 if index < ppo.critic.warmup else learner.policy_learning_rate
     return StepCoefficients(
-        policy=policy * factor,
-        critic=learner.critic_learning_rate * factor,
+        policy_lr=policy * factor,
+        critic_lr=learner.critic_learning_rate * factor,
         kl_in_loss=kl_coefficient if ppo.kl.where == "loss" else 0.0,
     )
 

@@ -38,7 +38,7 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
         "policy/approximate_kl": of["approximate_kl"],
         "policy/entropy": of["entropy"],
         "policy/gradient_norm": of["policy_gradient_norm"],
-        "policy/learning_rate": step.coefficients.policy,
+        "policy/learning_rate": step.coefficients.policy_lr,
         "rollout/length_mean": float(tokens.double().mean()),
         "rollout/eos_share": sum(t.ended for t in step.trajectories) / len(step.trajectories),
         "rollout/tokens": int(tokens.sum()),
@@ -70,7 +70,7 @@ def _value_metrics(step: Step) -> dict[str, float]:
         "value/clip_fraction": of["value_clipped"],
         "value/explained_variance": explained_variance(values, returns),
         "value/gradient_norm": of["critic_gradient_norm"],
-        "value/learning_rate": step.coefficients.critic,
+        "value/learning_rate": step.coefficients.critic_lr,
     }
 
 

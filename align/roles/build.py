@@ -1,4 +1,4 @@
-"""From the products of the earlier stages to the learner's four roles."""
+"""Builds the learner's four roles from the products of the earlier stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,12 @@ from rewards.model import role_of
 
 @dataclass(frozen=True)
 class RewardRole:
-    """A reward model's adapter and heads, that of the whole score first."""
+    """A reward model on the shared base model: one member of the ensemble.
+
+    Attributes:
+        adapter: its adapter.
+        heads: weights of its heads: of the whole score first, then of each attribute.
+    """
 
     adapter: AdapterWeights
     heads: tuple[Mapping[str, Tensor], ...]
@@ -26,10 +31,14 @@ class RewardRole:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All that a process needs to build the roles; it travels to the learner's ranks.
+    """All that a process needs to build the roles. It is sent to the learner's ranks.
 
-    reference: the SFT adapter, or None: the base as it is. rewards: the members of the reward model on the trunk, none
-    where the reward is something else.
+    Attributes:
+        model: settings of the base model.
+        policy: settings of the adapters.
+        seed: of the run.
+        reference: the SFT adapter; None: the base model as it is.
+        rewards: the members of the reward model on the base model; empty where the reward comes from elsewhere.
     """
 
     model: ModelSettings
@@ -40,47 +49,56 @@ class Blueprint:
 
 
 def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles: tuple[str, ...] = ()) -> Roles:
-    """Policy and reference start from the SFT adapter; the critic, adapter and head, from the reward model.
+    """Build the roles from a blueprint.
 
-    Of an ensemble it is the first. Without a reward model on the trunk the critic starts from the SFT adapter and says
-    0, the mean of a normalised reward. Without an SFT adapter those that would start from it start from nothing.
-    A critic that is a head on the policy, or a model of another base, says 0 too. extra_roles get an adapter each.
+    The policy and the reference start from the SFT adapter, or from a new adapter where there is none. The critic,
+    adapter and head, starts from the reward model, of an ensemble from its first member. Without a reward model on the
+    base model its adapter starts as the policy's, and its head outputs 0, the mean of a normalized reward; so does the
+    head of a critic on the policy's states, or of one with another base model.
+
+    Args:
+        blueprint: what to build from.
+        critic: settings of the critic; None for no critic.
+        extra_roles: get an adapter each.
     """
     torch.manual_seed(seed_for(blueprint.seed, "adapters"))
     sources = {"reference": blueprint.reference, "policy": blueprint.reference}
     if critic is not None and critic.kind == "adapter":
         sources["critic"] = blueprint.rewards[0].adapter if blueprint.rewards else blueprint.reference
-    sources |= {role_of(member): reward.adapter for member, reward in enumerate(blueprint.rewards)}
+    for member, reward in enumerate(blueprint.rewards):
+        sources[role_of(member)] = reward.adapter
     trunk = build_trunk(blueprint.model, blueprint.policy, (*sources, *extra_roles))
-    trunk.initialise(*(role for role, weights in sources.items() if weights is None))
+    new_adapters = [role for role, weights in sources.items() if weights is None]
+    trunk.initialise(*new_adapters)
     for role, weights in sources.items():
         if weights is not None:
             trunk.write_adapter(role, weights)
-    rewards = {
-        role_of(member): [_head(trunk, weights) for weights in reward.heads]
-        for member, reward in enumerate(blueprint.rewards)
-    }
-    return Roles(trunk, None if critic is None else _critic(blueprint, critic, trunk), rewards)
+    reward_heads = {}
+    for member, reward in enumerate(blueprint.rewards):
+        reward_heads[role_of(member)] = [_build_head(trunk, weights) for weights in reward.heads]
+    return Roles(trunk, None if critic is None else _build_critic(blueprint, critic, trunk), reward_heads)
 
 
-def _critic(blueprint: Blueprint, settings: CriticSettings, trunk: Trunk) -> Critic:
+def _build_critic(blueprint: Blueprint, settings: CriticSettings, trunk: Trunk) -> Critic:
     reward = blueprint.rewards[0] if blueprint.rewards else None
     head = None if reward is None else reward.heads[0]
     if settings.kind == "head":
-        return Critic(_head(trunk, None), "policy")
+        return Critic(_build_head(trunk, None), "policy")
     if settings.kind == "adapter":
-        return Critic(_head(trunk, head), "critic")
-    base = blueprint.model if settings.model is None else blueprint.model.model_copy(update={"path": settings.model})
-    own = build_trunk(base, blueprint.policy, ("critic",))
+        return Critic(_build_head(trunk, head), "critic")
     if settings.model is not None:
-        return Critic(_head(own, None), "critic", own)
-    if weights := blueprint.reference if reward is None else reward.adapter:
-        own.write_adapter("critic", weights)
-    return Critic(_head(own, head), "critic", own)
+        model = blueprint.model.model_copy(update={"path": settings.model})
+        other_trunk = build_trunk(model, blueprint.policy, ("critic",))
+        return Critic(_build_head(other_trunk, None), "critic", other_trunk)
+    critic_trunk = build_trunk(blueprint.model, blueprint.policy, ("critic",))
+    adapter = blueprint.reference if reward is None else reward.adapter
+    if adapter:
+        critic_trunk.write_adapter("critic", adapter)
+    return Critic(_build_head(critic_trunk, head), "critic", critic_trunk)
 
 
-def _head(trunk: Trunk, weights: Mapping[str, Tensor] | None) -> ScalarHead:
-    """A head for a trunk's states; without weights it says 0."""
+def _build_head(trunk: Trunk, weights: Mapping[str, Tensor] | None) -> ScalarHead:
+    """A scalar head on the states of a trunk; without weights it outputs 0."""
     head = ScalarHead.zeros(trunk.width).to(trunk.causal.device)
     if weights is not None:
         head.load_state_dict(dict(weights))

@@ -1,4 +1,14 @@
-"""All that the learner holds: the trunk, the critic, and the heads."""
+"""The modules of the learner: the shared base model with its adapters, the critic, and the reward heads.
+
+    Roles
+    ├── trunk           the shared base model with one adapter per role: policy, reference, critic, reward, …
+    ├── critic          a scalar head, on the policy's states, on those of the adapter `critic`,
+    │                   or on a trunk of its own
+    └── reward_heads    per reward role: scalar heads on the states of its adapter
+
+Letters in shapes: B sequences of a batch, N their packed tokens, P their response tokens, H hidden size, C reward
+heads.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,47 +26,58 @@ from policies.trunk import Trunk
 
 
 class Critic(nn.Module):
-    """A scalar head on the hidden states of a role: of the shared trunk, or of a trunk of the critic's own."""
+    """A scalar head on the hidden states of a role, on the shared base model or on one of its own."""
 
     def __init__(self, head: ScalarHead, role: str, trunk: Trunk | None = None) -> None:
+        """role: whose states the head reads, `policy` or `critic`. trunk: the critic's own, if it has one."""
         super().__init__()
-        self.head, self.role, self.trunk = head, role, trunk
+        self.head = head
+        self.role = role
+        self.trunk = trunk
 
 
 class Roles(nn.Module):
-    """The trunk, the critic and the heads: all that the learner holds, and what DeepSpeed wraps.
+    """All that the learner holds, and what DeepSpeed wraps.
 
-    `forward` runs a function of this module, so that every pass over the weights, whatever it computes, is under
-    DeepSpeed's hooks, which gather sharded parameters.
+    `forward` runs a function of this module, so that everything that reads weights runs under DeepSpeed's hooks, which
+    gather sharded parameters.
     """
 
     def __init__(
         self, trunk: Trunk, critic: Critic | None, rewards: Mapping[str, Sequence[ScalarHead]] = MappingProxyType({})
     ) -> None:
-        """rewards: the heads on the states of each reward role."""
+        """Put the modules together; only the policy and the critic are trained.
+
+        Args:
+            trunk: the shared base model with its adapters.
+            critic: None where the advantage estimator needs none.
+            rewards: the heads of each reward role.
+        """
         super().__init__()
         self.trunk = trunk
         self.critic = critic
         self.reward_heads = nn.ModuleDict({role: nn.ModuleList(heads) for role, heads in rewards.items()})
-        trunk.train_only("policy", *(["critic"] if "critic" in trunk.roles else []))
+        trained = ["policy", "critic"] if "critic" in trunk.roles else ["policy"]
+        trunk.train_only(*trained)
         if critic is not None and critic.trunk is not None:
             critic.trunk.train_only("critic")
         self.reward_heads.requires_grad_(False)
-        self._named: dict[tuple[Any, ...], list[tuple[str, nn.Parameter]]] = {}
+        self._named_parameters: dict[tuple[Any, ...], list[tuple[str, nn.Parameter]]] = {}
 
     def named_parameters(self, *options: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module, but looked up once: DeepSpeed asks for them several times a step."""
+        """Those of any module, but collected only once: DeepSpeed reads them several times per step."""
         key = options, *sorted(named.items())
-        if key not in self._named:
-            self._named[key] = list(super().named_parameters(*options, **named))
-        return iter(self._named[key])
+        if key not in self._named_parameters:
+            self._named_parameters[key] = list(super().named_parameters(*options, **named))
+        return iter(self._named_parameters[key])
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function with these roles and the arguments."""
         return function(self, *arguments)
 
     @property
     def critic_trunk(self) -> Trunk | None:
-        """The trunk that holds the adapter `critic`, if there is such an adapter."""
+        """The trunk that has the adapter `critic`; None where there is no such adapter."""
         if self.critic is None or self.critic.role != "critic":
             return None
         return self.critic.trunk or self.trunk
@@ -64,16 +85,33 @@ class Roles(nn.Module):
     @property
     def trunks(self) -> list[Trunk]:
         """The shared trunk, and the critic's own where it has one."""
-        own = None if self.critic is None else self.critic.trunk
-        return [self.trunk] if own is None else [self.trunk, own]
+        if self.critic is None or self.critic.trunk is None:
+            return [self.trunk]
+        return [self.trunk, self.critic.trunk]
 
     def microbatches(self, lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
-        """Indices of rows for passes of every role, see `Trunk.microbatches`; padding counts where one trunk pads."""
-        return self.trunk.microbatches(lengths, tokens, padded=not all(trunk.supports_packing for trunk in self.trunks))
+        """Group sequences into microbatches for the forward passes of every role.
+
+        Args:
+            lengths: tokens of each sequence.
+            tokens: largest number per microbatch; None: what suits the device. Padding counts where one trunk pads.
+
+        Returns:
+            The indices of the sequences of each microbatch.
+        """
+        is_padded = not all(trunk.supports_packing for trunk in self.trunks)
+        return self.trunk.microbatches(lengths, tokens, padded=is_padded)
 
     def groups(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
-        """What is trained, by role or ROLE.PART, and what a part's learning rate is a multiple of its role's by."""
-        groups: dict[str, list[nn.Parameter]] = {"policy": [], **({} if self.critic is None else {"critic": []})}
+        """The parameter groups of the optimizer.
+
+        Returns:
+            What is trained by name, ROLE or ROLE.PART, and the factor by which the learning rate of each group differs
+            from its role's.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"policy": []}
+        if self.critic is not None:
+            groups["critic"] = []
         factors: dict[str, float] = {}
         for role, trunk in (("policy", self.trunk), ("critic", self.critic_trunk)):
             if trunk is None:
@@ -87,20 +125,19 @@ class Roles(nn.Module):
         return groups, factors
 
     def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> Tensor:
-        """Log-probabilities `[P]` of a batch's response tokens under a role's states `[N, H]`."""
-        return token_logprobs(
-            states[batch.predictors], batch.response_ids, partial(self.trunk.head, role=role), temperature
-        )
+        """Log-probabilities `[P]` of a batch's response tokens, in nats, from a role's hidden states `[N, H]`."""
+        head = partial(self.trunk.head, role=role)
+        return token_logprobs(states[batch.predictors], batch.response_ids, head, temperature)
 
     def reward_outputs(self, batch: Batch) -> Tensor:
-        """What the reward heads say of a batch's rows `[B, C]`, role after role."""
-        outputs = []
+        """Outputs `[B, C]` of the reward heads at the last token of each sequence, role by role."""
+        outputs: list[Tensor] = []
         for role, heads in self.reward_heads.items():
-            states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)[batch.last]
-            outputs += [head(states) for head in heads.children()]
-        return torch.stack(outputs, dim=-1)
+            states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)[batch.last]  # [N, H] -> [B, H]
+            outputs += [head(states) for head in heads.children()]  # [B] each
+        return torch.stack(outputs, dim=-1)  # [B, C]
 
     def critic_states(self, batch: Batch, policy_states: Tensor) -> Tensor:
-        """Hidden states `[N, H]` under the critic's head; one forward pass more unless it reads the policy's."""
+        """Hidden states `[N, H]` that the critic's head reads; one more forward pass unless they are the policy's."""
         trunk = self.critic_trunk
         return policy_states if trunk is None else trunk.hidden_packed(batch.ids, batch.lengths, "critic")

@@ -1,4 +1,8 @@
-"""Forward passes of the four roles, without gradients: what each outputs for a batch of trajectories."""
+"""Forward passes of the four roles, without gradients: what each outputs for a batch of trajectories.
+
+Letters in shapes: B sequences of a batch, N their packed tokens, P their response tokens, H hidden size, C reward
+heads.
+"""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,46 +19,64 @@ from policies.logprobs import shortfalls
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 ALL_ROLES = ("policy", "reference", "critic", "reward")
-"""Who is asked to score; a critic only together with the policy, whose states it may read."""
+"""The roles that score by default. The critic can be requested only with the policy, whose states it may read."""
 GREEDY = "greedy"
-"""What may be asked besides: the policy's, how much less likely each token is than the likeliest."""
+"""May be requested too: how much less likely to the policy each token is than the likeliest one (`shortfalls`)."""
 
 
 @dataclass(frozen=True)
 class BatchOutputs:
-    """What four roles say of a batch: P response tokens of B rows, float32. None: was not asked, or is not there.
+    """The outputs of the roles for a batch, float32. None: the role was not requested, or does not exist.
 
-    logprobs, reference_logprobs: `[P]`. values: `[P]`, before each token; last_values: `[B]`, after each row's last.
-    reward_outputs: `[B, C]`, of the reward heads. shortfalls: `[P]`, see `RoleOutputs`.
+    Attributes:
+        logprobs: `[P]`, of the response tokens under the policy, in nats.
+        reference_logprobs: `[P]`, under the reference.
+        values: `[P]`, of the critic before each response token.
+        last_values: `[B]`, of the critic after the last token of each response.
+        reward_outputs: `[B, C]`, of the reward heads.
+        shortfalls: `[P]`, see `RoleOutputs`.
     """
 
-    logprobs: Tensor | None
-    reference_logprobs: Tensor | None
-    values: Tensor | None
-    last_values: Tensor | None
-    reward_outputs: Tensor | None
-    shortfalls: Tensor | None
+    logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    last_values: Tensor | None = None
+    reward_outputs: Tensor | None = None
+    shortfalls: Tensor | None = None
 
 
 def forward_roles(roles: Roles, batch: Batch, temperature: float, requested_roles: Collection[str]) -> BatchOutputs:
-    """Score a batch by the roles that are asked: one forward pass each, but for a critic that is a head."""
-    trunk = roles.trunk
-    logprobs = reference_logprobs = values = last_values = outputs = short = None
+    """Compute the outputs of the requested roles: one forward pass each, none for a critic that is a head.
+
+    Args:
+        roles: the four roles.
+        batch: prompts and responses.
+        temperature: of the sampling, by which logits are divided.
+        requested_roles: some of `ALL_ROLES` and `GREEDY`.
+    """
+    outputs: dict[str, Tensor] = {}
     if "policy" in requested_roles:
-        states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
-        logprobs = roles.logprobs("policy", states, batch, temperature)
-        if roles.critic is not None and "critic" in requested_roles:
-            states = roles.critic_states(batch, states)
-            values, last_values = roles.critic.head(states[batch.predictors]), roles.critic.head(states[batch.last])
+        outputs |= _policy_outputs(roles, batch, temperature, with_critic="critic" in requested_roles)
     if "reference" in requested_roles:
-        states = trunk.hidden_packed(batch.ids, batch.lengths, "reference")
-        reference_logprobs = roles.logprobs("reference", states, batch, temperature)
-    if roles.reward_heads and "reward" in requested_roles:
-        outputs = roles.reward_outputs(batch)
+        states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "reference")  # [N, H]
+        outputs["reference_logprobs"] = roles.logprobs("reference", states, batch, temperature)
+    if "reward" in requested_roles and roles.reward_heads:
+        outputs["reward_outputs"] = roles.reward_outputs(batch)
     if GREEDY in requested_roles:
-        states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
-        short = shortfalls(states[batch.predictors], batch.response_ids, partial(trunk.head, role="policy"))
-    return BatchOutputs(logprobs, reference_logprobs, values, last_values, outputs, short)
+        states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]  # [N, H] -> [P, H]
+        head = partial(roles.trunk.head, role="policy")
+        outputs["shortfalls"] = shortfalls(states, batch.response_ids, head)
+    return BatchOutputs(**outputs)
+
+
+def _policy_outputs(roles: Roles, batch: Batch, temperature: float, with_critic: bool) -> dict[str, Tensor]:
+    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")  # [N, H]
+    outputs = {"logprobs": roles.logprobs("policy", states, batch, temperature)}
+    if with_critic and roles.critic is not None:
+        states = roles.critic_states(batch, states)  # [N, H]
+        outputs["values"] = roles.critic.head(states[batch.predictors])  # [P]
+        outputs["last_values"] = roles.critic.head(states[batch.last])  # [B]
+    return outputs
 
 
 def score_microbatch(
@@ -64,50 +86,82 @@ def score_microbatch(
     device: torch.device,
     requested_roles: Collection[str] = ALL_ROLES,
 ) -> list[RoleOutputs]:
-    """Score trajectories in one packed forward pass per role. `run` is `Roles`, or what wraps it."""
+    """Compute the outputs of the requested roles in one packed forward pass per role.
+
+    Args:
+        run: calls a function of `Roles`: the `Roles` themselves, or what wraps them.
+        trajectories: B of them.
+        temperature: of the sampling, by which logits are divided.
+        device: where the roles are.
+        requested_roles: some of `ALL_ROLES` and `GREEDY`.
+
+    Returns:
+        One record per trajectory, in the same order.
+    """
     prompts = [trajectory.request.prompt_ids for trajectory in trajectories]
     responses = [trajectory.response_ids for trajectory in trajectories]
     batch = collate(prompts, responses).to(device)
     outputs: BatchOutputs = run(forward_roles, batch, temperature, requested_roles)
-    empty: Sequence[Tensor] = [torch.empty(0)] * len(trajectories)
+    return _by_trajectory(outputs, batch)
 
-    def per_response(flat: Tensor | None) -> Sequence[Tensor]:
-        return empty if flat is None else batch.split(flat.cpu())
 
-    def per_row(rows: Tensor | None) -> Sequence[Tensor]:
-        return empty if rows is None else rows.cpu().unbind()
+def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
+    """The outputs of a batch as one record per trajectory, on the CPU."""
+    count = len(batch.response_lengths)
+    empty: list[Tensor] = [torch.empty(0)] * count
 
-    logprobs = per_response(outputs.logprobs)
-    reference_logprobs = per_response(outputs.reference_logprobs)
-    shortfalls = per_response(outputs.shortfalls)
-    values = per_response(outputs.values)
-    last_values = empty if outputs.last_values is None else outputs.last_values.cpu().split(1)
-    reward_outputs = per_row(outputs.reward_outputs)
-    return [
-        RoleOutputs(
+    def per_token(flat: Tensor | None) -> Sequence[Tensor]:
+        return empty if flat is None else batch.split(flat.cpu())  # [P] -> [T] of each
+
+    logprobs = per_token(outputs.logprobs)
+    reference_logprobs = per_token(outputs.reference_logprobs)
+    shortfalls = per_token(outputs.shortfalls)
+    values = per_token(outputs.values)
+    last_values: Sequence[Tensor] = empty
+    if outputs.last_values is not None:
+        last_values = torch.split(outputs.last_values.cpu(), 1)  # [B] -> [1] of each
+    reward_outputs: Sequence[Tensor] = empty
+    if outputs.reward_outputs is not None:
+        reward_outputs = outputs.reward_outputs.cpu().unbind()  # [B, C] -> [C] of each
+    records = []
+    for i in range(count):
+        record = RoleOutputs(
             logprobs=logprobs[i],
             reference_logprobs=reference_logprobs[i],
-            values=torch.cat([values[i], last_values[i]]),
+            values=torch.cat([values[i], last_values[i]]),  # [T + 1], or empty
             score=float(reward_outputs[i][0]) if len(reward_outputs[i]) else math.nan,
             reward_outputs=reward_outputs[i],
             shortfalls=shortfalls[i],
         )
-        for i in range(len(trajectories))
-    ]
+        records.append(record)
+    return records
 
 
 def score_microbatches(
     run: Callable[..., Any],
-    rows: Sequence[Trajectory],
-    groups: Iterable[Sequence[int]],
+    trajectories: Sequence[Trajectory],
+    microbatches: Iterable[Sequence[int]],
     temperature: float,
     device: torch.device,
     requested_roles: Collection[str] = ALL_ROLES,
 ) -> list[RoleOutputs]:
-    """Score trajectories, each group of indices in one pass. Where a row is in two groups the first one counts."""
+    """Compute the outputs of the requested roles, microbatch by microbatch; see `score_microbatch`.
+
+    Args:
+        run: calls a function of `Roles`: the `Roles` themselves, or what wraps them.
+        trajectories: of all microbatches.
+        microbatches: the indices of the trajectories of each. If a trajectory is in two, the first one counts.
+        temperature: of the sampling, by which logits are divided.
+        device: where the roles are.
+        requested_roles: some of `ALL_ROLES` and `GREEDY`.
+
+    Returns:
+        One record per trajectory, in the same order.
+    """
     scored: dict[int, RoleOutputs] = {}
-    for group in groups:
-        outputs = score_microbatch(run, [rows[i] for i in group], temperature, device, requested_roles)
-        for i, output in zip(group, outputs, strict=True):
+    for indices in microbatches:
+        microbatch = [trajectories[i] for i in indices]
+        outputs = score_microbatch(run, microbatch, temperature, device, requested_roles)
+        for i, output in zip(indices, outputs, strict=True):
             scored.setdefault(i, output)
-    return [scored[i] for i in range(len(rows))]
+    return [scored[i] for i in range(len(trajectories))]

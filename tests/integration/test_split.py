@@ -56,7 +56,7 @@ def gradient(learners: Learners) -> torch.Tensor:
     before = learners.policy_weights()
     learners.update(episodes(), [[list(range(13))]], STEEP)
     after = learners.policy_weights()
-    return torch.cat([(before[name] - after[name]).flatten().double() for name in before]) / STEEP.policy
+    return torch.cat([(before[name] - after[name]).flatten().double() for name in before]) / STEEP.policy_lr
 
 
 def losses(learners: Learners) -> list[float]:

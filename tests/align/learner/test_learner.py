@@ -29,8 +29,8 @@ PPO = PpoSettings(
 )
 SGD = LearnerSettings(optimizer="sgd", max_grad_norm=1e9, tokens_per_microbatch=40)
 ADAM = LearnerSettings(optimizer="adamw", max_grad_norm=1.0, tokens_per_microbatch=40, weight_decay=0.1)
-RATES = StepCoefficients(policy=1.0, critic=1.0, kl_in_loss=0.3)
-SMALL = StepCoefficients(policy=1e-2, critic=1e-2, kl_in_loss=0.3)
+RATES = StepCoefficients(policy_lr=1.0, critic_lr=1.0, kl_in_loss=0.3)
+SMALL = StepCoefficients(policy_lr=1e-2, critic_lr=1e-2, kl_in_loss=0.3)
 ROLES = ("reference", "policy", "critic", "reward")
 ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3), (8, 8), (5, 2)]
 

@@ -20,7 +20,7 @@ from rollouts.trajectory import Request, Trajectory
 LORA = PolicySettings(rank=4, alpha=8.0)
 FULL = PolicySettings(method="full")
 SGD = LearnerSettings(optimizer="sgd", max_grad_norm=1e9, tokens_per_microbatch=40)
-RATES = StepCoefficients(policy=1e-2, critic=1e-2, kl_in_loss=0.0)
+RATES = StepCoefficients(policy_lr=1e-2, critic_lr=1e-2, kl_in_loss=0.0)
 ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3)]
 ALL = [[list(range(len(ROWS)))]]
 KINDS = [None, "head", "adapter", "model"]
@@ -114,7 +114,7 @@ def moved(learner: Learner, *arguments: object) -> Tensor:
     """What an update subtracts from the parameters, over the learning rate."""
     before = [p.detach().clone() for p in trained(learner)]
     learner.update(*arguments)
-    return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy
+    return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy_lr
 
 
 def expected(learner: Learner, loss: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_a_mean_over_sequences_weighs_each_sequence_alike(new_learner: Factory) 
 
 
 def test_demonstrations_are_mixed_in_with_their_weight(new_learner: Factory) -> None:
-    ppo = settings(None, ptx=0.7)
+    ppo = settings(None, ptx_coefficient=0.7)
     learner = new_learner(LORA, ppo)
     rows = episodes(learner)
     demonstrations = [TokenizedDemonstration([5, 6], [7, 8, 9]), TokenizedDemonstration([10], [11])]
@@ -174,7 +174,7 @@ def test_demonstrations_are_mixed_in_with_their_weight(new_learner: Factory) -> 
     whole = expected(learner, loss - 0.7 * likelihood / 4)
     before = [p.detach().clone() for p in trained(learner)]
     statistics = learner.update(rows, ALL, RATES, [demonstrations])
-    step = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy
+    step = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy_lr
     assert distance(step, whole) < 2e-4
     assert statistics["ptx_loss"] == pytest.approx(-float(likelihood.detach()) / 4, rel=1e-5)
 

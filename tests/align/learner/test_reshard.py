@@ -5,27 +5,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.learner.reshard import shard, unshard
+from align.learner.reshard import Layout, shard, unshard
 
 SIZES = [[6, 5, 1], [7]]
 
 
-def whole(sizes: list[list[int]]) -> dict[str, torch.Tensor]:
-    made = {}
-    for group, own in enumerate(sizes):
+def full_vectors(sizes: list[list[int]]) -> dict[str, torch.Tensor]:
+    full = {}
+    for group, group_sizes in enumerate(sizes):
         for kind in ("master", "state.exp_avg", "state.exp_avg_sq"):
-            made[f"{group}.{kind}"] = torch.randn(sum(own))
-        made[f"{group}.state.step"] = torch.tensor([3.0])
-    return made
+            full[f"{group}.{kind}"] = torch.randn(sum(group_sizes))
+        full[f"{group}.state.step"] = torch.tensor([3.0])
+    return full
 
 
-def shapes_of(sizes: list[list[int]], zero: int, ranks: int) -> list[torch.Size]:
-    """Of what a rank's optimizer steps, DeepSpeed's padding at the end included."""
-    if zero == 0:
-        return [torch.Size([size]) for own in sizes for size in own]
-    if zero < 3:
-        return [torch.Size([-(-sum(own) // (2 * ranks)) * 2]) for own in sizes]
-    return [torch.Size([sum(-(-size // ranks) for size in own)]) for own in sizes]
+def shapes_of(layout: Layout) -> list[torch.Size]:
+    """The shapes of what a rank's optimizer steps, including DeepSpeed's padding at the end."""
+    shapes = []
+    for group, sizes in enumerate(layout.sizes):
+        if layout.zero == 0:
+            shapes += [torch.Size([size]) for size in sizes]
+        elif layout.zero < 3:
+            shapes.append(torch.Size([-(-sum(sizes) // (2 * layout.ranks)) * 2]))
+        else:
+            shapes.append(torch.Size([sum(layout.slice_sizes(group))]))
+    return shapes
+
+
+def all_parts(full: dict[str, torch.Tensor], layout: Layout) -> list[dict[str, torch.Tensor]]:
+    shapes = shapes_of(layout)
+    return [shard(full, layout, rank, shapes) for rank in range(layout.ranks)]
 
 
 @settings(deadline=None)
@@ -34,24 +43,41 @@ def shapes_of(sizes: list[list[int]], zero: int, ranks: int) -> list[torch.Size]
     zero=st.integers(0, 3),
     ranks=st.integers(1, 4),
 )
-def test_what_is_cut_joins_again(sizes: list[list[int]], zero: int, ranks: int) -> None:
-    before = whole(sizes)
-    shapes = shapes_of(sizes, zero, ranks)
-    parts = [shard(before, sizes, zero, rank, ranks, shapes) for rank in range(ranks)]
+def test_unshard_undoes_shard(sizes: list[list[int]], zero: int, ranks: int) -> None:
+    before = full_vectors(sizes)
+    layout = Layout(sizes, zero, ranks)
+    shapes = shapes_of(layout)
+    parts = all_parts(before, layout)
     for part in parts:
         masters = [part[f"{i}.master"].shape for i in range(len(shapes))]
         assert masters == shapes
-    after = unshard(parts, sizes, zero)
+    after = unshard(parts, layout)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize(("old", "new"), itertools.permutations([(1, 0), (2, 2), (3, 3)], 2))
 def test_another_layout_holds_the_same_numbers(old: tuple[int, int], new: tuple[int, int]) -> None:
-    state = whole(SIZES)
+    state = full_vectors(SIZES)
     for ranks, zero in (old, new):
-        shapes = shapes_of(SIZES, zero, ranks)
-        parts = [shard(state, SIZES, zero, rank, ranks, shapes) for rank in range(ranks)]
-        state = unshard(parts, SIZES, zero)
-    for name, tensor in whole(SIZES).items():
+        layout = Layout(SIZES, zero, ranks)
+        state = unshard(all_parts(state, layout), layout)
+    for name, tensor in full_vectors(SIZES).items():
         assert state[name].shape == tensor.shape
+
+
+def test_layouts_are_those_of_the_picture_in_the_module() -> None:
+    full = {"0.master": torch.arange(1.0, 9.0)}  # a is 1 to 5, b is 6 to 8
+    sizes = [[5, 3]]
+
+    def masters(zero: int, shapes: list[torch.Size]) -> list[list[float]]:
+        layout = Layout(sizes, zero, ranks=2)
+        return [shard(full, layout, rank, shapes)["0.master"].tolist() for rank in range(2)]
+
+    assert masters(2, [torch.Size([4])]) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert masters(3, [torch.Size([5])]) == [[1, 2, 3, 6, 7], [4, 5, 0, 8, 0]]
+    parameters = shard(full, Layout(sizes, 0, 1), 0, [torch.Size([5]), torch.Size([3])])
+    assert {name: tensor.tolist() for name, tensor in parameters.items()} == {
+        "0.master": [1, 2, 3, 4, 5],
+        "1.master": [6, 7, 8],
+    }
