@@ -1,4 +1,4 @@
-"""Rows of true length into batches, and which rows go together."""
+"""Sequences of different lengths in batches, and which sequences go together."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of prompt and response, one after another: N tokens, of which P are of responses.
+    """B packed sequences of prompt and response: N tokens, P of them of responses.
 
-    ids: `[N]` int64.
-    lengths: `[B]` int64, tokens of each row.
-    predictors: `[P]` int64, index into `ids` of the token that predicts each response token.
-    response_ids: `[P]` int64, the response tokens, row after row.
-    last: `[B]` int64, index into `ids` of each row's last token.
-    response_lengths: response tokens of each row.
+    Attributes:
+        ids: `[N]` int64.
+        lengths: `[B]` int64, tokens of each sequence.
+        predictors: `[P]` int64, index into `ids` of the token that predicts each response token.
+        response_ids: `[P]` int64, the response tokens, sequence by sequence.
+        last: `[B]` int64, index into `ids` of each sequence's last token.
+        response_lengths: Response tokens of each sequence.
     """
 
     ids: Tensor
@@ -28,25 +29,48 @@ class Batch:
     response_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        ids, lengths, predictors, response_ids, last = (
-            part.to(device) for part in (self.ids, self.lengths, self.predictors, self.response_ids, self.last)
+        """The same batch on another device."""
+        return Batch(
+            ids=self.ids.to(device),
+            lengths=self.lengths.to(device),
+            predictors=self.predictors.to(device),
+            response_ids=self.response_ids.to(device),
+            last=self.last.to(device),
+            response_lengths=self.response_lengths,
         )
-        return Batch(ids, lengths, predictors, response_ids, last, self.response_lengths)
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """A `[P]` tensor as one tensor a row."""
+        """A `[P]` tensor as one tensor per sequence."""
         return torch.split(flat, list(self.response_lengths))
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
-    """Rows of tokens to a batch. Every prompt has at least one token."""
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    ends = list(accumulate(map(len, rows)))
-    before = [range(end - len(response) - 1, end - 1) for end, response in zip(ends, responses, strict=True)]
+    """Pack prompts, each followed by its response.
+
+    Args:
+        prompts: B lists of token ids; each has at least one.
+        responses: B lists of token ids; they may be empty.
+
+    Returns:
+        The batch, on the CPU.
+
+    Raises:
+        ValueError: There are more prompts than responses, or fewer.
+    """
+    ids: list[int] = []
+    lengths: list[int] = []
+    predictors: list[int] = []
+    ends: list[int] = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids += [*prompt, *response]
+        lengths.append(len(prompt) + len(response))
+        # Each response token is predicted by the token before it.
+        predictors += range(len(ids) - len(response) - 1, len(ids) - 1)
+        ends.append(len(ids))
     return Batch(
-        ids=torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long),
-        lengths=torch.tensor([len(row) for row in rows], dtype=torch.long),
-        predictors=torch.tensor(list(chain.from_iterable(before)), dtype=torch.long),
+        ids=torch.tensor(ids, dtype=torch.long),
+        lengths=torch.tensor(lengths, dtype=torch.long),
+        predictors=torch.tensor(predictors, dtype=torch.long),
         response_ids=torch.tensor(list(chain.from_iterable(responses)), dtype=torch.long),
         last=torch.tensor(ends, dtype=torch.long) - 1,
         response_lengths=tuple(map(len, responses)),
@@ -55,63 +79,95 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class SharedPromptBatch:
-    """B prompts, each with its responses behind it, N in all; responses see their prompt, and not each other.
+    """B prompts, each followed by its responses, R in all. Responses attend to their prompt and not to each other.
 
-    ids: `[B, T]` int64. positions: `[B, T]` int64; a response's go on from its prompt's. seen: `[B, 1, T, T]` bool,
-    which keys a query attends to. last: `[N]` int64, index into the flattened `[B·T]` of each response's last token,
-    prompt after prompt.
+    Attributes:
+        ids: `[B, T]` int64, padded on the right.
+        positions: `[B, T]` int64; those of each response continue its prompt's; 0 in padding.
+        attention_mask: `[B, 1, T, T]` bool, True where a query attends to a key.
+        last: `[R]` int64, index into flattened `[B·T]` of each response's last token, prompt by prompt.
     """
 
     ids: Tensor
     positions: Tensor
-    seen: Tensor
+    attention_mask: Tensor
     last: Tensor
+
+
+PROMPT_PART = 0
+"""Responses are parts 1, 2, … of their sequence; padding is part -1."""
 
 
 def collate_shared_prompts(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], pad: int = 0
 ) -> SharedPromptBatch:
-    """Rows of a prompt and its responses, in which the prompt is computed once."""
-    rows = [[prompt, *behind] for prompt, behind in zip(prompts, responses, strict=True)]
-    width = max(sum(map(len, row)) for row in rows)
-    ids, positions, parts = (torch.full((len(rows), width), start) for start in (pad, 0, -1))
+    """Put all responses to a prompt behind it in one sequence, so that the prompt is computed once.
+
+    Args:
+        prompts: B lists of token ids.
+        responses: For each prompt, the token ids of each of its responses.
+        pad: Token id of padding.
+
+    Returns:
+        The batch, on the CPU.
+
+    Raises:
+        ValueError: There are more prompts than lists of responses, or fewer.
+    """
+    sequences = [[prompt, *behind] for prompt, behind in zip(prompts, responses, strict=True)]
+    width = max(sum(map(len, parts)) for parts in sequences)
+    shape = (len(sequences), width)
+    ids = torch.full(shape, pad)  # [B, T]
+    positions = torch.full(shape, 0)  # [B, T]
+    part_of = torch.full(shape, -1)  # [B, T]
     last: list[int] = []
-    for index, row in enumerate(rows):
+    for index, parts in enumerate(sequences):
         end = 0
-        for part, tokens in enumerate(row):
-            place = slice(end, end + len(tokens))
-            ids[index, place] = torch.tensor(tokens, dtype=torch.long)
-            positions[index, place] = torch.arange(len(tokens)) + (len(row[0]) if part else 0)
-            parts[index, place] = part
+        for part, tokens in enumerate(parts):
+            span = slice(end, end + len(tokens))
+            first_position = 0 if part == PROMPT_PART else len(parts[PROMPT_PART])
+            ids[index, span] = torch.tensor(tokens, dtype=torch.long)
+            positions[index, span] = torch.arange(len(tokens)) + first_position
+            part_of[index, span] = part
             end += len(tokens)
-            if part:
+            if part != PROMPT_PART:
                 last.append(index * width + end - 1)
-    same = (parts.unsqueeze(1) == parts.unsqueeze(2)) | (parts.unsqueeze(1) == 0)
-    seen = (same & torch.ones(width, width).tril().bool()).unsqueeze(1)
-    return SharedPromptBatch(ids, positions, seen, torch.tensor(last))
+    queries = part_of.unsqueeze(2)  # [B, T, 1]
+    keys = part_of.unsqueeze(1)  # [B, 1, T]
+    causal = torch.ones(width, width).tril().bool()  # [T, T]
+    mask = ((keys == queries) | (keys == PROMPT_PART)) & causal  # [B, T, T]
+    return SharedPromptBatch(ids, positions, mask.unsqueeze(1), torch.tensor(last))
 
 
 def length_buckets(lengths: Sequence[int], tokens: int, padded: bool = True) -> list[list[int]]:
-    """Indices of rows, grouped by length so that no group has more than `tokens` positions.
+    """Group sequences by length so that no group has more than `tokens` positions.
 
-    padded: whether those count that pad a group's rows to the length of its longest. A row longer than `tokens` makes a
-    group of its own. Groups come in order of length.
+    Args:
+        lengths: Tokens of each sequence.
+        tokens: The most positions of a group. A longer sequence is a group of its own.
+        padded: Count the padding of a group's sequences to the length of its longest.
+
+    Returns:
+        Indices of the sequences of each group, in order of length.
     """
     groups: list[list[int]] = []
-    room = 0
+    remaining = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        fits = lengths[index] * (len(groups[-1]) + 1) <= tokens if padded and groups else lengths[index] <= room
+        length = lengths[index]
+        if padded and groups:
+            fits = length * (len(groups[-1]) + 1) <= tokens
+        else:
+            fits = length <= remaining
         if groups and fits:
             groups[-1].append(index)
-            room -= lengths[index]
+            remaining -= length
         else:
             groups.append([index])
-            room = tokens - lengths[index]
+            remaining = tokens - length
     return groups
 
 
 def shares(count: int, parts: int) -> Iterator[range]:
-    """`count` things in `parts` runs whose sizes differ by one at most."""
+    """Split `range(count)` into `parts` ranges whose sizes differ by one at most."""
     sizes = [count // parts + (part < count % parts) for part in range(parts)]
-    ends = list(accumulate(sizes))
-    return (range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+    return (range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))

@@ -1,4 +1,4 @@
-"""On what, and how, a process computes."""
+"""The device, the number format and the threads that a process computes with."""
 
 import os
 from dataclasses import dataclass
@@ -8,29 +8,35 @@ import torch
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """threads: CPU threads. deterministic: whether to use only operations that give the same results each time."""
+    """How a process computes.
+
+    Attributes:
+        threads: Number of CPU threads.
+        deterministic: Use only operations that give the same results each time; others raise RuntimeError.
+    """
 
     threads: int
     deterministic: bool = False
 
     def apply(self) -> None:
-        """Compute so from now on, in this process; before anything is computed on a GPU."""
+        """Apply the settings to this process; call it before anything is computed on a GPU."""
         torch.set_num_threads(self.threads)
         if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(self.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no result reads it
+        # No result depends on uninitialised memory, and filling it costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fast_dtype() -> str:
-    """bfloat16 where the default device multiplies in it (GPUs from Ampere on, CPUs with AMX), else float32.
+    """bfloat16 where the default device has instructions for it (GPUs since Ampere, CPUs with AMX), else float32.
 
-    Elsewhere products in bfloat16 are emulated, and several times slower than in float32.
+    Without them, matrix products in bfloat16 are emulated, and several times slower than in float32.
     """
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

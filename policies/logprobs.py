@@ -9,112 +9,151 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from policies.layers import native
+from policies.layers import kernel_calls, native
 
 CHUNK = 1024
-"""Positions whose logits exist at one time."""
+"""Positions whose logits exist at one time: with a vocabulary of 150,000 they take 600 MB in float32."""
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states `[*, H]` to logits `[*, V]`."""
 
 
 def token_logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> Tensor:
-    """Log-probability of each token, `[P]` float32, in nats.
+    """Log-probability of each token under softmax(logits / temperature).
 
-    hidden: `[P, H]`, the states that predict the tokens; tokens: `[P]` int64.
-    The distribution is softmax(logits / temperature). Logits are made for `CHUNK` positions at a time, and once: what
-    the backward pass needs of them is made at once too, unless the head is trained, for which they are made again.
+    Logits are computed for `CHUNK` positions at a time, and once: what the backward pass needs of them is computed at
+    the same time, unless the head is trained; then they are recomputed.
+
+    Args:
+        hidden: `[P, H]`, the states that predict the tokens.
+        tokens: `[P]` int64.
+        head: The LM head.
+        temperature: At which the tokens were sampled.
+
+    Returns:
+        `[P]` float32, in nats.
     """
     if torch.is_grad_enabled():
-        return token_logprobs_and_entropy(hidden, tokens, head, temperature, learn_entropy=False)[0]
-    return _chunked(partial(_logprobs, head=head, temperature=temperature), hidden, tokens)[0]
+        logprobs, _ = token_logprobs_and_entropy(
+            hidden=hidden, tokens=tokens, head=head, temperature=temperature, learn_entropy=False
+        )
+        return logprobs
+    return _by_chunks(partial(_logprobs, head=head, temperature=temperature), hidden, tokens)[0]
 
 
 def token_logprobs_and_entropy(
     hidden: Tensor, tokens: Tensor, head: Head, temperature: float, learn_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `token_logprobs`, and the entropy of the distribution that each token was drawn from, both `[P]`.
+    """Log-probability of each token, and the entropy of the distribution that it was sampled from.
 
-    learn_entropy: whether the entropy carries a gradient.
+    Args:
+        hidden: `[P, H]`, the states that predict the tokens.
+        tokens: `[P]` int64.
+        head: The LM head.
+        temperature: At which the tokens were sampled.
+        learn_entropy: Whether the entropy carries a gradient.
+
+    Returns:
+        Log-probabilities and entropies, both `[P]` float32, in nats.
     """
     function = partial(_logprobs_and_entropy, head=head, temperature=temperature, learn_entropy=learn_entropy)
     if torch.is_grad_enabled():
-        # A head that is given no states tells by its answer whether it is trained.
+        # Given no states that carry a gradient, the head shows by its output whether it is trained.
         if learn_entropy or head(hidden[:0].detach()).requires_grad:
             function = partial(checkpoint, function, use_reentrant=False)
         elif hidden.requires_grad:
             function = partial(_frozen_head, head=head, temperature=temperature)
-    logprobs, entropies = _chunked(function, hidden, tokens)
+    logprobs, entropies = _by_chunks(function, hidden, tokens)
     return logprobs, entropies
 
 
 def shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
-    """How much less likely each token is than the most likely one: `[P]` float32, in nats; 0 for the greedy choice."""
-    return _chunked(partial(_shortfalls, head=head), hidden, tokens)[0]
+    """How much less likely each token is than the most likely one.
+
+    Args:
+        hidden: `[P, H]`, the states that predict the tokens.
+        tokens: `[P]` int64.
+        head: The LM head.
+
+    Returns:
+        `[P]` float32, in nats; 0 for the greedy choice.
+    """
+    return _by_chunks(partial(_shortfalls, head=head), hidden, tokens)[0]
 
 
-def _chunked(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, tokens: Tensor) -> list[Tensor]:
+def _by_chunks(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, tokens: Tensor
+) -> list[Tensor]:
+    """What a function returns for `CHUNK` positions at a time, joined: one `[P]` tensor per result."""
     chunks = zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True)
-    return [torch.cat(parts) for parts in zip(*(function(h, t) for h, t in chunks), strict=True)]
+    results = [function(chunk_hidden, chunk_tokens) for chunk_hidden, chunk_tokens in chunks]
+    return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
-def _normalised(logits: Tensor, temperature: float) -> Tensor:
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities `[P, V]` float32 of all tokens."""
     logits = logits.float()
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
-def _of_tokens(
-    logits: Tensor, tokens: Tensor, temperature: float, gradient: bool
+def _select(all_logprobs: Tensor, tokens: Tensor) -> Tensor:
+    """The entries `[P]` of `[P, V]` at the tokens `[P]`."""
+    return all_logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _from_logits(
+    logits: Tensor, tokens: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities of tokens and entropies, `[P]` float32, of logits `[P, V]` that carry no gradient.
 
-    gradient: also softmax - 1[token], `[P, V]` in the dtype of the logits: -temperature · ∂ log p(t) / ∂ logits.
+    with_gradient: also softmax − 1[token], `[P, V]` in the dtype of the logits: −temperature · ∂ log p(t) / ∂ logits.
     """
     if native.runs(logits):
-        return _of_tokens_at_once(logits.contiguous(), tokens, temperature, gradient)
-    whole, chosen = _normalised(logits, temperature), tokens.unsqueeze(-1)
-    logprobs, chances = whole.gather(-1, chosen).squeeze(-1), whole.exp()
-    entropy = -torch.linalg.vecdot(chances, whole)
-    if not gradient:
+        return _from_logits_by_kernel(logits.contiguous(), tokens, temperature, with_gradient)
+    all_logprobs = _log_softmax(logits, temperature)  # [P, V]
+    logprobs = _select(all_logprobs, tokens)  # [P]
+    probabilities = all_logprobs.exp()  # [P, V]
+    entropy = -torch.linalg.vecdot(probabilities, all_logprobs)  # [P]
+    if not with_gradient:
         return logprobs, entropy, None
-    return logprobs, entropy, chances.scatter_add_(-1, chosen, chances.new_full(chosen.shape, -1.0)).to(logits.dtype)
+    indices = tokens.unsqueeze(-1)  # [P, 1]
+    gradient = probabilities.scatter_add_(-1, indices, probabilities.new_full(indices.shape, -1.0))  # [P, V]
+    return logprobs, entropy, gradient.to(logits.dtype)
 
 
-def _of_tokens_at_once(
-    logits: Tensor, tokens: Tensor, temperature: float, gradient: bool
+def _from_logits_by_kernel(
+    logits: Tensor, tokens: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In one pass over memory, on the CPU."""
+    """The same on the CPU, in one pass over memory."""
     positions, vocabulary = logits.shape
     if positions and not 0 <= int(tokens.amin()) <= int(tokens.amax()) < vocabulary:
-        raise IndexError(f"a token is not one of the {vocabulary} that there are logits of")
-    logprobs, entropy = logits.new_empty(2, positions, dtype=torch.float32)
-    minus = torch.empty_like(logits) if gradient else None
-    made = logprobs, entropy, 0 if minus is None else minus
-    given = logits, tokens.contiguous(), positions, vocabulary, float(temperature)
-    native.call("logprobs", logits.dtype, *given, *made)
-    return logprobs, entropy, minus
+        raise IndexError(
+            f"token ids must be from 0 to {vocabulary - 1}, the vocabulary of {vocabulary} that the logits have; "
+            f"found {int(tokens.amin())} to {int(tokens.amax())}"
+        )
+    return kernel_calls.logprobs(logits, tokens.contiguous(), temperature, with_gradient)
 
 
 def _logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor]:
-    return (_of_tokens(head(hidden), tokens, temperature, gradient=False)[0],)
+    return (_from_logits(head(hidden), tokens, temperature, with_gradient=False)[0],)
 
 
 def _shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor]:
-    logits = head(hidden).float()
-    return (logits.amax(-1) - logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1),)
+    logits = head(hidden).float()  # [P, V]
+    return (logits.amax(-1) - _select(logits, tokens),)
 
 
 def _logprobs_and_entropy(
     hidden: Tensor, tokens: Tensor, head: Head, temperature: float, learn_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    logits = head(hidden)
+    logits = head(hidden)  # [P, V]
     if not logits.requires_grad:
-        return _of_tokens(logits, tokens, temperature, gradient=False)[:2]
-    whole = _normalised(logits, temperature)
-    # Before the entropy: what is made again for the backward pass ends with the last that the backward pass needs.
-    logprobs = whole.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return _from_logits(logits, tokens, temperature, with_gradient=False)[:2]
+    all_logprobs = _log_softmax(logits, temperature)  # [P, V]
+    # Before the entropy: recomputation stops at the last tensor that the backward pass needs.
+    logprobs = _select(all_logprobs, tokens)
     with torch.set_grad_enabled(learn_entropy):
-        entropy = -torch.linalg.vecdot(whole.exp(), whole)
+        entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
     return logprobs, entropy
 
 
@@ -124,26 +163,28 @@ def _frozen_head(hidden: Tensor, tokens: Tensor, head: Head, temperature: float)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities of tokens and the entropies, which carry no gradient, under a head that has none either.
+    """Log-probabilities of tokens, and entropies without a gradient, under a head that is not trained.
 
-    A log-probability depends on its own state alone. So its gradient in that state is made here, where the logits
-    exist, and the backward pass has only to weigh it: ∂ log p(t) / ∂ logits = (1[t] - p) / temperature.
+    A log-probability depends on the state of its own position alone. So its gradient with respect to that state is
+    computed in the forward pass, where the logits exist, and the backward pass only scales it:
+    ∂ log p(t) / ∂ logits = (1[t] − p) / temperature.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
-        states = hidden.detach().requires_grad_()
+        states = hidden.detach().requires_grad_()  # [P, H]
         with torch.enable_grad():
-            logits = head(states)
-        logprobs, entropy, minus = _of_tokens(logits.detach(), tokens, temperature, gradient=True)
-        (of_state,) = torch.autograd.grad(logits, states, minus)
-        ctx.save_for_backward(of_state)
+            logits = head(states)  # [P, V]
+        logprobs, entropy, logits_gradient = _from_logits(logits.detach(), tokens, temperature, with_gradient=True)
+        (state_gradient,) = torch.autograd.grad(logits, states, logits_gradient)  # [P, H], times -temperature
+        ctx.save_for_backward(state_gradient)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (of_state,) = ctx.saved_tensors
-        return (of_state * (gradient / -ctx.temperature).unsqueeze(-1)).to(of_state.dtype), None, None, None
+    def backward(ctx: Any, out_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (state_gradient,) = ctx.saved_tensors
+        scale = (out_gradient / -ctx.temperature).unsqueeze(-1)  # [P, 1]
+        return (state_gradient * scale).to(state_gradient.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""Where things are in a model, whatever its family."""
+"""The parts of a model, whatever its family names them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,14 +9,15 @@ from transformers.pytorch_utils import Conv1D
 
 from policies.errors import UserError
 
-KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj")
+KEY_VALUE_PROJECTIONS = ("k_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj")
 SUBLAYER_OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2")
-"""Last layers of attention and of the feed-forward part, as the families name them."""
+"""Last linear layers of attention and of the MLP, as the families name them."""
 FEEDFORWARD_OUTPUTS = ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2")
+"""Last linear layers of the MLP."""
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers. Raises UserError where there is no list of as many modules as the config names layers."""
+    """The decoder layers. Raises UserError where no list has as many modules as the config says there are layers."""
     count = model.config.num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -25,40 +26,53 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def linears(model: PreTrainedModel) -> dict[str, Any]:
-    """The linear layers of the decoder's layers, by name in the model."""
+    """The linear layers of the decoder layers, by name in the model."""
     inside = {id(module) for module in blocks(model).modules()}
-    kinds = (nn.Linear, Conv1D)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and id(m) in inside}
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside:
+            found[name] = module
+    return found
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The normalisation layers, by name in the model."""
-    return {n: m for n, m in model.named_modules() if "Norm" in type(m).__name__ and any(True for _ in m.parameters())}
+    """The normalisation layers that have parameters, by name in the model."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and next(module.parameters(), None) is not None:
+            found[name] = module
+    return found
 
 
-def named_so(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
-    """Those of the names whose last parts are one of those wanted."""
-    return [name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted)]
+def names_ending_in(names: Iterable[str], endings: Sequence[str]) -> list[str]:
+    """The dotted names whose last parts are one of the endings."""
+    suffixes = tuple(f".{ending}" for ending in endings)
+    return [name for name in names if f".{name}".endswith(suffixes)]
 
 
-def keys_and_values(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Names of the layers that (IA)³ scales: those that make keys and values, and the last of the feed-forward part."""
+def ia3_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Names of the layers that (IA)³ scales, which compute keys, values and the MLP's output, and of the last alone."""
     names = linears(model)
-    feedforward = named_so(names, FEEDFORWARD_OUTPUTS)
-    return named_so(names, KEYS_AND_VALUES) + feedforward, feedforward
+    feedforward = names_ending_in(names, FEEDFORWARD_OUTPUTS)
+    return names_ending_in(names, KEY_VALUE_PROJECTIONS) + feedforward, feedforward
 
 
-def outputs_of_sublayers(model: PreTrainedModel, targets: str | Sequence[str] | None) -> list[tuple[nn.Module, str]]:
-    """(parent, name in it) of the layers by which attention and feed-forward part end, or of those that targets name.
+def sublayer_outputs(model: PreTrainedModel, targets: str | Sequence[str] | None) -> list[tuple[nn.Module, str]]:
+    """(parent, name in it) of the last linear layers of attention and MLP, or of those that targets name.
 
-    Raises UserError where no layer of the model is named so.
+    Raises UserError where no layer of the model has such a name.
     """
-    wanted = [targets] if isinstance(targets, str) else list(targets or SUBLAYER_OUTPUTS)
-    found = named_so(linears(model), wanted)
-    if not found:
+    endings = [targets] if isinstance(targets, str) else list(targets or SUBLAYER_OUTPUTS)
+    layers = linears(model)
+    names = names_ending_in(layers, endings)
+    if not names:
+        known = sorted({name.rpartition(".")[2] for name in layers})
         raise UserError(
-            f"policy.targets: no linear layer of {type(model).__name__} is named {' or '.join(wanted)}; "
-            f"it has {', '.join(sorted({name.rpartition('.')[2] for name in linears(model)}))}"
+            f"policy.targets: no linear layer of {type(model).__name__} is named {' or '.join(endings)}; "
+            f"it has {', '.join(known)}"
         )
-    split = (name.rpartition(".") for name in found)
-    return [(model.get_submodule(parent), name) for parent, _, name in split]
+    outputs: list[tuple[nn.Module, str]] = []
+    for full_name in names:
+        parent, _, name = full_name.rpartition(".")
+        outputs.append((model.get_submodule(parent), name))
+    return outputs

@@ -1,6 +1,5 @@
 """One frozen base model and, for each role, what is trained of it."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,60 +11,70 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policies.batching import collate, collate_shared_prompts, length_buckets
+from policies import probes
+from policies.batching import length_buckets
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
-from policies.layers.attention import NAME, use_own_attention
+from policies.layers.attention import install_attention
 from policies.layers.packing import PackedSequences, PaddedBlock
-from policies.layers.rms_norm import FrozenRmsNorm
-from policies.layers.rotary import use_own_rotation
-from policies.layers.swiglu import GatedPart
+from policies.layers.rms_norm import RmsNormForward
+from policies.layers.rotary import install_rotary
+from policies.layers.swiglu import SwigluForward
+from policies.microbatches import default_microbatch_tokens, packed_multiple
 from policies.schema import PolicySettings
 
-CPU_BYTES = 8192
-"""Tokens of a pass on a CPU, times the bytes of a number: so few that activations stay in its caches."""
-ALIKE = 32
-"""Numbers of tokens in bfloat16 on a CPU are multiples of it: so few that all they need is kept, at 2 % of a pass."""
-ANY_MASK = (1, 1, 1, 1)
-"""Shape of a mask that models take as it is, and that attention to rows without padding never looks at."""
+UNUSED_MASK_SHAPE = (1, 1, 1, 1)
+"""Models pass a mask with four dimensions on as it is, and attention over packed sequences does not look at it."""
 
 AdapterWeights = dict[str, Tensor]
-"""What is trained of a role, by name in its file; the names do not hold the role."""
+"""What is trained of a role, by name in its file; the names do not contain the role."""
 
 
 class Trunk(nn.Module, ABC):
     """A causal language model whose frozen weights several roles share.
 
-    Each role has an adapter: what `policy.method` trains, and no other role sees. A role without an adapter of its own
-    is the base model as it is. The base's tensors exist once whatever the number of roles.
+    Each role has an adapter: what `policy.method` trains, and no other role uses. A role without an adapter is the
+    unchanged base model. The base's tensors exist once whatever the number of roles.
+
+    Attributes:
+        width: The hidden size H.
+        roles: Roles that have an adapter.
+        settings: The `policy` section of the experiment.
+        base: Folder or hub name of the base model.
+        causal: The base model with its LM head, as transformers and PEFT have it.
+        supports_packing: Whether sequences can be computed without padding between them.
     """
 
     supports_continuous_batching = True
-    """Whether rows decoded apart may go on in one batch, padded on the left."""
+    """Whether sequences that were decoded separately may continue in one batch, padded on the left."""
 
     def __init__(self, base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> None:
-        """roles: those that have an adapter. Each starts as one that changes nothing; soft prompts all start alike.
+        """Put the adapters of all roles on a base model.
 
-        Raises UserError where the method finds nothing to train in this model.
+        Args:
+            base: The model; it is changed in place.
+            settings: What is trained, and how.
+            roles: Those that have an adapter. Each starts as one that changes nothing; soft prompts all start alike.
+
+        Raises:
+            UserError: The method finds nothing to train in this model, or the model does more to its logits than its
+                LM head and soft cap.
         """
         super().__init__()
         self.width: int = base.get_input_embeddings().weight.shape[1]
         self.roles = roles
-        self.settings, self.base = settings, base.config.name_or_path
+        self.settings = settings
+        self.base = base.config.name_or_path
         self._role = roles[0]
         self._recomputed: list[nn.Module] = []
         self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
         self.causal = base
-        use_own_attention(base)
-        use_own_rotation(base)
-        for own in (FrozenRmsNorm, GatedPart):
-            for module in filter(own.fits, base.modules()):
-                module.forward = own(module)
+        _install_forwards(base)
         self._build(base)
         self.train_only()
         self.eval()
-        if self.causal.device.type != "meta":  # a model without weights is only counted
-            self._check_head()
+        if self.causal.device.type != "meta":  # the parameters of a model without weights are only counted
+            probes.check_head(self)
         self.supports_packing = self._supports_packing()
 
     @abstractmethod
@@ -81,192 +90,191 @@ class Trunk(nn.Module, ABC):
         """The live parameters of a role's adapter by their name in its file."""
 
     def train_only(self, *roles: str) -> None:
-        """Let gradients flow to the adapters of these roles and to nothing else."""
+        """Let gradients flow to the adapters of these roles and to no other parameter."""
         self.requires_grad_(False)
         for role in roles:
             for parameter in self.adapter(role).values():
                 parameter.requires_grad_(True)
 
     def hidden(self, ids: Tensor, role: str) -> Tensor:
-        """Last hidden states `[B, T, H]` of rows `[B, T]` under a role's adapter.
+        """Last hidden states of padded sequences under a role's adapter.
 
-        Rows may be padded on the right: attention is causal, so no real position sees padding.
+        Args:
+            ids: `[B, T]` int64. Sequences may be padded on the right: attention is causal, so no real position attends
+                to padding.
+            role: Whose adapter is used; the base model's own states for a role without one.
+
+        Returns:
+            `[B, T, H]` in the base's dtype, meaningless where a sequence is padded.
         """
         self.switch(role)
         return self.states(input_ids=ids, use_cache=False)
 
     def hidden_packed(self, ids: Tensor, lengths: Tensor, role: str) -> Tensor:
-        """Last hidden states `[N, H]` of rows of any length that stand one after another `[N]`.
+        """Last hidden states of packed sequences under a role's adapter.
 
-        lengths: `[B]` int64, tokens of each row. Without padding where the model can (`supports_packing`), and there attention
-        alone is by row.
+        Computed without padding where the model can (`supports_packing`).
+
+        Args:
+            ids: `[N]` int64, the tokens of all sequences, one sequence after another.
+            lengths: `[B]` int64, tokens of each sequence.
+            role: Whose adapter is used.
+
+        Returns:
+            `[N, H]` in the base's dtype.
         """
-        tokens = lengths.tolist()
+        sizes = lengths.tolist()
         if not self.supports_packing:
-            block = PaddedBlock.of(tokens, ids.device)
+            block = PaddedBlock.of(sizes, ids.device)
             return block.unpad(self.hidden(block.pad(ids), role))
         self.switch(role)
-        filler = -len(ids) % self._multiple
-        rows = PackedSequences.of([*tokens, filler] if filler else tokens, ids.device)
-        return self._states_of(nn.functional.pad(ids, (0, filler)), rows)[: len(ids)]
+        filler = -len(ids) % packed_multiple(self.causal)
+        if filler:
+            sizes.append(filler)  # one more sequence, whose states nobody reads
+        packed = PackedSequences.of(sizes, ids.device)
+        states = self.packed_states(nn.functional.pad(ids, (0, filler)), packed)  # [N + filler, H]
+        return states[: len(ids)]
 
-    @property
-    def _multiple(self) -> int:
-        """What the number of tokens of a pass is a multiple of, by a row that nobody reads.
-
-        oneDNN compiles its products in bfloat16 for each number of tokens that is new to it.
-        """
-        return ALIKE if self.causal.dtype == torch.bfloat16 and self.causal.device.type == "cpu" else 1
-
-    def _states_of(self, ids: Tensor, rows: PackedSequences) -> Tensor:
+    def packed_states(self, ids: Tensor, packed: PackedSequences) -> Tensor:
+        """Last hidden states `[N, H]` of packed sequences `[N]` under the adapter in use."""
         states = self.states(
-            input_ids=ids[rows.order].unsqueeze(0),
-            position_ids=rows.positions.unsqueeze(0),
-            attention_mask=torch.ones(ANY_MASK, dtype=torch.bool, device=ids.device),
+            input_ids=ids[packed.order].unsqueeze(0),
+            position_ids=packed.positions.unsqueeze(0),
+            attention_mask=torch.ones(UNUSED_MASK_SHAPE, dtype=torch.bool, device=ids.device),
             use_cache=False,
-            rows=rows,
-        )
-        return states.squeeze(0).index_select(0, rows.back)
+            packed=packed,
+        )  # [1, N, H], in order of length
+        return states.squeeze(0).index_select(0, packed.inverse)
 
-    def _sees_all(self) -> bool:
-        """Whether there are weights, and attention reaches back over a whole row: through no sliding window."""
-        window = getattr(self.causal.config.get_text_config(), "sliding_window", None)
-        return not window and self.causal.device.type != "meta"
+    def hidden_shared_prompts(self, ids: Tensor, positions: Tensor, attention_mask: Tensor, role: str) -> Tensor:
+        """Last hidden states of a `SharedPromptBatch`; see `supports_shared_prompts`.
 
-    @torch.no_grad()
-    def _supports_packing(self) -> bool:
-        """Whether this model gives rows without padding between them the states that it gives each row alone.
+        Args:
+            ids: `[B, T]` int64.
+            positions: `[B, T]` int64.
+            attention_mask: `[B, 1, T, T]` bool, True where a query attends to a key.
+            role: Whose adapter is used.
 
-        Not every family hands what it is given on to its attention; sliding windows are in the mask.
+        Returns:
+            `[B, T, H]` in the base's dtype, meaningless where a sequence is padded.
         """
-        if self.causal.config._attn_implementation != NAME or not self._sees_all():
-            return False
-        lengths = [5, 2, 3]
-        ids = torch.arange(10, device=self.causal.device) % self.causal.config.get_text_config().vocab_size
-        self.switch("")
-        try:
-            together = self._states_of(ids, PackedSequences.of(lengths, ids.device))
-        except (TypeError, ValueError, RuntimeError):
-            return False
-        apart = torch.cat([self.hidden(row.unsqueeze(0), "").squeeze(0) for row in ids.split(lengths)])
-        return states_agree(together, apart)
+        self.switch(role)
+        return self.states(input_ids=ids, position_ids=positions, attention_mask=attention_mask, use_cache=False)
+
+    def _supports_packing(self) -> bool:
+        return probes.supports_packing(self)
+
+    def supports_shared_prompts(self, role: str) -> bool:
+        """Whether responses to one prompt can be computed with the prompt's states computed once."""
+        return probes.supports_shared_prompts(self, role)
+
+    def default_microbatch_tokens(self) -> int:
+        """Tokens per microbatch that suit this device and the memory that is free on it."""
+        return default_microbatch_tokens(self.causal, self.width)
 
     def microbatches(self, lengths: Sequence[int], tokens: int | None = None, padded: bool = False) -> list[list[int]]:
-        """Indices of rows for passes of at most so many tokens each, or as many as suit the device.
+        """Split sequences into microbatches.
 
-        padded: whether the rows are padded even where the model `supports_packing`; padding counts then, see `length_buckets`.
+        Args:
+            lengths: Tokens of each sequence.
+            tokens: The most tokens per microbatch; None: `default_microbatch_tokens`.
+            padded: Count padding even where the model `supports_packing`; where it does not, padding always counts.
+
+        Returns:
+            Indices of the sequences of each microbatch, see `length_buckets`.
         """
         return length_buckets(lengths, tokens or self.default_microbatch_tokens(), padded or not self.supports_packing)
 
-    def hidden_shared_prompts(self, ids: Tensor, positions: Tensor, seen: Tensor, role: str) -> Tensor:
-        """Last hidden states `[B, T, H]` of the rows of `SharedPromptBatch`; see `supports_shared_prompts`."""
-        self.switch(role)
-        return self.states(input_ids=ids, position_ids=positions, attention_mask=seen, use_cache=False)
-
-    @torch.no_grad()
-    def supports_shared_prompts(self, role: str) -> bool:
-        """Whether this model gives a response behind a shared prompt the states that it has behind its own.
-
-        Not every family heeds a mask and positions that it is given; sliding windows count what lies between.
-        """
-        if not self._sees_all():
-            return False
-        prompt, one, other = [5, 6, 7], [8, 9], [10, 11, 12]
-        branches = collate_shared_prompts([prompt], [[one, other]])
-        device, alone = self.causal.device, collate([prompt, prompt], [one, other])
-        ids, positions, seen = branches.ids.to(device), branches.positions.to(device), branches.seen.to(device)
-        try:
-            together = self.hidden_shared_prompts(ids, positions, seen, role).flatten(0, 1)[branches.last]
-        except (TypeError, ValueError, RuntimeError):
-            return False
-        apart = self.hidden_packed(alone.ids.to(device), alone.lengths.to(device), role)[alone.last]
-        return torch.allclose(together, apart, rtol=1e-3, atol=1e-3)
-
     def states(self, **inputs: Any) -> Tensor:
-        """Last hidden states of what the base model is given, under the adapter in use."""
-        # transformers recomputes only in layers in training mode, and drops the cache there: only these modules
-        # are put in it, nothing below them, so that dropout stays off, and only while gradients flow.
+        """Last hidden states `[B, T, H]` under the adapter in use, of inputs by the names that transformers has."""
+        # transformers recomputes only in layers in training mode, and drops the cache there. So these modules alone are
+        # put in training mode, nothing below them, that dropout stays off, and only while gradients flow.
         for layer in self._recomputed:
             layer.training = torch.is_grad_enabled()
         return self._model_of(self._role).base_model(**inputs).last_hidden_state
 
     def next_states(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Last hidden states `[B, H]` of one new token a row, `[B]`, under the adapter in use.
+        """Last hidden states of one new token per sequence, under the adapter in use.
 
-        positions: `[B, 1]` int64; mask: `[B, S]` int64, 1 where a token may be seen, the new ones last. The new tokens'
-        keys and values go into the cache.
+        Args:
+            ids: `[B]` int64, the new tokens.
+            positions: `[B, 1]` int64, theirs in their sequences.
+            mask: `[B, S]` int64, 1 where a token is attended to, the new ones last.
+            cache: The KV cache; the new tokens are appended.
+
+        Returns:
+            `[B, H]` in the base's dtype.
         """
         inputs = {"input_ids": ids.unsqueeze(1), "attention_mask": mask, "position_ids": positions}
         return self.states(**inputs, past_key_values=cache, use_cache=True)[:, -1]
 
     def head(self, hidden: Tensor, role: str) -> Tensor:
-        """Logits `[..., V]` of a role's hidden states `[..., H]`."""
-        logits = self._model_of(role).get_output_embeddings()(hidden)
+        """Logits `[..., V]` of a role's hidden states `[..., H]`, in their dtype."""
+        logits = self._model_of(role).get_output_embeddings()(hidden)  # [..., V]
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _model_of(self, role: str) -> PreTrainedModel:
         return self.causal
 
     def read_adapter(self, role: str) -> AdapterWeights:
-        """A copy of a role's adapter."""
+        """A copy of a role's adapter, by name in its file."""
         return {name: parameter.detach().clone() for name, parameter in self.adapter(role).items()}
 
     @torch.no_grad()
     def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:
-        """Overwrite a role's adapter; a merged role is so no longer.
+        """Overwrite a role's adapter; a merged role is no longer merged.
 
-        Raises UserError where names or shapes are not those of this trunk.
+        Args:
+            role: Whose adapter is overwritten.
+            weights: All its parameters, by name in its file.
+
+        Raises:
+            UserError: Names or shapes are not those of this trunk.
         """
-        own = self.adapter(role)
-        if own.keys() != weights.keys():
-            odd = sorted(own.keys() ^ weights.keys())
+        parameters = self.adapter(role)
+        if parameters.keys() != weights.keys():
+            different = sorted(parameters.keys() ^ weights.keys())
             raise UserError(
-                f"the adapter is made for another base or other targets: {odd[0]} and {len(odd) - 1} more names differ"
+                "the adapter is made for another base or other targets: "
+                f"{different[0]} and {len(different) - 1} more names differ"
             )
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             if parameter.shape != weights[name].shape:
                 shapes = f"{tuple(weights[name].shape)}, here it is {tuple(parameter.shape)}"
                 raise UserError(f"the adapter's {name} is {shapes}: another base, or other sizes in `policy`")
             parameter.copy_(weights[name])
 
-    def default_microbatch_tokens(self) -> int:
-        """How many tokens a forward and backward pass should have on this device.
-
-        On a GPU as many as a third of the free memory holds, by 34 numbers a token and unit of width in each layer
-        (Korthikanti et al. 2022, section 4.1), a power of two.
-        """
-        least = CPU_BYTES // self.causal.dtype.itemsize
-        if self.causal.device.type != "cuda":
-            return least
-        free, _ = torch.cuda.mem_get_info(self.causal.device)
-        config = self.causal.config
-        numbers = 34 * config.num_hidden_layers * self.width + 3 * config.vocab_size
-        return max(least, 2 ** int(math.log2(free / 3 / (numbers * self.causal.dtype.itemsize))))
-
     def save(self, role: str, folder: Path) -> None:
-        """Write what is trained of a role (see `save_adapter`)."""
+        """Write what is trained of a role to a folder (see `save_adapter`)."""
         save_adapter(folder, self.read_adapter(role), self.settings, self.base)
 
     def merge(self, role: str) -> None:
-        """From now on, a role's passes may use a copy of the weights with its adapter, as it now is, in them.
+        """Let a role's forward passes use a copy of the weights with its adapter, as it is now, merged into them.
 
         They are faster then, and give no gradient. Nothing changes where the method has nothing to merge.
         """
 
     def initialise(self, *roles: str) -> None:
-        """Give roles that start from no saved adapter the start that `policy.init` asks for."""
+        """Initialise roles that start from no saved adapter as `policy.init` asks."""
 
     def start_training(self, role: str) -> None:
-        """Called where a supervised stage trains a role from nothing, before `train_only`."""
+        """Called where a supervised stage trains a role from scratch, before `train_only`."""
 
     def merged_parameter_count(self) -> int:
-        """How many numbers `merge` makes of one role."""
+        """How many parameters the copies have that `merge` makes for one role."""
         return 0
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:
-        """The base's weights as a role changes them, by name in the base, none in four bits.
+        """The base's weights as a role changes them. The trunk is of no use afterwards.
 
-        The trunk is of no use afterwards. Raises UserError where the method does more than change weights.
+        Args:
+            role: Whose adapter is merged.
+
+        Returns:
+            Weights by name in the base, none of them quantised.
+
+        Raises:
+            UserError: The method does more than change weights.
         """
         raise UserError(
             f"policy.method {self.settings.method} cannot be merged into the weights: export it as it is, "
@@ -274,41 +282,31 @@ class Trunk(nn.Module, ABC):
         )
 
     def use_module_forwards(self) -> None:
-        """Let every weight be used by the module that holds it: sharding by ZeRO 3 hooks on these."""
+        """Let every weight be used by the module that holds it, where the hooks of ZeRO 3 gather it."""
 
     def enable_gradient_checkpointing(self) -> None:
-        """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
-        self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._recompute_as_now})
+        """Recompute activations in the backward pass, where gradients flow: less memory, more time."""
+        self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._recompute_contexts})
         self._recomputed = [m for m in self.causal.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    def _recompute_as_now(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a layer's forward pass and of its recomputation, which must be under the same role."""
         return nullcontext(), self._acting_as(self._role)
 
     @contextmanager
     def _acting_as(self, role: str) -> Iterator[None]:
-        before = self._role
+        previous = self._role
         self.switch(role)
         try:
             yield
         finally:
-            self.switch(before)
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """The head made by hand must be the model's own, or log-probabilities would be wrong in silence."""
-        ids = torch.arange(4).unsqueeze(0).to(self.causal.device)
-        self.switch("")
-        own = self.causal(input_ids=ids, use_cache=False).logits.float()
-        ours = self.head(self.hidden(ids, ""), "").float()
-        if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
-            raise UserError(
-                f"{type(self.causal).__name__} does more to its logits than its output layer and soft cap: "
-                "this model family is not supported"
-            )
+            self.switch(previous)
 
 
-def states_agree(states: Tensor, expected: Tensor) -> bool:
-    """Whether states are the same, norm-wise, up to the rounding of their dtype."""
-    rounding = 1e-4 if expected.dtype == torch.float32 else 0.02
-    return bool((states - expected).float().norm() <= rounding * expected.float().norm())
+def _install_forwards(base: PreTrainedModel) -> None:
+    """Replace forward passes of the model's layers by those of `policies.layers`, where they compute the same."""
+    install_attention(base)
+    install_rotary(base)
+    for replacement in (RmsNormForward, SwigluForward):
+        for module in filter(replacement.fits, base.modules()):
+            module.forward = replacement(module)

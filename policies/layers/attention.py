@@ -1,4 +1,4 @@
-"""Attention to rows without padding; on the CPU, of one new token a row, and of rows that see themselves alone."""
+"""Attention over packed sequences; on the CPU, kernels for short sequences and for one new token per sequence."""
 
 from typing import Any
 
@@ -9,69 +9,91 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from policies.layers import native
+from policies.layers import kernel_calls, native
+from policies.layers.kernel_calls import AttentionInputs
 from policies.layers.packing import PackedSequences, cu_seqlens_of
 
-NAME = "align"
-SHORT = 2**16
-"""Tokens of a row, times the width of a head, up to which our kernel is faster than torch's, which takes keys by blocks
-and is made for long rows. Torch's also wants keys and values repeated for each group of heads."""
+ATTENTION_NAME = "align"
+"""Under which transformers knows this attention."""
+MAX_KERNEL_SIZE = 2**16
+"""Tokens of a sequence times head_dim up to which our kernel is faster than torch's, which takes keys by blocks and is
+made for long sequences. Torch's also needs keys and values repeated for each group of heads."""
 
 
-def use_own_attention(model: PreTrainedModel) -> None:
-    """Where a model attends by torch's fused kernel, let it see rows that stand one after another each alone.
-
-    On the CPU, attend by our own kernel where it is faster.
-    """
+def install_attention(model: PreTrainedModel) -> None:
+    """Let a model that uses torch's fused attention take packed sequences, and our kernels on the CPU."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+        AttentionInterface.register(ATTENTION_NAME, _attention)
+        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        model.set_attn_implementation(ATTENTION_NAME)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """query: `[B, heads, T, D]`; key, value: `[B, groups, S, D]`; the mask is true, or 0, where a key is seen.
+    """Outputs `[B, T, heads, D]`, as transformers wants them of an attention function.
 
-    With `rows` among the options, B is 1, T the tokens of all rows, and each row sees itself alone, whatever the mask.
+    query: `[B, heads, T, D]`; key, value: `[B, groups, S, D]`; the mask is True, or 0, where a key is attended to.
+    With `packed` among the options, B is 1, T the tokens of all sequences, and each attends to itself alone, whatever
+    the mask.
     """
-    rows: PackedSequences | None = options.pop("rows", None)
+    packed: PackedSequences | None = options.pop("packed", None)
     scale = float(options.get("scaling") or query.shape[3] ** -0.5)
     if native.runs(query, key, value) and not options.get("dropout"):
-        starts = _short_rows(rows, query, key, value, attention_mask)
-        if starts is not None:
-            flat = (states.transpose(1, 2).flatten(0, 1).contiguous() for states in (query, key, value))
-            return _OwnAttention.apply(*flat, scale, starts).view(query.transpose(1, 2).shape), None
-        if rows is None and (seen := _seen_by_new(query, key, value, attention_mask)) is not None:
-            return attend_new(query.squeeze(2).contiguous(), key, value, seen, scale).unsqueeze(1), None
-    if rows is None:
+        cu_seqlens = _cu_seqlens_of_short(packed, query, key, value, attention_mask)
+        if cu_seqlens is not None:
+            out = _PackedAttention.apply(_flat(query), _flat(key), _flat(value), cu_seqlens, scale)  # [N, heads, D]
+            return out.view(query.transpose(1, 2).shape), None
+        mask = None if packed is not None else _mask_of_new_tokens(query, key, value, attention_mask)
+        if mask is not None:
+            new = query.squeeze(2).contiguous()  # [B, heads, D]
+            return kernel_calls.attend_new_tokens(new, key, value, mask, scale).unsqueeze(1), None
+    if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    parts = (states[0].transpose(0, 1).split(rows.sizes) for states in (query, key, value))
-    apart = []
-    for block, *part in zip(rows.blocks, *parts, strict=True):
-        padded = (block.pad(states).transpose(1, 2) for states in part)
-        apart.append(block.unpad(sdpa_attention_forward(module, *padded, None, **options)[0]))
-    return torch.cat(apart).unsqueeze(0), None
+    return _attention_by_blocks(module, (query, key, value), packed, options), None
 
 
-def _short_rows(
-    rows: PackedSequences | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+def _flat(states: Tensor) -> Tensor:
+    """`[B, heads, T, D]` as `[B·T, heads, D]`."""
+    return states.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _attention_by_blocks(
+    module: nn.Module, states: tuple[Tensor, Tensor, Tensor], packed: PackedSequences, options: dict[str, Any]
+) -> Tensor:
+    """Torch's attention, `[1, N, heads, D]`, over padded blocks of sequences of about one length."""
+    query, key, value = (part[0].transpose(0, 1).split(packed.sizes) for part in states)  # [N of a block, heads, D]
+    outputs = []
+    for block, *flat in zip(packed.blocks, query, key, value, strict=True):
+        padded = (block.pad(part).transpose(1, 2) for part in flat)  # [B, heads, T, D]
+        out, _ = sdpa_attention_forward(module, *padded, None, **options)  # [B, T, heads, D]
+        outputs.append(block.unpad(out))  # [N of the block, heads, D]
+    return torch.cat(outputs).unsqueeze(0)  # [1, N, heads, D]
+
+
+def _cu_seqlens_of_short(
+    packed: PackedSequences | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor | None:
-    """Where rows begin that are short and see themselves alone; None where one is long, or a mask says more."""
-    batch, _, tokens, width = query.shape
-    if value.shape[3] != width or (rows is None and (mask is not None or key.shape[2] != tokens)):
+    """`[B + 1]`, where each sequence starts; None where one is too long for the kernel, or the mask is not causal."""
+    batch, _, tokens, head_dim = query.shape
+    if value.shape[3] != head_dim:
         return None
-    longest = tokens if rows is None else rows.lengths[-1]
-    if longest * width > SHORT:
+    if packed is None and (mask is not None or key.shape[2] != tokens):
         return None
-    return cu_seqlens_of([tokens] * batch) if rows is None else rows.cu_seqlens
+    longest = tokens if packed is None else packed.lengths[-1]
+    if longest * head_dim > MAX_KERNEL_SIZE:
+        return None
+    return cu_seqlens_of([tokens] * batch) if packed is None else packed.cu_seqlens
 
 
-def _seen_by_new(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
-    """`[B, S]`, what one new token a row sees; None where there are more, gradients flow, or a mask says more."""
-    in_order = key.stride() == value.stride() and key.stride()[2:] == (key.shape[3], 1) and key.shape == value.shape
-    if query.shape[2] != 1 or not in_order or torch.is_grad_enabled():
+def _mask_of_new_tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+    """`[B, S]` int64, what one new token per sequence attends to.
+
+    None where there are several new tokens, where gradients flow, or where the kernel knows no such mask or layout.
+    """
+    contiguous_tokens = key.stride()[2:] == (key.shape[3], 1)
+    alike = key.shape == value.shape and key.stride() == value.stride()
+    if query.shape[2] != 1 or not (contiguous_tokens and alike) or torch.is_grad_enabled():
         return None
     batch, _, tokens, _ = key.shape
     if mask is None:
@@ -81,40 +103,25 @@ def _seen_by_new(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None)
     return mask[:, 0, 0, :tokens].expand(batch, -1).long()
 
 
-def attend_new(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Attention `[B, heads, D]` of one new token a row to those that are there, on the CPU.
+class _PackedAttention(torch.autograd.Function):
+    """Causal attention over packed sequences; the inputs are those of `AttentionInputs`.
 
-    query: `[B, heads, D]`, heads of a row beside each other; key, value: `[B, groups, S, D]`, tokens of a group beside
-    each other; seen: `[B, S]` int64, 0 where a token is not seen.
-    """
-    (batch, heads, width), (_, groups, tokens, _) = query.shape, key.shape
-    made = query.new_empty(query.shape)
-    lies = query.data_ptr(), query.stride(0), key.data_ptr(), value.data_ptr(), *key.stride()[:2]
-    native.call("attend_new", query.dtype, *lies, seen, batch, heads, groups, width, tokens, scale, made)
-    return made
-
-
-class _OwnAttention(torch.autograd.Function):
-    """Causal attention `[N, heads, D]` of rows that stand one after another, each to itself.
-
-    key, value: `[N, groups, D]`; the queries of a group of heads share its keys. Kept for the way back is a number for
-    each head of each token, from which the weights are made again (Dao et al. 2022, appendix B).
+    Saved for the backward pass is one number per token and head, from which the attention weights are recomputed
+    (Dao et al. 2022, appendix B).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor) -> Tensor:
-        (tokens, heads, width), out = query.shape, torch.empty_like(query)
-        normalisers = query.new_empty(tokens, heads, dtype=torch.float32)
-        ctx.shape = starts, len(starts) - 1, heads, key.shape[1], width, scale
-        native.call("attention", query.dtype, query, key, value, *ctx.shape, out, normalisers)
-        ctx.save_for_backward(query, key, value, out, normalisers)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+        inputs = AttentionInputs(query=query, key=key, value=value, cu_seqlens=cu_seqlens, scale=scale)
+        out, normalisers = kernel_calls.attention(inputs)
+        ctx.save_for_backward(query, key, value, cu_seqlens, out, normalisers)
+        ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, normalisers = ctx.saved_tensors
-        made = [torch.empty_like(states) for states in (query, key, value)]
-        given = query, key, value, *ctx.shape, out, normalisers, gradient.contiguous()
-        native.call("attention_backward", query.dtype, *given, *made)
-        return *made, None, None
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, cu_seqlens, out, normalisers = ctx.saved_tensors
+        inputs = AttentionInputs(query=query, key=key, value=value, cu_seqlens=cu_seqlens, scale=ctx.scale)
+        gradients = kernel_calls.attention_backward(inputs, out, normalisers, out_gradient.contiguous())
+        return *gradients, None, None

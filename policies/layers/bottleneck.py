@@ -10,10 +10,10 @@ from policies.schema import PolicySettings
 
 
 class Bottleneck(nn.Module):
-    """A layer and, behind it, for each role: h + up(f(down(h))). `up` starts at zero: it changes nothing at first."""
+    """A layer followed, for each role, by h + up(f(down(h))). `up` starts at zero, so that nothing changes at first."""
 
     def __init__(self, base_layer: nn.Module, width: int, settings: PolicySettings, roles: tuple[str, ...]) -> None:
-        """width: of h, what the layer gives."""
+        """width: of h, the output of the layer."""
         super().__init__()
         self.base_layer = base_layer
         downs = {role: nn.Linear(width, settings.bottleneck) for role in roles}
@@ -23,14 +23,16 @@ class Bottleneck(nn.Module):
             downs[role].load_state_dict(downs[roles[0]].state_dict())
             nn.init.zeros_(ups[role].weight)
             nn.init.zeros_(ups[role].bias)
-        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(downs), nn.ModuleDict(ups)
-        self._active_adapter, self._disable_adapters = [roles[0]], False
+        self.bottleneck_down = nn.ModuleDict(downs)
+        self.bottleneck_up = nn.ModuleDict(ups)
+        self._active_adapter = [roles[0]]
+        self._disable_adapters = False
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """What the layer gives, and the adapter's part in float32 added to it."""
-        hidden = self.base_layer(*inputs, **options)
+        """The layer's output `[..., width]` plus the adapter's, which is computed in float32."""
+        hidden = self.base_layer(*inputs, **options)  # [..., width]
         if self._disable_adapters:
             return hidden
         role = self._active_adapter[0]
-        inner = self.activation(self.bottleneck_down[role](hidden.to(torch.float32)))
-        return hidden + self.bottleneck_up[role](inner).to(hidden.dtype)
+        inner = self.activation(self.bottleneck_down[role](hidden.to(torch.float32)))  # [..., bottleneck]
+        return hidden + self.bottleneck_up[role](inner).to(hidden.dtype)  # [..., width]

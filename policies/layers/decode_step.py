@@ -1,6 +1,6 @@
-"""One new token a row through the layers of a Llama, or of a family built like it, on the CPU.
+"""One new token per sequence through all layers of a Llama, or of a family built like it, on the CPU.
 
-For so few rows, what modules and operations cost is more than the arithmetic. Here all layers are one call.
+For so few tokens, calling modules and operations costs more than the arithmetic. Here all layers are one call.
 """
 
 from typing import Any
@@ -9,114 +9,134 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from policies.layers import native
-from policies.layers.lora import AdaptedLinear
-from policies.layers.rms_norm import normed
+from policies.layers import kernel_calls, native
+from policies.layers.kernel_calls import StackSizes
+from policies.layers.lora import LoraForward
 
-FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Classes of layers that are norm, attention, norm and gated feed-forward part, and nothing else."""
+DECODER_LAYER_CLASSES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+"""Classes of transformers that are norm, attention, norm and SwiGLU MLP, and nothing else."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
-class PlainStack:
+class DecodeStep:
     """The layers of a model, for roles whose adapters are merged into copies of the weights.
 
-    Linear maps that are given the same input lie in one weight. What goes from one map to the next is in float32.
+    The weights of linear layers with the same input are stacked in one buffer. Activations are float32 between layers.
     """
 
     @classmethod
     def fits(cls, base: PreTrainedModel) -> bool:
-        """Whether the model is of such layers, in each of which every linear map is adapted, and looks back over all.
+        """Whether the model has such layers only, LoRA on all their linear layers, and no sliding window.
 
-        That it computes what the model does is for the caller to check.
+        Whether the result is the model's is for the caller to check.
         """
         layers = getattr(base.base_model, "layers", ())
-        if not layers or any(type(layer).__name__ not in FAMILIES for layer in layers):
+        if not layers or any(type(layer).__name__ not in DECODER_LAYER_CLASSES for layer in layers):
             return False
         config = base.config
-        plain = config.hidden_act == "silu" and not getattr(config, "sliding_window", None)
+        if config.hidden_act != "silu" or getattr(config, "sliding_window", None):
+            return False
         frozen = [weight for name, weight in base.named_parameters() if ".lora_" not in name]
-        return plain and all(map(_wholly_adapted, layers)) and native.runs(*frozen)
+        return all(map(_has_lora_everywhere, layers)) and native.runs(*frozen)
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._model: Any = base.base_model
         self._layers = [_Layer(layer) for layer in self._model.layers]
         first = self._model.layers[0]
-        attention, maps = first.self_attn, _maps(first)
-        heads, groups = (part.base.out_features // attention.head_dim for part in maps[:2])
-        self._shape = maps[0].base.in_features, heads, groups, attention.head_dim, maps[6].base.in_features
-        self._constants = float(first.input_layernorm.variance_epsilon), float(attention.scaling)
+        attention = first.self_attn
+        query, key, *_, down = _linear_layers(first)
+        self._sizes = StackSizes(
+            hidden=query.base.in_features,
+            heads=query.base.out_features // attention.head_dim,
+            groups=key.base.out_features // attention.head_dim,
+            head_dim=attention.head_dim,
+            inner=down.base.in_features,
+            epsilon=float(first.input_layernorm.variance_epsilon),
+            scale=float(attention.scaling),
+        )
 
-    def make_room(self, role: str) -> None:
-        """Have what `AdaptedLinear.merge` writes of a role written side by side where inputs are the same."""
+    def allocate(self, role: str) -> None:
+        """Let `LoraForward.merge` write the weights of a role to this object's buffers."""
         for layer in self._layers:
-            layer.make_room(role)
+            layer.allocate(role)
 
     def __call__(self, role: str, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Last hidden states `[B, H]` of new tokens `[B]`, whose keys and values go into the cache.
+        """Last hidden states `[B, H]` of new tokens `[B]`, which are appended to the KV cache.
 
-        positions: `[B, 1]` int64; mask: `[B, S]` int64, 1 where a token may be seen, the new ones last.
+        positions: `[B, 1]` int64; mask: `[B, S]` int64, 1 where a token is attended to, the new ones last.
         """
-        _, _, groups, width, _ = self._shape
-        embedded = self._model.embed_tokens(ids)
-        angles = [part.contiguous() for part in self._model.rotary_emb(embedded, positions)]
-        place = embedded.new_empty(len(ids), groups, 1, width)  # that the kernel writes to
-        held = [layer.update(place, place) for layer in cache.layers]
-        lies = _how_they_lie([states for pair in held for states in pair], width)
-        layers = [own.addresses(role, *pair) for own, pair in zip(self._layers, held, strict=True)]
-        x, seen = embedded.float(), mask.contiguous()
-        given = torch.tensor(layers), len(layers), len(ids), *self._shape, *angles, *lies, mask.shape[1], seen
-        native.call("stack", embedded.dtype, *given, *self._constants, x)
+        sizes = self._sizes
+        embedded = self._model.embed_tokens(ids)  # [B, H]
+        cos, sin = self._model.rotary_emb(embedded, positions)  # [B, 1, D]
+        new = embedded.new_empty(len(ids), sizes.groups, 1, sizes.head_dim)  # the kernel writes the new KV states
+        cached = [layer.update(new, new) for layer in cache.layers]  # keys and values [B, groups, S, D] of each layer
+        addresses = [layer.addresses(role, *pair) for layer, pair in zip(self._layers, cached, strict=True)]
+        x = embedded.float()
+        kernel_calls.decode_layers(
+            addresses=torch.tensor(addresses),
+            sizes=sizes,
+            angles=(cos.contiguous(), sin.contiguous()),
+            cache_strides=_cache_strides(cached, sizes.head_dim),
+            mask=mask.contiguous(),
+            x=x,
+        )
         norm = self._model.norm
-        return normed(x.to(embedded.dtype), norm.weight, norm.variance_epsilon)[0]
+        return kernel_calls.rms_norm(x.to(embedded.dtype), norm.weight, float(norm.variance_epsilon))[0]
 
 
 class _Layer:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.maps: list[AdaptedLinear] = _maps(layer)
-        biases = [part.base.bias for part in self.maps[:3]]
-        bias = None if biases[0] is None else torch.cat(biases)
+        self.linear_layers = _linear_layers(layer)
+        biases = [linear.base.bias for linear in self.linear_layers[:3]]
         norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-        self.between = [bias, *(norm and norm.weight for norm in norms)]
-        self.rooms: dict[str, list[Tensor]] = {}
+        self.bias = None if biases[0] is None else torch.cat(biases)  # [(heads + 2 · groups) · D]
+        self.head_norms = [None if norm is None else norm.weight for norm in norms]  # [D] each, or None
+        self.buffers: dict[str, list[Tensor]] = {}
 
-    def make_room(self, role: str) -> None:
-        if role in self.rooms:
+    def allocate(self, role: str) -> None:
+        if role in self.buffers:
             return
-        self.rooms[role] = []
-        for siblings in (self.maps[:3], self.maps[3:4], self.maps[4:6], self.maps[6:]):
-            sizes = [part.base.out_features for part in siblings]
-            room = siblings[0].base.weight.new_empty(sum(sizes), siblings[0].base.in_features)
-            for part, own in zip(siblings, room.split(sizes), strict=True):
-                part.rooms[role] = own
-            self.rooms[role].append(room)
+        self.buffers[role] = []
+        query_key_value, output = self.linear_layers[:3], self.linear_layers[3:4]
+        gate_up, down = self.linear_layers[4:6], self.linear_layers[6:]
+        for siblings in (query_key_value, output, gate_up, down):
+            sizes = [linear.base.out_features for linear in siblings]
+            buffer = siblings[0].base.weight.new_empty(sum(sizes), siblings[0].base.in_features)  # [sum of outs, in]
+            for linear, part in zip(siblings, buffer.split(sizes), strict=True):
+                linear.buffers[role] = part
+            self.buffers[role].append(buffer)
 
     def addresses(self, role: str, keys: Tensor, values: Tensor) -> list[int]:
-        """Of all that the kernel wants of a layer, in its order; 0 of what the layer does not have."""
-        inward, outward, up, down = self.rooms[role]
-        before, after = self.layer.input_layernorm.weight, self.layer.post_attention_layernorm.weight
-        of = before, inward, *self.between, outward, after, up, down, keys, values
-        return [0 if tensor is None else tensor.data_ptr() for tensor in of]
+        """The fields of the kernel's `Layer`, in its order; 0 for what the layer does not have."""
+        query_key_value, output, gate_up, down = self.buffers[role]
+        attention = self.layer.input_layernorm.weight, query_key_value, self.bias, *self.head_norms, output
+        mlp = self.layer.post_attention_layernorm.weight, gate_up, down
+        return [0 if tensor is None else tensor.data_ptr() for tensor in (*attention, *mlp, keys, values)]
 
 
-def _how_they_lie(held: list[Tensor], width: int) -> tuple[int, int]:
-    """Between rows, and between groups, of keys and values `[B, groups, S, D]`, which are the same for all layers."""
-    lies = {states.stride() for states in held}
-    (of_row, of_group, *of_token), *others = lies
-    if others or of_token != [width, 1]:
-        raise ValueError(f"keys and values of all layers must lie alike, tokens beside each other; these lie by {lies}")
-    return of_row, of_group
+def _cache_strides(cached: list[tuple[Tensor, Tensor]], head_dim: int) -> tuple[int, int]:
+    """Strides between sequences and between groups of `[B, groups, S, D]`, which are the same for all layers."""
+    strides = set()
+    for keys, values in cached:
+        strides |= {keys.stride(), values.stride()}
+    (of_sequence, of_group, *of_token), *others = strides
+    if others or of_token != [head_dim, 1]:
+        raise ValueError(f"the KV caches of all layers must have equal strides, contiguous per group; found {strides}")
+    return of_sequence, of_group
 
 
-def _maps(layer: Any) -> list[Any]:
-    """What stands in place of the forward passes of a layer's linear maps: q, k, v, o, gate, up and down."""
-    attention, fed = layer.self_attn, layer.mlp
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    parts = [*(getattr(attention, name) for name in names), fed.gate_proj, fed.up_proj, fed.down_proj]
-    return [part.forward for part in parts]
+def _linear_layers(layer: Any) -> list[Any]:
+    """What replaces the forward passes of a layer's linear layers: q, k, v, o, gate, up and down."""
+    attention = [getattr(layer.self_attn, name) for name in PROJECTIONS]
+    mlp = [getattr(layer.mlp, name) for name in MLP_LAYERS]
+    return [linear.forward for linear in (*attention, *mlp)]
 
 
-def _wholly_adapted(layer: Any) -> bool:
-    """Whether every linear map is plain LoRA, and none has a bias but those of queries, keys and values."""
-    maps = _maps(layer)
-    return all(isinstance(part, AdaptedLinear) for part in maps) and all(part.base.bias is None for part in maps[3:])
+def _has_lora_everywhere(layer: Any) -> bool:
+    """Whether every linear layer has plain LoRA, and none a bias but those of queries, keys and values."""
+    linear_layers = _linear_layers(layer)
+    if not all(isinstance(linear, LoraForward) for linear in linear_layers):
+        return False
+    return all(linear.base.bias is None for linear in linear_layers[3:])

@@ -1,6 +1,7 @@
-"""Compiling what is in `kernels/` for the machine at hand, and calling what is in it.
+"""Compiles the kernels in `kernels/` for this machine and calls them; `kernel_calls` has a typed function for each.
 
-A process that finds neither a compiled copy nor a compiler does without: transformers' own modules compute the same.
+A process that finds neither a compiled library nor a compiler runs without them: the modules of transformers compute
+the same.
 """
 
 import ctypes
@@ -19,38 +20,50 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).with_name("kernels")
+# Without -ffast-math: a NaN must stay a NaN.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""How the name of a C function ends, by the dtype that it is compiled for."""
 
 
 def runs(*tensors: Tensor) -> bool:
-    """Whether there are kernels for these: on the CPU, of one dtype, which is float32 or bfloat16."""
-    first = tensors[0]
-    alike = all(tensor.dtype == first.dtype and tensor.device.type == "cpu" for tensor in tensors)
-    return alike and first.dtype in SUFFIXES and library() is not None
+    """Whether the kernels can compute with these tensors: all on the CPU, all float32 or all bfloat16."""
+    dtype = tensors[0].dtype
+    same = all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
+    return same and dtype in SUFFIXES and library() is not None
 
 
-def call(name: str, dtype: torch.dtype, *given: Any) -> None:
+def call(name: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> None:
     """Run a kernel for numbers of this dtype on as many threads as torch uses.
 
-    Tensors must be contiguous, of the shapes and dtypes that `kernels/` names, or given as their `data_ptr()` where the
-    kernel is told how far apart its rows lie; those of the result are written to. A C float is given as a float.
+    Args:
+        name: The C function without its dtype suffix.
+        dtype: float32 or bfloat16.
+        arguments: In the order of the C function. A tensor must be contiguous and is passed as its address; a Python
+            float is passed as a C float, an int as an int64. Result tensors are written to.
+
+    Raises:
+        ValueError: A tensor is not contiguous.
     """
-    function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, given)))
-    function(*[_address(value) if isinstance(value, Tensor) else value for value in given], torch.get_num_threads())
+    function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, arguments)))
+    passed = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
+    function(*passed, torch.get_num_threads())
 
 
 @cache
 def _function(name: str, types: tuple[type, ...]) -> Any:
     function = getattr(library(), name)
-    function.argtypes = [*(ctypes.c_float if of is float else ctypes.c_int64 for of in types), ctypes.c_int64]
+    function.argtypes = [*(ctypes.c_float if kind is float else ctypes.c_int64 for kind in types), ctypes.c_int64]
     function.restype = None
     return function
 
 
 def _address(tensor: Tensor) -> int:
     if not tensor.is_contiguous():
-        raise ValueError(f"a kernel was given a tensor of strides {tensor.stride()} for shape {tuple(tensor.shape)}")
+        raise ValueError(
+            "a kernel takes contiguous tensors only; "
+            f"this one has strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+        )
     return tensor.data_ptr()
 
 
@@ -58,38 +71,39 @@ def _address(tensor: Tensor) -> int:
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be compiled.
 
-    They share the threads of torch, whose OpenMP library is in the process already.
+    They share the threads of torch, whose OpenMP library is already in the process.
     """
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
-        with suppress(OSError, RuntimeError):  # no home, none that can be written to, or a file in it is no library
-            return _kept(compiler)
+        # There may be no home folder, none that is writable, or a cached file that is not a library.
+        with suppress(OSError, RuntimeError):
+            return _cached_library(compiler)
         with tempfile.TemporaryDirectory() as folder:
-            return _made(compiler, Path(folder) / "kernels.so")
+            return _compile(compiler, Path(folder) / "kernels.so")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _kept(compiler: list[str]) -> ctypes.CDLL:
-    """From the user's cache folder, under a name that says of which source, compiler and processor they are."""
+def _cached_library(compiler: list[str]) -> ctypes.CDLL:
+    """The library in the user's cache folder; its name is a hash of sources, compiler, flags and processor."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
     key = hashlib.sha256(b"\0".join([*sources, version, *map(str.encode, (*FLAGS, _processor()))]))
-    kept = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
-    if kept.exists():
-        return ctypes.CDLL(str(kept))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    return _made(compiler, kept)
+    cached = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    if cached.exists():
+        return ctypes.CDLL(str(cached))
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    return _compile(compiler, cached)
 
 
-def _made(compiler: list[str], to: Path) -> ctypes.CDLL:
-    """Compiled, under a name of its own first: several processes may be at it."""
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        made = Path(folder) / to.name
-        command = [*compiler, *FLAGS, "-Wno-psabi", str(SOURCES / "kernels.cpp"), "-o", str(made)]
+def _compile(compiler: list[str], target: Path) -> ctypes.CDLL:
+    """Compile to a temporary file and rename it: several processes may compile at the same time."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        compiled = Path(folder) / target.name
+        command = [*compiler, *FLAGS, "-Wno-psabi", str(SOURCES / "kernels.cpp"), "-o", str(compiled)]
         subprocess.run(command, capture_output=True, check=True)
-        made.replace(to)
-    return ctypes.CDLL(str(to))
+        compiled.replace(target)
+    return ctypes.CDLL(str(target))
 
 
 def _cache_folder() -> Path:
@@ -97,7 +111,7 @@ def _cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The processor's features, on which `-march=native` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Rows that stand one after another, without padding, and the padded blocks that attention needs of them."""
+"""Packed (varlen) sequences, without padding, and the padded blocks that torch's attention needs of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,88 +9,101 @@ import torch
 from torch import Tensor
 
 MAX_LENGTH_RATIO = 2
-"""How much longer than its shortest row a block's longest may be: attention costs the square, a block some calls."""
+"""How much longer than its shortest sequence the longest of a block may be. Attention costs the square of the padded
+length, which argues for many blocks; each block costs some calls, which argues for few."""
 
 
 @dataclass(frozen=True)
 class PaddedBlock:
-    """B rows of N tokens in all that are padded to the longest's T.
+    """B sequences of N tokens in all that are padded to the longest's T.
 
-    places: `[N]` int64, each token's index into flattened `[B·T]`.
+    indices: `[N]` int64, each token's index into flattened `[B·T]`. count: B. width: T.
     """
 
-    places: Tensor
+    indices: Tensor
     count: int
     width: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "PaddedBlock":
-        places = [torch.arange(length) + row * max(lengths) for row, length in enumerate(lengths)]
-        return cls(torch.cat(places).to(device), len(lengths), max(lengths))
+        """lengths: tokens of each sequence."""
+        width = max(lengths)
+        indices = [torch.arange(length) + row * width for row, length in enumerate(lengths)]
+        return cls(torch.cat(indices).to(device), len(lengths), width)
 
     @property
     def full(self) -> bool:
-        """Whether all rows are of one length."""
-        return len(self.places) == self.count * self.width
+        """Whether all sequences have the same length."""
+        return len(self.indices) == self.count * self.width
 
     def pad(self, flat: Tensor) -> Tensor:
-        """`[N, ...]` to `[B, T, ...]`, with zeros behind the end of each row."""
+        """`[N, ...]` to `[B, T, ...]`, with zeros after the end of each sequence."""
         shape = (self.count, self.width, *flat.shape[1:])
         if self.full:
             return flat.reshape(shape)
-        return flat.new_zeros(self.count * self.width, *flat.shape[1:]).index_copy(0, self.places, flat).view(shape)
+        padded = flat.new_zeros(self.count * self.width, *flat.shape[1:])  # [B·T, ...]
+        return padded.index_copy(0, self.indices, flat).view(shape)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """`[B, T, ...]` to `[N, ...]`."""
-        flat = padded.flatten(0, 1)
-        return flat if self.full else flat.index_select(0, self.places)
+        flat = padded.flatten(0, 1)  # [B·T, ...]
+        return flat if self.full else flat.index_select(0, self.indices)
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Rows in order of length, of N tokens in all.
+    """Sequences of N tokens in all, packed in order of length.
 
-    order: `[N]` int64, where each token stands among the rows as they came; back: `[N]` int64, the way back.
-    positions: `[N]` int64, each token's place in its own row. lengths: tokens of each row, in order.
+    Attributes:
+        order: `[N]` int64. `ids[order]` are the tokens in order of length.
+        inverse: `[N]` int64, the inverse of `order`.
+        positions: `[N]` int64, each token's position in its own sequence, in order of length.
+        lengths: Tokens of each sequence, in order of length.
     """
 
     order: Tensor
-    back: Tensor
+    inverse: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "PackedSequences":
-        """lengths: tokens of each row, in the order in which the rows come."""
-        places = torch.arange(sum(lengths)).split(list(lengths))
-        sorted_rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
-        order = torch.cat([places[row] for row in sorted_rows])
-        positions = torch.cat([torch.arange(lengths[row]) for row in sorted_rows])
-        in_order = tuple(lengths[row] for row in sorted_rows)
-        return cls(order.to(device), order.argsort().to(device), positions.to(device), in_order)
+        """Pack sequences.
+
+        Args:
+            lengths: Tokens of each sequence, in the order in which the sequences come.
+            device: Where the index tensors will be used.
+        """
+        by_sequence = torch.arange(sum(lengths)).split(list(lengths))
+        by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        sorted_lengths = tuple(lengths[index] for index in by_length)
+        order = torch.cat([by_sequence[index] for index in by_length])  # [N]
+        positions = torch.cat([torch.arange(length) for length in sorted_lengths])  # [N]
+        return cls(order.to(device), order.argsort().to(device), positions.to(device), sorted_lengths)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """`[rows + 1]` int64 on the CPU, where each row begins, and where the last one ends."""
+        """`[B + 1]` int64 on the CPU: where each sequence starts, and where the last one ends."""
         return cu_seqlens_of(self.lengths)
 
     @cached_property
     def blocks(self) -> tuple[PaddedBlock, ...]:
-        """Of rows of about one length, one after another."""
-        return tuple(PaddedBlock.of(run, self.order.device) for run in _runs(self.lengths))
+        """Consecutive sequences of about one length each."""
+        return tuple(PaddedBlock.of(lengths, self.order.device) for lengths in _split_by_ratio(self.lengths))
 
     @property
     def sizes(self) -> list[int]:
         """Tokens of each block."""
-        return [len(block.places) for block in self.blocks]
+        return [len(block.indices) for block in self.blocks]
 
 
 def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
-    """`[rows + 1]` int64, where each row begins, and where the last one ends."""
+    """`[B + 1]` int64: where each sequence starts, and where the last one ends."""
     return torch.tensor([0, *accumulate(lengths)])
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
+def _split_by_ratio(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Ascending lengths in runs whose last is at most `MAX_LENGTH_RATIO` times its first."""
     run: list[int] = []
     for length in lengths:
         if run and length > MAX_LENGTH_RATIO * run[0]:

@@ -1,62 +1,99 @@
-"""Rotary positions on the CPU, in one pass over memory."""
+"""Attention layers whose rotary positions are computed on the CPU in one pass over memory."""
 
-from collections.abc import Callable
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from policies.layers import native
+from policies.layers import kernel_calls, native
 
-NAME = "apply_rotary_pos_emb"
-"""What families of transformers call the function that turns queries and keys."""
+FULL_ATTENTION_CLASSES = (
+    "ArceeAttention",
+    "GemmaAttention",
+    "GraniteAttention",
+    "GraniteMoeAttention",
+    "LlamaAttention",
+    "PhimoeAttention",
+    "Qwen2MoeAttention",
+)
+SLIDING_ATTENTION_CLASSES = (
+    "MistralAttention",
+    "MixtralAttention",
+    "Qwen2Attention",
+    "Qwen3Attention",
+    "Qwen3MoeAttention",
+)
+"""Classes of transformers that do what `RotaryAttentionForward` does and nothing else; the second tuple has those that
+tell the attention function of a sliding window. Other families keep their own forward pass."""
 
-CPU = torch.device("cpu")
-Rotate = Callable[..., tuple[Tensor, Tensor]]
+
+def install_rotary(model: PreTrainedModel) -> None:
+    """Replace the forward pass of the attention layers that are of one of these classes."""
+    for module in model.modules():
+        if RotaryAttentionForward.fits(module):
+            module.forward = RotaryAttentionForward(module)
 
 
-def use_own_rotation(model: nn.Module) -> None:
-    """Let attention layers that turn halves of each head against each other do so by the function below.
+class RotaryAttentionForward:
+    """Replaces the forward pass of an attention layer: the same numbers, up to the rounding of the rotation."""
 
-    The forward pass stays transformers' own, and so does the function of its module, which other models use: the layer
-    gets a copy of the one that finds ours under the name of theirs.
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether the module is an attention layer with this forward pass."""
+        return type(module).__name__ in (*FULL_ATTENTION_CLASSES, *SLIDING_ATTENTION_CLASSES)
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.has_norms = hasattr(layer, "q_norm")  # Qwen3: each head of queries and keys is normalised
+        self.window: dict[str, int | None] = {}
+        if type(layer).__name__ in SLIDING_ATTENTION_CLASSES:
+            self.window["sliding_window"] = getattr(layer, "sliding_window", layer.config.sliding_window)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: `[B, T, H]`; position_embeddings: cosines and sines `[B, T, D]`; others as in transformers."""
+        layer = self.layer
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, layer.head_dim)
+        query = layer.q_proj(hidden_states).view(head_shape)  # [B, T, heads, D]
+        key = layer.k_proj(hidden_states).view(head_shape)  # [B, T, groups, D]
+        value = layer.v_proj(hidden_states).view(head_shape).transpose(1, 2)  # [B, groups, T, D]
+        if self.has_norms:
+            query = layer.q_norm(query)
+            key = layer.k_norm(key)
+        cos, sin = position_embeddings
+        query, key = apply_rotary(query.transpose(1, 2), key.transpose(1, 2), cos, sin)  # [B, heads or groups, T, D]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, layer.layer_idx)  # [B, groups, S, D]
+        dropout = layer.attention_dropout if layer.training else 0.0
+        constants = {"dropout": dropout, "scaling": layer.scaling, **self.window}
+        implementation = layer.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        out, weights = attention(layer, query, key, value, attention_mask, **constants, **options)  # [B, T, heads, D]
+        return layer.o_proj(out.reshape(*input_shape, -1).contiguous()), weights  # [B, T, H]
+
+
+def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x · cos + (−x₂, x₁) · sin for both halves x₁, x₂ of each head (Su et al. 2021), of queries and keys.
+
+    query, key: `[B, heads, T, D]`; cos, sin: `[B or 1, T, D]`.
     """
-    for layer in model.modules():
-        forward = type(layer).forward
-        theirs = getattr(forward, "__globals__", {}).get(NAME)
-        if theirs is not None and NAME in forward.__code__.co_names and _turns_halves(theirs):
-            ours = forward.__globals__ | {NAME: _in_place_of(theirs)}
-            code, defaults = forward.__code__, forward.__defaults__
-            own = FunctionType(code, ours, forward.__name__, defaults, forward.__closure__)
-            own.__kwdefaults__ = forward.__kwdefaults__
-            layer.forward = MethodType(own, layer)
-
-
-def _turns_halves(theirs: Rotate) -> bool:
-    """Whether the function is x · cos + (-x₂, x₁) · sin for both halves x₁, x₂ of each head (Su et al. 2021)."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, (cos, sin) = (torch.randn(n, 2, 3, 8, generator=generator, device=CPU) for n in (1, 1, 2))
-    cos, sin = cos[:1], sin[:1]
-    try:
-        made = theirs(query, key, cos, sin)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    signed = sin.unsqueeze(1) * torch.tensor([-1, 1], device=CPU).repeat_interleave(4)
-    expected = [states * cos.unsqueeze(1) + states.roll(4, -1) * signed for states in (query, key)]
-    return all(torch.allclose(*pair, atol=1e-5) for pair in zip(made, expected, strict=True))
-
-
-def _in_place_of(theirs: Rotate) -> Rotate:
-    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *options: Any, **named: Any) -> Any:
-        whole = query.shape[-1] == cos.shape[-1]
-        if options or named or not whole or not native.runs(query, key, cos, sin):
-            return theirs(query, key, cos, sin, *options, **named)
-        cos, sin = (angles.expand(len(query), -1, -1).contiguous() for angles in (cos, sin))
-        return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
-
-    return rotate
+    if query.shape[-1] != cos.shape[-1] or not native.runs(query, key, cos, sin):
+        return apply_rotary_pos_emb(query, key, cos, sin)
+    batch = len(query)
+    cos = cos.expand(batch, -1, -1).contiguous()  # [B, T, D]
+    sin = sin.expand(batch, -1, -1).contiguous()  # [B, T, D]
+    return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
 
 
 class _Rotation(torch.autograd.Function):
@@ -65,18 +102,15 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(states, cos, sin, back=False)
+        return _rotate(states, cos, sin, inverse=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(gradient, cos, sin, back=True), None, None
+        return _rotate(out_gradient, cos, sin, inverse=True), None, None
 
 
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    by_token = states.transpose(1, 2).contiguous()  # heads of one token beside each other, as the layer made them
-    made = torch.empty_like(by_token)
-    batch, tokens, heads, width = by_token.shape
-    native.call("rotate", states.dtype, by_token, cos, sin, made, batch * tokens, heads, width, int(back))
-    return made.transpose(1, 2)
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    by_token = states.transpose(1, 2).contiguous()  # [B, T, heads, D]; the layer's own order, so nothing is copied
+    return kernel_calls.rotate(by_token, cos, sin, inverse).transpose(1, 2)  # [B, heads, T, D]

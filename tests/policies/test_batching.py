@@ -13,7 +13,7 @@ LENGTHS = st.lists(st.integers(1, 50), max_size=40)
 
 
 @given(ROWS)
-def test_indices_point_at_the_row_alone(rows: list[tuple[list[int], list[int]]]) -> None:
+def test_indices_point_at_their_own_sequence(rows: list[tuple[list[int], list[int]]]) -> None:
     prompts, responses = zip(*rows)
     batch = collate(prompts, responses)
     flat = batch.ids.tolist()
@@ -34,18 +34,18 @@ def test_the_next_position_holds_the_token_that_is_predicted() -> None:
     assert batch.last.tolist() == [3, 7]
 
 
-def test_split_gives_each_row_its_own() -> None:
+def test_split_gives_each_sequence_its_own() -> None:
     batch = collate([[1], [1]], [[3], [3, 4]])
     assert [part.tolist() for part in batch.split(torch.tensor([1.0, 2.0, 3.0]))] == [[1.0], [2.0, 3.0]]
 
 
-def test_prompts_and_responses_must_be_as_many() -> None:
+def test_each_prompt_needs_a_response() -> None:
     with pytest.raises(ValueError, match="shorter"):
         collate([[1], [2]], [[3]])
 
 
 @given(LENGTHS, st.integers(1, 120))
-def test_buckets_cover_every_row_once(lengths: list[int], tokens: int) -> None:
+def test_buckets_cover_every_sequence_once(lengths: list[int], tokens: int) -> None:
     for padded in (True, False):
         assert sorted(i for group in length_buckets(lengths, tokens, padded) for i in group) == list(
             range(len(lengths))
@@ -82,7 +82,7 @@ def test_shares_are_even_runs_that_cover_all(count: int, parts: int) -> None:
 
 
 @given(st.lists(st.tuples(IDS, IDS, IDS), min_size=1, max_size=5))
-def test_a_branch_sees_its_prompt_and_itself_alone(rows: list[tuple[list[int], list[int], list[int]]]) -> None:
+def test_a_response_attends_to_its_prompt_and_itself_alone(rows: list[tuple[list[int], list[int], list[int]]]) -> None:
     prompts = [prompt for prompt, *_ in rows]
     responses_of = [list(responses) for _, *responses in rows]
     batch = collate_shared_prompts(prompts, responses_of)
@@ -92,6 +92,6 @@ def test_a_branch_sees_its_prompt_and_itself_alone(rows: list[tuple[list[int], l
     for index, (prompt, responses) in enumerate(zip(prompts, responses_of)):
         for response in responses:
             query = next(last) - index * width
-            seen = [index * width + k for k in batch.seen[index, 0, query].nonzero().flatten().tolist()]
-            assert [flat[k] for k in seen] == [*prompt, *response]
-            assert [positions[k] for k in seen] == list(range(len(prompt) + len(response)))
+            visible = [index * width + k for k in batch.attention_mask[index, 0, query].nonzero().flatten().tolist()]
+            assert [flat[k] for k in visible] == [*prompt, *response]
+            assert [positions[k] for k in visible] == list(range(len(prompt) + len(response)))

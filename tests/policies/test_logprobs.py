@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.logprobs import CHUNK, _of_tokens, token_logprobs, token_logprobs_and_entropy
+from policies.logprobs import CHUNK, _from_logits, token_logprobs, token_logprobs_and_entropy
 
 
 def oracle(hidden: Tensor, tokens: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("learn_entropy", [True, False])
 @pytest.mark.parametrize("trained", [True, False])
-def test_chunks_give_the_values_and_gradients_of_the_whole(
+def test_chunks_give_the_values_and_gradients_of_all_positions_at_once(
     count: int, temperature: float, learn_entropy: bool, trained: bool
 ) -> None:
     hidden, tokens, weight = inputs(count)
@@ -93,7 +93,7 @@ def test_half_precision_logits_are_normalised_in_float32() -> None:
     torch.testing.assert_close(logprobs, expected)
 
 
-def test_entropy_of_equal_logits_is_that_of_the_vocabulary() -> None:
+def test_entropy_of_equal_logits_is_the_log_of_the_vocabulary_size() -> None:
     tokens = torch.zeros(1, dtype=torch.long)
     _, entropy = token_logprobs_and_entropy(torch.zeros(1, 8), tokens, lambda h: h.new_zeros(1, 13), 0.5, False)
     assert float(entropy) == pytest.approx(torch.log(torch.tensor(13.0)).item())
@@ -102,27 +102,27 @@ def test_entropy_of_equal_logits_is_that_of_the_vocabulary() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 13, 16, 4097])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_the_kernel_says_of_logits_what_float64_says(dtype: torch.dtype, vocabulary: int, temperature: float) -> None:
+def test_the_kernel_agrees_with_float64(dtype: torch.dtype, vocabulary: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(vocabulary)
     logits = (10 * torch.randn(40, vocabulary, generator=generator)).to(dtype)
     tokens = torch.randint(vocabulary, (40,), generator=generator)
     logits[torch.arange(20), (tokens[:20] + 1) % vocabulary] = -torch.inf if vocabulary > 1 else 0.0
-    logprobs, entropy, minus = _of_tokens(logits, tokens, temperature, gradient=True)
+    logprobs, entropy, gradient = _from_logits(logits, tokens, temperature, with_gradient=True)
     whole = torch.log_softmax(logits.double() / temperature, -1)
     expected = whole.gather(-1, tokens[:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(entropy.double(), -(whole.exp() * whole).nan_to_num().sum(-1), rtol=1e-5, atol=1e-5)
     weights = whole.exp()
     weights[torch.arange(40), tokens] -= 1
-    assert minus is not None
-    assert minus.dtype == dtype
-    torch.testing.assert_close(minus.double(), weights, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6)
+    assert gradient is not None
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), weights, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6)
 
 
-def test_what_is_no_number_stays_in_its_row() -> None:
+def test_a_nan_stays_in_its_row() -> None:
     logits = torch.zeros(3, 20)
     logits[1, 7], logits[2, 3] = torch.nan, torch.inf
-    logprobs, entropy, _ = _of_tokens(logits, torch.zeros(3, dtype=torch.long), 1.0, gradient=False)
+    logprobs, entropy, _ = _from_logits(logits, torch.zeros(3, dtype=torch.long), 1.0, with_gradient=False)
     assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, True]
 
 

@@ -1,11 +1,11 @@
-"""New tokens through the plain stack, beside transformers' own modules."""
+"""New tokens by the decode step and by the modules of transformers."""
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from policies.layers.decode_step import PlainStack
+from policies.layers.decode_step import DecodeStep
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
@@ -36,7 +36,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, **config: object) -> T
 
 @torch.no_grad()
 def decoded(trunk: Trunk, role: str) -> Tensor:
-    """States `[B, 3, H]` of three new tokens behind prompts that are padded on the left; the last row ends early."""
+    """States `[B, 3, H]` of three new tokens after prompts padded on the left; the last sequence ends early."""
     trunk.switch(role)
     cache: DynamicCache = make_cache(trunk.causal.config)
     positions = (MASK.cumsum(-1) - 1).clamp(min=0)
@@ -51,20 +51,20 @@ def decoded(trunk: Trunk, role: str) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The roles that the stack was called for."""
-    seen: list[str] = []
-    own = PlainStack.__call__
+    """The roles that the decode step was called for."""
+    roles: list[str] = []
+    original = DecodeStep.__call__
 
-    def counted(self: PlainStack, role: str, *arguments: Tensor) -> Tensor:
-        seen.append(role)
-        return own(self, role, *arguments)
+    def counted(self: DecodeStep, role: str, *arguments: Tensor) -> Tensor:
+        roles.append(role)
+        return original(self, role, *arguments)
 
-    monkeypatch.setattr(PlainStack, "__call__", counted)
-    return seen
+    monkeypatch.setattr(DecodeStep, "__call__", counted)
+    return roles
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_stack_gives_the_states_of_the_model(family: str, calls: list[str]) -> None:
+def test_the_decode_step_gives_the_states_of_the_model(family: str, calls: list[str]) -> None:
     trunk = make(family)
     expected = decoded(trunk, "policy")
     assert not calls
@@ -102,24 +102,24 @@ def test_it_follows_the_adapter_and_serves_merged_roles_alone(calls: list[str]) 
 @pytest.mark.parametrize("config", [{"sliding_window": 4}, {"hidden_act": "gelu"}])
 def test_a_model_of_another_kind_is_left_to_its_modules(config: dict[str, object]) -> None:
     trunk = make("mistral", **config)
-    assert not PlainStack.fits(trunk.causal)
+    assert not DecodeStep.fits(trunk.causal)
     expected = decoded(trunk, "policy")
     trunk.merge("policy")
     torch.testing.assert_close(decoded(trunk, "policy"), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_stack_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_step_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk = make("llama")
     expected = decoded(trunk, "policy")
-    own = PlainStack.__call__
-    monkeypatch.setattr(PlainStack, "__call__", lambda self, *arguments: own(self, *arguments) * 1.001)
+    original = DecodeStep.__call__
+    monkeypatch.setattr(DecodeStep, "__call__", lambda self, *arguments: original(self, *arguments) * 1.001)
     trunk.merge("policy")
     torch.testing.assert_close(decoded(trunk, "policy"), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [{}, {"head_dim": 40, "hidden_size": 72, "intermediate_size": 50}])
-def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype, config: dict[str, object]) -> None:
+def test_a_sequence_is_the_same_alone_and_among_others(dtype: torch.dtype, config: dict[str, object]) -> None:
     trunk = make("qwen3", dtype, **config)
     trunk.merge("policy")
     trunk.switch("policy")

@@ -9,7 +9,7 @@ from peft.tuners import lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from policies.layers.lora import AdaptedLinear, _LoraLinear
+from policies.layers.lora import LoraForward, _LoraLinear
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
@@ -44,9 +44,8 @@ def distance(one: Tensor, other: Tensor) -> float:
 def test_states_and_gradients_are_as_near_to_float64_as_those_of_peft(tiny_model: Path, dtype: torch.dtype) -> None:
     ours, theirs, exact = make(tiny_model, dtype), make(tiny_model, dtype), make(tiny_model)
     theirs.use_module_forwards()
-    assert (
-        sum(isinstance(vars(m).get("forward"), AdaptedLinear) for m in ours.modules()) == 14
-    )  # the seven linear layers of two blocks
+    replaced = sum(isinstance(vars(module).get("forward"), LoraForward) for module in ours.modules())
+    assert replaced == 14  # the seven linear layers of two blocks
     exact.use_module_forwards()
     for value, peft, expected in zip(gradients(ours), gradients(theirs), gradients(exact.double())):
         assert distance(value, expected) < 1.5 * distance(peft, expected) + 1e-6
@@ -60,9 +59,9 @@ def test_parameters_keep_their_dtype_and_so_do_their_gradients(tiny_model: Path)
     assert all(p.grad is None for n, p in trunk.named_parameters() if ".policy." not in n)
 
 
-@pytest.mark.parametrize("summed", [False, True])
-def test_finite_differences_agree(summed: bool) -> None:
-    """Two maps of one input, of which one has a bias, and the adapters are of different ranks."""
+@pytest.mark.parametrize("into_weights", [False, True])
+def test_finite_differences_agree(into_weights: bool) -> None:
+    """Two layers with the same input, one of them with a bias, and adapters of different ranks."""
     generator = torch.Generator().manual_seed(0)
     x, bias, *weights = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -72,7 +71,7 @@ def test_finite_differences_agree(summed: bool) -> None:
     bases = [(weights[0], bias), (weights[1], None)]
 
     def both(x: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
-        return _LoraLinear.apply(x, bases, 1.3, summed, *adapters)
+        return _LoraLinear.apply(x, bases, 1.3, into_weights, *adapters)
 
     assert torch.autograd.gradcheck(both, given)
     out = both(*given)[1]
@@ -80,12 +79,12 @@ def test_finite_differences_agree(summed: bool) -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_maps_of_one_input_are_computed_together_and_only_then(tiny_model: Path) -> None:
+def test_layers_with_the_same_input_are_computed_together_and_only_then(tiny_model: Path) -> None:
     trunk = make(tiny_model)
     layer = trunk.causal.base_model.layers[0].self_attn
     query, key, value = (part.forward for part in (layer.q_proj, layer.k_proj, layer.v_proj))
-    assert query.together == [query, key, value]
-    assert [part.together for part in (key, value)] == [[key], [value]]
+    assert query.siblings == [query, key, value]
+    assert [part.siblings for part in (key, value)] == [[key], [value]]
     x, other = torch.randn(2, 3, trunk.width), torch.randn(2, 3, trunk.width)
     trunk.switch("policy")
     alone = key(x)
@@ -98,8 +97,8 @@ def test_maps_of_one_input_are_computed_together_and_only_then(tiny_model: Path)
     torch.testing.assert_close(value(x), lora.Linear.forward(layer.v_proj, x))
 
 
-def test_passes_with_and_without_gradients_give_the_same_states(tiny_model: Path) -> None:
-    """Few rows or many; the adapter is added to the rows in one case, to the weight in the others."""
+def test_forward_passes_with_and_without_gradients_give_the_same_states(tiny_model: Path) -> None:
+    """Few tokens or many; the adapter is added to the output in one case, to the weight in the others."""
     trunk = make(tiny_model)
     trunk.train_only("policy")
     for repeats in (1, 8):
@@ -119,7 +118,7 @@ def test_dropout_is_left_to_peft(tiny_model: Path) -> None:
     assert not torch.equal(trunk.hidden(IDS, "policy"), trunk.hidden(IDS, "policy"))
 
 
-def test_merged_weights_give_the_same_states_and_follow_the_adapter_when_merged_anew(tiny_model: Path) -> None:
+def test_merged_weights_give_the_same_states_and_follow_the_adapter_when_merged_again(tiny_model: Path) -> None:
     trunk = make(tiny_model)
     before = {role: trunk.hidden(IDS, role) for role in ROLES}
     base = copy.deepcopy(trunk.causal.base_model.layers[0].self_attn.q_proj.base_layer.weight)

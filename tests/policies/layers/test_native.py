@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from policies.layers import native
+from policies.layers import kernel_calls, native
 
-DOUBLE = "import torch; from policies import native; print(native.library() is not None)"
+COMPILE = "import torch; from policies.layers import native; print(native.library() is not None)"
 
 
 @pytest.fixture
@@ -31,16 +31,16 @@ def test_this_machine_compiles_them() -> None:
 
 def test_they_are_compiled_once(cache_folder: Path) -> None:
     assert native.library() is not None
-    (made,) = cache_folder.iterdir()
-    before = made.stat().st_mtime_ns
+    (compiled,) = cache_folder.iterdir()
+    before = compiled.stat().st_mtime_ns
     native.library.cache_clear()
     assert native.library() is not None
-    assert [made] == list(cache_folder.iterdir())
-    assert made.stat().st_mtime_ns == before
+    assert [compiled] == list(cache_folder.iterdir())
+    assert compiled.stat().st_mtime_ns == before
 
 
 def test_several_processes_may_compile_at_once(cache_folder: Path) -> None:
-    command = [sys.executable, "-c", DOUBLE]
+    command = [sys.executable, "-c", COMPILE]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate()[0] for process in processes] == ["True\n"] * 3
     assert len(list(cache_folder.iterdir())) == 1
@@ -57,7 +57,7 @@ def test_without_a_compiler_that_works_there_are_none(
 
 
 @pytest.mark.parametrize("trouble", ["no folder", "no home", "no library"])
-def test_they_are_compiled_for_one_process_where_they_cannot_be_kept(
+def test_they_are_compiled_for_one_process_where_they_cannot_be_cached(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
 ) -> None:
     if trouble == "no folder":
@@ -67,20 +67,19 @@ def test_they_are_compiled_for_one_process_where_they_cannot_be_kept(
         monkeypatch.setattr(native, "_cache_folder", Path("~nobody-at-all").expanduser)
     else:
         assert native.library() is not None
-        (made,) = cache_folder.iterdir()
-        made.unlink()  # what is loaded stays whole
-        made.write_text("no library")
+        (compiled,) = cache_folder.iterdir()
+        compiled.unlink()  # the library that is loaded stays complete
+        compiled.write_text("no library")
         native.library.cache_clear()
     assert native.runs(torch.zeros(1))
-    out = torch.empty(2)
-    native.call("gate", out.dtype, torch.ones(2), torch.ones(2), out, 1, 2)
+    out = kernel_calls.swiglu(torch.ones(2), torch.ones(2))
     torch.testing.assert_close(out, torch.nn.functional.silu(torch.ones(2)))
 
 
-def test_a_tensor_that_does_not_lie_in_order_is_refused() -> None:
+def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
     x = torch.zeros(4, 4).T
     with pytest.raises(ValueError, match=r"strides \(1, 4\) for shape \(4, 4\)"):
-        native.call("gate_backward", x.dtype, x, x, x, x, x, 4, 4)
+        kernel_calls.swiglu_backward(x, x, x)
 
 
 def test_torch_and_the_kernels_share_their_threads() -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
-from policies.layers.attention import SHORT
+from policies import probes
+from policies.layers.attention import MAX_KERNEL_SIZE
 from policies.layers.packing import MAX_LENGTH_RATIO, PackedSequences, PaddedBlock
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
@@ -16,36 +17,39 @@ from policies.trunk import Trunk
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
-LONG = SHORT // 8 + 5
-"""Tokens of a row that attention to short rows is not for, in the tiny model, whose heads are 8 wide."""
+LONG = MAX_KERNEL_SIZE // 8 + 5
+"""Tokens of a sequence that is too long for our kernel, in the tiny model, whose head_dim is 8."""
 
 
 @given(LENGTHS)
-def test_rows_are_padded_and_come_back(lengths: list[int]) -> None:
+def test_sequences_are_padded_and_unpadded(lengths: list[int]) -> None:
     block = PaddedBlock.of(lengths, CPU)
     flat = torch.arange(1.0, 2 * sum(lengths) + 1).view(-1, 2)
     padded = block.pad(flat)
     assert padded.shape == (len(lengths), max(lengths), 2)
-    for own, row, length in zip(padded, flat.split(lengths), lengths):
-        assert torch.equal(own[:length], row)
-        assert not own[length:].any()
+    for row, sequence, length in zip(padded, flat.split(lengths), lengths):
+        assert torch.equal(row[:length], sequence)
+        assert not row[length:].any()
     assert torch.equal(block.unpad(padded), flat)
     assert block.full == (len(set(lengths)) == 1)
 
 
 @given(LENGTHS)
-def test_blocks_are_of_rows_of_about_one_length(lengths: list[int]) -> None:
-    rows = PackedSequences.of(lengths, CPU)
-    rest = sorted(lengths)
-    own = torch.tensor([place for length in lengths for place in range(length)])
-    assert torch.equal(rows.positions, own[rows.order])
-    assert rows.positions.tolist() == [place for length in rest for place in range(length)]
-    assert torch.equal(torch.arange(sum(lengths))[rows.order][rows.back], torch.arange(sum(lengths)))
-    assert rows.starts.tolist() == [sum(rest[:row]) for row in range(len(rest) + 1)]
-    runs = [[rest.pop(0) for _ in range(block.count)] for block in rows.blocks]
-    assert not rest
-    assert rows.sizes == [sum(run) for run in runs]
-    assert [block.width for block in rows.blocks] == [max(run) for run in runs]
+def test_blocks_have_sequences_of_about_one_length(lengths: list[int]) -> None:
+    packed = PackedSequences.of(lengths, CPU)
+    remaining = sorted(lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    assert torch.equal(packed.positions, positions[packed.order])
+    assert torch.equal(packed.positions, torch.cat([torch.arange(length) for length in remaining]))
+    assert torch.equal(torch.arange(sum(lengths))[packed.order][packed.inverse], torch.arange(sum(lengths)))
+    assert packed.cu_seqlens.tolist() == [sum(remaining[:index]) for index in range(len(remaining) + 1)]
+    runs = []
+    for block in packed.blocks:
+        runs.append(remaining[: block.count])
+        remaining = remaining[block.count :]
+    assert not remaining
+    assert packed.sizes == [sum(run) for run in runs]
+    assert [block.width for block in packed.blocks] == [max(run) for run in runs]
     assert all(max(run) <= MAX_LENGTH_RATIO * min(run) for run in runs)
     assert all(min(after) > MAX_LENGTH_RATIO * min(run) for run, after in pairwise(runs))
 
@@ -63,7 +67,9 @@ def trunk(tiny_model: Path) -> Trunk:
 
 @pytest.mark.parametrize("lengths", [[3, 9, 1, 5], [4, 4], [LONG, 2, LONG - 1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states_and_gradients_are_those_of_each_row_alone(trunk: Trunk, lengths: list[int], dtype: torch.dtype) -> None:
+def test_states_and_gradients_are_those_of_each_sequence_alone(
+    trunk: Trunk, lengths: list[int], dtype: torch.dtype
+) -> None:
     assert trunk.supports_packing
     trunk.to(dtype).train_only("policy")
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +101,7 @@ def test_no_layer_sees_padding(trunk: Trunk) -> None:
     assert trunk.microbatches([2, 7, 3], 12) == [[0, 2], [1]]
 
 
-def test_in_bfloat16_passes_have_few_numbers_of_tokens(trunk: Trunk) -> None:
+def test_in_bfloat16_microbatches_have_few_numbers_of_tokens(trunk: Trunk) -> None:
     sizes = []
     trunk.to(torch.bfloat16).causal.base_model.layers[0].mlp.register_forward_hook(
         lambda _, given, __: sizes.append(given[0].shape[1])
@@ -114,7 +120,7 @@ def test_a_model_that_attends_through_a_window_is_padded(tiny_model: Path) -> No
     assert not make_trunk(mistral, PolicySettings(rank=4), ("policy",)).supports_packing
 
 
-def test_a_model_that_hands_nothing_on_to_its_attention_is_padded(trunk: Trunk) -> None:
+def test_a_model_that_passes_nothing_on_to_its_attention_is_padded(trunk: Trunk) -> None:
     forward = trunk.causal.base_model.forward
-    trunk.causal.base_model.forward = lambda rows=None, **inputs: forward(**inputs)
-    assert not trunk._packs()
+    trunk.causal.base_model.forward = lambda packed=None, **inputs: forward(**inputs)
+    assert not probes.supports_packing(trunk)

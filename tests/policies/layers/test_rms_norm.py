@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from policies.layers import native
-from policies.layers.rms_norm import FrozenRmsNorm, _RmsNorm
+from policies.layers.rms_norm import RmsNormForward, _RmsNorm
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 
@@ -24,12 +24,12 @@ def test_values_and_gradients_are_those_in_double_precision(width: int, dtype: t
     norm = norm_of(width).to(dtype)
     x = torch.randn(3, 7, width, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
-    made = FrozenRmsNorm(norm)(x)
+    out = RmsNormForward(norm)(x)
     scale = (exact.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
     expected = norm.weight.double() * exact * scale
-    for out in (made, expected):
-        out.sin().sum().backward()
-    for ours, theirs in ((made, expected), (x.grad, exact.grad)):
+    for result in (out, expected):
+        result.sin().sum().backward()
+    for ours, theirs in ((out, expected), (x.grad, exact.grad)):
         assert ours.dtype == dtype
         assert (ours - theirs).norm() <= bound * theirs.norm()
 
@@ -45,13 +45,13 @@ def test_other_cases_are_left_to_the_module(case: str, monkeypatch: pytest.Monke
     else:
         monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(_RmsNorm, "apply", None)
-    assert torch.equal(FrozenRmsNorm(norm)(x), norm(x))
-    assert FrozenRmsNorm(norm)(x).requires_grad == (case == "trained")
+    assert torch.equal(RmsNormForward(norm)(x), norm(x))
+    assert RmsNormForward(norm)(x).requires_grad == (case == "trained")
 
 
-def test_a_trunk_has_it_in_every_norm(tiny_model: Path) -> None:
+def test_a_trunk_uses_it_in_every_norm(tiny_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     trunk = make_trunk(base, PolicySettings(rank=4), ("policy",))
     norms = [m for m in trunk.modules() if isinstance(m, LlamaRMSNorm)]
     assert len(norms) == 5
-    assert all(isinstance(vars(m)["forward"], FrozenRmsNorm) for m in norms)
+    assert all(isinstance(vars(m)["forward"], RmsNormForward) for m in norms)
