@@ -307,7 +307,8 @@ def _prompts_of(file: Path | None) -> list[Any]:
     if file is None:
         return []
     from align.config.schema import SourceSettings
-    from align.data.readers import parse_prompt, parse_rows, read_rows
+    from align.data.parsing import parse_prompt, parse_rows
+    from align.data.readers import read_rows
 
     rows = read_rows(SourceSettings(path=str(file)))
     return [row.prompt for row in parse_rows(rows, parse_prompt, "error").items]

@@ -24,6 +24,7 @@ class Stage:
         scratch: what else it writes there, removed when it starts again.
         axis: the metric that W&B plots its metrics over; it must only ever increase.
         metric_groups: first parts of the names of its metrics.
+        sources: the sources of `data` that it trains on, each read with its held-out one.
         runner: the function that runs it, from a `StageContext` to None.
         evaluation: the function from the `RunFolder` to its part of `evaluation.json`, if it has one.
         default: whether it runs in an experiment that does not set `stages`.
@@ -36,6 +37,7 @@ class Stage:
     scratch: tuple[str, ...]
     axis: str
     metric_groups: tuple[str, ...]
+    sources: tuple[str, ...]
     runner: str
     evaluation: str | None = None
     default: bool = False

@@ -1,6 +1,7 @@
-"""All rows that a run needs, read, checked and turned into tokens before its first stage starts."""
+"""Reads, checks and tokenizes all the data of a run before its first stage starts."""
 
-from collections.abc import Callable, Hashable, Mapping
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,7 +9,9 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment, SourceSettings
-from align.data.readers import PromptRow, parse_demonstration, parse_prompt, parse_rows, read_rows, split_heldout
+from align.config.stage import find_stage
+from align.data.parsing import parse_demonstration, parse_prompt, parse_rows
+from align.data.readers import read_rows
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
@@ -21,7 +24,7 @@ from rollouts.trajectory import Request
 
 @dataclass(frozen=True)
 class TokenizedDemonstration:
-    """A demonstration in tokens; the loss is on the response, EOS included."""
+    """A demonstration as token ids; the loss is over the response, its EOS included."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -33,32 +36,39 @@ class TokenizedDemonstration:
 
 @dataclass(frozen=True)
 class TokenizedPreference:
-    """Feedback and its tokens; responses_ids: of each response, in the feedback's order.
+    """A preference example with its token ids.
 
-    shared: the responses stand behind one copy of the prompt, and not each behind its own.
+    Attributes:
+        example: the prompt, the responses and the preference between them.
+        prompt_ids: tokens of the prompt.
+        responses_ids: tokens of each response, in the example's order.
+        shares_prompt: whether all responses follow one copy of the prompt, rather than a copy each.
     """
 
     example: PreferenceExample
     prompt_ids: list[int]
     responses_ids: list[list[int]]
-    shared: bool = True
+    shares_prompt: bool = True
 
     @property
     def length(self) -> int:
-        """Tokens that it is computed in, padding counted."""
-        if self.shared:
+        """Tokens of its forward pass, padding included."""
+        if self.shares_prompt:
             return len(self.prompt_ids) + sum(map(len, self.responses_ids))
         return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
 
 
-T = TypeVar("T", TokenizedDemonstration, TokenizedPreference, Request)
+Item = TypeVar("Item")
+Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request)
+Parser = Callable[[Mapping[str, Any]], Example]
+"""From a row's columns to an example; raises ValueError, with the reason, for a bad row."""
 
 
 @dataclass
 class Datasets:
-    """The rows of each stage and those that it is judged by; empty where a stage does not run.
+    """The training and held-out examples of each stage; empty where no stage needs them.
 
-    skipped: by source, why each bad row was left out.
+    `skipped` has, for each source, the place and problem of its bad rows.
     """
 
     demonstrations: list[TokenizedDemonstration] = field(default_factory=list)
@@ -71,68 +81,115 @@ class Datasets:
 
 
 def trains_sft(experiment: Experiment) -> bool:
-    """Whether an SFT adapter is trained, rather than given or not wanted."""
+    """Whether an SFT adapter is trained, and not taken ready-made."""
     return "sft" in experiment.stages and experiment.sft.adapter is None
 
 
 def trains_reward(experiment: Experiment) -> bool:
-    """Whether a reward model is trained, rather than given or not wanted."""
+    """Whether a reward model is trained, and not taken ready-made."""
     reward = experiment.reward
     return "reward" in experiment.stages and reward.has_model and not (reward.model or reward.classifier)
 
 
-def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Datasets:
-    """Read what the experiment's stages need. context: the most positions that the model has, if it says.
+def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> Datasets:
+    """Read the data that the experiment's stages need.
 
-    Raises UserError naming source, file and line of the first bad row, or the key of a source that is missing.
+    Args:
+        experiment: the settings.
+        tokenizer: that of the base model.
+        max_positions: the model's context length in tokens; None where it does not say.
+
+    Raises:
+        UserError: names source, file and line of the first bad rows, or the key of a missing source.
     """
     reader = _Reader(experiment)
     datasets = Datasets(skipped=reader.skipped)
-    if trains_sft(experiment) or ("ppo" in experiment.stages and experiment.ppo.ptx_coefficient):
-        parse = demonstration_parser(tokenizer, experiment.sft.max_tokens)
-        datasets.demonstrations, datasets.demonstrations_heldout = reader.both("demonstrations", None, parse)
-    judged = preference_parser(tokenizer, experiment.reward)
-    if trains_reward(experiment):
-        datasets.preferences, datasets.preferences_heldout = reader.both("preferences", "preferences_heldout", judged)
-    elif experiment.data.preferences_heldout:
-        datasets.preferences_heldout = reader.one("preferences_heldout", judged)
-    if "ppo" in experiment.stages:
-        ask = request_parser(
-            tokenizer, experiment.rollouts.max_prompt_tokens, experiment.rollouts.max_new_tokens, context
+    needed = _needed_sources(experiment)
+    if "demonstrations" in needed:
+        parse_demonstrations = demonstration_parser(tokenizer, experiment.sft.max_tokens)
+        datasets.demonstrations, datasets.demonstrations_heldout = reader.read_and_split(
+            "demonstrations", None, parse_demonstrations
         )
-        datasets.prompts, heldout = reader.both("prompts", "prompts_heldout", ask)
+    parse_preferences = preference_parser(tokenizer, experiment.reward)
+    if "preferences" in needed:
+        datasets.preferences, datasets.preferences_heldout = reader.read_and_split(
+            "preferences", "preferences_heldout", parse_preferences
+        )
+    elif experiment.data.preferences_heldout:
+        datasets.preferences_heldout = reader.read("preferences_heldout", parse_preferences)
+    if "prompts" in needed:
+        rollouts = experiment.rollouts
+        parse_requests = request_parser(tokenizer, rollouts.max_prompt_tokens, rollouts.max_new_tokens, max_positions)
+        datasets.prompts, heldout = reader.read_and_split("prompts", "prompts_heldout", parse_requests)
         datasets.prompts_heldout = heldout[: experiment.evaluation.prompts]
     return datasets
 
 
+def _needed_sources(experiment: Experiment) -> set[str]:
+    """The sources of `data` that the experiment's stages train on."""
+    needed: set[str] = set()
+    for name in experiment.stages:
+        if name == "sft" and not trains_sft(experiment):
+            continue
+        if name == "reward" and not trains_reward(experiment):
+            continue
+        needed.update(find_stage(name).sources)
+    if "ppo" in experiment.stages and experiment.ppo.ptx_coefficient:
+        needed.add("demonstrations")
+    return needed
+
+
 def read_preferences(experiment: Experiment, path: Path | None) -> list[TokenizedPreference]:
-    """Feedback to judge a reward model by: of a file, or the experiment's held-out rows."""
+    """Preference examples to evaluate a reward model on: those of a file, or the experiment's held-out ones."""
     tokenizer = load_tokenizer(experiment.model.path)
     if path is not None:
         data = experiment.data.model_copy(update={"preferences_heldout": SourceSettings(path=str(path))})
         experiment = experiment.model_copy(update={"data": data})
     reader = _Reader(experiment)
+    parse = preference_parser(tokenizer, experiment.reward)
     if experiment.data.preferences_heldout:
-        return reader.one("preferences_heldout", preference_parser(tokenizer, experiment.reward))
-    return reader.both("preferences", None, preference_parser(tokenizer, experiment.reward))[1]
+        return reader.read("preferences_heldout", parse)
+    _, heldout = reader.read_and_split("preferences", None, parse)
+    return heldout
 
 
-def _prompt(row: TokenizedDemonstration | TokenizedPreference | Request) -> Hashable:
-    """What must not stand on both sides of a split. Plain text has no prompt but the start: there it is the text."""
-    if isinstance(row, TokenizedDemonstration) and len(row.prompt_ids) == 1:
-        return tuple(row.response_ids)
-    return tuple(row.prompt_ids)
+def split_heldout(
+    items: Sequence[Item], share: float, seed: int, key: Callable[[Item], Hashable]
+) -> tuple[list[Item], list[Item]]:
+    """Hold out about this share of the items; items with the same key stay on the same side.
+
+    Returns:
+        The items to train on and the held-out ones, each in their original order.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    keys = list(dict.fromkeys(map(key, items)))
+    random.Random(seed).shuffle(keys)
+    heldout_keys = set(keys[: max(1, round(len(keys) * share))])
+    kept = [item for item in items if key(item) not in heldout_keys]
+    heldout = [item for item in items if key(item) in heldout_keys]
+    if not kept or not heldout:
+        raise ValueError(f"{len(keys)} different prompt{'s' * (len(keys) != 1)} cannot be split in two")
+    return kept, heldout
+
+
+def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request) -> Hashable:
+    """What must not be on both sides of a split: the prompt or, in plain text, whose prompt is BOS alone, the text."""
+    if isinstance(item, TokenizedDemonstration) and len(item.prompt_ids) == 1:
+        return tuple(item.response_ids)
+    return tuple(item.prompt_ids)
 
 
 class _Reader:
-    """Reads the sources of `data`, and splits where there is no held-out one."""
+    """Reads the sources of `data`, and splits those without a held-out one."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.data = experiment.data
         self.seed = experiment.seed
         self.skipped: dict[str, list[str]] = {}
 
-    def one(self, name: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T]:
+    def read(self, name: str, parse: Parser[Example]) -> list[Example]:
         source: SourceSettings | None = getattr(self.data, name)
         if source is None:
             raise UserError(f"data.{name} is not set, and a stage of this experiment needs it")
@@ -144,75 +201,89 @@ class _Reader:
             self.skipped[name] = parsed.skipped
         return parsed.items
 
-    def both(self, name: str, heldout: str | None, parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], list[T]]:
-        rows = self.one(name, parse)
-        if heldout and getattr(self.data, heldout):
-            return rows, self.one(heldout, parse)
+    def read_and_split(
+        self, name: str, heldout_name: str | None, parse: Parser[Example]
+    ) -> tuple[list[Example], list[Example]]:
+        items = self.read(name, parse)
+        if heldout_name and getattr(self.data, heldout_name):
+            return items, self.read(heldout_name, parse)
         try:
-            return split_heldout(rows, self.data.heldout_share, seed_for(self.seed, "split", name), _prompt)
+            return split_heldout(items, self.data.heldout_share, seed_for(self.seed, "split", name), _split_key)
         except ValueError as error:
-            raise UserError(f"data.{name}: {error}{f', and data.{heldout} is not set' if heldout else ''}") from None
+            hint = f", and data.{heldout_name} is not set" if heldout_name else ""
+            raise UserError(f"data.{name}: {error}{hint}") from None
 
 
-def demonstration_parser(
-    tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> Callable[[Mapping[str, Any]], TokenizedDemonstration]:
-    """From a row to an example; the parser raises ValueError with the reason for people."""
+def demonstration_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Parser[TokenizedDemonstration]:
+    """A parser for `parse_rows`: from a row's columns to a demonstration; it raises ValueError for a bad row."""
 
     def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
         row = parse_demonstration(values)
-        example = TokenizedDemonstration(
-            encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.completion)
+        demonstration = TokenizedDemonstration(
+            prompt_ids=encode_prompt(tokenizer, row.prompt), response_ids=encode_response(tokenizer, row.completion)
         )
-        _refuse_long(len(example.prompt_ids) + len(example.response_ids), max_tokens, "sft.max_tokens")
-        return example
+        _check_length(demonstration.length, max_tokens, "sft.max_tokens")
+        return demonstration
 
     return parse
 
 
-def preference_parser(
-    tokenizer: PreTrainedTokenizerBase, settings: RewardSettings
-) -> Callable[[Mapping[str, Any]], TokenizedPreference]:
-    """From a row to a case; the parser raises ValueError with the reason for people."""
+def preference_parser(tokenizer: PreTrainedTokenizerBase, settings: RewardSettings) -> Parser[TokenizedPreference]:
+    """A parser for `parse_rows`: from a row's columns to a preference; it raises ValueError for a bad row."""
 
     def parse(values: Mapping[str, Any]) -> TokenizedPreference:
-        feedback = parse_preference(values, open_ties=settings.ties == "unknown")
-        judgement = feedback.preference
-        largest = max(judgement.sizes) if isinstance(judgement, Ranking) and judgement.open else 0
-        if settings.label_smoothing and largest > MAX_OPEN_TIE:
-            raise ValueError(f"a tie of {largest}: with reward.label_smoothing it may have {MAX_OPEN_TIE}")
-        for attribute in feedback.attributes:
-            if attribute != OVERALL and attribute not in settings.attributes:
-                known = ", ".join(settings.attributes) or "none"
-                raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({known})")
+        example = parse_preference(values, open_ties=settings.ties == "unknown")
+        _check_ties(example, settings)
+        _check_attributes(example, settings)
         preference = TokenizedPreference(
-            example=feedback,
-            prompt_ids=encode_prompt(tokenizer, feedback.prompt),
-            responses_ids=[encode_response(tokenizer, response) for response in feedback.responses],
+            example=example,
+            prompt_ids=encode_prompt(tokenizer, example.prompt),
+            responses_ids=[encode_response(tokenizer, response) for response in example.responses],
         )
         longest = max(map(len, preference.responses_ids))
-        _refuse_long(len(preference.prompt_ids) + longest, settings.max_tokens, "reward.max_tokens")
+        _check_length(len(preference.prompt_ids) + longest, settings.max_tokens, "reward.max_tokens")
         return preference
 
     return parse
 
 
+def _check_ties(example: PreferenceExample, settings: RewardSettings) -> None:
+    preference = example.preference
+    if settings.label_smoothing and isinstance(preference, Ranking) and preference.open:
+        largest = max(preference.sizes)
+        if largest > MAX_OPEN_TIE:
+            raise ValueError(f"a tie of {largest}: with reward.label_smoothing, at most {MAX_OPEN_TIE} may tie")
+
+
+def _check_attributes(example: PreferenceExample, settings: RewardSettings) -> None:
+    for attribute in example.attributes:
+        if attribute != OVERALL and attribute not in settings.attributes:
+            valid = ", ".join(settings.attributes) or "none"
+            raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({valid})")
+
+
 def request_parser(
-    tokenizer: PreTrainedTokenizerBase, max_prompt: int, max_new: int, context: int | None
-) -> Callable[[Mapping[str, Any]], Request]:
-    """From a row to a request without a seed yet; the parser raises ValueError with the reason for people."""
-    room = max_prompt if context is None else min(max_prompt, context - max_new)
-    key = "rollouts.max_prompt_tokens" if room == max_prompt else "the model's context less rollouts.max_new_tokens"
+    tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_new_tokens: int, max_positions: int | None
+) -> Parser[Request]:
+    """A parser for `parse_rows`: from a row's columns to a request without a seed; it raises ValueError for a bad row.
+
+    Prompt and response together must fit `max_positions`, the model's context length, where it is known.
+    """
+    limit = max_prompt_tokens
+    key = "rollouts.max_prompt_tokens"
+    if max_positions is not None and max_positions - max_new_tokens < max_prompt_tokens:
+        limit = max_positions - max_new_tokens
+        key = "the model's context length less rollouts.max_new_tokens"
 
     def parse(values: Mapping[str, Any]) -> Request:
-        row: PromptRow = parse_prompt(values)
-        ids = encode_prompt(tokenizer, row.prompt)
-        _refuse_long(len(ids), room, key)
-        return Request(row.prompt, tuple(ids), seed=0, columns=row.columns)
+        row = parse_prompt(values)
+        prompt_ids = encode_prompt(tokenizer, row.prompt)
+        _check_length(len(prompt_ids), limit, key)
+        return Request(row.prompt, tuple(prompt_ids), seed=0, columns=row.columns)
 
     return parse
 
 
-def _refuse_long(tokens: int, most: int, key: str) -> None:
-    if tokens > most:
-        raise ValueError(f"{tokens} tokens are more than {key}, {most}")
+def _check_length(tokens: int, limit: int, key: str) -> None:
+    if tokens > limit:
+        raise ValueError(f"{tokens} tokens are more than {key}, {limit}")

@@ -27,7 +27,8 @@ from peer import make_peer
 from transformers import AutoTokenizer
 
 from align.config.schema import SourceSettings
-from align.data.readers import parse_prompt, parse_rows, read_rows
+from align.data.parsing import parse_prompt, parse_rows
+from align.data.readers import read_rows
 from align.runtime.seeds import seed_for
 from policies.batching import collate
 from policies.export import export_merged, export_reward

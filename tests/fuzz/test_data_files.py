@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from align.config.schema import SourceSettings
 from align.data.datasets import demonstration_parser, preference_parser, request_parser
-from align.data.readers import parse_rows, read_rows
+from align.data.parsing import parse_rows
+from align.data.readers import read_rows
 from policies.errors import UserError
 from rewards.schema import RewardSettings
 from tests.fuzz.harm import NOW, altered, confined, damaged, odd_text, odd_value, refusal, run
@@ -164,8 +165,8 @@ def test_a_bad_row_says_why(
     [
         ("r.jsonl.gz", b"no gzip", "r.jsonl.gz:1 cannot be read"),
         ("r.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], "cannot be read"),
-        ("r.jsonl", b"[" * 100_000, "r.jsonl:1: no valid JSON"),
-        ("r.json", b"[" * 100_000, "r.json: no valid JSON"),
+        ("r.jsonl", b"[" * 100_000, "r.jsonl:1: not valid JSON"),
+        ("r.json", b"[" * 100_000, "r.json: not valid JSON"),
         ("r.parquet", b"PAR1" * 9, "r.parquet cannot be read as Parquet"),
     ],
     ids=["no gzip", "cut gzip", "deep line", "deep file", "no parquet"],

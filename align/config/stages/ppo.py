@@ -10,6 +10,7 @@ STAGE = Stage(
     scratch=("best", "checkpoints/ppo"),
     axis="ppo/step",
     metric_groups=("reward", "kl", "policy", "value", "rollout", "learner", "time", "eval"),
+    sources=("prompts",),
     runner="align.stages.ppo:run_ppo",
     evaluation="align.stages.ppo:policy_figures",
     default=True,

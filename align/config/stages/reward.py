@@ -10,6 +10,7 @@ STAGE = Stage(
     scratch=("checkpoints/reward",),
     axis="reward_model/step",
     metric_groups=("reward_model",),
+    sources=("preferences",),
     runner="align.stages.reward:run_reward",
     evaluation="align.stages.reward:accuracy_figures",
     default=True,

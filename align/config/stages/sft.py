@@ -10,6 +10,7 @@ STAGE = Stage(
     scratch=("checkpoints/sft",),
     axis="sft/step",
     metric_groups=("sft",),
+    sources=("demonstrations",),
     runner="align.stages.sft:run_sft",
     default=True,
 )

@@ -3,10 +3,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
-from align.data.datasets import Datasets, demonstration_parser, preference_parser, read_datasets, request_parser
+from align.data.datasets import (
+    Datasets,
+    demonstration_parser,
+    preference_parser,
+    read_datasets,
+    request_parser,
+    split_heldout,
+)
 from policies.errors import UserError
 from rewards.schema import RewardSettings
 from tests.integration.tiny_run import make_settings, write_rows
@@ -21,8 +30,8 @@ def make(model: Path, folder: Path, **data: Any) -> Experiment:
     return Experiment.model_validate(settings | {"data": settings["data"] | data})
 
 
-def read(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> Datasets:
-    return read_datasets(experiment, tokenizer, context)
+def read(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None) -> Datasets:
+    return read_datasets(experiment, tokenizer, max_positions)
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, *texts: str) -> int:
@@ -57,20 +66,20 @@ def test_an_attribute_that_has_no_weight_is_refused(tiny_tokenizer: PreTrainedTo
 def test_a_prompt_may_fill_its_limit_and_no_more(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     length = tokens(tiny_tokenizer, PROMPT)
     row = {"prompt": PROMPT, "answer": 1}
-    request = request_parser(tiny_tokenizer, length, 8, context=None)(row)
+    request = request_parser(tiny_tokenizer, length, 8, max_positions=None)(row)
     assert (request.prompt, len(request.prompt_ids), request.columns) == (PROMPT, length, {"answer": 1})
     with pytest.raises(ValueError, match=r"more than rollouts\.max_prompt_tokens"):
-        request_parser(tiny_tokenizer, length - 1, 8, context=None)(row)
+        request_parser(tiny_tokenizer, length - 1, 8, max_positions=None)(row)
 
 
 def test_prompt_and_response_fit_the_context(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     length = tokens(tiny_tokenizer, PROMPT)
-    request_parser(tiny_tokenizer, 256, 8, context=length + 8)({"prompt": PROMPT})
-    with pytest.raises(ValueError, match=r"the model's context less rollouts\.max_new_tokens"):
-        request_parser(tiny_tokenizer, 256, 8, context=length + 7)({"prompt": PROMPT})
+    request_parser(tiny_tokenizer, 256, 8, max_positions=length + 8)({"prompt": PROMPT})
+    with pytest.raises(ValueError, match=r"the model's context length less rollouts\.max_new_tokens"):
+        request_parser(tiny_tokenizer, 256, 8, max_positions=length + 7)({"prompt": PROMPT})
 
 
-def test_a_row_that_is_too_long_is_told_or_skipped(
+def test_a_row_that_is_too_long_is_reported_or_skipped(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"two {n}"} for n in range(9)]
@@ -83,30 +92,55 @@ def test_a_row_that_is_too_long_is_told_or_skipped(
 
 
 @pytest.mark.parametrize(
-    ("source", "ours", "other"),
+    ("source", "other_columns"),
     [
-        ("demonstrations", "examples", {"completion": " a{n}"}),
-        ("preferences", "cases", {"chosen": " a{n}", "rejected": " b{n}"}),
-        ("prompts", "prompts", {"id": "{n}"}),
+        ("demonstrations", {"completion": " a{n}"}),
+        ("preferences", {"chosen": " a{n}", "rejected": " b{n}"}),
+        ("prompts", {"id": "{n}"}),
     ],
 )
 def test_the_heldout_rows_never_share_a_prompt_with_the_others(
-    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, source: str, ours: str, other: dict
+    tiny_model: Path,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    source: str,
+    other_columns: dict[str, str],
 ) -> None:
-    rows = [{"prompt": f"p{n % 10}"} | {key: text.format(n=n) for key, text in other.items()} for n in range(40)]
+    rows = []
+    for n in range(40):
+        filled = {name: text.format(n=n) for name, text in other_columns.items()}
+        rows.append({"prompt": f"p{n % 10}"} | filled)
     path = write_rows(tmp_path / "rows.jsonl", rows)
     datasets = read(make(tiny_model, tmp_path, **{source: path, "heldout_share": 0.3}), tiny_tokenizer)
-    trained, heldout = (
-        {tuple(row.prompt_ids) for row in getattr(datasets, f"{ours}{end}")} for end in ("", "_heldout")
-    )
+    trained = {tuple(row.prompt_ids) for row in getattr(datasets, source)}
+    heldout = {tuple(row.prompt_ids) for row in getattr(datasets, f"{source}_heldout")}
+    assert trained
     assert heldout
     assert not trained & heldout
 
 
-def test_given_heldout_rows_are_used_and_nothing_is_split_off(
+def test_a_heldout_source_is_used_and_nothing_is_split_off(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "heldout.jsonl", [{"prompt": "User: red?"}, {"prompt": "User: blue?"}])
     datasets = read(make(tiny_model, tmp_path, prompts_heldout=path), tiny_tokenizer)
     assert [request.prompt for request in datasets.prompts_heldout] == ["User: red?", "User: blue?"]
     assert len(datasets.prompts) == 40
+
+
+@given(keys=st.lists(st.integers(0, 20), min_size=2), share=st.floats(0.05, 0.9), seed=st.integers(0, 9))
+def test_a_split_loses_nothing_and_keeps_equal_keys_together(keys: list[int], share: float, seed: int) -> None:
+    items = list(enumerate(keys))
+    if len(set(keys)) == 1:
+        with pytest.raises(ValueError, match="1 different prompt cannot be split"):
+            split_heldout(items, share, seed, key=lambda item: item[1])
+        return
+    try:
+        train, heldout = split_heldout(items, share, seed, key=lambda item: item[1])
+    except ValueError:
+        assert round(len(set(keys)) * share) >= len(set(keys))
+        return
+    assert sorted(train + heldout) == items
+    assert not {key for _, key in train} & {key for _, key in heldout}
+    assert (train, heldout) == split_heldout(items, share, seed, key=lambda item: item[1])
+    assert len({key for _, key in heldout}) == max(1, round(len(set(keys)) * share))

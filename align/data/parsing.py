@@ -1,0 +1,95 @@
+"""Parses rows one by one: the good ones become demonstrations, prompts or preferences, the bad ones are reported."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from align.data.readers import SourceRow
+from policies.errors import UserError
+from policies.text import columns
+from policies.text.tokenization import Prompt
+
+T = TypeVar("T")
+
+MAX_REPORTED = 5
+"""How many bad rows an error message lists: more would hide the hint at its end."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt with the desired response."""
+
+    prompt: Prompt
+    completion: str
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, and the other columns of its row for the functions that score responses."""
+
+    prompt: Prompt
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParsedRows(Generic[T]):
+    """The results of the good rows, and the place and problem of each bad one."""
+
+    items: list[T]
+    skipped: list[str]
+
+
+def parse_rows(
+    rows: Iterable[SourceRow], parse: Callable[[Mapping[str, Any]], T], on_bad_row: Literal["error", "skip"]
+) -> ParsedRows[T]:
+    """Parse each row.
+
+    Args:
+        rows: from `read_rows`.
+        parse: turns a row's columns into an item; raises ValueError, with the reason, for a bad row.
+        on_bad_row: whether bad rows are an error or are skipped.
+
+    Raises:
+        UserError: there are bad rows and they are an error, or there is no good row.
+    """
+    items: list[T] = []
+    skipped: list[str] = []
+    for row in rows:
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            items.append(parse(row.values))
+        except ValueError as error:
+            skipped.append(f"{row.where}: {error}")
+    if skipped and (on_bad_row == "error" or not items):
+        raise UserError(_bad_rows_message(skipped, some_are_good=bool(items)))
+    return ParsedRows(items, skipped)
+
+
+def _bad_rows_message(bad_rows: list[str], some_are_good: bool) -> str:
+    lines = bad_rows[:MAX_REPORTED]
+    further = len(bad_rows) - len(lines)
+    if further:
+        lines.append(f"… and {further} more bad row{'s' if further > 1 else ''}")
+    lines.append("data.on_bad_row=skip skips them" if some_are_good else "there is no good row")
+    return "\n".join(lines)
+
+
+def parse_demonstration(values: Mapping[str, Any]) -> Demonstration:
+    """A row with `prompt` and `completion`; with `messages`, the last one by the assistant; or with `text` alone."""
+    if columns.has(values, "messages"):
+        messages = columns.messages(values["messages"], "messages")
+        if len(messages) < 2:
+            raise ValueError("`messages` has one message; a prompt and a reply by the assistant were expected")
+        return Demonstration(messages[:-1], columns.reply(messages[-1:], "messages"))
+    if columns.has(values, "text") and not columns.has(values, "completion"):
+        return Demonstration("", columns.text(values, "text"))
+    prompt = columns.prompt(values)
+    completion = columns.present(values, "completion")
+    return Demonstration(prompt, columns.reply(completion, "completion"))
+
+
+def parse_prompt(values: Mapping[str, Any]) -> PromptRow:
+    """A row with `prompt`; all other columns pass through."""
+    other_columns = {name: value for name, value in values.items() if name != "prompt"}
+    return PromptRow(columns.prompt(values), other_columns)
