@@ -1,4 +1,4 @@
-"""Checkpoints: folders `step-N` with a manifest of every file, written under another name and then renamed."""
+"""Checkpoints: folders `step-N` with a manifest of all files, written under a temporary name and then renamed."""
 
 import hashlib
 import logging
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from align.runtime.atomic_files import new_folder, write_json
 from policies.errors import UserError
@@ -20,7 +21,16 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def new_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder/step-N` when the block ends; of the older ones `keep - 1` stay."""
+    """Write a checkpoint.
+
+    Args:
+        folder: The folder of the stage's checkpoints.
+        step: The step after which it is written.
+        keep: How many checkpoints are kept, this one included; older ones are removed.
+
+    Yields:
+        A temporary folder to fill, which becomes `folder/step-N` when the block ends without an error.
+    """
     with new_folder(folder / f"step-{step}") as temporary:
         yield temporary
         seal(temporary)
@@ -34,12 +44,11 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest: every file with its size and SHA-256, and the version of the code."""
-    files = {
-        str(path.relative_to(folder)): _facts(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    """Write the manifest: each file with its size and SHA-256, and the version of align."""
+    files: dict[str, dict[str, int | str]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            files[str(path.relative_to(folder))] = _size_and_hash(path)
     write_json(folder / MANIFEST, {"version": version("align-rlhf"), "files": files})
 
 
@@ -58,51 +67,78 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a stage; None where there is none. What is passed over is said in a warning.
+    """Find the newest complete checkpoint of a stage. A damaged one is skipped with a warning.
 
-    Raises UserError where there are checkpoints and all of them are damaged.
+    Args:
+        folder: The folder of the stage's checkpoints.
+
+    Returns:
+        The checkpoint, or None where there is none.
+
+    Raises:
+        UserError: There are checkpoints, and all of them are damaged.
     """
-    damage: UserError | None = None
+    newest_error: UserError | None = None
     for checkpoint in reversed(checkpoints(folder)):
         try:
             verify(checkpoint)
         except UserError as error:
-            damage = damage or error
-            log.warning("%s: looking for an older one", error)
+            newest_error = newest_error or error
+            log.warning("%s: looking for an older checkpoint", error)
         else:
             return checkpoint
-    if damage:
-        raise damage
+    if newest_error:
+        raise newest_error
     return None
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise UserError, naming the file, where a checkpoint is not what its manifest says."""
-    try:
-        listed = read_object(checkpoint / MANIFEST).get("files")
-    except UserError as error:
-        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}: {error}") from error
-    if not isinstance(listed, dict) or not all(isinstance(facts, dict) for facts in listed.values()):
-        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}: its `files` are no objects by name")
-    present = {}
-    for path in checkpoint.rglob("*"):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise UserError(f"checkpoint {checkpoint}: {path.relative_to(checkpoint)} is neither file nor folder")
-        if path.is_file():
-            present[str(path.relative_to(checkpoint))] = path
-    present.pop(MANIFEST, None)
-    for name, facts in listed.items():
-        # Only what was found here is opened, whatever names the manifest has.
+    """Compare a checkpoint with its manifest.
+
+    Args:
+        checkpoint: A folder `step-N`.
+
+    Raises:
+        UserError: A file is missing, damaged or not in the manifest; the message names it.
+    """
+    listed = _read_manifest(checkpoint)
+    present = _files_in(checkpoint)
+    for name, expected in listed.items():
+        # Only files found in the folder are opened, whatever names the manifest contains.
         if name not in present:
-            raise UserError(f"checkpoint {checkpoint} lacks {name}")
-        if facts != _facts(present[name]):
+            raise UserError(f"checkpoint {checkpoint}: {name} is missing")
+        if expected != _size_and_hash(present[name]):
             raise UserError(f"checkpoint {checkpoint}: {name} is damaged")
-    if extra := sorted(present.keys() - listed.keys()):
+    extra = sorted(present.keys() - listed.keys())
+    if extra:
         raise UserError(f"checkpoint {checkpoint}: {extra[0]} is not in its manifest")
 
 
-def _facts(path: Path) -> dict[str, int | str]:
-    """What a manifest says of a file. Raises UserError where it cannot be read."""
+def _read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The size and hash of each file by its name. Raises UserError where the manifest cannot be read."""
+    try:
+        files = read_object(checkpoint / MANIFEST).get("files")
+    except UserError as error:
+        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}: {error}") from error
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise UserError(f"checkpoint {checkpoint} has no readable {MANIFEST}: `files` does not map names to objects")
+    return files
+
+
+def _files_in(checkpoint: Path) -> dict[str, Path]:
+    """All files but the manifest by their relative name. Raises UserError for links and other special files."""
+    files: dict[str, Path] = {}
+    for path in checkpoint.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"checkpoint {checkpoint}: {path.relative_to(checkpoint)} is neither a file nor a folder")
+        if path.is_file():
+            files[str(path.relative_to(checkpoint))] = path
+    files.pop(MANIFEST, None)
+    return files
+
+
+def _size_and_hash(path: Path) -> dict[str, int | str]:
+    """The manifest's entry of a file. Raises UserError where the file cannot be read."""
     try:
         with path.open("rb") as file:
             return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,117 +1,166 @@
-"""What a run is made from: its settings, models and data. A run that goes on must go on with the same."""
+"""What a run is made from: its settings, models and data. A resumed run must be made from the same."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
-from policies.files.base_model import load_model_config
 from policies.files.safe_reading import read_object
 
 CHANGEABLE = (
-    *("name", "runs", "checkpoint", "tracking", "cluster", "data.on_bad_row"),
-    *(
-        "rollouts.workers",
-        "rollouts.gpus",
-        "rollouts.timeout",
-        "rollouts.straggler_factor",
-        "rollouts.max_num_seqs",
-        "rollouts.chunk_size",
-    ),
-    *("learner.ranks", "learner.gpus", "learner.zero", "learner.tokens_per_microbatch", "learner.restarts"),
-    *("sft.tokens_per_microbatch", "reward.tokens_per_microbatch", "model.gradient_checkpointing"),
-    *("ppo.steps", "ppo.stop"),
+    "name",
+    "runs",
+    "checkpoint",
+    "tracking",
+    "cluster",
+    "data.on_bad_row",
+    "rollouts.workers",
+    "rollouts.gpus",
+    "rollouts.timeout",
+    "rollouts.straggler_factor",
+    "rollouts.max_num_seqs",
+    "rollouts.chunk_size",
+    "learner.ranks",
+    "learner.gpus",
+    "learner.zero",
+    "learner.tokens_per_microbatch",
+    "learner.restarts",
+    "sft.tokens_per_microbatch",
+    "reward.tokens_per_microbatch",
+    "model.gradient_checkpointing",
+    "ppo.steps",
+    "ppo.stop",
 )
-"""Settings that may change while a run is stopped: how long, where and by how many it is computed, and not what."""
+"""Settings, and sections of settings, that may change before a run is resumed: they decide how long, where and on how
+many processes it computes, not what it computes."""
 
 MODEL_KEYS = ("model.path", "ppo.critic.model", "reward.classifier")
-"""Settings that name a model. What is there is compared, and not where it is."""
+"""Settings that name a model. The content of the model is compared, not its location."""
 
 DATASET_KEYS = {
-    "examples": "data.demonstrations",
+    "demonstrations": "data.demonstrations",
     "demonstrations_heldout": "data.demonstrations",
-    "cases": "data.preferences",
+    "preferences": "data.preferences",
     "preferences_heldout": "data.preferences_heldout",
     "prompts": "data.prompts",
     "prompts_heldout": "data.prompts_heldout",
 }
+"""By field of `Datasets`, the setting that names its source. The tokens are compared, not the location."""
+
+SELECTION_KEYS = ("heldout_share", "limit")
+"""Last parts of the settings under `data` that are compared themselves: they select rows."""
+
+MODEL_FILE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""The files of a model's folder that are read."""
 
 
 def run_fingerprint(experiment: Experiment, datasets: Datasets) -> dict[str, Any]:
-    """Settings by their names, and hashes of the models and of the rows that are trained on, in tokens."""
-    settings = dict(_flat(experiment.model_dump(mode="json")))
-    models = {name: settings[name] for name in MODEL_KEYS if settings.get(name)}
-    return {
-        "settings": settings,
-        "models": {name: model_digest(where) for name, where in models.items()},
-        "rows": {
-            field.name: _rows_digest(getattr(datasets, field.name))
-            for field in fields(datasets)
-            if field.name in DATASET_KEYS
-        },
-    }
+    """Compute what identifies a run.
+
+    Args:
+        experiment: The settings.
+        datasets: The tokenized data.
+
+    Returns:
+        `settings`: every setting by its dotted name; `models`: by setting, a hash of the model; `rows`: by field of
+        `Datasets`, a hash of the tokenized rows.
+    """
+    settings = dict(_flatten(experiment.model_dump(mode="json")))
+    model_locations = {key: settings[key] for key in MODEL_KEYS if settings.get(key)}
+    models = {key: model_digest(location) for key, location in model_locations.items()}
+    rows = {field: _rows_digest(getattr(datasets, field)) for field in DATASET_KEYS}
+    return {"settings": settings, "models": models, "rows": rows}
 
 
 def write_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets) -> None:
-    """Keep them in the run's folder."""
+    """Write the fingerprint to `fingerprint.json` in the run's folder."""
     write_json(run.fingerprint, run_fingerprint(experiment, datasets))
 
 
 def check_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets) -> None:
-    """Raise UserError, naming the first setting, model or source that is not what the run began with."""
-    before, now = read_object(run.fingerprint), run_fingerprint(experiment, datasets)
-    then = before["settings"]
-    for name, value in now["settings"].items():
-        free = any(name == free or name.startswith(f"{free}.") for free in CHANGEABLE)
-        located = name in MODEL_KEYS or (name.startswith("data.") and not name.endswith(("heldout_share", "limit")))
-        if then.get(name) != value and not free and not located:
+    """Check that a run is resumed with the settings, models and data that it was started with.
+
+    Args:
+        run: The run, with its `fingerprint.json`.
+        experiment: The settings to resume it with.
+        datasets: The data to resume it with.
+
+    Raises:
+        UserError: Something differs; the message names the first such setting, model or source.
+    """
+    started = read_object(run.fingerprint)
+    current = run_fingerprint(experiment, datasets)
+    _check_settings(run, started["settings"], current["settings"])
+    for key, digest in current["models"].items():
+        if started["models"].get(key) != digest:
+            location = current["settings"][key]
+            raise UserError(f"{key}: {location} is not the model that {run.path} was started with")
+    for field, digest in current["rows"].items():
+        if started["rows"].get(field) != digest:
             raise UserError(
-                f"{run.path} began with {name} {then.get(name)!r}, and it is {value!r} now: set it as it was, or start "
-                "another run. While a run is stopped, these may change: " + ", ".join(CHANGEABLE)
-            )
-    for name, digest in now["models"].items():
-        if before["models"].get(name) != digest:
-            raise UserError(f"{name}: {now['settings'][name]} is not the model that {run.path} began with")
-    for name, digest in now["rows"].items():
-        if before["rows"].get(name) != digest:
-            raise UserError(
-                f"{DATASET_KEYS[name]}: the rows, or their tokens, are not those that {run.path} began with"
+                f"{DATASET_KEYS[field]}: the rows, or their tokens, are not those that {run.path} was started with"
             )
 
 
 def product_digests(run: RunFolder) -> dict[str, str]:
-    """Hashes of what PPO starts from: the reference, and the reward model."""
-    folders = {"sft": run.sft, "reward": run.reward}
-    return {
-        name: files_digest(path for path in sorted(folder.rglob("*")) if path.is_file())
-        for name, folder in folders.items()
-        if folder.is_dir()
-    }
+    """Hash what PPO starts from.
+
+    Returns:
+        `sft` and `reward`, where these stages have run, each with the hash of the files in its folder.
+    """
+    digests: dict[str, str] = {}
+    for name, folder in (("sft", run.sft), ("reward", run.reward)):
+        if folder.is_dir():
+            digests[name] = files_digest(path for path in sorted(folder.rglob("*")) if path.is_file())
+    return digests
 
 
-def model_digest(where: str) -> str:
-    """A hash of the files of a model's folder that are read; of a model of the hub, its revision."""
-    folder = Path(where)
+def model_digest(location: str) -> str:
+    """A hash of the files in a model's folder that are read; for a model on the hub, its revision."""
+    folder = Path(location)
     if not folder.is_dir():
-        return str(load_model_config(where)._commit_hash)
-    kinds = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    return files_digest(path for path in sorted(folder.iterdir()) if path.suffix in kinds)
+        config_file = cached_file(location, "config.json")
+        return str(extract_commit_hash(config_file, None))
+    return files_digest(path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILE_SUFFIXES)
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """One hash of the names and bytes of these files."""
-    listed = list(paths)
+    """One hash of the names and bytes of these files, in order."""
+    files = list(paths)
     with ThreadPoolExecutor() as threads:
-        parts = list(threads.map(_file_digest, listed))
-    named = [[path.name, part] for path, part in zip(listed, parts, strict=True)]
+        digests = list(threads.map(_file_digest, files))
+    named = [[path.name, digest] for path, digest in zip(files, digests, strict=True)]
     return hashlib.blake2b(repr(named).encode(), digest_size=32).hexdigest()
+
+
+def _check_settings(run: RunFolder, started: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise UserError for the first setting that differs and must not."""
+    for name, value in current.items():
+        if started.get(name) != value and not _may_change(name) and not _is_location(name):
+            raise UserError(
+                f"{run.path} was started with {name} {started.get(name)!r}, and it is {value!r} now: set it back, or "
+                "start another run. Before a run is resumed, these may change: " + ", ".join(CHANGEABLE)
+            )
+
+
+def _may_change(name: str) -> bool:
+    """Whether a setting, or the section that it is in, may change."""
+    return any(name == key or name.startswith(f"{key}.") for key in CHANGEABLE)
+
+
+def _is_location(name: str) -> bool:
+    """Whether a setting says where a model or a data source is, so that its content is compared instead."""
+    if name.startswith("data."):
+        return not name.endswith(SELECTION_KEYS)
+    return name in MODEL_KEYS
 
 
 def _file_digest(path: Path) -> str:
@@ -126,9 +175,10 @@ def _rows_digest(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted name and value of nested settings; an empty mapping is a value."""
+    for name, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{before}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
-            yield before + name, value
+            yield prefix + name, value

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where in it."""
+"""The folder of a run: what is where in it."""
 
 import fcntl
 import os
@@ -26,49 +26,60 @@ WRITTEN = (
     "report",
     "wandb",
 )
-"""What a run writes besides; other files in its folder are not ours."""
+"""What a run writes besides the products of its stages. Other files in its folder belong to the user."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run. `sft/`, `reward/` and `policy/` are there once their stage is done."""
+    """The paths inside a run's folder. `sft/`, `reward/` and `policy/` exist once their stage is done.
+
+    Args:
+        path: The folder.
+    """
 
     path: Path
 
     @property
     def config(self) -> Path:
+        """The settings of the run."""
         return self.path / "config.yaml"
 
     @property
     def sft(self) -> Path:
+        """The SFT adapter."""
         return self.path / "sft"
 
     @property
     def reward(self) -> Path:
+        """The reward model."""
         return self.path / "reward"
 
     @property
     def best(self) -> Path:
-        """The best policy among those that PPO has evaluated so far, with its evaluation."""
+        """The best policy that PPO has evaluated so far, with its evaluation."""
         return self.path / "best"
 
     @property
     def policy(self) -> Path:
+        """The policy that PPO ended with: the best of those evaluated."""
         return self.path / "policy"
 
     @property
     def fingerprint(self) -> Path:
+        """What the run was started with (see `align.runs.fingerprint`)."""
         return self.path / "fingerprint.json"
 
     @property
     def evaluation(self) -> Path:
+        """The figures of all stages."""
         return self.path / "evaluation.json"
 
     def checkpoints(self, stage: str) -> Path:
+        """The folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
     def read_evaluation(self) -> dict[str, Any]:
-        """What `evaluation.json` holds; nothing where it is not there yet."""
+        """The content of `evaluation.json`; empty where it does not exist yet."""
         return read_object(self.evaluation) if self.evaluation.is_file() else {}
 
     def product(self, stage: str) -> Path:
@@ -76,43 +87,50 @@ class RunFolder:
         return self.path / find_stage(stage).folder
 
     def done(self, stage: str) -> bool:
-        """Whether a stage has written its product."""
+        """Whether a stage is done: its product exists."""
         return self.product(stage).is_dir()
 
 
 def folder_of(experiment: Experiment) -> RunFolder:
-    """Where an experiment's run is, or will be."""
+    """The folder of an experiment's run, which may not exist yet."""
     return RunFolder(Path(experiment.runs) / experiment.name)
 
 
 def refuse_run(run: RunFolder) -> None:
-    """Raise UserError where the folder holds a run."""
+    """Raise UserError where the folder already contains a run."""
     if run.config.exists():
         raise UserError(
-            f"{run.path} holds a run: `align resume {run.path}` goes on with it, --replace starts it anew, "
-            "name=… gives this one another folder"
+            f"{run.path} holds a run: `align resume {run.path}` continues it, --replace starts it from the "
+            "beginning, and name=… puts this one in another folder"
         )
 
 
 def refuse_stage(run: RunFolder, stage: str) -> None:
-    """Raise UserError where the run has done this stage or a later one."""
-    for later in (found.name for found in stages_from(stage)):
-        if run.done(later):
-            raise UserError(f"{run.path} has done {later}: --replace does {stage} anew and forgets what came after it")
+    """Raise UserError where this stage of the run, or a later one, is done."""
+    for later in stages_from(stage):
+        if run.done(later.name):
+            raise UserError(
+                f"{run.path}: stage {later.name} is done; --replace runs {stage} again and removes the stages after it"
+            )
 
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Keep other processes from writing this run. Raises UserError where one does."""
+    """Lock a run for writing within the block.
+
+    Raises:
+        UserError: Another process is writing it.
+    """
     run.path.mkdir(parents=True, exist_ok=True)
     with (run.path / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            owner = file.read().strip()
+            writer = f"process {owner}" if owner else "another process"
             raise UserError(
-                f"{run.path} is being written by process {file.read().strip() or 'of another'}: wait for its end, or "
-                "give this run a `name` of its own"
+                f"{run.path} is being written by {writer}: wait until it ends, or give this run another `name`"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -121,7 +139,13 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 
 def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | None = None) -> None:
-    """Remove what an earlier run wrote of these stages (unset: all), and no other files; write `config.yaml`."""
+    """Prepare the folder of a run.
+
+    Args:
+        run: The folder, which may contain an earlier run.
+        experiment: The settings, which are written to `config.yaml`.
+        stages: The stages whose files are removed; None: all stages, and what the run wrote besides. Other files stay.
+    """
     names = stage_names() if stages is None else list(stages)
     written: list[str] = []
     for stage in map(find_stage, names):
@@ -139,19 +163,31 @@ def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | No
 
 
 def find_run(where: str, runs: str = "runs", overrides: Sequence[str] = ()) -> tuple[RunFolder, Experiment]:
-    """The run of a folder, or of a name under `runs`, and its settings. Raises UserError where there is none."""
+    """Find a run.
+
+    Args:
+        where: The folder of the run, or its name under `runs`.
+        runs: The folder of all runs.
+        overrides: Settings as `key.path=value` that replace those of `config.yaml`.
+
+    Returns:
+        The run and its settings.
+
+    Raises:
+        UserError: There is no such run, or its settings are not valid.
+    """
     for path in (Path(where), Path(runs) / where):
         if (path / "config.yaml").is_file():
             return RunFolder(path), load_experiment(path / "config.yaml", overrides)
-    raise UserError(f"{where} is no run: there is no {where}/config.yaml, nor {runs}/{where}/config.yaml")
+    raise UserError(f"{where} is not a run: neither {where}/config.yaml nor {runs}/{where}/config.yaml exists")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a stage wrote about itself beside its product."""
+    """The facts that a stage has written beside its product; empty where there are none."""
     path = folder / "stage.json"
     return read_object(path) if path.is_file() else {}
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Write what a stage knows of its product: figures, seconds, skipped rows."""
+    """Write the facts of a stage's product: figures, seconds, skipped rows."""
     write_json(folder / "stage.json", facts)

@@ -1,4 +1,4 @@
-"""What a run writes of its steps: `metrics.jsonl`, `samples.jsonl`, and the same figures to Weights & Biases."""
+"""The record of a run's steps: `metrics.jsonl`, `samples.jsonl`, and the same metrics in Weights & Biases."""
 
 import json
 import logging
@@ -15,39 +15,54 @@ from align.config.schema import TrackingSettings
 from align.config.stage import all_stages, find_stage, stage_names
 from policies.errors import UserError
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Writes each step to the run's files at once, and to W&B where a W&B run is given."""
+    """Writes each step to the run's files at once, and to W&B if there is a W&B run."""
 
     def __init__(self, run: Path, wandb_run: Any | None) -> None:
-        self.run, self.wandb_run = run, wandb_run
+        """Create a tracker; `open_tracker` also starts the W&B run.
+
+        Args:
+            run: The run's folder.
+            wandb_run: The W&B run, or None.
+        """
+        self.run = run
+        self.wandb_run = wandb_run
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a line to `metrics.jsonl`; a figure that is not finite becomes null there."""
+        """Append a line to `metrics.jsonl`, and log the metrics to W&B.
+
+        Args:
+            stage: The stage's name.
+            step: The step, counted from 1.
+            metrics: The metrics by name; one that is not finite becomes null in the file.
+        """
         _append(self.run / METRICS, [{"stage": stage, "step": step, **metrics}])
         if self.wandb_run is not None:
             try:
                 self.wandb_run.log({**metrics, find_stage(stage).axis: step})
-            except Exception as error:  # a lost W&B process must not end hours of training
-                log.warning("W&B is lost, the run goes on without it: %s", error)
+            except Exception as error:  # losing the W&B process must not end hours of training
+                log.warning("W&B is lost; the run continues without it: %s", error)
                 self.wandb_run = None
 
     def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to `samples.jsonl`."""
+        """Append samples of a step, each a mapping of JSON values, to `samples.jsonl`."""
         _append(self.run / SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
 
     def close(self, failed: bool = False) -> None:
-        """End the W&B run, once all that was logged is on disk or sent. Doing it twice is fine."""
-        wandb_run, self.wandb_run = self.wandb_run, None
+        """End the W&B run, once everything logged is on disk or sent. A second call does nothing."""
+        wandb_run = self.wandb_run
+        self.wandb_run = None
         if wandb_run is not None:
             try:
                 wandb_run.finish(exit_code=int(failed))
             except Exception as error:
-                log.warning("W&B did not end in order: %s", error)
+                log.warning("W&B did not end cleanly: %s", error)
             _stop_wandb()
 
     def __enter__(self) -> Self:
@@ -60,10 +75,19 @@ class Tracker:
 
 
 def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> Tracker:
-    """The tracker of a run's folder. A run that is opened again goes on as the same W&B run.
+    """Open the tracker of a run. A resumed run continues the same W&B run.
 
-    name, config: what W&B shows the run by, and the settings that it keeps with it.
-    Raises UserError where W&B cannot start.
+    Args:
+        run: The run's folder, which is created if it does not exist.
+        settings: Whether and where to log to W&B.
+        name: The name of the run in W&B.
+        config: The settings that W&B keeps with the run.
+
+    Returns:
+        The tracker, to be closed, or used as a context manager.
+
+    Raises:
+        UserError: W&B cannot start.
     """
     run.mkdir(parents=True, exist_ok=True)
     if settings.wandb == "disabled":
@@ -73,32 +97,48 @@ def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[
 
 
 def truncate_after(run: Path, stage: str, step: int) -> None:
-    """Make both files end with this step of this stage, so that what a resumed run does again stands there once."""
+    """Drop all lines of both files after a step, so that the steps a resumed run repeats are in them once.
+
+    Args:
+        run: The run's folder.
+        stage: The stage that is resumed; the lines of later stages are dropped too.
+        step: The last step whose lines are kept.
+    """
     for name in (METRICS, SAMPLES):
         path = run / name
         if path.exists():
             temporary = path.with_name(f".{name}.writing")
             temporary.unlink(missing_ok=True)
-            _append(temporary, (row for row in read_lines(path) if _until(row, stage, step)))
+            _append(temporary, [row for row in read_lines(path) if _is_up_to(row, stage, step)])
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none where there is no file, and not the last if a kill cut it short."""
+    """Read a file of the tracker.
+
+    Args:
+        path: `metrics.jsonl` or `samples.jsonl`, which may not exist.
+
+    Returns:
+        The rows. A last line that was only partly written, because the process was killed, is left out.
+
+    Raises:
+        UserError: Another line is damaged; the message names it.
+    """
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     while lines and not lines[-1].strip():
         lines.pop()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not {"stage", "step"} <= row.keys():
-                raise ValueError("an object with `stage` and `step` was expected")
+                raise ValueError("expected an object with `stage` and `step`")
         except ValueError as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number}: {error}. Remove the line to go on without it") from None
+                raise UserError(f"{path}, line {number}: {error}. Remove the line to continue without it") from None
         else:
             rows.append(row)
     return rows
@@ -113,7 +153,7 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no word for NaN and infinity."""
+    """The value with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -121,7 +161,8 @@ def _strict(value: Any) -> Any:
     return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _until(row: Mapping[str, Any], stage: str, step: int) -> bool:
+def _is_up_to(row: Mapping[str, Any], stage: str, step: int) -> bool:
+    """Whether a row is not after a step of a stage."""
     position = _position(row["stage"])
     last = _position(stage)
     return position < last or (position == last and row["step"] <= step)
@@ -154,7 +195,7 @@ def _start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[
         _stop_wandb()
         raise UserError(
             f"W&B cannot start: {error}. Set tracking.wandb to offline (kept in {run / 'wandb'}, `wandb sync` sends it "
-            "later) or disabled; for online, log in with `wandb login` and look whether the server can be reached"
+            "later) or disabled; for online, log in with `wandb login` and check that the server can be reached"
         ) from error
     for stage in all_stages():
         wandb_run.define_metric(stage.axis, hidden=True)
@@ -174,7 +215,7 @@ def _mode(settings: TrackingSettings) -> Any:
 
 
 def _run_id(run: Path) -> str:
-    """What W&B knows this run by, made once for each folder."""
+    """The id of the W&B run, created once per folder."""
     path = run / "wandb" / "id"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -186,7 +227,7 @@ def _run_id(run: Path) -> str:
 
 @contextmanager
 def _wandb_environment(run: Path) -> Iterator[None]:
-    """Quiet, and with the logs of W&B's own process in the run's folder instead of the user's home.
+    """Make W&B quiet, and have its process write logs to the run's folder instead of the user's home.
 
     That process takes both from the environment in which it starts.
     """
@@ -204,7 +245,7 @@ def _wandb_environment(run: Path) -> Iterator[None]:
 
 
 def _stop_wandb() -> None:
-    """End W&B's own process; left alone it would live as long as this one."""
+    """End W&B's process, which would otherwise live as long as this one."""
     import wandb
 
     with suppress(Exception):

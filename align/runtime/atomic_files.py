@@ -1,4 +1,4 @@
-"""Folders and files that are there whole or not at all."""
+"""Folders and files that are written completely or not at all."""
 
 import json
 import os
@@ -11,7 +11,15 @@ from typing import Any
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name of `folder`, and its place, when the block ends without an error."""
+    """Write a folder atomically.
+
+    Args:
+        folder: The folder to create or replace. Missing parents are created.
+
+    Yields:
+        A temporary folder beside it to fill. When the block ends without an error, its files are synced to disk and it
+        is renamed to `folder`; after an error it is removed, and an existing `folder` stays as it was.
+    """
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -32,12 +40,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8 by way of a temporary one."""
+    """Write a UTF-8 file through a temporary one that is renamed, so that readers never see half of it."""
     temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -47,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make what a file holds, or the names in a folder, survive a loss of power."""
+    """Sync a file, or the names in a folder, to disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

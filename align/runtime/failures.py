@@ -1,4 +1,4 @@
-"""What ends a run besides its end and the user: faults that the run finds in itself, and what fails around it."""
+"""Failures that end a run: faults that it detects in its own figures, and failures of storage and of Ray."""
 
 import errno
 
@@ -8,19 +8,26 @@ from policies.errors import first_line
 
 
 class Fault(RuntimeError):
-    """The run stopped itself: its figures are such that going on would be of no use. The message says which."""
+    """The run stopped itself, because its figures make it pointless to continue. The message says which."""
 
 
 class RankLost(RuntimeError):
     """A rank of the learner has died."""
 
 
-STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def describe_outside_failure(error: BaseException) -> str | None:
-    """What is wrong around a run, in words: its storage, or its Ray cluster; None where the fault is another."""
-    if isinstance(error, OSError) and error.errno in STORAGE:
+    """Describe a failure outside of align.
+
+    Args:
+        error: What ended the run.
+
+    Returns:
+        A sentence for the user where storage or the Ray cluster failed, or a learner rank died; otherwise None.
+    """
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
     if isinstance(error, SafetensorError) and "os error" in str(error):
         return f"weights cannot be written: {error}"

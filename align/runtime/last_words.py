@@ -1,4 +1,4 @@
-"""A message for when this process is gone before it could say anything."""
+"""A message for the case that this process is killed before it can report anything."""
 
 import subprocess
 import sys
@@ -16,10 +16,13 @@ if not sys.stdin.buffer.read():
 
 @contextmanager
 def last_words(message: str) -> Iterator[None]:
-    """Have the message written to standard error if this process ends within the block otherwise than by leaving it.
+    """Have a message written to standard error if this process ends in the block without leaving it.
 
-    The kernel kills a process whose memory has run out, and Ray ends one whose raylet has died, both without a word.
-    A small process waits at the other end of a pipe and speaks then.
+    The kernel kills a process that is out of memory, and Ray ends one whose raylet has died, both without a message.
+    A small witness process waits at the other end of a pipe; it prints the message if the pipe closes unexpectedly.
+
+    Args:
+        message: The message.
     """
     witness = subprocess.Popen([sys.executable, "-I", "-c", WITNESS, message], stdin=subprocess.PIPE)
     assert witness.stdin

@@ -1,4 +1,4 @@
-"""How far a stage is, for people: a live line on a terminal, a plain line now and then otherwise."""
+"""The progress of a stage: a live line on a terminal, otherwise a plain line every few seconds."""
 
 import sys
 import time
@@ -7,17 +7,20 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-PAUSE = 5.0
-"""Seconds between plain lines."""
+PLAIN_LINE_SECONDS = 5.0
+"""Seconds between plain lines: often enough to see that the run is alive, rare enough for a log file."""
 
 
 class ProgressBar:
-    """The steps of one stage, with its newest figures and the time left, on standard error."""
+    """Shows the steps of a stage, its newest figures and the estimated time to its end, on standard error."""
 
     def __init__(self, stage: str, total: int) -> None:
-        self.stage, self.total = stage, total
-        self.started = self.printed = time.monotonic()
-        self.first: int | None = None
+        """stage: the name to show. total: the number of steps."""
+        self.stage = stage
+        self.total = total
+        self.started = time.monotonic()
+        self.printed = self.started
+        self.first_step: int | None = None
         self.bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -30,21 +33,22 @@ class ProgressBar:
             self.task = self.bar.add_task(stage, total=total, text="")
 
     def advance(self, step: int, **figures: float) -> None:
-        """Step `step`, the first being 1, has ended with these figures."""
-        if self.first is None:
-            self.first = step
+        """Show that a step, counted from 1, has ended with these figures."""
+        if self.first_step is None:
+            self.first_step = step
         text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
-        text += f"  left {_clock(self._left(step))}"
+        text += f"  ETA {_clock(self._remaining_seconds(step))}"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
-        elif step == self.total or time.monotonic() - self.printed >= PAUSE:
+        elif step == self.total or time.monotonic() - self.printed >= PLAIN_LINE_SECONDS:
             self.printed = time.monotonic()
             print(f"{self.stage} {step}/{self.total}  {text}", file=sys.stderr, flush=True)
 
-    def _left(self, step: int) -> float:
-        """Seconds, at the pace of this process: a resumed run did not do the first steps itself."""
-        assert self.first is not None
-        return (time.monotonic() - self.started) / (step - self.first + 1) * (self.total - step)
+    def _remaining_seconds(self, step: int) -> float:
+        """The remaining time at the pace of this process, which in a resumed run did not do the first steps."""
+        assert self.first_step is not None
+        seconds_per_step = (time.monotonic() - self.started) / (step - self.first_step + 1)
+        return seconds_per_step * (self.total - step)
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -61,6 +65,6 @@ def _short(value: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

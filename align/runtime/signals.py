@@ -1,4 +1,4 @@
-"""Stopping at the end of a step when the user asks for it."""
+"""Stops a run at the end of a step when the user requests it."""
 
 import signal
 import sys
@@ -9,30 +9,34 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, has ended its step and written a checkpoint."""
+    """The user requested a stop; the run has finished its step and written a checkpoint."""
 
 
 @dataclass
 class StopRequest:
-    """Whether the user has asked for an end; looked at between steps."""
+    """Whether the user has requested a stop; checked between steps."""
 
     requested: bool = False
 
 
 @contextmanager
 def graceful_stop() -> Iterator[StopRequest]:
-    """The first SIGINT or SIGTERM asks for an end after the step; the second interrupts at once."""
+    """Handle SIGINT and SIGTERM within the block: the first requests a stop, the second raises KeyboardInterrupt.
+
+    Yields:
+        The request, which is set by the first signal.
+    """
     stop = StopRequest()
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        print("\nstopping at the end of this step; once more to stop at once", file=sys.stderr, flush=True)
+        print("\nstopping at the end of this step; repeat to stop at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
