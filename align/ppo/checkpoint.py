@@ -1,4 +1,11 @@
-"""What a PPO checkpoint holds, in files."""
+"""A PPO checkpoint in files.
+
+policy/                    the policy's adapter
+critic/                    the critic's adapter and head, where there is a critic
+optimizer-R.safetensors    the part of the optimizer's state of each rank R
+state.json                 `PpoProgress`
+pending/STEP/              the policy's adapter that the batch of a later step is being generated with
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +25,7 @@ from policies.files.safe_reading import read_object, read_tensors
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 
-PENDING = "asked"
+PENDING = "pending"
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -26,11 +33,19 @@ Count = Annotated[int, Field(ge=0)]
 class PpoProgress:
     """How far PPO is, besides the learner's state.
 
-    step: rounds that are done. kl_coefficient: of the next. best_step, best: of the best policy evaluated so far.
-    reward: what the composition of the reward has learned. stop: best and offences of the rule that ends PPO early;
-    stopped: why it did. seconds: spent so far. ranks, zero: the layout that the optimizer's state was saved in.
-    pending: the versions under which the batches of the next steps were being answered. products: hashes of the
-    reference and the reward model.
+    Attributes:
+        step: completed steps.
+        kl_coefficient: of the next step.
+        best_step: of the best policy evaluated so far.
+        best: its value of the metric that selects the best policy; None before the first evaluation.
+        reward: state of the reward's composition.
+        stop: state of the stop rule: the best value, and how many consecutive steps broke the rule; empty without one.
+        stopped: why the rule stopped PPO; None where it did not.
+        seconds: spent so far.
+        ranks: of the learner that saved the optimizer's state.
+        zero: its ZeRO stage.
+        pending: versions of the weights that the batches of the next steps are being generated with.
+        products: hashes of the reference and the reward model.
     """
 
     step: Count
@@ -50,17 +65,35 @@ class PpoProgress:
 _PROGRESS = TypeAdapter(PpoProgress)
 
 
+@dataclass(frozen=True)
+class SavedBatch:
+    """A batch that was being generated when the checkpoint was written: its step, and the weights to resubmit it with.
+
+    With the same weights it will have the same responses.
+    """
+
+    step: int
+    version: int
+    weights: AdapterWeights
+
+
 def write_state(
     folder: Path,
     states: Sequence[LearnerState],
     policy: PolicySettings,
     base: str,
-    progressed: PpoProgress,
+    progress: PpoProgress,
     pending: Collection[PendingBatch] = (),
 ) -> None:
-    """Write policy, critic where there is one, each rank's part of the optimizer, and how far PPO is.
+    """Write a checkpoint.
 
-    pending: the batches that are being answered, of which the weights are kept: the same answers come of them again.
+    Args:
+        folder: which exists.
+        states: of each rank.
+        policy: settings of the adapters.
+        base: the base model's folder or hub name.
+        progress: how far PPO is.
+        pending: the batches that are being generated.
     """
     save_adapter(folder / "policy", states[0].policy, policy, base)
     for batch in pending:
@@ -71,16 +104,24 @@ def write_state(
         save_head(folder / "critic", states[0].critic_head)
     for rank, state in enumerate(states):
         save_file(state.optimizer, folder / f"optimizer-{rank}.safetensors")
-    write_json(folder / "state.json", asdict(progressed))
+    write_json(folder / "state.json", asdict(progress))
 
 
 def read_progress(folder: Path, products: Mapping[str, str]) -> PpoProgress:
-    """Raises UserError where the file does not say how far, or the run's reference or reward model is another now."""
-    progressed = _validated_progress(folder / "state.json")
+    """Read how far PPO was.
+
+    Args:
+        folder: of the checkpoint.
+        products: hashes of the run's reference and reward model, as they are now.
+
+    Raises:
+        UserError: if the file is damaged, or the run's reference or reward model has changed.
+    """
+    progress = _validated_progress(folder / "state.json")
     for name, digest in products.items():
-        if progressed.products.get(name) != digest:
-            raise UserError(f"{name}/ is not what checkpoint {folder} was trained with: put the run's own back")
-    return progressed
+        if progress.products.get(name) != digest:
+            raise UserError(f"{name}/ is not what checkpoint {folder} was trained with: restore the run's own")
+    return progress
 
 
 def _validated_progress(path: Path) -> PpoProgress:
@@ -92,21 +133,37 @@ def _validated_progress(path: Path) -> PpoProgress:
         raise UserError(f"{path} is damaged: {key}: {first['msg']}") from error
 
 
-def read_pending(
-    folder: Path, policy: PolicySettings, progressed: PpoProgress
-) -> list[tuple[int, int, AdapterWeights]]:
-    """Step, version and weights of each batch that was being answered."""
-    steps = range(progressed.step, progressed.step + len(progressed.pending))
-    versions = zip(steps, progressed.pending, strict=True)
-    return [(step, version, load_adapter(folder / PENDING / str(step), policy)) for step, version in versions]
+def read_pending(folder: Path, policy: PolicySettings, progress: PpoProgress) -> list[SavedBatch]:
+    """The batches that were being generated."""
+    batches = []
+    for step, version in enumerate(progress.pending, start=progress.step):
+        weights = load_adapter(folder / PENDING / str(step), policy)
+        batches.append(SavedBatch(step, version, weights))
+    return batches
 
 
 def read_states(folder: Path, policy: PolicySettings, critic: CriticSettings | None, ranks: int) -> list[LearnerState]:
-    """One state a rank. Raises UserError where the checkpoint is of another kind of critic."""
-    whole = {
-        "policy": load_adapter(folder / "policy", policy),
-        "critic": load_adapter(folder / "critic", policy) if critic and critic.kind != "head" else {},
-        "critic_head": load_head(folder / "critic") if critic else {},
-    }
-    optimizers = [read_tensors(folder / f"optimizer-{rank}.safetensors") for rank in range(max(1, ranks))]
-    return [LearnerState(optimizer=optimizer, **whole) for optimizer in optimizers]
+    """Read the learner's state.
+
+    Args:
+        folder: of the checkpoint.
+        policy: settings of the adapters.
+        critic: settings of the critic; None for no critic.
+        ranks: as the checkpoint's progress has it; 0: one rank in the controller's process.
+
+    Returns:
+        One state per rank.
+
+    Raises:
+        UserError: if the checkpoint has another kind of critic.
+    """
+    policy_weights = load_adapter(folder / "policy", policy)
+    critic_weights: AdapterWeights = {}
+    if critic and critic.kind != "head":
+        critic_weights = load_adapter(folder / "critic", policy)
+    critic_head = load_head(folder / "critic") if critic else {}
+    states = []
+    for rank in range(max(1, ranks)):
+        optimizer = read_tensors(folder / f"optimizer-{rank}.safetensors")
+        states.append(LearnerState(policy_weights, critic_weights, critic_head, optimizer))
+    return states

@@ -1,4 +1,4 @@
-"""A batch on which the learner failed, kept for people to look at."""
+"""A batch on which the learner failed, written to files for people to look at."""
 
 import json
 from pathlib import Path
@@ -17,25 +17,27 @@ TENSORS = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_v
 
 
 def write_fault_dump(folder: Path, step: Step, tokenizer: PreTrainedTokenizerBase) -> None:
-    """`episodes.jsonl`, a line an episode, and `episodes.safetensors`: `N.NAME`, `[T]`, of the N-th line."""
+    """Write the episodes of a step.
+
+    `episodes.jsonl` has one line per episode, `episodes.safetensors` the tensors `N.NAME`, `[T]`, of the N-th line.
+    """
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for number, (trajectory, scored, episode) in enumerate(
+    for number, (trajectory, outputs, episode) in enumerate(
         zip(step.trajectories, step.scored, step.episodes, strict=True)
     ):
-        own = {name: getattr(episode, name) for name in TENSORS}
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in own.values())
-        rows.append({
+        targets = {name: getattr(episode, name) for name in TENSORS}
+        row = {
             "prompt": prompt_text(trajectory.request.prompt),
             "response": decode_response(tokenizer, trajectory.response_ids),
             "prompt_ids": trajectory.request.prompt_ids,
             "response_ids": trajectory.response_ids,
-            "score": repr(scored.score),
-            "finite": finite,
-        })  # fmt: skip
-        tensors |= {
-            f"{number}.{name}": tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()
+            "score": repr(outputs.score),
+            "finite": all(bool(torch.isfinite(tensor).all()) for tensor in targets.values()),
         }
+        rows.append(row)
+        for name, tensor in targets.items():
+            tensors[f"{number}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
     with new_folder(folder) as temporary:
         write_text(temporary / "episodes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         save_file(tensors, temporary / "episodes.safetensors")

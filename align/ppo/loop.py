@@ -1,4 +1,7 @@
-"""Stage three, PPO: the controller."""
+"""The controller of PPO.
+
+prompts → trajectories → role outputs and scores → advantages → update → weights of version n + 1
+"""
 
 import time
 from collections import deque
@@ -21,9 +24,20 @@ from rollouts.engine import Sampling
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """What one round of rollout and update produced: all that is logged of it. `index` counts from 0."""
+    """What one step of rollout and update produced, for metrics and samples.
+
+    Attributes:
+        index: of the step, from 0.
+        trajectories: the sampled responses.
+        scored: the outputs of the roles for each of them, and its score.
+        episodes: what was trained on.
+        coefficients: what the update used.
+        kl_coefficient: weight of the KL, in the reward or in the loss.
+        statistics: of the update, see `Learner.update`.
+        seconds: by part of the step, see `Clock`.
+    """
 
     index: int
     trajectories: list[Trajectory]
@@ -37,19 +51,28 @@ class Step:
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """A batch that is being answered: for which step, under which weights."""
+    """A batch that is being generated.
+
+    Attributes:
+        step: the step that will train on it.
+        version: of the weights that it was submitted with.
+        weights: the policy's adapter of this version.
+        trajectories: waits for the batch and returns it.
+    """
 
     step: int
     version: int
     weights: AdapterWeights
-    answers: TrajectoriesFuture
+    trajectories: TrajectoriesFuture
 
 
 @dataclass
 class Ppo:
-    """The parts of the loop, each chosen before it starts, and its state.
+    """The parts of the loop, all chosen before it starts, and its state.
 
-    step: the next. pending: the batches of the steps to come that are being answered, `max_staleness` of them when a step ends.
+    Attributes:
+        step: the next step, from 0.
+        pending: batches of later steps that are being generated; `max_staleness` of them when a step ends.
     """
 
     prompts: PromptStream
@@ -67,68 +90,84 @@ class Ppo:
     pending: deque[PendingBatch] = field(default_factory=deque)
 
     def steps(self) -> Iterator[Step]:
-        """Run the steps that are left.
-
-        prompts → trajectories → scores → advantages → update → adapter weights, version n + 1
-        """
+        """Run the remaining steps, one at a time."""
         ppo = self.ppo
         weights = self.learners.policy_weights()
-        before = time.perf_counter()
+        previous_end = time.perf_counter()
         while self.step < ppo.steps:
-            clock, index, beta = Clock(before), self.step, self.kl.value
-            coefficients = step_coefficients(self.learner, ppo, index, beta)
-            orders = minibatch_orders(ppo.batch_size, ppo.minibatches, ppo.epochs, self.seed, index)
-            mixed_in = demonstration_batches(self.demonstrations, ppo, self.seed, index)
+            clock = Clock(previous_end)
+            index = self.step
+            kl_coefficient = self.kl.value
+            coefficients = step_coefficients(self.learner, ppo, index, kl_coefficient)
+            orders = minibatch_orders(ppo, self.seed, index)
+            demonstrations = demonstration_batches(self.demonstrations, ppo, self.seed, index)
             with clock("rollout"):
-                for step in range(index + len(self.pending), min(index + self.max_staleness + 1, ppo.steps)):
-                    self.submit(step, index, weights)
-                trajectories = self.pending.popleft().answers()
+                self._submit_upcoming(index, weights)
+                trajectories = self.pending.popleft().trajectories()
             with clock("score"):
                 scored = self.score(trajectories)
                 check_mismatch(trajectories, scored, ppo.max_mismatch)
-                episodes = make_episodes(trajectories, scored, ppo, beta)
+                episodes = make_episodes(trajectories, scored, ppo, kl_coefficient)
             with clock("update"):
-                statistics = self.learners.update(episodes, orders, coefficients, mixed_in)
+                statistics = self.learners.update(episodes, orders, coefficients, demonstrations)
             with clock("sync"):
                 weights = self.learners.policy_weights()
             self.kl.update(sum(output.kl for output in scored) / len(scored), len(scored))
             self.step += 1
             seconds = clock.seconds()
-            before = time.perf_counter()
-            yield Step(index, trajectories, scored, episodes, coefficients, beta, statistics, seconds)
+            previous_end = time.perf_counter()
+            yield Step(
+                index=index,
+                trajectories=trajectories,
+                scored=scored,
+                episodes=episodes,
+                coefficients=coefficients,
+                kl_coefficient=kl_coefficient,
+                statistics=statistics,
+                seconds=seconds,
+            )
 
     def submit(self, step: int, version: int, weights: AdapterWeights) -> None:
-        """Have a step's prompts answered under these weights."""
-        answers = self.rollouts.submit(version, weights, self.prompts.requests(step), self.sampling)
-        self.pending.append(PendingBatch(step, version, weights, answers))
+        """Start to generate the batch of a step with these weights."""
+        requests = self.prompts.requests(step)
+        future = self.rollouts.submit(version, weights, requests, self.sampling)
+        self.pending.append(PendingBatch(step, version, weights, future))
+
+    def _submit_upcoming(self, index: int, weights: AdapterWeights) -> None:
+        """Submit the batches of this step and of the `max_staleness` next ones that are not pending yet."""
+        first = index + len(self.pending)
+        end = min(index + self.max_staleness + 1, self.ppo.steps)
+        for step in range(first, end):
+            self.submit(step, index, weights)
 
 
 def step_coefficients(
     learner: LearnerSettings, ppo: PpoSettings, index: int, kl_coefficient: float
 ) -> StepCoefficients:
-    """What a step trains with. While the critic warms up alone, the policy's rate is 0."""
+    """What a step trains with. While the critic warms up alone, the policy's learning rate is 0."""
     factor = schedule_factor(learner.schedule, index, ppo.steps, learner.warmup)
-    policy = 0.0 if index < ppo.critic.warmup else learner.policy_learning_rate
+    policy_peak = 0.0 if index < ppo.critic.warmup else learner.policy_learning_rate
     return StepCoefficients(
-        policy_lr=policy * factor,
+        policy_lr=policy_peak * factor,
         critic_lr=learner.critic_learning_rate * factor,
         kl_in_loss=kl_coefficient if ppo.kl.where == "loss" else 0.0,
     )
 
 
 class Clock:
-    """Seconds by part of one step. What went by before it, since the last step's end, is the part `between`."""
+    """Seconds by part of one step. The part `between` is the time since the end of the step before."""
 
-    def __init__(self, before: float) -> None:
+    def __init__(self, previous_end: float) -> None:
         self._start = time.perf_counter()
-        self._parts = {"between": self._start - before}
+        self._parts = {"between": self._start - previous_end}
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Measure a part."""
         start = time.perf_counter()
         yield
         self._parts[part] = time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part, and of all since the start as `step`."""
+        """Seconds of each part, and from the start of the step as `step`."""
         return self._parts | {"step": time.perf_counter() - self._start}

@@ -1,4 +1,4 @@
-"""What the sampler computes against what the learner does: the two should hold the same policy."""
+"""The sampler's log-probabilities against the learner's: both should hold the same policy."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,53 +13,73 @@ from rollouts.engine import Sampling
 from rollouts.pool import Pool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
-PROMPTS = 4
-PARITY = 0.1
-"""Mean nats a token that one policy's probabilities may differ by in two places; bfloat16 alone gives a hundredth."""
+PARITY_PROMPTS = 4
+"""How many prompts `check_parity` samples: enough to see other weights, which change every response."""
+PARITY_LIMIT = 0.1
+"""Mean nats per token by which sampler and learner may differ with the same policy; bfloat16 alone gives 0.01."""
 
 
 class SamplerMismatch(Fault):
     """Sampler and learner disagree about the policy's probabilities."""
 
 
+def sampler_mismatch(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> Tensor:
+    """|log π_sampler - log π_learner| of every response token of a batch, in nats, one response after another."""
+    pairs = zip(trajectories, scored, strict=True)
+    return torch.cat([(t.sampler_logprobs - output.logprobs).abs() for t, output in pairs])
+
+
 def check_mismatch(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], limit: float | None) -> None:
-    """Raise SamplerMismatch where the mean gap a token passes the limit, in nats."""
-    gap = float(sampler_mismatch(trajectories, scored).mean())
-    if limit is not None and not gap <= limit:
+    """Check the mean mismatch of a batch.
+
+    Args:
+        trajectories: with the sampler's log-probabilities.
+        scored: with the learner's.
+        limit: in nats per token; None: no limit.
+
+    Raises:
+        SamplerMismatch: if the mean is over the limit, or is not a number.
+    """
+    mean = float(sampler_mismatch(trajectories, scored).mean())
+    if limit is not None and not mean <= limit:
         raise SamplerMismatch(
-            f"the sampler's log-probabilities are {gap:.3g} nats a token off the learner's, and ppo.max_mismatch is "
-            f"{limit:g}: what is sampled is not the policy that is trained"
+            f"the sampler's log-probabilities differ from the learner's by {mean:.3g} nats per token on average, and "
+            f"ppo.max_mismatch is {limit:g}: the policy that is sampled is not the one that is trained"
         )
 
 
 def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request], sampling: Sampling) -> None:
-    """Raise SamplerMismatch where the pool's weights and the learner's policy, before any update, are not the same.
+    """Check before the first update that the pool holds the learner's policy.
 
-    A few prompts are answered twice: greedily, where each token must be the likeliest to the learner too, or as good
-    as; and as in training, where the log-probabilities must agree.
+    The responses to a few prompts are sampled twice: greedily, where each token must be the learner's likeliest or
+    nearly so; and as in training, where the log-probabilities must agree.
+
+    Args:
+        pool: with the policy's weights loaded.
+        roles_score: the learner's forward passes.
+        requests: the first ones are used.
+        sampling: as in training.
+
+    Raises:
+        SamplerMismatch: if they disagree.
     """
-    for trajectory in pool.generate(requests[:PROMPTS], replace(sampling, temperature=0.0)):
+    for trajectory in pool.generate(requests[:PARITY_PROMPTS], replace(sampling, temperature=0.0)):
         (output,) = roles_score([trajectory], (GREEDY,))
-        widest = int(output.shortfalls.argmax())
-        if not float(output.shortfalls[widest]) <= PARITY:
+        worst = int(output.shortfalls.argmax())
+        shortfall = float(output.shortfalls[worst])
+        if not shortfall <= PARITY_LIMIT:
             raise SamplerMismatch(
                 f"before the first update the sampler's greedy response to {trajectory.request.prompt!r} is not the "
-                f"learner's: its token {widest + 1} is {float(output.shortfalls[widest]):.3g} nats less likely than "
-                "the learner's choice: the engine holds other weights, or computes them otherwise"
+                f"learner's: its token {worst + 1} is {shortfall:.3g} nats less likely than the learner's choice: the "
+                "engine has other weights, or computes them differently"
             )
-    for trajectory in pool.generate(requests[:PROMPTS], sampling):
-        gaps = sampler_mismatch([trajectory], roles_score([trajectory], ("policy",)))
-        if not float(gaps.mean()) <= PARITY:
-            widest = int(gaps.argmax())
+    for trajectory in pool.generate(requests[:PARITY_PROMPTS], sampling):
+        mismatch = sampler_mismatch([trajectory], roles_score([trajectory], ("policy",)))
+        if not float(mismatch.mean()) <= PARITY_LIMIT:
+            worst = int(mismatch.argmax())
             raise SamplerMismatch(
                 "before the first update the sampler's log-probabilities of a response to "
-                f"{trajectory.request.prompt!r} are {float(gaps.mean()):.3g} nats a token off the learner's, most at "
-                f"token {widest + 1} ({float(gaps[widest]):.3g}): the engine holds other weights, or computes them "
-                "otherwise"
+                f"{trajectory.request.prompt!r} differ from the learner's by {float(mismatch.mean()):.3g} nats per "
+                f"token on average, most at token {worst + 1} ({float(mismatch[worst]):.3g}): the engine has other "
+                "weights, or computes them differently"
             )
-
-
-def sampler_mismatch(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> Tensor:
-    """|log π_sampler - log π_learner| of every response token of a batch, in nats."""
-    rows = zip(trajectories, scored, strict=True)
-    return torch.cat([(t.sampler_logprobs - s.logprobs).abs() for t, s in rows])

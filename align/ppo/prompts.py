@@ -11,39 +11,62 @@ from rollouts.trajectory import Request
 
 
 class PromptStream:
-    """All prompts in random order, then all of them in another: a step's batch is a function of the step alone."""
+    """All prompts in random order, epoch after epoch. The batch of a step depends on the step alone."""
 
-    def __init__(self, prompts: Sequence[Request], batch: int, samples: int, seed: int) -> None:
-        """samples: requests of each prompt, side by side; batch: requests in all."""
-        self.prompts, self.batch, self.samples, self.seed = prompts, batch, samples, seed
+    def __init__(self, prompts: Sequence[Request], batch_size: int, samples_per_prompt: int, seed: int) -> None:
+        """Define the stream.
+
+        Args:
+            prompts: all of them.
+            batch_size: requests per step.
+            samples_per_prompt: requests of each prompt, adjacent to each other.
+            seed: of the run.
+        """
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.samples_per_prompt = samples_per_prompt
+        self.seed = seed
+        # A batch may span the end of an epoch, so two orders are kept.
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(len(prompts), seed, "prompts", epoch))
 
     def requests(self, step: int) -> list[Request]:
-        """The requests of a step, each with a seed of its own."""
-        first = step * self.batch
-        return [
-            replace(self.prompts[self._at(place // self.samples)], seed=seed_for(self.seed, "rollout", place))
-            for place in range(first, first + self.batch)
-        ]
+        """The requests of a step, each with its own seed."""
+        first = step * self.batch_size
+        requests = []
+        for number in range(first, first + self.batch_size):
+            prompt = self._prompt(number // self.samples_per_prompt)
+            requests.append(replace(prompt, seed=seed_for(self.seed, "rollout", number)))
+        return requests
 
-    def _at(self, place: int) -> int:
-        epoch, index = divmod(place, len(self.prompts))
-        return self._order(epoch)[index]
+    def _prompt(self, number: int) -> Request:
+        """The prompt at this position of the stream."""
+        epoch, position = divmod(number, len(self.prompts))
+        return self.prompts[self._order(epoch)[position]]
 
 
-def minibatch_orders(batch: int, minibatches: int, epochs: int, seed: int, step: int) -> list[list[list[int]]]:
-    """For each epoch, for each minibatch, the episodes in it: all episodes once an epoch, in random order."""
-    size = batch // minibatches
-    orders = [permutation(batch, seed, "minibatch", step, epoch) for epoch in range(epochs)]
-    return [[order[start : start + size] for start in range(0, batch, size)] for order in orders]
+def minibatch_orders(ppo: PpoSettings, seed: int, step: int) -> list[list[list[int]]]:
+    """For each epoch, for each minibatch, the indices of its episodes: each once per epoch, in random order."""
+    size = ppo.batch_size // ppo.minibatches
+    orders = []
+    for epoch in range(ppo.epochs):
+        order = permutation(ppo.batch_size, seed, "minibatch", step, epoch)
+        orders.append([order[start : start + size] for start in range(0, ppo.batch_size, size)])
+    return orders
 
 
 def demonstration_batches(
-    rows: Sequence[TokenizedDemonstration], ppo: PpoSettings, seed: int, step: int
+    demonstrations: Sequence[TokenizedDemonstration], ppo: PpoSettings, seed: int, step: int
 ) -> list[list[TokenizedDemonstration]]:
-    """For each optimizer step of a step, as many demonstrations as a minibatch has episodes; none without `ptx`."""
+    """For each optimizer step of a PPO step, as many demonstrations as a minibatch has episodes; none without ptx.
+
+    They are in random order, and none repeats before all have been used.
+    """
     if not ppo.ptx_coefficient:
         return []
-    size, order = ppo.batch_size // ppo.minibatches, permutation(len(rows), seed, "demonstrations", step)
-    starts = range(0, ppo.epochs * ppo.minibatches * size, size)
-    return [[rows[order[(start + i) % len(rows)]] for i in range(size)] for start in starts]
+    size = ppo.batch_size // ppo.minibatches
+    order = permutation(len(demonstrations), seed, "demonstrations", step)
+    batches = []
+    for start in range(0, ppo.epochs * ppo.minibatches * size, size):
+        positions = range(start, start + size)
+        batches.append([demonstrations[order[position % len(demonstrations)]] for position in positions])
+    return batches

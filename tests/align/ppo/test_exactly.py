@@ -88,7 +88,7 @@ def requests() -> list[Request]:
 
 
 def sample(roles: Roles) -> list[Trajectory]:
-    engine = TransformersEngine(roles.trunk, STOPS, rows=6)
+    engine = TransformersEngine(roles.trunk, STOPS, max_num_seqs=6)
     engine.load_adapter(1, roles.trunk.read_adapter("policy"))
     return engine.generate(requests(), Sampling(TEMPERATURE, 12))
 
@@ -229,7 +229,7 @@ def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(w
     experiment, run = whole[0], RunFolder(whole[1])
     tokenizer = load_tokenizer(experiment.model.path)
     roles = build_roles(build_scorers(experiment, run, tokenizer).blueprint, CriticSettings(), (SAMPLER_ROLE,))
-    engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal.generation_config, tokenizer), rows=8)
+    engine = TransformersEngine(roles.trunk, stop_ids(roles.trunk.causal.generation_config, tokenizer), max_num_seqs=8)
     engine.load_adapter(0, load_adapter(run.sft, experiment.policy))
     pending = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_datasets(experiment).prompts)]
     scored = score(roles, engine.generate(pending, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens)))

@@ -18,6 +18,10 @@ def stream(count: int, batch: int, seed: int = 0, samples: int = 1) -> PromptStr
     return PromptStream([Request(f"p{n}", (n,), seed=0, columns={"n": n}) for n in range(count)], batch, samples, seed)
 
 
+def orders_of(batch_size: int, minibatches: int, epochs: int, seed: int, step: int) -> list[list[list[int]]]:
+    return minibatch_orders(PpoSettings(batch_size=batch_size, minibatches=minibatches, epochs=epochs), seed, step)
+
+
 def drawn(count: int, batch: int, seed: int, steps: int) -> list[Request]:
     prompts = stream(count, batch, seed)
     return [request for step in range(steps) for request in prompts.requests(step)]
@@ -74,7 +78,7 @@ def test_another_seed_has_another_order_and_other_seeds() -> None:
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4), SEEDS, st.integers(0, 50))
 def test_minibatches_cover_the_batch_once_an_epoch(size: int, count: int, epochs: int, seed: int, step: int) -> None:
-    orders = minibatch_orders(size * count, count, epochs, seed, step)
+    orders = orders_of(size * count, count, epochs, seed, step)
     assert len(orders) == epochs
     for minibatches in orders:
         assert [len(minibatch) for minibatch in minibatches] == [size] * count
@@ -83,16 +87,16 @@ def test_minibatches_cover_the_batch_once_an_epoch(size: int, count: int, epochs
 
 @given(SEEDS, st.integers(0, 50))
 def test_the_same_seed_gives_the_same_minibatches(seed: int, step: int) -> None:
-    assert minibatch_orders(32, 4, 2, seed, step) == minibatch_orders(32, 4, 2, seed, step)
+    assert orders_of(32, 4, 2, seed, step) == orders_of(32, 4, 2, seed, step)
 
 
 @pytest.mark.parametrize(("seed", "step"), [(1, 0), (0, 1)])
 def test_another_seed_or_step_gives_other_minibatches(seed: int, step: int) -> None:
-    assert minibatch_orders(32, 4, 2, seed, step) != minibatch_orders(32, 4, 2, 0, 0)
+    assert orders_of(32, 4, 2, seed, step) != orders_of(32, 4, 2, 0, 0)
 
 
 def test_each_epoch_has_an_order_of_its_own() -> None:
-    first, second = minibatch_orders(32, 4, 2, seed=0, step=0)
+    first, second = orders_of(32, 4, 2, seed=0, step=0)
     assert first != second
 
 

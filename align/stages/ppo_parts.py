@@ -1,0 +1,257 @@
+"""The parts of PPO, chosen by the settings before the loop starts."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+from align.algorithms.kl import AdaptiveKl, FixedKl, KlCoefficient
+from align.config.schema import Experiment, KlSettings
+from align.evaluation.policy import REFERENCE_VERSION, Evaluator, build_evaluator
+from align.learner.group import Learners, LocalLearners
+from align.ppo.checkpoint import PpoProgress, SavedBatch, read_pending, read_progress, read_states
+from align.ppo.loop import Ppo, Step
+from align.ppo.mismatch import check_parity
+from align.ppo.prompts import PromptStream
+from align.ppo.stop_rule import NoStopRule, StopCondition, StopRule
+from align.resources.ray_cluster import compute_settings
+from align.roles.build import Blueprint, build_roles
+from align.runs.checkpoint import latest
+from align.runs.fingerprint import product_digests
+from align.runtime.seeds import permutation, seed_for
+from align.scoring.build import Scorers
+from align.scoring.reward import RoleScorer
+from align.stages.context import StageContext
+from policies.trunk import AdapterWeights
+from rollouts.async_rollouts import AsyncRollouts, PartialRollouts, SynchronousRollouts
+from rollouts.build import build_engine
+from rollouts.engine import Sampling
+from rollouts.pool import LocalPool, Pool
+from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
+
+
+@dataclass(frozen=True)
+class PpoParts:
+    """What PPO runs and records with.
+
+    Attributes:
+        loop: the controller, at the next step.
+        scorers: of the reward and the gold score.
+        evaluator: compares the policy with the reference.
+        stop_rule: may stop PPO early.
+        progress: how far PPO is; updated as it runs.
+    """
+
+    loop: Ppo
+    scorers: Scorers
+    evaluator: Evaluator
+    stop_rule: StopCondition
+    progress: PpoProgress
+
+    def remaining_steps(self) -> Iterator[Step]:
+        """Run the remaining steps, one at a time; none if the stop rule has stopped PPO before."""
+        return iter(()) if self.progress.stopped else self.loop.steps()
+
+    def is_last_step(self, metrics: Mapping[str, float]) -> bool:
+        """Whether PPO ends after the step with these metrics."""
+        self.progress.stopped = self.stop_rule.reason(metrics)
+        return self.loop.step == self.loop.ppo.steps or self.progress.stopped is not None
+
+
+def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoParts:
+    """Build the parts, at the last checkpoint or at the start.
+
+    Args:
+        context: of the stage.
+        scorers: of the reward and the gold score.
+        stack: closes the pool and the learners. Ray must be initialized where the settings use it.
+    """
+    settings = context.experiment
+    learners, pool = _build_learners_and_pool(context, scorers.blueprint, stack)
+    # Without an SFT adapter the base model is the reference: the policy's adapter changes nothing before any update.
+    reference = scorers.blueprint.reference or learners.policy_weights()
+    evaluator = build_evaluator(
+        experiment=settings,
+        scorers=scorers,
+        pool=pool,
+        roles_score=learners.score,
+        reference=reference,
+        prompts=context.datasets.prompts_heldout,
+        tokenizer=context.tokenizer,
+    )
+    progress, saved_batches = _resume(context, learners)
+    if progress.reward:
+        scorers.reward.composition.restore(progress.reward)
+    else:
+        _calibrate(context, scorers, pool, learners.score, reference)
+    loop = _build_loop(context, scorers, learners, pool, progress)
+    pool.load_adapter(loop.step, learners.policy_weights())
+    check_parity(pool, learners.score, loop.prompts.requests(loop.step), loop.sampling)
+    for batch in saved_batches:
+        loop.submit(batch.step, batch.version, batch.weights)
+    stop_rule: StopCondition = NoStopRule()
+    if settings.ppo.stop is not None:
+        stop_rule = StopRule(settings.ppo.stop, *progress.stop)
+    return PpoParts(loop=loop, scorers=scorers, evaluator=evaluator, stop_rule=stop_rule, progress=progress)
+
+
+def _build_loop(context: StageContext, scorers: Scorers, learners: Learners, pool: Pool, progress: PpoProgress) -> Ppo:
+    settings = context.experiment
+    ppo, rollouts = settings.ppo, settings.rollouts
+    return Ppo(
+        prompts=PromptStream(context.datasets.prompts, ppo.batch_size, ppo.samples_per_prompt, settings.seed),
+        rollouts=pool if isinstance(pool, AsyncRollouts) else SynchronousRollouts(pool),
+        learners=learners,
+        score=scorers.training_scorer(learners.score),
+        kl=_kl_coefficient(ppo.kl, progress.kl_coefficient),
+        sampling=Sampling(rollouts.temperature, rollouts.max_new_tokens, rollouts.segment_tokens),
+        ppo=ppo,
+        learner=settings.learner,
+        seed=settings.seed,
+        demonstrations=context.datasets.demonstrations,
+        max_staleness=rollouts.max_staleness,
+        step=progress.step,
+    )
+
+
+def _kl_coefficient(kl: KlSettings, value: float) -> KlCoefficient:
+    return FixedKl(value) if kl.target is None else AdaptiveKl(value, kl.target, kl.horizon)
+
+
+def _build_learners_and_pool(context: StageContext, blueprint: Blueprint, stack: ExitStack) -> tuple[Learners, Pool]:
+    """Learners and pool, each in this process or in Ray actors.
+
+    In one process they share the base model, but not at ZeRO 3, which gathers weights for the learner's forward passes
+    only.
+    """
+    settings = context.experiment
+    learners: Learners
+    pool: Pool
+    if settings.rollouts.workers == 0 and settings.learner.ranks == 0 and settings.learner.zero < 3:
+        learners, pool = _shared_learners_and_pool(context, blueprint)
+    else:
+        pool = _build_pool(settings, stack)
+        learners = _build_learners(settings, blueprint)
+    stack.callback(learners.close)
+    return learners, pool
+
+
+def _shared_learners_and_pool(context: StageContext, blueprint: Blueprint) -> tuple[LocalLearners, LocalPool]:
+    settings = context.experiment
+    roles = build_roles(blueprint, settings.ppo.active_critic, (SAMPLER_ROLE,))
+    engine = make_transformers_engine(roles.trunk, context.tokenizer, settings.rollouts)
+    pool = LocalPool(engine, settings.rollouts.effective_chunk_size)
+    learners = LocalLearners(
+        roles=roles,
+        ppo=settings.ppo,
+        learner=settings.learner,
+        temperature=settings.rollouts.temperature,
+        gradient_checkpointing=settings.model.gradient_checkpointing,
+    )
+    return learners, pool
+
+
+def _build_pool(settings: Experiment, stack: ExitStack) -> Pool:
+    """A pool with its own base model."""
+    rollouts = settings.rollouts
+    if not rollouts.workers:
+        engine = build_engine(settings.model, settings.policy, rollouts)
+        return LocalPool(engine, rollouts.effective_chunk_size)
+    from rollouts.ray_pool import PoolSettings, RayPool  # Ray is slow to import
+
+    compute = compute_settings(settings, rollouts.workers)
+    if rollouts.engine == "vllm":
+        compute = replace(compute, deterministic=False)  # torch does not know that some of its kernels are
+    workers = RayPool(
+        build=partial(build_engine, settings.model, settings.policy, rollouts),
+        settings=PoolSettings(
+            workers=rollouts.workers,
+            chunk_size=rollouts.effective_chunk_size,
+            timeout=rollouts.timeout,
+            straggler_factor=rollouts.straggler_factor,
+            gpus=rollouts.gpus,
+        ),
+        compute=compute,
+    )
+    pool: Pool = workers
+    if rollouts.max_staleness:
+        pool = PartialRollouts(workers) if rollouts.segment_tokens else AsyncRollouts(workers)
+    stack.callback(pool.close)
+    return pool
+
+
+def _build_learners(settings: Experiment, blueprint: Blueprint) -> Learners:
+    """Learners with their own base model."""
+    temperature = settings.rollouts.temperature
+    if not settings.learner.ranks:
+        return LocalLearners(
+            roles=build_roles(blueprint, settings.ppo.active_critic),
+            ppo=settings.ppo,
+            learner=settings.learner,
+            temperature=temperature,
+            gradient_checkpointing=settings.model.gradient_checkpointing,
+        )
+    from align.learner.ray_ranks import RayLearners  # Ray is slow to import
+
+    return RayLearners(
+        blueprint=blueprint,
+        ppo=settings.ppo,
+        learner=settings.learner,
+        temperature=temperature,
+        computing=compute_settings(settings, settings.learner.ranks),
+    )
+
+
+def _resume(context: StageContext, learners: Learners) -> tuple[PpoProgress, list[SavedBatch]]:
+    """Restore the last checkpoint, if there is one.
+
+    Returns:
+        How far PPO is, and the batches that were being generated.
+    """
+    settings = context.experiment
+    products = product_digests(context.run)
+    checkpoint = latest(context.run.checkpoints("ppo"))
+    if checkpoint is None:
+        return _progress_at_start(settings, products), []
+    progress = read_progress(checkpoint, products)
+    states = read_states(checkpoint, settings.policy, settings.ppo.active_critic, progress.ranks)
+    learners.restore(states, progress.zero)
+    progress.ranks = settings.learner.ranks
+    progress.zero = settings.learner.zero
+    return progress, read_pending(checkpoint, settings.policy, progress)
+
+
+def _progress_at_start(settings: Experiment, products: dict[str, str]) -> PpoProgress:
+    return PpoProgress(
+        step=0,
+        kl_coefficient=settings.ppo.kl.coefficient,
+        best_step=0,
+        best=None,
+        reward={},
+        stop=[],
+        stopped=None,
+        seconds=0.0,
+        ranks=settings.learner.ranks,
+        zero=settings.learner.zero,
+        pending=[],
+        products=products,
+    )
+
+
+def _calibrate(
+    context: StageContext, scorers: Scorers, pool: Pool, roles_score: RoleScorer, reference: AdapterWeights
+) -> None:
+    """Normalize those terms of the reward that ask for it, by their scores of the reference's responses."""
+    composition = scorers.reward.composition
+    if not composition.calibrated:
+        return
+    settings = context.experiment
+    prompts = context.datasets.prompts
+    pool.load_adapter(REFERENCE_VERSION, reference)
+    requests = []
+    for i in permutation(len(prompts), settings.seed, "normalise terms")[: settings.reward.normalise]:
+        requests.append(replace(prompts[i], seed=seed_for(settings.seed, "normalise terms", i)))
+    sampling = Sampling(settings.rollouts.temperature, settings.rollouts.max_new_tokens)
+    trajectories = pool.generate(requests, sampling)
+    raw, _ = scorers.reward.raw_scores(trajectories, roles_score(trajectories, ("reward",)))
+    composition.calibrate(raw)

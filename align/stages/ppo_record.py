@@ -1,0 +1,132 @@
+"""What a PPO run leaves behind: metrics, samples, evaluations, checkpoints, and the best policy."""
+
+import time
+
+from align.ppo.checkpoint import write_state
+from align.ppo.fault_dump import write_fault_dump
+from align.ppo.loop import Step
+from align.ppo.metrics import step_metrics, step_samples
+from align.runs.checkpoint import new_checkpoint
+from align.runs.folder import write_facts
+from align.runtime.atomic_files import new_folder, write_json
+from align.runtime.failures import Fault
+from align.runtime.progress import ProgressBar
+from align.scoring.build import REWARD_STATE
+from align.stages.context import StageContext
+from align.stages.ppo_parts import PpoParts
+from policies.files.adapters import save_adapter
+
+LOGGED_EVALUATION = ("score_mean", "gold_mean", "spread_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
+"""Metrics of an evaluation that are also logged, as `eval/NAME`, where it has them."""
+
+
+class PpoRecord:
+    """Records the steps of a run in its folder and its trackers."""
+
+    def __init__(self, context: StageContext, parts: PpoParts, bar: ProgressBar, started: float) -> None:
+        """Record nothing yet.
+
+        Args:
+            context: of the stage.
+            parts: of PPO; their progress is kept up to date.
+            bar: shows the progress.
+            started: the value of `time.perf_counter()` when the stage started.
+        """
+        self.context = context
+        self.parts = parts
+        self.progress = parts.progress
+        self.bar = bar
+        self._started = started
+        self._seconds_before = parts.progress.seconds
+        self._skipped_in_a_row = 0
+
+    def seconds(self) -> float:
+        """Spent so far, before the last checkpoint too."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def log(self, step: Step) -> dict[str, float]:
+        """Write the metrics and samples of a step, and return the metrics."""
+        settings = self.context.experiment
+        scorers = self.parts.scorers
+        number = step.index + 1
+        gold = None if scorers.gold is None else scorers.gold(step.trajectories)
+        metrics = step_metrics(step, settings.ppo, gold)
+        if settings.reward.constraint:
+            metrics["reward/multiplier"] = scorers.reward.composition.multiplier
+        self.context.tracker.log("ppo", number, metrics)
+        samples = step_samples(step, self.context.tokenizer, settings.tracking.samples, gold)
+        self.context.tracker.samples("ppo", number, samples)
+        self.bar.advance(
+            number,
+            episodes=number * len(step.episodes),
+            reward=metrics["reward/mean"],
+            kl=metrics["kl/per_sequence"],
+        )
+        return metrics
+
+    def check_skipped(self, step: Step, metrics: dict[str, float]) -> None:
+        """Count consecutive steps with a non-finite gradient.
+
+        Raises:
+            Fault: at the limit, once the episodes of the step are in a folder.
+        """
+        limit = self.context.experiment.learner.max_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["learner/skipped_steps"] else 0
+        if self._skipped_in_a_row == limit:
+            folder = self.context.run.path / "faults" / f"step-{step.index + 1}"
+            write_fault_dump(folder, step, self.context.tokenizer)
+            raise Fault(
+                f"the gradient was not finite in {limit} consecutive steps (learner.max_skipped); the episodes of the "
+                f"last one are in {folder}"
+            )
+
+    def evaluate(self) -> None:
+        """Evaluate the policy; keep it in `best/` unless an earlier one was better."""
+        context, loop = self.context, self.parts.loop
+        settings = context.experiment
+        composition = self.parts.scorers.reward.composition
+        weights = loop.learners.policy_weights()
+        evaluation = self.parts.evaluator.evaluate(loop.step, weights)
+        policy: dict[str, float] = evaluation["policy"]
+        logged = {f"eval/{name}": policy[name] for name in LOGGED_EVALUATION if name in policy}
+        context.tracker.log("ppo", loop.step, logged)
+        value = policy[settings.evaluation.best]
+        # Scores before and after a change of the reward cannot be compared: then the newest policy counts as the best.
+        reward_changes = composition.is_stateful and settings.evaluation.best == "score_mean"
+        if reward_changes or self.progress.best is None or value >= self.progress.best:
+            self.progress.best_step = loop.step
+            self.progress.best = value
+            with new_folder(context.run.best) as folder:
+                save_adapter(folder, weights, settings.policy, settings.model.path)
+                write_json(folder / "evaluation.json", evaluation)
+                write_json(folder / REWARD_STATE, composition.state())
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        settings, loop, progress = self.context.experiment, self.parts.loop, self.progress
+        progress.step = loop.step
+        progress.kl_coefficient = loop.kl.value
+        progress.reward = self.parts.scorers.reward.composition.state()
+        progress.stop = self.parts.stop_rule.state()
+        progress.seconds = self.seconds()
+        progress.pending = [batch.version for batch in loop.pending]
+        states = loop.learners.state()
+        checkpoints = self.context.run.checkpoints("ppo")
+        with new_checkpoint(checkpoints, progress.step, settings.checkpoint.keep) as folder:
+            write_state(
+                folder=folder,
+                states=states,
+                policy=settings.policy,
+                base=settings.model.path,
+                progress=progress,
+                pending=loop.pending,
+            )
+
+
+def publish_best(context: StageContext, seconds: float, stopped: str | None) -> None:
+    """Make the best policy the run's. `seconds`: spent on PPO. `stopped`: why it stopped early, if it did."""
+    facts: dict[str, float | str] = {"seconds": seconds}
+    if stopped:
+        facts["stopped"] = stopped
+    write_facts(context.run.best, facts)
+    context.run.best.rename(context.run.policy)
