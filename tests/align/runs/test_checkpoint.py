@@ -29,7 +29,7 @@ def write_steps(folder: Path, *steps: int, keep: int = 9) -> None:
             (temporary / "policy" / "adapter").write_bytes(b"a" * step)
 
 
-def damage(checkpoint: Path) -> None:
+def flip_byte(checkpoint: Path) -> None:
     (checkpoint / "weights").write_bytes(b"w" * 99 + b"x")
 
 
@@ -53,7 +53,7 @@ def halve_manifest(checkpoint: Path) -> None:
     os.truncate(checkpoint / "manifest.json", 20)
 
 
-HARM = pytest.mark.parametrize("harm", [damage, truncate, remove_nested, add, remove_manifest, halve_manifest])
+DAMAGE = pytest.mark.parametrize("damage", [flip_byte, truncate, remove_nested, add, remove_manifest, halve_manifest])
 
 
 def test_latest_is_the_newest_by_number(tmp_path: Path) -> None:
@@ -61,30 +61,30 @@ def test_latest_is_the_newest_by_number(tmp_path: Path) -> None:
     assert latest(tmp_path) == tmp_path / "step-10"
 
 
-def test_there_is_no_latest_where_nothing_was_written(tmp_path: Path) -> None:
+def test_there_is_no_latest_without_checkpoints(tmp_path: Path) -> None:
     assert latest(tmp_path / "nowhere") is None
 
 
-@HARM
-def test_latest_skips_a_harmed_checkpoint(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+@DAMAGE
+def test_latest_skips_a_damaged_checkpoint(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     write_steps(tmp_path, 1, 2)
-    harm(tmp_path / "step-2")
+    damage(tmp_path / "step-2")
     assert latest(tmp_path) == tmp_path / "step-1"
 
 
-@HARM
-def test_a_harmed_checkpoint_does_not_verify(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+@DAMAGE
+def test_a_damaged_checkpoint_does_not_verify(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     write_steps(tmp_path, 1)
     verify(tmp_path / "step-1")
-    harm(tmp_path / "step-1")
+    damage(tmp_path / "step-1")
     with pytest.raises(UserError, match="step-1"):
         verify(tmp_path / "step-1")
 
 
-@HARM
-def test_harm_to_an_older_checkpoint_does_not_matter(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+@DAMAGE
+def test_damage_to_an_older_checkpoint_does_not_matter(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     write_steps(tmp_path, 1, 2)
-    harm(tmp_path / "step-1")
+    damage(tmp_path / "step-1")
     assert latest(tmp_path) == tmp_path / "step-2"
 
 
@@ -95,7 +95,7 @@ def test_the_manifest_lists_every_file_with_its_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, ["step-10"]), (2, ["step-9", "step-10"])])
-def test_only_the_last_ones_stay(tmp_path: Path, keep: int, kept: list[str]) -> None:
+def test_only_the_last_ones_are_kept(tmp_path: Path, keep: int, kept: list[str]) -> None:
     write_steps(tmp_path, 1, 2, 9, 10, keep=keep)
     assert [path.name for path in checkpoints(tmp_path)] == kept
 

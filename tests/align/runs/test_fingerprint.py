@@ -1,4 +1,4 @@
-"""A run that goes on must be made of what it began with."""
+"""A resumed run must be made from what it was started with."""
 
 import json
 import shutil
@@ -24,65 +24,67 @@ def settings(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     return make_settings(model, tmp_path)
 
 
-def begun(settings: dict[str, Any], tmp_path: Path) -> RunFolder:
+def start_run(settings: dict[str, Any], tmp_path: Path) -> RunFolder:
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    write_fingerprint(run, *made(settings))
+    write_fingerprint(run, *experiment_and_data(settings))
     return run
 
 
-def made(settings: dict[str, Any]) -> tuple[Experiment, Datasets]:
+def experiment_and_data(settings: dict[str, Any]) -> tuple[Experiment, Datasets]:
     experiment = Experiment.model_validate(settings)
     return experiment, load_datasets(experiment)
 
 
-def test_how_long_and_by_how_many_may_change(settings: dict[str, Any], tmp_path: Path) -> None:
-    run = begun(settings, tmp_path)
+def test_duration_and_number_of_processes_may_change(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = start_run(settings, tmp_path)
     settings["ppo"]["steps"] = 9
     settings["rollouts"] |= {"workers": 1, "chunk_size": 4}
     settings["learner"]["ranks"] = 2
     settings["checkpoint"]["every"] = 2
-    check_fingerprint(run, *made(settings))
+    check_fingerprint(run, *experiment_and_data(settings))
 
 
 @pytest.mark.parametrize(
     ("section", "name", "value"),
     [("ppo", "epochs", 3), ("learner", "max_grad_norm", 0.5), ("rollouts", "temperature", 0.9), ("policy", "alpha", 8)],
 )
-def test_what_changes_the_mathematics_is_refused_by_name(
+def test_a_setting_that_changes_the_computation_is_refused_by_name(
     section: str, name: str, value: Any, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = begun(settings, tmp_path)
+    run = start_run(settings, tmp_path)
     settings[section] |= {name: value}
-    with pytest.raises(UserError, match=rf"began with {section}\.{name} .* and it is {value}"):
-        check_fingerprint(run, *made(settings))
+    with pytest.raises(UserError, match=rf"was started with {section}\.{name} .* and it is {value}"):
+        check_fingerprint(run, *experiment_and_data(settings))
 
 
-def test_another_base_is_refused_and_the_same_elsewhere_is_not(settings: dict[str, Any], tmp_path: Path) -> None:
-    run = begun(settings, tmp_path)
+def test_another_base_model_is_refused_and_the_same_one_elsewhere_is_not(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = start_run(settings, tmp_path)
     moved = tmp_path / "moved"
     shutil.copytree(settings["model"]["path"], moved)
     settings["model"] = {"path": str(moved)}
-    check_fingerprint(run, *made(settings))
+    check_fingerprint(run, *experiment_and_data(settings))
     weights = load_file(moved / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1e-6
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.path: .*moved is not the model"):
-        check_fingerprint(run, *made(settings))
+        check_fingerprint(run, *experiment_and_data(settings))
 
 
 @pytest.mark.parametrize("source", ["demonstrations", "preferences", "prompts"])
-def test_other_data_are_refused_by_source(source: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    run = begun(settings, tmp_path)
+def test_other_data_is_refused_by_source(source: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    run = start_run(settings, tmp_path)
     path = Path(settings["data"][source])
     lines = path.read_text().splitlines()
     row = json.loads(lines[0])
     path.write_text("\n".join([*lines[1:], json.dumps(row | {"prompt": row["prompt"] + " red"})]) + "\n")
     with pytest.raises(UserError, match=rf"data\.{source}\S*: the rows"):
-        check_fingerprint(run, *made(settings))
+        check_fingerprint(run, *experiment_and_data(settings))
 
 
-def test_one_process_writes_a_run(tmp_path: Path) -> None:
+def test_only_one_process_writes_a_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with locked(run), pytest.raises(UserError, match=r"is being written by process \d+"), locked(run):
         pass

@@ -7,8 +7,8 @@ from align.config.stage import stage_names
 from align.runs.folder import (
     RunFolder,
     begin_run,
-    folder_of,
     find_run,
+    folder_of,
     read_facts,
     refuse_run,
     refuse_stage,
@@ -30,7 +30,7 @@ def make(runs: Path, name: str = "tiny") -> Experiment:
 
 
 def fill(run: RunFolder) -> None:
-    """As a whole run would leave it, with files of the user between."""
+    """Write what a complete run leaves, with files of the user among it."""
     for name in (*(part for parts in PARTS.values() for part in parts), *SHARED, *FOREIGN):
         path = run.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,17 +41,17 @@ def files(run: RunFolder) -> set[str]:
     return {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
 
 
-def test_a_run_lies_under_its_name(tmp_path: Path) -> None:
+def test_a_run_is_in_a_folder_of_its_name(tmp_path: Path) -> None:
     assert folder_of(make(tmp_path, "a.b-c")).path == tmp_path / "a.b-c"
 
 
-def test_beginning_writes_the_settings(tmp_path: Path) -> None:
+def test_starting_writes_the_settings(tmp_path: Path) -> None:
     experiment = make(tmp_path)
     begin_run(folder_of(experiment), experiment)
     assert find_run(str(tmp_path / "tiny")) == (folder_of(experiment), experiment)
 
 
-def test_beginning_anew_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+def test_starting_again_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     run = folder_of(make(tmp_path))
     fill(run)
     begin_run(run, make(tmp_path))
@@ -59,7 +59,7 @@ def test_beginning_anew_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", stage_names())
-def test_beginning_a_stage_anew_leaves_the_others(tmp_path: Path, stage: str) -> None:
+def test_starting_a_stage_again_leaves_the_others(tmp_path: Path, stage: str) -> None:
     run = folder_of(make(tmp_path))
     fill(run)
     before = files(run)
@@ -68,7 +68,7 @@ def test_beginning_a_stage_anew_leaves_the_others(tmp_path: Path, stage: str) ->
 
 
 @pytest.mark.parametrize(("stage", "product"), [("sft", "sft"), ("reward", "reward"), ("ppo", "policy")])
-def test_a_stage_is_done_when_its_product_is_there(tmp_path: Path, stage: str, product: str) -> None:
+def test_a_stage_is_done_when_its_product_exists(tmp_path: Path, stage: str, product: str) -> None:
     run = RunFolder(tmp_path)
     run.checkpoints(stage).mkdir(parents=True)
     assert not run.done(stage)
@@ -94,7 +94,7 @@ def test_only_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "done"), [("sft", "sft"), ("sft", "ppo"), ("reward", "ppo"), ("ppo", "ppo")])
 def test_a_stage_is_refused_where_it_or_a_later_one_is_done(tmp_path: Path, stage: str, done: str) -> None:
     (tmp_path / {"sft": "sft", "ppo": "policy"}[done]).mkdir()
-    with pytest.raises(UserError, match=f"has done {done}: --replace does {stage} anew"):
+    with pytest.raises(UserError, match=f"stage {done} is done; --replace runs {stage} again"):
         refuse_stage(RunFolder(tmp_path), stage)
 
 
@@ -105,19 +105,19 @@ def test_a_stage_is_not_refused_where_only_earlier_ones_are_done(tmp_path: Path)
     refuse_stage(run, "ppo")
 
 
-def test_a_run_is_opened_by_its_name_and_by_its_folder(tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_name_and_by_its_folder(tmp_path: Path) -> None:
     experiment = make(tmp_path / "runs")
     begin_run(folder_of(experiment), experiment)
     assert find_run("tiny", str(tmp_path / "runs")) == find_run(str(tmp_path / "runs" / "tiny"))
 
 
-def test_what_is_no_run_is_not_opened(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
-    with pytest.raises(UserError, match=f"tiny is no run: there is no tiny/config.yaml, nor {tmp_path}/tiny/config"):
+    with pytest.raises(UserError, match=f"tiny is not a run: neither tiny/config.yaml nor {tmp_path}/tiny/config"):
         find_run("tiny", str(tmp_path))
 
 
-def test_facts_and_evaluation_come_back_and_are_empty_before(tmp_path: Path) -> None:
+def test_facts_and_evaluation_are_read_back_and_are_empty_before(tmp_path: Path) -> None:
     assert read_facts(tmp_path) == RunFolder(tmp_path).read_evaluation() == {}
     write_facts(tmp_path, {"seconds": 1.5})
     RunFolder(tmp_path).evaluation.write_text('{"prompts": 4}')

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -44,8 +45,8 @@ with open_tracker(Path(sys.argv[1]), TrackingSettings(wandb="offline"), "tiny", 
 """
 
 
-def strict_lines(path: Path) -> list[dict]:
-    """All lines by a reader that refuses NaN and Infinity."""
+def strict_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines, read by a parser that refuses NaN and Infinity."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -64,8 +65,8 @@ def write_steps(run: Path, *lines: tuple[str, int]) -> None:
             tracker.samples(stage, step, [{"prompt": "p"}])
 
 
-def open_apart(run: Path, mode: str, home: Path, **environment: str) -> str:
-    """Open and close a tracker in a process of its own, whose home is empty."""
+def open_in_subprocess(run: Path, mode: str, home: Path, **environment: str) -> str:
+    """Open and close a tracker in a separate process with this home. Returns what it printed."""
     environment |= {"HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", OPEN, str(run), mode]
     done = subprocess.run(
@@ -89,7 +90,7 @@ def test_a_line_is_on_disk_before_the_tracker_closes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
+def test_a_value_that_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
     with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
         tracker.log("ppo", 1, {"reward/mean": value})
         tracker.samples("ppo", 1, [{"parts": {"rule": [value, 1.0]}}])
@@ -98,7 +99,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["zwei\nZeilen", "猫", "\u2028", "half a pair: \ud83d"])
-def test_any_text_of_a_sample_comes_back(tmp_path: Path, text: str) -> None:
+def test_any_text_of_a_sample_is_read_back(tmp_path: Path, text: str) -> None:
     with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
         tracker.samples("ppo", 1, [{"response": text}, {"response": "next"}])
     assert [row["response"] for row in read_lines(tmp_path / "samples.jsonl")] == [text, "next"]
@@ -145,7 +146,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path
         truncate_after(tmp_path, "ppo", 3)
 
 
-def test_a_run_opened_again_is_the_same_wandb_run_in_its_own_folder(
+def test_a_reopened_run_is_the_same_wandb_run_in_its_own_folder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -171,37 +172,37 @@ def test_a_closed_tracker_leaves_no_wandb_process(tmp_path: Path) -> None:
     assert not alive
 
 
-def test_logging_goes_on_when_wandb_dies(tmp_path: Path) -> None:
+def test_logging_continues_when_wandb_dies(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LOSE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stderr.count("W&B is lost, the run goes on without it") == 1
+    assert done.stderr.count("W&B is lost; the run continues without it") == 1
     assert steps(tmp_path) == [("ppo", 1), ("ppo", 2), ("ppo", 3)]
 
 
 def test_auto_is_offline_where_nobody_is_logged_in_and_writes_nothing_in_the_home(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    assert open_apart(tmp_path / "run", "auto", home) == ""
+    assert open_in_subprocess(tmp_path / "run", "auto", home) == ""
     assert list(tmp_path.glob("run/wandb/offline-run-*"))
     assert list(home.iterdir()) == []
 
 
 def test_auto_follows_wandb_mode(tmp_path: Path) -> None:
-    assert open_apart(tmp_path / "run", "auto", tmp_path, WANDB_MODE="disabled") == ""
+    assert open_in_subprocess(tmp_path / "run", "auto", tmp_path, WANDB_MODE="disabled") == ""
     assert not (tmp_path / "run" / "wandb").exists()
 
 
 def test_a_wandb_mode_that_does_not_exist_is_a_user_error(tmp_path: Path) -> None:
-    assert "tracking.wandb" in open_apart(tmp_path / "run", "auto", tmp_path, WANDB_MODE="sometimes")
+    assert "tracking.wandb" in open_in_subprocess(tmp_path / "run", "auto", tmp_path, WANDB_MODE="sometimes")
 
 
-def test_auto_is_online_with_a_key_and_says_what_to_set_where_the_server_is_not_there(tmp_path: Path) -> None:
+def test_auto_is_online_with_a_key_and_says_what_to_set_where_the_server_cannot_be_reached(tmp_path: Path) -> None:
     nowhere = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
-    said = open_apart(tmp_path / "run", "auto", tmp_path, **nowhere)
-    assert said.startswith("W&B cannot start")
-    assert "Set tracking.wandb to offline" in said
+    output = open_in_subprocess(tmp_path / "run", "auto", tmp_path, **nowhere)
+    assert output.startswith("W&B cannot start")
+    assert "Set tracking.wandb to offline" in output
 
 
 def test_online_without_a_login_is_a_user_error(tmp_path: Path) -> None:
-    said = open_apart(tmp_path / "run", "online", tmp_path, WANDB_BASE_URL="http://127.0.0.1:9")
-    assert "wandb login" in said
+    output = open_in_subprocess(tmp_path / "run", "online", tmp_path, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert "wandb login" in output

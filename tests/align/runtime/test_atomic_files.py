@@ -40,12 +40,12 @@ def test_a_new_folder_has_its_name_only_at_the_end(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_dir()
 
 
-def test_folders_above_a_new_one_are_made(tmp_path: Path) -> None:
+def test_missing_parents_of_a_new_folder_are_created(tmp_path: Path) -> None:
     fill(tmp_path / "a" / "b", "x")
     assert files(tmp_path) == ["a", "a/b", "a/b/x"]
 
 
-def test_a_new_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
+def test_a_new_folder_replaces_the_old_one_completely(tmp_path: Path) -> None:
     fill(tmp_path / "a", "old")
     fill(tmp_path / "a", "new")
     assert files(tmp_path) == ["a", "a/new"]
@@ -72,7 +72,7 @@ def test_a_kill_leaves_the_old_folder(tmp_path: Path) -> None:
     assert files(tmp_path / "a") == ["old"]
 
 
-def test_what_a_kill_left_is_not_in_the_next_folder(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_not_in_the_next_folder(tmp_path: Path) -> None:
     for name in (".a.writing", ".a.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").touch()
@@ -80,14 +80,14 @@ def test_what_a_kill_left_is_not_in_the_next_folder(tmp_path: Path) -> None:
     assert files(tmp_path) == ["a", "a/new"]
 
 
-def test_json_comes_back(tmp_path: Path) -> None:
+def test_json_is_read_back(tmp_path: Path) -> None:
     value = {"mean": 0.1, "none": None, "text": "猫", "rows": [1, 2]}
     write_json(tmp_path / "f.json", value)
     assert json.loads((tmp_path / "f.json").read_text()) == value
     assert files(tmp_path) == ["f.json"]
 
 
-def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path: Path) -> None:
     write_json(tmp_path / "f.json", {"a": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "f.json", {"a": 2, "b": object()})

@@ -12,7 +12,7 @@ with last_words('gone; resume'):
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "printed"),
     [
         ("pass", False),
         ("sys.exit(3)", False),
@@ -21,6 +21,6 @@ with last_words('gone; resume'):
         ("os.kill(os.getpid(), signal.SIGKILL)", True),
     ],
 )
-def test_the_witness_speaks_where_the_process_could_not(end: str, said: bool) -> None:
+def test_the_message_is_printed_where_the_process_was_killed(end: str, printed: bool) -> None:
     done = subprocess.run([sys.executable, "-c", BLOCK.format(end)], capture_output=True, text=True, check=False)
-    assert ("gone; resume" in done.stderr) == said
+    assert ("gone; resume" in done.stderr) == printed

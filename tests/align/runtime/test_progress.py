@@ -10,24 +10,24 @@ import pytest
 from align.runtime.progress import ProgressBar
 
 ON_A_TERMINAL = """
-from align.runtime.progress import Progress
-with Progress("ppo", 2) as progress:
+from align.runtime.progress import ProgressBar
+with ProgressBar("ppo", 2) as progress:
     progress.advance(1, loss=0.5)
     progress.advance(2, loss=0.25)
 """
 
 
-def long_ago(progress: ProgressBar, seconds: float) -> None:
-    """As if the process had started, and printed for the last time, so many seconds ago."""
+def pretend_elapsed(progress: ProgressBar, seconds: float) -> None:
+    """Pretend that the process started, and last printed a line, this many seconds ago."""
     progress.started -= seconds
     progress.printed -= seconds
 
 
 def line(capsys: pytest.CaptureFixture[str], first: int, *later: int, total: int, seconds: float) -> str:
-    """The last line of a process that began with step `first` and has taken so many seconds."""
+    """The last line of a process that began with step `first` and has taken this many seconds."""
     with ProgressBar("ppo", total) as progress:
         progress.advance(first)
-        long_ago(progress, seconds)
+        pretend_elapsed(progress, seconds)
         for step in later:
             progress.advance(step)
     return capsys.readouterr().err.splitlines()[-1]
@@ -36,15 +36,15 @@ def line(capsys: pytest.CaptureFixture[str], first: int, *later: int, total: int
 def test_a_plain_line_has_stage_step_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("sft", 1) as progress:
         progress.advance(1, loss=0.123456, tokens=12345)
-    assert capsys.readouterr() == ("", "sft 1/1  loss 0.123  tokens 12,345  left 0:00\n")
+    assert capsys.readouterr() == ("", "sft 1/1  loss 0.123  tokens 12,345  ETA 0:00\n")
 
 
-def test_plain_lines_come_now_and_then_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_are_printed_every_few_seconds_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("sft", 100) as progress:
         for step in range(1, 101):
             progress.advance(step)
             if step == 40:
-                long_ago(progress, 6)
+                pretend_elapsed(progress, 6)
     assert [text.split()[1] for text in capsys.readouterr().err.splitlines()] == ["41/100", "100/100"]
 
 
@@ -54,30 +54,31 @@ def test_a_plain_line_has_no_control_characters(capsys: pytest.CaptureFixture[st
     assert re.fullmatch(r"[ -~]+\n", capsys.readouterr().err)
 
 
-def test_time_left_is_the_pace_times_the_steps_to_come(capsys: pytest.CaptureFixture[str]) -> None:
-    assert line(capsys, 1, 2, total=12, seconds=20).endswith("left 1:40")
+def test_the_eta_is_the_pace_times_the_remaining_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert line(capsys, 1, 2, total=12, seconds=20).endswith("ETA 1:40")
 
 
-def test_time_left_of_a_resumed_run_is_the_pace_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
-    assert line(capsys, 91, 92, total=100, seconds=20).endswith("left 1:20")
+def test_the_eta_of_a_resumed_run_follows_the_pace_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert line(capsys, 91, 92, total=100, seconds=20).endswith("ETA 1:20")
 
 
-def test_hours_left(capsys: pytest.CaptureFixture[str]) -> None:
-    assert line(capsys, 1, 2, total=722, seconds=20).endswith("left 2:00:00")
+def test_an_eta_of_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert line(capsys, 1, 2, total=722, seconds=20).endswith("ETA 2:00:00")
 
 
 def test_a_terminal_has_a_live_line() -> None:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stderr=theirs, env=os.environ | {"TERM": "xterm"})
-    os.close(theirs)
+    controller, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stderr=terminal, env=environment)
+    os.close(terminal)
     written = b""
     started = time.monotonic()
     while time.monotonic() - started < 50:
         try:
-            written += os.read(ours, 4096)
+            written += os.read(controller, 4096)
         except OSError:  # the other end is closed
             break
-    os.close(ours)
+    os.close(controller)
     assert process.wait(timeout=10) == 0
     assert b"2/2" in written
     assert b"\x1b[" in written

@@ -21,16 +21,16 @@ def test_a_seed_is_the_same_in_every_process() -> None:
 
 
 @given(st.integers(0, 3), PURPOSES, st.integers(0, 3), PURPOSES)
-def test_another_purpose_has_another_seed(a: int, purpose: list[str | int], b: int, other: list[str | int]) -> None:
+def test_another_purpose_gives_another_seed(a: int, purpose: list[str | int], b: int, other: list[str | int]) -> None:
     assert (seed_for(a, *purpose) == seed_for(b, *other)) == ((a, purpose) == (b, other))
 
 
-def test_names_do_not_run_together() -> None:
+def test_names_are_not_concatenated() -> None:
     assert len({seed_for(0, "a", "b"), seed_for(0, "ab"), seed_for(0, "a", 1), seed_for(0, "a", "1")}) == 4
 
 
 @given(st.integers(0, 200), st.integers(0, 99))
-def test_a_permutation_holds_each_thing_once(count: int, seed: int) -> None:
+def test_a_permutation_has_each_index_once(count: int, seed: int) -> None:
     assert sorted(permutation(count, seed, "order")) == list(range(count))
 
 
