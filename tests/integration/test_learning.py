@@ -86,7 +86,7 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
             [Request("", (token,), 0) for token in range(TOKENS)], ppo.batch_size, ppo.samples_per_prompt, 0
         ),
         rollouts=SynchronousRollouts(
-            LocalPool(TransformersEngine(roles.trunk, NO_STOP, rows=ppo.batch_size), ppo.batch_size)
+            LocalPool(TransformersEngine(roles.trunk, NO_STOP, max_num_seqs=ppo.batch_size), ppo.batch_size)
         ),
         learners=learners,
         score=score,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from policies.export import export_merged
 from policies.files.base_model import load_tokenizer
 from policies.schema import ModelSettings, PolicySettings
-from rollouts.async_rollouts import PartialRollouts
+from rollouts.async_rollouts import PartialRollouts, TrajectoriesFuture
 from rollouts.roster import Roster
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process
 
@@ -66,19 +66,27 @@ def test_responses_under_way_take_up_the_weights_of_a_run(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    add, renew = Roster.add, PartialRollouts.ask
-    monkeypatch.setattr(Roster, "add", lambda self: (seen.append("goes on"), add(self))[1])
-    monkeypatch.setattr(
-        PartialRollouts, "ask", lambda self, *requested_roles: (seen.append("asked"), renew(self, *requested_roles))[1]
-    )
+    add_chunk = Roster.add_chunk
+    submit = PartialRollouts.submit
+
+    def watched_add_chunk(self: Roster) -> None:
+        seen.append("continued")
+        add_chunk(self)
+
+    def watched_submit(self: PartialRollouts, *arguments: Any) -> TrajectoriesFuture:
+        seen.append("submitted")
+        return submit(self, *arguments)
+
+    monkeypatch.setattr(Roster, "add_chunk", watched_add_chunk)
+    monkeypatch.setattr(PartialRollouts, "submit", watched_submit)
     settings = settings_of("ahead", tiny_model, tmp_path)
-    settings["rollouts"] |= {"stretch": 2}
+    settings["rollouts"] |= {"segment_tokens": 2}
     rows = [row for row in figures(run_in_process(settings)) if row["stage"] == "ppo" and "policy/loss" in row]
     ages = [row["rollout/staleness"] for row in rows]
     assert ages[0] == 0
     assert all(0 <= age <= 1 for age in ages)
-    assert seen.count("asked") == 3
-    assert seen.count("goes on") >= 3
+    assert seen.count("submitted") == 3
+    assert seen.count("continued") >= 3
 
 
 def test_a_fully_tuned_policy_is_a_model_that_transformers_loads(tiny_model: Path, tmp_path: Path) -> None:

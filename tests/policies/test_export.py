@@ -48,7 +48,7 @@ def exported(
 
 
 def continuations(trunk: Trunk, role: str) -> list[tuple[int, ...]]:
-    engine = TransformersEngine(trunk, frozenset(), rows=4)
+    engine = TransformersEngine(trunk, frozenset(), max_num_seqs=4)
     requests = [Request("", prompt, seed=0) for prompt in PROMPTS]
     return [t.response_ids for t in engine.generate(requests, Sampling(0.0, TOKENS), role)]
 

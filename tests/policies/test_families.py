@@ -154,7 +154,7 @@ def test_a_method_gives_roles_of_their_own_that_train_sample_and_are_exported(
         gradients = [p.grad for p in trunk.adapter("policy").values() if p.grad is not None]
         assert gradients
         assert all(torch.isfinite(gradient).all() for gradient in gradients)
-        engine = TransformersEngine(trunk, frozenset(), rows=3)
+        engine = TransformersEngine(trunk, frozenset(), max_num_seqs=3)
         engine.load_adapter(1, trunk.read_adapter("policy"))
         made = engine.generate([Request("", tuple(p), seed) for seed, p in enumerate(PROMPTS)], Sampling(1.0, 9))
         batch = collate([t.request.prompt_ids for t in made], [t.response_ids for t in made])
