@@ -73,9 +73,9 @@ class RewardModel(nn.Module):
         """Scores by attribute `[B, A]` float32 of packed sequences; arguments as in `Batch`."""
         return self._scores(self.trunk.hidden_packed(ids, lengths, self.role)[last])
 
-    def scores_shared_prompts(self, ids: Tensor, positions: Tensor, seen: Tensor, last: Tensor) -> Tensor:
+    def scores_shared_prompts(self, ids: Tensor, positions: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:
         """Scores by attribute `[R, A]` float32 of all R responses; arguments as in `SharedPromptBatch`."""
-        hidden = self.trunk.hidden_shared_prompts(ids, positions, seen, self.role)
+        hidden = self.trunk.hidden_shared_prompts(ids, positions, attention_mask, self.role)
         return self._scores(hidden.flatten(0, 1)[last])
 
     def _scores(self, hidden: Tensor) -> Tensor:

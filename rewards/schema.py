@@ -11,7 +11,7 @@ from rewards.terms.registry import Term
 
 
 class FitSettings(Settings):
-    """How a supervised stage (SFT or the reward model) is trained. Batch sizes count samples, which are rows of data."""
+    """How a supervised stage (SFT or the reward model) is trained. Batch sizes count samples: rows of data."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch_size: int = Field(32, ge=1, description="samples per optimizer step")

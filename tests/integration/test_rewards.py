@@ -1,4 +1,4 @@
-"""Whole runs by every kind of feedback and of reward."""
+"""Complete runs with every kind of preference example and of reward."""
 
 import json
 import math
@@ -25,13 +25,13 @@ from policies.errors import UserError
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process, write_rows
 
 PROMPTS = [f"User: {i} {i + 1} Assistant:" for i in range(12)]
-FEEDBACK = [
+EXAMPLES = [
     *({"prompt": p, "chosen": " blue.", "rejected": " red dog.", "confidence": 0.8} for p in PROMPTS),
     *({"prompt": p, "responses": [" cat.", " mat.", " red."], "ranks": [2, 1, 2]} for p in PROMPTS),
     *({"prompt": p, "responses": [" cat.", " mat.", " red."], "best": 1} for p in PROMPTS),
     *({"prompt": p, "response": f" {w}.", "rating": i % 3} for i, (p, w) in enumerate(zip(PROMPTS, "abcdefghijkl"))),
 ]  # fmt: skip
-OF_ATTRIBUTES = [
+ATTRIBUTE_EXAMPLES = [
     *({"prompt": p, "response": f" {'x' * (i % 5 + 1)}.", "rating": {"kind": i % 3, "brief": -i}}
       for i, p in enumerate(PROMPTS)),
     *({"prompt": p, "chosen": " blue.", "rejected": " red dog.", "attribute": "kind"} for p in PROMPTS),
@@ -50,8 +50,8 @@ TERMS = {
     "cost": {"kind": "regex", "pattern": "e"},
 }
 REWARDS: dict[str, dict[str, Any]] = {
-    "mixed": {"rows": FEEDBACK, "ratings": "ordinal", "label_smoothing": 0.05, "centering": 0.01},
-    "attributes": {"rows": OF_ATTRIBUTES, "attributes": {"kind": 0.7, "brief": 0.3}},
+    "mixed": {"rows": EXAMPLES, "ratings": "ordinal", "label_smoothing": 0.05, "centering": 0.01},
+    "attributes": {"rows": ATTRIBUTE_EXAMPLES, "attributes": {"kind": 0.7, "brief": 0.3}},
     "ensemble": {"ensemble": {"members": 2, "combine": "mean_minus_std", "penalty": 0.5}},
     "patience": {"evaluate_every": 1, "patience": 1, "epochs": 3, "learning_rate": 0.5},
     "head": {"trains": "head"},
@@ -84,14 +84,14 @@ FAST = ("composed",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in REWARDS])
-def test_runs_to_its_end_and_goes_on_bit_for_bit_after_every_stop(name: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_after_every_step_resumes_bit_for_bit(name: str, tiny_model: Path, tmp_path: Path) -> None:
     settings = settings_of(name, tiny_model, tmp_path)
-    whole = run_in_process(settings)
-    steps = ppo_steps(whole)
+    complete = run_in_process(settings)
+    steps = ppo_steps(complete)
     assert len(steps) == 3
     assert all(math.isfinite(value) for row in steps for value in row.values() if isinstance(value, float))
     stopped = run_a_step_at_a_time(settings | {"name": "stopped"})
-    assert figures(stopped) == figures(whole)
+    assert figures(stopped) == figures(complete)
 
 
 def test_every_member_of_an_ensemble_is_trained_and_their_spread_is_logged(tiny_model: Path, tmp_path: Path) -> None:
@@ -109,19 +109,19 @@ def test_every_member_of_an_ensemble_is_trained_and_their_spread_is_logged(tiny_
     def export(*more: str) -> Result:
         return CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "out"), "--reward", *more])
 
-    for odd, said in ((), "give --member 0 to 1"), (("--member", "2"), "holds 2, counted from 0"):
-        assert said in str(export(*odd).exception)
+    for member, message in ((), "choose --member 0 to 1"), (("--member", "2"), "holds 2, counted from 0"):
+        assert message in str(export(*member).exception)
     assert export("--member", "1").exit_code == 0
     saved = load_file(tmp_path / "out" / "model.safetensors")["score.weight"]
     assert torch.equal(saved[0], load_file(run / "reward" / "member-1" / "head.safetensors")["weight"])
 
 
-def test_attributes_are_logged_and_can_be_weighed_anew(tiny_model: Path, tmp_path: Path) -> None:
+def test_attributes_are_logged_and_can_be_reweighted(tiny_model: Path, tmp_path: Path) -> None:
     settings = settings_of("attributes", tiny_model, tmp_path)
     run = run_in_process(settings)
     assert all({"reward/attribute/kind", "reward/attribute/brief"} <= row.keys() for row in ppo_steps(run))
-    given = settings["reward"] | {"model": str(run / "reward"), "attributes": {"brief": 1.0}}
-    again = run_in_process(settings | {"name": "again", "reward": given})
+    reward = settings["reward"] | {"model": str(run / "reward"), "attributes": {"brief": 1.0}}
+    again = run_in_process(settings | {"name": "again", "reward": reward})
     (first, *_) = of_stage(again, "ppo")
     assert "reward/attribute/kind" not in first
     assert first["reward/mean"] != of_stage(run, "ppo")[0]["reward/mean"]
@@ -172,11 +172,11 @@ def test_every_term_is_logged_by_its_name(tiny_model: Path, tmp_path: Path) -> N
     for row, multiplier in zip(steps, multipliers):
         expected = max(0.0, expected + 0.5 * (row["reward/term/cost"] - 0.2))
         assert multiplier == pytest.approx(expected)
-    # Scores of a reward that learns do not compare: the last policy is kept, whatever its score.
+    # Scores of a stateful reward are not comparable: the last policy is kept, whatever its score.
     assert json.loads((run / "policy" / "evaluation.json").read_text())["policy"]["step"] == 3
 
 
-def test_the_reference_is_judged_in_other_styles_too(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_reference_is_evaluated_with_other_prompt_styles_too(tiny_model: Path, tmp_path: Path) -> None:
     run = run_in_process(settings_of("composed", tiny_model, tmp_path))
     few = RunFolder(run).read_evaluation()["prompt_styles"]["few"]
     assert {"score_mean", "length_mean", "win_rate"} <= few.keys()
@@ -192,14 +192,14 @@ def test_rules_alone_need_no_reward_stage(tiny_model: Path, tmp_path: Path) -> N
 def test_a_rule_ends_ppo_and_the_best_policy_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
     settings["ppo"] |= {"stop": {"metric": "kl/per_sequence", "above": -1e9, "patience": 2}}
-    whole = run_in_process(settings)
-    assert [row["step"] for row in ppo_steps(whole)] == [1, 2]
-    assert "kl/per_sequence is" in json.loads((whole / "policy" / "stage.json").read_text())["stopped"]
+    complete = run_in_process(settings)
+    assert [row["step"] for row in ppo_steps(complete)] == [1, 2]
+    assert "kl/per_sequence is" in json.loads((complete / "policy" / "stage.json").read_text())["stopped"]
     stopped = run_a_step_at_a_time(settings | {"name": "stopped"})
-    assert figures(stopped) == figures(whole)
+    assert figures(stopped) == figures(complete)
 
 
-def test_the_figures_that_tell_whether_to_trust_it_are_beside_the_model(finished: Path) -> None:
+def test_the_diagnostics_are_saved_beside_the_model(finished: Path) -> None:
     found = json.loads((finished / "reward" / DIAGNOSTICS).read_text())
     assert {
         *("accuracy", "log_loss", "brier", "calibration_error", "reliability", "by_length_difference"),
@@ -211,7 +211,7 @@ def test_the_figures_that_tell_whether_to_trust_it_are_beside_the_model(finished
     assert len((finished / "reward" / WORST).read_text().splitlines()) == min(wrong, 20)
 
 
-def test_judging_the_reward_model_again_gives_the_same_figures(finished: Path) -> None:
+def test_evaluating_the_reward_model_again_gives_the_same_figures(finished: Path) -> None:
     """On the scale of training, though the saved head is normalised."""
     run, experiment = find_run(str(finished))
     again, _ = evaluate_reward_model(experiment, run, read_preferences(experiment, None), None)
@@ -221,14 +221,16 @@ def test_judging_the_reward_model_again_gives_the_same_figures(finished: Path) -
         assert again[name] == pytest.approx(found[name], rel=1e-4)
 
 
-def test_feedback_that_training_has_no_equal_of_is_judged_all_the_same(tiny_model: Path, tmp_path: Path) -> None:
+def test_held_out_examples_of_kinds_that_training_lacks_are_evaluated(tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
-    settings["data"]["preferences_heldout"] = write_rows(tmp_path / "heldout.jsonl", FEEDBACK)
+    settings["data"]["preferences_heldout"] = write_rows(tmp_path / "heldout.jsonl", EXAMPLES)
     run = run_in_process(settings | {"stages": ["reward"]})
     assert "rank_correlation" in json.loads((run / "reward" / DIAGNOSTICS).read_text())
 
 
-def test_a_column_that_a_rule_reads_and_a_row_lacks_is_told_before_the_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_column_that_a_term_reads_and_a_row_lacks_is_reported_before_the_run(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     settings = make_settings(tiny_model, tmp_path)
     settings["reward"]["terms"] = {"right": {"kind": "number", "column": "answer"}}
     with pytest.raises(UserError, match=r"reward.terms.right reads the column 'answer', which a row .* has none"):

@@ -24,7 +24,7 @@ def doubles(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_everything_that_feedback_compares() -> None:
+def test_all_comparisons_of_pairs_and_rankings() -> None:
     rows = [
         PreferenceExample("p", ("a", "b"), Pair(margin=2.0, certainty=0.9)),
         PreferenceExample("p", ("a", "b"), Pair(certainty=0.5)),
@@ -37,7 +37,7 @@ def test_everything_that_feedback_compares() -> None:
     assert (found[0].margin, found[0].certainty, found[1].attribute) == (2.0, 0.9, "kind")
 
 
-def test_ratings_are_compared_two_rows_at_a_time_and_none_twice() -> None:
+def test_ratings_are_compared_in_pairs_and_none_twice() -> None:
     values = [1.0, 2.0, 2.0, 5.0, 3.0, 4.0, 1.0]
     found = comparisons([PreferenceExample("p", ("r",), Rating({"": value})) for value in values])
     rows = [row for c in found for row in (c.better[0], c.worse[0])]
@@ -45,7 +45,7 @@ def test_ratings_are_compared_two_rows_at_a_time_and_none_twice() -> None:
     assert all(values[c.better[0]] > values[c.worse[0]] for c in found)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+def test_the_confidence_interval_has_its_coverage() -> None:
     pick, held = random.Random(0), 0
     for _ in range(400):
         right = sum(pick.random() < 0.8 for _ in range(60))
@@ -54,8 +54,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 0.92 <= held / 400 <= 0.98
 
 
-def test_comparisons_that_go_wrong_together_widen_the_interval() -> None:
-    """Six comparisons each of a hundred rankings, all right or all wrong, are worth a hundred."""
+def test_correlated_errors_widen_the_interval() -> None:
+    """Six comparisons in each of a hundred rankings, all right or all wrong, count as a hundred."""
     pick = random.Random(1)
     right = [1.0 if pick.random() < 0.7 else -1.0 for _ in range(100)]
     together = accuracy(
@@ -71,21 +71,23 @@ def test_equal_scores_count_half() -> None:
     assert accuracy(doubles(1.0, 0.0, -1.0, 0.0), [0, 1, 2, 3]).accuracy == 0.5
 
 
-def test_nothing_to_judge_by() -> None:
+def test_accuracy_of_no_comparisons() -> None:
     found = accuracy(doubles(), [])
     assert (math.isnan(found.accuracy), found.accuracy_low, found.accuracy_high, found.pairs) == (True, 0.0, 1.0, 0)
 
 
 def test_log_loss_and_brier_are_their_formulas() -> None:
     difference, certainty = doubles(2.0, -1.0), doubles(1.0, 0.8)
-    chances = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]
+    probabilities = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]
     assert log_loss(difference, certainty) == pytest.approx(
-        -(math.log(chances[0]) + 0.8 * math.log(chances[1]) + 0.2 * math.log(1 - chances[1])) / 2
+        -(math.log(probabilities[0]) + 0.8 * math.log(probabilities[1]) + 0.2 * math.log(1 - probabilities[1])) / 2
     )
-    assert brier(difference, certainty) == pytest.approx(((chances[0] - 1) ** 2 + (chances[1] - 0.8) ** 2) / 2)
+    assert brier(difference, certainty) == pytest.approx(
+        ((probabilities[0] - 1) ** 2 + (probabilities[1] - 0.8) ** 2) / 2
+    )
 
 
-def test_verdicts_drawn_from_the_models_own_chances_are_calibrated_and_doubled_scores_are_not() -> None:
+def test_preferences_drawn_from_the_models_probabilities_are_calibrated_and_doubled_scores_are_not() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.rand(20_000, generator=generator, dtype=torch.float64)
     right = torch.rand(20_000, generator=generator, dtype=torch.float64) < logits.sigmoid()
@@ -105,12 +107,12 @@ def test_accuracy_in_groups_by_a_value() -> None:
     assert (found[0]["from"], found[0]["to"], found[0]["pairs"]) == (0.0, 19.0, 20)
 
 
-def test_equal_values_are_in_one_group() -> None:
+def test_equal_values_are_in_the_same_group() -> None:
     found = accuracy_by(doubles(*[3.0] * 7), doubles(*[1.0] * 7), list(range(7)))
     assert [(row["from"], row["to"], row["pairs"]) for row in found] == [(3.0, 3.0, 7)]
 
 
-def test_a_model_of_length_finds_that_neither_short_nor_long_is_best() -> None:
+def test_a_length_model_learns_that_medium_lengths_are_best() -> None:
     pick = random.Random(0)
     pairs = [sorted((pick.randrange(100), pick.randrange(100)), key=lambda n: abs(n - 50)) for _ in range(2000)]
     better, worse = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
@@ -119,7 +121,7 @@ def test_a_model_of_length_finds_that_neither_short_nor_long_is_best() -> None:
     assert 0.4 < accuracy(better - worse, list(range(2000))).accuracy < 0.6
 
 
-def test_agreement_is_of_two_members_at_a_time() -> None:
+def test_agreement_is_a_mean_over_pairs_of_members() -> None:
     assert agreement(doubles(1, 1, -1, 1).repeat(3, 1)) == 1.0
     assert agreement(torch.stack([doubles(1, 1, 1, 1), doubles(1, 1, -1, -1)])) == 0.5
 

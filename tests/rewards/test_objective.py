@@ -1,4 +1,4 @@
-"""The loss of mixed feedback against each row's own formula, and what links scores to verdicts."""
+"""The loss of mixed preference examples against each one's formula, and the links of scores and annotations."""
 
 import math
 
@@ -16,27 +16,27 @@ from rewards.rankings import davidson_luce_loss, open_ranking_loss, plackett_luc
 WEIGHTS = {"kind": 0.25, "true": 2.0}
 
 
-def of(*responses: str, judged: Pair | Ranking | Rating, attribute: str = "") -> PreferenceExample:
-    return PreferenceExample("p", responses, judged, attribute)
+def example(*responses: str, preference: Pair | Ranking | Rating, attribute: str = "") -> PreferenceExample:
+    return PreferenceExample("p", responses, preference, attribute)
 
 
 MIXED = [
-    of("a", "b", judged=Pair(margin=0.5)),
-    of("a", "b", "c", "d", judged=Ranking((1, 2, 1))),
-    of("a", judged=Rating({"": 4.0, "kind": 1.0})),
-    of("a", "b", judged=Pair(certainty=0.8), attribute="kind"),
-    of("a", "b", "c", judged=Ranking((1, 2), open=True), attribute="true"),
-    of("a", judged=Rating({"": 2.0, "kind": 3.0})),
-    of("a", "b", "c", "d", judged=Ranking((1, 2, 1))),
+    example("a", "b", preference=Pair(margin=0.5)),
+    example("a", "b", "c", "d", preference=Ranking((1, 2, 1))),
+    example("a", preference=Rating({"": 4.0, "kind": 1.0})),
+    example("a", "b", preference=Pair(certainty=0.8), attribute="kind"),
+    example("a", "b", "c", preference=Ranking((1, 2), open=True), attribute="true"),
+    example("a", preference=Rating({"": 2.0, "kind": 3.0})),
+    example("a", "b", "c", "d", preference=Ranking((1, 2, 1))),
 ]
 
 
-def scores_of(feedback: list[PreferenceExample], attributes: int = 2, seed: int = 0) -> Tensor:
-    count = sum(len(each.responses) for each in feedback)
+def scores_of(examples: list[PreferenceExample], attributes: int = 2, seed: int = 0) -> Tensor:
+    count = sum(len(example.responses) for example in examples)
     return torch.randn(count, attributes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_each_row_of_a_mixed_batch_has_its_own_loss() -> None:
+def test_each_example_of_a_mixed_batch_has_the_loss_of_its_kind() -> None:
     loss = PreferenceLoss(MIXED, WEIGHTS, "regression").double()
     scores = scores_of(MIXED)
     whole, kind, true = scores @ torch.tensor([0.25, 2.0], dtype=torch.float64), scores[:, 0], scores[:, 1]
@@ -45,7 +45,7 @@ def test_each_row_of_a_mixed_batch_has_its_own_loss() -> None:
     expected = [
         bradley_terry_loss(whole[0:1], whole[1:2], 0.5 * one, one),
         davidson_luce_loss(whole[None, 2:6], (1, 2, 1), ties),
-        # the two ratings of each attribute lie one deviation to either side of their mean
+        # the two ratings of each attribute lie one standard deviation to either side of their mean
         ((whole[6:7] - 1).square() + (kind[6:7] + 1).square()) / 2,
         bradley_terry_loss(kind[7:8], kind[8:9], 0 * one, 0.8 * one),
         open_ranking_loss(true[None, 9:12], (1, 2)),
@@ -55,28 +55,28 @@ def test_each_row_of_a_mixed_batch_has_its_own_loss() -> None:
     torch.testing.assert_close(loss(scores, MIXED), torch.cat(expected))
 
 
-def test_smoothing_takes_the_reverse_for_true_with_its_share() -> None:
-    rows = [
-        of("a", "b", judged=Pair()),
-        of("a", "b", judged=Ranking((1, 1))),
-        of("a", "b", "c", judged=Ranking((2, 1))),
+def test_smoothing_mixes_in_the_reversed_comparison() -> None:
+    examples = [
+        example("a", "b", preference=Pair()),
+        example("a", "b", preference=Ranking((1, 1))),
+        example("a", "b", "c", preference=Ranking((2, 1))),
     ]
-    loss, scores = PreferenceLoss(rows, {"": 1.0}, "regression").double(), scores_of(rows, 1)
-    pair, ranking, _ = loss(scores, rows, smoothing=0.1)
+    loss, scores = PreferenceLoss(examples, {"": 1.0}, "regression").double(), scores_of(examples, 1)
+    pair, ranking, _ = loss(scores, examples, smoothing=0.1)
     right, wrong = (-torch.log(torch.sigmoid(sign * (scores[0, 0] - scores[1, 0]))) for sign in (1, -1))
     torch.testing.assert_close(pair, 0.9 * right + 0.1 * wrong)
-    reverse = [of("b", "a", judged=Ranking((1, 1)))]
+    reverse = [example("b", "a", preference=Ranking((1, 1)))]
     swapped = loss(scores[[3, 2]], reverse)[0]
-    torch.testing.assert_close(ranking, 0.9 * loss(scores[2:4], rows[1:2])[0] + 0.1 * swapped)
+    torch.testing.assert_close(ranking, 0.9 * loss(scores[2:4], examples[1:2])[0] + 0.1 * swapped)
 
 
 def test_rankings_without_ties_are_plackett_and_luces() -> None:
-    rows = [of("a", "b", "c", judged=Ranking((1, 1, 1)))]
-    loss, scores = PreferenceLoss(rows, {"": 1.0}, "regression").double(), scores_of(rows, 1)
-    torch.testing.assert_close(loss(scores, rows), plackett_luce_loss(scores[None, :, 0]))
+    examples = [example("a", "b", "c", preference=Ranking((1, 1, 1)))]
+    loss, scores = PreferenceLoss(examples, {"": 1.0}, "regression").double(), scores_of(examples, 1)
+    torch.testing.assert_close(loss(scores, examples), plackett_luce_loss(scores[None, :, 0]))
 
 
-def test_how_readily_ties_are_called_starts_from_the_data() -> None:
+def test_tie_parameters_start_from_the_data() -> None:
     """Were all responses equally good, three rankings of two with one tie would come out as they did."""
     ties = TieParameters([Ranking((1, 1)), Ranking((1, 1)), Ranking((2,))])
     tie = ties()[1].exp().item()
@@ -84,7 +84,7 @@ def test_how_readily_ties_are_called_starts_from_the_data() -> None:
     assert share == pytest.approx(1 / 3, abs=0.08)
 
 
-def test_what_links_scores_to_verdicts_learns() -> None:
+def test_the_links_of_scores_and_annotations_are_trained() -> None:
     loss = PreferenceLoss(MIXED, WEIGHTS, "ordinal").double()
     loss(scores_of(MIXED), MIXED).sum().backward()
     assert {name for name, p in loss.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == {
@@ -96,9 +96,9 @@ def test_what_links_scores_to_verdicts_learns() -> None:
 def test_levels_start_with_their_shares_of_the_data(ratings: list[int]) -> None:
     link = OrdinalRatingLink([float(rating) for rating in ratings]).double()
     values = torch.tensor(sorted(set(ratings)), dtype=torch.float64)
-    chances = torch.exp(-link(torch.zeros(len(values), dtype=torch.float64), values))
+    probabilities = torch.exp(-link(torch.zeros(len(values), dtype=torch.float64), values))
     expected = torch.tensor([ratings.count(int(v)) / len(ratings) for v in values], dtype=torch.float64)
-    torch.testing.assert_close(chances, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(probabilities, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 5])
@@ -106,12 +106,12 @@ def test_ordinal_loss_is_the_difference_of_two_sigmoids(levels: int) -> None:
     thresholds = torch.linspace(-1, 2, levels - 1, dtype=torch.float64, requires_grad=True)
     scores = torch.tensor([-3.0, 0.2, 1.7, 6.0], dtype=torch.float64, requires_grad=True)
     for level in range(levels):
-        places = torch.full((4,), level)
+        index = torch.full((4,), level)
         ends = [-math.inf, *thresholds.tolist(), math.inf]
         expected = [
             -math.log(1 / (1 + math.exp(s - ends[level + 1])) - (1 / (1 + math.exp(s - ends[level]))))
             for s in scores.tolist()
         ]
-        actual = ordinal_loss(scores, places, thresholds)
+        actual = ordinal_loss(scores, index, thresholds)
         torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
-        assert torch.autograd.gradcheck(lambda s, t, p=places: ordinal_loss(s, p, t), (scores, thresholds))
+        assert torch.autograd.gradcheck(lambda s, t, index=index: ordinal_loss(s, index, t), (scores, thresholds))
