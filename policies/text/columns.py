@@ -1,4 +1,4 @@
-"""Columns of a data row, checked. Every function raises ValueError with a reason for people."""
+"""Columns of a data row, checked. Every function raises ValueError with a message that says what is wrong."""
 
 import json
 import re
@@ -9,50 +9,59 @@ from typing import Any
 from policies.text.tokenization import Message, Prompt
 
 Values = Mapping[str, Any]
+"""A row: its values by the names of their columns."""
 
-_HALF = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can escape and UTF-8 cannot encode."""
+MAX_SHOWN = 80
+"""Characters of a value in a message."""
+KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def text(values: Values, name: str) -> str:
-    """A column that must be there and be text with something in it."""
+    """The text in a column; it must not be empty."""
     value = present(values, name)
     if not isinstance(value, str):
         raise ValueError(f"`{name}` is {kind(value)}; text was expected")
     if not value.strip():
         raise ValueError(f"`{name}` is empty")
-    return _whole(value, name)
+    return _encodable(value, name)
 
 
 def prompt(values: Values) -> Prompt:
-    """The column `prompt`: text or a list of messages."""
+    """The prompt in the column `prompt`: text or a list of messages."""
     value = present(values, "prompt")
-    return messages(value, "prompt") if isinstance(value, list) else text(values, "prompt")
+    if isinstance(value, list):
+        return messages(value, "prompt")
+    return text(values, "prompt")
 
 
 def messages(value: Any, name: str) -> list[Message]:
-    """A list of messages, each with the text columns `role` and `content`."""
+    """A list of messages, each with the texts `role` and `content`; name: of the column."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"`{name}` is {kind(value)}; a list of messages was expected")
     for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        is_object = isinstance(message, dict)
+        if not is_object or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(f"`{name}` has a message that is not {{role: text, content: text}}: {shown(message)}")
-        _whole(message["role"], name)
-        _whole(message["content"], name)
+        _encodable(message["role"], name)
+        _encodable(message["content"], name)
     return value
 
 
 def reply(value: Any, name: str) -> str:
-    """A response: text, or a list of one message by the assistant."""
+    """A response: text, or a list of one message by the assistant; name: of the column."""
     if isinstance(value, str):
         return text({name: value}, name)
-    said = messages(value, name)
-    if len(said) != 1 or said[0]["role"] != "assistant":
+    listed = messages(value, name)
+    if len(listed) != 1 or listed[0]["role"] != "assistant":
         raise ValueError(f"`{name}` must be text or one message by the assistant")
-    return text({name: said[0]["content"]}, name)
+    return text({name: listed[0]["content"]}, name)
 
 
 def number(values: Values, name: str) -> float:
-    """A column with a finite number; text that spells one, as CSV has it, counts."""
+    """The finite number in a column, or in its text, as in CSV."""
     value = present(values, name)
     try:
         result = float("nan") if isinstance(value, bool) else float(value)
@@ -64,7 +73,7 @@ def number(values: Values, name: str) -> float:
 
 
 def items(values: Values, name: str) -> Any:
-    """A column that should hold a list; JSON's text of one, as CSV has it, is read."""
+    """The value in a column that should be a list; text is read as JSON where it is, as in CSV."""
     value = present(values, name)
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
@@ -73,53 +82,57 @@ def items(values: Values, name: str) -> Any:
 
 
 def numbers(values: Values, name: str) -> list[float]:
-    """A column with a list of finite numbers."""
+    """The list of finite numbers in a column."""
     value = items(values, name)
     if not isinstance(value, list):
         raise ValueError(f"`{name}` is {kind(value)}; a list of numbers was expected")
-    return [number({f"{name}[{i}]": item}, f"{name}[{i}]") for i, item in enumerate(value)]
+    result: list[float] = []
+    for index, item in enumerate(value):
+        name_of_item = f"{name}[{index}]"
+        result.append(number({name_of_item: item}, name_of_item))
+    return result
 
 
 def flag(values: Values, name: str) -> bool:
-    """A column with yes or no: true, false, 1, 0, or text that spells one of them."""
+    """The truth value in a column: true, false, 1, 0, or the text of one of them."""
     value = present(values, name)
-    known = {"true": True, "1": True, "false": False, "0": False}
-    said = str(value).lower() if isinstance(value, str | int | float) else ""
-    if said not in known:
+    word = str(value).lower() if isinstance(value, str | int | float) else ""
+    if word not in FLAGS:
         raise ValueError(f"`{name}` is {shown(value)}; true or false was expected")
-    return known[said]
+    return FLAGS[word]
 
 
 def has(values: Values, name: str) -> bool:
-    """Whether a column is there with a value."""
+    """Whether a row has a column, with a value in it."""
     return values.get(name) is not None
 
 
 def present(values: Values, name: str) -> Any:
-    """A column that must be there with a value."""
+    """The value in a column that the row must have."""
     if not has(values, name):
-        there = ", ".join(f"`{key}`" for key in values) or "no columns"
-        raise ValueError(f"no `{name}`; the row has {there}, and the source's `columns` can rename them")
+        columns = ", ".join(f"`{key}`" for key in values) or "no columns"
+        raise ValueError(f"no `{name}`; the row has {columns}, and the source's `columns` can rename them")
     return values[name]
 
 
-def _whole(value: str, name: str) -> str:
-    """Text that UTF-8 can hold; JSON's escapes can spell what it cannot."""
-    if _HALF.search(value):
-        raise ValueError(f"`{name}` has half of a surrogate pair, which is no character: {shown(value)}")
+def _encodable(value: str, name: str) -> str:
+    """Text that UTF-8 can encode."""
+    if SURROGATE.search(value):
+        raise ValueError(f"`{name}` has half of a surrogate pair, which is not a character: {shown(value)}")
     return value
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value as messages show it, shortened where it is long."""
     try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # deep lists, and numbers too long to spell
+        representation = repr(value)
+    except (RecursionError, ValueError):  # deep lists, and numbers with too many digits for Python
         return kind(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return representation if len(representation) <= MAX_SHOWN else f"{representation[:MAX_SHOWN]}…"
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+    """The type of a JSON value in words."""
+    if value is None:
+        return "nothing"
+    return KINDS.get(type(value), type(value).__name__)

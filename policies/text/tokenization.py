@@ -7,34 +7,53 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
+"""A turn of a conversation, with at least `role` and `content`."""
 Prompt = str | list[Message]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The tokens of a prompt: plain text with the tokenizer's own special tokens, messages by the chat template.
+    """The tokens of a prompt.
 
-    Raises ValueError for messages where the tokenizer has no chat template, or one that fails on them.
+    Args:
+        tokenizer: of the model.
+        prompt: text, which gets the special tokens that the tokenizer adds by itself; or messages, which the chat
+            template renders, up to where the assistant's reply begins.
+
+    Returns:
+        Its ids; for an empty text the BOS token, or EOS where there is none, so that a model can start from it.
+
+    Raises:
+        ValueError: for messages where the tokenizer has no chat template, or one that fails on them.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-        # Some tokenizers end every text with EOS; the response goes on from the prompt, so it must not.
-        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-            ids = ids[:-1]
-    else:
-        if not tokenizer.chat_template:
-            raise ValueError("the prompt is a list of messages, and the tokenizer has no chat template")
-        try:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except (TemplateError, TypeError) as error:  # templates refuse by raising; what they compute may fail, too
-            raise ValueError(f"the chat template fails on these messages: {error}") from error
+    ids = _encode_text(tokenizer, prompt) if isinstance(prompt, str) else _encode_messages(tokenizer, prompt)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return list(ids) or [start]
+    return ids or [start]
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    # Some tokenizers end every text with EOS, but the response continues the prompt.
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        return ids[:-1]
+    return ids
+
+
+def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ValueError("the prompt is a list of messages, but the tokenizer has no chat template")
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except (TemplateError, TypeError) as error:  # templates reject messages by raising, or fail on unexpected values
+        raise ValueError(f"the chat template fails on these messages: {error}") from error
+    return list(encoded["input_ids"])
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """The tokens of a whole response, with EOS as the last."""
-    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    """The tokens of a complete response; the last one is EOS."""
+    ids: list[int] = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -43,5 +62,7 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one string for people and for functions that score text."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    """A prompt as one string, for people and for functions that score text."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
