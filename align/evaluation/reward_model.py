@@ -13,8 +13,8 @@ from torch import Tensor
 
 from align.data.datasets import TokenizedPreference
 from align.runtime.atomic_files import write_json
-from align.supervised.reward_objective import branches, flat
-from policies.batching import collate
+from align.supervised.reward_objective import flatten_responses
+from policies.batching import collate, collate_shared_prompts
 from policies.text.tokenization import prompt_text
 from rewards import diagnostics as figures
 from rewards.diagnostics import Comparison, LengthModel
@@ -106,15 +106,13 @@ def invariance(model: RewardModel, preferences: Sequence[TokenizedPreference], t
     preferences = _first_responses(preferences, MAX_PROBED)
     if not preferences:
         return {}
-    prompts, responses = flat(preferences)
+    prompts, responses = flatten_responses(preferences)
     alone = model.attribute_scores(prompts, responses, 1)
     scores = {"batched": model.attribute_scores(prompts, responses, tokens)}
     with torch.no_grad():
         scores["beside_a_long_row"] = _scores_beside_long(model, prompts, responses)
         if model.trunk.supports_shared_prompts(model.role):
-            batch = branches(list(preferences))
-            inputs = {name: batch[name].to(model.trunk.causal.device) for name in ("ids", "last", "positions", "seen")}
-            scores["shared"] = model.scores_shared_prompts(**inputs).cpu()
+            scores["shared"] = _scores_behind_shared_prompts(model, preferences)
     return {name: float((own - alone).abs().max()) for name, own in scores.items()}
 
 
@@ -122,6 +120,20 @@ def _first_responses(preferences: Sequence[TokenizedPreference], limit: int) -> 
     """The first examples, with at most `limit` responses between them."""
     totals = accumulate(len(preference.responses_ids) for preference in preferences)
     return preferences[: sum(total <= limit for total in totals)]
+
+
+def _scores_behind_shared_prompts(model: RewardModel, preferences: Sequence[TokenizedPreference]) -> Tensor:
+    """Scores `[N, A]` of the responses, those to one prompt in one sequence."""
+    device = model.trunk.causal.device
+    prompts = [preference.prompt_ids for preference in preferences]
+    batch = collate_shared_prompts(prompts, [preference.responses_ids for preference in preferences])
+    scores = model.scores_shared_prompts(
+        ids=batch.ids.to(device),
+        positions=batch.positions.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        last=batch.last.to(device),
+    )
+    return scores.cpu()
 
 
 def _scores_beside_long(
