@@ -1,4 +1,4 @@
-"""The settings of the base model and of what is trained of it, and the class that every settings class derives from."""
+"""Settings of the base model and of the adaptation method, and the base class of all settings."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ class Settings(BaseModel):
 
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
-"""The learning-rate schedules of transformers that need no parameters of their own."""
+"""Learning-rate schedules of transformers that need no further parameters."""
 
 
 class ModelSettings(Settings):
@@ -23,8 +23,8 @@ class ModelSettings(Settings):
     path: str = Field(description="folder or hub name of a causal language model with its tokenizer")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="precision of the frozen weights and of their products; adapters and heads are float32. auto: "
-        "bfloat16 where the device multiplies in it",
+        description="precision of the frozen weights and of products with them; adapters and heads are float32. auto: "
+        "bfloat16 where the device computes natively in it",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
@@ -32,17 +32,17 @@ class ModelSettings(Settings):
 
     @field_validator("dtype")
     @classmethod
-    def _settle(cls, dtype: str) -> str:
-        """`auto` becomes what it means here, so that a run's `config.yaml` says what it ran in."""
+    def _resolve_auto(cls, dtype: str) -> str:
+        """`auto` is replaced by what it means on this machine, so that a run's `config.yaml` names the dtype."""
         if dtype != "auto":
             return dtype
-        from policies.device import fast_dtype  # torch is slow to import, and only wanted here
+        from policies.device import fast_dtype  # torch is slow to import, and needed here only
 
         return fast_dtype()
 
 
 class PolicySettings(Settings):
-    """What every trained role has of its own."""
+    """The adaptation method: what is trained of the base, for each role separately."""
 
     method: str = Field("lora", description="what is trained; docs/methods.md compares them")
     rank: int = Field(16, ge=1, description="LoRA: rank of the low-rank matrices")
@@ -50,30 +50,32 @@ class PolicySettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: on the adapter's input, in SFT and reward training only")
     targets: str | list[str] | None = Field(
         None,
-        description="LoRA, (IA)³, bottleneck: names of the layers to adapt; unset: all linear layers, keys and values "
-        "and feed-forward, ends of the sublayers",
+        description="LoRA, (IA)³, bottleneck: names of the layers to adapt; unset: all linear layers; key and "
+        "value projections and the MLP's last layer; the last layers of attention and MLP, in this order",
     )
     rslora: bool = Field(False, description="LoRA: scale by alpha / √rank instead")
     dora: bool = Field(False, description="LoRA: train magnitudes of the weights' columns too")
     init: Literal["zero", "pissa", "loftq"] = Field(
         "zero",
-        description="LoRA: start as a change of nothing, from the principal directions of the weights, or (qlora) from "
-        "what quantisation has lost",
+        description="LoRA: start as a change of zero, from the principal directions of the weights, or (qlora) from "
+        "the quantisation error",
     )
     lora_plus: float | None = Field(
         None, ge=1, description="LoRA: learning rate of B over that of A; unset: the same for both"
     )
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="qlora: type of the frozen linear weights")
     double_quantization: bool = Field(True, description="qlora: quantise the scales too")
-    virtual_tokens: int = Field(20, ge=1, description="soft prompts: how many virtual tokens come first")
+    virtual_tokens: int = Field(20, ge=1, description="soft prompts: number of virtual tokens before the prompt")
     init_text: str | None = Field(
-        None, description="prompt and prefix tuning: text whose tokens they start as; unset: tokens at random"
+        None, description="prompt and prefix tuning: text whose tokens they start as; unset: random tokens"
     )
-    encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the virtual tokens in training")
+    encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the virtual tokens in SFT")
     encoder_width: int = Field(128, ge=1, description="p-tuning: hidden units of the encoder")
-    bottleneck: int = Field(64, ge=1, description="bottleneck: units between down and up")
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("gelu", description="bottleneck: between down and up")
-    layers: int = Field(1, ge=1, description="top_layers: how many of the last decoder layers")
+    bottleneck: int = Field(64, ge=1, description="bottleneck: hidden units of the adapter")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(
+        "gelu", description="bottleneck: non-linearity of the adapter"
+    )
+    layers: int = Field(1, ge=1, description="top_layers: number of decoder layers, counted from the last")
 
     @field_validator("method")
     @classmethod
