@@ -1,4 +1,4 @@
-"""The reward stage's objective on batches of judged responses."""
+"""The objective of the reward stage: the loss of preference examples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,87 +13,126 @@ from policies.module_names import linears
 from policies.trunk import Trunk
 from rewards.model import RewardModel
 from rewards.objective import PreferenceLoss
-from rewards.preferences import PreferenceExample
+from rewards.preferences import OVERALL, PreferenceExample
 
 
 class RewardObjective(Objective):
-    """The mean loss of a whole batch of feedback, in nats a row."""
+    """The mean loss over a batch of preference examples, in nats."""
 
-    def __init__(self, model: RewardModel, loss: PreferenceLoss, smoothing: float, centering: float) -> None:
+    def __init__(self, model: RewardModel, loss: PreferenceLoss, label_smoothing: float, centering: float) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
-        self.smoothing, self.centering = smoothing, centering
+        self.model = model
+        self.loss = loss
+        self.label_smoothing = label_smoothing
+        self.centering = centering
 
     def forward(
         self,
+        examples: Sequence[PreferenceExample],
         ids: Tensor,
         last: Tensor,
         labels: Tensor,
-        feedback: Sequence[PreferenceExample],
         num_items_in_batch: Tensor,
-        **places: Tensor,
+        **layout: Tensor,
     ) -> dict[str, Tensor]:
-        """ids, last, places: of a `Batch`, or of `SharedPromptBatch`. labels: `[rows]`, counted and otherwise of no use."""
-        score = self.model.scores_packed if "rows" in places else self.model.scores_shared_prompts
-        scores = score(ids=ids, last=last, **places)
-        loss = self.loss(scores, feedback, self.smoothing).sum()
+        """Compute this microbatch's part of the batch's loss.
+
+        Args:
+            examples: `[B]`.
+            ids: of a `Batch` or a `SharedPromptBatch`, as is `last`.
+            last: `[R]` int64, index into `ids` of the last token of each response.
+            labels: `[B]`, only counted: the Trainer sums their number over the batch to `num_items_in_batch`.
+            num_items_in_batch: examples of the whole batch.
+            layout: the batch's other tensors: `lengths`, or `positions` and `attention_mask`.
+
+        Returns:
+            The scalar `loss`.
+        """
+        scores = self._scores(ids, last, **layout)  # [R, A]
+        loss = self.loss(scores, examples, self.label_smoothing).sum()
         if self.centering:
-            counts = [len(each.responses) for each in feedback]
-            means = torch.stack([own.mean() for own in self.loss.score(scores, "").split(counts)])
+            counts = [len(example.responses) for example in examples]
+            scores_by_example = self.loss.score(scores, OVERALL).split(counts)
+            means = torch.stack([example_scores.mean() for example_scores in scores_by_example])  # [B]
             loss = loss + self.centering * means.square().sum()
         return {"loss": loss / num_items_in_batch}
 
+    def _scores(
+        self,
+        ids: Tensor,
+        last: Tensor,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if lengths is not None:
+            return self.model.scores_packed(ids, lengths, last)
+        assert positions is not None
+        assert attention_mask is not None
+        return self.model.scores_shared_prompts(ids, positions, attention_mask, last)
+
     @torch.no_grad()
     def heldout_loss(self, preferences: Sequence[TokenizedPreference], tokens: int) -> float:
-        """The mean loss of held-out rows, in nats, without smoothing and centering."""
+        """Mean loss over held-out examples, in nats, without smoothing and centering. tokens: per microbatch."""
         scores = score_preferences(self.model, preferences, tokens).to(self.model.trunk.causal.device)
         return float(self.loss(scores, [preference.example for preference in preferences]).mean())
 
 
 def score_preferences(model: RewardModel, preferences: Sequence[TokenizedPreference], tokens: int) -> Tensor:
-    """Scores by attribute `[N, A]` of all responses, row after row; each with its prompt, as PPO will score it."""
-    return model.attribute_scores(*flat(preferences), tokens)
+    """Scores by attribute `[R, A]` of all responses, each scored with its own prompt, as in PPO. tokens: per microbatch."""
+    return model.attribute_scores(*flatten_responses(preferences), tokens)
 
 
-def flat(preferences: Sequence[TokenizedPreference]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompt and tokens of every response, row after row."""
-    prompts = [preference.prompt_ids for preference in preferences for _ in preference.responses_ids]
-    return prompts, [ids for preference in preferences for ids in preference.responses_ids]
+def flatten_responses(preferences: Sequence[TokenizedPreference]) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompt of every response, and the responses, in the order of the examples."""
+    prompts: list[list[int]] = []
+    responses: list[list[int]] = []
+    for preference in preferences:
+        prompts += [preference.prompt_ids] * len(preference.responses_ids)
+        responses += preference.responses_ids
+    return prompts, responses
 
 
-def shares_prompts(trunk: Trunk, role: str, preferences: Sequence[TokenizedPreference]) -> bool:
-    """Whether the responses to a prompt go behind it in one row: where the model allows it, and it is less arithmetic.
+def should_share_prompts(trunk: Trunk, role: str, preferences: Sequence[TokenizedPreference]) -> bool:
+    """Whether all responses to a prompt should follow one copy of it: if the model supports it and it saves arithmetic.
 
-    It saves the prompt's linear layers for all responses but one, and costs, in attention, the products of responses
-    with each other.
+    It saves the prompt's linear layers for all responses but one. In attention, it costs the products between responses,
+    which are computed and then masked.
     """
-    linear = sum(layer.weight.numel() for layer in linears(trunk.causal).values())
-    attention = 2 * trunk.width * trunk.causal.config.get_text_config().num_hidden_layers
+    linear_cost = sum(layer.weight.numel() for layer in linears(trunk.causal).values())  # per token
+    layers = trunk.causal.config.get_text_config().num_hidden_layers
+    attention_cost = 2 * trunk.width * layers  # per pair of tokens: queries by keys, and weights by values
     saved = 0
     for preference in preferences:
-        prompt, apart = (
-            len(preference.prompt_ids),
-            [len(preference.prompt_ids) + len(ids) for ids in preference.responses_ids],
-        )
-        together = sum(apart) - (len(apart) - 1) * prompt
-        saved += (len(apart) - 1) * prompt * linear + (sum(n * n for n in apart) - together**2) * attention
+        prompt = len(preference.prompt_ids)
+        separate = [prompt + len(response) for response in preference.responses_ids]
+        saved_tokens = (len(separate) - 1) * prompt
+        shared = sum(separate) - saved_tokens
+        saved_pairs = sum(length * length for length in separate) - shared**2
+        saved += saved_tokens * linear_cost + saved_pairs * attention_cost
     return saved > 0 and trunk.supports_shared_prompts(role)
 
 
-def branches(preferences: list[TokenizedPreference]) -> dict[str, Any]:
-    """A batch in which each prompt is computed once."""
-    batch = collate_shared_prompts(
-        [preference.prompt_ids for preference in preferences], [preference.responses_ids for preference in preferences]
-    )
-    rows = {"ids": batch.ids, "last": batch.last, "positions": batch.positions, "seen": batch.seen}
-    return rows | _verdicts(preferences)
+def collate_shared(preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
+    """The arguments of `RewardObjective` for a microbatch in which all responses follow one copy of their prompt."""
+    prompts = [preference.prompt_ids for preference in preferences]
+    responses = [preference.responses_ids for preference in preferences]
+    batch = collate_shared_prompts(prompts, responses)
+    return {
+        "ids": batch.ids,
+        "last": batch.last,
+        "positions": batch.positions,
+        "attention_mask": batch.attention_mask,
+        **_examples_and_labels(preferences),
+    }
 
 
-def rows(preferences: list[TokenizedPreference]) -> dict[str, Any]:
-    """A batch of one row for each response."""
-    batch = collate(*flat(preferences))
-    return {"ids": batch.ids, "rows": batch.lengths, "last": batch.last} | _verdicts(preferences)
+def collate_separate(preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
+    """The arguments of `RewardObjective` for a microbatch with one sequence per response."""
+    batch = collate(*flatten_responses(preferences))
+    return {"ids": batch.ids, "last": batch.last, "lengths": batch.lengths, **_examples_and_labels(preferences)}
 
 
-def _verdicts(preferences: list[TokenizedPreference]) -> dict[str, Any]:
-    return {"labels": torch.ones(len(preferences)), "feedback": [preference.example for preference in preferences]}
+def _examples_and_labels(preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
+    examples = [preference.example for preference in preferences]
+    return {"examples": examples, "labels": torch.ones(len(examples))}
