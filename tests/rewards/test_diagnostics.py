@@ -25,32 +25,32 @@ def doubles(*values: float) -> torch.Tensor:
 
 
 def test_all_comparisons_of_pairs_and_rankings() -> None:
-    rows = [
+    examples = [
         PreferenceExample("p", ("a", "b"), Pair(margin=2.0, certainty=0.9)),
         PreferenceExample("p", ("a", "b"), Pair(certainty=0.5)),
         PreferenceExample("p", ("a", "b", "c", "d"), Ranking((1, 2, 1)), "kind"),
     ]
-    found = comparisons(rows)
-    assert [(c.better, c.worse) for c in found] == [
+    result = comparisons(examples)
+    assert [(c.better, c.worse) for c in result] == [
         ((0, 0), (0, 1)), ((2, 0), (2, 1)), ((2, 0), (2, 2)), ((2, 0), (2, 3)), ((2, 1), (2, 3)), ((2, 2), (2, 3)),
     ]  # fmt: skip
-    assert (found[0].margin, found[0].certainty, found[1].attribute) == (2.0, 0.9, "kind")
+    assert (result[0].margin, result[0].certainty, result[1].attribute) == (2.0, 0.9, "kind")
 
 
 def test_ratings_are_compared_in_pairs_and_none_twice() -> None:
     values = [1.0, 2.0, 2.0, 5.0, 3.0, 4.0, 1.0]
-    found = comparisons([PreferenceExample("p", ("r",), Rating({"": value})) for value in values])
-    rows = [row for c in found for row in (c.better[0], c.worse[0])]
-    assert len(rows) == len(set(rows))
-    assert all(values[c.better[0]] > values[c.worse[0]] for c in found)
+    result = comparisons([PreferenceExample("p", ("r",), Rating({"": value})) for value in values])
+    examples = [example for c in result for example in (c.better[0], c.worse[0])]
+    assert len(examples) == len(set(examples))
+    assert all(values[c.better[0]] > values[c.worse[0]] for c in result)
 
 
 def test_the_confidence_interval_has_its_coverage() -> None:
     pick, held = random.Random(0), 0
     for _ in range(400):
         right = sum(pick.random() < 0.8 for _ in range(60))
-        found = wilson(right / 60, 60)
-        held += found.accuracy_low <= 0.8 <= found.accuracy_high
+        interval = wilson(right / 60, 60)
+        held += interval.accuracy_low <= 0.8 <= interval.accuracy_high
     assert 0.92 <= held / 400 <= 0.98
 
 
@@ -72,8 +72,13 @@ def test_equal_scores_count_half() -> None:
 
 
 def test_accuracy_of_no_comparisons() -> None:
-    found = accuracy(doubles(), [])
-    assert (math.isnan(found.accuracy), found.accuracy_low, found.accuracy_high, found.pairs) == (True, 0.0, 1.0, 0)
+    interval = accuracy(doubles(), [])
+    assert (math.isnan(interval.accuracy), interval.accuracy_low, interval.accuracy_high, interval.pairs) == (
+        True,
+        0.0,
+        1.0,
+        0,
+    )
 
 
 def test_log_loss_and_brier_are_their_formulas() -> None:
@@ -92,24 +97,24 @@ def test_preferences_drawn_from_the_models_probabilities_are_calibrated_and_doub
     logits = 3 * torch.rand(20_000, generator=generator, dtype=torch.float64)
     right = torch.rand(20_000, generator=generator, dtype=torch.float64) < logits.sigmoid()
     difference = torch.where(right, logits, -logits)
-    rows = reliability(difference)
-    assert calibration_error(rows) < 0.01
-    assert all(abs(row["confidence"] - row["accuracy"]) < 0.03 for row in rows)
-    assert sum(row["pairs"] for row in rows) == 20_000
+    diagram = reliability(difference)
+    assert calibration_error(diagram) < 0.01
+    assert all(abs(row["confidence"] - row["accuracy"]) < 0.03 for row in diagram)
+    assert sum(row["pairs"] for row in diagram) == 20_000
     assert calibration_error(reliability(2 * difference)) > 0.05
 
 
 def test_accuracy_in_groups_by_a_value() -> None:
     values = doubles(*range(100))
     difference = torch.where(values < 40, 1.0, -1.0).double()
-    found = accuracy_by(values, difference, list(range(100)))
-    assert [row["accuracy"] for row in found] == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert (found[0]["from"], found[0]["to"], found[0]["pairs"]) == (0.0, 19.0, 20)
+    result = accuracy_by(values, difference, list(range(100)))
+    assert [row["accuracy"] for row in result] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert (result[0]["from"], result[0]["to"], result[0]["pairs"]) == (0.0, 19.0, 20)
 
 
 def test_equal_values_are_in_the_same_group() -> None:
-    found = accuracy_by(doubles(*[3.0] * 7), doubles(*[1.0] * 7), list(range(7)))
-    assert [(row["from"], row["to"], row["pairs"]) for row in found] == [(3.0, 3.0, 7)]
+    result = accuracy_by(doubles(*[3.0] * 7), doubles(*[1.0] * 7), list(range(7)))
+    assert [(row["from"], row["to"], row["pairs"]) for row in result] == [(3.0, 3.0, 7)]
 
 
 def test_a_length_model_learns_that_medium_lengths_are_best() -> None:
@@ -127,5 +132,11 @@ def test_agreement_is_a_mean_over_pairs_of_members() -> None:
 
 
 def test_a_distribution_by_its_quantiles() -> None:
-    found = distribution(torch.arange(101.0))
-    assert (found["mean"], found["q0"], found["q25"], found["q95"], found["q100"]) == (50.0, 0.0, 25.0, 95.0, 100.0)
+    result = distribution(torch.arange(101.0))
+    assert (result["mean"], result["q0"], result["q25"], result["q95"], result["q100"]) == (
+        50.0,
+        0.0,
+        25.0,
+        95.0,
+        100.0,
+    )

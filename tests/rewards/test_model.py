@@ -44,12 +44,13 @@ def new_model(tiny_model: Path) -> Factory:
 @pytest.fixture(scope="module")
 def model(new_model: Factory) -> RewardModel:
     """A reward model whose adapter, head and bias are random, and whose policy adapter is another."""
-    made, generator = new_model(), torch.Generator().manual_seed(7)
+    model = new_model()
+    generator = torch.Generator().manual_seed(7)
     for role in ("policy", "reward"):
-        weights = {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in made.trunk.adapter(role).items()}
-        made.trunk.write_adapter(role, weights)
-    load_heads(made.heads, [{"weight": torch.randn(32, generator=generator), "bias": torch.tensor([0.25])}], "here")
-    return made
+        weights = {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in model.trunk.adapter(role).items()}
+        model.trunk.write_adapter(role, weights)
+    load_heads(model.heads, [{"weight": torch.randn(32, generator=generator), "bias": torch.tensor([0.25])}], "here")
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +73,22 @@ def alone(tiny_model: Path, saved: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 40, 10_000])
-def test_scores_are_those_of_single_unpadded_rows_in_their_order(
-    model: RewardModel, alone: Tensor, tokens: int
-) -> None:
+def test_scores_are_those_of_single_unpadded_sequences_in_order(model: RewardModel, alone: Tensor, tokens: int) -> None:
     torch.testing.assert_close(model.score(PROMPTS, RESPONSES, tokens), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_on_the_left_changes_no_score(model: RewardModel, alone: Tensor) -> None:
-    rows = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
-    width = max(map(len, rows)) + 5
-    ids = torch.tensor([[3] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    sequences = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)]
+    width = max(map(len, sequences)) + 5
+    ids = torch.tensor([[3] * (width - len(sequence)) + sequence for sequence in sequences])
+    mask = torch.tensor([[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences])
     model.trunk.switch("reward")
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
-    states = model.trunk.states(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    states = model.trunk.states(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     torch.testing.assert_close(model.heads[0](states[:, -1]).detach(), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_differ_by_more_than_the_tolerance_of_these_tests(alone: Tensor) -> None:
+def test_scores_differ_by_more_than_the_tolerance_of_these_tests(alone: Tensor) -> None:
     assert float(alone.sort().values.diff().min()) > 1e-2
 
 
@@ -129,27 +128,30 @@ def test_a_head_of_another_width_is_refused(new_model: Factory) -> None:
         load_heads(new_model().heads, [ScalarHead(16).state_dict()], "old/reward")
 
 
-def test_responses_behind_one_prompt_score_as_behind_their_own(model: RewardModel) -> None:
-    """Scores and gradients, whatever the lengths beside them."""
+def test_responses_behind_a_shared_prompt_score_as_behind_their_own(model: RewardModel) -> None:
+    """Scores and gradients, whatever the lengths of the other responses."""
     others = RESPONSES[3:] + RESPONSES[:3]
-    both = [side for sides in zip(RESPONSES, others) for side in sides]
-    lone = collate([prompt for prompt in PROMPTS for _ in range(2)], both)
+    both = [response for pair in zip(RESPONSES, others) for response in pair]
+    alone = collate([prompt for prompt in PROMPTS for _ in range(2)], both)
     branches = collate_shared_prompts(PROMPTS, list(zip(RESPONSES, others)), pad=3)
     assert model.trunk.supports_shared_prompts("reward")
     model.trunk.train_only("reward")
     weights = torch.randn(2 * len(PROMPTS), generator=torch.Generator().manual_seed(0))
-    rows = [i for i, row in enumerate(both) if row]  # an empty response has no token of its own
-    found = []
-    for scores in (
-        model(lone),
-        model.scores_shared_prompts(branches.ids, branches.positions, branches.attention_mask, branches.last),
-    ):
-        scores = scores[:, 0]
+    nonempty = [i for i, response in enumerate(both) if response]  # an empty response has no last token of its own
+
+    def scores_and_gradient(by_attribute: Tensor) -> tuple[Tensor, Tensor]:
+        scores = by_attribute[nonempty, 0]
         model.zero_grad()
-        (scores * weights)[rows].sum().backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.trunk.adapter("reward").values()])
-        found.append((scores.detach()[rows], gradient))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+        (scores * weights[nonempty]).sum().backward()
+        gradients: list[Tensor] = []
+        for parameter in model.trunk.adapter("reward").values():
+            assert parameter.grad is not None
+            gradients.append(parameter.grad.flatten())
+        return scores.detach(), torch.cat(gradients)
+
+    shared = model.scores_shared_prompts(branches.ids, branches.positions, branches.attention_mask, branches.last)
+    actual = scores_and_gradient(shared)
+    torch.testing.assert_close(actual, scores_and_gradient(model(alone)), rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_are_not_shared_where_a_window_counts_what_lies_between() -> None:

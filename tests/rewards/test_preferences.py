@@ -11,8 +11,8 @@ OTHER = [CHAT[0], {"role": "assistant", "content": "What?"}]
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
-def pair(prompt: Any = "p", chosen: str = "c", rejected: str = "r", **judged: Any) -> PreferenceExample:
-    return PreferenceExample(prompt, (chosen, rejected), Pair(**judged))
+def pair(prompt: Any = "p", chosen: str = "c", rejected: str = "r", **label: Any) -> PreferenceExample:
+    return PreferenceExample(prompt, (chosen, rejected), Pair(**label))
 
 
 @pytest.mark.parametrize(
@@ -47,24 +47,24 @@ def test_rankings_come_best_first_in_groups_of_equal_rank(ranks: Any, order: str
     assert parse_preference(values) == PreferenceExample("p", tuple(order), Ranking(sizes))
 
 
-def test_a_row_of_csv_spells_its_lists_in_json() -> None:
+def test_a_csv_row_has_its_lists_in_json() -> None:
     values = {"prompt": "p", "responses": '["a", "b"]', "ranks": "[2, 1]"}
     assert parse_preference(values) == PreferenceExample("p", ("b", "a"), Ranking((1, 1)))
 
 
-def test_the_row_says_what_its_ties_are_and_else_the_settings() -> None:
+def test_ties_of_the_row_override_the_setting() -> None:
     values = {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]}
     assert parse_preference(values, open_ties=True).preference == Ranking((2, 1), open=True)
     assert parse_preference(values | {"ties": "judged"}, open_ties=True).preference == Ranking((2, 1))
     assert parse_preference(values | {"ties": "unknown"}).preference == Ranking((2, 1), open=True)
 
 
-def test_a_choice_is_one_before_all_others_whose_order_is_unknown() -> None:
+def test_a_choice_ranks_one_before_all_others_in_unknown_order() -> None:
     values = {"prompt": "p", "responses": ["a", "b", "c"], "best": 2}
     assert parse_preference(values) == PreferenceExample("p", ("c", "a", "b"), Ranking((1, 2), open=True))
 
 
-def test_ratings_are_a_number_or_one_for_each_attribute() -> None:
+def test_a_rating_is_a_number_or_one_per_attribute() -> None:
     row = {"prompt": "p", "response": "r"}
     assert parse_preference(row | {"rating": "4"}) == PreferenceExample("p", ("r",), Rating({"": 4.0}))
     rated = parse_preference(row | {"rating": {"kind": 1, "helpful": 3, "unasked": None}})
@@ -76,10 +76,10 @@ def test_comparisons_may_be_by_an_attribute() -> None:
     assert parse_preference(PAIR | {"attribute": "kind"}).attributes == ("kind",)
 
 
-def test_a_common_beginning_may_run_on_into_the_reply() -> None:
+def test_a_common_prefix_may_extend_into_the_reply() -> None:
     start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A joke?\n\nAssistant:"
-    found = parse_preference({"chosen": start + " I will not.", "rejected": start + " I will."})
-    assert found == pair(start, " I will not.", " I will.")
+    example = parse_preference({"chosen": start + " I will not.", "rejected": start + " I will."})
+    assert example == pair(start, " I will not.", " I will.")
 
 
 RANKING = {"prompt": "p", "responses": ["a", "b"]}
@@ -125,10 +125,11 @@ def test_real_transcripts() -> None:
     for line in outside_data("hh/harmless.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         try:
-            found = parse_preference(row)
+            example = parse_preference(row)
         except ValueError:
             bad += 1
             continue
-        assert found.prompt.endswith("\n\nAssistant:")
-        assert [found.prompt + response for response in found.responses] == [row["chosen"], row["rejected"]]
+        assert isinstance(example.prompt, str)
+        assert example.prompt.endswith("\n\nAssistant:")
+        assert [example.prompt + response for response in example.responses] == [row["chosen"], row["rejected"]]
     assert bad <= 5

@@ -25,41 +25,42 @@ def groups_of(scores: list[float], sizes: list[int]) -> list[list[float]]:
     return [[next(rest) for _ in range(size)] for size in sizes]
 
 
-def chance_of_order(scores: list[float]) -> float:
+def probability_of_order(scores: list[float]) -> float:
     """Plackett and Luce: one choice after the other."""
     return math.prod(math.exp(s) / sum(map(math.exp, scores[i:])) for i, s in enumerate(scores))
 
 
-def chance_of_ties(scores: list[float], sizes: list[int], ties: list[float]) -> float:
-    """Davidson and Luce: at each place a set is chosen of all sets of what is left."""
+def probability_of_ties(scores: list[float], sizes: list[int], ties: list[float]) -> float:
+    """Davidson and Luce: for each rank a set is chosen from all sets of the remaining responses."""
 
     def weight(chosen: tuple[float, ...]) -> float:
         return ties[len(chosen) - 1] * math.exp(sum(chosen) / len(chosen))
 
-    chance, left = 1.0, list(scores)
+    probability = 1.0
+    remaining = list(scores)
     for size in sizes:
-        sets = chain.from_iterable(combinations(left, count) for count in range(1, len(ties) + 1))
-        chance *= weight(tuple(left[:size])) / sum(map(weight, sets))
-        left = left[size:]
-    return chance
+        sets = chain.from_iterable(combinations(remaining, count) for count in range(1, len(ties) + 1))
+        probability *= weight(tuple(remaining[:size])) / sum(map(weight, sets))
+        remaining = remaining[size:]
+    return probability
 
 
-def chance_of_any_order(scores: list[float], sizes: list[int]) -> float:
+def probability_of_any_order(scores: list[float], sizes: list[int]) -> float:
     """The sum over all orders within all groups."""
-    orders = [[]]
+    orders: list[list[float]] = [[]]
     for group in groups_of(scores, sizes):
-        orders = [[*order, *own] for order in orders for own in permutations(group)]
-    return sum(map(chance_of_order, orders))
+        orders = [[*order, *group_order] for order in orders for group_order in permutations(group)]
+    return sum(map(probability_of_order, orders))
 
 
 @pytest.mark.parametrize("count", range(2, 9))
-def test_strict_rankings_are_one_choice_after_the_other(count: int) -> None:
+def test_strict_rankings_are_successive_choices(count: int) -> None:
     scores = draw(count, count)
-    expected = [-math.log(chance_of_order(row)) for row in scores.tolist()]
+    expected = [-math.log(probability_of_order(row)) for row in scores.tolist()]
     torch.testing.assert_close(plackett_luce_loss(scores), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_the_chances_of_all_orders_add_up_to_one() -> None:
+def test_the_probabilities_of_all_orders_sum_to_one() -> None:
     rows = torch.tensor(list(permutations([0.3, -1.2, 2.0, 0.5])), dtype=torch.float64)
     assert float(torch.exp(-plackett_luce_loss(rows)).sum()) == pytest.approx(1)
 
@@ -78,7 +79,7 @@ def test_judged_ties_choose_among_all_sets(sizes: list[int], seed: int) -> None:
     scores, most = draw(sum(sizes), seed), max(sizes)
     log_ties = torch.tensor([0.0, -0.7, 0.4][:most], dtype=torch.float64)
     ties = log_ties.exp().tolist()
-    expected = [-math.log(chance_of_ties(row, sizes, ties)) for row in scores.tolist()]
+    expected = [-math.log(probability_of_ties(row, sizes, ties)) for row in scores.tolist()]
     actual = davidson_luce_loss(scores, sizes, log_ties)
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
@@ -88,12 +89,12 @@ def test_ties_of_unknown_order_sum_over_all_orders(sizes: list[int], seed: int) 
     scores = draw(sum(sizes), seed)
     if math.prod(map(math.factorial, sizes)) > 500:
         return
-    expected = [-math.log(chance_of_any_order(row, sizes)) for row in scores.tolist()]
+    expected = [-math.log(probability_of_any_order(row, sizes)) for row in scores.tolist()]
     actual = open_ranking_loss(scores, sizes)
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
-def test_without_ties_all_three_are_one() -> None:
+def test_without_ties_all_three_losses_are_equal() -> None:
     scores, ones = draw(6, 1), (1,) * 6
     expected = plackett_luce_loss(scores)
     torch.testing.assert_close(davidson_luce_loss(scores, ones, torch.zeros(1, dtype=torch.float64)), expected)
@@ -115,12 +116,14 @@ def test_gradients_are_finite_differences(sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("scale", [30.0, 300.0])
-def test_far_scores_in_float32_stay_finite(scale: float) -> None:
+def test_losses_of_extreme_scores_in_float32_are_finite(scale: float) -> None:
     scores = draw(8, 4, scale).float().requires_grad_(True)
     log_ties = torch.zeros(4, requires_grad=True)
     loss = davidson_luce_loss(scores, (4, 1, 3), log_ties) + open_ranking_loss(scores, (4, 1, 3))
     (loss + plackett_luce_loss(scores)).sum().backward()
     assert torch.isfinite(loss).all()
+    assert scores.grad is not None
+    assert log_ties.grad is not None
     assert torch.isfinite(scores.grad).all()
     assert torch.isfinite(log_ties.grad).all()
 

@@ -43,10 +43,10 @@ def score(term: TermSettings, reward: RewardSettings | None = None, **batch: Any
 
 def scores(responses: list[str], columns: dict[str, Any] | None = None, **settings: Any) -> list[float]:
     count = len(responses)
-    found = score(make_term(**settings), prompts=["p"] * count, responses=responses, columns=[columns or {}] * count)
-    assert found.values.dtype == torch.float64
-    assert not found.notes
-    return found.values.tolist()
+    result = score(make_term(**settings), prompts=["p"] * count, responses=responses, columns=[columns or {}] * count)
+    assert result.values.dtype == torch.float64
+    assert not result.notes
+    return result.values.tolist()
 
 
 def test_a_regular_expression_is_found_anywhere_or_matches_the_whole_response() -> None:
@@ -97,8 +97,8 @@ def test_real_solutions_are_right_where_their_authors_say_so() -> None:
     for row in rows:
         for solution in row.values():
             if isinstance(solution, dict):
-                (found,) = scores([solution["solution"]], {"answer": row["ground_truth"]}, kind="number")
-                agreed.append(found == float(solution["is_correct"]))
+                (result,) = scores([solution["solution"]], {"answer": row["ground_truth"]}, kind="number")
+                agreed.append(result == float(solution["is_correct"]))
     assert sum(agreed) / len(agreed) > 0.99
 
 
@@ -156,18 +156,18 @@ def test_the_model_combines_its_members_and_notes_attributes_and_spread() -> Non
         {"attributes": {"kind": 0.5, "brief": 0.5}, "ensemble": {"members": 2, "combine": "minimum"}}
     )
     outputs = torch.tensor([[1.0, 2.0, 3.0, 5.0, 6.0, 7.0]])  # overall, kind and brief of each of two members
-    found = score(make_term(kind="model"), reward, reward_outputs=outputs)
-    assert found.values.tolist() == [1.0]
-    notes = {name: values.tolist() for name, values in found.notes.items()}
+    result = score(make_term(kind="model"), reward, reward_outputs=outputs)
+    assert result.values.tolist() == [1.0]
+    notes = {name: values.tolist() for name, values in result.notes.items()}
     assert notes == {"attribute/kind": [4.0], "attribute/brief": [5.0], "spread": [2.0]}
 
 
 def test_a_fallback_is_noted_under_the_name_of_the_term(tmp_path: Path) -> None:
     (tmp_path / "score.py").write_text("def f(p, r, c): return [1.0 / len(x) for x in r]\n")
     term = make_term(kind="function", function=f"{tmp_path}/score.py:f", fallback=-1.0)
-    found = score(term, prompts=["p", "q"], responses=["ab", ""], columns=[{}, {}])
-    assert found.values.tolist() == [0.5, -1.0]
-    assert {name: values.tolist() for name, values in found.notes.items()} == {"failed/mine": [0.0, 1.0]}
+    result = score(term, prompts=["p", "q"], responses=["ab", ""], columns=[{}, {}])
+    assert result.values.tolist() == [0.5, -1.0]
+    assert {name: values.tolist() for name, values in result.notes.items()} == {"failed/mine": [0.0, 1.0]}
 
 
 def test_responses_are_decoded_once_and_only_where_a_term_reads_them() -> None:

@@ -2,6 +2,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,11 +46,16 @@ def test_a_function_of_a_module_is_found() -> None:
 def test_the_function_gets_prompts_responses_and_columns() -> None:
     arguments = (["p"], ["r"], [{"answer": 5}])
     seen: list[object] = []
-    call_function(lambda *given: seen.extend(given) or [0.0], *arguments)
+
+    def record(*call: object) -> list[float]:
+        seen.extend(call)
+        return [0.0]
+
+    call_function(record, *arguments)
     assert seen == list(arguments)
 
 
-def test_a_file_may_have_a_dataclass_of_its_own(tmp_path: Path) -> None:
+def test_a_file_may_define_a_dataclass(tmp_path: Path) -> None:
     text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass D:\n    x: int\n"
     assert callable(load_function(f"{write(tmp_path, text)}:D", KEY))
 
@@ -62,12 +68,12 @@ def test_two_files_of_one_name_keep_their_own_functions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["", "score", "score.py", "score.py:", "score.py:a-b", "score.py:a.b", "score.py:1"])
-def test_what_names_no_function_is_refused(where: str) -> None:
+def test_a_name_that_is_not_a_function_is_refused(where: str) -> None:
     assert f"{where!r} is neither FILE.py:function nor module:function" in problem(where)
 
 
 @pytest.mark.parametrize("where", [":f", ".score:f"])
-def test_what_names_no_module_is_refused(where: str) -> None:
+def test_a_name_that_is_not_a_module_is_refused(where: str) -> None:
     problem(where)
 
 
@@ -75,7 +81,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert f"file {tmp_path}/nowhere.py does not exist" in problem(f"{tmp_path}/nowhere.py:f")
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder.py").mkdir()
     assert "folder.py does not exist" in problem(f"{tmp_path}/folder.py:f")
 
@@ -103,7 +109,7 @@ def test_a_missing_function_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("scores", [[], [1.0], [1.0, 2.0, 3.0]])
-def test_another_number_of_scores_is_refused(scores: list[float]) -> None:
+def test_a_wrong_number_of_scores_is_refused(scores: list[float]) -> None:
     assert f"returned {len(scores)} scores for 2 responses" in complaint(scores, ["a", "b"])
 
 
@@ -115,14 +121,15 @@ def test_a_score_that_is_not_finite_is_refused_with_its_response(score: float) -
 
 
 @pytest.mark.parametrize("scores", [None, 1.0, [None], ["good"]])
-def test_what_is_no_list_of_numbers_is_refused(scores: object) -> None:
+def test_a_result_that_is_not_a_list_of_numbers_is_refused(scores: object) -> None:
     assert "<lambda> returned" in complaint(scores, ["a"])
 
 
-def score(text: str, tmp_path: Path, count: int = 3, **settings: float) -> Scores:
+def score(text: str, tmp_path: Path, count: int = 3, **settings: Any) -> Scores:
     function = load_function(f"{write(tmp_path, text)}:f", KEY)
-    rows = [f"r{i}" for i in range(count)]
-    return call_function(function, [f"p{i}" for i in range(count)], rows, [{}] * count, **settings)
+    prompts = [f"p{i}" for i in range(count)]
+    responses = [f"r{i}" for i in range(count)]
+    return call_function(function, prompts, responses, [{}] * count, **settings)
 
 
 RAISES = "def f(p, r, c):\n    return [1 / (x != 'r1') for x in r]\n"
@@ -141,14 +148,14 @@ SHORT = "def f(p, r, c): return [1.0] * (len(r) - ('r1' in r))\n"
     ],
     ids=["raises", "hangs", "nan", "count"],
 )
-def test_the_row_at_fault_is_named_or_gets_the_fallback(tmp_path: Path, text: str, reason: str) -> None:
-    timeout = {"timeout": 0.3} if text == HANGS else {}
+def test_the_response_that_fails_is_named_or_gets_the_fallback(tmp_path: Path, text: str, reason: str) -> None:
+    timeout: dict[str, Any] = {"timeout": 0.3} if text == HANGS else {}
     with pytest.raises(UserError, match=reason):
         score(text, tmp_path, **timeout)
-    found = score(text, tmp_path, fallback=-4.0, **timeout)
-    assert found.values[1] == -4.0
-    assert min(found.values[0], found.values[2]) >= 1.0
-    assert found.failed == (1,)
+    scores = score(text, tmp_path, fallback=-4.0, **timeout)
+    assert scores.values[1] == -4.0
+    assert min(scores.values[0], scores.values[2]) >= 1.0
+    assert scores.failed == (1,)
 
 
 def test_a_function_that_fails_for_the_batch_alone_is_named(tmp_path: Path) -> None:
