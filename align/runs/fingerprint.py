@@ -1,6 +1,7 @@
 """What a run is made from: its settings, models and data. A resumed run must be made from the same."""
 
 import hashlib
+import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from align.config.estimators import is_users
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
+from rewards.terms.function import FunctionTerm
 
 CHANGEABLE = (
     "name",
@@ -70,14 +73,16 @@ def run_fingerprint(experiment: Experiment, datasets: Datasets) -> dict[str, Any
         datasets: The tokenized data.
 
     Returns:
-        `settings`: every setting by its dotted name; `models`: by setting, a hash of the model; `rows`: by field of
-        `Datasets`, a hash of the tokenized rows.
+        `settings`: every setting by its dotted name; `models`: by setting, a hash of the model; `functions`: by
+        setting, a hash of the file with the user's function; `rows`: by field of `Datasets`, a hash of the tokenized
+        rows.
     """
     settings = dict(_flatten(experiment.model_dump(mode="json")))
     model_locations = {key: settings[key] for key in MODEL_KEYS if settings.get(key)}
     models = {key: model_digest(location) for key, location in model_locations.items()}
+    functions = {key: _function_digest(where, key) for key, where in user_functions(experiment).items()}
     rows = {field: _rows_digest(getattr(datasets, field)) for field in DATASET_KEYS}
-    return {"settings": settings, "models": models, "rows": rows}
+    return {"settings": settings, "models": models, "functions": functions, "rows": rows}
 
 
 def write_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets) -> None:
@@ -103,6 +108,10 @@ def check_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets
         if started["models"].get(key) != digest:
             location = current["settings"][key]
             raise UserError(f"{key}: {location} is not the model that {run.path} was started with")
+    for key, digest in current["functions"].items():
+        if started["functions"].get(key) != digest:
+            file = user_functions(experiment)[key].rpartition(":")[0]
+            raise UserError(f"{key}: {file} has changed since {run.path} was started: restore it, or start another run")
     for field, digest in current["rows"].items():
         if started["rows"].get(field) != digest:
             raise UserError(
@@ -130,6 +139,37 @@ def model_digest(location: str) -> str:
         config_file = cached_file(location, "config.json")
         return str(extract_commit_hash(config_file, None))
     return files_digest(path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILE_SUFFIXES)
+
+
+def user_functions(experiment: Experiment) -> dict[str, str]:
+    """The functions of the user's own, `FILE.py:function` or `module:function`, by the setting that names them."""
+    functions = {}
+    for key, name in (("ppo.estimator", experiment.ppo.estimator), ("ppo.policy_loss", experiment.ppo.policy_loss)):
+        if is_users(name):
+            functions[key] = name
+    for name, term in experiment.reward.terms.items():
+        if isinstance(term, FunctionTerm):
+            functions[f"reward.terms.{name}.function"] = term.function
+    if experiment.evaluation.gold:
+        functions["evaluation.gold"] = experiment.evaluation.gold
+    return functions
+
+
+def _function_digest(where: str, key: str) -> str:
+    """A hash of the file with a function; of a module without a file, of its name."""
+    source = where.rpartition(":")[0]
+    if not source.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(source)
+        except ImportError as error:
+            raise UserError(f"{key}: module {source} cannot be imported: {error}") from error
+        source = spec.origin if spec and spec.origin else source
+    file = Path(source)
+    if file.is_file():
+        return _file_digest(file)
+    if source.endswith(".py"):
+        raise UserError(f"{key}: file {file} does not exist")
+    return hashlib.blake2b(source.encode()).hexdigest()
 
 
 def files_digest(paths: Iterable[Path]) -> str:

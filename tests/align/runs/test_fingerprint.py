@@ -90,3 +90,36 @@ def test_only_one_process_writes_a_run(tmp_path: Path) -> None:
         pass
     with locked(run):
         pass
+
+
+USER_FUNCTIONS = """
+import torch
+from align.config.estimators import advantage_estimator
+
+@advantage_estimator(reads=("gamma",))
+def estimator(batch):
+    return [torch.zeros(len(rewards)) for rewards in batch.rewards], batch.values
+
+def policy_loss(logprobs, old_logprobs, advantages, ppo):
+    return -advantages * torch.exp(logprobs - old_logprobs), torch.zeros_like(logprobs)
+
+def score(prompts, responses, columns):
+    return [0.0] * len(responses)
+"""
+
+
+@pytest.mark.parametrize("key", ["ppo.estimator", "ppo.policy_loss", "reward.terms.own.function", "evaluation.gold"])
+def test_a_changed_function_of_the_users_is_refused_by_name(key: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / f"{key.replace('.', '_')}.py"
+    file.write_text(USER_FUNCTIONS)
+    function = {"ppo.estimator": "estimator", "ppo.policy_loss": "policy_loss"}.get(key, "score")
+    section, name = key.split(".")[:2]
+    value: Any = f"{file}:{function}"
+    if section == "reward":
+        value = {"own": {"kind": "function", "function": value}}
+    settings[section] |= {name: value}
+    run = start_run(settings, tmp_path)
+    check_fingerprint(run, *experiment_and_data(settings))
+    file.write_text(USER_FUNCTIONS + "\n# another version\n")
+    with pytest.raises(UserError, match=rf"^{key}: .*{file.name} has changed since"):
+        check_fingerprint(run, *experiment_and_data(settings))
