@@ -1,4 +1,4 @@
-// Causal attention to rows that stand one after another, with its gradient; and the softmax that attention needs.
+// Causal attention over packed sequences, with its gradient, and the softmax that it needs.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// In place, of the first `count` scores; zeros behind them. Returns the logarithm of the sum of exponentials.
+// Softmax of the first `count` of `seen` scores, in place; the rest become 0. Returns their log-sum-exp.
 float softmax(float* scores, int64_t count, int64_t seen) {
     Lanes highest = all(scores[0]);
     for (int64_t j = 0; j < count; j += LANES) {
@@ -29,12 +29,12 @@ float softmax(float* scores, int64_t count, int64_t seen) {
     return most + std::log(whole);
 }
 
-constexpr int QUERIES = 16;  // of a block
+constexpr int QUERIES = 16;  // per block, whose scores for all keys are held at once
 
 template <typename T>
 struct Attention {
     const T *query, *key, *value;  // [N, heads, width], [N, groups, width], [N, groups, width]
-    const int64_t* starts;         // [rows + 1], where each row begins
+    const int64_t* starts;         // [rows + 1], where each row, a sequence, begins
     int64_t rows, heads, groups, width;
     float scale;
 
@@ -45,7 +45,7 @@ struct Attention {
         return up_to(most, TILE);
     }
 
-    // One group's keys or values of a row as [tokens, wide], and as [wide, tokens] unless `turned` is null.
+    // Keys or values of one group and sequence as [tokens, wide], and as [wide, tokens] unless `turned` is null.
     void hold(const T* states, int64_t tokens, float* to, float* turned) const {
         const int64_t padded = up_to(tokens, TILE);
         gather(states, groups * width, tokens, width, to, wide(), padded, 1.0f);

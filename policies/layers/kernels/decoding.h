@@ -1,4 +1,4 @@
-// One new token a row through all layers of a Llama.
+// One new token per sequence, here a row, through all layers of a Llama.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace {
 
-// Attention of one query to keys and values [tokens, wide], where wide is a multiple of TILE. weights: room for as many
-// numbers as tokens, up to a multiple of LANES.
+// Attention of one query [wide] to keys and values [tokens, wide], where wide is a multiple of TILE. weights: scratch
+// memory for `tokens` numbers, rounded up to a multiple of LANES.
 template <typename T>
 inline void attend(
     const float* query, const T* keys, const T* values, int64_t wide, const int64_t* seen, int64_t tokens,
@@ -36,9 +36,9 @@ inline void attend(
         product<1, WIDE>(weights, 0, 1, values + d, wide, tokens, out + d, wide, false);
 }
 
-// Of the threads that call it together: attention of one new token a row to those that the row holds. query: [rows,
-// heads, width], rows `query_row` apart; keys, values: [rows, groups, tokens, width], rows and groups `of_row` and
-// `of_group` apart; seen: [rows, tokens].
+// Attention of one new token per row to the row's KV cache. All threads of a team call it together.
+// query: [rows, heads, width], of stride `query_row` between rows; keys, values: [rows, groups, tokens, width], of
+// strides `of_row` and `of_group`; seen: [rows, tokens], the mask; out: [rows, heads, width].
 template <typename X, typename T>
 void attend_new(
     const X* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,
@@ -63,7 +63,7 @@ void attend_new(
         }
 }
 
-// Products of R rows with LANES / R rows of a weight: out[r · LANES / R + n] = Σ_k x[r · inner + k] · weight[n][k].
+// Dot products of R rows with LANES / R rows of a weight: out[r · LANES / R + n] = Σ_k x[r · inner + k] · weight[n][k].
 template <int R, typename T>
 inline void dots(const float* x, const T* const* weight, int64_t inner, float* out) {
     constexpr int N = LANES / R;
@@ -82,7 +82,8 @@ inline void dots(const float* x, const T* const* weight, int64_t inner, float* o
     store(out, sums(made));
 }
 
-// For each R rows that are left: their products with `outputs` rows of a weight, on top of what is there.
+// Adds to `out`, R rows at a time from `row` on, their dot products with `outputs` rows of a weight. Returns the first
+// row that is not done.
 template <int R, typename T>
 inline int64_t add_dots(
     const float* x, const T* weight, float* out, int64_t row, int64_t rows, int64_t inner, int64_t outer,
@@ -102,7 +103,7 @@ inline int64_t add_dots(
     return row;
 }
 
-// Of the threads that call it together: out += x · weightᵀ for few rows. x: [rows, inner]; weight: [outer, inner];
+// out += x · weightᵀ for few rows. All threads of a team call it together. x: [rows, inner]; weight: [outer, inner];
 // out: [rows, outer].
 template <typename T>
 void add_product(const float* x, const T* weight, float* out, int64_t rows, int64_t inner, int64_t outer) {
@@ -116,22 +117,22 @@ void add_product(const float* x, const T* weight, float* out, int64_t rows, int6
     }
 }
 
-// One layer's weights, [outputs, inputs], those of one input beside each other, and its keys and values. No bias and no
-// norm of queries and keys where these are null.
+// One layer's weights [outputs, inputs], stacked where they have the same input (q, k, v; gate, up), and its KV cache.
+// bias, query_norm and key_norm are null in a model that has none. `addresses` in `decode_step.py` fills these fields.
 template <typename T>
 struct Layer {
     const T *norm, *inward, *bias, *query_norm, *key_norm, *outward, *norm_after, *up, *down;
     T *keys, *values;
 };
 
-// The layers of a Llama for one new token a row, whose keys and values are the last of `tokens` that the row holds.
+// The layers of a Llama for one new token per row, the last of the `tokens` in its KV cache.
 template <typename T>
 struct Stack {
     const Layer<T>* layers;
     int64_t count, rows, hidden, heads, groups, width, inner;
     const T *cosines, *sines;           // [rows, width]
-    int64_t of_row, of_group, tokens;   // how far apart rows and groups of keys and values lie, and how many there are
-    const int64_t* seen;                // [rows, tokens]
+    int64_t of_row, of_group, tokens;   // strides of the KV cache, and its length S
+    const int64_t* seen;                // [rows, tokens], 0 where a token is masked
     float epsilon, scale;
     int64_t threads;
 
@@ -178,7 +179,7 @@ struct Stack {
         }
     }
 
-    // A row's new keys or values [groups, width], in their place.
+    // Writes a row's new keys or values [groups, width] to the last place of its cache.
     void hold(const float* states, T* row) const {
         for (int64_t g = 0; g < groups; g++)
             for (int64_t d = 0; d < width; d += LANES)

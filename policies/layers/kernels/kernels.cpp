@@ -1,10 +1,10 @@
-// What torch does on a CPU in many passes over memory, in one: causal attention to rows that stand one after another,
-// RMSNorm with a frozen weight, rotary positions, the gated unit and log-probabilities, each with its gradient; and,
-// for decoding, one new token a row through all layers.
+// What torch does on a CPU in many passes over memory, in one: causal attention over packed sequences, RMSNorm with a
+// frozen weight, rotary positions, SwiGLU and log-probabilities, each with its gradient; and, for decoding, one new
+// token per sequence through all layers.
 //
-// Numbers come in float or bfloat16 and are computed with in float. Each row of a result is made in an order that
-// depends neither on the other rows nor on how many threads there are. `policies/layers/native.py` compiles this file and
-// calls it.
+// Numbers are read and written as float or bfloat16 and computed in float. The order of operations of each result row
+// depends neither on the other rows nor on the number of threads. `policies/layers/native.py` compiles this file, and
+// `policies/layers/kernel_calls.py` describes and calls its functions.
 
 #include <cstdint>
 
@@ -13,7 +13,7 @@
 #include "lanes.h"
 #include "tokens.h"
 
-// For each type of number, the functions of these files by names that C has.
+// The functions of these files for one type of number, under names that C has.
 #define FOR_TYPE(T, NAME)                                                                                              \
     void attention_##NAME(                                                                                             \
         const T* query, const T* key, const T* value, const int64_t* starts, int64_t rows, int64_t heads,              \

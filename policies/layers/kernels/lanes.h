@@ -1,4 +1,4 @@
-// Sixteen numbers at a time: float as it is, bfloat16 as it is read and written.
+// Vectors of sixteen floats, loaded from and stored to float or bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-// The bits of a value as those of another type of as many.
+// The bits of a value as a type of the same size.
 template <typename To, typename From>
 inline To as(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -37,7 +37,7 @@ inline Lanes load(const float* from) {
 inline Lanes load(const bfloat16* from) {
     Halves bits;
     std::memcpy(&bits, from, sizeof bits);
-#ifdef __AVX512F__  // of the line below GCC makes five instructions
+#ifdef __AVX512F__  // GCC makes five instructions of the line below
     Integers wide = as<Integers>(_mm512_cvtepu16_epi32(as<__m256i>(bits)));
 #else
     Integers wide = __builtin_convertvector(bits, Integers);
@@ -47,7 +47,7 @@ inline Lanes load(const bfloat16* from) {
 
 inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 
-// To the nearest, ties to even; what is no number stays none. Where the processor does it, denormal numbers become 0.
+// Rounded to nearest, ties to even; a NaN stays a NaN. Where the processor has the instruction, denormals become 0.
 inline void store(bfloat16* to, Lanes x) {
 #ifdef __AVX512BF16__
     Halves halves = as<Halves>(_mm512_cvtneps_pbh(as<__m512>(x)));
@@ -62,7 +62,7 @@ inline void store(bfloat16* to, Lanes x) {
 inline Lanes all(float x) { return x - Lanes{}; }
 inline Integers all(int32_t x) { return x - Integers{}; }
 
-// What `two` makes of all lanes, by halves.
+// All lanes combined by `two`, half with half until one remains.
 template <typename Two>
 inline float reduce(Lanes x, Two two) {
     float part[LANES];
@@ -80,7 +80,7 @@ inline float greatest(Lanes x) {
     return reduce(x, [](float a, float b) { return a > b ? a : b; });
 }
 
-// Of two vectors, the sums of lanes that are DISTANCE apart: of the first in the lower half of each 2·DISTANCE lanes.
+// Sums of lanes that are DISTANCE apart: those of `one` in the lower half of each 2·DISTANCE lanes, of `other` above.
 template <int DISTANCE>
 inline Lanes fold(Lanes one, Lanes other) {
     Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -88,7 +88,7 @@ inline Lanes fold(Lanes one, Lanes other) {
     return __builtin_shuffle(one, other, near) + __builtin_shuffle(one, other, far);
 }
 
-// The sum of each of LANES vectors, which are lost.
+// Lane i is the sum of vector i of LANES vectors, which are overwritten.
 inline Lanes sums(Lanes* x) {
     for (int i = 0; i < 8; i++) x[i] = fold<8>(x[i], x[i + 8]);
     for (int i = 0; i < 4; i++) x[i] = fold<4>(x[i], x[i + 4]);
@@ -96,20 +96,20 @@ inline Lanes sums(Lanes* x) {
     return fold<1>(x[0], x[1]);
 }
 
-// The lanes before `count`, and `other` in place of those behind them.
+// The first `count` lanes; the rest are `other`.
 inline Lanes first(int64_t count, Lanes x, float other) {
     const Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return lane < all(int32_t(std::min<int64_t>(count, LANES))) ? x : all(other);
 }
 
-constexpr float LEAST = -87.3f;  // e to the power of it is about the least normal number
+constexpr float LEAST = -87.3f;  // e^LEAST is about the smallest normal number
 
-// e^x to about one unit in the last place, between the least and the greatest normal number: x = n ln 2 + r, and a
+// e^x to about one unit in the last place, between the smallest and the largest normal number: x = n ln 2 + r, and a
 // polynomial in r (Cephes, expf).
 inline Lanes exponential(Lanes x) {
     x = x < LEAST ? all(LEAST) : x;
     x = x > 88.3f ? all(88.3f) : x;
-    Lanes shift = all(12582912.0f);  // 1.5 · 2^23: what is added to it is rounded to a whole number
+    Lanes shift = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
     Lanes whole = (x * 1.44269504f + shift) - shift;
     Lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     Lanes p = all(1.9875691500e-4f);
@@ -122,11 +122,11 @@ inline Lanes exponential(Lanes x) {
     return p * as<Lanes>((__builtin_convertvector(whole, Integers) + 127) << 23);
 }
 
-constexpr int64_t LITTLE = 1 << 14;  // numbers up to which it takes longer to wake a thread than to do without
+constexpr int64_t LITTLE = 1 << 14;  // numbers up to which waking other threads costs more than it saves
 
 inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// The lanes from place i on of an array of n numbers; zeros behind its end.
+// The lanes from index i on of an array of n numbers; zeros after its end.
 template <typename T>
 inline Lanes take(const T* from, int64_t i, int64_t n) {
     if (i + LANES <= n) return load(from + i);

@@ -1,4 +1,4 @@
-// Small products of matrices, and what one thread needs for them.
+// Small matrix products, and the scratch memory of one thread.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace {
 
 inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// out[r][0..V·LANES) = Σ_k weights[r·row + k·step] · matrix[k][0..V·LANES), on top of what is there if `add`.
+// out[r][0..V·LANES) = Σ_k weights[r·row + k·step] · matrix[k][0..V·LANES), added to out if `add`.
 template <int R, int V, typename T>
 inline void product(
     const float* weights, int64_t row, int64_t step, const T* matrix, int64_t width, int64_t count, float* out,
@@ -30,7 +30,7 @@ inline void product(
         for (int v = 0; v < V; v++) store(out + r * out_width + v * LANES, sums[r][v]);
 }
 
-constexpr int HIGH = 4;      // rows of a product at a time
+constexpr int HIGH = 4;      // rows of a product at a time: HIGH · WIDE sums fit the registers
 constexpr int WIDE = 2;      // lanes of a product at a time
 constexpr int TILE = WIDE * LANES;
 
@@ -46,7 +46,7 @@ inline void multiply(
             );
 }
 
-// One thread's room, cut into arrays of floats that begin where lanes do.
+// Scratch memory of one thread, handed out as arrays of floats that are aligned to vectors.
 class Room {
   public:
     explicit Room(int64_t floats) : start(static_cast<float*>(std::aligned_alloc(64, up_to(4 * floats, 64)))) {}
@@ -63,7 +63,7 @@ class Room {
     int64_t used = 0;
 };
 
-// Tokens of one head, `stride` apart, as [room, wide], by `scale`: zeros beyond a token's width and the last token.
+// Copies tokens of one head, `stride` apart, to [room, wide], times `scale`; zeros after each width and the last token.
 template <typename T>
 void gather(
     const T* states, int64_t stride, int64_t tokens, int64_t width, float* to, int64_t wide, int64_t room, float scale
@@ -73,7 +73,7 @@ void gather(
             store(to + t * wide + d, t < tokens && d < width ? take(states + t * stride, d, width) * scale : Lanes{});
 }
 
-// The way back: `tokens` of [tokens, wide], by `scale`.
+// The inverse: copies `tokens` of [tokens, wide] to states `stride` apart, times `scale`.
 template <typename T>
 void scatter(const float* from, int64_t wide, T* states, int64_t stride, int64_t tokens, int64_t width, float scale) {
     for (int64_t t = 0; t < tokens; t++)

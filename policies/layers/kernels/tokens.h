@@ -1,4 +1,4 @@
-// What each token is given by itself: RMSNorm, rotary positions, the gated unit and log-probabilities.
+// Operations on each token alone: RMSNorm, rotary positions, SwiGLU and log-probabilities.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// weight · x / √(mean x² + ε) (Zhang & Sennrich 2019). Returns what x was multiplied by.
+// weight · x / √(mean x² + ε) (Zhang & Sennrich 2019). Returns 1 / √(mean x² + ε).
 template <typename X, typename T>
 inline float norm(const X* x, const T* weight, X* out, int64_t width, float epsilon) {
     Lanes squares{};
@@ -50,7 +50,8 @@ void norm_backward(
     }
 }
 
-// Both halves of each head of a token against each other (Su et al. 2021). states: [heads, width]; angles: [width].
+// Rotates both halves of each head of a token against each other (Su et al. 2021); back: by the inverse rotation.
+// states: [heads, width]; cosines, sines: [width].
 template <typename X, typename T>
 inline void rotate(
     const X* states, const T* cosines, const T* sines, X* out, int64_t heads, int64_t width, bool back
@@ -68,7 +69,7 @@ inline void rotate(
     }
 }
 
-// states: [tokens, heads, width]; angles: [tokens, width].
+// states: [tokens, heads, width]; cosines, sines: [tokens, width].
 template <typename T>
 void rotate(
     const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads, int64_t width,
@@ -135,7 +136,7 @@ void logprobs(
             Lanes total{}, weighted{};
             for (int64_t i = 0; i < vocabulary; i += LANES) {
                 Lanes below = (take(own, i, vocabulary) - most) / temperature;
-                below = below < LEAST ? all(LEAST) : below;  // lest nothing be multiplied by infinity
+                below = below < LEAST ? all(LEAST) : below;  // 0 · -inf would be a NaN
                 Lanes power = first(vocabulary - i, exponential(below), 0);
                 store(powers + i, power);
                 total += power;
