@@ -1,4 +1,4 @@
-"""A real run whose checkpoints are damaged."""
+"""A real run, whose files the tests copy and damage."""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ from tests.integration.tiny_run import make_settings, run_in_process
 
 @pytest.fixture(scope="session")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run through all stages, with two checkpoints of each."""
+    """The folder of a complete run, with two checkpoints of each stage."""
     return run_in_process(make_settings(tiny_model, tmp_path_factory.mktemp("finished")))

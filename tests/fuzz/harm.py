@@ -1,4 +1,4 @@
-"""Damage: values of wrong kinds put into trees, and bytes changed in files."""
+"""Damage for fuzz tests: wrong values in trees of objects and lists, and changed bytes in files."""
 
 import codecs
 import copy
@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,56 +18,23 @@ from hypothesis import strategies as st
 from policies.errors import UserError
 
 SLOWEST = 20.0
-"""Seconds that reading one small file may take, on a machine that is busy with other things too."""
+"""Seconds that reading one small file may take on a busy machine."""
 
-odd_text = st.sampled_from(
-    [
-        *(
-            "",
-            " ",
-            "\0",
-            "a\0b",
-            "\x1b[2J",
-            "\ud800",
-            "a\udfff",
-            "\ufeff",
-            "\u202e",
-            "é",
-            "e\u0301",
-            "💥",
-            "../x",
-            "/",
-            "~",
-        ),
-        *(
-            "~nobody/x",
-            "x" * 5000,
-            "true",
-            "null",
-            "1e5",
-            "nan",
-            "-",
-            "${name}",
-            "${",
-            "$",
-            "${oc.env:HOME}",
-            "???",
-            "%s",
-        ),
-        *("{}", "{0.__class__}", "#", "\r\n", "\u2028", "0x", "0x_", "2024-13-45", "١", "[1, 2", "(" * 300),
-        "a{99999999999}",
-    ]
-)
-odd_number = st.sampled_from(
-    [
-        *(0, -1, 1, 2, 10**18, -(10**18), 2**63, 10**400, -(10**400), 0.5, -0.0, 1e-320, 1e308, -1e308),
-        *(math.nan, math.inf, -math.inf),
-    ]
-)
+ODD_TEXT = (
+    "", " ", "\0", "a\0b", "\x1b[2J", "\ud800", "a\udfff", "\ufeff", "\u202e", "é", "e\u0301", "💥", "../x", "/", "~",
+    "~nobody/x", "x" * 5000, "true", "null", "1e5", "nan", "-", "${name}", "${", "$", "${oc.env:HOME}", "???", "%s",
+    "{}", "{0.__class__}", "#", "\r\n", "\u2028", "0x", "0x_", "2024-13-45", "١", "[1, 2", "(" * 300, "a{99999999999}",
+)  # fmt: skip
+ODD_NUMBERS = (
+    0, -1, 1, 2, 10**18, -(10**18), 2**63, 10**400, -(10**400), 0.5, -0.0, 1e-320, 1e308, -1e308,
+    math.nan, math.inf, -math.inf,
+)  # fmt: skip
+odd_text = st.sampled_from(ODD_TEXT)
+odd_number = st.sampled_from(ODD_NUMBERS)
 
 
 def nested(depth: int, inside: Any = 1) -> Any:
-    """Lists and objects inside each other."""
+    """Alternating lists and objects, nested to this depth."""
     for level in range(depth):
         inside = [inside] if level % 2 else {"a": inside}
     return inside
@@ -84,25 +51,30 @@ odd_value: st.SearchStrategy[Any] = st.one_of(
 )
 
 
-def places(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths_in(tree: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value in a tree of objects and lists."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
     for key, value in items:
-        yield (*above, key)
-        yield from places(value, (*above, key))
+        yield (*prefix, key)
+        yield from paths_in(value, (*prefix, key))
 
 
 @st.composite
 def altered(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = odd_value) -> Any:
     """A tree in which some values are replaced, removed or renamed, and others added."""
-    tree, values = copy.deepcopy(tree), values.map(copy.deepcopy)
+    tree = copy.deepcopy(tree)
+    values = values.map(copy.deepcopy)
     for _ in range(draw(st.integers(0, 3))):
-        known = list(places(tree))
-        if not known:
+        paths = list(paths_in(tree))
+        if not paths:
             break
-        *above, key = draw(st.sampled_from(known))
+        *parent_path, key = draw(st.sampled_from(paths))
         parent = tree
-        for step in above:
+        for step in parent_path:
             parent = parent[step]
         how = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add", "rename"]))
         if how == "replace":
@@ -118,23 +90,23 @@ def altered(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = odd_val
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes cut, flipped, doubled, put in, or in another encoding."""
+    """Bytes that are flipped, truncated, inserted, removed, doubled, or in another encoding."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
-        place = draw(st.integers(0, len(data)))
-        how = draw(st.sampled_from(["flip", "cut", "insert", "remove", "double", "encode"]))
-        if how == "flip" and place < len(data):
-            data[place] ^= draw(st.integers(1, 255))
-        elif how == "cut":
-            del data[place:]
+        position = draw(st.integers(0, len(data)))
+        how = draw(st.sampled_from(["flip", "truncate", "insert", "remove", "double", "encode"]))
+        if how == "flip" and position < len(data):
+            data[position] ^= draw(st.integers(1, 255))
+        elif how == "truncate":
+            del data[position:]
         elif how == "insert":
-            data[place:place] = draw(
+            data[position:position] = draw(
                 st.sampled_from([b"\0", b"\0" * 64, b"\xff", b"\xed\xa0\x80", b'"', b"[", b"{" * 99])
             )
         elif how == "remove":
-            del data[place : place + draw(st.integers(1, 40))]
+            del data[position : position + draw(st.integers(1, 40))]
         elif how == "double":
-            data[place:place] = data[: draw(st.integers(1, 200))]
+            data[position:position] = data[: draw(st.integers(1, 200))]
         elif how == "encode":
             name = draw(st.sampled_from(["utf-16", "utf-32-be", "latin-1", "utf-8-sig"]))
             data[:] = codecs.encode(bytes(data).decode("utf-8", "replace"), name, "replace")
@@ -142,19 +114,19 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def run(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], examples: int) -> None:
-    """Put so many examples through a check, each within `SLOWEST` seconds."""
+    """Check this many examples, each within `SLOWEST` seconds."""
 
     def timed(example: Any) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         check(example)
-        assert time.monotonic() - begun < SLOWEST, "it took too long"
+        assert time.monotonic() - started < SLOWEST, "it took too long"
 
     quiet = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     quiet(given(strategy)(timed))()
 
 
 def refusal(act: Callable[[], Any]) -> str | None:
-    """What the UserError says that an action raises; None where it raises nothing."""
+    """The message of the UserError that an action raises; None where it raises nothing."""
     try:
         act()
     except UserError as error:
@@ -163,9 +135,10 @@ def refusal(act: Callable[[], Any]) -> str | None:
 
 
 _watched: list[tuple[Path, list[str]]] = []
+"""The folder of each open `confined` block, and what was done outside of it."""
 
 
-def _listen(event: str, arguments: Sequence[Any]) -> None:
+def _record_outside_access(event: str, arguments: Sequence[Any]) -> None:
     if not _watched:
         return
     paths: Sequence[Any] = ()
@@ -178,23 +151,23 @@ def _listen(event: str, arguments: Sequence[Any]) -> None:
         _watched[-1][1].append(f"{event} {arguments}")
     for path in paths:
         if isinstance(path, str | bytes | os.PathLike) and "__pycache__" not in str(path) and str(path) != os.devnull:
-            where, seen = _watched[-1]
-            if not Path(os.fsdecode(path)).absolute().resolve().is_relative_to(where):
-                seen.append(f"{event} {path!r}")
+            folder, violations = _watched[-1]
+            if not Path(os.fsdecode(path)).absolute().resolve().is_relative_to(folder):
+                violations.append(f"{event} {path!r}")
 
 
-sys.addaudithook(_listen)
+sys.addaudithook(_record_outside_access)
 
 
 @contextmanager
 def confined(folder: Path) -> Iterator[None]:
-    """Fail where the block writes outside of a folder, starts a process, connects to anything, or unpickles a name."""
+    """Fail if the block writes outside a folder, starts a process, opens a connection, or unpickles a name."""
     _watched.append((folder.resolve(), []))
     try:
         yield
     finally:
-        _, seen = _watched.pop()
-    assert not seen, seen[:5]
+        _, violations = _watched.pop()
+    assert not violations, violations[:5]
 
 
 NOW = datetime(2024, 2, 29, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: passed over for the one before with a warning, or refused with a UserError; never unpickled."""
+"""Damaged checkpoints: skipped with a warning, or refused with a UserError; never unpickled."""
 
 import json
 import logging
@@ -33,21 +33,25 @@ Read = Callable[[Path], None]
 
 
 def read_ppo(checkpoint: Path) -> None:
-    """All that PPO reads of a checkpoint."""
-    progressed = read_progress(checkpoint, {})
+    """Read everything that PPO reads from a checkpoint."""
+    progress = read_progress(checkpoint, {})
     read_states(checkpoint, POLICY, CriticSettings(), 0)
-    if len(progressed.pending) < 9:
-        read_pending(checkpoint, POLICY, progressed)
+    if len(progress.pending) < 9:
+        read_pending(checkpoint, POLICY, progress)
 
 
-def read_fit(real: Path) -> Read:
-    """All that a supervised stage reads of a checkpoint, with an optimizer as that of a real one."""
-    weights, moments = load_file(real / WEIGHTS), load_file(real / OPTIMIZER)
+def make_fit_reader(real: Path) -> Read:
+    """A function that reads everything a supervised stage reads from a checkpoint, with the optimizer of a real one."""
+    weights = load_file(real / WEIGHTS)
+    moments = load_file(real / OPTIMIZER)
     groups = json.loads((real / HYPERPARAMETERS).read_text())["groups"]
 
     def read(checkpoint: Path) -> None:
-        of = [{"params": [torch.zeros_like(moments[f"{n}.exp_avg"]) for n in group["params"]]} for group in groups]
-        optimizer = AdamW(of, lr=1.0, fused=True)
+        parameter_groups: list[dict[str, Any]] = []
+        for group in groups:
+            parameters = [torch.zeros_like(moments[f"{number}.exp_avg"]) for number in group["params"]]
+            parameter_groups.append({"params": parameters})
+        optimizer = AdamW(parameter_groups, lr=1.0, fused=True)
         scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=9)
         read_state(checkpoint)
         check_names_and_shapes(read_tensors(checkpoint / WEIGHTS), weights, checkpoint / WEIGHTS)
@@ -58,7 +62,7 @@ def read_fit(real: Path) -> Read:
 
 
 class Planted:
-    """Unpickled, it makes a file."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -69,32 +73,32 @@ class Planted:
 
 @st.composite
 def harms(draw: st.DrawFn, names: list[str], contents: dict[str, bytes]) -> list[tuple[str, Any]]:
-    """What is done to a checkpoint, in order; `seal`: its manifest is made to fit."""
-    done: list[tuple[str, Any]] = []
+    """Kinds and arguments of what is done to a checkpoint, in order; `seal` writes a manifest that matches."""
+    steps: list[tuple[str, Any]] = []
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from(names))
         how = draw(st.sampled_from(["bytes", "bytes", "json", "remove", "add", "pickle", "link", "folder"]))
         if how == "bytes":
-            done.append(("write", (name, draw(damaged(contents[name])))))
+            steps.append(("write", (name, draw(damaged(contents[name])))))
         elif how == "json":
             name = draw(st.sampled_from([name for name in names if name.endswith(".json")]))
             tree = draw(altered(json.loads(contents[name]), odd_value))
-            done.append(("write", (name, json.dumps(tree).encode())))
+            steps.append(("write", (name, json.dumps(tree).encode())))
         elif how == "add":
             extra = draw(st.sampled_from(["scaler.pt", "optimizer.pt", "training_args.bin", "deep/x", ".hidden", "é"]))
-            done.append(("pickle", extra))
+            steps.append(("pickle", extra))
         else:
-            done.append((how, name))
+            steps.append((how, name))
     if draw(st.booleans()):
-        done.append(("seal", None))
+        steps.append(("seal", None))
     elif draw(st.booleans()):
-        done.append(("manifest", draw(manifests(json.loads(contents[MANIFEST])))))
-    return done
+        steps.append(("manifest", draw(manifests(json.loads(contents[MANIFEST])))))
+    return steps
 
 
 @st.composite
 def manifests(draw: st.DrawFn, manifest: dict[str, Any]) -> bytes:
-    """A manifest that lies."""
+    """A manifest with wrong entries."""
     files = manifest["files"]
     facts = files[draw(st.sampled_from(sorted(files)))]
     how = draw(st.sampled_from(["outside", "absolute", "size", "altered", "bytes"]))
@@ -110,19 +114,31 @@ def manifests(draw: st.DrawFn, manifest: dict[str, Any]) -> bytes:
     return draw(damaged(content)) if how == "bytes" else content
 
 
-def harm(checkpoint: Path, done: list[tuple[str, Any]], marker: Path) -> None:
-    """Do it."""
-    for how, what in done:
-        path = checkpoint / (what if isinstance(what, str) else what[0] if isinstance(what, tuple) else MANIFEST)
+def name_of(what: Any) -> str:
+    """The file that a step of damage is about."""
+    if isinstance(what, str):
+        return what
+    return str(what[0]) if isinstance(what, tuple) else MANIFEST
+
+
+def make_room(path: Path) -> None:
+    """Remove what is at a path, and create the folder that it is in."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def harm(checkpoint: Path, steps: list[tuple[str, Any]], marker: Path) -> None:
+    """Damage a checkpoint in these steps."""
+    for how, what in steps:
+        path = checkpoint / name_of(what)
         if how == "seal":
-            if (checkpoint / MANIFEST).is_dir():
-                (checkpoint / MANIFEST).rmdir()
+            if path.is_dir():
+                path.rmdir()
             seal(checkpoint)
             continue
-        if path.is_dir() and not path.is_symlink():
-            path.rmdir()
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
+        make_room(path)
         if how == "write":
             path.write_bytes(what[1])
         elif how == "manifest":
@@ -140,37 +156,40 @@ def contents_of(checkpoint: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def kept_random() -> Any:
-    """Random numbers go on afterwards as if no checkpoint had been read."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def restored_random() -> Any:
+    """Restore the random states afterwards, as if no checkpoint had been read."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
     yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch_state)
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("examples", [60, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_a_damaged_checkpoint_is_passed_over_or_refused(
+def test_a_damaged_checkpoint_is_skipped_or_refused(
     finished: Path,
     tmp_path: Path,
-    kept_random: None,
+    restored_random: None,
     caplog: pytest.LogCaptureFixture,
     stage: str,
     examples: int,
 ) -> None:
     older, newer = checkpoints(finished / "checkpoints" / stage)
     before = contents_of(newer)
-    read = read_ppo if stage == "ppo" else read_fit(newer)
+    read = read_ppo if stage == "ppo" else make_fit_reader(newer)
     read(newer)
-    marker, copy = tmp_path / "marker", tmp_path / "copy"
+    marker = tmp_path / "marker"
+    copy = tmp_path / "copy"
     caplog.set_level(logging.WARNING)
 
-    def check(done: list[tuple[str, Any]]) -> None:
+    def check(steps: list[tuple[str, Any]]) -> None:
         shutil.rmtree(copy, ignore_errors=True)
         for checkpoint in (older, newer):
             shutil.copytree(checkpoint, copy / checkpoint.name)
-        harm(copy / newer.name, done, marker)
+        harm(copy / newer.name, steps, marker)
         caplog.clear()
         with confined(copy):
             last = latest(copy)
@@ -178,17 +197,17 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
             if last.name == older.name:
                 assert newer.name in caplog.text
                 return
-            if done[-1][0] != "seal":  # what is sound by its own manifest is as it was written
+            if steps[-1][0] != "seal":  # a checkpoint that matches its original manifest is unchanged
                 assert contents_of(last) | {MANIFEST: b""} == before | {MANIFEST: b""}
-            said = refusal(lambda: read(last))
-            assert said is None or str(last) in said
+            message = refusal(lambda: read(last))
+            assert message is None or str(last) in message
         assert not marker.exists()
 
     run(check, harms(sorted(before), before), examples)
 
 
-def test_a_manifest_names_no_file_elsewhere(finished: Path, tmp_path: Path) -> None:
-    """Not even one whose size and hash are as it says."""
+def test_a_manifest_cannot_name_a_file_elsewhere(finished: Path, tmp_path: Path) -> None:
+    """Not even one with the size and hash that it states."""
     outside = tmp_path / "copy" / "outside"
     checkpoint = Path(shutil.copytree(checkpoints(finished / "checkpoints" / "ppo")[-1], tmp_path / "copy" / "step-3"))
     shutil.copy(checkpoint / "state.json", outside)
@@ -196,20 +215,20 @@ def test_a_manifest_names_no_file_elsewhere(finished: Path, tmp_path: Path) -> N
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         manifest["files"][name] = manifest["files"]["state.json"]
         (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(UserError, match=r"step-3 lacks .*outside"):
+        with pytest.raises(UserError, match=r"step-3: .*outside is missing"):
             latest(tmp_path / "copy")
         del manifest["files"][name]
 
 
-def test_a_link_is_no_file_of_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_a_link_in_a_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(checkpoints(finished / "checkpoints" / "ppo")[-1], tmp_path / "copy" / "step-3"))
     (checkpoint / "state.json").rename(tmp_path / "state.json")
     (checkpoint / "state.json").symlink_to(tmp_path / "state.json")
-    with pytest.raises(UserError, match=r"state\.json is neither file nor folder"):
+    with pytest.raises(UserError, match=r"state\.json is neither a file nor a folder"):
         latest(tmp_path / "copy")
 
 
-def test_folders_that_are_no_checkpoints_are_left_alone(finished: Path, tmp_path: Path) -> None:
+def test_folders_that_are_not_checkpoints_are_ignored(finished: Path, tmp_path: Path) -> None:
     real = checkpoints(finished / "checkpoints" / "ppo")[-1]
     shutil.copytree(real, tmp_path / "step-3")
     for name in ("step-", "step-x", "step--4", "step-1e9", "step-٣"):

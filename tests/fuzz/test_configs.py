@@ -1,4 +1,4 @@
-"""Damaged experiment files: each gives settings, or a UserError."""
+"""Damaged experiment files: each results in settings or a UserError."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from align.config.load import dump_experiment, load_experiment
 from policies.errors import UserError
+from rewards.terms.json_schema import JsonTerm
 from tests.fuzz.harm import altered, confined, damaged, odd_text, odd_value, refusal, run
 
 TERMS: dict[str, Any] = {
@@ -112,7 +113,7 @@ SNIPPETS = (
     "reward: {terms: {a: {kind: json, schema: 'number.json'}}}\n",
     "reward: {terms: {a: {kind: [], pattern: x}}}\n",
 )
-KEYS = [".".join(path) for path in (("name",), ("model", "path"), ("ppo", "kl"), ("reward", "terms"), ("x", "y"))]
+KEYS = ("name", "model.path", "ppo.kl", "reward.terms", "x.y")
 override = st.one_of(
     st.builds("{}={}".format, st.sampled_from(KEYS), st.one_of(odd_text, odd_value, st.sampled_from(SNIPPETS))),
     st.builds("{}={}".format, odd_text, odd_text),
@@ -136,7 +137,7 @@ files = st.composite(_mixed)()
 
 
 @pytest.mark.parametrize("examples", [250, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_a_damaged_experiment_gives_settings_or_a_user_error(tmp_path: Path, examples: int) -> None:
+def test_a_damaged_experiment_results_in_settings_or_a_user_error(tmp_path: Path, examples: int) -> None:
     (tmp_path / "other.yaml").write_text("seed: 7\n")
     (tmp_path / "number.json").write_text("3")
 
@@ -145,10 +146,10 @@ def test_a_damaged_experiment_gives_settings_or_a_user_error(tmp_path: Path, exa
         path = tmp_path / "experiment.yaml"
         path.write_bytes(content)
         with confined(tmp_path):
-            said = refusal(lambda: load_experiment(path, overrides))
-            if said is not None:
-                assert said.strip()
-                assert len(said) < 100_000
+            message = refusal(lambda: load_experiment(path, overrides))
+            if message is not None:
+                assert message.strip()
+                assert len(message) < 100_000
                 return
             experiment = load_experiment(path, overrides)
             dump_experiment(experiment, tmp_path / "config.yaml")
@@ -167,13 +168,13 @@ def test_each_snippet_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for text in (snippet, f"model: {{path: m}}\nname: x\n{snippet}"):
         Path("experiment.yaml").write_text(text)
         with confined(tmp_path):
-            said = refusal(lambda: load_experiment("experiment.yaml"))
-            assert said is None or "experiment.yaml" in said
+            message = refusal(lambda: load_experiment("experiment.yaml"))
+            assert message is None or "experiment.yaml" in message
     assert not Path("planted").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (SNIPPETS[0], "experiment.yaml:5: not valid YAML: more than 10000 values"),
         ("a: &a {b: *a}\n", "experiment.yaml:1: not valid YAML: a contains itself"),
@@ -183,18 +184,20 @@ def test_each_snippet_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ('name: x\nmodel: {path: "a\\ud800"}\n', "experiment.yaml:2: model.path: "),
     ],
 )
-def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+def test_an_error_names_its_line(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "experiment.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         load_experiment(tmp_path / "experiment.yaml")
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_nesting_that_is_allowed_is_read(tmp_path: Path) -> None:
+def test_allowed_nesting_is_read(tmp_path: Path) -> None:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(20):
         schema = {"items": schema}
     tree = {"name": "x", "model": {"path": "m"}, "reward": {"terms": {"a": {"kind": "json", "schema": schema}}}}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tree))
     experiment = load_experiment(tmp_path / "experiment.yaml")
-    assert experiment.reward.terms["a"].schema_ == schema  # type: ignore[union-attr]
+    term = experiment.reward.terms["a"]
+    assert isinstance(term, JsonTerm)
+    assert term.schema_ == schema

@@ -1,4 +1,4 @@
-"""Damaged data files: each gives rows, good ones and bad ones told apart, or a UserError."""
+"""Damaged data files: each results in rows, with bad ones told from good ones, or in a UserError."""
 
 import csv
 import gzip
@@ -31,7 +31,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": CHAT[:1], "completion": CHAT[1:]},
         {"text": "all of it"},
     ],
-    "feedback": [
+    "preferences": [
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5, "confidence": 0.9, "tie": False},
         {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "No"}]},
         {"chosen": f"{TRANSCRIPT}yes", "rejected": f"{TRANSCRIPT}no"},
@@ -43,7 +43,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "prompts": [{"prompt": "a", "answer": "42"}, {"prompt": CHAT[:1], "id": 7}],
 }
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-"""What files are written as; what they are called may be another of these, or something else."""
+"""The formats that files are written in; their suffix may be that of another format, or none of these."""
 SUFFIXES = (*FORMATS, ".json.gz", ".csv.gz", ".txt", "", ".JSONL", ".gz")
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
@@ -52,7 +52,7 @@ TEMPLATE = (
 
 
 def write(rows: Any, form: str) -> bytes:
-    """Rows in a format; those that it cannot hold are left out."""
+    """Rows in a format, without those that it cannot represent."""
     if form == ".json":
         return json.dumps(rows).encode()
     if form.startswith(".jsonl"):
@@ -65,9 +65,17 @@ def write(rows: Any, form: str) -> bytes:
     return _parquet(objects)
 
 
+def _column_names(objects: list[dict[str, Any]]) -> list[str]:
+    """The names of all objects, in the order in which they first appear."""
+    names: dict[str, None] = {}
+    for row in objects:
+        names |= dict.fromkeys(row)
+    return list(names)
+
+
 def _csv(objects: list[dict[str, Any]]) -> bytes:
     out = io.StringIO(newline="")
-    names = list(dict.fromkeys(name for row in objects for name in row))
+    names = _column_names(objects)
     writer = csv.writer(out)
     writer.writerow(names)
     for row in objects:
@@ -78,7 +86,7 @@ def _csv(objects: list[dict[str, Any]]) -> bytes:
 
 def _parquet(objects: list[dict[str, Any]]) -> bytes:
     columns: dict[str, pa.Array] = {"when": pa.array([NOW] * len(objects))}
-    for name in dict.fromkeys(name for row in objects for name in row):
+    for name in _column_names(objects):
         values = [row.get(name) for row in objects]
         try:
             columns[name] = pa.array(values)
@@ -94,7 +102,7 @@ def _parquet(objects: list[dict[str, Any]]) -> bytes:
 
 @st.composite
 def files(draw: st.DrawFn) -> tuple[str, str, bytes, dict[str, str]]:
-    """What the rows are for, a file's suffix, its content, and `columns`."""
+    """The kind of rows, a file's suffix, its content, and `columns`."""
     kind = draw(st.sampled_from(list(ROWS)))
     rows = draw(altered(draw(st.lists(st.sampled_from(ROWS[kind]), max_size=4)), odd_value))
     form = draw(st.sampled_from(FORMATS))
@@ -107,7 +115,7 @@ def files(draw: st.DrawFn) -> tuple[str, str, bytes, dict[str, str]]:
 
 
 @pytest.mark.parametrize("examples", [300, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_a_damaged_file_gives_rows_or_a_user_error(
+def test_a_damaged_file_results_in_rows_or_a_user_error(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, examples: int
 ) -> None:
     parsers = parsers_of(tiny_tokenizer)
@@ -118,9 +126,9 @@ def test_a_damaged_file_gives_rows_or_a_user_error(
         path.write_bytes(content)
         source = SourceSettings(path=str(path), columns=columns)
         with confined(tmp_path):
-            said = refusal(lambda: parse_rows(read_rows(source), parsers[kind], "skip"))
-            assert said is None or str(path) in said
-            if said is None:
+            message = refusal(lambda: parse_rows(read_rows(source), parsers[kind], "skip"))
+            assert message is None or str(path) in message
+            if message is None:
                 rows = read_rows(source)
                 parsed = parse_rows(rows, parsers[kind], "skip")
                 assert len(parsed.items) + len(parsed.skipped) == len(rows)
@@ -131,13 +139,17 @@ def test_a_damaged_file_gives_rows_or_a_user_error(
 
 
 def parsers_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Callable[[Any], Any]]:
-    """What each kind of row is parsed by, with a chat template that refuses some conversations."""
-    chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>")
-    chatty.chat_template = TEMPLATE
+    """The parser of each kind of row, with a chat template that refuses some conversations."""
+    tokenizer_with_template = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer_with_template.chat_template = TEMPLATE
     return {
-        "demonstrations": demonstration_parser(chatty, 512),
-        "feedback": preference_parser(chatty, RewardSettings(attributes={"helpful": 1.0}, ties="unknown")),
-        "prompts": request_parser(chatty, 64, 8, 256),
+        "demonstrations": demonstration_parser(tokenizer_with_template, 512),
+        "preferences": preference_parser(
+            tokenizer_with_template, RewardSettings(attributes={"helpful": 1.0}, ties="unknown")
+        ),
+        "prompts": request_parser(tokenizer_with_template, 64, 8, 256),
     }
 
 
@@ -148,12 +160,12 @@ def parsers_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Callable[[Any], 
         ("demonstrations", {"messages": [CHAT[0], {"role": "assistant", "content": "\udfff"}]}, "surrogate"),
         ("prompts", {"prompt": [{"role": "system", "content": "x"}]}, "chat template fails.*no system prompts"),
         ("prompts", {"prompt": [{"role": "user", "content": "x", "name": 3}]}, "chat template fails"),
-        ("feedback", {"prompt": "a", "response": "b", "rating": 10**400}, "`rating` is .*; a number was expected"),
-        ("feedback", {"prompt": "a", "responses": "[" * 5000, "best": 0}, "`responses` is text"),
-        ("feedback", {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 10**400]}, "a number was expected"),
+        ("preferences", {"prompt": "a", "response": "b", "rating": 10**400}, "`rating` is .*; a number was expected"),
+        ("preferences", {"prompt": "a", "responses": "[" * 5000, "best": 0}, "`responses` is text"),
+        ("preferences", {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 10**400]}, "a number was expected"),
     ],
 )
-def test_a_bad_row_says_why(
+def test_a_bad_row_is_refused_with_a_reason(
     kind: str, row: dict[str, Any], reason: str, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(ValueError, match=reason):
@@ -171,13 +183,13 @@ def test_a_bad_row_says_why(
     ],
     ids=["no gzip", "cut gzip", "deep line", "deep file", "no parquet"],
 )
-def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=reason):
         parse_rows(read_rows(SourceSettings(path=str(tmp_path / name))), dict, "error")
 
 
-def test_text_in_parquet_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+def test_text_in_parquet_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.utf8(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
     pq.write_table(pa.table({"prompt": broken}), tmp_path / "r.parquet")
     with pytest.raises(UserError, match=r"r\.parquet cannot be read as Parquet"):
@@ -187,13 +199,13 @@ def test_text_in_parquet_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["a\0b", "x" * 5000, "./\ud800", "~nobody-here/rows.jsonl", "", "/dev/null", "a/" * 3000]
 )
-def test_paths_that_no_file_can_have(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_no_file_can_have_are_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError), confined(tmp_path):
         read_rows(SourceSettings.model_construct(path=path, columns={}, split="train", limit=None))
 
 
-def test_folders_and_links_that_are_named_like_files_are_passed_over(tmp_path: Path) -> None:
+def test_folders_and_broken_links_named_like_files_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "gone.csv").symlink_to(tmp_path / "nowhere.csv")
     (tmp_path / "real.jsonl").write_text('{"prompt": "a"}\n')

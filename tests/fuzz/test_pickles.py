@@ -1,4 +1,4 @@
-"""Pickles and code planted wherever a library might run them: they are refused or passed by, and never run."""
+"""Pickles and code planted wherever a library might run them: they are refused or ignored, and never run."""
 
 import json
 import os
@@ -30,7 +30,7 @@ POLICY = PolicySettings(rank=2, alpha=4)
 
 
 class Planted:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -63,7 +63,7 @@ def classifier(folder: Path) -> object:
     return Classifier(str(folder))
 
 
-def test_the_plant_works(tmp_path: Path, marker: Path) -> None:
+def test_a_planted_pickle_runs_where_it_is_loaded(tmp_path: Path, marker: Path) -> None:
     plant(tmp_path / "x", marker)
     torch.load(tmp_path / "x", weights_only=False)
     assert marker.exists()
@@ -73,13 +73,13 @@ def test_the_plant_works(tmp_path: Path, marker: Path) -> None:
 def test_weights_that_are_a_pickle_are_refused(load: Callable[[Path], object], model: Path, marker: Path) -> None:
     (model / "model.safetensors").unlink()
     plant(model / "pytorch_model.bin", marker)
-    with pytest.raises(UserError, match=r"no model\.safetensors; other files.*save it by save_pretrained"):
+    with pytest.raises(UserError, match=r"no model\.safetensors; other weight files.*save it with save_pretrained"):
         load(model)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("load", [base, classifier])
-def test_weights_that_are_called_safetensors_and_are_none(
+def test_a_pickle_that_is_named_safetensors_is_refused(
     load: Callable[[Path], object], model: Path, marker: Path
 ) -> None:
     plant(model / "model.safetensors", marker)
@@ -113,13 +113,13 @@ def test_other_files_that_an_index_names_are_refused(
     (model / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index\.json: .* is no \.safetensors file beside it"):
+    with pytest.raises(UserError, match=r"index\.json: .* is not a \.safetensors file in the same folder"):
         load(model)
     assert not marker.exists()
 
 
 def test_an_adapter_beside_the_weights_is_refused(model: Path, marker: Path) -> None:
-    """transformers would load the model that it names, and its weights on top."""
+    """transformers would load the model that it names, with its weights on top."""
     (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(model)}))
     plant(model / "adapter_model.bin", marker)
     with pytest.raises(UserError, match="adapter_config"):
@@ -140,16 +140,18 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_adapters_heads_and_tables_that_are_pickles(name: str, tmp_path: Path, marker: Path) -> None:
-    plant(tmp_path / "given" / name, marker)
-    (tmp_path / "given" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
-    with pytest.raises(UserError, match="given"):
-        READERS[name](tmp_path / "given")
+def test_adapters_heads_and_tables_that_are_pickles_are_refused(name: str, tmp_path: Path, marker: Path) -> None:
+    plant(tmp_path / "planted" / name, marker)
+    (tmp_path / "planted" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    )
+    with pytest.raises(UserError, match="planted"):
+        READERS[name](tmp_path / "planted")
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt"])
-def test_tokenizers_that_are_pickles(name: str, model: Path, marker: Path) -> None:
+def test_tokenizers_that_are_pickles_are_refused(name: str, model: Path, marker: Path) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
     plant(model / name, marker)
@@ -168,7 +170,7 @@ CODE = "import pathlib\npathlib.Path({marker!r}).mkdir()\n"
 def test_code_in_a_models_folder_is_never_run(
     load: Callable[[Path], object], family: str, model: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does anyone get asked whether to run it, who might say yes."""
+    """Nor is the user prompted to allow it."""
     monkeypatch.setattr("builtins.input", lambda question="": "y")
     (model / "planted.py").write_text(CODE.format(marker=str(marker)))
     (model / "custom_generate").mkdir()
@@ -185,8 +187,8 @@ def test_code_in_a_models_folder_is_never_run(
             load(model)
     else:
         load_generation_config(str(model))
-        said = refusal(lambda: load(model))
-        assert said is None or str(model) in said
+        message = refusal(lambda: load(model))
+        assert message is None or str(model) in message
     assert not marker.exists()
 
 
@@ -195,15 +197,15 @@ STAGES = {"sft": 1, "ppo": 2}
 
 @pytest.fixture(scope="session")
 def stopped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Runs that were stopped after a step of a stage, and their settings."""
+    """By stage, a run that was stopped after one of its steps: the folder of runs, and the settings."""
     runs = {}
     for stage in STAGES:
         folder = tmp_path_factory.mktemp(stage)
         settings = make_settings(tiny_model, folder)
         experiment = Experiment.model_validate(settings)
-        run, stop = folder_of(experiment), StopRequest()
+        run = folder_of(experiment)
+        stop = StopRequest(requested=True)
         begin_run(run, experiment)
-        stop.requested = True
         while not checkpoints(run.checkpoints(stage)):
             with pytest.raises(Interrupted):
                 run_stages(experiment, run, load_datasets(experiment), stop)
@@ -212,19 +214,25 @@ def stopped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def resume(stopped: tuple[Path, dict[str, Any]], tmp_path: Path, harm: Callable[[Path], None], stage: str) -> None:
-    """Harm the last checkpoint of a copy, make its manifest fit, and go on for a step."""
+    """Damage the last checkpoint of a copy, write a matching manifest, and resume for a step."""
     runs, settings = stopped
     copied = Path(shutil.copytree(runs, tmp_path / "runs"))
     experiment = Experiment.model_validate(settings | {"runs": str(copied)})
     last = checkpoints(folder_of(experiment).checkpoints(stage))[-1]
     harm(last)
     seal(last)
-    stop = StopRequest()
-    stop.requested = True
+    stop = StopRequest(requested=True)
     run_stages(experiment, folder_of(experiment), load_datasets(experiment), stop)
 
 
-OTHERS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin", "pytorch_model.bin")
+TRAINER_PICKLES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "scaler.pt",
+    "training_args.bin",
+    "pytorch_model.bin",
+)
 
 
 def test_the_trainers_own_pickles_are_neither_written_nor_read(
@@ -232,7 +240,7 @@ def test_the_trainers_own_pickles_are_neither_written_nor_read(
 ) -> None:
     def harm(checkpoint: Path) -> None:
         assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
-        for name in (*OTHERS, "optimizer.bin", "adapter_model.bin"):
+        for name in (*TRAINER_PICKLES, "optimizer.bin", "adapter_model.bin"):
             plant(checkpoint / name, marker)
 
     with pytest.raises(Interrupted):
@@ -248,17 +256,23 @@ def _other_names(path: Path) -> None:
     save_file({f"7.{name}": tensor for name, tensor in load_file(path).items()}, path)
 
 
-READ = [
-    *[("sft", name) for name in ("model.safetensors", "optimizer.safetensors")],
-    *[("sft", name) for name in ("rates.json", "random.json", "trainer_state.json")],
-    *[("ppo", name) for name in ("optimizer-0.safetensors", "state.json", "policy/adapter_model.safetensors")],
-    *[("ppo", name) for name in ("policy/adapter_config.json", "critic/head.safetensors")],
+CHECKPOINT_FILES = [
+    ("sft", "model.safetensors"),
+    ("sft", "optimizer.safetensors"),
+    ("sft", "rates.json"),
+    ("sft", "random.json"),
+    ("sft", "trainer_state.json"),
+    ("ppo", "optimizer-0.safetensors"),
+    ("ppo", "state.json"),
+    ("ppo", "policy/adapter_model.safetensors"),
+    ("ppo", "policy/adapter_config.json"),
+    ("ppo", "critic/head.safetensors"),
 ]
 
 
-@pytest.mark.parametrize(("stage", "name"), READ)
+@pytest.mark.parametrize(("stage", "name"), CHECKPOINT_FILES)
 @pytest.mark.parametrize("how", ["pickle", "wider", "other names", "gone"])
-def test_what_a_checkpoint_is_read_from_may_be_anything(
+def test_any_damaged_file_of_a_checkpoint_is_refused(
     stopped: dict[str, Any], tmp_path: Path, marker: Path, stage: str, name: str, how: str
 ) -> None:
     def harm(checkpoint: Path) -> None:

@@ -27,8 +27,10 @@ def chunks(commands: list[Command]) -> dict[int, int | None]:
 
 def test_dead_and_retired_are_final_and_only_confirmed_weights_make_healthy() -> None:
     assert TRANSITIONS[State.DEAD] == TRANSITIONS[State.RETIRED] == {}
-    healing = {(state, event) for state, moves in TRANSITIONS.items() for event, to in moves.items() if to == "healthy"}
-    assert {event for _, event in healing} == {Event.CONFIRMED}
+    healing: set[Event] = set()
+    for transitions in TRANSITIONS.values():
+        healing |= {event for event, state in transitions.items() if state == State.HEALTHY}
+    assert healing == {Event.CONFIRMED}
 
 
 def test_no_worker_serves_before_it_has_confirmed_the_current_weights() -> None:

@@ -63,7 +63,10 @@ def reference(model: ModelSettings) -> TransformersEngine:
 
 def versions(model: ModelSettings) -> list[AdapterWeights]:
     first = build_trunk(model, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
-    return [{name: tensor + 0.03 * version for name, tensor in first.items()} for version in range(3)]
+    adapters: list[AdapterWeights] = []
+    for version in range(3):
+        adapters.append({name: tensor + 0.03 * version for name, tensor in first.items()})
+    return adapters
 
 
 def test_greedy_text_and_logprobs_are_those_of_transformers_under_each_adapter(
@@ -75,11 +78,11 @@ def test_greedy_text_and_logprobs_are_those_of_transformers_under_each_adapter(
         reference.load_adapter(version, weights)
         actual = engine.generate(REQUESTS, Sampling(0.0, 16))
         expected = reference.generate(REQUESTS, Sampling(0.0, 16))
-        assert [t.response_ids for t in actual] == [t.response_ids for t in expected]
-        assert [t.ended for t in actual] == [t.ended for t in expected]
         for one, other in zip(actual, expected, strict=True):
+            assert one.response_ids == other.response_ids
+            assert one.ended == other.ended
             torch.testing.assert_close(one.sampler_logprobs, other.sampler_logprobs, atol=1e-4, rtol=0)
-        assert {v for t in actual for v in t.versions} == {version}
+        assert all({*t.versions} == {version} for t in actual)
         texts.add(tuple(t.response_ids for t in actual))
     assert len(texts) > 1
 

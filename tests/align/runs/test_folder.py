@@ -1,3 +1,4 @@
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def make(runs: Path, name: str = "tiny") -> Experiment:
 
 def fill(run: RunFolder) -> None:
     """Write what a complete run leaves, with files of the user among it."""
-    for name in (*(part for parts in PARTS.values() for part in parts), *SHARED, *FOREIGN):
+    for name in chain(*PARTS.values(), SHARED, FOREIGN):
         path = run.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
