@@ -38,9 +38,9 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 def test_adapter_and_head_come_back_bit_for_bit(saved: Path) -> None:
-    for ours, theirs in ((ADAPTER, load_adapter(saved, SETTINGS)), (SCALAR, load_head(saved))):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for expected, loaded in ((ADAPTER, load_adapter(saved, SETTINGS)), (SCALAR, load_head(saved))):
+        assert expected.keys() == loaded.keys()
+        assert all(torch.equal(expected[name], loaded[name]) for name in expected)
 
 
 def test_tensors_that_are_views_are_saved_as_they_look(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_damaged_weights_are_named(saved: Path, size: int) -> None:
         load_adapter(saved, SETTINGS)
 
 
-def test_weights_that_are_no_safetensors_are_named(saved: Path) -> None:
+def test_weights_that_are_not_safetensors_are_named(saved: Path) -> None:
     (saved / HEAD).write_bytes(b"\xff" * 400)
     with pytest.raises(UserError, match=f"{HEAD} is damaged"):
         load_head(saved)
@@ -106,13 +106,15 @@ def test_weights_that_are_no_safetensors_are_named(saved: Path) -> None:
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
     ],
 )
-def test_an_adapter_that_is_not_as_the_settings_say_is_refused(saved: Path, changes: dict, message: str) -> None:
+def test_an_adapter_that_is_not_as_the_settings_say_is_refused(
+    saved: Path, changes: dict[str, object], message: str
+) -> None:
     edit(saved, **changes)
     with pytest.raises(UserError, match=message):
         load_adapter(saved, SETTINGS)
 
 
-def test_fingerprint_depends_on_bytes_names_and_shapes_and_not_on_order() -> None:
+def test_the_digest_depends_on_bytes_names_and_shapes_but_not_on_order() -> None:
     first = weights_digest(tensor_digests(ADAPTER))
     assert weights_digest(tensor_digests(dict(reversed(ADAPTER.items())))) == first
     assert weights_digest(tensor_digests({name: tensor.clone() for name, tensor in ADAPTER.items()})) == first

@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,12 @@ def test_base_has_the_dtype_of_the_settings(tiny_model: Path, dtype: str) -> Non
 
 @pytest.mark.parametrize("load", [load_tokenizer, load_model_config, check_model_folder])
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c"])
-def test_missing_folder_is_named(load, name: str) -> None:
+def test_missing_folder_is_named(load: Callable[[str], object], name: str) -> None:
     with pytest.raises(UserError, match=f"{name} does not exist"):
         load(name)
 
 
-def test_a_missing_folder_in_one_that_exists_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_in_an_existing_one_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="models/tiny does not exist"):
@@ -50,7 +51,7 @@ def test_a_hub_name_is_left_to_the_hub(name: str) -> None:
     check_model_folder(name)
 
 
-def test_a_hub_name_that_cannot_be_reached_is_the_users_matter() -> None:
+def test_a_hub_name_that_cannot_be_reached_is_a_user_error() -> None:
     for load in (load_tokenizer, load_model_config, lambda path: load_base(ModelSettings(path=path))):
         with pytest.raises(UserError, match="no-such-owner/no-such-model"):
             load("no-such-owner/no-such-model")
@@ -83,14 +84,14 @@ def test_unreadable_config_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 50, -10])
-def test_damaged_weights_are_the_users_matter(folder: Path, size: int) -> None:
+def test_damaged_weights_are_a_user_error(folder: Path, size: int) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:size])
     with pytest.raises(UserError, match="cannot be loaded"):
         load_base(settings(folder))
 
 
-def test_damaged_tokenizer_is_the_users_matter(folder: Path) -> None:
+def test_a_damaged_tokenizer_is_a_user_error(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer of .* cannot be loaded"):
         load_tokenizer(str(folder))
@@ -104,7 +105,8 @@ def test_a_tokenizer_without_eos_is_refused(folder: Path, tiny_tokenizer: PreTra
 
 
 def test_responses_stop_at_the_tokenizer_s_eos_and_at_the_model_s_own(tiny_model: Path) -> None:
-    model, tokenizer = load_base(settings(tiny_model)), AutoTokenizer.from_pretrained(tiny_model)
+    model = load_base(settings(tiny_model))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     for configured, expected in ((None, {1}), (7, {1, 7}), ([7, 8], {1, 7, 8})):
         model.generation_config = GenerationConfig(eos_token_id=configured)
         assert stop_ids(model.generation_config, tokenizer) == expected
@@ -112,7 +114,7 @@ def test_responses_stop_at_the_tokenizer_s_eos_and_at_the_model_s_own(tiny_model
     assert stop_ids(model.generation_config, tokenizer) == {1}
 
 
-def test_auto_dtype_is_settled_when_the_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_dtype_is_resolved_when_the_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
         assert ModelSettings(path="m", dtype="auto").dtype == dtype

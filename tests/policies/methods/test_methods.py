@@ -1,9 +1,10 @@
-"""Every adaptation method: roles on one trunk, files, PEFT, export."""
+"""Every adaptation method: roles on one base model, files, PEFT, export."""
 
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from policies.batching import collate
 from policies.errors import UserError
 from policies.export import export_adapter, export_merged, export_reward
 from policies.files.adapters import PROMPT, load_adapter, save_adapter, save_head
+from policies.files.base_model import load_base
 from policies.files.quantization import dequantise
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
@@ -59,8 +61,8 @@ def make(name: str, folder: Path, roles: tuple[str, ...] = ROLES) -> Trunk:
     return build_trunk(ModelSettings(path=str(folder)), METHODS[name], roles)
 
 
-def far_off(trunk: Trunk, role: str, seed: int) -> Trunk:
-    """Move a role well away from where it starts."""
+def perturbed(trunk: Trunk, role: str, seed: int) -> Trunk:
+    """The trunk, with a role well away from where it starts."""
     generator = torch.Generator().manual_seed(seed)
     weights = {n: w + 0.15 * torch.randn(w.shape, generator=generator) for n, w in trunk.read_adapter(role).items()}
     trunk.write_adapter(role, weights)
@@ -73,53 +75,57 @@ def logits(trunk: Trunk, role: str, ids: Tensor = IDS) -> Tensor:
 
 
 @every_method
-def test_roles_start_from_the_base_and_part_from_it_and_from_each_other(name: str, tiny_model: Path) -> None:
+def test_roles_start_from_the_base_and_move_away_from_it_and_from_each_other(name: str, tiny_model: Path) -> None:
     trunk = make(name, tiny_model, (*ROLES, "reference"))
     base = logits(trunk, "reference" if name == "full" else "")
     if METHODS[name].spec.prompt_kind is not None:
         assert torch.equal(logits(trunk, "policy"), logits(trunk, "critic"))
     else:
         torch.testing.assert_close(logits(trunk, "policy"), base, rtol=1e-5, atol=1e-5)
-    far_off(trunk, "policy", 1)
-    far_off(trunk, "critic", 2)
+    perturbed(trunk, "policy", 1)
+    perturbed(trunk, "critic", 2)
     policy, critic = logits(trunk, "policy"), trunk.hidden(IDS, "critic").detach()
     assert (policy - base).abs().max() > 0.05
-    if name != "feature":  # whose critic has nothing of its own below its head
+    if name != "feature":  # its critic trains nothing below the scalar head
         assert (trunk.hidden(IDS, "policy") - critic).abs().max() > 0.01
     assert torch.equal(logits(trunk, "reference" if name == "full" else ""), base)
     assert torch.equal(logits(trunk, "policy"), policy)
 
 
 @every_method
-def test_gradients_reach_the_role_that_trains_and_nothing_else(name: str, tiny_model: Path) -> None:
+def test_gradients_reach_the_trained_role_and_nothing_else(name: str, tiny_model: Path) -> None:
     trunk = make(name, tiny_model)
-    far_off(trunk, "policy", 1)
+    perturbed(trunk, "policy", 1)
     trunk.train_only("policy")
     batch = collate([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]])
     states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
-    trunk.hidden_packed(batch.ids, batch.lengths, "critic")  # a pass between forward and backward changes nothing
+    trunk.hidden_packed(
+        batch.ids, batch.lengths, "critic"
+    )  # a forward pass of another role before the backward pass changes nothing
     loss = -token_logprobs(states[batch.predictors], batch.response_ids, lambda h: trunk.head(h, "policy"), 1.0).sum()
     trunk.switch("critic")
     loss.backward()
-    own = {id(p) for p in trunk.adapter("policy").values()}
+    trained = {id(p) for p in trunk.adapter("policy").values()}
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trunk.adapter("policy").values())
-    assert all(p.grad is None for p in trunk.parameters() if id(p) not in own)
+    assert all(p.grad is None for p in trunk.parameters() if id(p) not in trained)
 
 
 @every_method
 def test_the_engine_samples_what_the_learner_scores(name: str, tiny_model: Path) -> None:
-    trunk = far_off(make(name, tiny_model, (SAMPLER_ROLE,)), SAMPLER_ROLE, 3)
+    trunk = perturbed(make(name, tiny_model, (SAMPLER_ROLE,)), SAMPLER_ROLE, 3)
     engine = TransformersEngine(trunk, frozenset({1}), max_num_seqs=8)
     engine.load_adapter(1, trunk.read_adapter(SAMPLER_ROLE))
     requests = [Request("", prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:8])]
-    made = engine.generate(requests, Sampling(1.0, 12))
-    batch = collate([t.request.prompt_ids for t in made], [t.response_ids for t in made])
+    trajectories = engine.generate(requests, Sampling(1.0, 12))
+    responses = [trajectory.response_ids for trajectory in trajectories]
+    batch = collate([request.prompt_ids for request in requests], responses)
     with torch.no_grad():
         states = trunk.hidden_packed(batch.ids, batch.lengths, SAMPLER_ROLE)
         scored = token_logprobs(
             states[batch.predictors], batch.response_ids, lambda h: trunk.head(h, SAMPLER_ROLE), 1.0
         )
-    torch.testing.assert_close(torch.cat([t.sampler_logprobs for t in made]), scored, rtol=1e-4, atol=1e-4)
+    sampled = torch.cat([trajectory.sampler_logprobs for trajectory in trajectories])
+    torch.testing.assert_close(sampled, scored, rtol=1e-4, atol=1e-4)
 
 
 LOAD = """
@@ -140,17 +146,16 @@ for name in METHODS:
 @pytest.fixture(scope="module")
 def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A folder of adapters by name, and the logits of the roles that they were saved from."""
-    root, expected = tmp_path_factory.mktemp("methods"), {}
+    root = tmp_path_factory.mktemp("methods")
+    expected: dict[str, Tensor] = {}
     for name in METHODS:
-        trunk = far_off(make(name, tiny_model), "policy", 1)
+        trunk = perturbed(make(name, tiny_model), "policy", 1)
         save_adapter(root / name, trunk.read_adapter("policy"), trunk.settings, trunk.base)
         expected[name] = logits(trunk, "policy")
     return root, expected
 
 
-def test_a_fresh_process_loads_every_method_bit_for_bit(
-    saved: tuple[Path, dict[str, Tensor]], tiny_model: Path
-) -> None:
+def test_a_new_process_loads_every_method_bit_for_bit(saved: tuple[Path, dict[str, Tensor]], tiny_model: Path) -> None:
     root, expected = saved
     subprocess.run([sys.executable, "-c", LOAD, str(tiny_model), str(root)], check=True, cwd=Path(__file__).parents[3])
     for name in METHODS:
@@ -158,30 +163,24 @@ def test_a_fresh_process_loads_every_method_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", IN_PEFT)
-def test_plain_peft_loads_what_it_has(name: str, saved: tuple[Path, dict[str, Tensor]], tiny_model: Path) -> None:
+def test_plain_peft_loads_its_own_methods(name: str, saved: tuple[Path, dict[str, Tensor]], tiny_model: Path) -> None:
     root, expected = saved
-    base = make(name, tiny_model).causal if METHODS[name].method == "qlora" else None
-    if base is None:
-        base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    else:
-        from policies.files.base_model import load_base
-
-        base = load_base(ModelSettings(path=str(tiny_model)), METHODS[name])
+    base = load_base(ModelSettings(path=str(tiny_model)), METHODS[name])
     model = PeftModel.from_pretrained(base, str(root / name)).eval()
     with torch.no_grad():
-        theirs = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
-    torch.testing.assert_close(theirs, expected[name], rtol=1e-4, atol=1e-4)
+        by_peft = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
+    torch.testing.assert_close(by_peft, expected[name], rtol=1e-4, atol=1e-4)
 
 
 def greedy(continue_one: Callable[[Tensor], Tensor]) -> list[list[int]]:
     """The most likely eight tokens after each prompt, without a cache."""
-    rows = []
+    continuations: list[list[int]] = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         for _ in range(8):
             ids = torch.cat([ids, continue_one(ids)[:, -1:].argmax(-1)], dim=1)
-        rows.append(ids[0, len(prompt) :].tolist())
-    return rows
+        continuations.append(ids[0, len(prompt) :].tolist())
+    return continuations
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -194,9 +193,9 @@ def test_a_merged_model_continues_as_the_policy_does(
     tmp_path: Path,
 ) -> None:
     root, _ = saved
-    model, settings = ModelSettings(path=str(tiny_model)), METHODS[name]
-    gap = export_merged(model, settings, root / name, tiny_tokenizer, tmp_path / "merged")
-    assert gap < 1e-3
+    model = ModelSettings(path=str(tiny_model))
+    settings = METHODS[name]
+    assert export_merged(model, settings, root / name, tiny_tokenizer, tmp_path / "merged") < 1e-3
     live = make(name, tiny_model)
     live.write_adapter("policy", load_adapter(root / name, settings))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -205,7 +204,7 @@ def test_a_merged_model_continues_as_the_policy_does(
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in MERGED])
-def test_what_cannot_be_merged_says_so(
+def test_methods_that_cannot_be_merged_are_refused(
     name: str,
     saved: tuple[Path, dict[str, Tensor]],
     tiny_model: Path,
@@ -218,7 +217,7 @@ def test_what_cannot_be_merged_says_so(
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
-def test_an_exported_adapter_loads_afresh(
+def test_an_exported_adapter_is_reloaded(
     name: str,
     saved: tuple[Path, dict[str, Tensor]],
     tiny_model: Path,
@@ -248,19 +247,19 @@ def test_a_policy_that_is_the_base_is_not_exported(
 def test_a_reward_model_is_a_classifier_that_transformers_loads(
     name: str, tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    trunk = far_off(make(name, tiny_model, ("reward",)), "reward", 1)
+    trunk = perturbed(make(name, tiny_model, ("reward",)), "reward", 1)
     head = ScalarHead(trunk.width, torch.Generator().manual_seed(0))
-    head.bias += 3
+    head.bias.add_(3)
     save_adapter(tmp_path / "reward", trunk.read_adapter("reward"), trunk.settings, trunk.base)
     save_head(tmp_path / "reward", head.state_dict())
-    gap, bias = export_reward(
+    difference, bias = export_reward(
         ModelSettings(path=str(tiny_model)), METHODS[name], tmp_path / "reward", tiny_tokenizer, tmp_path / "out"
     )
-    assert gap < 1e-3
+    assert difference < 1e-3
     assert bias == pytest.approx(3.0)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    theirs = classifier(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.squeeze(-1) + bias
-    torch.testing.assert_close(theirs, head(trunk.hidden(IDS, "reward")[:, -1]), rtol=1e-3, atol=1e-3)
+    scores = classifier(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.squeeze(-1) + bias
+    torch.testing.assert_close(scores, head(trunk.hidden(IDS, "reward")[:, -1]), rtol=1e-3, atol=1e-3)
 
 
 def test_pissa_trains_the_principal_half_alone(tiny_model: Path) -> None:
@@ -270,6 +269,7 @@ def test_pissa_trains_the_principal_half_alone(tiny_model: Path) -> None:
     trunk.train_only("policy")
     trunk.hidden(IDS, "policy").square().sum().backward()
     for name, parameter in trunk.adapter("policy").items():
+        assert parameter.grad is not None
         gradient = parameter.grad if "lora_A" in name else parameter.grad.T
         assert gradient[:4].abs().max() > 0
         assert gradient[4:].abs().max() == 0
@@ -281,15 +281,15 @@ def test_pissa_trains_the_principal_half_alone(tiny_model: Path) -> None:
 
 
 def test_loftq_starts_nearer_to_the_unquantised_model(tiny_model: Path) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(tiny_model)
+    unquantised = AutoModelForCausalLM.from_pretrained(tiny_model)
     trunk = make("loftq", tiny_model)
     trunk.initialise("policy", "critic")
     layer = trunk.causal.get_submodule("model.layers.1.mlp.up_proj")
-    lost = whole.get_submodule("model.layers.1.mlp.up_proj").weight - dequantise(layer.base_layer)
-    left = lost - layer.get_delta_weight("policy")
-    assert left.norm() < 0.9 * lost.norm()
-    best = torch.linalg.svdvals(lost.detach())[4:].norm()
-    torch.testing.assert_close(left.norm(), best, rtol=1e-3, atol=1e-4)
+    error = unquantised.get_submodule("model.layers.1.mlp.up_proj").weight - dequantise(layer.base_layer)
+    remaining = error - layer.get_delta_weight("policy")
+    assert remaining.norm() < 0.9 * error.norm()
+    best = torch.linalg.svdvals(error.detach())[4:].norm()
+    torch.testing.assert_close(remaining.norm(), best, rtol=1e-3, atol=1e-4)
     assert torch.equal(logits(trunk, "policy"), logits(trunk, "critic"))
 
 
@@ -302,7 +302,8 @@ def test_p_tuning_trains_through_its_encoder_and_keeps_the_tokens(tiny_model: Pa
     assert all("encoders.policy" in name for name in trained)
     trunk.hidden(IDS, "policy").square().sum().backward()
     assert all(p.grad is not None for p in trunk.adapter("policy").values())
-    tokens, before = trunk.read_adapter("policy"), logits(trunk, "policy")
+    tokens = trunk.read_adapter("policy")
+    before = logits(trunk, "policy")
     assert tokens.keys() == {PROMPT}
     trunk.write_adapter("policy", tokens)
     assert trunk.adapter("policy").keys() == {PROMPT}
@@ -333,29 +334,37 @@ def test_a_prefix_from_a_text_is_that_text_before_the_prompt(
 def test_the_base_exists_once_whatever_the_number_of_roles(name: str, tiny_model: Path) -> None:
     if name == "full":
         pytest.skip("every role is a model of its own")
-    one, four = (make(name, tiny_model, roles) for roles in (("policy",), ("policy", "reference", "critic", "reward")))
-
-    def numbers(trunk: Trunk) -> int:
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trunk.parameters()}
-        return sum(storages.values())
-
-    def own(trunk: Trunk) -> int:
-        return sum(p.numel() * 4 for role in trunk.roles for p in trunk.adapter(role).values())
-
-    assert numbers(four) - own(four) == numbers(one) - own(one)
+    one = make(name, tiny_model, ("policy",))
+    four = make(name, tiny_model, ("policy", "reference", "critic", "reward"))
+    assert bytes_of_all(four) - bytes_of_adapters(four) == bytes_of_all(one) - bytes_of_adapters(one)
 
 
-def test_mistakes_are_named(tiny_model: Path) -> None:
-    for settings, said in (
+def bytes_of_all(trunk: Trunk) -> int:
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trunk.parameters()}
+    return sum(storages.values())
+
+
+def bytes_of_adapters(trunk: Trunk) -> int:
+    return sum(p.numel() * 4 for role in trunk.roles for p in trunk.adapter(role).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"method": "bitfit", "rank": 8}, "method bitfit does not read rank, which is for lora or qlora: remove it"),
         ({"init": "loftq"}, "use it with method qlora"),
         ({"method": "qlora", "init": "pissa"}, "use loftq"),
         ({"dora": True, "init": "pissa"}, "do not go together"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            PolicySettings(**settings)
-    model = ModelSettings(path=str(tiny_model))
-    for settings, said in (
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicySettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         (
             PolicySettings(method="bottleneck", targets=["nowhere"]),
             "no linear layer of LlamaForCausalLM is named nowhere",
@@ -364,9 +373,13 @@ def test_mistakes_are_named(tiny_model: Path) -> None:
             PolicySettings(method="top_layers", layers=9),
             "policy.layers is 9, and LlamaForCausalLM has 2 decoder layers",
         ),
-    ):
-        with pytest.raises(UserError, match=said):
-            build_trunk(model, settings, ("policy",))
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(
+    settings: PolicySettings, message: str, tiny_model: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
 
 
 def test_an_adapter_of_another_method_is_refused(saved: tuple[Path, dict[str, Tensor]]) -> None:
