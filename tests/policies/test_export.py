@@ -27,7 +27,8 @@ def settings(tiny_model: Path) -> ModelSettings:
 @pytest.fixture(scope="module")
 def trunk(settings: ModelSettings) -> Trunk:
     """A live trunk whose policy is far from its base."""
-    trunk, generator = make_trunk(load_base(settings), POLICY, ("critic", "policy")), torch.Generator().manual_seed(1)
+    trunk = make_trunk(load_base(settings), POLICY, ("critic", "policy"))
+    generator = torch.Generator().manual_seed(1)
     for role in trunk.roles:
         weights = {n: 0.15 * torch.randn(p.shape, generator=generator) for n, p in trunk.adapter(role).items()}
         trunk.write_adapter(role, weights)
@@ -44,7 +45,8 @@ def exported(
     """The folder of the merged model, and the difference that the export measured."""
     root = tmp_path_factory.mktemp("export")
     save_adapter(root / "policy", trunk.read_adapter("policy"), trunk.settings, trunk.base)
-    return root / "merged", export_merged(settings, POLICY, root / "policy", tiny_tokenizer, root / "merged")
+    difference = export_merged(settings, POLICY, root / "policy", tiny_tokenizer, root / "merged")
+    return root / "merged", difference
 
 
 def continuations(trunk: Trunk, role: str) -> list[tuple[int, ...]]:
@@ -56,15 +58,15 @@ def continuations(trunk: Trunk, role: str) -> list[tuple[int, ...]]:
 def test_the_merged_model_continues_as_the_live_policy_does(exported: tuple[Path, float], trunk: Trunk) -> None:
     model = AutoModelForCausalLM.from_pretrained(exported[0])
     options = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "eos_token_id": -1}
-    merged = []
+    merged: list[tuple[int, ...]] = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-        merged.append(tuple(whole[0, len(prompt) :].tolist()))
+        sequences = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        merged.append(tuple(sequences[0, len(prompt) :].tolist()))
     assert merged == continuations(trunk, "policy")
 
 
-def test_the_policy_of_these_tests_continues_otherwise_than_its_base(trunk: Trunk) -> None:
+def test_the_policy_of_these_tests_continues_differently_from_its_base(trunk: Trunk) -> None:
     assert all(one != other for one, other in zip(continuations(trunk, "policy"), continuations(trunk, "")))
 
 
@@ -81,12 +83,13 @@ def test_the_folder_has_the_tokenizer_and_no_adapter(
 
 
 def test_the_merged_weights_have_the_names_of_the_base(exported: tuple[Path, float], tiny_model: Path) -> None:
-    base, merged = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_model, exported[0]))
-    assert base.keys() == merged.keys()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    merged = AutoModelForCausalLM.from_pretrained(exported[0])
+    assert base.state_dict().keys() == merged.state_dict().keys()
 
 
 @pytest.mark.parametrize("weight", [float("nan"), 1e30])
-def test_a_policy_that_does_not_give_finite_numbers_is_refused(
+def test_a_policy_whose_outputs_are_not_finite_is_refused(
     settings: ModelSettings, trunk: Trunk, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, weight: float
 ) -> None:
     weights = {name: torch.full_like(tensor, weight) for name, tensor in trunk.read_adapter("policy").items()}

@@ -50,7 +50,7 @@ def test_a_prompt_keeps_the_start_that_the_tokenizer_adds(tokenizer: PreTrainedT
     assert encode_prompt(post_processed(tokenizer, "</s> $A"), "The cat") == [tokenizer.eos_token_id, *plain]
 
 
-def test_a_prompt_that_says_eos_keeps_it(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_prompt_with_eos_in_its_text_keeps_it(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encode_prompt(tokenizer, "The cat</s>")[-1] == tokenizer.eos_token_id
 
 
@@ -71,13 +71,13 @@ def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9].content + 1 }}"])
-def test_a_chat_template_that_fails_is_told(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+def test_a_failing_chat_template_is_named(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="the chat template fails on these messages"):
         encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
 
 
-def test_a_response_that_says_eos_has_one(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_response_with_eos_in_its_text_has_one_eos(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encode_response(tokenizer, "blue</s>") == encode_response(tokenizer, "blue")
 
 
