@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.api import plan, resume, run
+    from align.api import PpoSession, build_ppo, plan, resume, run
     from align.config.estimators import advantage_estimator
     from align.config.load import load_experiment
     from align.config.schema import Experiment
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Experiment",
     "Fault",
+    "PpoSession",
     "TrainedRun",
     "UserError",
     "advantage_estimator",
+    "build_ppo",
     "load_experiment",
     "open_run",
     "plan",
@@ -32,9 +34,11 @@ __all__ = [
 _MODULES = {
     "Experiment": "align.config.schema",
     "Fault": "align.runtime.failures",
+    "PpoSession": "align.api",
     "TrainedRun": "align.outputs.trained_run",
     "UserError": "policies.errors",
     "advantage_estimator": "align.config.estimators",
+    "build_ppo": "align.api",
     "load_experiment": "align.config.load",
     "open_run": "align.outputs.trained_run",
     "plan": "align.api",

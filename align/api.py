@@ -1,17 +1,30 @@
 """The functions of the Python interface. They are imported from `align` itself; docs/python.md shows their use."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from align.config.schema import Experiment
 from align.outputs.report import write_report
 from align.outputs.trained_run import TrainedRun
+from align.ppo.loop import Step
+from align.ppo.metrics import step_metrics
 from align.resources.memory import measure
 from align.resources.plan import plan_lines
-from align.runs.folder import folder_of, refuse_run
+from align.resources.ray_cluster import compute_settings, ray_cluster
+from align.runs.folder import RunFolder, folder_of, refuse_run
+from align.runs.tracking import Tracker
+from align.runtime.atomic_files import new_folder
 from align.runtime.signals import StopRequest
+from align.scoring.build import build_scorers
+from align.stages.context import StageContext
 from align.stages.launch import Launch, new_run, resumed_run
 from align.stages.pipeline import load_datasets, remaining_stages, run_stages
+from align.stages.ppo_parts import PpoParts, assemble
+from policies.errors import UserError
+from policies.files.adapters import save_adapter
+from policies.files.base_model import load_tokenizer
 
 
 def plan(experiment: Experiment) -> list[tuple[str, str]]:
@@ -78,3 +91,92 @@ def _finish(launch: Launch) -> TrainedRun:
     evaluation = run_stages(launch.experiment, launch.folder, launch.datasets, StopRequest())
     write_report(launch.folder.path, evaluation)
     return TrainedRun(launch.experiment, launch.folder)
+
+
+class PpoSession:
+    """The parts of PPO, stepped by hand; made by `build_ppo`. It writes nothing to the run's folder.
+
+    Attributes:
+        experiment: The settings.
+    """
+
+    def __init__(self, experiment: Experiment, parts: PpoParts) -> None:
+        self.experiment = experiment
+        self._parts = parts
+
+    def steps(self) -> Iterator[Step]:
+        """Run the remaining steps up to `ppo.steps`, one per iteration: sample, score, estimate advantages, update.
+
+        Yields:
+            What the step produced: `index` (from 0), `trajectories`, `scored` (the role outputs and the score of each
+            trajectory), `episodes` (what was trained on), `statistics` (of the update) and `seconds`.
+        """
+        return self._parts.remaining_steps()
+
+    def metrics(self, step: Step) -> dict[str, float]:
+        """The metrics of a step, by their names in `metrics.jsonl`. Call it before the next step."""
+        scorers = self._parts.scorers
+        gold = None if scorers.gold is None else scorers.gold(step.trajectories)
+        return step_metrics(step, self.experiment.ppo, gold)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Compare the policy as it is now with the reference, in the form of `evaluation.json`."""
+        loop = self._parts.loop
+        return self._parts.evaluator.evaluate(loop.step, loop.learners.policy_weights())
+
+    def save(self, to: str | Path) -> None:
+        """Write the policy as it is now to a folder, as an adapter in PEFT's layout.
+
+        Args:
+            to: The folder; an existing one is replaced.
+        """
+        weights = self._parts.loop.learners.policy_weights()
+        with new_folder(Path(to)) as folder:
+            save_adapter(folder, weights, self.experiment.policy, self.experiment.model.path)
+
+
+@contextmanager
+def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
+    """Build the parts of PPO from the SFT model and the reward of a run, to step them by hand.
+
+    A PPO checkpoint of the run is continued. The parts, Ray actors included, are closed when the block ends.
+
+    Args:
+        experiment: The settings of the run, whose other stages have finished.
+
+    Yields:
+        The session.
+
+    Raises:
+        UserError: The run has not finished its other stages, or has finished PPO, or something that the settings refer
+            to cannot be used.
+    """
+    run = folder_of(experiment)
+    _refuse_unless_ppo_is_next(experiment, run)
+    datasets = load_datasets(experiment)
+    compute_settings(experiment, 1).apply()
+    tokenizer = load_tokenizer(experiment.model.path)
+    context = StageContext(
+        experiment=experiment,
+        run=run,
+        tokenizer=tokenizer,
+        datasets=datasets,
+        tracker=Tracker(run.path, None),
+        stop=StopRequest(),
+    )
+    scorers = build_scorers(experiment, run, tokenizer)
+    with ExitStack() as stack:
+        stack.enter_context(ray_cluster(experiment.cluster, experiment.rollouts.workers + experiment.learner.ranks))
+        yield PpoSession(experiment, assemble(context, scorers, stack))
+
+
+def _refuse_unless_ppo_is_next(experiment: Experiment, run: RunFolder) -> None:
+    remaining = remaining_stages(experiment, run)
+    if run.done("ppo"):
+        raise UserError(f"run {run.path} has finished PPO: give the experiment another `name`")
+    if remaining != ["ppo"]:
+        missing = ", ".join(remaining) or "nothing"
+        raise UserError(
+            "build_ppo needs an experiment with the stage ppo, and a run that has finished all others; "
+            f"{run.path} still needs: {missing}"
+        )

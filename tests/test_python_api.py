@@ -1,6 +1,7 @@
 """The Python interface: docs/python.md is run block by block, and `import align` stays light."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 import align
+from align.runs.tracking import METRICS, read_lines
 from align.stages.reward import load_models
 from policies.text.tokenization import encode_prompt, encode_response
 from tests.integration.tiny_run import make_settings
@@ -81,6 +83,21 @@ def test_scores_are_those_of_the_trained_reward_model(
     response_ids = [encode_response(tiny_tokenizer, response) for response in responses]
     expected = model.score(prompt_ids, response_ids, 256).tolist()
     assert trained.score(prompts, responses) == pytest.approx(expected, abs=1e-5)
+
+
+def test_stepping_ppo_by_hand_gives_the_metrics_of_a_run(folder_of_the_document: Path) -> None:
+    trained = align.run(align.load_experiment("experiment.yaml"))
+    lines = [line for line in read_lines(trained.path / METRICS) if line["stage"] == "ppo"]
+    expected = [line["reward/mean"] for line in lines if "reward/mean" in line]
+    shutil.copytree(trained.path, trained.path.with_name("by-hand"), ignore=shutil.ignore_patterns("policy", "ppo"))
+    with align.build_ppo(align.load_experiment("experiment.yaml", ["name=by-hand"])) as ppo:
+        assert [ppo.metrics(step)["reward/mean"] for step in ppo.steps()] == expected
+
+
+def test_ppo_by_hand_needs_a_run_that_has_finished_the_other_stages(folder_of_the_document: Path) -> None:
+    experiment = align.load_experiment("experiment.yaml")
+    with pytest.raises(align.UserError, match="still needs: sft, reward, ppo"), align.build_ppo(experiment):
+        pass
 
 
 def test_what_a_run_has_not_trained_yet_is_refused(folder_of_the_document: Path) -> None:
