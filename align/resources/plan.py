@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from align.config.estimators import is_users
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
@@ -47,6 +48,7 @@ def plan_lines(
         lines.append(("reward", _fit(len(datasets.preferences), "preference example", experiment.reward)))
     if "ppo" in stages:
         lines += _ppo(experiment, datasets, sizes)
+        lines += _user_functions(experiment)
     lines += _memory(experiment, stages, sizes)
     if default_device().type == "cpu" and native.library() is None:
         lines.append(
@@ -88,6 +90,12 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
         ("processes", f"{workers}, {ranks}, {counted(cores(), 'core')}, {counted(threads, 'thread')} each"),
         ("evaluation", counted(len(datasets.prompts_heldout), "held-out prompt")),
     ]
+
+
+def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:
+    """A line for the advantage estimator and one for the policy loss, where they are the user's own."""
+    functions = [("estimator", experiment.ppo.estimator), ("policy loss", experiment.ppo.policy_loss)]
+    return [(name, where) for name, where in functions if is_users(where)]
 
 
 def _memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> list[tuple[str, str]]:
