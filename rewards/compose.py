@@ -39,8 +39,8 @@ def spread(members: Tensor) -> Tensor:
 
 
 @dataclass
-class Moments:
-    """Running mean and sum of squared deviations of all values seen so far (Chan et al. 1979, eq. 2.1)."""
+class RunningMoments:
+    """Mean and sum of squared deviations of all values seen so far (Chan et al. 1979, eq. 2.1)."""
 
     count: int = 0
     mean: float = 0.0
@@ -76,11 +76,11 @@ class Composition:
 
     terms: Mapping[str, TermSettings]
     constraint: ConstraintSettings | None = None
-    moments: dict[str, Moments] = field(default_factory=dict)
+    moments: dict[str, RunningMoments] = field(default_factory=dict)
     multiplier: float = 0.0
 
     def __post_init__(self) -> None:
-        self.moments = {name: Moments() for name, term in self.terms.items() if term.normalise != "no"}
+        self.moments = {name: RunningMoments() for name, term in self.terms.items() if term.normalise != "no"}
         self.multiplier = self.constraint.start if self.constraint else 0.0
 
     @property
@@ -100,7 +100,7 @@ class Composition:
             raw: Scores `[N]` of SFT responses by term, before they are normalised.
         """
         for name in self.calibrated:
-            self.moments[name] = Moments()
+            self.moments[name] = RunningMoments()
             self.moments[name].add(raw[name].double())
 
     def score(self, raw: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,7 +145,7 @@ class Composition:
         """Restore a saved state, except for terms that the experiment no longer normalises."""
         for name, values in state["moments"].items():
             if name in self.moments:
-                self.moments[name] = Moments(**values)
+                self.moments[name] = RunningMoments(**values)
         self.multiplier = state["multiplier"] if self.constraint else 0.0
 
     def _normalised(self, name: str, values: Tensor) -> Tensor:

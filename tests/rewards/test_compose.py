@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.compose import Composition, Moments, combine, spread
+from rewards.compose import Composition, RunningMoments, combine, spread
 from rewards.terms.base import ConstraintSettings
 from rewards.terms.regex import RegexTerm
 
@@ -33,7 +33,7 @@ def test_clipping_comes_before_the_weight() -> None:
 
 @given(st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_running_moments_are_those_of_all_values_together(batches: list[list[float]]) -> None:
-    moments = Moments()
+    moments = RunningMoments()
     for batch in batches:
         moments.add(doubles(*batch))
     everything = doubles(*(value for batch in batches for value in batch))
