@@ -10,11 +10,12 @@ import typer.main
 
 from align.cli import app
 from align.config.load import load_experiment
+from align.config.stage import stages_table
 from tests.documents import ROOT, SECTIONS, Block, blocks_of, documents, inline_code, setting_exists, setting_names
 
 MINIMAL = ("name=documents", "model.path=my-model")
 COMMENT = re.compile(r"(^|\s)#.*$")
-OTHER_COMMANDS = (". .venv/bin/activate", "git ", "pip install", "pre-commit ")
+OTHER_COMMANDS = (". .venv/bin/activate", ".ci/run", "git ", "pip install", "pre-commit ")
 TARGET = re.compile(r"^([a-z-]+):", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)]*)?\)")
 DOTTED = re.compile(rf"(?<![\w.:/-])(?:{'|'.join(SECTIONS)})(?:\.[A-Za-z_]+)+(?![\w(])")
@@ -124,6 +125,10 @@ def test_settings_in_the_table_of_options_exist() -> None:
     for row in rows:
         for name in re.findall(r"`([^`]+)`", row):
             assert setting_exists(f"ppo.{name}"), name
+
+
+def test_the_table_of_stages_is_that_of_the_registry() -> None:
+    assert stages_table() in (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("package", ["align", "policies", "rewards", "rollouts"])
