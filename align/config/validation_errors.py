@@ -50,7 +50,7 @@ def _hint(keys: Keys, value: object, valid: list[str]) -> str:
 
 
 def _any_term(keys: Keys) -> Keys:
-    """`reward.terms.*.most` for `reward.terms.NAME.most`."""
+    """`reward.terms.*` for `reward.terms.NAME`, whatever follows."""
     return (*keys[:2], "*", *keys[3:]) if keys[:2] == ("reward", "terms") else keys
 
 
