@@ -1,4 +1,4 @@
-"""A run in progress: what every stage is given."""
+"""What every stage is given: settings, data, the run's folder, and models to start from."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +29,16 @@ from rollouts.transformers_engine import make_transformers_engine
 
 @dataclass(frozen=True)
 class StageContext:
-    """Experiment, folder, data, and the ways to report and to be stopped."""
+    """A run in progress.
+
+    Attributes:
+        experiment: the settings.
+        run: the folder that the stages write to.
+        tokenizer: that of the base model.
+        datasets: the examples of all stages, tokenized.
+        tracker: takes the metrics.
+        stop: looked at after every step.
+    """
 
     experiment: Experiment
     run: RunFolder
@@ -43,9 +52,9 @@ class StageContext:
         return load_adapter(self.run.sft, self.experiment.policy) if self.run.sft.is_dir() else None
 
     def new_trunk(self, purpose: str, *roles: str) -> Trunk:
-        """A trunk with `reference` and these roles, its first random weights seeded by purpose.
+        """Load the base model with role `reference` and these roles; purpose seeds their random initial weights.
 
-        `reference` holds the SFT adapter; where the base itself is the SFT model, an adapter as it starts.
+        `reference` gets the SFT adapter or, where the base itself is the SFT model, an adapter that changes nothing.
         """
         torch.manual_seed(seed_for(self.experiment.seed, purpose, "adapters"))
         trunk = build_trunk(self.experiment.model, self.experiment.policy, ("reference", *roles))
@@ -56,29 +65,54 @@ class StageContext:
         return trunk
 
     def fit_context(self, stage: str, member: int = 0) -> FitContext:
-        """member: of an ensemble, each of which sees the data in another order, and after the one before it."""
-        seed, keep, folder = self.experiment.seed, self.experiment.checkpoint.keep, self.run.checkpoints(stage)
-        if not member:
-            return FitContext(stage, folder, keep, seed, self.tracker, self.stop)
-        first = member * optimizer_steps(len(self.datasets.preferences), self.experiment.reward)
-        return FitContext(stage, folder, keep, seed_for(seed, "member", member), self.tracker, self.stop, first)
+        """The surroundings of a supervised training.
+
+        Args:
+            stage: name of the stage.
+            member: number of an ensemble's member. Members are trained one after another, each on the data in another
+                order.
+        """
+        seed = self.experiment.seed
+        return FitContext(
+            stage=stage,
+            checkpoints=self.run.checkpoints(stage),
+            keep=self.experiment.checkpoint.keep,
+            seed=seed_for(seed, "member", member) if member else seed,
+            tracker=self.tracker,
+            stop=self.stop,
+            first=member * optimizer_steps(len(self.datasets.preferences), self.experiment.reward),
+        )
 
     @contextmanager
     def new_product(self, folder: Path, facts: dict[str, Any], started: float) -> Iterator[Path]:
-        """A stage's folder to fill; it is there, with `stage.json`, when the block ends."""
+        """Fill a stage's folder in the block; it appears, with `stage.json`, once the block ends.
+
+        Args:
+            folder: the stage's product.
+            facts: what `stage.json` records, besides the seconds.
+            started: `time.perf_counter()` at the stage's start.
+        """
         with new_folder(folder) as temporary:
             yield temporary
             write_facts(temporary, facts | {"seconds": time.perf_counter() - started})
 
     def sample_sft(self, trunk: Trunk, count: int) -> list[Trajectory]:
-        """Responses of the SFT model, role `reference` of the trunk, to so many of the training prompts."""
-        prompts = self.datasets.prompts or [
-            Request(c.example.prompt, tuple(c.prompt_ids), 0) for c in self.datasets.preferences
-        ]
+        """Sample responses of the SFT model, the trunk's role `reference`, to this many random training prompts."""
+        prompts = self._training_prompts()
         if not prompts:
             raise UserError("reward.normalise needs prompts: set data.prompts, or reward.normalise to 0")
-        seed, rollouts = self.experiment.seed, self.experiment.rollouts
+        seed = self.experiment.seed
+        rollouts = self.experiment.rollouts
         chosen = permutation(len(prompts), seed, "normalise")[:count]
         requests = [replace(prompts[i], seed=seed_for(seed, "normalise", i)) for i in chosen]
         engine = make_transformers_engine(trunk, self.tokenizer, rollouts.model_copy(update={"merge": False}))
         return engine.generate(requests, Sampling(rollouts.temperature, rollouts.max_new_tokens), role="reference")
+
+    def _training_prompts(self) -> list[Request]:
+        """The prompts of PPO or, without any, those of the preferences."""
+        if self.datasets.prompts:
+            return self.datasets.prompts
+        prompts = []
+        for preference in self.datasets.preferences:
+            prompts.append(Request(preference.example.prompt, tuple(preference.prompt_ids), seed=0))
+        return prompts

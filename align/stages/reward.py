@@ -1,8 +1,8 @@
-"""Stage two: a reward model from feedback of every kind, or the one that is given, and whether to trust it."""
+"""The reward stage: a reward model, trained on preferences or ready-made, and figures that show whether to trust it."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,102 +16,177 @@ from align.evaluation.reward_model import compute_diagnostics, invariance, write
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
-from align.supervised.fit import fit
-from align.supervised.reward_objective import RewardObjective, branches, rows, score_preferences, shares_prompts
+from align.supervised.fit import FitTask, fit
+from align.supervised.reward_objective import (
+    RewardObjective,
+    collate_separate,
+    collate_shared,
+    score_preferences,
+    should_share_prompts,
+)
 from align.supervised.sft_objective import SFT_ROLE
 from policies.files.adapters import load_adapter
 from policies.heads import ScalarHead
 from policies.methods.build import build_trunk
 from policies.schema import PolicySettings
-from policies.text.tokenization import decode_response
+from policies.text.tokenization import Prompt, decode_response
 from policies.trunk import Trunk
 from rewards.classifier import Classifier
 from rewards.diagnostics import ACCURACY, distribution
 from rewards.model import RewardModel, load_heads, member_folder, members_in, read_heads, role_of
 from rewards.objective import PreferenceLoss
+from rewards.preferences import OVERALL
 from rewards.schema import RewardSettings
+
+Moments = tuple[float, float]
+"""Mean and standard deviation of scores."""
+
+IDENTITY: Moments = (0.0, 1.0)
+"""Scores normalised by these are unchanged."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the stage writes.
+
+    Attributes:
+        facts: of `stage.json`.
+        figures: of `diagnostics.json`; empty without held-out preferences.
+        worst_errors: the comparisons that the model is most wrong about.
+        save: writes the model to a folder.
+    """
+
+    facts: dict[str, Any]
+    figures: dict[str, Any]
+    worst_errors: list[dict[str, Any]]
+    save: Callable[[Path], None]
 
 
 def run_reward(context: StageContext) -> None:
-    """Train the reward model on the feedback, or adopt the one that is given; write it and its figures to `reward/`."""
+    """Train the reward model on the preferences, or adopt a ready-made one; write it and its figures to `reward/`."""
     started = time.perf_counter()
-    adopt = _run_classifier if context.experiment.reward.classifier else _run_on_trunk
-    adopt(context, started)
+    if context.experiment.reward.classifier:
+        outcome = _adopt_classifier(context, context.experiment.reward.classifier)
+    else:
+        outcome = _train_or_load(context)
+    accuracy = {name: outcome.figures[name] for name in ACCURACY if name in outcome.figures}
+    if accuracy:
+        steps = _total_steps(outcome.facts)
+        context.tracker.log("reward", steps, {"reward_model/heldout_accuracy": accuracy["accuracy"]})
+    with context.new_product(context.run.reward, outcome.facts | accuracy, started) as folder:
+        outcome.save(folder)
+        write_diagnostics(folder, outcome.figures, outcome.worst_errors)
 
 
-def _run_on_trunk(context: StageContext, started: float) -> None:
-    settings, datasets = context.experiment.reward, context.datasets
-    roles = [role_of(member) for member in range(_members(settings))]
+def _train_or_load(context: StageContext) -> _Outcome:
+    """Reward models on the shared base model: trained here or loaded, evaluated, and normalised on SFT responses."""
+    settings = context.experiment.reward
+    roles = [role_of(member) for member in range(_member_count(settings))]
     trunk = context.new_trunk("reward", *roles)
     models = [_new_model(context, trunk, member) for member in range(len(roles))]
     facts: dict[str, Any] = {"members": len(models)}
-    moments_of = fold = [(0.0, 1.0)] * len(models)
     if settings.model:
         for member, model in enumerate(models):
             load_member(model, context.experiment.policy, member_folder(settings.model, member))
         facts["model"] = settings.model
-        moments_of = folded_moments(settings, Path(settings.model), len(models))
+        current = folded_moments(settings, Path(settings.model), len(models))
     else:
-        fitted = [_train(context, model, member) for member, model in enumerate(models)]
-        facts |= {name: [each[name] for each in fitted] if len(fitted) > 1 else fitted[0][name] for name in fitted[0]}
-        facts["skipped_rows"] = len(datasets.skipped.get("preferences", []))
+        facts |= _train_members(context, models)
+        current = [IDENTITY] * len(models)
     figures: dict[str, Any] = {}
-    worst: list[dict[str, Any]] = []
-    if heldout := datasets.preferences_heldout:
-        figures, worst = evaluate_models(models, moments_of, heldout, datasets.preferences)
+    worst_errors: list[dict[str, Any]] = []
+    if heldout := context.datasets.preferences_heldout:
+        figures, worst_errors = evaluate_models(models, current, heldout, context.datasets.preferences)
+    to_fold = [IDENTITY] * len(models)
     if settings.normalise and (not settings.model or settings.attributes):
-        samples = context.sample_sft(trunk, settings.normalise)
-        prompts, responses = [t.request.prompt_ids for t in samples], [t.response_ids for t in samples]
-        of_samples = [model.score(prompts, responses, trunk.default_microbatch_tokens()) for model in models]
-        fold = moments_of = [moments(scores) for scores in of_samples]
-        figures["sft_scores"] = distribution(torch.stack(of_samples).mean(0))
-    facts["moments"] = moments_of
-    _finish(context, facts, figures, worst, started, partial(_save_members, models, fold))
+        scores = _sft_scores(context, models)
+        current = [moments(member_scores) for member_scores in scores]
+        to_fold = current
+        figures["sft_scores"] = distribution(torch.stack(scores).mean(0))
+    facts["moments"] = current
+    return _Outcome(facts, figures, worst_errors, save=partial(_save_members, models, to_fold))
 
 
-def folded_moments(settings: RewardSettings, folder: Path, members: int) -> list[tuple[float, float]]:
-    """Mean and deviation that a folder's scores are normalised by, of each member; the heads of attributes are not."""
-    known = [] if settings.attributes else read_facts(folder).get("moments", [])
-    return [(mean, std) for mean, std in known[:members]] or [(0.0, 1.0)] * members
+def _train_members(context: StageContext, models: Sequence[RewardModel]) -> dict[str, Any]:
+    """Train the members of an ensemble one after another. Returns their facts: lists, where there are several."""
+    results = [_train(context, model, member) for member, model in enumerate(models)]
+    facts: dict[str, Any] = results[0]
+    if len(results) > 1:
+        facts = {}
+        for name in results[0]:
+            facts[name] = [result[name] for result in results]
+    return facts | {"skipped_rows": len(context.datasets.skipped.get("preferences", []))}
+
+
+def _sft_scores(context: StageContext, models: Sequence[RewardModel]) -> list[Tensor]:
+    """Each member's scores of the same SFT responses."""
+    trunk = models[0].trunk
+    samples = context.sample_sft(trunk, context.experiment.reward.normalise)
+    prompts = [trajectory.request.prompt_ids for trajectory in samples]
+    responses = [trajectory.response_ids for trajectory in samples]
+    return [model.score(prompts, responses, trunk.default_microbatch_tokens()) for model in models]
+
+
+def folded_moments(settings: RewardSettings, folder: Path, members: int) -> list[Moments]:
+    """The moments that are already folded into the heads of a reward model's folder, of each member.
+
+    The heads of named attributes are saved as they are, without moments.
+    """
+    saved = [] if settings.attributes else read_facts(folder).get("moments", [])
+    return [(mean, std) for mean, std in saved[:members]] or [IDENTITY] * members
 
 
 def evaluate_models(
     models: Sequence[RewardModel],
-    moments_of: Sequence[tuple[float, float]],
+    folded: Sequence[Moments],
     preferences: Sequence[TokenizedPreference],
     trained: Sequence[TokenizedPreference] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures and worst errors of an ensemble, on the scale of training, whatever its scores are normalised by."""
+    """Evaluate an ensemble on preferences, on the scale of training, whatever normalisation its heads contain.
+
+    Args:
+        models: the members.
+        folded: moments that are folded into each member's heads.
+        preferences: held-out examples.
+        trained: the examples of training, to which the length baseline is fitted.
+
+    Returns:
+        The figures of `diagnostics.json`, and the worst errors in full.
+    """
     tokens = models[0].trunk.default_microbatch_tokens()
-    scores = [score_preferences(m, preferences, tokens) * std for m, (_, std) in zip(models, moments_of, strict=True)]
-    figures, worst = compute_diagnostics(preferences, torch.stack(scores), models[0].weights, trained)
-    return figures | {"invariance": invariance(models[0], preferences, tokens)}, worst
+    scores = []
+    for model, (_, std) in zip(models, folded, strict=True):
+        scores.append(score_preferences(model, preferences, tokens) * std)
+    figures, worst_errors = compute_diagnostics(preferences, torch.stack(scores), models[0].weights, trained)
+    return figures | {"invariance": invariance(models[0], preferences, tokens)}, worst_errors
 
 
-def _members(settings: RewardSettings) -> int:
-    wanted = settings.ensemble.members
-    if not settings.model:
-        return wanted or 1
-    return wanted or members_in(settings.model)
+def _member_count(settings: RewardSettings) -> int:
+    if settings.ensemble.members:
+        return settings.ensemble.members
+    return members_in(settings.model) if settings.model else 1
 
 
 def _new_model(context: StageContext, trunk: Trunk, member: int) -> RewardModel:
-    """With first heads that depend on the seed, the member, and their place."""
-    weights, seed = context.experiment.reward.weights, context.experiment.seed
-    generator = torch.Generator().manual_seed(seed_for(seed, "reward head", *[member] * (member > 0)))
+    """A reward model whose initial heads depend on the seed and the member."""
+    weights = context.experiment.reward.weights
+    purpose = ("reward head", member) if member else ("reward head",)
+    generator = torch.Generator().manual_seed(seed_for(context.experiment.seed, *purpose))
     heads = [ScalarHead(trunk.width, generator).to(trunk.causal.device) for _ in weights]
     return RewardModel(trunk, heads, weights, role_of(member))
 
 
 def load_member(model: RewardModel, policy: PolicySettings, folder: Path) -> None:
-    """Give a reward model the adapter and heads of a folder."""
+    """Load the adapter and heads of a folder into a reward model."""
     model.trunk.write_adapter(model.role, load_adapter(folder, policy))
     load_heads(model.heads, read_heads(folder, model.weights), folder)
 
 
 def _train(context: StageContext, model: RewardModel, member: int) -> dict[str, Any]:
-    """Train a member; what is known of it."""
-    settings, datasets, trunk = context.experiment.reward, context.datasets, model.trunk
+    """Train a member, starting from the SFT model. Returns its facts."""
+    settings = context.experiment.reward
+    datasets = context.datasets
+    trunk = model.trunk
     trunk.write_adapter(model.role, trunk.read_adapter(SFT_ROLE))
     if settings.trains == "head":
         trunk.train_only()
@@ -119,87 +194,72 @@ def _train(context: StageContext, model: RewardModel, member: int) -> dict[str, 
         if not context.run.sft.is_dir():
             trunk.start_training(model.role)
         trunk.train_only(model.role)
-    everything = [preference.example for preference in (*datasets.preferences, *datasets.preferences_heldout)]
-    loss = PreferenceLoss(everything, settings.weights, settings.ratings)
+    all_examples = [preference.example for preference in (*datasets.preferences, *datasets.preferences_heldout)]
+    loss = PreferenceLoss(all_examples, settings.weights, settings.ratings)
     objective = RewardObjective(model, loss.to(trunk.causal.device), settings.label_smoothing, settings.centering)
-    shared = shares_prompts(trunk, model.role, datasets.preferences)
-    fitted = fit(
-        objective,
-        datasets.preferences if shared else [replace(preference, shared=False) for preference in datasets.preferences],
-        branches if shared else rows,
-        settings,
-        context.fit_context("reward", member),
-        metrics="reward_model",
-        heldout=partial(objective.heldout_loss, datasets.preferences_heldout, trunk.default_microbatch_tokens()),
-        microbatches=partial(trunk.microbatches, padded=shared),
+    shares_prompt = should_share_prompts(trunk, model.role, datasets.preferences)
+    task = FitTask(
+        objective=objective,
+        examples=[replace(preference, shares_prompt=shares_prompt) for preference in datasets.preferences],
+        collate=collate_shared if shares_prompt else collate_separate,
+        split=partial(trunk.microbatches, padded=shares_prompt),
+        heldout_loss=partial(objective.heldout_loss, datasets.preferences_heldout, trunk.default_microbatch_tokens()),
+        metric_group="reward_model",
         lora_plus=context.experiment.policy.lora_plus,
     )
-    return asdict(fitted)
+    return asdict(fit(task, settings, context.fit_context("reward", member)))
 
 
-def _run_classifier(context: StageContext, started: float) -> None:
+def _adopt_classifier(context: StageContext, path: str) -> _Outcome:
+    """A ready-made classifier, evaluated, and normalised on SFT responses."""
     settings = context.experiment.reward
-    assert settings.classifier is not None
-    classifier = Classifier(settings.classifier)
-    facts: dict[str, Any] = {"classifier": settings.classifier, "mean": 0.0, "std": 1.0}
+    classifier = Classifier(path)
     figures: dict[str, Any] = {}
-    worst: list[dict[str, Any]] = []
+    worst_errors: list[dict[str, Any]] = []
     if heldout := context.datasets.preferences_heldout:
-        figures, worst = compute_diagnostics(heldout, classifier_scores(classifier, heldout), {"": 1.0})
+        figures, worst_errors = compute_diagnostics(heldout, classifier_scores(classifier, heldout), {OVERALL: 1.0})
+    mean, std = IDENTITY
     if settings.normalise:
         samples = context.sample_sft(context.new_trunk("reward"), settings.normalise)
-        responses = [decode_response(context.tokenizer, t.response_ids) for t in samples]
-        scores = classifier.score([t.request.prompt for t in samples], responses)
-        facts["mean"], facts["std"] = moments(scores)
+        responses = [decode_response(context.tokenizer, trajectory.response_ids) for trajectory in samples]
+        scores = classifier.score([trajectory.request.prompt for trajectory in samples], responses)
+        mean, std = moments(scores)
         figures["sft_scores"] = distribution(scores)
-    _finish(context, facts, figures, worst, started, lambda folder: None)  # the model stays where it is
+    facts: dict[str, Any] = {"classifier": path, "mean": mean, "std": std}
+    return _Outcome(facts, figures, worst_errors, save=lambda folder: None)  # its weights stay where they are
 
 
 def classifier_scores(classifier: Classifier, preferences: Sequence[TokenizedPreference]) -> Tensor:
-    """What a classifier says of the cases' responses, in the form that `compute_diagnostics` takes."""
-    prompts = [preference.example.prompt for preference in preferences for _ in preference.example.responses]
-    return classifier.score(prompts, [text for preference in preferences for text in preference.example.responses])[
-        None, :, None
-    ]
+    """A classifier's scores `[1, R, 1]` of all responses of the examples, as `compute_diagnostics` takes them."""
+    prompts: list[Prompt] = []
+    responses: list[str] = []
+    for preference in preferences:
+        prompts += [preference.example.prompt] * len(preference.example.responses)
+        responses += preference.example.responses
+    return classifier.score(prompts, responses)[None, :, None]
 
 
 def load_models(experiment: Experiment, folder: Path) -> list[RewardModel]:
-    """The members of the reward model that a folder holds, on one trunk."""
+    """Load the members of a folder's reward model on one shared base model."""
     settings = experiment.reward
-    members = range(members_in(folder))
-    trunk = build_trunk(experiment.model, experiment.policy, tuple(role_of(member) for member in members))
+    roles = tuple(role_of(member) for member in range(members_in(folder)))
+    trunk = build_trunk(experiment.model, experiment.policy, roles)
     models = []
-    for member in members:
+    for member, role in enumerate(roles):
         heads = [ScalarHead.zeros(trunk.width).to(trunk.causal.device) for _ in settings.weights]
-        models.append(RewardModel(trunk, heads, settings.weights, role_of(member)))
-        load_member(models[-1], experiment.policy, member_folder(folder, member))
+        model = RewardModel(trunk, heads, settings.weights, role)
+        load_member(model, experiment.policy, member_folder(folder, member))
+        models.append(model)
     return models
 
 
-def _finish(
-    context: StageContext,
-    facts: dict[str, Any],
-    figures: dict[str, Any],
-    worst: list[dict[str, Any]],
-    started: float,
-    save: Callable[[Path], None],
-) -> None:
-    """Write the stage's folder: the model, what is known of it, and whether to trust it."""
-    judged = {name: figures[name] for name in ACCURACY if name in figures}
-    if judged:
-        context.tracker.log("reward", _steps(facts), {"reward_model/heldout_accuracy": judged["accuracy"]})
-    with context.new_product(context.run.reward, facts | judged, started) as folder:
-        save(folder)
-        write_diagnostics(folder, figures, worst)
-
-
-def _steps(facts: dict[str, Any]) -> int:
+def _total_steps(facts: dict[str, Any]) -> int:
     steps = facts.get("steps", 0)
     return sum(steps) if isinstance(steps, list) else steps
 
 
-def _save_members(models: Sequence[RewardModel], moments_of: Sequence[tuple[float, float]], folder: Path) -> None:
-    for member, (model, (mean, std)) in enumerate(zip(models, moments_of, strict=True)):
+def _save_members(models: Sequence[RewardModel], to_fold: Sequence[Moments], folder: Path) -> None:
+    for member, (model, (mean, std)) in enumerate(zip(models, to_fold, strict=True)):
         model.save(member_folder(folder, member), mean, std)
 
 
@@ -211,7 +271,7 @@ def accuracy_figures(run: RunFolder) -> dict[str, Any]:
     return {"reward_model": {name: facts[name] for name in ACCURACY}}
 
 
-def moments(scores: Tensor) -> tuple[float, float]:
-    """Mean and deviation of scores, the deviation 1 where all are the same."""
+def moments(scores: Tensor) -> Moments:
+    """Mean and standard deviation of scores `[N]`; the latter 1 where all scores are equal."""
     std = float(scores.std(correction=0))
     return float(scores.mean()), std if std > 0 else 1.0

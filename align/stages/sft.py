@@ -1,4 +1,4 @@
-"""Stage one: supervised fine-tuning on demonstrations."""
+"""Supervised fine-tuning on demonstrations."""
 
 import time
 from dataclasses import asdict
@@ -6,35 +6,40 @@ from functools import partial
 from typing import Any
 
 from align.stages.context import StageContext
-from align.supervised.fit import fit
-from align.supervised.sft_objective import SFT_ROLE, Likelihood, heldout_loss, tensors
+from align.supervised.fit import FitTask, fit
+from align.supervised.sft_objective import SFT_ROLE, Likelihood, collate_demonstrations, heldout_loss
 from policies.files.adapters import load_adapter
+from policies.trunk import Trunk
 
 
 def run_sft(context: StageContext) -> None:
-    """Train the adapter `reference` on the demonstrations, or adopt the one that is given; write it to `sft/`."""
-    settings = context.experiment.sft
+    """Train the adapter of role `reference` on the demonstrations, or adopt a ready-made one; write it to `sft/`."""
     started = time.perf_counter()
     trunk = context.new_trunk("sft")
-    facts: dict[str, Any] = {}
-    if settings.adapter:
-        trunk.write_adapter(SFT_ROLE, load_adapter(settings.adapter, context.experiment.policy))
-        facts["adapter"] = settings.adapter
+    ready_made = context.experiment.sft.adapter
+    if ready_made:
+        trunk.write_adapter(SFT_ROLE, load_adapter(ready_made, context.experiment.policy))
+        facts: dict[str, Any] = {"adapter": ready_made}
     else:
-        trunk.start_training(SFT_ROLE)
-        trunk.train_only(SFT_ROLE)
-        objective = Likelihood(trunk)
-        fitted = fit(
-            objective,
-            context.datasets.demonstrations,
-            tensors,
-            settings,
-            context.fit_context("sft"),
-            metrics="sft",
-            heldout=partial(heldout_loss, objective, context.datasets.demonstrations_heldout),
-            microbatches=trunk.microbatches,
-            lora_plus=context.experiment.policy.lora_plus,
-        )
-        facts |= asdict(fitted) | {"skipped_rows": len(context.datasets.skipped.get("demonstrations", []))}
+        facts = _train(context, trunk)
     with context.new_product(context.run.sft, facts, started) as folder:
         trunk.save(SFT_ROLE, folder)
+
+
+def _train(context: StageContext, trunk: Trunk) -> dict[str, Any]:
+    """Train the adapter. Returns the facts of `stage.json`."""
+    trunk.start_training(SFT_ROLE)
+    trunk.train_only(SFT_ROLE)
+    objective = Likelihood(trunk)
+    task = FitTask(
+        objective=objective,
+        examples=context.datasets.demonstrations,
+        collate=collate_demonstrations,
+        split=trunk.microbatches,
+        heldout_loss=partial(heldout_loss, objective, context.datasets.demonstrations_heldout),
+        metric_group="sft",
+        lora_plus=context.experiment.policy.lora_plus,
+    )
+    result = fit(task, context.experiment.sft, context.fit_context("sft"))
+    skipped = context.datasets.skipped.get("demonstrations", [])
+    return asdict(result) | {"skipped_rows": len(skipped)}

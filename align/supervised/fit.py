@@ -1,4 +1,4 @@
-"""Supervised training on transformers' Trainer, with checkpoints and metrics of our own form."""
+"""Supervised training on transformers' Trainer, with align's own checkpoints and metrics."""
 
 import math
 import shutil
@@ -23,13 +23,15 @@ from align.runtime.seeds import seed_for
 from align.runtime.signals import Interrupted, StopRequest
 from align.supervised.trainer import (
     WEIGHTS,
+    Collate,
     FitTrainer,
     Objective,
     SkipNonFinite,
+    SplitByLength,
     TrainingExample,
-    read_trained,
+    read_trained_weights,
     split_microbatches,
-    trained,
+    trained_weights,
 )
 from align.supervised.trainer_state import read_state
 from policies.errors import UserError
@@ -38,11 +40,46 @@ from policies.layers.lora import parameter_groups_by_rate
 from rewards.schema import FitSettings
 
 BEST = "best"
+RESULT = "fitted.json"
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """What is trained, and on what.
+
+    Attributes:
+        objective: its parameters that require gradients are trained. Its forward pass returns `{"loss": …}`, the sum of
+            a microbatch's losses over `num_items_in_batch`, the number of `labels` in the whole batch.
+        examples: the training examples.
+        collate: from the examples of a microbatch to the objective's arguments.
+        split: splits a batch into microbatches, see `Trunk.microbatches`.
+        heldout_loss: computes the loss of the objective on held-out examples.
+        metric_group: first part of the names of the logged metrics.
+        lora_plus: `policy.lora_plus`.
+    """
+
+    objective: Objective
+    examples: Sequence[TrainingExample]
+    collate: Collate
+    split: SplitByLength
+    heldout_loss: Callable[[], float]
+    metric_group: str
+    lora_plus: float | None = None
 
 
 @dataclass(frozen=True)
 class FitContext:
-    """What a supervised stage needs besides its model and data. first: the stage's steps before this training."""
+    """The surroundings of a training.
+
+    Attributes:
+        stage: name of the stage.
+        checkpoints: folder of its checkpoints.
+        keep: how many of them are kept.
+        seed: of the order of the examples.
+        tracker: takes the metrics.
+        stop: looked at after every step.
+        first: steps of the stage before this training.
+    """
 
     stage: str
     checkpoints: Path
@@ -55,41 +92,79 @@ class FitContext:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What came of a training. steps: optimizer steps done; best_step: that of the weights that were kept."""
+    """The outcome of a training.
+
+    Attributes:
+        steps: optimizer steps done.
+        best_step: step of the weights that were kept.
+        heldout_loss: that of the weights that were kept.
+    """
 
     steps: int
     best_step: int
     heldout_loss: float
 
 
-def fit(
-    objective: Objective,
-    rows: Sequence[TrainingExample],
-    collate: Callable[[list[Any]], dict[str, Any]],
-    settings: FitSettings,
-    context: FitContext,
-    metrics: str,
-    heldout: Callable[[], float],
-    microbatches: Callable[[Sequence[int], int | None], list[list[int]]],
-    lora_plus: float | None = None,
-) -> FitResult:
-    """Train the parameters of `objective` that require gradients; it then holds those of the best held-out loss.
+def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
+    """Train an objective, or resume its training from the last checkpoint.
 
-    collate: from rows to the arguments of one pass of `objective`, which gives {"loss": …}, a sum over these rows
-    divided by `num_items_in_batch`, the number of `labels` in the whole batch. Batches are of rows of about one length.
-    microbatches: how a batch is cut, see `Trunk.microbatches`. metrics: the first part of the names that are logged.
-    heldout: the loss of `objective` on held-out rows, asked for every `evaluate_every` steps and at the end.
-    lora_plus: `policy.lora_plus`.
-    Goes on from the last checkpoint where there is one. Raises Interrupted after a checkpoint if asked to stop.
+    Afterwards the objective holds the weights with the best held-out loss, which is evaluated every `evaluate_every`
+    steps and at the end. Batches are made of examples of similar length.
+
+    Raises:
+        Interrupted: a stop was requested; a checkpoint has been written.
+        Fault: the gradient was not finite in too many steps in a row.
     """
     done = context.checkpoints / f"done-{context.first}"
     if done.is_dir():
-        read_trained(objective, done / WEIGHTS)
-        return _read_fitted(done / "fitted.json")
-    objective.eval()  # whatever its parts were in, the Trainer's first `train` now reaches them
-    objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # Trainer's way to ask for num_items_in_batch
-    steps = optimizer_steps(len(rows), settings)
-    watch = _Watch(context, metrics, settings, steps, heldout)
+        read_trained_weights(task.objective, done / WEIGHTS)
+        return _read_result(done / RESULT)
+    state = _train(task, settings, context)
+    assert state.best_metric is not None  # the last step is always evaluated
+    read_trained_weights(task.objective, context.checkpoints / BEST / WEIGHTS)
+    result = FitResult(state.global_step, state.best_global_step, state.best_metric)
+    with new_folder(done) as folder:
+        save_file(trained_weights(task.objective), folder / WEIGHTS)
+        write_json(folder / RESULT, asdict(result))
+    if context.stop.requested:
+        raise Interrupted
+    return result
+
+
+def _train(task: FitTask, settings: FitSettings, context: FitContext) -> TrainerState:
+    """Train to the end. Raises Interrupted where a stop was requested before."""
+    task.objective.eval()  # brings all submodules into one mode, or `Objective.train` would skip some
+    task.objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # makes the Trainer pass num_items_in_batch
+    steps = optimizer_steps(len(task.examples), settings)
+    arguments = _training_arguments(settings, context, steps)
+    with ProgressBar(context.stage, steps) as progress:
+        monitor = _Monitor(task, settings, context, steps, progress)
+        trainer = FitTrainer(
+            model=task.objective,
+            args=arguments,
+            train_dataset=task.examples,
+            data_collator=partial(split_microbatches, task.collate, task.split, settings.tokens_per_microbatch),
+            optimizers=(_optimizer(task, settings), None),
+            callbacks=[monitor],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.create_optimizer().register_step_pre_hook(SkipNonFinite(settings.max_skipped, context.stage))
+        last = latest(context.checkpoints)
+        if last is None or step_of(last) <= context.first:  # none, or one of an earlier training of this stage
+            trainer.train()
+            state = trainer.state
+        else:
+            state = read_state(last)
+            if not monitor.is_over(state):
+                trainer.train(resume_from_checkpoint=str(last))
+                state = trainer.state
+    task.objective.eval()
+    if not monitor.is_over(state):
+        raise Interrupted
+    return state
+
+
+def _training_arguments(settings: FitSettings, context: FitContext, steps: int) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(context.checkpoints),
         per_device_train_batch_size=settings.batch_size,
@@ -103,46 +178,17 @@ def fit(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=settings.checkpoint_every,
-        seed=seed_for(context.seed, context.stage) % 2**32,
+        seed=seed_for(context.seed, context.stage) % 2**32,  # NumPy takes 32 bits
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # the objective is one module on one device; no DataParallel
-    with ProgressBar(context.stage, steps) as progress:
-        trainer = FitTrainer(
-            model=objective,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=partial(split_microbatches, collate, microbatches, settings.tokens_per_microbatch),
-            optimizers=(_optimizer(objective, settings, lora_plus), None),
-            callbacks=[watch],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.create_optimizer().register_step_pre_hook(SkipNonFinite(settings.max_skipped, context.stage))
-        watch.progress = progress
-        last = latest(context.checkpoints)
-        begun = last is not None and step_of(last) > context.first
-        state = read_state(last) if last and begun else trainer.state
-        if not watch.ended(state):
-            trainer.train(resume_from_checkpoint=str(last) if begun else None)
-            state = trainer.state
-    objective.eval()
-    if not watch.ended(state):
-        raise Interrupted
-    assert state.best_metric is not None  # the last step is always looked at
-    read_trained(objective, context.checkpoints / BEST / WEIGHTS)
-    fitted = FitResult(state.global_step, state.best_global_step, state.best_metric)
-    with new_folder(done) as folder:
-        save_file(trained(objective), folder / WEIGHTS)
-        write_json(folder / "fitted.json", asdict(fitted))
-    if context.stop.requested:
-        raise Interrupted
-    return fitted
+    return arguments
 
 
-def _read_fitted(path: Path) -> FitResult:
+def _read_result(path: Path) -> FitResult:
     values = read_object(path)
     try:
         return FitResult(int(values["steps"]), int(values["best_step"]), float(values["heldout_loss"]))
@@ -150,66 +196,79 @@ def _read_fitted(path: Path) -> FitResult:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _optimizer(objective: nn.Module, settings: FitSettings, lora_plus: float | None) -> Optimizer | None:
-    """None leaves it to the Trainer."""
-    if lora_plus is None:
+def _optimizer(task: FitTask, settings: FitSettings) -> Optimizer | None:
+    """AdamW with the learning rates of LoRA+; None leaves the optimizer to the Trainer."""
+    if task.lora_plus is None:
         return None
-    trained = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    groups = parameter_groups_by_rate(trained, lora_plus)
-    rated = [{"params": parameters, "lr": settings.learning_rate * factor} for factor, parameters in groups]
-    return AdamW(rated, weight_decay=settings.weight_decay, fused=True)
+    trained = [(name, p) for name, p in task.objective.named_parameters() if p.requires_grad]
+    groups = []
+    for factor, parameters in parameter_groups_by_rate(trained, task.lora_plus):
+        groups.append({"params": parameters, "lr": settings.learning_rate * factor})
+    return AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
-def optimizer_steps(rows: int, settings: FitSettings) -> int:
-    """How many optimizer steps a stage takes over so many rows; the last batch of an epoch may be smaller."""
-    return math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
+def optimizer_steps(examples: int, settings: FitSettings) -> int:
+    """Optimizer steps of a training on this many examples; the last batch of an epoch may be smaller."""
+    return math.ceil(math.ceil(examples / settings.batch_size) * settings.epochs)
 
 
-class _Watch(TrainerCallback):
-    """Logs every step, looks at the held-out loss, seals checkpoints, and ends training when it is time to."""
-
-    progress: ProgressBar
+class _Monitor(TrainerCallback):
+    """Logs every step, evaluates the held-out loss, seals checkpoints, and decides when training is over."""
 
     def __init__(
-        self, context: FitContext, metrics: str, settings: FitSettings, steps: int, heldout: Callable[[], float]
+        self, task: FitTask, settings: FitSettings, context: FitContext, steps: int, progress: ProgressBar
     ) -> None:
-        self.context, self.metrics, self.settings = context, metrics, settings
-        self.steps, self.heldout = steps, heldout
+        self.task = task
+        self.settings = settings
+        self.context = context
+        self.steps = steps
+        self.progress = progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            loss, rate = logs["loss"], logs["learning_rate"]
-            self._log(state, {"loss": loss, "learning_rate": rate, "gradient_norm": logs["grad_norm"]})
-            self.progress.advance(state.global_step, loss=loss)
+            metrics = {
+                "loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "gradient_norm": logs["grad_norm"],
+            }
+            self._log(state, metrics)
+            self.progress.advance(state.global_step, loss=logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         every = self.settings.evaluate_every
         if state.global_step == self.steps or (every and state.global_step % every == 0):
-            model.eval()
-            loss = self.heldout()
-            self._log(state, {"heldout_loss": loss})
-            if state.best_metric is None or loss < state.best_metric:
-                # In the state, so that it is in the checkpoint.
-                state.best_metric, state.best_global_step = loss, state.global_step
-                with new_folder(self.context.checkpoints / BEST) as folder:
-                    save_file(trained(model), folder / WEIGHTS)
-        if self.ended(state):
-            control.should_save = control.should_training_stop = True
-        if self.context.stop.requested:
-            control.should_save = control.should_training_stop = True
+            self._evaluate(state, model)
+        if self.is_over(state) or self.context.stop.requested:
+            control.should_save = True
+            control.should_training_stop = True
 
-    def ended(self, state: TrainerState) -> bool:
-        """Whether the last step is done, or too many looks have gone by without a better held-out loss."""
-        looked, patience = state.best_metric is not None, self.settings.patience
-        waited = state.global_step - (state.best_global_step or 0)
-        given_up = looked and patience is not None and waited >= patience * self.settings.evaluate_every
-        return given_up or (looked and state.global_step == self.steps)
+    def _evaluate(self, state: Any, model: nn.Module) -> None:
+        model.eval()
+        loss = self.task.heldout_loss()
+        self._log(state, {"heldout_loss": loss})
+        if state.best_metric is None or loss < state.best_metric:
+            state.best_metric = loss  # in the Trainer's state, so that checkpoints have it
+            state.best_global_step = state.global_step
+            with new_folder(self.context.checkpoints / BEST) as folder:
+                save_file(trained_weights(model), folder / WEIGHTS)
 
-    def _log(self, state: Any, figures: dict[str, float]) -> None:
-        named = {f"{self.metrics}/{name}": value for name, value in figures.items()}
+    def is_over(self, state: TrainerState) -> bool:
+        """Whether the last step is evaluated, or `patience` evaluations have brought no better held-out loss."""
+        if state.best_metric is None:
+            return False
+        if state.global_step == self.steps:
+            return True
+        if self.settings.patience is None:
+            return False
+        steps_since_best = state.global_step - (state.best_global_step or 0)
+        return steps_since_best >= self.settings.patience * self.settings.evaluate_every
+
+    def _log(self, state: Any, metrics: dict[str, float]) -> None:
+        named = {f"{self.task.metric_group}/{name}": value for name, value in metrics.items()}
         self.context.tracker.log(self.context.stage, self.context.first + state.global_step, named)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Seal the Trainer's checkpoint, under the name that align's checkpoints have."""
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         seal(written)
         target = written.with_name(f"step-{self.context.first + state.global_step}")

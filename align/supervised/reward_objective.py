@@ -79,7 +79,7 @@ class RewardObjective(Objective):
 
 
 def score_preferences(model: RewardModel, preferences: Sequence[TokenizedPreference], tokens: int) -> Tensor:
-    """Scores by attribute `[R, A]` of all responses, each scored with its own prompt, as in PPO. tokens: per microbatch."""
+    """Scores by attribute `[R, A]` of all responses, each with its own prompt, as in PPO. tokens: per microbatch."""
     return model.attribute_scores(*flatten_responses(preferences), tokens)
 
 
@@ -94,10 +94,10 @@ def flatten_responses(preferences: Sequence[TokenizedPreference]) -> tuple[list[
 
 
 def should_share_prompts(trunk: Trunk, role: str, preferences: Sequence[TokenizedPreference]) -> bool:
-    """Whether all responses to a prompt should follow one copy of it: if the model supports it and it saves arithmetic.
+    """Whether all responses to a prompt should follow one copy of it: the model supports it, and it saves arithmetic.
 
-    It saves the prompt's linear layers for all responses but one. In attention, it costs the products between responses,
-    which are computed and then masked.
+    It saves the prompt's linear layers for all responses but one. In attention, it costs the products between
+    responses, which are computed and then masked.
     """
     linear_cost = sum(layer.weight.numel() for layer in linears(trunk.causal).values())  # per token
     layers = trunk.causal.config.get_text_config().num_hidden_layers

@@ -1,4 +1,4 @@
-"""A Trainer that cuts batches into passes without padding, and whose checkpoints are of our own form."""
+"""A Trainer that splits batches into microbatches without padding, and writes no pickles."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,34 +18,43 @@ from align.supervised.trainer_state import read_optimizer, read_random, write_op
 from policies.files.safe_reading import check_names_and_shapes, read_tensors
 
 WEIGHTS = "model.safetensors"
-"""What is trained, in a checkpoint."""
+"""The file of the trained weights in a checkpoint."""
 
 
 class TrainingExample(Protocol):
-    """What is trained on: a demonstration, a pair."""
+    """What a stage trains on: a demonstration or a preference."""
 
     @property
     def length(self) -> int:
-        """Its tokens; rows are batched with others of about as many."""
+        """Its tokens; batches are made of examples of similar length."""
+
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+"""From the examples of a microbatch to the objective's arguments, `labels` among them."""
+
+SplitByLength = Callable[[Sequence[int], int | None], list[list[int]]]
+"""From the lengths of a batch's examples, and tokens per microbatch, to the indices of each microbatch's examples."""
 
 
 class Objective(nn.Module):
     """What a supervised stage minimises."""
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module. The Trainer asks for it at every step, and many modules are slow to walk through."""
+        """As any module's, but free where the mode stays: the Trainer calls it at every step, for every submodule."""
         return self if self.training == mode else super().train(mode)
 
 
 class LengthGroups(Sampler[int]):
-    """Rows in random order, but such that those of a batch are of about one length: little of it is padding."""
+    """Samples in random order, but such that each batch has examples of similar length, and thus little padding."""
 
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed = lengths, batch, seed
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """The order is a function of seed and epoch alone, so that a stage that is resumed finds its place."""
+        """The order depends on seed and epoch alone, so that a resumed stage continues in the same order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -53,23 +62,24 @@ class LengthGroups(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", self.epoch))
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class FitTrainer(Trainer):
-    """A Trainer that groups rows by length, and whose checkpoints hold what is trained and not the frozen base."""
+    """A Trainer that groups examples by length, and whose checkpoints leave out the frozen base."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
-        return LengthGroups([row.length for row in self.train_dataset], self.args.train_batch_size, self.args.seed)
+        lengths = [example.length for example in self.train_dataset]
+        return LengthGroups(lengths, self.args.train_batch_size, self.args.seed)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The loss of a batch, its gradient added up pass by pass."""
+        """The loss of a batch; its gradient is accumulated over the microbatches."""
         model.train()
         total = torch.zeros((), device=self.args.device)
-        for part in inputs["passes"]:
-            loss = model(**self._prepare_inputs(part), num_items_in_batch=num_items_in_batch)["loss"]
+        for microbatch in inputs["microbatches"]:
+            loss = model(**self._prepare_inputs(microbatch), num_items_in_batch=num_items_in_batch)["loss"]
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -77,12 +87,12 @@ class FitTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained(self.model), folder / WEIGHTS)
+        save_file(trained_weights(self.model), folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        read_trained(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        read_trained_weights(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
-    # The Trainer's own forms of all below are pickles.
+    # The Trainer itself would write everything below as pickles.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         write_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
@@ -99,19 +109,21 @@ class FitTrainer(Trainer):
             read_random(Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: what is trained is float32."""
+        """There is none: trained weights are float32."""
 
 
 class SkipNonFinite:
-    """Leaves out steps whose gradient is not finite: they would end all training. To be called before each step."""
+    """A hook before each optimizer step that skips those with a non-finite gradient, which would ruin the weights."""
 
     def __init__(self, limit: int, stage: str) -> None:
-        """limit: such steps in a row at which it raises Fault."""
-        self.limit, self.stage, self.in_a_row = limit, stage, 0
+        """limit: consecutive skipped steps after which it raises Fault."""
+        self.limit = limit
+        self.stage = stage
+        self.in_a_row = 0
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm([p.grad for p in parameters])).sum()
+        parameters: list[Any] = _with_gradients(optimizer)
+        norm = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters])).sum()
         if torch.isfinite(norm):
             self.in_a_row = 0
             return
@@ -119,29 +131,42 @@ class SkipNonFinite:
             parameter.grad = None
         self.in_a_row += 1
         if self.in_a_row == self.limit:
-            raise Fault(f"the gradient was not finite in {self.limit} steps in a row ({self.stage}.max_skipped)")
+            raise Fault(f"the gradient was not finite in {self.limit} consecutive steps ({self.stage}.max_skipped)")
+
+
+def _with_gradients(optimizer: Optimizer) -> list[nn.Parameter]:
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters += [parameter for parameter in group["params"] if parameter.grad is not None]
+    return parameters
 
 
 def split_microbatches(
-    collate: Callable[[list[Any]], dict[str, Any]],
-    microbatches: Callable[[Sequence[int], int | None], list[list[int]]],
-    tokens: int | None,
-    rows: list[TrainingExample],
+    collate: Collate, split: SplitByLength, tokens: int | None, examples: list[TrainingExample]
 ) -> dict[str, Any]:
-    """A batch, cut into passes."""
-    parts = [collate([rows[i] for i in group]) for group in microbatches([row.length for row in rows], tokens)]
-    return {"labels": torch.cat([part["labels"] for part in parts]), "passes": parts}
+    """A batch as the Trainer expects it: its microbatches, and the `labels` of all of them for it to count."""
+    groups = split([example.length for example in examples], tokens)
+    microbatches = []
+    for indices in groups:
+        microbatches.append(collate([examples[i] for i in indices]))
+    labels = torch.cat([microbatch["labels"] for microbatch in microbatches])
+    return {"labels": labels, "microbatches": microbatches}
 
 
-def trained(objective: nn.Module) -> dict[str, Tensor]:
-    """A copy of what is trained, by name."""
-    return {n: p.detach().cpu().clone() for n, p in objective.named_parameters() if p.requires_grad}
+def trained_weights(objective: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that require gradients, on the CPU, by name."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in _trained(objective).items()}
 
 
 @torch.no_grad()
-def read_trained(objective: nn.Module, path: Path) -> None:
-    """Overwrite what is trained by a file's. Raises UserError where it cannot be read or is of another model."""
-    weights, own = read_tensors(path), {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    check_names_and_shapes(weights, own, path)
-    for name, parameter in own.items():
+def read_trained_weights(objective: nn.Module, path: Path) -> None:
+    """Load what `trained_weights` returned from a file. Raises UserError where it is unreadable or of another model."""
+    weights = read_tensors(path)
+    parameters = _trained(objective)
+    check_names_and_shapes(weights, parameters, path)
+    for name, parameter in parameters.items():
         parameter.copy_(weights[name])
+
+
+def _trained(objective: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""What a checkpoint of a supervised stage holds besides the weights, in safetensors and JSON."""
+"""The state of a supervised training besides its weights, in safetensors and JSON."""
 
 import random
 from dataclasses import fields
@@ -18,32 +18,38 @@ from policies.errors import UserError
 from policies.files.safe_reading import check_names_and_shapes, read_object, read_tensors
 
 STATE = "trainer_state.json"
-OPTIMIZER, HYPERPARAMETERS, RANDOM = "optimizer.safetensors", "rates.json", "random.json"
+OPTIMIZER = "optimizer.safetensors"
+HYPERPARAMETERS = "rates.json"
+RANDOM = "random.json"
 
 
 def write_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-    """Write the optimizer's tensors, by the number of their parameter, and the settings of both."""
+    """Write the optimizer's tensors, by the number of their parameter, and the hyperparameters of both."""
     state = optimizer.state_dict()
-    tensors = {f"{n}.{name}": value for n, values in state["state"].items() for name, value in values.items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER)
+    tensors: dict[str, Tensor] = {}
+    for number, values in state["state"].items():
+        for name, tensor in values.items():
+            tensors[f"{number}.{name}"] = tensor.detach().cpu().contiguous()
+    save_file(tensors, folder / OPTIMIZER)
     write_json(folder / HYPERPARAMETERS, {"groups": state["param_groups"], "scheduler": scheduler.state_dict()})
 
 
 def read_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-    """Take up what `write_optimizer` wrote. Raises UserError where it is not of such an optimizer."""
-    tensors, rates = read_tensors(folder / OPTIMIZER), read_object(folder / HYPERPARAMETERS)
+    """Restore what `write_optimizer` wrote. Raises UserError where it is damaged or of another model or optimizer."""
+    tensors = read_tensors(folder / OPTIMIZER)
+    hyperparameters = read_object(folder / HYPERPARAMETERS)
     _check_moments(tensors, optimizer, folder / OPTIMIZER)
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, kind = name.partition(".")
         state.setdefault(int(number), {})[kind] = tensor
-    _check_rates(rates, optimizer, scheduler, folder / HYPERPARAMETERS)
-    optimizer.load_state_dict({"state": state, "param_groups": rates["groups"]})
-    scheduler.load_state_dict(rates["scheduler"])
+    _check_hyperparameters(hyperparameters, optimizer, scheduler, folder / HYPERPARAMETERS)
+    optimizer.load_state_dict({"state": state, "param_groups": hyperparameters["groups"]})
+    scheduler.load_state_dict(hyperparameters["scheduler"])
 
 
 def write_random(folder: Path) -> None:
-    """Write the states of Python's, NumPy's and torch's random numbers."""
+    """Write the states of Python's, NumPy's and torch's random number generators."""
     name, keys, *rest = tuple(np.random.get_state())
     states = {
         "python": random.getstate(),
@@ -55,7 +61,7 @@ def write_random(folder: Path) -> None:
 
 
 def read_random(folder: Path) -> None:
-    """Take up what `write_random` wrote. Raises UserError where it cannot be."""
+    """Restore what `write_random` wrote. Raises UserError where it is damaged."""
     states = read_object(folder / RANDOM)
     try:
         version, inner, gauss = states["python"]
@@ -69,15 +75,16 @@ def read_random(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """How far the Trainer was. Raises UserError where the file does not say."""
+    """Read the Trainer's progress. Raises UserError where the file is damaged."""
     path = folder / STATE
-    known = {field.name for field in fields(TrainerState)}
+    names = {field.name for field in fields(TrainerState)}
     values = read_object(path)
-    if odd := sorted(values.keys() - known):
-        raise UserError(f"{path} is damaged: {odd[0]!r} is not in a Trainer's state")
+    if unknown := sorted(values.keys() - names):
+        raise UserError(f"{path} is damaged: {unknown[0]!r} is not in a Trainer's state")
     for name in ("global_step", "best_global_step"):
         value = values.get(name)
-        if not (value is None and name == "best_global_step") and (type(value) is not int or value < 0):
+        is_unset = value is None and name == "best_global_step"
+        if not is_unset and (type(value) is not int or value < 0):
             raise UserError(f"{path} is damaged: {name} is {value!r}")
     if not isinstance(values.get("best_metric"), int | float | None):
         raise UserError(f"{path} is damaged: best_metric is {values['best_metric']!r}")
@@ -85,24 +92,33 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def _check_moments(tensors: dict[str, Tensor], optimizer: Optimizer, path: Path) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number in sorted({name.partition(".")[0] for name in tensors}):
+    """Check that the tensors are Adam's moments and steps of the optimizer's parameters."""
+    parameters: list[Tensor] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    by_number: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, kind = name.partition(".")
+        by_number.setdefault(number, {})[kind] = tensor
+    for number in sorted(by_number):
         if not number.isdecimal() or int(number) >= len(parameters):
-            raise UserError(f"{path} is not of this model: it has a parameter {number!r}, of {len(parameters)}")
-        like = {"exp_avg": parameters[int(number)], "exp_avg_sq": parameters[int(number)], "step": torch.zeros(())}
-        own = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == number}
-        check_names_and_shapes(own, like, path)
+            raise UserError(
+                f"{path} is not of this model: it has a parameter {number!r}, and the model {len(parameters)}"
+            )
+        parameter = parameters[int(number)]
+        expected = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+        check_names_and_shapes(by_number[number], expected, path)
 
 
-def _check_rates(rates: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler, path: Path) -> None:
-    """The saved settings must have the form of those that are in force."""
-    now = {"groups": optimizer.state_dict()["param_groups"], "scheduler": scheduler.state_dict()}
-    if _form(rates) != _form(now):
-        raise UserError(f"{path} is not of this optimizer: its settings have other names or kinds")
+def _check_hyperparameters(saved: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler, path: Path) -> None:
+    """Check that the saved hyperparameters have the names and types of those in use."""
+    current = {"groups": optimizer.state_dict()["param_groups"], "scheduler": scheduler.state_dict()}
+    if _form(saved) != _form(current):
+        raise UserError(f"{path} is not of this optimizer: its hyperparameters have other names or types")
 
 
 def _form(value: Any) -> Any:
-    """The names in a JSON value, and what kind each is."""
+    """A JSON value with the type of each part in place of the part."""
     if isinstance(value, dict):
         return {name: _form(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

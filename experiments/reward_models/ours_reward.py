@@ -20,8 +20,8 @@ from align.data.datasets import preference_parser
 from align.runs.tracking import Tracker
 from align.runtime.quiet import quiet_libraries
 from align.runtime.signals import StopRequest
-from align.supervised.fit import StageContext, fit
-from align.supervised.reward_objective import RewardObjective, branches, rows, shares_prompts
+from align.supervised.fit import FitContext, FitTask, fit
+from align.supervised.reward_objective import RewardObjective, collate_separate, collate_shared, should_share_prompts
 from policies.files.base_model import load_tokenizer
 from policies.heads import ScalarHead
 from policies.methods.build import build_trunk
@@ -69,18 +69,20 @@ def main() -> None:
     model = RewardModel(trunk, [ScalarHead(trunk.width, torch.Generator().manual_seed(0))])
     loss = PreferenceLoss([example.example for example in examples], settings.weights, settings.ratings)
     clock = Clock()
-    shared = shares_prompts(trunk, REWARD_ROLE, examples)
+    shares_prompt = should_share_prompts(trunk, REWARD_ROLE, examples)
+    task = FitTask(
+        objective=RewardObjective(model, loss, label_smoothing=0.0, centering=0.0),
+        examples=examples,
+        collate=collate_shared if shares_prompt else collate_separate,
+        split=partial(trunk.microbatches, padded=shares_prompt),
+        heldout_loss=lambda: 0.0,
+        metric_group="reward_model",
+    )
     with tempfile.TemporaryDirectory() as folder:
-        fit(
-            RewardObjective(model, loss, smoothing=0.0, centering=0.0),
-            examples,
-            branches if shared else rows,
-            settings,
-            StageContext("reward", Path(folder), 1, 0, clock, StopRequest()),
-            metrics="reward_model",
-            heldout=lambda: 0.0,
-            microbatches=partial(trunk.microbatches, padded=shared),
+        context = FitContext(
+            stage="reward", checkpoints=Path(folder), keep=1, seed=0, tracker=clock, stop=StopRequest()
         )
+        fit(task, settings, context)
     print(json.dumps({"seconds": [b - a for a, b in pairwise(clock.ends)]}))
 
 

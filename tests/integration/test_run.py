@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model."""
+"""Complete runs on a tiny model."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,7 @@ def test_the_evaluation_has_the_documented_keys(finished: Path) -> None:
 def test_every_step_is_logged_once(finished: Path) -> None:
     rows = figures(finished)
     trained = [(row["stage"], row["step"]) for row in rows if any(name.endswith("/loss") for name in row)]
-    assert trained == [("sft", 1), ("sft", 2), ("sft", 3), *(("reward", step) for step in (1, 2, 3))] + [
-        ("ppo", step) for step in (1, 2, 3)
-    ]
+    assert trained == list(product(("sft", "reward", "ppo"), (1, 2, 3)))
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
 
 
@@ -80,7 +79,9 @@ def test_the_same_seed_gives_the_same_run(finished: Path, settings: dict[str, An
     assert any((again / "wandb").glob("offline-run-*"))
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(finished: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(
+    finished: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Stopped by Ctrl-C in each stage in turn, and resumed each time."""
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -95,20 +96,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(finished: Path, settings: d
     done = subprocess.run([*COMMAND, *line], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert figures(run) == figures(finished)
-    mine, theirs = (json.loads((where / "evaluation.json").read_text()) for where in (run, finished))
-    assert mine | {"seconds": {}} == theirs | {"seconds": {}}
+    resumed = json.loads((run / "evaluation.json").read_text())
+    uninterrupted = json.loads((finished / "evaluation.json").read_text())
+    assert resumed | {"seconds": {}} == uninterrupted | {"seconds": {}}
 
 
-def test_a_run_that_is_done_goes_on_for_more_steps(settings: dict[str, Any], tmp_path: Path) -> None:
-    longer = settings["ppo"] | {"steps": 5}
-    whole = run_in_process(settings | {"name": "whole", "ppo": longer})
+def test_a_finished_run_continues_for_more_steps(settings: dict[str, Any], tmp_path: Path) -> None:
+    more_steps = settings["ppo"] | {"steps": 5}
+    uninterrupted = run_in_process(settings | {"name": "uninterrupted", "ppo": more_steps})
     run_in_process(settings)
-    experiment = Experiment.model_validate(settings | {"ppo": longer})
+    experiment = Experiment.model_validate(settings | {"ppo": more_steps})
     folder = folder_of(experiment)
     reopen(experiment, folder)
     run_stages(experiment, folder, load_datasets(experiment), StopRequest())
-    assert figures(folder.path) == figures(whole)
-    assert (folder.policy / "evaluation.json").read_bytes() == (whole / "policy" / "evaluation.json").read_bytes()
+    assert figures(folder.path) == figures(uninterrupted)
+    assert (folder.policy / "evaluation.json").read_bytes() == (
+        uninterrupted / "policy" / "evaluation.json"
+    ).read_bytes()
 
 
 def interrupted(line: tuple[str, ...], run: Path, stage: str, folder: Path) -> tuple[int, str]:
@@ -125,7 +129,7 @@ def interrupted(line: tuple[str, ...], run: Path, stage: str, folder: Path) -> t
     return process.returncode, errors
 
 
-def test_generate_answers_and_repeats_itself(finished: Path, align: Command) -> None:
+def test_generate_responds_and_repeats_itself(finished: Path, align: Command) -> None:
     line = ("generate", finished, "--prompt", "User: two?", "--prompt", "User: red?", "--seed", "3")
     first = align(*line)
     assert first.returncode == 0, first.stderr
@@ -156,7 +160,7 @@ def test_the_report_has_its_pictures(finished: Path, align: Command) -> None:
     assert all((finished / "report" / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
-def test_eval_finds_what_the_run_found(finished: Path, align: Command) -> None:
+def test_eval_reproduces_the_runs_evaluation(finished: Path, align: Command) -> None:
     before = json.loads((finished / "evaluation.json").read_text())
     done = align("eval", finished)
     assert done.returncode == 0, done.stderr
@@ -170,9 +174,9 @@ def test_a_run_is_not_overwritten_unless_asked(
     assert (status, "holds a run" in errors, "Traceback" in errors) == (2, True, False)
 
 
-def test_a_ready_adapter_and_reward_model_are_used_as_they_are(finished: Path, settings: dict[str, Any]) -> None:
-    given = {"sft": {"adapter": str(finished / "sft")}, "reward": {"model": str(finished / "reward")}}
-    run = run_in_process(settings | given | {"stages": ["ppo"]})
+def test_a_ready_made_adapter_and_reward_model_are_used_as_they_are(finished: Path, settings: dict[str, Any]) -> None:
+    ready_made = {"sft": {"adapter": str(finished / "sft")}, "reward": {"model": str(finished / "reward")}}
+    run = run_in_process(settings | ready_made | {"stages": ["ppo"]})
     for name in ("sft", "reward"):
         weights = "adapter_model.safetensors"
         assert (run / name / weights).read_bytes() == (finished / name / weights).read_bytes()
@@ -180,7 +184,7 @@ def test_a_ready_adapter_and_reward_model_are_used_as_they_are(finished: Path, s
     assert ours == [row for row in figures(finished) if row["stage"] == "ppo"]
 
 
-def test_the_reward_model_is_judged_by_other_feedback(
+def test_the_reward_model_is_evaluated_on_other_preferences(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"prompt": "User: two Assistant:", "chosen": f" {i}.", "rejected": f" {i} red dog."} for i in range(9)]
@@ -197,11 +201,11 @@ def test_the_reward_model_is_judged_by_other_feedback(
 
 
 @pytest.mark.parametrize("option", ["--data", "--classifier", "--to"])
-def test_options_of_judging_a_reward_model_are_refused_without_it(
+def test_options_of_the_reward_models_evaluation_are_refused_without_it(
     option: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     status, said = call(monkeypatch, capfd, "eval", finished, option, "x")
-    assert (status, "are for --reward: give it too" in said) == (2, True)
+    assert (status, "need --reward: add it" in said) == (2, True)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -221,7 +225,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_in_one_message(
+def test_mistakes_are_reported_in_one_message(
     mistake: str,
     settings: dict[str, Any],
     tiny_model: Path,
@@ -248,7 +252,7 @@ def test_mistakes_are_told_in_one_message(
 def test_gradients_that_are_not_finite_stop_the_run_and_their_batch_is_kept(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By a reward near the largest float: its gradient is beyond it."""
+    """The reward is near the largest float, so its gradient overflows."""
     (tmp_path / "huge.py").write_text("def huge(prompts, responses, columns):\n    return [3e38] * len(responses)\n")
     settings["reward"] = {"terms": {"huge": {"kind": "function", "function": f"{tmp_path}/huge.py:huge"}}}
     settings["stages"] = ["sft", "ppo"]
@@ -258,7 +262,7 @@ def test_gradients_that_are_not_finite_stop_the_run_and_their_batch_is_kept(
     status, errors = call(monkeypatch, capfd, "run", tmp_path / "experiment.yaml")
     run = tmp_path / "runs" / "tiny"
     assert (status, "Traceback" in errors) == (1, False), errors
-    assert "not finite in 2 steps in a row (learner.max_skipped)" in " ".join(errors.split())
+    assert "not finite in 2 consecutive steps (learner.max_skipped)" in " ".join(errors.split())
     steps = [row for row in figures(run) if "policy/loss" in row]
     assert [row["learner/skipped_steps"] > 0 for row in steps] == [True, True]
     kept = [json.loads(line) for line in (run / "faults" / "step-2" / "episodes.jsonl").read_text().splitlines()]
