@@ -167,7 +167,7 @@ class _LoraLinear(torch.autograd.Function):
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = _input_gradient(ctx, outer, inner, down, ups).view(*out_gradients[0].shape[:-1], -1)
-        adapter_gradients: list[Tensor | None] = [None] * 2 * len(ups)
+        adapter_gradients: list[Tensor | None] = [None] * (2 * len(ups))
         if any(ctx.needs_input_grad[4:]):
             low_rank = flat @ down.T if low_rank is None else low_rank  # [N, sum of ranks]
             down_gradients = (inner.T @ flat).to(ctx.dtype).mul_(ctx.scale).split(ctx.ranks)  # [rank, in] each

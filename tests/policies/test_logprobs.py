@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from policies.logprobs import CHUNK, _from_logits, token_logprobs, token_logprobs_and_entropy
+from tests.policies.gradients import gradient
 
 
 def oracle(hidden: Tensor, tokens: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -42,9 +43,9 @@ def test_chunks_give_the_values_and_gradients_of_all_positions_at_once(
     bonus = 0.3 * learn_entropy
     (logprobs * weights + bonus * entropy).sum().backward()
     (expected * weights.double() + bonus * expected_entropy).sum().backward()
-    torch.testing.assert_close(fast.grad.double(), slow.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient(fast).double(), slow.grad, rtol=1e-4, atol=1e-5)
     if trained:
-        torch.testing.assert_close(weight.grad.double(), precise.grad, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(gradient(weight).double(), precise.grad, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("trained", "times"), [(False, 1), (True, 2)])
@@ -107,16 +108,18 @@ def test_the_kernel_agrees_with_float64(dtype: torch.dtype, vocabulary: int, tem
     logits = (10 * torch.randn(40, vocabulary, generator=generator)).to(dtype)
     tokens = torch.randint(vocabulary, (40,), generator=generator)
     logits[torch.arange(20), (tokens[:20] + 1) % vocabulary] = -torch.inf if vocabulary > 1 else 0.0
-    logprobs, entropy, gradient = _from_logits(logits, tokens, temperature, with_gradient=True)
+    logprobs, entropy, logits_gradient = _from_logits(logits, tokens, temperature, with_gradient=True)
     whole = torch.log_softmax(logits.double() / temperature, -1)
     expected = whole.gather(-1, tokens[:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(entropy.double(), -(whole.exp() * whole).nan_to_num().sum(-1), rtol=1e-5, atol=1e-5)
     weights = whole.exp()
     weights[torch.arange(40), tokens] -= 1
-    assert gradient is not None
-    assert gradient.dtype == dtype
-    torch.testing.assert_close(gradient.double(), weights, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6)
+    assert logits_gradient is not None
+    assert logits_gradient.dtype == dtype
+    torch.testing.assert_close(
+        logits_gradient.double(), weights, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6
+    )
 
 
 def test_a_nan_stays_in_its_row() -> None:

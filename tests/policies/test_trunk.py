@@ -24,10 +24,12 @@ from transformers import (
 
 from policies.batching import collate
 from policies.errors import UserError
+from policies.files.adapters import save_adapter
 from policies.logprobs import token_logprobs
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
+from tests.policies.gradients import flat_gradients
 
 POLICY = PolicySettings(rank=4, alpha=8.0)
 ROLES = ("policy", "critic")
@@ -75,7 +77,7 @@ def logits_of(trunk: Trunk, role: str) -> Tensor:
         return trunk.head(trunk.hidden(IDS, role), role)
 
 
-def test_each_role_is_what_peft_says_of_its_adapter(trunk: Trunk, tiny_model: Path) -> None:
+def test_each_role_has_the_logits_that_peft_gives_for_its_adapter(trunk: Trunk, tiny_model: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=8.0, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = get_peft_model(base_of(tiny_model), config, adapter_name="policy")
     theirs.add_adapter("critic", config)
@@ -130,7 +132,7 @@ def test_gradients_flow_to_the_roles_that_train_and_to_nothing_else(own_trunk: T
     assert touched == {name for name, _ in own_trunk.named_parameters() if ".critic." in name}
 
 
-def test_what_is_read_is_a_copy(own_trunk: Trunk) -> None:
+def test_reading_an_adapter_gives_a_copy(own_trunk: Trunk) -> None:
     read = own_trunk.read_adapter("policy")
     kept = {name: tensor.clone() for name, tensor in read.items()}
     own_trunk.write_adapter("policy", own_trunk.read_adapter("critic"))
@@ -165,9 +167,9 @@ def test_named_targets_are_the_only_ones(tiny_model: Path) -> None:
 TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=9)
 
 
-@given(rows=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), supports_packing=st.booleans())
+@given(sequences=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), supports_packing=st.booleans())
 def test_neighbours_change_no_log_probability(
-    trunk: Trunk, rows: list[tuple[list[int], list[int]]], supports_packing: bool
+    trunk: Trunk, sequences: list[tuple[list[int], list[int]]], supports_packing: bool
 ) -> None:
     trunk.supports_packing = supports_packing
 
@@ -177,14 +179,14 @@ def test_neighbours_change_no_log_probability(
         return batch.split(token_logprobs(states, batch.response_ids, partial(trunk.head, role="policy"), 1.0))
 
     with torch.no_grad():
-        together = logprobs(*map(list, zip(*rows)))
-        for (prompt, response), batched in zip(rows, together):
+        together = logprobs(*map(list, zip(*sequences)))
+        for (prompt, response), batched in zip(sequences, together):
             (alone,) = logprobs([prompt], [response])
             torch.testing.assert_close(batched, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [gemma2])
-def test_logits_made_by_hand_are_the_models_own(make: Callable[[], PreTrainedModel]) -> None:
+def test_logits_of_a_trunk_are_the_models_own(make: Callable[[], PreTrainedModel]) -> None:
     base = make()
     with torch.no_grad():
         expected = base(input_ids=IDS).logits
@@ -197,7 +199,7 @@ def test_logits_made_by_hand_are_the_models_own(make: Callable[[], PreTrainedMod
 def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     config = CohereConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, logit_scale=0.0625, initializer_range=0.5, pad_token_id=0, eos_token_id=1, 
+        num_key_value_heads=4, logit_scale=0.0625, initializer_range=0.5, pad_token_id=0, eos_token_id=1,
         bos_token_id=2,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"CohereForCausalLM.*not supported"):
@@ -209,7 +211,7 @@ def gradients(trunk: Trunk, role: str) -> Tensor:
     trunk.train_only(*ROLES)
     both = {r: trunk.hidden(IDS, r).square().mean() for r in ROLES}  # the backward pass runs under the other role
     both[role].backward()
-    return torch.cat([p.grad.flatten() for p in trunk.adapter(role).values()])
+    return flat_gradients(trunk.adapter(role).values())
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -250,8 +252,6 @@ def test_after_recomputation_scoring_is_as_before(own_trunk: Trunk) -> None:
 
 
 def test_saved_adapter_loads_in_peft_with_equal_logits(trunk: Trunk, tiny_model: Path, tmp_path: Path) -> None:
-    from policies.files.adapters import save_adapter
-
     save_adapter(tmp_path / "a", trunk.read_adapter("policy"), trunk.settings, trunk.base)
     theirs = PeftModel.from_pretrained(base_of(tiny_model), str(tmp_path / "a")).eval()
     with torch.no_grad():

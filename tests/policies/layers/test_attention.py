@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,12 @@ def test_a_model_attends_as_it_did(compiled: bool, tiny_model: Path, monkeypatch
     assert trunk.causal.config._attn_implementation == ATTENTION_NAME
     calls: list[torch.Size] = []
     apply = _PackedAttention.apply
-    monkeypatch.setattr(_PackedAttention, "apply", lambda *a: (calls.append(a[0].shape), apply(*a))[1])
+
+    def recorded(query: Tensor, *inputs: Any) -> Tensor:
+        calls.append(query.shape)
+        return apply(query, *inputs)
+
+    monkeypatch.setattr(_PackedAttention, "apply", recorded)
     torch.testing.assert_close(trunk.hidden(ids, "policy"), expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == compiled * plain.config.num_hidden_layers
 
@@ -114,8 +120,8 @@ def test_narrow_heads_in_bfloat16_attend_as_in_float32(new: int) -> None:
     flat = states(3 * 24, 4, 2, 8, torch.bfloat16)
     query, key, value = (state.detach().unflatten(0, (3, 24)).transpose(1, 2) for state in flat)
     query = 8 * query[:, :, -new:]
-    whole = [state.float().repeat_interleave(2, dim=1) for state in (key, value)]
-    expected = scaled_dot_product_attention(query.float(), *whole, is_causal=new > 1, scale=0.3).transpose(1, 2)
+    keys, values = (state.float().repeat_interleave(2, dim=1) for state in (key, value))
+    expected = scaled_dot_product_attention(query.float(), keys, values, is_causal=new > 1, scale=0.3).transpose(1, 2)
     with torch.set_grad_enabled(new > 1):
         out, _ = attention._attention(
             torch.nn.Identity(), query=query, key=key, value=value, attention_mask=None, scaling=0.3

@@ -1,5 +1,7 @@
 """New tokens by the decode step and by the modules of transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from policies.trunk import Trunk
 from rollouts.kv_cache import make_cache
 from tests.policies.test_families import LLAMA, far_off
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "mistral": LLAMA | {"sliding_window": None},
     "qwen2": LLAMA,
@@ -23,10 +25,10 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
 NEW = torch.tensor([[40, 41, 42], [50, 51, 52], [60, 61, 62]])
 
 
-def make(family: str, dtype: torch.dtype = torch.float32, **config: object) -> Trunk:
+def make(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> Trunk:
     torch.manual_seed(0)
-    made = AutoConfig.for_model(family, vocab_size=100, eos_token_id=1, **FAMILIES[family] | config)
-    model = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    model_config = AutoConfig.for_model(family, vocab_size=100, eos_token_id=1, **FAMILIES[family] | config)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     with torch.no_grad():  # biases and gains that are not all alike, so that a lost one shows
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -100,7 +102,7 @@ def test_it_follows_the_adapter_and_serves_merged_roles_alone(calls: list[str]) 
 
 
 @pytest.mark.parametrize("config", [{"sliding_window": 4}, {"hidden_act": "gelu"}])
-def test_a_model_of_another_kind_is_left_to_its_modules(config: dict[str, object]) -> None:
+def test_a_model_of_another_kind_is_left_to_its_modules(config: dict[str, Any]) -> None:
     trunk = make("mistral", **config)
     assert not DecodeStep.fits(trunk.causal)
     expected = decoded(trunk, "policy")
@@ -119,7 +121,7 @@ def test_a_decode_step_that_computes_something_else_is_not_used(monkeypatch: pyt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [{}, {"head_dim": 40, "hidden_size": 72, "intermediate_size": 50}])
-def test_a_sequence_is_the_same_alone_and_among_others(dtype: torch.dtype, config: dict[str, object]) -> None:
+def test_a_sequence_is_the_same_alone_and_among_others(dtype: torch.dtype, config: dict[str, Any]) -> None:
     trunk = make("qwen3", dtype, **config)
     trunk.merge("policy")
     trunk.switch("policy")

@@ -14,6 +14,7 @@ from policies.layers.packing import MAX_LENGTH_RATIO, PackedSequences, PaddedBlo
 from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
+from tests.policies.gradients import flat_gradients
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
@@ -79,7 +80,7 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(
     def gradients(states: Tensor) -> tuple[Tensor, Tensor]:
         trunk.zero_grad()
         (states.float() * weights).sum().backward()
-        return states.detach(), torch.cat([p.grad.float().flatten() for p in trunk.adapter("policy").values()])
+        return states.detach(), flat_gradients(trunk.adapter("policy").values()).float()
 
     apart = [trunk.hidden(row.unsqueeze(0), "policy").squeeze(0) for row in ids.split(lengths)]
     expected, expected_gradient = gradients(torch.cat(apart))

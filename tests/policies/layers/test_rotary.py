@@ -1,10 +1,11 @@
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -108,13 +109,15 @@ def test_the_attention_function_is_told_of_a_sliding_window(
     kinds = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True} if "qwen" in family else {}
     model = model_of(family, sliding_window=window, **kinds)
     options: list[object] = []
-    attend = rotary.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    recorded = SimpleNamespace(
-        get_interface=lambda *_: lambda *a, **o: (options.append(o["sliding_window"]), attend(*a, **o))[1]
-    )
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def recorded(*inputs: Any, **named: Any) -> Any:
+        options.append(named["sliding_window"])
+        return attend(*inputs, **named)
+
     expected = with_cache(model)
     install_rotary(model)
-    monkeypatch.setattr(rotary, "ALL_ATTENTION_FUNCTIONS", recorded)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", recorded)
     torch.testing.assert_close(with_cache(model), expected, rtol=1e-4, atol=1e-5)
     assert options == [window] * 4
 
@@ -132,9 +135,14 @@ def test_the_layers_of_a_trunk_use_it_and_no_other_model_does(
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     trunk = make_trunk(base, PolicySettings(rank=4), ("policy",))
-    calls = []
+    calls: list[torch.Size] = []
     rotate = _Rotation.apply
-    monkeypatch.setattr(_Rotation, "apply", lambda *a: (calls.append(1), rotate(*a))[1])
+
+    def recorded(states: Tensor, *angles: Tensor) -> Tensor:
+        calls.append(states.shape)
+        return rotate(states, *angles)
+
+    monkeypatch.setattr(_Rotation, "apply", recorded)
     ids = torch.arange(3, 12).unsqueeze(0)
     expected = plain.model(input_ids=ids).last_hidden_state
     assert modeling_llama.apply_rotary_pos_emb is apply_rotary_pos_emb
