@@ -64,7 +64,9 @@ class RolloutSettings(Settings):
     @model_validator(mode="after")
     def _check_engine_and_workers(self) -> "RolloutSettings":
         if self.max_staleness and not self.workers:
-            raise ValueError("max_staleness: rollouts run beside the learner only in workers: set workers to 1 or more")
+            raise ValueError(
+                "max_staleness: rollouts run in parallel with the learner only in workers: set workers to 1 or more"
+            )
         if self.segment_tokens and not self.max_staleness:
             raise ValueError(
                 "segment_tokens: responses can take up newer weights only while the learner trains: set max_staleness"

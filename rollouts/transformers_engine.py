@@ -22,10 +22,12 @@ SAMPLER_ROLE = "sampler"
 """The engine's own adapter on the trunk, so that it can share the trunk with a learner."""
 
 REFILL_FRACTION = 1 / 4
-"""Waiting requests are admitted once this share of `max_num_seqs` is free: each time, the whole KV cache is copied."""
+"""Waiting requests are admitted only once this share of `max_num_seqs` is free, because each time the whole KV cache is
+copied."""
 
 REMOVE_FRACTION = 1 / 8
-"""Finished sequences are removed once they are this share of the batch: each time, the whole KV cache is copied."""
+"""Finished sequences are removed only once they are this share of the batch, because each time the whole KV cache is
+copied."""
 
 
 class TransformersEngine:

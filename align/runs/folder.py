@@ -1,4 +1,4 @@
-"""The folder of a run: what is where in it."""
+"""The folder of a run: its paths, its lock, and starting and finding runs."""
 
 import fcntl
 import os
@@ -183,7 +183,7 @@ def find_run(where: str, runs: str = "runs", overrides: Sequence[str] = ()) -> t
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The facts that a stage has written beside its product; empty where there are none."""
+    """The facts that a stage has written to its product's folder; empty where there are none."""
     path = folder / "stage.json"
     return read_object(path) if path.is_file() else {}
 

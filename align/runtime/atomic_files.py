@@ -17,8 +17,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         folder: The folder to create or replace. Missing parents are created.
 
     Yields:
-        A temporary folder beside it to fill. When the block ends without an error, its files are synced to disk and it
-        is renamed to `folder`; after an error it is removed, and an existing `folder` stays as it was.
+        A temporary folder in the same parent, to fill. When the block ends without an error, its files are synced to
+        disk and it is renamed to `folder`; after an error it is removed, and an existing `folder` stays as it was.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -141,7 +141,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
         ),
         (
             "rollouts: {max_staleness: 1}",
-            "max_staleness: rollouts run beside the learner only in workers: set workers",
+            "max_staleness: rollouts run in parallel with the learner only in workers: set workers",
         ),
         (
             "deterministic: true\nppo: {importance_ratio_cap: 2}\n"
