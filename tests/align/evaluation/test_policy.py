@@ -44,9 +44,10 @@ class ListedPool:
         self.seeds.append((version, [request.seed for request in requests]))
         trajectories = []
         for request in requests:
-            token = (DRAWS[request.prompt][draw] if version == REFERENCE_VERSION else POLICY[request.prompt])[0]
-            ids = (token,) * (2 if request.prompt == "p" else 4)
-            ended = request.prompt == "p"
+            prompt = str(request.prompt)
+            token = (DRAWS[prompt][draw] if version == REFERENCE_VERSION else POLICY[prompt])[0]
+            ids = (token,) * (2 if prompt == "p" else 4)
+            ended = prompt == "p"
             trajectories.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), ended, version))
         return trajectories
 
@@ -108,12 +109,15 @@ def test_the_best_of_is_what_the_reward_picks_and_the_gold_best_what_gold_picks(
 def test_the_best_of_n_is_the_mean_over_all_choices_of_n_samples(count: int, n: int, seed: int) -> None:
     n = min(n, count)
     scores, gold = torch.rand(2, count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    choices = [list(chosen) for chosen in combinations(range(count), n)]
-    best = [scores[chosen].max(0) for chosen in choices]
-    picked = [gold[chosen].gather(0, found.indices[None])[0] for chosen, found in zip(choices, best)]
+    choices = [list(choice) for choice in combinations(range(count), n)]
+    best_scores, best_gold = [], []
+    for choice in choices:
+        best = scores[choice].max(0)
+        best_scores.append(best.values)
+        best_gold.append(gold[choice].gather(0, best.indices[None])[0])
     figures = best_of_n(scores, gold, n)
-    assert figures["score_mean"] == pytest.approx(float(torch.stack([found.values for found in best]).mean()))
-    assert figures["gold_mean"] == pytest.approx(float(torch.stack(picked).mean()))
+    assert figures["score_mean"] == pytest.approx(float(torch.stack(best_scores).mean()))
+    assert figures["gold_mean"] == pytest.approx(float(torch.stack(best_gold).mean()))
     assert figures["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
 
 
@@ -122,7 +126,7 @@ def test_the_best_of_one_is_the_reference_itself() -> None:
     assert figures["best_of"]["score_mean"] == figures["reference"]["score_mean"] == (1 + 4) / 2
 
 
-def test_without_best_of_and_gold_their_figures_are_not_there() -> None:
+def test_without_best_of_and_gold_their_figures_are_absent() -> None:
     figures = evaluator(ListedPool(), with_gold=False).evaluate(5, {})
     assert figures.keys() == {"reference", "policy", "prompts"}
     assert not [name for name in (*figures["reference"], *figures["policy"]) if "gold" in name]

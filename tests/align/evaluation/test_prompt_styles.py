@@ -19,13 +19,13 @@ SHOT = {"prompt": "2+2?", "completion": " 4"}
         ({"system": "Add.", "examples": [SHOT, SHOT]}, "Add.\n\n2+2? 4\n\n2+2? 4\n\n3+3?"),
     ],
 )
-def test_text_stands_behind_system_prompt_and_examples(settings: dict[str, Any], expected: str) -> None:
+def test_text_follows_system_prompt_and_examples(settings: dict[str, Any], expected: str) -> None:
     assert styled("3+3?", PromptStyleSettings(**settings)) == expected
 
 
-def test_messages_take_the_system_prompt_first_and_examples_as_turns() -> None:
+def test_messages_begin_with_the_system_prompt_and_examples_are_turns() -> None:
     prompt = [{"role": "system", "content": "old"}, {"role": "user", "content": "3+3?"}]
-    style = PromptStyleSettings(system="Add.", examples=[SHOT], suffix=" Think.")  # type: ignore[list-item]
+    style = PromptStyleSettings.model_validate({"system": "Add.", "examples": [SHOT], "suffix": " Think."})
     assert styled(prompt, style) == [
         {"role": "system", "content": "Add."},
         {"role": "user", "content": "2+2?"},
@@ -33,7 +33,7 @@ def test_messages_take_the_system_prompt_first_and_examples_as_turns() -> None:
         {"role": "user", "content": "3+3? Think."},
     ]
     assert prompt[-1]["content"] == "3+3?"
-    assert styled(prompt, PromptStyleSettings(examples=[SHOT]))[:2] == [  # type: ignore[list-item]
+    assert styled(prompt, PromptStyleSettings.model_validate({"examples": [SHOT]}))[:2] == [
         {"role": "system", "content": "old"},
         {"role": "user", "content": "2+2?"},
     ]

@@ -1,4 +1,4 @@
-"""The bytes that the plan names against those that the tensors of a process take."""
+"""The plan's bytes against those of the tensors that a process really holds."""
 
 import gc
 from pathlib import Path
@@ -33,10 +33,11 @@ POLICIES = {
 
 
 def storages() -> dict[int, int]:
-    """Bytes of every storage that some tensor of this process holds, by its address."""
+    """Bytes of the storages of all tensors in this process, by address."""
     gc.collect()
-    found = (thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
-    return {storage.data_ptr(): storage.nbytes() for storage in found}
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -63,7 +64,7 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     measured: list[int] = []
 
     def note(*_: Any) -> None:
-        measured.append(sum(size for place, size in storages().items() if place not in before))
+        measured.append(sum(size for address, size in storages().items() if address not in before))
 
     assert isinstance(learner.optimizer, Optimizer)
     learner.optimizer.register_step_pre_hook(note)
@@ -85,10 +86,10 @@ def test_four_bit_weights_take_what_is_counted(tiny_model: Path, quant_type: str
     assert measure(model, policy).base_bytes == pytest.approx(sum(t.nbytes for t in tensors), rel=0.02)
 
 
-def test_linear_weights_in_four_bits_take_a_third_of_bfloat16_s(tiny_model: Path) -> None:
-    four = measure(ModelSettings(path=str(tiny_model), dtype="bfloat16"), PolicySettings(method="qlora"))
-    whole = measure(ModelSettings(path=str(tiny_model), dtype="bfloat16"), PolicySettings())
+def test_linear_weights_in_four_bits_take_a_third_of_those_in_bfloat16(tiny_model: Path) -> None:
+    model = ModelSettings(path=str(tiny_model), dtype="bfloat16")
+    in_four_bits = measure(model, PolicySettings(method="qlora")).base_bytes
+    in_bfloat16 = measure(model, PolicySettings()).base_bytes
     base = load_base(ModelSettings(path=str(tiny_model)))
-    linear = sum(layer.weight.numel() for layer in linears(base).values())
-    packed = four.base_bytes - (whole.base_bytes - 2 * linear)
-    assert packed <= 0.35 * 2 * linear
+    linear = 2 * sum(layer.weight.numel() for layer in linears(base).values())
+    assert in_four_bits - (in_bfloat16 - linear) <= 0.35 * linear

@@ -27,7 +27,7 @@ def experiment(tiny_model: Path, tmp_path: Path) -> Experiment:
 
 @pytest.fixture
 def datasets(experiment: Experiment, tiny_tokenizer: PreTrainedTokenizerBase) -> Datasets:
-    return read_datasets(experiment, tiny_tokenizer, context=2048)
+    return read_datasets(experiment, tiny_tokenizer, max_positions=2048)
 
 
 def planned(experiment: Experiment, datasets: Datasets, *stages: str) -> dict[str, str]:
@@ -45,7 +45,9 @@ def test_the_base_has_as_many_parameters_as_the_real_model(tmp_path: Path, tied:
 
 
 @pytest.mark.parametrize("policy", [PolicySettings(rank=3), PolicySettings(rank=8, targets=["q_proj", "down_proj"])])
-def test_an_adapter_has_as_many_numbers_as_its_file(tiny_model: Path, tmp_path: Path, policy: PolicySettings) -> None:
+def test_an_adapter_has_as_many_parameters_as_its_file(
+    tiny_model: Path, tmp_path: Path, policy: PolicySettings
+) -> None:
     model = ModelSettings(path=str(tiny_model))
     trunk = make_trunk(load_base(model), policy, ("policy",))
     save_adapter(tmp_path, trunk.read_adapter("policy"), trunk.settings, trunk.base)
@@ -90,7 +92,9 @@ def test_updates_and_tokens_of_ppo(experiment: Experiment, datasets: Datasets) -
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_the_base_takes_its_dtypes_bytes(experiment: Experiment, datasets: Datasets, dtype: str, size: int) -> None:
+def test_the_base_model_takes_the_bytes_of_its_dtype(
+    experiment: Experiment, datasets: Datasets, dtype: str, size: int
+) -> None:
     model = experiment.model.model_copy(update={"dtype": dtype})
     base = measure(experiment.model, experiment.policy).base
     text = planned(experiment.model_copy(update={"model": model}), datasets)["base model"]
@@ -119,7 +123,7 @@ def test_processes(
     assert lines["processes"].startswith(f"{processes}, ")
 
 
-def test_only_the_stages_that_are_left_are_planned(experiment: Experiment, datasets: Datasets) -> None:
+def test_only_the_remaining_stages_are_planned(experiment: Experiment, datasets: Datasets) -> None:
     assert planned(experiment, datasets, "reward").keys() == {
         "stages",
         "reward",
