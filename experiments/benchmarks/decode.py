@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from align.config.load import load_experiment
 from align.config.schema import Experiment
+from align.data.readers import read_rows
 from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer, stop_ids
 from policies.methods.build import build_trunk
@@ -51,8 +52,11 @@ def main() -> None:
     merged = merged_model(experiment, weights)
     engine = TransformersEngine(trunk, stops, max_num_seqs=MAX_NUM_SEQS)
     engine.load_adapter(0, weights)
-    rows = [json.loads(line) for line in Path(experiment.data.prompts_heldout.path).read_text().splitlines()]
-    reviews = [tuple(tokenizer(row["prompt"])["input_ids"]) for row in rows[:256]]
+    source = experiment.data.prompts_heldout
+    if source is None:
+        parser.error(f"{arguments.run} has no data.prompts_heldout: give a run of experiments/reviews")
+    prompts = [row.values["prompt"] for row in read_rows(source)]
+    reviews = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts[:256]]
     results = {
         "reviews": measure(reviews, arguments.rounds, engine, merged, stops),
         "samples_of_long_prompts": measure(long_prompts(len(tokenizer)), arguments.rounds, engine, merged, stops),

@@ -53,7 +53,7 @@ def main() -> None:
     requests = [Request("", tuple(tokenizer(row["prompt"])["input_ids"]), seed) for seed, row in enumerate(rows)]
     sampling = Sampling(1.0, MAX_NEW_TOKENS)
     prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-    parameters = [engine._parameters(request.seed, sampling) for request in requests]
+    parameters = [engine._parameters(request, sampling) for request in requests]
 
     def ours() -> int:
         return sum(t.length for t in engine.generate(requests, sampling))
