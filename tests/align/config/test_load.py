@@ -188,7 +188,10 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
             "reward: {terms: {a: {kind: exact}}, constraint: {term: b, at_most: 1}}",
             "constraint.term: unknown term 'b'; the terms are a",
         ),
-        ("reward: {ensemble: {combine: minimum}}", "reward: ensemble.combine `minimum` needs ensemble.members of 2 or more"),
+        (
+            "reward: {ensemble: {combine: minimum}}",
+            "reward: ensemble.combine `minimum` needs ensemble.members of 2 or more",
+        ),
         ("reward: {patience: 2}", "reward: patience counts evaluations of the held-out loss: set evaluate_every too"),
         ("reward: {classifier: x, attributes: {a: 1}}", "reward: `attributes` has no effect with `classifier`"),
         ("reward: {terms: {a: {kind: exact}}, model: x}", "reward: terms: none is of kind `model`"),
