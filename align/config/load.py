@@ -26,14 +26,14 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     then the overrides. `${key.path}` and `${oc.env:NAME}` are resolved last.
 
     Args:
-        path: the YAML file.
+        path: The YAML file.
         overrides: `key.path=value`, the value in YAML.
 
     Returns:
         The validated settings.
 
     Raises:
-        UserError: it lists every problem with its file, line and key.
+        UserError: It lists every problem with its file, line and key.
     """
     source = read_source(Path(path))
     for override in overrides:

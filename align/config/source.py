@@ -96,11 +96,11 @@ def read_source(path: Path, including: tuple[Path, ...] = ()) -> Source:
     """Read a file with everything that it includes.
 
     Args:
-        path: the file.
-        including: the files whose `include:` led here, outermost first.
+        path: The file.
+        including: The files whose `include:` led here, outermost first.
 
     Raises:
-        UserError: a file cannot be read or is not valid YAML, or files include each other.
+        UserError: A file cannot be read or is not valid YAML, or files include each other.
     """
     included_by = f"{including[-1]}: include: " if including else ""
     try:

@@ -17,17 +17,17 @@ class Stage:
     The records are read before anything heavy is imported, so they name functions by strings, `module:function`.
 
     Attributes:
-        name: the stage's name in `stages:`, its command, and its `stage` in `metrics.jsonl`.
-        order: stages run in this order.
-        summary: one sentence, the help of its command.
-        folder: its product in the run's folder; the stage is done once this folder exists.
-        scratch: what else it writes there, removed when it starts again.
-        axis: the metric that W&B plots its metrics over; it must only ever increase.
-        metric_groups: first parts of the names of its metrics.
-        sources: the sources of `data` that it trains on, each read with its held-out one.
-        runner: the function that runs it, from a `StageContext` to None.
-        evaluation: the function from the `RunFolder` to its part of `evaluation.json`, if it has one.
-        default: whether it runs in an experiment that does not set `stages`.
+        name: The stage's name in `stages:`, its command, and its `stage` in `metrics.jsonl`.
+        order: Stages run in this order.
+        summary: One sentence, the help of its command.
+        folder: Its product in the run's folder; the stage is done once this folder exists.
+        scratch: What else it writes there, removed when it starts again.
+        axis: The metric that W&B plots its metrics over; it must only ever increase.
+        metric_groups: First parts of the names of its metrics.
+        sources: The sources of `data` that it trains on, each read with its held-out one.
+        runner: The function that runs it, from a `StageContext` to None.
+        evaluation: The function from the `RunFolder` to its part of `evaluation.json`, if it has one.
+        default: Whether it runs in an experiment that does not set `stages`.
     """
 
     name: str

@@ -39,10 +39,10 @@ class TokenizedPreference:
     """A preference example with its token ids.
 
     Attributes:
-        example: the prompt, the responses and the preference between them.
-        prompt_ids: tokens of the prompt.
-        responses_ids: tokens of each response, in the example's order.
-        shares_prompt: whether all responses follow one copy of the prompt, rather than a copy each.
+        example: The prompt, the responses and the preference between them.
+        prompt_ids: Tokens of the prompt.
+        responses_ids: Tokens of each response, in the example's order.
+        shares_prompt: Whether all responses follow one copy of the prompt, rather than a copy each.
     """
 
     example: PreferenceExample
@@ -95,12 +95,12 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
     """Read the data that the experiment's stages need.
 
     Args:
-        experiment: the settings.
-        tokenizer: that of the base model.
-        max_positions: the model's context length in tokens; None where it does not say.
+        experiment: The settings.
+        tokenizer: That of the base model.
+        max_positions: The model's context length in tokens; None where it does not say.
 
     Raises:
-        UserError: names source, file and line of the first bad rows, or the key of a missing source.
+        UserError: Names source, file and line of the first bad rows, or the key of a missing source.
     """
     reader = _Reader(experiment)
     datasets = Datasets(skipped=reader.skipped)
@@ -162,7 +162,7 @@ def split_heldout(
         The items to train on and the held-out ones, each in their original order.
 
     Raises:
-        ValueError: one of the two would be empty.
+        ValueError: One of the two would be empty.
     """
     keys = list(dict.fromkeys(map(key, items)))
     random.Random(seed).shuffle(keys)

@@ -45,12 +45,12 @@ def parse_rows(
     """Parse each row.
 
     Args:
-        rows: from `read_rows`.
-        parse: turns a row's columns into an item; raises ValueError, with the reason, for a bad row.
-        on_bad_row: whether bad rows are an error or are skipped.
+        rows: From `read_rows`.
+        parse: Turns a row's columns into an item; raises ValueError, with the reason, for a bad row.
+        on_bad_row: Whether bad rows are an error or are skipped.
 
     Raises:
-        UserError: there are bad rows and they are an error, or there is no good row.
+        UserError: There are bad rows and they are an error, or there is no good row.
     """
     items: list[T] = []
     skipped: list[str] = []

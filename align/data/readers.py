@@ -20,9 +20,9 @@ class SourceRow:
     """A row of a source.
 
     Attributes:
-        where: its place, such as `file:line`.
-        values: columns by name.
-        problem: why the row could not be read; None where it could.
+        where: Its place, such as `file:line`.
+        values: Columns by name.
+        problem: Why the row could not be read; None where it could.
     """
 
     where: str
@@ -34,14 +34,14 @@ def read_rows(source: SourceSettings) -> list[SourceRow]:
     """Read all rows of a source.
 
     Args:
-        source: path or hub name, the columns to rename, and how many rows to read.
+        source: Path or hub name, the columns to rename, and how many rows to read.
 
     Returns:
         The rows, in order, with renamed columns. A line that is not a JSON object becomes a row with a problem, which
         `parse_rows` refuses or skips.
 
     Raises:
-        UserError: the source cannot be read or has no rows, or no row has a column that is to be renamed.
+        UserError: The source cannot be read or has no rows, or no row has a column that is to be renamed.
     """
     rows = list(islice(_rows(source), source.limit))
     if not rows:

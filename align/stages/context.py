@@ -32,12 +32,12 @@ class StageContext:
     """A run in progress.
 
     Attributes:
-        experiment: the settings.
-        run: the folder that the stages write to.
-        tokenizer: that of the base model.
-        datasets: the examples of all stages, tokenized.
-        tracker: takes the metrics.
-        stop: looked at after every step.
+        experiment: The settings.
+        run: The folder that the stages write to.
+        tokenizer: That of the base model.
+        datasets: The examples of all stages, tokenized.
+        tracker: Takes the metrics.
+        stop: Looked at after every step.
     """
 
     experiment: Experiment
@@ -68,8 +68,8 @@ class StageContext:
         """The surroundings of a supervised training.
 
         Args:
-            stage: name of the stage.
-            member: number of an ensemble's member. Members are trained one after another, each on the data in another
+            stage: Name of the stage.
+            member: Number of an ensemble's member. Members are trained one after another, each on the data in another
                 order.
         """
         seed = self.experiment.seed
@@ -88,8 +88,8 @@ class StageContext:
         """Fill a stage's folder in the block; it appears, with `stage.json`, once the block ends.
 
         Args:
-            folder: the stage's product.
-            facts: what `stage.json` records, besides the seconds.
+            folder: The stage's product.
+            facts: What `stage.json` records, besides the seconds.
             started: `time.perf_counter()` at the stage's start.
         """
         with new_folder(folder) as temporary:

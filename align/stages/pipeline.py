@@ -49,7 +49,7 @@ def load_datasets(experiment: Experiment) -> Datasets:
     """Check everything that the experiment refers to, and read all its data, before anything is trained.
 
     Raises:
-        UserError: a model, adapter, function, source or row cannot be used.
+        UserError: A model, adapter, function, source or row cannot be used.
     """
     tokenizer = load_tokenizer(experiment.model.path)
     config = load_model_config(experiment.model.path)
@@ -124,17 +124,17 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
     """Run the remaining stages and write `evaluation.json`.
 
     Args:
-        experiment: the settings.
-        run: the folder that every stage writes to.
-        datasets: what `load_datasets` read.
-        stop: looked at after every step.
+        experiment: The settings.
+        run: The folder that every stage writes to.
+        datasets: What `load_datasets` read.
+        stop: Looked at after every step.
 
     Returns:
         The evaluation, as written.
 
     Raises:
-        Interrupted: a stop was requested; the step is finished and a checkpoint written.
-        Fault: training cannot go on, as with gradients that are not finite.
+        Interrupted: A stop was requested; the step is finished and a checkpoint written.
+        Fault: Training cannot go on, as with gradients that are not finite.
     """
     remaining = remaining_stages(experiment, run)
     compute_settings(experiment, 1).apply()

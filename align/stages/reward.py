@@ -50,10 +50,10 @@ class _Outcome:
     """What the stage writes.
 
     Attributes:
-        facts: of `stage.json`.
-        figures: of `diagnostics.json`; empty without held-out preferences.
-        worst_errors: the comparisons that the model is most wrong about.
-        save: writes the model to a folder.
+        facts: Of `stage.json`.
+        figures: Of `diagnostics.json`; empty without held-out preferences.
+        worst_errors: The comparisons that the model is most wrong about.
+        save: Writes the model to a folder.
     """
 
     facts: dict[str, Any]
@@ -145,10 +145,10 @@ def evaluate_models(
     """Evaluate an ensemble on preferences, on the scale of training, whatever normalisation its heads contain.
 
     Args:
-        models: the members.
-        folded: moments that are folded into each member's heads.
-        preferences: held-out examples.
-        trained: the examples of training, to which the length baseline is fitted.
+        models: The members.
+        folded: Moments that are folded into each member's heads.
+        preferences: Held-out examples.
+        trained: The examples of training, to which the length baseline is fitted.
 
     Returns:
         The figures of `diagnostics.json`, and the worst errors in full.

@@ -48,13 +48,13 @@ class FitTask:
     """What is trained, and on what.
 
     Attributes:
-        objective: its parameters that require gradients are trained. Its forward pass returns `{"loss": …}`, the sum of
+        objective: Its parameters that require gradients are trained. Its forward pass returns `{"loss": …}`, the sum of
             a microbatch's losses over `num_items_in_batch`, the number of `labels` in the whole batch.
-        examples: the training examples.
-        collate: from the examples of a microbatch to the objective's arguments.
-        split: splits a batch into microbatches, see `Trunk.microbatches`.
-        heldout_loss: computes the loss of the objective on held-out examples.
-        metric_group: first part of the names of the logged metrics.
+        examples: The training examples.
+        collate: From the examples of a microbatch to the objective's arguments.
+        split: Splits a batch into microbatches, see `Trunk.microbatches`.
+        heldout_loss: Computes the loss of the objective on held-out examples.
+        metric_group: First part of the names of the logged metrics.
         lora_plus: `policy.lora_plus`.
     """
 
@@ -72,13 +72,13 @@ class FitContext:
     """The surroundings of a training.
 
     Attributes:
-        stage: name of the stage.
-        checkpoints: folder of its checkpoints.
-        keep: how many of them are kept.
-        seed: of the order of the examples.
-        tracker: takes the metrics.
-        stop: looked at after every step.
-        first: steps of the stage before this training.
+        stage: Name of the stage.
+        checkpoints: Folder of its checkpoints.
+        keep: How many of them are kept.
+        seed: Of the order of the examples.
+        tracker: Takes the metrics.
+        stop: Looked at after every step.
+        first: Steps of the stage before this training.
     """
 
     stage: str
@@ -95,9 +95,9 @@ class FitResult:
     """The outcome of a training.
 
     Attributes:
-        steps: optimizer steps done.
-        best_step: step of the weights that were kept.
-        heldout_loss: that of the weights that were kept.
+        steps: Optimizer steps done.
+        best_step: Step of the weights that were kept.
+        heldout_loss: That of the weights that were kept.
     """
 
     steps: int
@@ -112,8 +112,8 @@ def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
     steps and at the end. Batches are made of examples of similar length.
 
     Raises:
-        Interrupted: a stop was requested; a checkpoint has been written.
-        Fault: the gradient was not finite in too many steps in a row.
+        Interrupted: A stop was requested; a checkpoint has been written.
+        Fault: The gradient was not finite in too many steps in a row.
     """
     done = context.checkpoints / f"done-{context.first}"
     if done.is_dir():

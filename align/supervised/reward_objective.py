@@ -39,11 +39,11 @@ class RewardObjective(Objective):
 
         Args:
             examples: `[B]`.
-            ids: of a `Batch` or a `SharedPromptBatch`, as is `last`.
+            ids: Of a `Batch` or a `SharedPromptBatch`, as is `last`.
             last: `[R]` int64, index into `ids` of the last token of each response.
             labels: `[B]`, only counted: the Trainer sums their number over the batch to `num_items_in_batch`.
-            num_items_in_batch: examples of the whole batch.
-            layout: the batch's other tensors: `lengths`, or `positions` and `attention_mask`.
+            num_items_in_batch: Examples of the whole batch.
+            layout: The batch's other tensors: `lengths`, or `positions` and `attention_mask`.
 
         Returns:
             The scalar `loss`.

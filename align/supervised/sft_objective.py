@@ -33,7 +33,7 @@ class Likelihood(Objective):
             lengths: `[B]` int64, tokens of each sequence.
             predictors: `[P]` int64, index into `ids` of the token that predicts each response token.
             labels: `[P]` int64, the response tokens.
-            num_items_in_batch: response tokens of the whole batch.
+            num_items_in_batch: Response tokens of the whole batch.
 
         Returns:
             The scalar `loss`.
