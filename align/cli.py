@@ -166,7 +166,7 @@ def export(
         product = "model"
     if reward:
         product = "reward model"
-    written, difference = export_run(settings, folder, to, product, dtype, member)
+    written, difference = export_run(settings, folder, to, product, dtype=dtype, member=member)
     errors.print(f"{written} of {folder.path} written to {to}; reloaded, it differs from the run's by {difference:.2g}")
 
 

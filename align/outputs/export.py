@@ -57,14 +57,17 @@ def export_run(
     notes: list[str] = []
     with new_folder(to) as folder:
         if product == "reward model":
-            difference, bias = export_reward(model, policy, reward_folder(run, member), tokenizer, folder)
+            source = reward_folder(run, member)
+            difference, bias = export_reward(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             notes = ["", f"Its scores are the run's minus {bias:.6g}: a sequence classifier has no bias."]
         elif product == "model":
-            difference = export_merged(model, policy, policy_folder(run), tokenizer, folder, dtype)
+            source = policy_folder(run)
+            difference = export_merged(model, policy, source=source, tokenizer=tokenizer, folder=folder, dtype=dtype)
         else:
-            difference = export_adapter(model, policy, policy_folder(run), tokenizer, folder)
+            source = policy_folder(run)
+            difference = export_adapter(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             if not policy.spec.in_peft:
-                notes = ["", "PEFT does not have this method: load the adapter by `policies.methods.build_trunk`."]
+                notes = ["", "PEFT does not have this method: `policies.methods.build.build_trunk` loads the adapter."]
         (folder / "README.md").write_text(model_card(experiment, run, product, notes))
     return Exported(product, difference)
 

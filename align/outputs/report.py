@@ -25,9 +25,9 @@ class Plot:
 
     name: str
     title: str
-    stage: str
     metrics: tuple[str, ...]
     unit: str
+    stage: str = "ppo"
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,31 @@ class Image:
 
 
 PLOTS = (
-    Plot("sft_loss", "SFT loss", "sft", ("sft/loss", "sft/heldout_loss"), "nats per token"),
+    Plot("sft_loss", "SFT loss", ("sft/loss", "sft/heldout_loss"), "nats per token", stage="sft"),
     Plot(
         "reward_model_loss",
         "Reward model loss",
-        "reward",
         ("reward_model/loss", "reward_model/heldout_loss"),
         "nats per example",
+        stage="reward",
     ),
-    Plot("reward", "Reward", "ppo", ("reward/mean", "eval/score_mean"), "score"),
-    Plot("gold", "Gold score", "ppo", ("reward/gold_mean", "eval/gold_mean"), "gold score"),
-    Plot("spread", "Spread of the ensemble", "ppo", ("reward/spread", "eval/spread_mean"), "score"),
-    Plot("kl", "KL to the reference", "ppo", ("kl/per_sequence", "eval/kl_per_sequence"), "nats per sequence"),
-    Plot("length", "Response length", "ppo", ("rollout/length_mean",), "tokens"),
-    Plot("policy_loss", "Policy loss", "ppo", ("policy/loss",), "loss"),
-    Plot("value_loss", "Value loss", "ppo", ("value/loss",), "loss"),
-    Plot("entropy", "Entropy of the policy", "ppo", ("policy/entropy",), "nats per token"),
-    Plot("clipping", "Share of clipped tokens", "ppo", ("policy/clip_fraction", "value/clip_fraction"), "share"),
-    Plot("explained", "Explained variance of the critic", "ppo", ("value/explained_variance",), "share"),
+    Plot("reward", "Reward", ("reward/mean", "eval/score_mean"), "score"),
+    Plot("gold", "Gold score", ("reward/gold_mean", "eval/gold_mean"), "gold score"),
+    Plot("spread", "Spread of the ensemble", ("reward/spread", "eval/spread_mean"), "score"),
+    Plot("kl", "KL to the reference", ("kl/per_sequence", "eval/kl_per_sequence"), "nats per sequence"),
+    Plot("length", "Response length", ("rollout/length_mean",), "tokens"),
+    Plot("policy_loss", "Policy loss", ("policy/loss",), "loss"),
+    Plot("value_loss", "Value loss", ("value/loss",), "loss"),
+    Plot("entropy", "Entropy of the policy", ("policy/entropy",), "nats per token"),
+    Plot("clipping", "Share of clipped tokens", ("policy/clip_fraction", "value/clip_fraction"), "share"),
+    Plot("explained", "Explained variance of the critic", ("value/explained_variance",), "share"),
     Plot(
         "mismatch",
         "Sampler–learner mismatch",
-        "ppo",
         ("rollout/mismatch_mean", "rollout/mismatch_max"),
         "nats per token",
     ),
-    Plot("time", "Time", "ppo", ("time/rollout", "time/score", "time/update", "time/sync"), "seconds per step"),
+    Plot("time", "Time", ("time/rollout", "time/score", "time/update", "time/sync"), "seconds per step"),
 )
 
 STYLE = """

@@ -123,10 +123,12 @@ class TrainedRun:
         Raises:
             UserError: The run has no reward yet.
         """
-        rows: Sequence[Mapping[str, Any]] = [{}] * len(prompts) if columns is None else columns
+        if columns is None:
+            columns = [{}] * len(prompts)
         trajectories = []
-        for prompt, response, row in zip(prompts, responses, rows, strict=True):
-            request = Request(prompt, tuple(encode_prompt(self.tokenizer, prompt)), seed=0, columns=dict(row))
+        for prompt, response, prompt_columns in zip(prompts, responses, columns, strict=True):
+            prompt_ids = tuple(encode_prompt(self.tokenizer, prompt))
+            request = Request(prompt, prompt_ids, seed=0, columns=dict(prompt_columns))
             ids = encode_response(self.tokenizer, response)
             # Nothing was sampled: the sampler's log-probabilities and the version are not read.
             trajectories.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), ended=True, version=0))
@@ -168,7 +170,7 @@ class TrainedRun:
         if Path(to).exists():
             raise UserError(f"{to} already exists: choose a new folder")
         product: Product = "model" if merge else "adapter"
-        return export_run(self.experiment, self.folder, Path(to), product, dtype)
+        return export_run(self.experiment, self.folder, Path(to), product, dtype=dtype)
 
     @cached_property
     def _engine(self) -> Engine:
