@@ -17,6 +17,7 @@ def policy_gradient(logprob: float, old: float, advantage: float, low: float, hi
     new = torch.tensor([logprob], requires_grad=True)
     loss, _ = clipped_policy_loss(new, torch.tensor([old]), torch.tensor([advantage]), low, high)
     loss.sum().backward()
+    assert new.grad is not None
     return float(new.grad)
 
 
@@ -93,6 +94,7 @@ def test_value_gradient_is_zero_where_the_clip_binds(value: float, gradient: flo
     values = torch.tensor([value], requires_grad=True)
     loss, clipped = clipped_value_loss(values, torch.zeros(1), torch.ones(1), 0.2)
     loss.sum().backward()
+    assert values.grad is not None
     assert float(values.grad) == pytest.approx(gradient)
     assert clipped.tolist() == [float(gradient == 0)]
 
@@ -110,6 +112,7 @@ def test_dual_clip_stops_the_gradient_of_a_bad_token_that_runs_away() -> None:
     new = torch.tensor([math.log(4.0), math.log(2.0), math.log(4.0)], requires_grad=True)
     loss, clipped = clipped_policy_loss(new, torch.zeros(3), torch.tensor([-1.0, -1.0, 1.0]), 0.2, 0.2, dual=3.0)
     loss.sum().backward()
+    assert new.grad is not None
     assert new.grad.tolist() == pytest.approx([0.0, 2.0, 0.0])
     assert clipped.tolist() == [1.0, 0.0, 1.0]
 

@@ -1,8 +1,9 @@
-"""The learner against an oracle: transformers and PEFT as they come, float64, one row at a time, whole logits."""
+"""The learner against an oracle: plain transformers and PEFT, float64, one response at a time, all logits at once."""
 
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from align.algorithms.episodes import Episode
 from align.config.schema import CriticSettings, KlSettings, LearnerSettings, PpoSettings
 from align.learner.learner import Learner, StepCoefficients
 from align.roles.build import Blueprint, RewardRole, build_roles
+from align.roles.roles import Critic, Roles
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
@@ -80,20 +82,20 @@ def trajectories() -> list[Trajectory]:
 
 
 def episodes(scored: list[RoleOutputs]) -> list[Episode]:
-    """Targets near enough to what the roles say that some tokens are clipped and some are not."""
+    """Targets so near to the outputs of the roles that some tokens are clipped and some are not."""
     generator = torch.Generator().manual_seed(4)
     made = []
-    for row, said in zip(trajectories(), scored):
+    for row, outputs in zip(trajectories(), scored):
         noise = torch.randn(4, row.length, generator=generator)
         made.append(
             Episode(
                 prompt_ids=row.request.prompt_ids,
                 response_ids=row.response_ids,
-                old_logprobs=said.logprobs + 0.3 * noise[0],
-                reference_logprobs=said.reference_logprobs,
+                old_logprobs=outputs.logprobs + 0.3 * noise[0],
+                reference_logprobs=outputs.reference_logprobs,
                 advantages=noise[1],
-                returns=said.values[:-1] + noise[2],
-                old_values=said.values[:-1] + 0.3 * noise[3],
+                returns=outputs.values[:-1] + noise[2],
+                old_values=outputs.values[:-1] + 0.3 * noise[3],
             )
         )
     return made
@@ -103,6 +105,11 @@ ALL = [list(range(len(ROWS)))]
 HALVES = [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
+def critic_of(roles: Roles) -> Critic:
+    assert roles.critic is not None
+    return roles.critic
+
+
 def flat(weights: AdapterWeights) -> Tensor:
     return torch.cat([weights[name].detach().flatten() for name in sorted(weights)]).double()
 
@@ -110,7 +117,7 @@ def flat(weights: AdapterWeights) -> Tensor:
 def snapshot(learner: Learner) -> dict[str, Tensor]:
     """Policy and critic, each as one vector."""
     critic = dict(learner.roles.trunk.read_adapter("critic"))
-    critic |= {f"~head.{name}": value.clone() for name, value in learner.roles.critic.head.state_dict().items()}
+    critic |= {f"~head.{name}": value.clone() for name, value in critic_of(learner.roles).head.state_dict().items()}
     return {"policy": flat(learner.roles.trunk.read_adapter("policy")), "critic": flat(critic)}
 
 
@@ -132,7 +139,7 @@ class Oracle:
             set_peft_model_state_dict(model, learner.roles.trunk.read_adapter(role), adapter_name=role)
         self.model = model.double().eval()
         self.heads = {
-            "critic": [p.detach().double().requires_grad_(True) for p in learner.roles.critic.head.parameters()],
+            "critic": [p.detach().double().requires_grad_(True) for p in critic_of(learner.roles).head.parameters()],
             "reward": [p.detach().double() for p in learner.roles.reward_heads.parameters()],
         }
 
@@ -144,7 +151,7 @@ class Oracle:
         return found
 
     def states(self, ids: tuple[int, ...], role: str) -> tuple[Tensor, Tensor]:
-        """Last hidden states `[T, H]` and logits `[T, V]` of one row."""
+        """Last hidden states `[T, H]` and logits `[T, V]` of one sequence."""
         self.model.set_adapter(role)
         self.model.requires_grad_(False)
         for parameter in self.parameters(role).values():
@@ -158,23 +165,25 @@ class Oracle:
         return torch.log_softmax(logits[len(prompt) - 1 : -1] / TEMPERATURE, dim=-1)
 
     def logprobs(self, prompt: tuple[int, ...], response: tuple[int, ...], role: str) -> Tensor:
-        whole = self.distribution(prompt, response, role)
-        return torch.stack([whole[t, token] for t, token in enumerate(response)])
+        distribution = self.distribution(prompt, response, role)
+        return torch.stack([distribution[t, token] for t, token in enumerate(response)])
 
     def scalars(self, prompt: tuple[int, ...], response: tuple[int, ...], role: str) -> Tensor:
-        """What the role's head says before each token of the response and after the last, `[T + 1]`."""
+        """The outputs of the role's head before each token of the response and after the last, `[T + 1]`."""
         hidden, _ = self.states(prompt + response, role)
         weight, bias = self.heads[role]
         return hidden[len(prompt) - 1 :] @ weight + bias
 
     def gradients(self, batch: list[Episode], ppo: PpoSettings, beta: float) -> tuple[dict[str, Tensor], float]:
-        """Gradients of the loss a token of a minibatch by role, each as one vector, and the policy loss a token."""
+        """Gradients of the mean loss per token by role, each as one vector, and the policy loss per token."""
         tokens = sum(len(e.response_ids) for e in batch)
+        value_clip = ppo.critic.value_clip
+        assert value_clip is not None
         total = 0.0
         for episode in batch:
             row = (episode.prompt_ids, episode.response_ids)
-            whole = self.distribution(*row, "policy")
-            new = torch.stack([whole[t, token] for t, token in enumerate(episode.response_ids)])
+            distribution = self.distribution(*row, "policy")
+            new = torch.stack([distribution[t, token] for t, token in enumerate(episode.response_ids)])
             loss = torch.zeros((), dtype=torch.float64)
             for t in range(len(new)):
                 ratio = (new[t] - episode.old_logprobs[t]).exp()
@@ -183,30 +192,36 @@ class Oracle:
                 total += part.item() / tokens
                 difference = new[t] - episode.reference_logprobs[t].double()
                 kl = torch.exp(-difference) - 1 + difference
-                entropy = -(whole[t].exp() * whole[t]).sum()
+                entropy = -(distribution[t].exp() * distribution[t]).sum()
                 loss = loss + part + beta * kl - ppo.entropy_coefficient * entropy
             (loss / tokens).backward()
             values = self.scalars(*row, "critic")[:-1]
             loss = torch.zeros((), dtype=torch.float64)
             for value, old, target in zip(values, episode.old_values, episode.returns):
-                near = old + (value - old).clamp(-ppo.critic.value_clip, ppo.critic.value_clip)
+                near = old + (value - old).clamp(-value_clip, value_clip)
                 loss = loss + torch.maximum((value - target) ** 2, (near - target) ** 2) / 2
             (loss / tokens).backward()
-        grads = {r: {n: p.grad for n, p in self.parameters(r).items()} for r in ("policy", "critic")}
-        return {role: flat(named) for role, named in grads.items()}, total
+        return {role: flat(self.gradient(role)) for role in ("policy", "critic")}, total
+
+    def gradient(self, role: str) -> dict[str, Tensor]:
+        gradients = {}
+        for name, parameter in self.parameters(role).items():
+            assert parameter.grad is not None
+            gradients[name] = parameter.grad
+        return gradients
 
 
 def test_scores_are_those_of_unbatched_float64(new_learner: Factory, tiny_model: Path) -> None:
     learner = new_learner()
     oracle = Oracle(learner, tiny_model)
-    for row, said in zip(trajectories(), learner.score(trajectories())):
+    for row, outputs in zip(trajectories(), learner.score(trajectories())):
         ids = (row.request.prompt_ids, row.response_ids)
-        near = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
-        torch.testing.assert_close(said.logprobs, oracle.logprobs(*ids, "policy").detach(), **near)
-        torch.testing.assert_close(said.reference_logprobs, oracle.logprobs(*ids, "reference").detach(), **near)
-        torch.testing.assert_close(said.values, oracle.scalars(*ids, "critic").detach(), **near)
-        assert said.score == pytest.approx(oracle.scalars(*ids, "reward")[-1].item(), abs=1e-4)
-        assert len(said.values) == row.length + 1
+        near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+        torch.testing.assert_close(outputs.logprobs, oracle.logprobs(*ids, "policy").detach(), **near)
+        torch.testing.assert_close(outputs.reference_logprobs, oracle.logprobs(*ids, "reference").detach(), **near)
+        torch.testing.assert_close(outputs.values, oracle.scalars(*ids, "critic").detach(), **near)
+        assert outputs.score == pytest.approx(oracle.scalars(*ids, "reward")[-1].item(), abs=1e-4)
+        assert len(outputs.values) == row.length + 1
 
 
 def test_scoring_is_independent_of_neighbours_and_order(new_learner: Factory) -> None:
@@ -215,10 +230,10 @@ def test_scoring_is_independent_of_neighbours_and_order(new_learner: Factory) ->
     backwards = learner.score(trajectories()[::-1])[::-1]
     for row, one, other in zip(trajectories(), together, backwards):
         (alone,) = learner.score([row])
-        for said in (one, other):
-            torch.testing.assert_close(said.logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(said.values, alone.values, rtol=1e-5, atol=1e-5)
-            assert said.score == pytest.approx(alone.score, abs=1e-5)
+        for outputs in (one, other):
+            torch.testing.assert_close(outputs.logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(outputs.values, alone.values, rtol=1e-5, atol=1e-5)
+            assert outputs.score == pytest.approx(alone.score, abs=1e-5)
 
 
 def test_dropout_is_off_when_scoring_and_training(new_learner: Factory) -> None:
@@ -248,7 +263,7 @@ def test_gradient_is_that_of_the_oracle(new_learner: Factory, tiny_model: Path, 
     assert (0 < statistics["value_clipped"] < 1) == (value_clip < 1)
 
 
-def test_gradient_does_not_depend_on_the_cut_into_microbatches(new_learner: Factory) -> None:
+def test_gradient_does_not_depend_on_the_microbatches(new_learner: Factory) -> None:
     moved, statistics = [], []
     for tokens in (1, 37, 4096):
         learner = new_learner(SGD.model_copy(update={"tokens_per_microbatch": tokens}))
@@ -282,7 +297,7 @@ def test_optimizer_steps_are_epochs_times_minibatches(new_learner: Factory) -> N
     assert len(learner.optimizer.state) == sum(len(group["params"]) for group in learner.optimizer.param_groups)
 
 
-def test_updates_begin_without_a_left_over_gradient(new_learner: Factory) -> None:
+def test_updates_start_without_an_old_gradient(new_learner: Factory) -> None:
     learner, fresh = new_learner(), new_learner()
     batch = episodes(learner.score(trajectories()))
     learner.update(batch, [[HALVES[0]]], StepCoefficients(0.0, 0.0, 0.3))
@@ -357,7 +372,7 @@ def test_update_changes_policy_and_critic_and_nothing_else(new_learner: Factory)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_restored_learner_goes_on_bit_for_bit(new_learner: Factory, zero: int) -> None:
+def test_a_restored_learner_continues_bit_for_bit(new_learner: Factory, zero: int) -> None:
     settings = ADAM.model_copy(update={"zero": zero})
     learner = new_learner(settings)
     batch = episodes(learner.score(trajectories()))
@@ -424,13 +439,13 @@ def test_policy_weights_are_a_copy_of_the_policy(new_learner: Factory) -> None:
 def test_without_a_reward_head_the_score_is_not_a_number(tiny_model: Path, process_group: None) -> None:
     roles = build_roles(Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, None), CriticSettings())
     learner = Learner(roles, PPO, SGD, TEMPERATURE, gradient_checkpointing=False)
-    (said,) = learner.score(trajectories()[:1])
+    (outputs,) = learner.score(trajectories()[:1])
     learner.close()
-    assert math.isnan(said.score)
-    assert said.values.tolist() == [0.0] * (trajectories()[0].length + 1)
+    assert math.isnan(outputs.score)
+    assert outputs.values.tolist() == [0.0] * (trajectories()[0].length + 1)
 
 
-def test_roles_start_as_the_plan_says(tiny_model: Path) -> None:
+def test_roles_start_as_the_blueprint_says(tiny_model: Path) -> None:
     model = ModelSettings(path=str(tiny_model))
     probe = build_roles(Blueprint(model, POLICY, 0, None), None).trunk
     sft = {name: torch.randn_like(tensor) for name, tensor in probe.read_adapter("policy").items()}
@@ -441,6 +456,6 @@ def test_roles_start_as_the_plan_says(tiny_model: Path) -> None:
     assert torch.equal(flat(roles.trunk.read_adapter("reference")), flat(sft))
     assert torch.equal(flat(roles.trunk.read_adapter("critic")), flat(reward))
     assert torch.equal(flat(roles.trunk.read_adapter("reward")), flat(reward))
-    assert torch.equal(roles.critic.head.weight, head["weight"])
-    assert roles.critic.head.weight.data_ptr() != roles.reward_heads["reward"][0].weight.data_ptr()
+    assert torch.equal(critic_of(roles).head.weight, head["weight"])
+    assert critic_of(roles).head.weight.data_ptr() != next(roles.reward_heads.parameters()).data_ptr()
     assert not any(p.requires_grad for p in roles.reward_heads.parameters())

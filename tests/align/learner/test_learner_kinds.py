@@ -1,8 +1,9 @@
-"""Every kind of critic and method of the policy: the learner's gradient against one row at a time, losses by hand."""
+"""Every kind of critic and method of the policy: the learner's gradient against single responses, losses by hand."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
         with torch.no_grad():
             for parameter in roles.parameters():
                 if parameter.requires_grad:
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         made.append(Learner(roles, ppo, settings, 1.0, gradient_checkpointing=False))
         return made[-1]
 
@@ -69,16 +70,16 @@ def trajectories() -> list[Trajectory]:
 def episodes(learner: Learner) -> list[Episode]:
     generator = torch.Generator().manual_seed(3)
     made = []
-    for row, said in zip(trajectories(), learner.score(trajectories())):
+    for row, outputs in zip(trajectories(), learner.score(trajectories())):
         noise = torch.randn(4, row.length, generator=generator)
-        values = said.values[:-1]
+        values = outputs.values[:-1]
         count = len(values)
         made.append(
             Episode(
                 prompt_ids=row.request.prompt_ids,
                 response_ids=row.response_ids,
-                old_logprobs=said.logprobs + noise[0],
-                reference_logprobs=said.reference_logprobs,
+                old_logprobs=outputs.logprobs + noise[0],
+                reference_logprobs=outputs.reference_logprobs,
                 advantages=noise[1],
                 returns=values + noise[2, :count],
                 old_values=values + 0.3 * noise[3, :count],
@@ -106,19 +107,24 @@ def row_loss(roles: Roles, row: Episode, ppo: PpoSettings) -> Tensor:
     return loss.sum()
 
 
+def total_loss(roles: Roles, rows: list[Episode], ppo: PpoSettings) -> Tensor:
+    """The loss of responses one by one, summed over their tokens."""
+    return torch.stack([row_loss(roles, row, ppo) for row in rows]).sum()
+
+
 def trained(learner: Learner) -> list[torch.nn.Parameter]:
     return [p for group in learner.optimizer.param_groups for p in group["params"]]
 
 
-def moved(learner: Learner, *arguments: object) -> Tensor:
-    """What an update subtracts from the parameters, over the learning rate."""
+def moved(learner: Learner, *arguments: Any) -> Tensor:
+    """What an update subtracts from the parameters, divided by the learning rate."""
     before = [p.detach().clone() for p in trained(learner)]
     learner.update(*arguments)
     return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy_lr
 
 
 def expected(learner: Learner, loss: Tensor) -> Tensor:
-    # A critic that is a whole model has an output layer that nothing reads: its gradient is zero.
+    # A critic of kind model has an LM head that nothing reads: its gradient is zero.
     gradients = torch.autograd.grad(loss, trained(learner), materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -129,11 +135,13 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize("policy", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_is_that_of_rows_one_by_one(new_learner: Factory, policy: PolicySettings, kind: str | None) -> None:
+def test_gradient_is_that_of_responses_one_by_one(
+    new_learner: Factory, policy: PolicySettings, kind: str | None
+) -> None:
     ppo = settings(kind)
     learner = new_learner(policy, ppo)
     rows = episodes(learner)
-    loss = sum(row_loss(learner.roles, row, ppo) for row in rows) / sum(len(row.response_ids) for row in rows)
+    loss = total_loss(learner.roles, rows, ppo) / sum(len(row.response_ids) for row in rows)
     gradient = expected(learner, loss)
     assert distance(moved(learner, rows, ALL, RATES), gradient) < 2e-4
 
@@ -142,9 +150,7 @@ def test_dual_clip_changes_the_gradient_as_the_formula_says(new_learner: Factory
     learner = new_learner(LORA, settings("adapter", dual_clip=1.5))
     rows = episodes(learner)
     tokens = sum(len(row.response_ids) for row in rows)
-    losses = [
-        sum(row_loss(learner.roles, row, ppo) for row in rows) / tokens for ppo in (learner.ppo, settings("adapter"))
-    ]
+    losses = [total_loss(learner.roles, rows, ppo) / tokens for ppo in (learner.ppo, settings("adapter"))]
     with_clip, without = (expected(learner, loss) for loss in losses)
     assert distance(with_clip, without) > 0.1
     assert distance(moved(learner, rows, ALL, RATES), with_clip) < 2e-4
@@ -154,7 +160,8 @@ def test_a_mean_over_sequences_weighs_each_sequence_alike(new_learner: Factory) 
     ppo = settings("adapter")
     learner = new_learner(LORA, ppo)
     rows = [replace(row, weight=1 / len(row.response_ids)) for row in episodes(learner)]
-    loss = sum(row_loss(learner.roles, row, ppo) / len(row.response_ids) for row in rows) / len(rows)
+    means = [row_loss(learner.roles, row, ppo) / len(row.response_ids) for row in rows]
+    loss = torch.stack(means).mean()
     gradient = expected(learner, loss)
     assert distance(moved(learner, rows, ALL, RATES), gradient) < 2e-4
 
@@ -164,7 +171,7 @@ def test_demonstrations_are_mixed_in_with_their_weight(new_learner: Factory) -> 
     learner = new_learner(LORA, ppo)
     rows = episodes(learner)
     demonstrations = [TokenizedDemonstration([5, 6], [7, 8, 9]), TokenizedDemonstration([10], [11])]
-    loss = sum(row_loss(learner.roles, row, ppo) for row in rows) / sum(len(row.response_ids) for row in rows)
+    loss = total_loss(learner.roles, rows, ppo) / sum(len(row.response_ids) for row in rows)
     likelihood = torch.zeros(())
     for demonstration in demonstrations:
         prompt, response = demonstration.prompt_ids, demonstration.response_ids
@@ -179,14 +186,16 @@ def test_demonstrations_are_mixed_in_with_their_weight(new_learner: Factory) -> 
     assert statistics["ptx_loss"] == pytest.approx(-float(likelihood.detach()) / 4, rel=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "passes"), [(None, 1), ("head", 1), ("adapter", 2), ("model", 1)])
-def test_forward_passes_over_the_trunk_a_microbatch(new_learner: Factory, kind: str | None, passes: int) -> None:
+@pytest.mark.parametrize(("kind", "forward_passes"), [(None, 1), ("head", 1), ("adapter", 2), ("model", 1)])
+def test_forward_passes_over_the_base_model_per_microbatch(
+    new_learner: Factory, kind: str | None, forward_passes: int
+) -> None:
     learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": 4096}))
     rows = episodes(learner)
     counted = []
     learner.roles.trunk.causal.base_model.register_forward_hook(lambda *_: counted.append(1))
     learner.update(rows, ALL, RATES)
-    assert len(counted) == passes
+    assert len(counted) == forward_passes
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
@@ -194,15 +203,15 @@ def test_no_critic_is_built_where_none_is_used(new_learner: Factory, estimator: 
     learner = new_learner(LORA, PpoSettings(estimator=estimator, samples_per_prompt=2))
     assert "critic" not in learner.roles.trunk.roles
     assert [group["role"] for group in learner.optimizer.param_groups] == ["policy"]
-    (said,) = learner.score(trajectories()[:1])
-    assert len(said.values) == 0
+    (outputs,) = learner.score(trajectories()[:1])
+    assert len(outputs.values) == 0
     state = learner.state()
     assert (state.critic, state.critic_head) == ({}, {})
 
 
 @pytest.mark.parametrize("policy", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_is_taken_up_bit_for_bit(new_learner: Factory, policy: PolicySettings, kind: str | None) -> None:
+def test_state_is_restored_bit_for_bit(new_learner: Factory, policy: PolicySettings, kind: str | None) -> None:
     adam = LearnerSettings(tokens_per_microbatch=40)
     learner = new_learner(policy, settings(kind), adam)
     rows = episodes(learner)
@@ -229,7 +238,7 @@ def test_full_fine_tuning_leaves_the_reference_as_it_was(new_learner: Factory) -
 
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-6), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("kind", ["head", "adapter"])
-def test_gradient_is_the_same_for_every_cut_and_order_of_rows(
+def test_gradient_does_not_depend_on_microbatches_and_order(
     new_learner: Factory, kind: str, dtype: str, near: float
 ) -> None:
     gradients = []
@@ -254,9 +263,11 @@ def test_lora_plus_steps_b_by_a_multiple_of_the_rate_of_a(new_learner: Factory) 
         torch.testing.assert_close(moved[4.0][name], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_padding_counts_where_the_critics_own_base_needs_it(new_learner: Factory) -> None:
+def test_padding_counts_where_the_critics_base_model_needs_it(new_learner: Factory) -> None:
     roles = new_learner(LORA, settings("model")).roles
     assert roles.microbatches([2, 7, 3], 12) == [[0, 2, 1]]
+    assert roles.critic is not None
+    assert roles.critic.trunk is not None
     roles.critic.trunk.supports_packing = False
     assert roles.microbatches([2, 7, 3], 12) == [[0, 2], [1]]
 
@@ -266,9 +277,20 @@ def test_one_roles_activations_are_kept_at_a_time(
     new_learner: Factory, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = new_learner(LORA, settings(kind), SGD.model_copy(update={"tokens_per_microbatch": 1000}))
-    batch, seen = episodes(learner), []
-    hidden, backward = learner.roles.trunk.hidden_packed, learner.engine.backward
-    monkeypatch.setattr(learner.roles.trunk, "hidden_packed", lambda *a: (seen.append(a[2]), hidden(*a))[1])
-    monkeypatch.setattr(learner.engine, "backward", lambda loss: (seen.append("backward"), backward(loss))[1])
+    batch = episodes(learner)
+    seen: list[str] = []
+    hidden = learner.roles.trunk.hidden_packed
+    backward = learner.engine.backward
+
+    def note_forward(ids: Tensor, lengths: Tensor, role: str) -> Tensor:
+        seen.append(role)
+        return hidden(ids, lengths, role)
+
+    def note_backward(loss: Tensor) -> None:
+        seen.append("backward")
+        backward(loss)
+
+    monkeypatch.setattr(learner.roles.trunk, "hidden_packed", note_forward)
+    monkeypatch.setattr(learner.engine, "backward", note_backward)
     learner.update(batch, ALL, RATES)
     assert seen == ["policy", "backward"] + ["critic", "backward"] * (kind == "adapter")

@@ -48,9 +48,9 @@ Series = Callable[[str], list[float]]
 
 TEMPERATURE = 0.7
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)
-PAD = 0  # what rows are padded with; here it is EOS too
+PAD = 0  # the padding token, which is EOS too
 STOPS = frozenset(range(PAD, 300, 12))
-NEAR = {"rtol": 1e-4, "atol": 1e-4}
+NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def randomise(trunk: Trunk, *roles: str) -> None:
@@ -65,7 +65,7 @@ def llama(folder: Path) -> PreTrainedModel:
 
 
 def gpt2(_: Path) -> PreTrainedModel:
-    """Positions are absolute: a row shifted by its padding is another row, where a Llama would not notice."""
+    """Positions are absolute: a sequence shifted by its padding is another one, where a Llama would not notice."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
     return GPT2LMHeadModel(config).requires_grad_(False).eval()
@@ -100,7 +100,7 @@ def score(roles: Roles, rows: list[Trajectory]) -> list[RoleOutputs]:
 
 @torch.no_grad()
 def alone(roles: Roles, row: Trajectory, role: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response, and the last hidden state, by transformers: one row, nothing masked."""
+    """Log-probabilities of the response, and the last hidden state, by transformers: one sequence, nothing masked."""
     roles.trunk.switch(role)
     ids = torch.tensor([[*row.request.prompt_ids, *row.response_ids]])
     out = roles.trunk.causal(input_ids=ids, output_hidden_states=True)
@@ -108,34 +108,35 @@ def alone(roles: Roles, row: Trajectory, role: str) -> tuple[Tensor, Tensor]:
     return logprobs.gather(1, ids[0, -row.length :, None]).squeeze(1), out.hidden_states[-1][0, -1]
 
 
-def test_sampler_and_learner_agree_with_each_row_alone_at_the_sampling_temperature(roles: Roles) -> None:
+def test_sampler_and_learner_agree_with_each_sequence_alone_at_the_sampling_temperature(roles: Roles) -> None:
     """Temperature included; position ids from the attention mask; masks never from comparing with the pad id."""
     rows = sample(roles)
     assert len({row.length for row in rows}) > 2
-    for row, said in zip(rows, score(roles, rows)):
+    for row, outputs in zip(rows, score(roles, rows)):
         expected, _ = alone(roles, row, "policy")
         torch.testing.assert_close(row.sampler_logprobs, expected, **NEAR)
-        torch.testing.assert_close(said.logprobs, expected, **NEAR)
-        torch.testing.assert_close(said.reference_logprobs, alone(roles, row, "reference")[0], **NEAR)
+        torch.testing.assert_close(outputs.logprobs, expected, **NEAR)
+        torch.testing.assert_close(outputs.reference_logprobs, alone(roles, row, "reference")[0], **NEAR)
 
 
 def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pad(roles: Roles) -> None:
     """The score lands on the last token, EOS included; masks come from lengths: pad is EOS in half of tokenizers."""
     rows = [replace(row, response_ids=(*row.response_ids[:-1], PAD)) for row in sample(roles)]
-    head = roles.reward_heads["reward"][0]
-    for row, said in zip(rows, score(roles, rows)):
-        assert said.score == pytest.approx(head(alone(roles, row, "reward")[1]).item(), abs=1e-4)
-        assert said.values[-1].item() == pytest.approx(
+    (head,) = next(iter(roles.reward_heads.children())).children()
+    assert roles.critic is not None
+    for row, outputs in zip(rows, score(roles, rows)):
+        assert outputs.score == pytest.approx(head(alone(roles, row, "reward")[1]).item(), abs=1e-4)
+        assert outputs.values[-1].item() == pytest.approx(
             roles.critic.head(alone(roles, row, "critic")[1]).item(), abs=1e-4
         )
 
 
 def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
     """Score, whiten and train on a batch; gives its advantages and the statistics of the update."""
-    made = make_episodes(rows, learners.score(rows), PpoSettings(), 0.1)
-    statistics = learners.update(made, [[[*range(len(rows))]]], StepCoefficients(0.1, 0.1, 0.0))
+    episodes = make_episodes(rows, learners.score(rows), PpoSettings(), 0.1)
+    statistics = learners.update(episodes, [[[*range(len(rows))]]], StepCoefficients(0.1, 0.1, 0.0))
     learners.close()
-    return torch.cat([episode.advantages for episode in made]), statistics
+    return torch.cat([episode.advantages for episode in episodes]), statistics
 
 
 def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
@@ -161,7 +162,7 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     assert theirs == pytest.approx(statistics, rel=1e-3, abs=1e-4)
 
 
-def row_and_verdict(difference: Tensor) -> tuple[Trajectory, RoleOutputs]:
+def trajectory_and_outputs(difference: Tensor) -> tuple[Trajectory, RoleOutputs]:
     """A trajectory whose log-probabilities under the learner differ so from the sampler's and the reference's."""
     zeros = torch.zeros(len(difference))
     row = Trajectory.from_tokens(Request("", (5,), 0), tuple(range(10, 10 + len(zeros))), zeros, True, 4)
@@ -172,16 +173,16 @@ def row_and_verdict(difference: Tensor) -> tuple[Trajectory, RoleOutputs]:
 def test_kl_weighs_in_the_reward_or_in_the_loss_and_never_in_both(where: Any) -> None:
     """KL to the reference by k1, k2 or k3, in the reward (default) or in the loss."""
     ppo = PpoSettings(kl=KlSettings(where=where, estimator="k2"), gae_lambda=1.0)
-    row, output = row_and_verdict(torch.tensor([1.0, 2.0]))
+    row, output = trajectory_and_outputs(torch.tensor([1.0, 2.0]))
     (episode,) = make_episodes([row], [output], ppo, 0.3)
     in_loss = step_coefficients(LearnerSettings(), ppo, 0, 0.3).kl_in_loss
     assert (float(episode.returns[0]), in_loss) == pytest.approx((1 - 0.3 * 2.5, 0) if where == "reward" else (1, 0.3))
     assert KlSettings().where == "reward"
 
 
-def test_a_step_logs_the_gap_the_coefficient_the_skipped_steps_and_the_version() -> None:
-    """The sampler's log-probabilities against the learner's: the gap is logged; skipped steps are counted, logged."""
-    row, output = row_and_verdict(torch.tensor([0.1, -0.3, 0.2]))
+def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_version() -> None:
+    """The mismatch of sampler and learner is logged; skipped steps are counted and logged."""
+    row, output = trajectory_and_outputs(torch.tensor([0.1, -0.3, 0.2]))
     names = (
         *STATISTICS,
         "policy_gradient_norm",
@@ -190,9 +191,18 @@ def test_a_step_logs_the_gap_the_coefficient_the_skipped_steps_and_the_version()
         "skipped_steps",
         "ptx_loss",
     )
-    made = make_episodes([row], [output], PpoSettings(), 0.1)
+    episodes = make_episodes([row], [output], PpoSettings(), 0.1)
     logged = step_metrics(
-        Step(0, [row], [output], made, StepCoefficients(0, 0, 0), 0.25, dict.fromkeys(names, 3.0), {}),
+        Step(
+            index=0,
+            trajectories=[row],
+            scored=[output],
+            episodes=episodes,
+            coefficients=StepCoefficients(0, 0, 0),
+            kl_coefficient=0.25,
+            statistics=dict.fromkeys(names, 3.0),
+            seconds={},
+        ),
         PpoSettings(),
         None,
     )
@@ -233,15 +243,15 @@ def test_reward_of_sft_responses_has_mean_zero_and_is_the_critic_s_first_value(w
     engine.load_adapter(0, load_adapter(run.sft, experiment.policy))
     pending = [replace(p, seed=seed_for(0, "normalise", i)) for i, p in enumerate(load_datasets(experiment).prompts)]
     scored = score(roles, engine.generate(pending, Sampling(TEMPERATURE, experiment.rollouts.max_new_tokens)))
-    scores = torch.tensor([said.score for said in scored])
+    scores = torch.tensor([outputs.score for outputs in scored])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-3)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-3)
-    torch.testing.assert_close(torch.stack([said.values[-1] for said in scored]), scores, **NEAR)
+    torch.testing.assert_close(torch.stack([outputs.values[-1] for outputs in scored]), scores, **NEAR)
     assert abs(read_facts(run.reward)["moments"][0][0]) > 0.05
 
 
 def test_every_step_samples_from_the_policy_that_it_trains(series: Series) -> None:
-    """Temperature included, dropout off in every forward; each trajectory carries the version that made it."""
+    """Temperature included, dropout off in every forward; each trajectory carries the version that episodes it."""
     assert series("rollout/version") == [0, 1, 2, 3]
     assert max(series("rollout/mismatch_max")) < 1e-4
     assert max(series("policy/approximate_kl")) < 1e-8

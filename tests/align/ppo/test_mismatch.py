@@ -15,18 +15,20 @@ def pair(sampler: list[float], learner: list[float]) -> tuple[Trajectory, RoleOu
     return row, RoleOutputs(torch.tensor(learner), torch.zeros(len(learner)), torch.empty(0), 0.0)
 
 
-ROWS, OUTPUTS = zip(pair([-1.0, -2.0], [-1.5, -2.0]), pair([-3.0], [-2.5]))
+PAIRS = [pair([-1.0, -2.0], [-1.5, -2.0]), pair([-3.0], [-2.5])]
+TRAJECTORIES = [trajectory for trajectory, _ in PAIRS]
+OUTPUTS = [outputs for _, outputs in PAIRS]
 
 
 def test_mismatch_is_the_difference_at_every_token() -> None:
-    assert sampler_mismatch(ROWS, OUTPUTS).tolist() == [0.5, 0.0, 0.5]
+    assert sampler_mismatch(TRAJECTORIES, OUTPUTS).tolist() == [0.5, 0.0, 0.5]
 
 
 def test_a_mean_mismatch_over_the_limit_ends_the_run() -> None:
-    check_mismatch(ROWS, OUTPUTS, None)
-    check_mismatch(ROWS, OUTPUTS, 0.34)
+    check_mismatch(TRAJECTORIES, OUTPUTS, None)
+    check_mismatch(TRAJECTORIES, OUTPUTS, 0.34)
     with pytest.raises(SamplerMismatch, match=r"0\.333 nats per token.*max_mismatch is 0\.3"):
-        check_mismatch(ROWS, OUTPUTS, 0.3)
+        check_mismatch(TRAJECTORIES, OUTPUTS, 0.3)
 
 
 def test_a_mismatch_that_is_not_a_number_ends_the_run() -> None:
@@ -42,7 +44,7 @@ class PreparedPool:
         pass
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        return [replace(row, request=request) for row, request in zip(ROWS, requests, strict=True)]
+        return [replace(row, request=request) for row, request in zip(TRAJECTORIES, requests, strict=True)]
 
     def close(self) -> None:
         pass

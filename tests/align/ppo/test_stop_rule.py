@@ -7,7 +7,7 @@ from policies.errors import UserError
 
 def stops_at(values: list[float], **settings: float) -> int | None:
     """The step, counted from 1, after which the rule ends PPO."""
-    rule = StopRule(StopSettings(metric="m", **settings))  # type: ignore[arg-type]
+    rule = StopRule(StopSettings(metric="m", **settings))
     return next((step for step, value in enumerate(values, start=1) if rule.reason({"m": value})), None)
 
 
