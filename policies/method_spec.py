@@ -5,6 +5,7 @@ Validation, files, export, the memory plan and the tables in docs/methods.md ask
 method, so that a new method needs no change anywhere else.
 """
 
+import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,6 +97,14 @@ class MethodSpec:
         """Whether PEFT itself has the method, and loads its adapters."""
         return bool(self.peft_config)
 
+    def load_trunk(self) -> Any:
+        """Import the class of the trunk."""
+        return pkgutil.resolve_name(self.trunk)
+
+    def load_peft_config(self) -> Any:
+        """Import the function that makes PEFT's config."""
+        return pkgutil.resolve_name(self.peft_config)
+
 
 @cache
 def methods() -> Mapping[str, MethodSpec]:
@@ -110,12 +119,6 @@ def methods() -> Mapping[str, MethodSpec]:
             raise ValueError(f"{path}: SPEC.name is {spec.name!r}, but must be the name of the file, {path.stem!r}")
         registry[spec.name] = spec
     return MappingProxyType(registry)
-
-
-def load_reference(reference: str) -> Any:
-    """The class or function that "module:name" refers to."""
-    module, _, name = reference.partition(":")
-    return getattr(import_module(module), name)
 
 
 def supporting(option: str) -> str:

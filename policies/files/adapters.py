@@ -16,7 +16,6 @@ from transformers import AutoConfig
 from policies.errors import UserError
 from policies.files.prompt_table import MARK, read_task
 from policies.files.safe_reading import NO_CODE, read_object, read_tensors
-from policies.method_spec import load_reference
 from policies.schema import PolicySettings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -62,7 +61,7 @@ def _adapter_config(settings: PolicySettings, base: str, weights: Mapping[str, T
         for name, name_in_file in spec.saved_settings.items():
             config[name_in_file] = getattr(settings, name)
         return config
-    peft_config: PeftConfig = load_reference(spec.peft_config)(settings, base, weights)
+    peft_config: PeftConfig = spec.load_peft_config()(settings, base, weights)
     peft_config.inference_mode = True
     with tempfile.TemporaryDirectory() as folder:  # only PEFT's own saving makes lists of its sets
         peft_config.save_pretrained(folder)

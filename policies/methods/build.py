@@ -3,7 +3,6 @@
 from transformers import PreTrainedModel
 
 from policies.files.base_model import load_base
-from policies.method_spec import load_reference
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
@@ -19,7 +18,7 @@ def make_trunk(base: PreTrainedModel, settings: PolicySettings, roles: tuple[str
     Raises:
         UserError: the method finds nothing to train in this model, or the model is not supported.
     """
-    trunk_class: type[Trunk] = load_reference(settings.spec.trunk)
+    trunk_class: type[Trunk] = settings.spec.load_trunk()
     return trunk_class(base, settings, roles)
 
 

@@ -16,7 +16,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_SHOWN = 80
 """Characters of a value in a message."""
 KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-FLAGS = {"true": True, "1": True, "false": False, "0": False}
+TRUTH_VALUES = {"true": True, "1": True, "false": False, "0": False}
 
 
 def text(values: Values, name: str) -> str:
@@ -97,9 +97,9 @@ def flag(values: Values, name: str) -> bool:
     """The truth value in a column: true, false, 1, 0, or the text of one of them."""
     value = present(values, name)
     word = str(value).lower() if isinstance(value, str | int | float) else ""
-    if word not in FLAGS:
+    if word not in TRUTH_VALUES:
         raise ValueError(f"`{name}` is {shown(value)}; true or false was expected")
-    return FLAGS[word]
+    return TRUTH_VALUES[word]
 
 
 def has(values: Values, name: str) -> bool:

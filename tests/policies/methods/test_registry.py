@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from policies.method_spec import NO, YES, Support, load_reference, methods, supporting
+from policies.method_spec import NO, YES, Support, methods, supporting
 from policies.method_tables import compatibility_table, methods_table
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
@@ -61,9 +61,9 @@ class ScaledEmbeddingsTrunk(Trunk):
 
 def test_every_reference_of_a_spec_leads_to_code() -> None:
     for spec in methods().values():
-        assert issubclass(load_reference(spec.trunk), Trunk), spec.name
+        assert issubclass(spec.load_trunk(), Trunk), spec.name
         if spec.in_peft:
-            assert callable(load_reference(spec.peft_config)), spec.name
+            assert callable(spec.load_peft_config()), spec.name
 
 
 def test_a_method_reads_only_settings_that_exist() -> None:
