@@ -1,9 +1,12 @@
-"""What the benchmarks count."""
+"""What the benchmarks count, and their messages."""
 
+import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,26 +22,23 @@ BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
 
 @pytest.fixture
-def operations(monkeypatch: pytest.MonkeyPatch):
+def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import operations
-
-    yield operations
+    yield importlib.import_module("operations")
     sys.modules.pop("operations")
 
 
-def test_operations_of_an_update_are_those_that_torch_counts(operations, tiny_model: Path) -> None:
-    # torch counts no attention but one by products of its own
+def test_operations_of_an_update_are_those_that_torch_counts(operations: ModuleType, tiny_model: Path) -> None:
+    # torch counts attention only where it consists of matrix products
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
     trunk = make_trunk(base, PolicySettings(rank=4), ("policy",))
-    trunk.use_module_forwards()  # torch counts no product that is added in place
+    trunk.use_module_forwards()  # torch does not count products that are added in place
     trunk.train_only("policy")
     trunk.switch("policy")
     prompt, response = 5, 7
     ids = torch.arange(prompt + response).unsqueeze(0)
-    embedded = trunk.causal.get_input_embeddings()(
-        ids
-    ).requires_grad_()  # so that the first layer's gradient counts too
+    embedded = trunk.causal.get_input_embeddings()(ids)
+    embedded.requires_grad_()  # so that the gradient of the first layer's input counts, too
     with FlopCounterMode(display=False) as counter:
         states = trunk.states(inputs_embeds=embedded, use_cache=False)
         trunk.head(states[0, prompt - 1 : -1], "policy").sum().backward()
@@ -50,24 +50,40 @@ def test_operations_of_an_update_are_those_that_torch_counts(operations, tiny_mo
         attention=trunk.causal.config.num_hidden_layers * trunk.width,
         head=trunk.causal.get_output_embeddings().weight.numel(),
     )
-    masked = 3 * 2 * shape.attention * (prompt + response) ** 2  # half of the square of attention, which torch counts
+    masked = 3 * 2 * shape.attention * (prompt + response) ** 2  # the masked half of attention, which torch counts
     needed = operations.update_operations(shape, [(prompt, response)], critic_forward=False)
     assert counter.get_total_flops() == needed + masked
 
 
-def test_attention_is_counted_half_and_three_times(operations) -> None:
+def test_attention_is_counted_half_and_three_times(operations: ModuleType) -> None:
     shape = operations.Shape(linear=0, adapter=0, attention=8, head=0)
     assert operations.update_operations(shape, [(3, 7)], critic_forward=True) == 2 * 3 * (4 * 10**2 * 8) / 2
 
 
-def test_the_rate_is_measured_around_each_epoch_but_those_of_the_first_update(
+def test_the_rate_is_measured_around_each_epoch_except_in_the_first_update(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings |= {"stages": ["ppo"], "reward": {"terms": {"short": {"kind": "length", "max_tokens": 6, "window": 4}}}}
     file = tmp_path / "experiment.yaml"
     file.write_text(json.dumps(settings))
-    line = [sys.executable, str(BENCHMARKS / "share.py"), str(file)]
-    ended = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=200)
+    command = [sys.executable, str(BENCHMARKS / "share.py"), str(file)]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=200)
     epochs = json.loads(ended.stdout.splitlines()[-1])
     assert len(epochs) == (settings["ppo"]["steps"] - 1) * settings["ppo"]["epochs"]
     assert all(0 < epoch["update_per_s"] < epoch["matrix_per_s"] for epoch in epochs)
+
+
+@pytest.mark.parametrize(("model", "reason"), [("", "a model is needed: give"), ("missing", "missing does not exist")])
+def test_a_missing_model_is_one_message(model: str, reason: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "mixed.py")]
+    environment = ENVIRONMENT | {"ALIGN_MODEL": model}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(f"mixed.py: error: {reason}")
+
+
+def test_the_target_bench_says_what_it_needs() -> None:
+    command = ["make", "--silent", "model-given", "MODEL="]
+    ended = subprocess.run(command, cwd=BENCHMARKS.parents[1], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "ALIGN_MODEL" in ended.stderr
