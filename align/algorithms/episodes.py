@@ -9,7 +9,7 @@ from torch import Tensor
 from align.algorithms.advantages import scale_rewards, token_rewards, whiten
 from align.algorithms.estimators import EstimatorInput, check_estimates, load_estimator
 from align.algorithms.kl import estimate_kl
-from align.config.schema import PpoSettings
+from align.config.ppo_settings import PpoSettings
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from align.config.estimators import POLICY_LOSSES, user_function
-from align.config.schema import PpoSettings
+from align.config.ppo_settings import PpoSettings
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, PpoSettings], tuple[Tensor, Tensor]]
 """A policy loss takes, in this order, the log-probabilities of the response tokens under the current policy, those

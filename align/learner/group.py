@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore  # torch.distributed has it, but not for type checkers
 
 from align.algorithms.episodes import Episode
-from align.config.schema import LearnerSettings, PpoSettings
+from align.config.ppo_settings import PpoSettings
+from align.config.schema import LearnerSettings
 from align.learner.learner import DemonstrationBatches, Learner, MinibatchOrders, StepCoefficients
 from align.learner.state import LearnerState
 from align.roles.roles import Roles

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from align.algorithms.episodes import Episode
 from align.algorithms.losses import load_policy_loss
-from align.config.schema import LearnerSettings, PpoSettings
+from align.config.ppo_settings import PpoSettings
+from align.config.schema import LearnerSettings
 from align.data.datasets import TokenizedDemonstration
 from align.learner.engine import make_deepspeed_engine
 from align.learner.objective import (

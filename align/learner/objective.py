@@ -15,7 +15,7 @@ from torch import Tensor
 from align.algorithms.episodes import Episode
 from align.algorithms.kl import estimate_kl
 from align.algorithms.losses import PolicyLoss, clipped_value_loss
-from align.config.schema import PpoSettings
+from align.config.ppo_settings import PpoSettings
 from align.data.datasets import TokenizedDemonstration
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate

@@ -17,7 +17,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
 from align.algorithms.episodes import Episode
-from align.config.schema import LearnerSettings, PpoSettings
+from align.config.ppo_settings import PpoSettings
+from align.config.schema import LearnerSettings
 from align.learner.group import collective_backend
 from align.learner.learner import DemonstrationBatches, Learner, MinibatchOrders, StepCoefficients
 from align.learner.state import LearnerState

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
-from align.config.schema import CriticSettings
+from align.config.ppo_settings import CriticSettings
 from align.learner.state import LearnerState
 from align.ppo.loop import PendingBatch
 from align.runtime.atomic_files import write_json

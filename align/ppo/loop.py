@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from align.algorithms.episodes import Episode, make_episodes
 from align.algorithms.kl import KlCoefficient
-from align.config.schema import LearnerSettings, PpoSettings
+from align.config.ppo_settings import PpoSettings
+from align.config.schema import LearnerSettings
 from align.data.datasets import TokenizedDemonstration
 from align.learner.group import Learners
 from align.learner.learner import StepCoefficients

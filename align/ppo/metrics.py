@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.algorithms.advantages import explained_variance
-from align.config.schema import PpoSettings
+from align.config.ppo_settings import PpoSettings
 from align.ppo.loop import Step
 from align.ppo.mismatch import sampler_mismatch
 from policies.text.tokenization import decode_response, prompt_text

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from align.config.schema import PpoSettings
+from align.config.ppo_settings import PpoSettings
 from align.data.datasets import TokenizedDemonstration
 from align.runtime.seeds import permutation, seed_for
 from rollouts.trajectory import Request

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from align.config.schema import StopSettings
+from align.config.ppo_settings import StopSettings
 from policies.errors import UserError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.config.schema import CriticSettings
+from align.config.ppo_settings import CriticSettings
 from align.roles.roles import Critic, Roles
 from align.runtime.seeds import seed_for
 from policies.heads import ScalarHead

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from align.algorithms.kl import AdaptiveKl, FixedKl, KlCoefficient
-from align.config.schema import Experiment, KlSettings
+from align.config.ppo_settings import KlSettings
+from align.config.schema import Experiment
 from align.evaluation.policy import REFERENCE_VERSION, Evaluator, build_evaluator
 from align.learner.group import Learners, LocalLearners
 from align.ppo.checkpoint import PpoProgress, SavedBatch, read_pending, read_progress, read_states

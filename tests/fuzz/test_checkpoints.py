@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.optim import AdamW
 from transformers import get_scheduler
 
-from align.config.schema import CriticSettings
+from align.config.ppo_settings import CriticSettings
 from align.ppo.checkpoint import read_pending, read_progress, read_states
 from align.runs.checkpoint import MANIFEST, checkpoints, latest, seal
 from align.supervised.trainer import WEIGHTS

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.algorithms.kl import FixedKl
-from align.config.schema import LearnerSettings, PpoSettings
+from align.config.ppo_settings import PpoSettings
+from align.config.schema import LearnerSettings
 from align.learner.group import LocalLearners
 from align.ppo.loop import Ppo
 from align.ppo.prompts import PromptStream

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from align.algorithms.episodes import Episode
-from align.config.schema import ClusterSettings, CriticSettings, LearnerSettings, PpoSettings
+from align.config.ppo_settings import CriticSettings, PpoSettings
+from align.config.schema import ClusterSettings, LearnerSettings
 from align.learner.group import Learners, LocalLearners
 from align.learner.learner import StepCoefficients
 from align.learner.ray_ranks import RayLearners

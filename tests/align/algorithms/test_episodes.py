@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from align.algorithms.advantages import gae
 from align.algorithms.episodes import Episode, make_episodes
-from align.config.schema import KlSettings, PpoSettings
+from align.config.ppo_settings import KlSettings, PpoSettings
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
 PLAIN = PpoSettings(gamma=1.0, gae_lambda=1.0, whiten_advantages=False)

@@ -15,7 +15,7 @@ from align.config.estimators import (
     estimators_table,
     find_estimator,
 )
-from align.config.schema import CriticSettings, PpoSettings
+from align.config.ppo_settings import CriticSettings, PpoSettings
 from policies.errors import UserError
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "ppo.md"

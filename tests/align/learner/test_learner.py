@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from align.algorithms.episodes import Episode
-from align.config.schema import CriticSettings, KlSettings, LearnerSettings, PpoSettings
+from align.config.ppo_settings import CriticSettings, KlSettings, PpoSettings
+from align.config.schema import LearnerSettings
 from align.learner.learner import Learner, StepCoefficients
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles

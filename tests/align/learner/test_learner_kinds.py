@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from align.algorithms.episodes import Episode
-from align.config.schema import CriticSettings, LearnerSettings, PpoSettings
+from align.config.ppo_settings import CriticSettings, PpoSettings
+from align.config.schema import LearnerSettings
 from align.data.datasets import TokenizedDemonstration
 from align.learner.learner import Learner, StepCoefficients
 from align.roles.build import Blueprint, build_roles

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from align.algorithms.episodes import make_episodes
 from align.algorithms.kl import AdaptiveKl
-from align.config.schema import ClusterSettings, CriticSettings, Experiment, KlSettings, LearnerSettings, PpoSettings
+from align.config.ppo_settings import CriticSettings, KlSettings, PpoSettings
+from align.config.schema import ClusterSettings, Experiment, LearnerSettings
 from align.learner.group import Learners, LocalLearners
 from align.learner.learner import StepCoefficients
 from align.learner.objective import STATISTICS

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.config.schema import PpoSettings
+from align.config.ppo_settings import PpoSettings
 from align.data.datasets import TokenizedDemonstration
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from rollouts.trajectory import Request

@@ -1,6 +1,6 @@
 import pytest
 
-from align.config.schema import StopSettings
+from align.config.ppo_settings import StopSettings
 from align.ppo.stop_rule import NoStopRule, StopRule
 from policies.errors import UserError
 
