@@ -17,7 +17,7 @@ from tests.integration.tiny_run import figures, run_in_process
 def test_the_first_update_is_the_same_in_actors(
     workers: int, ranks: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = settings | {"ppo": settings["ppo"] | {"steps": 2}, "rollouts": settings["rollouts"] | {"chunk": 4}}
+    settings = settings | {"ppo": settings["ppo"] | {"steps": 2}, "rollouts": settings["rollouts"] | {"chunk_size": 4}}
     alone = run_in_process(settings)
     split = {
         "name": "split",

@@ -1,4 +1,4 @@
-"""Runs killed for real, and gone on with: to the last bit what they would have been."""
+"""Runs that are killed for real and resumed: bit for bit what they would have been."""
 
 import random
 import re
@@ -26,14 +26,14 @@ def split(request: pytest.FixtureRequest, settings: dict[str, Any]) -> dict[str,
 
 
 class Runs:
-    """Starts the command in processes of their own, all gone when the test ends."""
+    """Starts the command in separate processes, which all end with the test."""
 
     def __init__(self, settings: dict[str, Any], folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.started: list[subprocess.Popen[str]] = []
 
     def line(self, name: str) -> tuple[str, ...]:
-        """What starts the run of this name, or goes on with it."""
+        """The arguments that start the run of this name, or resume it."""
         if (self.path(name) / "config.yaml").exists():
             return ("resume", str(self.path(name)))
         experiment = self.folder / f"{name}.yaml"
@@ -66,9 +66,9 @@ class Runs:
 
 @pytest.fixture
 def runs(settings: dict[str, Any], tmp_path: Path) -> Iterator[Runs]:
-    made = Runs(settings, tmp_path)
-    yield made
-    for process in made.started:
+    started_runs = Runs(settings, tmp_path)
+    yield started_runs
+    for process in started_runs.started:
         process.kill()
 
 
@@ -113,7 +113,7 @@ def test_kills_at_random_moments_change_nothing(split: dict[str, Any], runs: Run
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_rank_that_dies_is_replaced_and_the_run_goes_on_by_itself(settings: dict[str, Any], runs: Runs) -> None:
+def test_a_rank_that_dies_is_replaced_and_the_run_resumes_by_itself(settings: dict[str, Any], runs: Runs) -> None:
     settings["learner"] |= {"ranks": 2, "zero": 2}
     whole = runs.finish("whole")
     process = runs.start("hurt")
@@ -128,7 +128,7 @@ def test_a_rank_that_dies_is_replaced_and_the_run_goes_on_by_itself(settings: di
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stop", ["SIGTERM", "raylet"])
-def test_a_run_that_is_stopped_or_loses_ray_says_so_and_goes_on(
+def test_a_run_that_is_stopped_or_loses_ray_says_so_and_can_be_resumed(
     stop: str, settings: dict[str, Any], runs: Runs
 ) -> None:
     settings["rollouts"] |= {"workers": 1, "chunk_size": 8}
@@ -148,8 +148,8 @@ def test_a_run_that_is_stopped_or_loses_ray_says_so_and_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(psutil.Process().username() != "root", reason="mounts a file system of its own")
-def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
+@pytest.mark.skipif(psutil.Process().username() != "root", reason="mounts a file system")
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
     settings: dict[str, Any], runs: Runs, tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
@@ -164,10 +164,12 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
         runs.path = lambda name: small / name  # type: ignore[method-assign]
         process = runs.start("full")
         _, errors = process.communicate(timeout=300)
-        said = " ".join(errors.split())
+        message = " ".join(errors.split())
         assert process.returncode == 1, errors
         assert "Traceback" not in errors
-        assert re.search(r"No space left on device.*`align resume \S+` goes on from the last checkpoint", said), said
+        assert re.search(r"No space left on device.*`align resume \S+` resumes from the last checkpoint", message), (
+            message
+        )
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         same(runs.finish("full"), tmp_path / "runs" / "whole")
     finally:

@@ -37,23 +37,32 @@ def blueprint(model: Path) -> Blueprint:
 
 
 def episodes() -> list[Episode]:
-    """Rows of many lengths, with targets far from the model's own."""
+    """Sequences of many lengths, with targets far from the model's own."""
     noise = torch.Generator().manual_seed(0)
 
     def drawn(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=noise))
 
-    rows = []
+    drawn_episodes = []
     for _ in range(13):
         prompt, response = drawn(1, 10), drawn(1, 30)
         ids = [drawn(4, 290) for _ in range(prompt + response)]
         parts = [torch.randn(response, generator=noise) for _ in range(5)]
-        rows.append(Episode(tuple(ids[:prompt]), tuple(ids[prompt:]), parts[0] - 6, parts[1] - 6, *parts[2:]))
-    return rows
+        episode = Episode(
+            prompt_ids=tuple(ids[:prompt]),
+            response_ids=tuple(ids[prompt:]),
+            old_logprobs=parts[0] - 6,
+            reference_logprobs=parts[1] - 6,
+            advantages=parts[2],
+            returns=parts[3],
+            old_values=parts[4],
+        )
+        drawn_episodes.append(episode)
+    return drawn_episodes
 
 
 def gradient(learners: Learners) -> torch.Tensor:
-    """The policy's whole gradient, read off one step of plain gradient descent."""
+    """The policy's complete gradient, read off one step of plain gradient descent."""
     before = learners.policy_weights()
     learners.update(episodes(), [[list(range(13))]], STEEP)
     after = learners.policy_weights()
@@ -98,19 +107,20 @@ def test_ranks_and_zero_stages_give_one_gradient(
     ranks: int, zero: int, tiny_model: Path, cluster: None, alone: tuple[torch.Tensor, list[float]]
 ) -> None:
     split = SGD.model_copy(update={"ranks": ranks, "zero": zero})
-    for measure, expected in zip((gradient, losses), alone, strict=True):
-        learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
-        measured = measure(learners)
-        learners.close()
-        if isinstance(expected, torch.Tensor):
-            assert expected.norm() > 0.1
-            assert float((measured - expected).norm() / expected.norm()) < 1e-6
-        else:
-            assert measured == pytest.approx(expected, abs=1e-5)
+    expected_gradient, expected_losses = alone
+    learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+    measured_gradient = gradient(learners)
+    learners.close()
+    assert expected_gradient.norm() > 0.1
+    assert float((measured_gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-6
+    learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+    measured_losses = losses(learners)
+    learners.close()
+    assert measured_losses == pytest.approx(expected_losses, abs=1e-5)
 
 
 @pytest.mark.slow
-def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> None:
+def test_there_may_be_fewer_sequences_than_ranks(tiny_model: Path, cluster: None) -> None:
     trajectory = Trajectory.from_tokens(Request("", (5, 6), 0), (7, 8, 9), torch.zeros(3), True, 0)
     results = []
     for split in (SGD, SGD.model_copy(update={"ranks": 2})):
@@ -127,7 +137,7 @@ def test_there_may_be_fewer_rows_than_ranks(tiny_model: Path, cluster: None) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [((0, 0), (2, 2)), ((2, 2), (1, 0)), ((2, 3), (2, 1)), ((1, 1), (2, 3))])
-def test_a_state_goes_on_in_another_layout(
+def test_a_state_continues_in_another_layout(
     old: tuple[int, int], new: tuple[int, int], tiny_model: Path, cluster: None
 ) -> None:
     settings = LearnerSettings(tokens_per_microbatch=100)

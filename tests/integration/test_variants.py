@@ -49,7 +49,7 @@ FAST = ("options",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS])
-def test_runs_to_its_end_and_goes_on_bit_for_bit_after_a_stop(name: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_runs_to_its_end_and_resumes_bit_for_bit_after_a_stop(name: str, tiny_model: Path, tmp_path: Path) -> None:
     whole = run_in_process(settings_of(name, tiny_model, tmp_path))
     rows = [row for row in figures(whole) if row["stage"] == "ppo" and "policy/loss" in row]
     assert len(rows) == 3
@@ -62,7 +62,7 @@ def test_runs_to_its_end_and_goes_on_bit_for_bit_after_a_stop(name: str, tiny_mo
 
 
 @pytest.mark.slow
-def test_responses_under_way_take_up_the_weights_of_a_run(
+def test_unfinished_responses_continue_with_the_newest_weights(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
@@ -82,9 +82,9 @@ def test_responses_under_way_take_up_the_weights_of_a_run(
     settings = settings_of("ahead", tiny_model, tmp_path)
     settings["rollouts"] |= {"segment_tokens": 2}
     rows = [row for row in figures(run_in_process(settings)) if row["stage"] == "ppo" and "policy/loss" in row]
-    ages = [row["rollout/staleness"] for row in rows]
-    assert ages[0] == 0
-    assert all(0 <= age <= 1 for age in ages)
+    staleness = [row["rollout/staleness"] for row in rows]
+    assert staleness[0] == 0
+    assert all(0 <= steps <= 1 for steps in staleness)
     assert seen.count("submitted") == 3
     assert seen.count("continued") >= 3
 
@@ -94,12 +94,12 @@ def test_a_fully_tuned_policy_is_a_model_that_transformers_loads(tiny_model: Pat
     model = AutoModelForCausalLM.from_pretrained(run / "policy")
     assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
     tokenizer = load_tokenizer(str(tiny_model))
-    gap = export_merged(
+    difference = export_merged(
         ModelSettings(path=str(tiny_model)),
         PolicySettings(method="full"),
         run / "policy",
         tokenizer,
         tmp_path / "exported",
     )
-    assert gap < 1e-5
+    assert difference < 1e-5
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == "llama"
