@@ -214,10 +214,10 @@ def replace_between(text: str, name: str, table: str) -> str:
     """Put a table between its two markers in a document."""
     begin = f"<!-- {name}: written by draw_architecture.py -->\n"
     end = f"\n<!-- end of {name} -->"
-    head, found, rest = text.partition(begin)
-    _, found_end, tail = rest.partition(end)
-    if not found or not found_end:
+    if begin not in text or end not in text:
         raise ValueError(f"{DOCUMENT} has no markers for {name}")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
     return f"{head}{begin}{table}{end}{tail}"
 
 

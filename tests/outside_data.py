@@ -20,7 +20,7 @@ def _outside(variable: str, path: str) -> Path:
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"{variable} is not set (CONTRIBUTING.md says what it should name)")
-    found = Path(folder, path).absolute()
-    if not found.exists():
-        pytest.skip(f"{found} does not exist ({variable} is {folder})")
-    return found
+    target = Path(folder, path).absolute()
+    if not target.exists():
+        pytest.skip(f"{target} does not exist ({variable} is {folder})")
+    return target

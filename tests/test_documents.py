@@ -167,11 +167,11 @@ def test_links_of_a_document_lead_somewhere(path: Path) -> None:
 
 def anchors(path: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a document."""
-    found: set[str] = set()
+    names: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
         words = re.sub(r"[^\w\- ]", "", heading.lower())
-        found.add(words.replace(" ", "-"))
-    return found
+        names.add(words.replace(" ", "-"))
+    return names
 
 
 def test_a_wrong_setting_command_or_target_is_noticed() -> None:

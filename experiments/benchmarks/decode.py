@@ -95,17 +95,17 @@ def measure(
     """Tokens per second of both sides, and their ratio within each round."""
     requests = [Request("", prompt, seed) for seed, prompt in enumerate(prompts)]
 
-    def ours() -> int:
+    def by_engine() -> int:
         return sum(t.length for t in engine.generate(requests, Sampling(1.0, MAX_NEW_TOKENS)))
 
-    def theirs() -> int:
+    def by_generate() -> int:
         torch.manual_seed(0)
         starts = range(0, len(prompts), MAX_NUM_SEQS)
         return sum(generate(model, prompts[start : start + MAX_NUM_SEQS], stops) for start in starts)
 
     speeds: dict[str, list[float]] = {"ours": [], "generate": []}
     for _ in range(rounds):
-        for name, side in (("generate", theirs), ("ours", ours)):
+        for name, side in (("generate", by_generate), ("ours", by_engine)):
             speeds[name].append(speed(side))
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["generate"], strict=True)]
     ratio = {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
