@@ -54,6 +54,18 @@ def test_k2_is_biased_and_its_gradient_is_not() -> None:
     torch.testing.assert_close(k2_gradient, kl_gradient, rtol=1e-10, atol=1e-10)
 
 
+def test_the_gradient_of_k3_is_that_of_the_reversed_kl() -> None:
+    policy, reference = two_distributions()
+    logits = policy.clone().requires_grad_(True)
+    logprobs = torch.log_softmax(logits, -1)
+    (reversed_kl_gradient,) = torch.autograd.grad((reference.exp() * (reference - logprobs)).sum(), logits)
+    logprobs = torch.log_softmax(logits, -1)
+    (k3_gradient,) = torch.autograd.grad(
+        (logprobs.detach().exp() * estimate_kl(logprobs, reference, "k3")).sum(), logits
+    )
+    torch.testing.assert_close(k3_gradient, reversed_kl_gradient, rtol=1e-10, atol=1e-10)
+
+
 @given(LOGPROBS)
 def test_k2_and_k3_are_never_negative_even_in_float32(pairs: list[tuple[float, float]]) -> None:
     policy, reference = torch.tensor(pairs, dtype=torch.float32).unbind(-1)
@@ -113,7 +125,7 @@ def test_adaptive_coefficient_steers_a_simulated_kl_to_its_target() -> None:
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
-def test_adaptive_coefficient_learns_nothing_of_a_kl_that_is_no_number(kl: float) -> None:
+def test_adaptive_coefficient_ignores_a_kl_that_is_not_finite(kl: float) -> None:
     coefficient = AdaptiveKl(0.1, target=6.0, horizon=1000)
     coefficient.update(kl, episodes=64)
     assert coefficient.value == 0.1
