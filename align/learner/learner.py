@@ -20,8 +20,8 @@ from align.data.datasets import TokenizedDemonstration
 from align.learner.engine import make_deepspeed_engine
 from align.learner.objective import (
     STATISTICS,
-    Objective,
-    collate_demonstrations,
+    MicrobatchObjective,
+    collate_ptx_batch,
     collate_episodes,
     likelihood_objective,
     ppo_objectives,
@@ -34,7 +34,7 @@ from align.roles.scoring import ALL_ROLES, score_microbatches
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import RoleOutputs, Trajectory
 
-Example = TypeVar("Example", Episode, TokenizedDemonstration)
+AnyExample = TypeVar("AnyExample", Episode, TokenizedDemonstration)
 
 MinibatchOrders = Sequence[Sequence[Sequence[int]]]
 """For each epoch, for each minibatch, the indices of its episodes."""
@@ -220,15 +220,15 @@ class Learner:
         """Accumulate the gradient of the demonstrations. Returns their loss in nats per token."""
         tokens = sum(len(demonstration.response_ids) for demonstration in demonstrations)
         weight = tokens / self.ppo.ptx_coefficient
-        collate = partial(collate_demonstrations, device=self.device)
+        collate = partial(collate_ptx_batch, device=self.device)
         return float(self._backward(demonstrations, weight, [likelihood_objective], collate)) / tokens
 
     def _backward(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[AnyExample],
         weight: float,
-        objectives: Sequence[Objective],
-        collate: Callable[[Sequence[Example]], tuple[Any, ...]],
+        objectives: Sequence[MicrobatchObjective],
+        collate: Callable[[Sequence[AnyExample]], tuple[Any, ...]],
     ) -> Tensor:
         """Accumulate the gradient of this rank's share of the examples.
 

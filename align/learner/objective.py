@@ -25,7 +25,7 @@ from policies.logprobs import token_logprobs_and_entropy
 STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
 """Names of the sums that PPO's objectives return, in order; 0 where an objective has no such term."""
 
-Objective = Callable[..., tuple[Tensor, Tensor]]
+MicrobatchObjective = Callable[..., tuple[Tensor, Tensor]]
 """From the roles and the tensors of a microbatch to the loss, summed over its tokens by their weights, `[]`, and to
 statistics without a gradient that are summed in the same way: PPO's are `[7]`, see `STATISTICS`."""
 
@@ -64,7 +64,7 @@ def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple
     return collate(prompts, responses).to(device), targets
 
 
-def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
+def collate_ptx_batch(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
     """Demonstrations as the tensors of one forward pass."""
     prompts = [demonstration.prompt_ids for demonstration in demonstrations]
     responses = [demonstration.response_ids for demonstration in demonstrations]
@@ -73,7 +73,7 @@ def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], dev
 
 def ppo_objectives(
     roles: Roles, ppo: PpoSettings, policy_loss: PolicyLoss, temperature: float, kl_in_loss: float
-) -> list[Objective]:
+) -> list[MicrobatchObjective]:
     """The objectives of one update, which are differentiated one after another.
 
     Their sum is policy loss + value loss + β·KL - entropy bonus. A critic with its own hidden states has its own
@@ -94,7 +94,7 @@ def ppo_objectives(
     return [of_policy, partial(critic_objective, ppo=ppo)]
 
 
-def summed(objectives: Sequence[Objective]) -> Objective:
+def summed(objectives: Sequence[MicrobatchObjective]) -> MicrobatchObjective:
     """The sum of objectives as one objective."""
 
     def objective(*microbatch: Any) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def policy_objective(
     temperature: float,
     kl_in_loss: float,
 ) -> tuple[Tensor, Tensor]:
-    """The objective of the policy, and of a critic that is a head on its hidden states; see `Objective`.
+    """The objective of the policy, and of a critic that is a head on its hidden states; see `MicrobatchObjective`.
 
     The approximate KL is k3 of the old policy to the new one, from samples of the old one.
     """
@@ -147,7 +147,7 @@ def policy_objective(
 
 
 def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
-    """The objective of a critic that has its own hidden states; see `Objective`.
+    """The objective of a critic that has its own hidden states; see `MicrobatchObjective`.
 
     Raises:
         ValueError: if there is no such critic.
