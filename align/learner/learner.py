@@ -21,8 +21,8 @@ from align.learner.engine import make_deepspeed_engine
 from align.learner.objective import (
     STATISTICS,
     MicrobatchObjective,
-    collate_ptx_batch,
     collate_episodes,
+    collate_ptx_batch,
     likelihood_objective,
     ppo_objectives,
     summed,
