@@ -178,4 +178,5 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "logging_steps": "every step is logged",
     "local_rank": "ranks are Ray actors that align starts: set `learner.ranks`",
 }
-"""Their name: the settings of align, of which the one of the section where the name stands comes first; or a hint."""
+"""Another library's name: the settings of align that correspond to it, or a hint. A message names only those of the
+section in which the name was used, where there are any."""

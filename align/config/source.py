@@ -43,9 +43,9 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 MAX_NODES = 10_000
-"""The most values in a file, each alias counted as everything that it stands for: YAML can grow exponentially."""
+"""Limit on the values in a file, each alias counted in full: nested aliases grow exponentially."""
 MAX_DEPTH = 32
-"""The deepest nesting, well within Python's recursion limit."""
+"""Limit on nesting, well within Python's recursion limit."""
 
 
 class Loader(yaml.SafeLoader):

@@ -64,7 +64,7 @@ def _in_section(section: str, settings: tuple[str, ...]) -> str:
 
 
 def _written_keys(path: Keys, source: Source) -> Keys:
-    """The keys as the user wrote them: in pydantic's path, the kind of a union that it tried stands as a key, too."""
+    """The keys as the user wrote them, without the kinds of unions that pydantic adds to its path."""
     if path[:-1] in source.places or path in source.places:
         return path
     for index in range(1, len(path) - 1):

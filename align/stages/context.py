@@ -97,7 +97,7 @@ class StageContext:
             write_facts(temporary, facts | {"seconds": time.perf_counter() - started})
 
     def sample_sft(self, trunk: Trunk, count: int) -> list[Trajectory]:
-        """Sample responses of the SFT model, the trunk's role `reference`, to this many random training prompts."""
+        """Sample responses of the SFT model, role `reference` of the trunk, to this many random training prompts."""
         prompts = self._training_prompts()
         if not prompts:
             raise UserError("reward.normalise needs prompts: set data.prompts, or reward.normalise to 0")

@@ -134,7 +134,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
 
     Raises:
         Interrupted: A stop was requested; the step is finished and a checkpoint written.
-        Fault: Training cannot go on, as with gradients that are not finite.
+        Fault: Training cannot continue, for example because gradients are not finite.
     """
     remaining = remaining_stages(experiment, run)
     compute_settings(experiment, 1).apply()
