@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch._C._distributed_c10d import HashStore  # torch.distributed has it, but not for type checkers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """A fresh process group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None or deepspeed.comm.comm.cdb is None:

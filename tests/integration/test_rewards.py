@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from align.cli import app
 from align.config.schema import Experiment
@@ -25,13 +24,13 @@ from policies.errors import UserError
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process, write_rows
 
 PROMPTS = [f"User: {i} {i + 1} Assistant:" for i in range(12)]
-EXAMPLES = [
+EXAMPLES: list[dict[str, Any]] = [
     *({"prompt": p, "chosen": " blue.", "rejected": " red dog.", "confidence": 0.8} for p in PROMPTS),
     *({"prompt": p, "responses": [" cat.", " mat.", " red."], "ranks": [2, 1, 2]} for p in PROMPTS),
     *({"prompt": p, "responses": [" cat.", " mat.", " red."], "best": 1} for p in PROMPTS),
     *({"prompt": p, "response": f" {w}.", "rating": i % 3} for i, (p, w) in enumerate(zip(PROMPTS, "abcdefghijkl"))),
 ]  # fmt: skip
-ATTRIBUTE_EXAMPLES = [
+ATTRIBUTE_EXAMPLES: list[dict[str, Any]] = [
     *({"prompt": p, "response": f" {'x' * (i % 5 + 1)}.", "rating": {"kind": i % 3, "brief": -i}}
       for i, p in enumerate(PROMPTS)),
     *({"prompt": p, "chosen": " blue.", "rejected": " red dog.", "attribute": "kind"} for p in PROMPTS),

@@ -63,14 +63,14 @@ def test_a_bos_stands_once_before_the_prompt_and_no_eos_behind_it(tiny_model: Pa
     datasets = load_datasets(Experiment.model_validate(settings))
     tokenizer = AutoTokenizer.from_pretrained(settings["model"]["path"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for mine, theirs in zip(datasets.prompts, plain.prompts, strict=True):
-        assert mine.prompt_ids == (bos, *theirs.prompt_ids)
-    for mine, theirs in zip(datasets.demonstrations, plain.examples, strict=True):
-        assert [*mine.prompt_ids, *mine.response_ids] == [bos, *theirs.prompt_ids, *theirs.response_ids]
-        assert list(mine.response_ids).count(eos) == 1
-    for mine, theirs in zip(datasets.preferences, plain.cases, strict=True):
-        assert mine.prompt_ids == [bos, *theirs.prompt_ids]
-        assert mine.responses_ids == theirs.responses_ids
+    for prompt, without in zip(datasets.prompts, plain.prompts, strict=True):
+        assert prompt.prompt_ids == (bos, *without.prompt_ids)
+    for demonstration, bare in zip(datasets.demonstrations, plain.demonstrations, strict=True):
+        assert [*demonstration.prompt_ids, *demonstration.response_ids] == [bos, *bare.prompt_ids, *bare.response_ids]
+        assert list(demonstration.response_ids).count(eos) == 1
+    for preference, unmarked in zip(datasets.preferences, plain.preferences, strict=True):
+        assert preference.prompt_ids == [bos, *unmarked.prompt_ids]
+        assert preference.responses_ids == unmarked.responses_ids
 
 
 @pytest.mark.slow

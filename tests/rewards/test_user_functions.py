@@ -40,7 +40,8 @@ def test_a_function_of_a_file_is_found_and_called(tmp_path: Path) -> None:
 
 
 def test_a_function_of_a_module_is_found() -> None:
-    assert load_function("math:prod", KEY) is math.prod
+    function: object = load_function("math:prod", KEY)
+    assert function is math.prod
 
 
 def test_the_function_gets_prompts_responses_and_columns() -> None:

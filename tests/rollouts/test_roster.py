@@ -9,6 +9,10 @@ from rollouts.roster import TRANSITIONS, Command, Event, Roster, State, Task, We
 OLD, NEW = WeightsVersion(1, "a"), WeightsVersion(2, "b")
 
 
+def state_of(roster: Roster, worker: int) -> State:
+    return roster.members[worker].state
+
+
 def make_roster(workers: int = 2, weights: WeightsVersion = OLD) -> Roster:
     """Workers that have all loaded these weights at time 0."""
     roster = Roster(timeout=100.0, straggler_factor=4.0)
@@ -83,11 +87,11 @@ def test_a_slow_worker_is_suspect_and_its_chunk_is_also_given_to_another() -> No
     assert r.receive_reply(1, OLD, 1.0) == 1
     assert not r.commands(3.9)
     assert chunks(r.commands(4.1)) == {1: 0}
-    assert r.members[0].state == State.SUSPECT
+    assert state_of(r, 0) == State.SUSPECT
     assert not r.commands(4.2)
     assert r.receive_reply(1, OLD, 5.0) == 0
     assert r.receive_reply(0, OLD, 6.0) is None  # too late: not counted twice
-    assert r.members[0].state == State.HEALTHY
+    assert state_of(r, 0) == State.HEALTHY
 
 
 def test_a_reply_to_an_earlier_batch_does_not_count() -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -227,7 +228,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         }
     )
 )
-def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFactory, values: dict) -> None:
+def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     experiment = Experiment.model_validate(values | {"model": {"path": "1e5"}})
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     dump_experiment(experiment, path)
