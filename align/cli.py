@@ -70,8 +70,10 @@ for _stage in all_stages():
 
 @app.command(name="resume")
 def resume_command(run: Run, overrides: Overrides = None) -> None:
-    """Resume a stopped run from its last complete checkpoint. Settings that do not change what is learned, such as the
-    number of steps or of workers, may be overridden."""
+    """Resume a stopped run from its last complete checkpoint.
+
+    Settings that do not change what is learned, such as the number of steps or of workers, may be overridden.
+    """
     from align.stages.launch import resumed_run
 
     with resumed_run(run, overrides or []) as launch:

@@ -70,7 +70,7 @@ def layout(spec: MethodSpec) -> str:
 
 
 def in_words(support: Support) -> str:
-    """ "no", "yes", or "yes, without dora"."""
+    """Write what a method supports as `no`, `yes`, or `yes, without dora`."""
     if not support.supported:
         return "no"
     return f"yes, {support.condition}" if support.condition else "yes"

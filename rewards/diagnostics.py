@@ -212,8 +212,9 @@ def reliability(difference: Tensor) -> list[dict[str, float]]:
 
 
 def calibration_error(diagram: Sequence[Mapping[str, float]]) -> float:
-    """Expected calibration error: the mean |confidence - accuracy| of a reliability diagram, weighted by pairs
-    (Guo et al. 2017, eq. 3).
+    """Expected calibration error: the mean |confidence - accuracy| of a reliability diagram, weighted by pairs.
+
+    Guo et al. 2017, "On calibration of modern neural networks", eq. 3.
     """
     total = sum(entry["pairs"] for entry in diagram)
     return sum(abs(entry["confidence"] - entry["accuracy"]) * entry["pairs"] for entry in diagram) / total

@@ -51,8 +51,9 @@ class FitSettings(Settings):
 
 
 class EnsembleSettings(Settings):
-    """Several reward models that differ in their initial heads and in the order of the data (Lakshminarayanan et al.
-    2017): where they disagree, none is to be trusted.
+    """Several reward models that differ in their initial heads and in the order of the data.
+
+    Where they disagree, none is to be trusted (Lakshminarayanan et al. 2017).
     """
 
     members: int | None = Field(

@@ -130,11 +130,15 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
+    """How often PPO writes a checkpoint, and how many it keeps."""
+
     every: int = Field(10, ge=1, description="PPO steps between checkpoints")
     keep: int = Field(2, ge=1, description="how many of the latest checkpoints to keep")
 
 
 class TrackingSettings(Settings):
+    """Where metrics and samples go besides the run's folder."""
+
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online where the user is logged in, offline otherwise"
     )
@@ -143,6 +147,8 @@ class TrackingSettings(Settings):
 
 
 class ClusterSettings(Settings):
+    """The Ray cluster, and the CPU threads of each process."""
+
     address: str | None = Field(None, description="a Ray cluster to join; unset: start one on this machine")
     threads: int | None = Field(None, ge=1, description="CPU threads per process; unset: an even share of the cores")
 

@@ -130,7 +130,7 @@ def _slices_of_parameters(vector: Tensor, layout: Layout, group: int, rank: int)
 
 
 def _kinds(part: Part, number: int) -> list[str]:
-    """What a part holds of its N-th tensor: `master`, `state.NAME`, …"""
+    """What a part holds of its N-th tensor: `master`, `state.NAME` and so on."""
     prefix = f"{number}."
     return [name.removeprefix(prefix) for name in part if name.startswith(prefix)]
 

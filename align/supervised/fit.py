@@ -22,7 +22,7 @@ from align.runtime.progress import ProgressBar
 from align.runtime.seeds import seed_for
 from align.runtime.signals import Interrupted, StopRequest
 from align.supervised.trainer import (
-    WEIGHTS,
+    TRAINED_WEIGHTS,
     Collate,
     FitTrainer,
     Objective,
@@ -117,14 +117,14 @@ def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
     """
     done = context.checkpoints / f"done-{context.first}"
     if done.is_dir():
-        read_trained_weights(task.objective, done / WEIGHTS)
+        read_trained_weights(task.objective, done / TRAINED_WEIGHTS)
         return _read_result(done / RESULT)
     state = _train(task, settings, context)
     assert state.best_metric is not None  # the last step is always evaluated
-    read_trained_weights(task.objective, context.checkpoints / BEST / WEIGHTS)
+    read_trained_weights(task.objective, context.checkpoints / BEST / TRAINED_WEIGHTS)
     result = FitResult(state.global_step, state.best_global_step, state.best_metric)
     with new_folder(done) as folder:
-        save_file(trained_weights(task.objective), folder / WEIGHTS)
+        save_file(trained_weights(task.objective), folder / TRAINED_WEIGHTS)
         write_json(folder / RESULT, asdict(result))
     if context.stop.requested:
         raise Interrupted
@@ -250,7 +250,7 @@ class _Monitor(TrainerCallback):
             state.best_metric = loss  # in the Trainer's state, so that checkpoints have it
             state.best_global_step = state.global_step
             with new_folder(self.context.checkpoints / BEST) as folder:
-                save_file(trained_weights(model), folder / WEIGHTS)
+                save_file(trained_weights(model), folder / TRAINED_WEIGHTS)
 
     def is_over(self, state: TrainerState) -> bool:
         """Whether the last step is evaluated, or `patience` evaluations have brought no better held-out loss."""

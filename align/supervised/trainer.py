@@ -17,7 +17,7 @@ from align.runtime.seeds import seed_for
 from align.supervised.trainer_state import read_optimizer, read_random, write_optimizer, write_random
 from policies.files.safe_reading import check_names_and_shapes, read_tensors
 
-WEIGHTS = "model.safetensors"
+TRAINED_WEIGHTS = "model.safetensors"
 """The file of the trained weights in a checkpoint."""
 
 
@@ -87,10 +87,10 @@ class FitTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_weights(self.model), folder / WEIGHTS)
+        save_file(trained_weights(self.model), folder / TRAINED_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        read_trained_weights(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        read_trained_weights(model or self.model, Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
 
     # The Trainer itself would write everything below as pickles.
 

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 from align.config.ppo_settings import CriticSettings
 from align.ppo.checkpoint import read_pending, read_progress, read_states
 from align.runs.checkpoint import MANIFEST, checkpoints, latest, seal
-from align.supervised.trainer import WEIGHTS
+from align.supervised.trainer import TRAINED_WEIGHTS
 from align.supervised.trainer_state import HYPERPARAMETERS, OPTIMIZER, read_optimizer, read_random, read_state
 from policies.errors import UserError
 from policies.files.safe_reading import check_names_and_shapes, read_tensors
@@ -42,7 +42,7 @@ def read_ppo(checkpoint: Path) -> None:
 
 def make_fit_reader(real: Path) -> Read:
     """A function that reads everything a supervised stage reads from a checkpoint, with the optimizer of a real one."""
-    weights = load_file(real / WEIGHTS)
+    weights = load_file(real / TRAINED_WEIGHTS)
     moments = load_file(real / OPTIMIZER)
     groups = json.loads((real / HYPERPARAMETERS).read_text())["groups"]
 
@@ -54,7 +54,7 @@ def make_fit_reader(real: Path) -> Read:
         optimizer = AdamW(parameter_groups, lr=1.0, fused=True)
         scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=9)
         read_state(checkpoint)
-        check_names_and_shapes(read_tensors(checkpoint / WEIGHTS), weights, checkpoint / WEIGHTS)
+        check_names_and_shapes(read_tensors(checkpoint / TRAINED_WEIGHTS), weights, checkpoint / TRAINED_WEIGHTS)
         read_optimizer(checkpoint, optimizer, scheduler)
         read_random(checkpoint)
 
