@@ -15,6 +15,7 @@ from align.supervised.fit import optimizer_steps
 from policies.device import default_device
 from policies.layers import native
 from rewards.schema import FitSettings
+from rewards.terms.function import FunctionTerm
 
 
 def plan_table(experiment: Experiment, datasets: Datasets, stages: list[str]) -> Table:
@@ -41,13 +42,16 @@ def plan_lines(
     Returns:
         Name and text of each line.
     """
+    method = experiment.policy.spec
     lines = [("stages", " → ".join(stages) or "nothing is left to do")]
+    lines.append(("method", f"{method.name}: {method.trains}"))
     if trains_sft(experiment) and "sft" in stages:
         lines.append(("sft", _fit(len(datasets.demonstrations), "demonstration", experiment.sft)))
     if trains_reward(experiment) and "reward" in stages:
         lines.append(("reward", _fit(len(datasets.preferences), "preference example", experiment.reward)))
     if "ppo" in stages:
         lines += _ppo(experiment, datasets, sizes)
+        lines.append(("reward terms", _terms(experiment)))
         lines += _user_functions(experiment)
     lines += _memory(experiment, stages, sizes)
     if default_device().type == "cpu" and native.library() is None:
@@ -90,6 +94,15 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
         ("processes", f"{workers}, {ranks}, {counted(cores(), 'core')}, {counted(threads, 'thread')} each"),
         ("evaluation", counted(len(datasets.prompts_heldout), "held-out prompt")),
     ]
+
+
+def _terms(experiment: Experiment) -> str:
+    """The reward's terms by name, each with its kind and, where it is the user's own, its function."""
+    terms = []
+    for name, term in experiment.reward.terms.items():
+        kind = f"function {term.function}" if isinstance(term, FunctionTerm) else term.model_dump(include={"kind"})["kind"]
+        terms.append(name if name == kind else f"{name} ({kind})")
+    return ", ".join(terms)
 
 
 def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:

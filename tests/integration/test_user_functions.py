@@ -77,4 +77,5 @@ def test_the_plan_and_the_fingerprint_name_the_functions(own: dict[str, Any]) ->
     lines = dict(plan_lines(experiment, load_datasets(experiment), ["ppo"], sizes))
     assert lines["estimator"] == own["ppo"]["estimator"]
     assert lines["policy loss"] == own["ppo"]["policy_loss"]
+    assert lines["reward terms"] == f"short (function {own['reward']['terms']['short']['function']})"
     assert set(user_functions(experiment)) == {"ppo.estimator", "ppo.policy_loss", "reward.terms.short.function"}

@@ -148,7 +148,9 @@ def test_a_method_is_one_added_file(tree: Path, tiny_model: Path, tmp_path: Path
     tables = command(tree, "policies.method_tables")
     assert "| `scaled_embeddings` | scales of the token embeddings | | this test |" in tables
     assert "| `scaled_embeddings` | yes | no | no | no | no | yes | yes | `policies` |" in tables
-    assert "each update sends 128 B" in command(tree, "align", "plan", str(experiment))  # 32 scales in float32
+    plan = command(tree, "align", "plan", str(experiment))
+    assert "each update sends 128 B" in plan  # 32 scales in float32
+    assert "scaled_embeddings: scales of the token embeddings" in plan
     command(tree, "align", "run", str(experiment))
 
     run = tmp_path / "runs" / "tiny"
