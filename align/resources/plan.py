@@ -100,7 +100,9 @@ def _terms(experiment: Experiment) -> str:
     """The reward's terms by name, each with its kind and, where it is the user's own, its function."""
     terms = []
     for name, term in experiment.reward.terms.items():
-        kind = f"function {term.function}" if isinstance(term, FunctionTerm) else term.model_dump(include={"kind"})["kind"]
+        kind = term.model_dump(include={"kind"})["kind"]
+        if isinstance(term, FunctionTerm):
+            kind = f"function {term.function}"
         terms.append(name if name == kind else f"{name} ({kind})")
     return ", ".join(terms)
 
