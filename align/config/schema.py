@@ -20,6 +20,7 @@ class SourceSettings(Settings):
         description="file (JSONL, JSON, CSV, Parquet), folder of such files, or dataset on the hub; or a list of these"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="align's name of a column: its name in the data")
+    subset: str | None = Field(None, description="configuration of a dataset on the hub, such as main of openai/gsm8k")
     split: str = Field("train", description="split of a dataset on the hub")
     limit: int | None = Field(None, ge=1, description="read only the first rows")
 

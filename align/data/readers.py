@@ -64,10 +64,10 @@ def _check_columns(rows: list[SourceRow], source: SourceSettings) -> None:
 
 def _rows(source: SourceSettings) -> Iterator[SourceRow]:
     for path in [source.path] if isinstance(source.path, str) else source.path:
-        yield from _rows_of(path, source.split)
+        yield from _rows_of(path, source.subset, source.split)
 
 
-def _rows_of(name: str, split: str) -> Iterator[SourceRow]:
+def _rows_of(name: str, subset: str | None, split: str) -> Iterator[SourceRow]:
     try:
         path = Path(name).expanduser()
         is_folder = path.is_dir()
@@ -80,7 +80,7 @@ def _rows_of(name: str, split: str) -> Iterator[SourceRow]:
     elif is_file:
         files = [path]
     elif _may_be_on_the_hub(name):
-        yield from _read_hub(name, split)
+        yield from _read_hub(name, subset, split)
         return
     else:
         raise UserError(f"{path} does not exist")
@@ -184,14 +184,12 @@ def _read_parquet(path: Path) -> Iterator[SourceRow]:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
-def _read_hub(name: str, split: str) -> Iterator[SourceRow]:
+def _read_hub(name: str, subset: str | None, split: str) -> Iterator[SourceRow]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
-    except (
-        Exception
-    ) as error:  # wrong name, no network, wrong split: each of the hub's libraries has its own exceptions
+        rows = load_dataset(name, subset, split=split)
+    except Exception as error:  # wrong name, subset or split, no network: each library has exceptions of its own
         reason = first_line(error)
         raise UserError(f"{name} is not a local file and cannot be loaded from the hub: {reason}") from None
     for number, values in enumerate(rows, start=1):

@@ -7,8 +7,9 @@ sentences with their label as a rating, the sentences that experiments/reviews u
 rankings of four solutions to a problem, correct ones above wrong ones (GSM8K).
 
 With --data or ALIGN_DATA, a folder with `hh/harmless.jsonl`, `reviews/sentences.jsonl` and `gsm8k/solutions.jsonl`,
-everything comes from files. Without it, pairs and sentences come from the hub, and rankings are left out: their source,
-`example_model_solutions.jsonl` of github.com/openai/grade-school-math, is not on the hub.
+everything comes from files. Without it, everything comes from the hub. The solutions of four models, `solutions.jsonl`
+of github.com/openai/grade-school-math, are not there: in their place, the solution of a problem of `openai/gsm8k` is
+ranked above those of three other problems.
 """
 
 import argparse
@@ -29,6 +30,9 @@ HELDOUT_SHARE = 0.1
 HUB_SENTENCES = "cornell-movie-review-data/rotten_tomatoes"
 HUB_PAIRS = "Anthropic/hh-rlhf"
 HUB_PAIRS_FOLDER = "harmless-base"
+HUB_PROBLEMS = "openai/gsm8k"
+RANKED_PROBLEMS = 544
+"""As many rankings as the solutions of four models give."""
 
 Row = Mapping[str, Any]
 
@@ -66,14 +70,19 @@ def from_folder(folder: Path) -> dict[str, Sequence[Row]]:
 
 
 def from_hub() -> dict[str, Sequence[Row]]:
-    """The rows of every file by its name but `solutions`, from the hub."""
-    print("no ALIGN_DATA: data from the hub, without the rankings of solutions", file=sys.stderr)
-    return {"harmless": hub_pairs(), **split_ratings(read(HUB_SENTENCES))}
+    """The rows of every file by its name, from the hub."""
+    print("no ALIGN_DATA: data from the hub", file=sys.stderr)
+    problems = read(HUB_PROBLEMS, subset="main")
+    return {
+        "harmless": hub_pairs(),
+        **split_ratings(read(HUB_SENTENCES)),
+        "solutions": rankings_of_one_solution(problems[:RANKED_PROBLEMS]),
+    }
 
 
-def read(path: str) -> list[Row]:
+def read(path: str, subset: str | None = None) -> list[Row]:
     """All rows of a file or a hub data set."""
-    return [row.values for row in read_rows(SourceSettings(path=path))]
+    return [row.values for row in read_rows(SourceSettings(path=path, subset=subset))]
 
 
 def hub_pairs() -> list[Row]:
@@ -108,6 +117,17 @@ def rankings(problems: Iterable[Row]) -> Iterator[Row]:
             responses = [solution["solution"] for solution in solutions]
             ranks = [1 if is_correct else 2 for is_correct in correct]
             yield {"prompt": f"{problem['question']}\n", "responses": responses, "ranks": ranks}
+
+
+def rankings_of_one_solution(problems: Sequence[Row]) -> list[Row]:
+    """A ranking per problem: its own solution above those of the three problems that follow it."""
+    rows = []
+    for i, problem in enumerate(problems):
+        others = [problems[(i + step) % len(problems)]["answer"] for step in (1, 2, 3)]
+        rows.append(
+            {"prompt": f"{problem['question']}\n", "responses": [problem["answer"], *others], "ranks": [1, 2, 2, 2]}
+        )
+    return rows
 
 
 if __name__ == "__main__":

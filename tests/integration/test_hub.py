@@ -33,9 +33,9 @@ def cache_model(home: Path, owner: str, name: str, folder: Path) -> None:
     (repository / "refs" / "main").write_text(REVISION)
 
 
-def cache_data_set(home: Path, owner: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
+def cache_data_set(home: Path, owner: str, name: str, rows: Sequence[dict[str, Any]], subset: str = "default") -> None:
     """Lay a data set out as `datasets` does once it has prepared it; offline it reads nothing else."""
-    folder = home / "datasets" / f"{owner}___{name}" / "default" / "0.0.0" / REVISION
+    folder = home / "datasets" / f"{owner}___{name}" / subset / "0.0.0" / REVISION
     folder.mkdir(parents=True)
     table = pa.Table.from_pylist(list(rows))
     with pa.OSFile(str(folder / f"{name}-train.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
@@ -44,7 +44,7 @@ def cache_data_set(home: Path, owner: str, name: str, rows: Sequence[dict[str, A
     split = {"name": "train", "num_bytes": 1, "num_examples": len(rows), "dataset_name": name}
     info = {
         "dataset_name": name,
-        "config_name": "default",
+        "config_name": subset,
         "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
         "features": features,
         "splits": {"train": split},
@@ -106,6 +106,24 @@ def test_a_wrong_hub_name_is_one_message(
 
 def test_a_wrong_split_is_one_message(hub: Path, from_the_hub: dict[str, Any], tmp_path: Path) -> None:
     from_the_hub["data"]["prompts"]["split"] = "validation"
+    ended = align(hub, "plan", from_the_hub, tmp_path)
+    assert ended.returncode == 2
+    assert "owner/prompts" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_subset_is_read_by_its_name(hub: Path, from_the_hub: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"question": f"User: count to {i}. Assistant:", "answer": str(i)} for i in range(10)]
+    cache_data_set(hub, "owner", "several", rows, subset="main")
+    cache_data_set(hub, "owner", "several", rows[:4], subset="other")
+    from_the_hub["data"]["prompts"] |= {"path": "owner/several", "subset": "main"}
+    ended = align(hub, "plan", from_the_hub, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "9 prompts" in ended.stdout  # and one held out
+
+
+def test_a_wrong_subset_is_one_message(hub: Path, from_the_hub: dict[str, Any], tmp_path: Path) -> None:
+    from_the_hub["data"]["prompts"]["subset"] = "nowhere"
     ended = align(hub, "plan", from_the_hub, tmp_path)
     assert ended.returncode == 2
     assert "owner/prompts" in ended.stderr
