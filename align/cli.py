@@ -83,11 +83,11 @@ def resume_command(run: Run, overrides: Overrides = None) -> None:
 @app.command(name="plan")
 def plan_command(experiment: File, overrides: Overrides = None) -> None:
     """Show what a run would do and need, without starting it."""
+    settings = _load(experiment, overrides)  # first: a mistake in the file is reported before torch is imported
     from align.resources.plan import plan_table
     from align.runs.folder import folder_of
     from align.stages.pipeline import load_datasets, remaining_stages
 
-    settings = _load(experiment, overrides)
     stages = remaining_stages(settings, folder_of(settings))
     console.print(plan_table(settings, load_datasets(settings), stages))
 
