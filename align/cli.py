@@ -42,9 +42,9 @@ Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing
 @app.command(name="run")
 def run_command(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
     """Run all stages of an experiment."""
+    settings = _load(experiment, overrides)  # first: a mistake in the file is reported before torch is imported
     from align.runs.folder import folder_of, refuse_run
 
-    settings = _load(experiment, overrides)
     if not replace:
         refuse_run(folder_of(settings))
     _begin(settings, all_stages())
@@ -54,9 +54,9 @@ def _add_stage_command(stage: Stage) -> None:
     """`align STAGE`: one stage, on top of what the run already has."""
 
     def command(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+        settings = _load(experiment, overrides).model_copy(update={"stages": [stage.name]})
         from align.runs.folder import folder_of, refuse_stage
 
-        settings = _load(experiment, overrides).model_copy(update={"stages": [stage.name]})
         if not replace:
             refuse_stage(folder_of(settings), stage.name)
         _begin(settings, stages_from(stage.name))
@@ -83,7 +83,7 @@ def resume_command(run: Run, overrides: Overrides = None) -> None:
 @app.command(name="plan")
 def plan_command(experiment: File, overrides: Overrides = None) -> None:
     """Show what a run would do and need, without starting it."""
-    settings = _load(experiment, overrides)  # first: a mistake in the file is reported before torch is imported
+    settings = _load(experiment, overrides)
     from align.resources.plan import plan_table
     from align.runs.folder import folder_of
     from align.stages.pipeline import load_datasets, remaining_stages
