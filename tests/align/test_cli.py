@@ -1,7 +1,9 @@
 """What the command sets up before it does anything."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +23,17 @@ def test_large_pages_are_requested_unless_the_user_has_set_the_variable(
     with pytest.raises(SystemExit):
         main()
     assert os.environ[NAME] == expected
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "sft"])
+def test_a_mistake_in_the_file_is_reported_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: m}\nppo: {step: 3}\n")
+    code = (
+        "import atexit, sys\nfrom align.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"sys.argv = ['align', '{command}', 'x.yaml']\nmain()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "x.yaml:3: ppo.step" in ended.stderr
+    assert ended.stdout.strip() == "False"
