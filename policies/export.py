@@ -15,12 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from policies.build import build_trunk
 from policies.device import default_device
 from policies.errors import UserError
 from policies.files.adapters import CONFIG, WEIGHTS, load_adapter, load_head
 from policies.files.base_model import load_base
 from policies.files.safe_reading import NO_CODE, SAFE
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 

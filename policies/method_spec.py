@@ -1,17 +1,15 @@
 """What an adaptation method is, and the registry that finds all of them.
 
-A method is one file in `policies/methods` that assigns a `MethodSpec` to `SPEC`; the file has the method's name.
-Validation, files, export, the memory plan and the tables in docs/methods.md ask the spec for all that depends on the
-method, so that a new method needs no change anywhere else.
+A method is one file in `policies/methods` that assigns a `MethodSpec` to `SPEC`; the file has the method's name. Its
+trunk is in a file whose name ends in `_trunk`. Validation, saving, export, the memory plan and the tables of
+docs/methods.md read the spec for all that depends on the method, so that a new one needs no change anywhere else.
 """
 
 import pkgutil
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +17,8 @@ if TYPE_CHECKING:
     from policies.schema import PolicySettings
 
 PACKAGE = "policies.methods"
-ASSIGNS_SPEC = re.compile(r"^SPEC\b", re.MULTILINE)
+TRUNK_SUFFIX = "_trunk"
+"""Modules whose names end in it are no methods. They import torch, which the validation of settings must not."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,15 @@ class Support:
     """Whether a method works with an option, and under which condition.
 
     Attributes:
-        supported: whether it does at all.
-        without: names of settings of `policy` that must keep their defaults for it.
+        supported: Whether it does at all.
+        without: Settings of `policy` that must keep their defaults for it.
     """
 
     supported: bool
     without: tuple[str, ...] = ()
 
     def allows(self, policy: "PolicySettings") -> bool:
-        """Whether a policy of the method works with the option as it is set."""
+        """Whether the option works with these settings of the method."""
         return self.supported and all(policy.is_default(name) for name in self.without)
 
     @property
@@ -50,27 +49,27 @@ NO = Support(False)
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
-    """One adaptation method: where its code is, what it reads and writes, and what it works with.
+    """One adaptation method: what it trains, where its code is, and what it works with.
 
     Attributes:
-        name: what `policy.method` says; also the name of the file.
-        trains: what each role has of its own, in a few words.
-        source: the papers, as "Author year", separated by semicolons.
-        trunk: its trunk as "module:Class", imported when a trunk is built, so that validation needs no torch.
-        reads: the settings of `policy` that it reads besides `method`.
-        peft_type: what `adapter_config.json` calls it; empty where a role is saved as a complete model.
+        name: Value of `policy.method`; also the name of the file.
+        trains: What is trained for each role, in a few words.
+        trunk: Its trunk as "module:Class"; imported only when a trunk is built, so that validation needs no torch.
+        source: The papers, as "Author year", separated by semicolons.
+        reads: The settings of `policy` that it reads besides `method`.
+        peft_type: Its `peft_type` in `adapter_config.json`; empty where a role is saved as a complete model.
         peft_config: "module:function" that makes PEFT's config of a saved adapter from the settings, the base's name
             and the adapter's weights; empty where PEFT does not have the method.
-        saved_settings: names of settings that a saved adapter must agree with, and their names in its file.
-        prompt_kind: what its virtual tokens are; None where it trains no soft prompt.
-        shares_base: whether the roles share one frozen base; otherwise each is a complete model.
-        four_bits: whether the base's linear layers are quantised to four bits.
-        below_float32: whether `model.dtype` may be coarser than float32.
-        merges_for_sampling: whether `rollouts.merge` makes a copy of the weights with the adapter in it.
-        merges_at_export: whether `export --merge` can write it into the base's weights.
-        vllm: whether vLLM can swap its adapters.
-        zero3: whether ZeRO stage 3 can shard its trunk.
-        checkpointing_conflict: why `model.gradient_checkpointing` does not work with it, and what to use instead; empty
+        saved_settings: Settings that a saved adapter must agree with, and their names in `adapter_config.json`.
+        prompt_kind: What its virtual tokens are; None for a method without a soft prompt.
+        shares_base: Whether the roles share one frozen base; otherwise each is a complete model.
+        four_bits: Whether the base's linear layers are quantised to four bits.
+        below_float32: Whether `model.dtype` may be of lower precision than float32.
+        merges_for_sampling: Whether `rollouts.merge` can decode with a copy of the weights that contains the adapter.
+        merges_at_export: Whether `export --merge` can write the adapter into the base's weights.
+        vllm: Whether vLLM can swap its adapters.
+        zero3: Whether ZeRO stage 3 can shard its trunk.
+        checkpointing_conflict: Why `model.gradient_checkpointing` does not work with it, and what to use instead; empty
             where it does.
     """
 
@@ -98,26 +97,36 @@ class MethodSpec:
         return bool(self.peft_config)
 
     def load_trunk(self) -> Any:
-        """Import the class of the trunk."""
+        """Import the trunk's class, a subclass of `policies.trunk.Trunk`."""
         return pkgutil.resolve_name(self.trunk)
 
     def load_peft_config(self) -> Any:
-        """Import the function that makes PEFT's config."""
+        """Import the function that `peft_config` names."""
         return pkgutil.resolve_name(self.peft_config)
 
 
 @cache
 def methods() -> Mapping[str, MethodSpec]:
-    """All methods by name, in alphabetical order. Raises ValueError where a method is not named as its file."""
-    folder = Path(str(import_module(PACKAGE).__path__[0]))
+    """All methods by name, in alphabetical order.
+
+    Raises:
+        ValueError: A module has no `SPEC`, or is not named as its method.
+    """
     registry: dict[str, MethodSpec] = {}
-    for path in sorted(folder.glob("*.py")):
-        if not ASSIGNS_SPEC.search(path.read_text(encoding="utf-8")):
-            continue  # a trunk's module; it imports torch, which validation of settings must not
-        spec: MethodSpec = import_module(f"{PACKAGE}.{path.stem}").SPEC
-        if spec.name != path.stem:
-            raise ValueError(f"{path}: SPEC.name is {spec.name!r}, but must be the name of the file, {path.stem!r}")
-        registry[spec.name] = spec
+    package = import_module(PACKAGE)
+    for name in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        if name.endswith(TRUNK_SUFFIX):
+            continue
+        module = import_module(f"{PACKAGE}.{name}")
+        spec = getattr(module, "SPEC", None)
+        if not isinstance(spec, MethodSpec):
+            raise ValueError(
+                f"{module.__file__} does not assign a MethodSpec to SPEC, as the file of a method must; the name of a "
+                f"trunk's file ends in {TRUNK_SUFFIX}"
+            )
+        if spec.name != name:
+            raise ValueError(f"{module.__file__}: SPEC.name is {spec.name!r}, but must be {name!r}, the file's name")
+        registry[name] = spec
     return MappingProxyType(registry)
 
 
@@ -125,7 +134,7 @@ def supporting(option: str) -> str:
     """The methods that work with an option, each with its condition: "bottleneck, full or lora without dora and init".
 
     Args:
-        option: a field of `MethodSpec` that is a `Support`.
+        option: Name of a field of `MethodSpec` that is a `Support`.
     """
     names: list[str] = []
     for spec in methods().values():

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from policies.build import build_trunk
 from policies.files.adapters import tensor_digests, weights_digest
 from policies.files.base_model import load_tokenizer, stop_ids
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.decoding import Decoder

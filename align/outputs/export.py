@@ -67,7 +67,7 @@ def export_run(
             source = policy_folder(run)
             difference = export_adapter(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             if not policy.spec.in_peft:
-                notes = ["", "PEFT does not have this method: `policies.methods.build.build_trunk` loads the adapter."]
+                notes = ["", "PEFT does not have this method: `policies.build.build_trunk` loads the adapter."]
         (folder / "README.md").write_text(model_card(experiment, run, product, notes))
     return Exported(product, difference)
 

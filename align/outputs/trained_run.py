@@ -21,10 +21,10 @@ from align.runtime.seeds import seed_for
 from align.scoring.build import REWARD_STATE, build_scorers
 from align.stages.pipeline import load_datasets
 from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
+from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
-from policies.methods.build import build_trunk
 from policies.text.tokenization import Prompt, decode_response, encode_prompt, encode_response
 from rewards.classifier import Classifier
 from rollouts.engine import Engine, Sampling

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from align.config.schema import Experiment
 from align.data.datasets import trains_reward, trains_sft
+from policies.build import make_trunk
 from policies.files.base_model import load_model_config
-from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import members_in
 from rewards.terms.classifier import ClassifierTerm

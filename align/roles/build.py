@@ -9,8 +9,8 @@ from torch import Tensor
 from align.config.ppo_settings import CriticSettings
 from align.roles.roles import Critic, Roles
 from align.runtime.seeds import seed_for
+from policies.build import build_trunk
 from policies.heads import ScalarHead
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rewards.model import role_of
@@ -21,8 +21,8 @@ class RewardRole:
     """A reward model on the shared base model: one member of the ensemble.
 
     Attributes:
-        adapter: its adapter.
-        heads: weights of its heads: of the whole score first, then of each attribute.
+        adapter: Its adapter.
+        heads: Weights of its heads: of the whole score first, then of each attribute.
     """
 
     adapter: AdapterWeights
@@ -34,11 +34,11 @@ class Blueprint:
     """All that a process needs to build the roles. It is sent to the learner's ranks.
 
     Attributes:
-        model: settings of the base model.
-        policy: settings of the adapters.
-        seed: of the run.
-        reference: the SFT adapter; None: the base model as it is.
-        rewards: the members of the reward model on the base model; empty where the reward comes from elsewhere.
+        model: Settings of the base model.
+        policy: Settings of the adapters.
+        seed: Of the run.
+        reference: The SFT adapter; None: the base model as it is.
+        rewards: The members of the reward model on the base model; empty where the reward comes from elsewhere.
     """
 
     model: ModelSettings
@@ -57,9 +57,9 @@ def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles
     head of a critic on the policy's states, or of one with another base model.
 
     Args:
-        blueprint: what to build from.
-        critic: settings of the critic; None for no critic.
-        extra_roles: get an adapter each.
+        blueprint: What to build from.
+        critic: Settings of the critic; None for no critic.
+        extra_roles: Get an adapter each.
     """
     torch.manual_seed(seed_for(blueprint.seed, "adapters"))
     sources = {"reference": blueprint.reference, "policy": blueprint.reference}

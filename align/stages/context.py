@@ -18,9 +18,9 @@ from align.runtime.atomic_files import new_folder
 from align.runtime.seeds import permutation, seed_for
 from align.runtime.signals import StopRequest
 from align.supervised.fit import FitContext, optimizer_steps
+from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
-from policies.methods.build import build_trunk
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory

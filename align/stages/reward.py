@@ -25,9 +25,9 @@ from align.supervised.reward_objective import (
     should_share_prompts,
 )
 from align.supervised.sft_objective import SFT_ROLE
+from policies.build import build_trunk
 from policies.files.adapters import load_adapter
 from policies.heads import ScalarHead
-from policies.methods.build import build_trunk
 from policies.schema import PolicySettings
 from policies.text.tokenization import Prompt, decode_response
 from policies.trunk import Trunk

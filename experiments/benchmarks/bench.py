@@ -29,11 +29,11 @@ from peer import make_peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align.runtime.seeds import seed_for
+from policies.build import make_trunk
 from policies.device import fast_dtype
 from policies.export import export_merged
 from policies.files.base_model import load_base
 from policies.heads import ScalarHead
-from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import REWARD_ROLE, RewardModel
 

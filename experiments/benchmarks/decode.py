@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from align.config.load import load_experiment
 from align.config.schema import Experiment
 from align.data.readers import read_rows
+from policies.build import build_trunk
 from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer, stop_ids
-from policies.methods.build import build_trunk
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request

@@ -31,12 +31,12 @@ from align.data.parsing import parse_prompt, parse_rows
 from align.data.readers import read_rows
 from align.runtime.seeds import seed_for
 from policies.batching import collate
+from policies.build import build_trunk
 from policies.export import export_merged, export_reward
 from policies.files.adapters import load_adapter
 from policies.files.base_model import stop_ids
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings
 from policies.text.tokenization import encode_prompt
 from policies.trunk import AdapterWeights

@@ -14,8 +14,8 @@ from inputs import add_model, require_model
 from peft import get_peft_model
 from torch import Tensor
 
+from policies.build import build_trunk
 from policies.files.base_model import load_base
-from policies.methods.build import build_trunk
 from policies.methods.lora_trunk import lora_config
 from policies.schema import ModelSettings
 

@@ -19,8 +19,8 @@ from inputs import add_model, require_model, require_paths
 from torch import Tensor
 
 from policies.batching import collate
+from policies.build import build_trunk
 from policies.files.base_model import load_tokenizer
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings
 from policies.trunk import Trunk
 

@@ -21,8 +21,8 @@ from memory import make_small
 
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
+from policies.build import build_trunk
 from policies.device import ComputeSettings
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
 from rollouts.ray_pool import PoolSettings, RayPool

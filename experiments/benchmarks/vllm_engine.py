@@ -16,8 +16,8 @@ from statistics import median
 import torch
 from inputs import add_model, require_model, require_paths
 
+from policies.build import build_trunk
 from policies.files.base_model import load_tokenizer
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
 from rollouts.engine import Sampling

@@ -22,9 +22,9 @@ from align.runtime.quiet import quiet_libraries
 from align.runtime.signals import StopRequest
 from align.supervised.fit import FitContext, FitTask, fit
 from align.supervised.reward_objective import RewardObjective, collate_separate, collate_shared, should_share_prompts
+from policies.build import build_trunk
 from policies.files.base_model import load_tokenizer
 from policies.heads import ScalarHead
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import REWARD_ROLE, RewardModel
 from rewards.objective import PreferenceLoss

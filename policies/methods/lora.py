@@ -1,8 +1,8 @@
 """LoRA: low-rank matrices beside the base's linear layers.
 
 Hu et al. 2021, "LoRA: low-rank adaptation of large language models". Its variants are settings: `rslora` (Kalajdzievski
-2023), `dora` (Liu et al. 2024), `init: pissa` (Meng et al. 2024, see `lora_init.py`), `lora_plus` (Hayou et al. 2024).
-The trunk is in `lora_trunk.py`, the forward pass of a layer in `policies/layers/lora.py`.
+2023), `dora` (Liu et al. 2024), `init: pissa` (Meng et al. 2024; `policies/lora_init.py`) and `lora_plus` (Hayou et al.
+2024). The trunk is in `lora_trunk.py`, the forward pass of a layer in `policies/layers/lora.py`.
 """
 
 from policies.method_spec import MethodSpec, Support

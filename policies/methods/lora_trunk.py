@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from policies.layers.decode_step import DecodeStep
 from policies.layers.lora import LoraForward, join_siblings
+from policies.lora_init import hold_principal, write_loftq, write_pissa
 from policies.methods.layer_adapter_trunk import PeftTrunk
-from policies.methods.lora_init import hold_principal, write_loftq, write_pissa
 from policies.probes import states_agree
 from policies.schema import PolicySettings
 

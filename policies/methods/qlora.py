@@ -1,7 +1,7 @@
 """QLoRA: LoRA on linear layers that are quantised to four bits.
 
-Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs". See `files/quantization.py`;
-`init: loftq` (Li et al. 2023) is in `lora_init.py`.
+Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs". See `policies/files/quantization.py`;
+`init: loftq` (Li et al. 2023) is in `policies/lora_init.py`.
 """
 
 from policies.method_spec import MethodSpec

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from policies.methods.build import make_trunk
+from policies.build import make_trunk
 from policies.schema import PolicySettings
 from tests.integration.tiny_run import ENVIRONMENT
 

@@ -9,9 +9,9 @@ from typer.testing import CliRunner, Result
 
 from align.cli import app
 from policies.averaging import average_adapters
+from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.adapters import CONFIG, load_adapter, load_head, save_adapter, save_head
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 
 Adapters = tuple[list[Path], list[dict[str, Tensor]]]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from policies.build import make_trunk
 from policies.export import export_merged
 from policies.files.adapters import save_adapter
 from policies.files.base_model import load_base
-from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from policies.batching import collate
+from policies.build import build_trunk
 from policies.errors import UserError
 from policies.export import export_adapter, export_merged
 from policies.files.adapters import save_adapter
 from policies.logprobs import token_logprobs
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from policies.batching import collate
+from policies.build import make_trunk
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
 from policies.logprobs import token_logprobs
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from tests.policies.gradients import flat_gradients

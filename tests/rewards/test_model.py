@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from policies.batching import collate, collate_shared_prompts
+from policies.build import make_trunk
 from policies.errors import UserError
 from policies.files.adapters import load_adapter, load_head
 from policies.heads import ScalarHead
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from rewards.model import RewardModel, load_heads, read_heads
 

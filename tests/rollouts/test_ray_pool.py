@@ -14,9 +14,9 @@ import torch
 
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
+from policies.build import build_trunk
 from policies.device import ComputeSettings
 from policies.errors import UserError
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
 from rollouts.async_rollouts import AsyncRollouts, PartialRollouts

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from policies.methods.build import make_trunk
+from policies.build import make_trunk
 from policies.schema import PolicySettings
 from rollouts.engine import Sampling
 from rollouts.schema import RolloutSettings

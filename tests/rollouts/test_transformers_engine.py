@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
+from policies.build import make_trunk
 from policies.files.adapters import tensor_digests, weights_digest
 from policies.layers.decode_step import DecodeStep
-from policies.methods.build import make_trunk
 from policies.methods.lora_trunk import lora_config
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("vllm")
 
+from policies.build import build_trunk
 from policies.files.adapters import tensor_digests, weights_digest
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
 from rollouts.build import build_engine

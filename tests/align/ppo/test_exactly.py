@@ -33,11 +33,11 @@ from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
 from align.scoring.build import build_scorers
 from align.stages.pipeline import load_datasets
+from policies.build import make_trunk
 from policies.device import ComputeSettings
 from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer, stop_ids
 from policies.heads import ScalarHead
-from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling

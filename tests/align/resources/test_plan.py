@@ -11,11 +11,11 @@ from align.config.stage import stage_names
 from align.data.datasets import Datasets, read_datasets
 from align.resources.memory import measure
 from align.resources.plan import plan_lines, plan_table
+from policies.build import make_trunk
 from policies.files.adapters import save_adapter
 from policies.files.base_model import load_base
 from policies.heads import ScalarHead
 from policies.layers import native
-from policies.methods.build import make_trunk
 from policies.schema import ModelSettings, PolicySettings
 from tests.integration.tiny_run import make_settings
 

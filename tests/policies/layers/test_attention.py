@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
+from policies.build import make_trunk
 from policies.layers import attention, native
 from policies.layers.attention import ATTENTION_NAME, MAX_KERNEL_SIZE, _PackedAttention
 from policies.layers.packing import cu_seqlens_of
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 
 SHAPES = [([7, 7, 7], 4, 2, 8), ([1], 8, 8, 4), ([130, 13], 6, 1, 40), ([5, 33, 1, 16, 17, 32], 2, 2, 64)]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from policies.build import make_trunk
 from policies.layers.decode_step import DecodeStep
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
 from rollouts.kv_cache import make_cache

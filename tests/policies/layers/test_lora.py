@@ -9,8 +9,8 @@ from peft.tuners import lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from policies.build import make_trunk
 from policies.layers.lora import LoraForward, _LoraLinear
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
 from tests.policies.gradients import flat_gradients, gradient

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from policies import probes
+from policies.build import make_trunk
 from policies.layers.attention import MAX_KERNEL_SIZE
 from policies.layers.packing import MAX_LENGTH_RATIO, PackedSequences, PaddedBlock
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from policies.trunk import Trunk
 from tests.policies.gradients import flat_gradients

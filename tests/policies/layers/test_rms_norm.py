@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from policies.build import make_trunk
 from policies.layers import native
 from policies.layers.rms_norm import RmsNormForward, _RmsNorm
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from tests.policies.gradients import gradient
 

@@ -9,9 +9,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from policies.build import make_trunk
 from policies.layers import rotary
 from policies.layers.rotary import RotaryAttentionForward, _Rotation, apply_rotary, install_rotary
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 
 SIZES = {

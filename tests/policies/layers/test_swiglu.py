@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from policies.build import make_trunk
 from policies.layers import native
 from policies.layers.swiglu import SwigluForward, _Swiglu
-from policies.methods.build import make_trunk
 from policies.schema import PolicySettings
 from tests.policies.gradients import gradient
 

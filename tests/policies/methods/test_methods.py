@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from policies.batching import collate
+from policies.build import build_trunk
 from policies.errors import UserError
 from policies.export import export_adapter, export_merged, export_reward
 from policies.files.adapters import PROMPT, load_adapter, save_adapter, save_head
@@ -20,7 +21,6 @@ from policies.files.base_model import load_base
 from policies.files.quantization import dequantise
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
-from policies.methods.build import build_trunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
@@ -131,7 +131,7 @@ def test_the_engine_samples_what_the_learner_scores(name: str, tiny_model: Path)
 LOAD = """
 import sys, torch
 from policies.files.adapters import load_adapter
-from policies.methods.build import build_trunk
+from policies.build import build_trunk
 from policies.schema import ModelSettings
 from tests.policies.methods.test_methods import METHODS, logits
 torch.set_num_threads(1)
