@@ -1,6 +1,6 @@
-"""Rewards and advantages: pure functions of the numbers of one response, or of all responses of a batch.
+"""Rewards and advantages: pure functions of the values of one response, or of all responses of a batch.
 
-Letters in shapes: T tokens of one response, N numbers of a batch (of all its tokens, or one per response).
+Shapes: T tokens of one response, N values of a batch (one per token, or one per response).
 """
 
 import torch
@@ -13,12 +13,12 @@ def token_rewards(score: float, kl: Tensor, coefficient: float) -> Tensor:
     r_t = -β·KL_t + [t = T-1]·score                                         Ziegler et al. 2019, eq. 2
 
     Args:
-        score: of the complete response.
-        kl: `[T]` float32, estimate of the KL to the reference at each token, in nats.
+        score: Score of the complete response.
+        kl: `[T]` float32, the estimated KL to the reference at each token, in nats.
         coefficient: β, in units of the score per nat.
 
     Returns:
-        `[T]` float32; `kl` stays as it is.
+        `[T]` float32; `kl` is not modified.
     """
     rewards = -coefficient * kl
     rewards[-1] += score
@@ -34,30 +34,30 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tup
         rewards: `[T]` float32.
         values: `[T + 1]` float32, before each token and after the last; the last is 0 where the response is terminal,
             and the critic's value where it was truncated and would have continued.
-        gamma: discount per token.
+        gamma: Discount per token.
         gae_lambda: λ; 1 gives the discounted return minus the value, 0 the one-step advantage.
 
     Returns:
         Advantages and returns, both `[T]` float32.
     """
-    deltas = (rewards + gamma * values[1:] - values[:-1]).tolist()
+    deltas = (rewards + gamma * values[1:] - values[:-1]).tolist()  # [T]
     advantage = 0.0
-    from_the_end = []
+    reversed_advantages = []
     for delta in reversed(deltas):
         advantage = delta + gamma * gae_lambda * advantage
-        from_the_end.append(advantage)
-    advantages = torch.tensor(from_the_end[::-1], dtype=torch.float32)
+        reversed_advantages.append(advantage)
+    advantages = torch.tensor(reversed_advantages[::-1], dtype=torch.float32)  # [T]
     return advantages, advantages + values[:-1]
 
 
 def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of the current and all later rewards: R_t = Σ_k γ^k r_{t+k}.
+    """Discounted sum of the current reward and all later ones: R_t = Σ_k γ^k r_{t+k}.
 
     Whitened over the batch it is the advantage of REINFORCE++                        Hu 2025, eq. 5 and 6
 
     Args:
         rewards: `[T]` float32.
-        gamma: discount per token.
+        gamma: Discount per token.
 
     Returns:
         `[T]` float32.
@@ -106,15 +106,15 @@ def scale_rewards(rewards: Tensor) -> Tensor:
 
 
 def whiten(advantages: Tensor) -> Tensor:
-    """Shift and scale numbers to mean 0 and (population) standard deviation 1.
+    """Shift and scale values to mean 0 and (population) standard deviation 1.
 
     Args:
         advantages: `[N]`, of any floating dtype.
 
     Returns:
-        `[N]` float32; zeros where there is only one number or all are equal.
+        `[N]` float32; zeros where there is only one value or all are equal.
     """
-    # In float32 the mean of equal numbers may be off by a rounding error, which the division would amplify.
+    # In float32 the mean of equal values may be off by a rounding error, which the division would amplify.
     exact = advantages.double()
     centred = exact - exact.mean()
     return (centred / (centred.square().mean().sqrt() + 1e-8)).float()

@@ -1,4 +1,4 @@
-"""Episodes: what the learner trains on, made of sampled and scored responses."""
+"""Episodes: what the learner trains on, built from sampled and scored responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ class Episode:
     """One response of T tokens with its targets. Tensors are `[T]` float32, on the CPU, without padding.
 
     Attributes:
-        prompt_ids: tokens of the prompt.
-        response_ids: the T tokens of the response.
-        old_logprobs: under the policy before the update, in nats.
-        reference_logprobs: under the reference, in nats.
-        advantages: whitened over the batch if the settings say so, then multiplied by the truncated importance weights:
+        prompt_ids: Tokens of the prompt.
+        response_ids: The T tokens of the response.
+        old_logprobs: Log-probabilities of the response under the policy before the update, in nats.
+        reference_logprobs: The same under the reference.
+        advantages: Whitened over the batch if the settings say so, then multiplied by the truncated importance weights:
             the policy loss is homogeneous in the advantages, so this weights the loss.
-        returns: targets of the critic, in the unit of the reward, never whitened; empty without a critic.
-        old_values: the critic's before the update, in the same unit; empty without a critic.
-        weight: of each token in the mean that every loss is.
+        returns: Targets of the critic, in units of the reward, never whitened; empty without a critic.
+        old_values: Values of the critic before the update, in the same units; empty without a critic.
+        weight: Weight of each token in the weighted mean that every loss is.
     """
 
     prompt_ids: tuple[int, ...]
@@ -50,16 +50,16 @@ def make_episodes(
     """Compute advantages and returns of a whole batch.
 
     Args:
-        trajectories: B responses; those to one prompt are adjacent.
-        scored: the outputs of the roles for each of them.
-        ppo: the settings of PPO.
-        coefficient: weight of the KL, where it is part of the reward.
+        trajectories: B trajectories; those of one prompt are adjacent.
+        scored: The role outputs of each trajectory, with its score.
+        ppo: The settings of PPO.
+        coefficient: Weight of the KL; read only where the KL is part of the reward.
 
     Returns:
         B episodes, in the same order.
 
     Raises:
-        UserError: if the user's advantage estimator returned tensors of the wrong lengths.
+        UserError: The user's advantage estimator returned tensors of the wrong lengths.
     """
     advantages, returns = _estimate(trajectories, scored, ppo, coefficient)
     if ppo.whitens_advantages:
@@ -83,14 +83,14 @@ def make_episodes(
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights: they correct for what the sampler computes differently from the learner.
+    """Truncated importance weights, which correct for the mismatch between sampler and learner.
 
     min(π_learner / π_sampler, cap)                                                     Ionides 2008
 
     Args:
-        logprobs: `[T]`, of the response tokens under the learner's policy, in nats.
-        sampler_logprobs: `[T]`, as the sampler computed them.
-        cap: the largest weight.
+        logprobs: `[T]`, log-probabilities of the response tokens under the learner's policy, in nats.
+        sampler_logprobs: `[T]`, the same as the sampler computed them.
+        cap: The largest weight.
 
     Returns:
         `[T]` float32.
@@ -99,14 +99,14 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -
 
 
 def shaped_score(score: float, length: int, truncated: bool, ppo: PpoSettings) -> float:
-    """The score of a response of `length` tokens minus the penalties for its length and for being truncated."""
+    """The score of a response of `length` tokens minus the penalties for its length and for truncation."""
     return score - ppo.length_penalty * length - (ppo.truncation_penalty if truncated else 0.0)
 
 
 def _estimate(
     trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings, coefficient: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Advantages and returns of each response by the estimator of the settings."""
+    """Advantages and returns of each response, `[T]` each, by the estimator that the settings name."""
     reward_coefficient = coefficient if ppo.kl.where == "reward" else 0.0
     rewards = []
     values = []
@@ -128,7 +128,7 @@ def _estimate(
 
 
 def _over_the_batch(function: Callable[[Tensor], Tensor], responses: Sequence[Tensor]) -> list[Tensor]:
-    """Apply a function to the numbers of all tokens of a batch, given and returned as one tensor per response."""
+    """Apply a function to the values of all tokens of a batch, passed and returned as one tensor per response."""
     lengths = [len(response) for response in responses]
     return list(torch.split(function(torch.cat(list(responses))), lengths))
 

@@ -1,6 +1,6 @@
 """Advantage estimators: from the token rewards of a whole batch to advantages and returns.
 
-All have one signature, as a user's own have. `align.config.estimators` lists them with what each of them needs.
+All have the same signature, users' own included. `align.config.estimators` lists them with what each one needs.
 """
 
 import pkgutil
@@ -17,14 +17,14 @@ from policies.errors import UserError
 
 @dataclass(frozen=True)
 class EstimatorInput:
-    """What an advantage estimator reads: a batch of B responses; those to one prompt are adjacent.
+    """The input of an advantage estimator: a batch of B responses; those to one prompt are adjacent.
 
     Attributes:
-        rewards: of each response `[T]` float32: the score on its last token, and minus the weighted KL of every token
-            where `ppo.kl.where` is `reward`.
-        values: of each response `[T + 1]` float32, the critic's values before each token and after the last, which is 0
-            where the response is terminal; empty without a critic.
-        gamma: discount per token.
+        rewards: Token rewards of each response, `[T]` float32: the score on its last token, minus the weighted KL of
+            every token where `ppo.kl.where` is `reward`.
+        values: The critic's values of each response, `[T + 1]` float32, before each token and after the last; the last
+            is 0 where the response is terminal; empty without a critic.
+        gamma: Discount per token.
         gae_lambda: λ of generalized advantage estimation.
         samples_per_prompt: K, responses per prompt.
     """
@@ -37,8 +37,8 @@ class EstimatorInput:
 
 
 AdvantageEstimator = Callable[[EstimatorInput], tuple[list[Tensor], list[Tensor]]]
-"""From a batch to the advantages `[T]` float32 of each response and to the critic's targets, the returns: `[T]` float32
-of each response, or empty tensors without a critic."""
+"""Maps a batch to the advantages of each response, `[T]` float32, and to the returns that the critic is trained on:
+`[T]` float32 of each response, or empty tensors without a critic."""
 
 
 def estimate_gae(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
@@ -65,7 +65,7 @@ def estimate_grpo(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def estimate_reinforce_plus_plus(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
-    """REINFORCE++: rewards to go, which are then whitened over the batch."""
+    """REINFORCE++: rewards to go, which `make_episodes` then whitens over the batch."""
     advantages = [rewards_to_go(rewards, batch.gamma) for rewards in batch.rewards]
     return advantages, batch.values
 
@@ -76,7 +76,7 @@ def _totals(rewards: Sequence[Tensor]) -> Tensor:
 
 
 def _same_for_all_tokens(advantages: Tensor, rewards: Sequence[Tensor]) -> list[Tensor]:
-    """One advantage per response, `[B]`, as `[T]` of each response."""
+    """One advantage per response, `[B]`, expanded to all tokens: `[T]` of each response."""
     return [advantage.expand(len(response)) for advantage, response in zip(advantages, rewards, strict=True)]
 
 
@@ -84,7 +84,7 @@ def load_estimator(name: str) -> AdvantageEstimator:
     """The function of a built-in estimator, or of a user's.
 
     Raises:
-        UserError: if there is no such estimator.
+        UserError: There is no such estimator.
     """
     if name not in ESTIMATORS:
         return user_function(name, "ppo.estimator")
@@ -96,14 +96,14 @@ def check_estimates(name: str, batch: EstimatorInput, advantages: Sequence[Tenso
     """Check the lengths of what an estimator returned for a batch.
 
     Raises:
-        UserError: if there is not one advantage per token and, with a critic, one return per token.
+        UserError: There is not one advantage per token and, with a critic, one return per token.
     """
     tokens = [len(rewards) for rewards in batch.rewards]
     targets = tokens if find_estimator(name).has_critic else [len(values) for values in batch.values]
-    for what, tensors, expected in (("advantages", advantages, tokens), ("returns", returns, targets)):
+    for kind, tensors, expected in (("advantages", advantages, tokens), ("returns", returns, targets)):
         actual = [len(tensor) for tensor in tensors]
         if actual != expected:
             raise UserError(
-                f"ppo.estimator: {name} returned {what} of {actual[:8]} numbers for the first responses of a batch of "
+                f"ppo.estimator: {name} returned {kind} of {actual[:8]} numbers for the first responses of a batch of "
                 f"{len(tokens)}; expected {expected[:8]}"
             )

@@ -19,15 +19,15 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
       KL(π_ref ‖ π).
 
     Args:
-        logprobs: `[T]`, of the tokens under the policy, in nats.
-        reference_logprobs: `[T]`, under the reference.
+        logprobs: `[T]`, log-probabilities of the sampled tokens under the policy, in nats.
+        reference_logprobs: `[T]`, the same under the reference.
         estimator: `k1`, `k2` or `k3`.
 
     Returns:
         `[T]`, in nats.
 
     Raises:
-        ValueError: if there is no such estimator.
+        ValueError: There is no such estimator.
     """
     difference = logprobs - reference_logprobs
     match estimator:
@@ -37,11 +37,11 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
             return difference.square() / 2
         case "k3":
             return torch.expm1(-difference) + difference
-    raise ValueError(f"unknown KL estimator {estimator!r}: k1, k2 or k3")
+    raise ValueError(f"unknown KL estimator {estimator!r}: expected k1, k2 or k3")
 
 
 class KlCoefficient(Protocol):
-    """The weight of the KL. `value` is all of its state, which checkpoints keep."""
+    """The weight of the KL. `value` is its whole state, which checkpoints keep."""
 
     value: float
 
@@ -69,7 +69,7 @@ class AdaptiveKl:
     Attributes:
         value: β.
         target: KL per sequence, in nats.
-        horizon: episodes over which the controller acts.
+        horizon: Episodes over which the controller acts.
     """
 
     value: float

@@ -1,6 +1,6 @@
-"""The losses of PPO for each token. The learner sums and averages them.
+"""The losses of PPO per token. The learner sums and averages them.
 
-P is the number of response tokens of a microbatch.
+Shapes: P response tokens of a microbatch.
 """
 
 import math
@@ -23,7 +23,7 @@ def load_policy_loss(name: str) -> PolicyLoss:
     """The function of a built-in policy loss, or of a user's.
 
     Raises:
-        UserError: if there is no such function.
+        UserError: There is no such function.
     """
     if name not in POLICY_LOSSES:
         return user_function(name, "ppo.policy_loss")
@@ -54,12 +54,12 @@ def clipped_policy_loss(
     and, where A < 0, at most -A·dual, so that a large ratio cannot run away   Ye et al. 2020, eq. 5
 
     Args:
-        logprobs: `[P]`, of the response tokens under the current policy, in nats.
-        old_logprobs: `[P]`, under the policy that the episodes were scored with.
+        logprobs: `[P]`, log-probabilities of the response tokens under the current policy, in nats.
+        old_logprobs: `[P]`, the same under the policy that the episodes were scored with.
         advantages: `[P]`.
-        low: the ratio is clipped at 1 - low.
-        high: the ratio is clipped at 1 + high.
-        dual: bound on the ratio where the advantage is negative.
+        low: The ratio is clipped at 1 - low.
+        high: The ratio is clipped at 1 + high.
+        dual: Bound on the ratio where the advantage is negative.
 
     Returns:
         The loss of each token, and whether a clip is active there (float 0 or 1), both `[P]`.
@@ -79,10 +79,10 @@ def clipped_value_loss(
     ½·max((V - R)², (clip(V, V_old ± clip) - R)²); without `clip`, ½·(V - R)².
 
     Args:
-        values: `[P]`, of the current critic.
-        old_values: `[P]`, of the critic that the episodes were scored with.
+        values: `[P]`, values of the current critic.
+        old_values: `[P]`, values of the critic that the episodes were scored with.
         returns: `[P]`, the targets.
-        clip: largest change of a value from the old one; None for no clip.
+        clip: Largest change of a value from the old one; None: no clipping.
 
     Returns:
         The loss of each token, and whether the clip is active there (float 0 or 1), both `[P]`.

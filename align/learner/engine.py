@@ -15,9 +15,9 @@ def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage:
     The learner itself clips gradients, schedules learning rates and counts microbatches.
 
     Args:
-        roles: the module to wrap.
-        optimizer: over the parameters that are trained.
-        stage: the ZeRO stage, 0 to 3.
+        roles: The modules to wrap.
+        optimizer: The optimizer of the trained parameters.
+        stage: The ZeRO stage, 0 to 3.
 
     Returns:
         DeepSpeed's engine.

@@ -38,7 +38,7 @@ class Learners(Protocol):
         ...
 
     def policy_weights(self) -> AdapterWeights:
-        """A copy of the policy's adapter, complete, on the CPU."""
+        """A complete copy of the policy's adapter, on the CPU."""
         ...
 
     def state(self) -> list[LearnerState]:
@@ -46,14 +46,14 @@ class Learners(Protocol):
         ...
 
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        """Take over the states that ranks saved at this ZeRO stage.
+        """Restore the states that the ranks saved at this ZeRO stage.
 
-        Bit for bit where there are as many ranks as now and the stage is the same.
+        Bit for bit where the number of ranks and the stage are the same as now.
         """
         ...
 
     def close(self) -> None:
-        """Free what the ranks hold."""
+        """Free the resources of all ranks."""
         ...
 
 

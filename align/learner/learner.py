@@ -43,17 +43,17 @@ DemonstrationBatches = Sequence[Sequence[TokenizedDemonstration]]
 """For each optimizer step, the demonstrations that are mixed into it; empty without ptx."""
 
 TRAINED_ROLES = ("policy", "critic")
-"""Each has its own learning rate and gradient norm."""
+"""The roles that an update trains, each with its own learning rate and gradient norm."""
 
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """What one PPO step trains with.
+    """The coefficients of one PPO step.
 
     Attributes:
-        policy_lr: learning rate of the policy.
-        critic_lr: learning rate of the critic.
-        kl_in_loss: weight of the KL in the loss; 0 where the KL is in the reward.
+        policy_lr: Learning rate of the policy.
+        critic_lr: Learning rate of the critic.
+        kl_in_loss: Weight of the KL in the loss; 0 where the KL is in the reward.
     """
 
     policy_lr: float
@@ -63,18 +63,18 @@ class StepCoefficients:
 
 @dataclass(frozen=True)
 class MinibatchResult:
-    """What one optimizer step measured.
+    """The measurements of one optimizer step.
 
     Attributes:
         sums: `[7]` float64, on the CPU: the `STATISTICS`, summed over the tokens of all ranks.
-        weight: what to divide the sums by.
-        likelihood: loss of the demonstrations in nats per token; 0 without any.
-        norms: gradient norms of the parameter groups; empty if DeepSpeed skipped the step.
+        weight: Divisor that turns the sums into means.
+        ptx_loss: Loss of the demonstrations, in nats per token; 0 without any.
+        norms: Gradient norms of the parameter groups; empty if DeepSpeed skipped the step.
     """
 
     sums: Tensor
     weight: float
-    likelihood: float
+    ptx_loss: float
     norms: dict[str, float]
 
     @property
@@ -86,7 +86,7 @@ class MinibatchResult:
 class Learner:
     """Scores trajectories and updates the policy and the critic.
 
-    All ranks make the same calls in the same order. `score` is given this rank's trajectories, `update` all episodes.
+    All ranks make the same calls in the same order. `score` takes this rank's trajectories, `update` all episodes.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class Learner:
         """Build the optimizer and the engine around the roles. The default process group must exist.
 
         Args:
-            roles: what is trained, and what scores.
-            ppo: the settings of PPO.
-            learner: the settings of the learner.
-            temperature: of the sampling, by which logits are divided.
-            gradient_checkpointing: whether the backward pass recomputes activations.
+            roles: The modules that are trained and that score.
+            ppo: The settings of PPO.
+            learner: The settings of the learner.
+            temperature: Sampling temperature, by which logits are divided.
+            gradient_checkpointing: Whether the backward pass recomputes activations.
         """
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -108,7 +108,7 @@ class Learner:
         self.temperature = temperature
         self.policy_loss = load_policy_loss(ppo.policy_loss)
         groups, factors = roles.groups()
-        sizes = []  # before ZeRO 3 takes the parameters apart
+        sizes = []  # read before ZeRO 3 partitions the parameters
         for parameters in groups.values():
             sizes.append([parameter.numel() for parameter in parameters])
         self.optimizer = make_optimizer(learner, groups, factors)
@@ -133,8 +133,8 @@ class Learner:
         """Compute the outputs of the requested roles.
 
         Args:
-            trajectories: this rank's, at least one.
-            requested_roles: see `align.roles.scoring`.
+            trajectories: This rank's trajectories, at least one.
+            requested_roles: Some of `ALL_ROLES` and `GREEDY`, see `align.roles.scoring`.
 
         Returns:
             One record per trajectory, in the same order. The score is NaN without a reward head.
@@ -159,13 +159,13 @@ class Learner:
     ) -> dict[str, float]:
         """Train on all episodes of a step.
 
-        It ends early, between two optimizer steps, once the approximate KL per token passes `ppo.target_kl`.
+        It ends early, after an optimizer step, once the approximate KL per token exceeds `ppo.target_kl`.
 
         Args:
-            episodes: of the step.
-            orders: for each epoch, for each minibatch, the indices of its episodes.
-            coefficients: learning rates and the weight of the KL in the loss.
-            demonstrations: those that are mixed into each optimizer step, or none at all.
+            episodes: All episodes of the step.
+            orders: For each epoch, for each minibatch, the indices of its episodes.
+            coefficients: Learning rates and the weight of the KL in the loss.
+            demonstrations: The demonstrations that are mixed into each optimizer step; empty without ptx.
 
         Returns:
             Means over the tokens that were trained on (`STATISTICS`), `ptx_loss`, `optimizer_steps`, `skipped_steps`,
@@ -185,36 +185,36 @@ class Learner:
         return _mean_statistics(results) | {"skipped_steps": skipped}
 
     def policy_weights(self) -> AdapterWeights:
-        """A copy of the policy's adapter, complete, on the CPU."""
+        """A complete copy of the policy's adapter, on the CPU."""
         return self.rank_state.policy_weights()
 
     def state(self) -> LearnerState:
-        """A copy of all that updates change, on the CPU; of the optimizer, this rank's part."""
+        """A copy of everything that updates change, on the CPU; of the optimizer's state, this rank's part."""
         return self.rank_state.state()
 
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        """Take over the states that ranks saved at this ZeRO stage; see `RankState.restore`."""
+        """Restore the states that the ranks saved at this ZeRO stage; see `RankState.restore`."""
         self.rank_state.restore(states, zero)
 
     def close(self) -> None:
-        """Free what DeepSpeed holds; without this, ZeRO 3 aborts at exit."""
+        """Destroy the engine; without this, ZeRO 3 aborts at exit."""
         self.engine.destroy()
         os.environ.pop("LOCAL_RANK", None)
 
     def _train_minibatch(
         self, minibatch: Sequence[Episode], demonstrations: Sequence[TokenizedDemonstration], kl_in_loss: float
     ) -> MinibatchResult:
-        """One optimizer step."""
+        """Take one optimizer step."""
         weight = math.fsum(episode.weight * len(episode.response_ids) for episode in minibatch)
         objectives = ppo_objectives(self.roles, self.ppo, self.policy_loss, self.temperature, kl_in_loss)
         if self.settings.zero == 3:
-            # DeepSpeed takes the first backward pass of a step for one through all that is trained.
+            # DeepSpeed expects the first backward pass of a step to reach every trained parameter.
             objectives = [summed(objectives)]
         sums = self._backward(minibatch, weight, objectives, partial(collate_episodes, device=self.device))
-        likelihood = self._backward_demonstrations(demonstrations) if demonstrations else 0.0
+        ptx_loss = self._backward_demonstrations(demonstrations) if demonstrations else 0.0
         self.clip.norms.clear()  # DeepSpeed skips a non-finite step before the clip sees it
         self.engine.step()
-        return MinibatchResult(sums, weight, likelihood, norms=dict(self.clip.norms))
+        return MinibatchResult(sums, weight, ptx_loss, norms=dict(self.clip.norms))
 
     def _backward_demonstrations(self, demonstrations: Sequence[TokenizedDemonstration]) -> float:
         """Accumulate the gradient of the demonstrations. Returns their loss in nats per token."""
@@ -233,13 +233,13 @@ class Learner:
         """Accumulate the gradient of this rank's share of the examples.
 
         Args:
-            examples: of all ranks.
-            weight: what the losses of all examples are divided by.
-            objectives: whose losses are differentiated one after another.
-            collate: from examples to the tensors of a microbatch that an objective takes.
+            examples: The examples of all ranks.
+            weight: Divisor of the summed losses of all examples.
+            objectives: The objectives, which are differentiated one after another.
+            collate: Turns examples into the tensors of a microbatch that an objective takes.
 
         Returns:
-            The sums of the objectives' statistics over all ranks, float64, on the CPU.
+            The statistics of the objectives, `[7]` or `[]` float64, summed over microbatches and ranks, on the CPU.
         """
         by_length = sorted(examples, key=lambda example: example.length)
         share = range(self.rank, len(by_length), self.world_size)
@@ -249,30 +249,30 @@ class Learner:
         parts = []
         for number, indices in enumerate(self._same_count_on_all_ranks(microbatches)):
             tensors = collate([by_length[i] for i in indices])
-            # A microbatch beyond this rank's own is a filler: it keeps step with the other ranks and weighs nothing.
-            is_own = number < len(microbatches)
+            # Fillers keep this rank in step with the others; their weight is 0.
+            is_filler = number >= len(microbatches)
             # DeepSpeed averages over ranks, and the loss is a mean over the tokens of all ranks.
-            scale = self.world_size / weight if is_own else 0.0
+            scale = 0.0 if is_filler else self.world_size / weight
             for objective in objectives:
                 loss, statistics = self.engine(objective, *tensors)
                 self.engine.backward(loss * scale)
-                parts.append(statistics.double() * is_own)
-        sums = torch.stack(parts).sum(0)
+                parts.append(statistics.double() * (not is_filler))
+        sums = torch.stack(parts).sum(0)  # [passes, 7] -> [7], or [passes] -> []
         if self.world_size > 1:
             dist.all_reduce(sums)
         return sums.cpu()
 
     def _microbatches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of the sequences of each microbatch."""
+        """The indices of the sequences of each microbatch, `tokens_per_microbatch` at most."""
         return self.roles.microbatches(lengths, self.settings.tokens_per_microbatch)
 
     def _same_count_on_all_ranks(self, microbatches: list[list[int]]) -> list[list[int]]:
         """The microbatches, followed by fillers of sequence 0 up to the largest number on any rank."""
         if self.world_size == 1:
             return microbatches
-        largest = torch.tensor(len(microbatches), device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return microbatches + [[0]] * (int(largest) - len(microbatches))
+        largest_count = torch.tensor(len(microbatches), device=self.device)
+        dist.all_reduce(largest_count, op=dist.ReduceOp.MAX)
+        return microbatches + [[0]] * (int(largest_count) - len(microbatches))
 
     def _set_learning_rates(self, coefficients: StepCoefficients) -> None:
         rates = {"policy": coefficients.policy_lr, "critic": coefficients.critic_lr}
@@ -294,7 +294,7 @@ def _mean_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:
         sums = sums + result.sums
         weight += result.weight
     means = {name: float(total) / weight for name, total in zip(STATISTICS, sums, strict=True)}
-    means["ptx_loss"] = sum(result.likelihood for result in results) / len(results)
+    means["ptx_loss"] = sum(result.ptx_loss for result in results) / len(results)
     means["optimizer_steps"] = len(results)
     for role in TRAINED_ROLES:
         means[f"{role}_gradient_norm"] = _finite_mean(_norm_of_role(role, result.norms) for result in results)
@@ -307,7 +307,7 @@ def _role_of_group(name: str) -> str:
 
 
 def _norm_of_role(role: str, norms: Mapping[str, float]) -> float:
-    """The norm of a role's gradient from the norms of its groups; NaN if it has none."""
+    """The norm of a role's gradient, from the norms of its groups; NaN if it has none."""
     parts = [norm for name, norm in norms.items() if _role_of_group(name) == role]
     return math.hypot(*parts) if parts else math.nan
 

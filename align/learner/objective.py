@@ -1,7 +1,6 @@
 """The objectives of an update, as functions of the roles and one microbatch.
 
-Letters in shapes: B sequences and P response tokens of a microbatch, N packed tokens (prompts and responses), H hidden
-size.
+Shapes: B sequences and P response tokens of a microbatch, N packed tokens (prompts and responses), H hidden size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,8 +25,8 @@ STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl
 """Names of the sums that PPO's objectives return, in order; 0 where an objective has no such term."""
 
 MicrobatchObjective = Callable[..., tuple[Tensor, Tensor]]
-"""From the roles and the tensors of a microbatch to the loss, summed over its tokens by their weights, `[]`, and to
-statistics without a gradient that are summed in the same way: PPO's are `[7]`, see `STATISTICS`."""
+"""Maps the roles and the tensors of a microbatch to the loss `[]`, the weighted sum over its tokens, and to statistics
+without a gradient that are summed in the same way: `[7]` for PPO, see `STATISTICS`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Targets:
 
 
 def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple[Batch, Targets]:
-    """Episodes as the tensors of one forward pass."""
+    """Collate episodes into the tensors of one forward pass."""
     prompts = [episode.prompt_ids for episode in episodes]
     responses = [episode.response_ids for episode in episodes]
 
@@ -65,7 +64,7 @@ def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple
 
 
 def collate_ptx_batch(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
-    """Demonstrations as the tensors of one forward pass."""
+    """Collate demonstrations into the tensors of one forward pass."""
     prompts = [demonstration.prompt_ids for demonstration in demonstrations]
     responses = [demonstration.response_ids for demonstration in demonstrations]
     return (collate(prompts, responses).to(device),)
@@ -80,18 +79,18 @@ def ppo_objectives(
     objective, so that the activations of only one role are kept at a time.
 
     Args:
-        roles: which the update trains.
-        ppo: the settings of PPO.
-        policy_loss: of each token.
-        temperature: of the sampling, by which logits are divided.
+        roles: The roles that the update trains.
+        ppo: The settings of PPO.
+        policy_loss: The policy loss per token.
+        temperature: Sampling temperature, by which logits are divided.
         kl_in_loss: β; 0 where the KL is in the reward.
     """
-    of_policy = partial(
-        policy_objective, ppo=ppo, policy_loss=policy_loss, temperature=temperature, kl_in_loss=kl_in_loss
-    )
-    if roles.critic_trunk is None:
-        return [of_policy]
-    return [of_policy, partial(critic_objective, ppo=ppo)]
+    objectives: list[MicrobatchObjective] = [
+        partial(policy_objective, ppo=ppo, policy_loss=policy_loss, temperature=temperature, kl_in_loss=kl_in_loss)
+    ]
+    if roles.critic_trunk is not None:
+        objectives.append(partial(critic_objective, ppo=ppo))
+    return objectives
 
 
 def summed(objectives: Sequence[MicrobatchObjective]) -> MicrobatchObjective:
@@ -104,7 +103,7 @@ def summed(objectives: Sequence[MicrobatchObjective]) -> MicrobatchObjective:
             loss, sums = term(*microbatch)
             losses.append(loss)
             statistics.append(sums)
-        return torch.stack(losses).sum(), torch.stack(statistics).sum(0)
+        return torch.stack(losses).sum(), torch.stack(statistics).sum(0)  # [], [7]
 
     return objective
 
@@ -130,19 +129,21 @@ def policy_objective(
         temperature,
         learn_entropy=ppo.entropy_coefficient > 0,
     )
-    policy, policy_clipped = policy_loss(logprobs, targets.old_logprobs, targets.advantages, ppo)  # [P], [P]
-    if not policy.shape == policy_clipped.shape == logprobs.shape:
+    policy_losses, policy_clipped = policy_loss(logprobs, targets.old_logprobs, targets.advantages, ppo)  # [P], [P]
+    if not policy_losses.shape == policy_clipped.shape == logprobs.shape:
         raise UserError(
-            f"ppo.policy_loss: {ppo.policy_loss} returned tensors of shapes {list(policy.shape)} and "
+            f"ppo.policy_loss: {ppo.policy_loss} returned tensors of shapes {list(policy_losses.shape)} and "
             f"{list(policy_clipped.shape)} for {len(logprobs)} tokens; expected {list(logprobs.shape)} twice"
         )
-    kl = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)
-    approximate_kl = estimate_kl(targets.old_logprobs, logprobs, "k3")
-    value = value_clipped = torch.zeros_like(policy)
+    kl_losses = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)  # [P]
+    approximate_kl = estimate_kl(targets.old_logprobs, logprobs, "k3")  # [P]
+    value_losses = value_clipped = torch.zeros_like(policy_losses)  # [P]
     if roles.critic is not None and roles.critic_trunk is None:
-        value, value_clipped = _value_loss(roles.critic, states, targets, ppo)
-    loss = policy + ppo.critic.weight * value + kl - ppo.entropy_coefficient * entropy  # [P]
-    statistics = torch.stack([policy, value, kl, entropy, approximate_kl, policy_clipped, value_clipped]).detach()
+        value_losses, value_clipped = _value_losses(roles.critic, states, targets, ppo)
+    loss = policy_losses + ppo.critic.weight * value_losses + kl_losses - ppo.entropy_coefficient * entropy  # [P]
+    statistics = torch.stack(
+        [policy_losses, value_losses, kl_losses, entropy, approximate_kl, policy_clipped, value_clipped]
+    ).detach()  # [7, P]
     return loss @ targets.weights, statistics @ targets.weights  # [], [7]
 
 
@@ -150,28 +151,28 @@ def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSetti
     """The objective of a critic that has its own hidden states; see `MicrobatchObjective`.
 
     Raises:
-        ValueError: if there is no such critic.
+        ValueError: There is no such critic.
     """
     trunk, critic = roles.critic_trunk, roles.critic
     if trunk is None or critic is None:
         raise ValueError("there is no critic with its own hidden states")
     states = trunk.hidden_packed(batch.ids, batch.lengths, "critic")[batch.predictors]  # [N, H] -> [P, H]
-    value, value_clipped = _value_loss(critic, states, targets, ppo)  # [P], [P]
-    zeros = torch.zeros_like(value)
-    statistics = torch.stack([zeros, value, zeros, zeros, zeros, zeros, value_clipped]).detach()
-    return ppo.critic.weight * value @ targets.weights, statistics @ targets.weights  # [], [7]
+    value_losses, value_clipped = _value_losses(critic, states, targets, ppo)  # [P], [P]
+    zeros = torch.zeros_like(value_losses)
+    statistics = torch.stack([zeros, value_losses, zeros, zeros, zeros, zeros, value_clipped]).detach()  # [7, P]
+    return ppo.critic.weight * value_losses @ targets.weights, statistics @ targets.weights  # [], [7]
 
 
-def _value_loss(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
-    """The loss of each token and whether its clip is active, `[P]` both, from hidden states `[P, H]`."""
+def _value_losses(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
+    """The value loss of each token and whether its clip is active, both `[P]`, from hidden states `[P, H]`."""
     return clipped_value_loss(critic.head(states), targets.old_values, targets.returns, ppo.critic.value_clip)
 
 
 def likelihood_objective(roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The objective of demonstrations: their negative log-likelihood under the policy, in nats, over response tokens.
+    """The ptx objective: the negative log-likelihood of the response tokens of demonstrations, in nats, summed.
 
-    Its statistics, `[]`, are the same sum without a gradient.
+    Its statistics `[]` are the same sum without a gradient.
     """
     states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")  # [N, H]
-    loss = -roles.logprobs("policy", states, batch, temperature=1.0).sum()
+    loss = -roles.logprobs("policy", states, batch, temperature=1.0).sum()  # [P] -> []
     return loss, loss.detach()

@@ -21,12 +21,12 @@ def make_optimizer(
     """Build the optimizer: AdamW, paged AdamW or SGD over named groups, with learning rates of 0.
 
     Args:
-        settings: the settings of the learner.
-        groups: parameters by name: ROLE, or ROLE.PART.
-        factors: by which a group's learning rate differs from its role's; 1 where there is none.
+        settings: The settings of the learner.
+        groups: Parameters by name: ROLE, or ROLE.PART.
+        factors: Multiplier of each group's learning rate, relative to its role's; 1 where a group has none.
 
     Raises:
-        UserError: if there is no GPU for a paged optimizer.
+        UserError: There is no GPU for a paged optimizer.
     """
     factors = factors or {}
     named: list[dict[str, Any]] = []
@@ -58,33 +58,38 @@ class GroupClip:
     where DeepSpeed steps one group at a time. Norms are of the complete gradient, over all ranks.
 
     Attributes:
-        norms: of the last step, by the name of the group.
-        skipped: how many steps had a non-finite gradient; they change nothing.
+        norms: Gradient norms at the last step, by the name of the group.
+        skipped: Number of steps with a non-finite gradient, which change nothing.
     """
 
-    def __init__(self, limit: float, partitioned: bool) -> None:
-        """limit: the largest norm. partitioned: whether each rank sees a part of the gradient."""
-        self.limit = limit
+    def __init__(self, max_norm: float, partitioned: bool) -> None:
+        """Set the limit.
+
+        Args:
+            max_norm: Largest gradient norm of a group.
+            partitioned: Whether each rank sees only a part of the gradient.
+        """
+        self.max_norm = max_norm
         self.partitioned = partitioned
         self.norms: dict[str, float] = {}
         self.skipped = 0
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        """Clip; registered as a hook before the optimizer's step."""
+        """Clip the gradients; registered as a hook before the optimizer's step."""
         gradients = _gradients_by_group(optimizer)
         norms = {name: self._norm(tensors) for name, tensors in gradients.items()}
         self.norms |= {name: float(norm) for name, norm in norms.items()}
         if not all(torch.isfinite(norm) for norm in norms.values()):
             self.skipped += 1
-            optimizer.zero_grad()  # sets the gradients to None, which the optimizer passes over
+            optimizer.zero_grad()  # sets the gradients to None, which the optimizer skips
             return
         for name, norm in norms.items():
-            scale = min(1.0, self.limit / (float(norm) + 1e-6))
+            scale = min(1.0, self.max_norm / (float(norm) + 1e-6))
             if scale < 1.0:
                 torch._foreach_mul_(gradients[name], scale)
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
-        # In float64, or the sum over one flat partition and that over many parameters would differ in the fifth digit.
+        # In float32, the sum over one flat partition and that over many parameters would differ in the fifth digit.
         square = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
         if self.partitioned:
             dist.all_reduce(square)
@@ -92,7 +97,7 @@ class GroupClip:
 
 
 def _gradients_by_group(optimizer: Optimizer) -> dict[str, list[Tensor]]:
-    """The gradients of each group that has any."""
+    """The gradients of each group, by its name, without groups that have none."""
     gradients = {}
     for group in optimizer.param_groups:
         tensors = [parameter.grad for parameter in group["params"] if parameter.grad is not None]

@@ -48,11 +48,11 @@ class RayLearners:
         """Start the actors, build the roles in each of them, and connect them.
 
         Args:
-            blueprint: from which each rank builds the roles.
-            ppo: the settings of PPO.
-            learner: the settings of the learner.
-            temperature: of the sampling, by which logits are divided.
-            computing: threads and determinism of each rank.
+            blueprint: What each rank builds the roles from.
+            ppo: The settings of PPO.
+            learner: The settings of the learner.
+            temperature: Sampling temperature, by which logits are divided.
+            computing: Threads and determinism of each rank.
         """
         self.ranks = learner.ranks
         options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
@@ -111,7 +111,7 @@ class RayLearners:
         """Wait for the results of calls.
 
         Raises:
-            RankLost: if a rank has died, even if another rank failed first because of it.
+            RankLost: A rank has died, even if another rank failed first because of it.
         """
         try:
             results: list[Any] = ray.get(calls)

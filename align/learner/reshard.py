@@ -1,8 +1,8 @@
 """The optimizer's state in another layout: saved by some ranks at one ZeRO stage, restored by others at another.
 
-Example: one group with the parameters a (5 numbers) and b (3 numbers), two ranks; `.` is padding:
+Example: one group with the parameters a (5 elements) and b (3 elements), two ranks; `.` is padding:
 
-    stage 0   every rank    [a a a a a]   [b b b]         one tensor per parameter, in its own shape
+    stage 0   every rank    [a a a a a]   [b b b]         one tensor per parameter, in the parameter's shape
     full                    [a a a a a b b b]             one vector per group, parameters end to end
     stage 1/2 rank 0        [a a a a]                     slices of the full vector
               rank 1        [a b b b]
@@ -29,9 +29,9 @@ class Layout:
     """How the optimizer's state is divided.
 
     Attributes:
-        sizes: how many numbers each parameter of each group has when it is complete.
-        zero: the ZeRO stage.
-        ranks: how many ranks there are.
+        sizes: Number of elements of each complete parameter of each group.
+        zero: The ZeRO stage.
+        ranks: Number of ranks.
     """
 
     sizes: Sequence[Sequence[int]]
@@ -45,19 +45,19 @@ class Layout:
         return group
 
     def slice_sizes(self, group: int) -> list[int]:
-        """Stage 3: how many numbers of each parameter of a group one rank holds, padding included."""
+        """Stage 3: the number of elements of each parameter of a group on one rank, padding included."""
         return [ceil(size / self.ranks) for size in self.sizes[group]]
 
 
 def unshard(parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
-    """From the parts of all ranks to full vectors.
+    """Join the parts of all ranks to full vectors.
 
     Args:
-        parts: one for each rank of the layout, in order.
-        layout: the one that the parts were saved in.
+        parts: One for each rank of the layout, in order.
+        layout: The layout that the parts were saved in.
 
     Returns:
-        `G.master` and `G.state.NAME` of each group G, `[numbers of the group]`. Step counts, of one number, stay as
+        `G.master` and `G.state.NAME` of each group G, `[elements of the group]`. Step counts, of one element, stay as
         they are.
     """
     full = {}
@@ -72,16 +72,16 @@ def unshard(parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
 
 
 def shard(full: Part, layout: Layout, rank: int, shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
-    """From full vectors to the part of one rank.
+    """Divide full vectors, and return the part of one rank.
 
     Args:
-        full: as `unshard` returns it.
-        layout: the one to divide by.
-        rank: whose part.
-        shapes: of the tensors that the rank's optimizer steps.
+        full: Full vectors, as returned by `unshard`.
+        layout: The layout of the part.
+        rank: The rank that the part is for.
+        shapes: Shapes of the tensors that the rank's optimizer steps.
 
     Returns:
-        Copies, by the names of the layout.
+        Copies, under the layout's names.
     """
     part: dict[str, Tensor] = {}
     for name, vector in full.items():

@@ -9,13 +9,16 @@ from policies.schema import Schedule
 
 
 def schedule_factor(name: Schedule, step: int, steps: int, warmup: float) -> float:
-    """The factor by which one of transformers' schedules multiplies the learning rate.
+    """The factor by which a schedule multiplies the learning rate, computed by transformers.
 
     Args:
-        name: the schedule.
-        step: from 0.
-        steps: how many steps there are in all.
-        warmup: share of the steps over which the factor rises to 1.
+        name: The schedule.
+        step: The step, counted from 0.
+        steps: Total number of steps.
+        warmup: Share of the steps over which the factor rises to 1.
+
+    Returns:
+        The factor of this step.
     """
     probe = SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     warmup_steps = round(warmup * steps)
@@ -26,5 +29,5 @@ def schedule_factor(name: Schedule, step: int, steps: int, warmup: float) -> flo
 
 
 def warmed(schedule: Schedule) -> str:
-    """The name of the schedule with a warmup in transformers, whose `constant` has none."""
+    """The name of the schedule with a warmup in transformers, whose `constant` has no warmup."""
     return "constant_with_warmup" if schedule == "constant" else schedule

@@ -1,4 +1,4 @@
-"""What one rank of the learner has learned: read for a checkpoint and restored from one, bit for bit.
+"""The trained state of one rank of the learner: read for a checkpoint and restored from one, bit for bit.
 
 A rank's state in a checkpoint:
 
@@ -7,7 +7,7 @@ A rank's state in a checkpoint:
     critic_head   the critic's head, complete; empty where there is no critic
     optimizer     N.master, N.state.exp_avg, …: this rank's part, in the layout of its ZeRO stage (see `reshard`)
 
-Another number of ranks or another ZeRO stage restores it too: the parts of all ranks are joined and divided again.
+It can be restored with another number of ranks or ZeRO stage: the parts of all ranks are joined and divided again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ from policies.trunk import AdapterWeights, Trunk
 
 @dataclass(frozen=True)
 class LearnerState:
-    """What a checkpoint holds of one rank, on the CPU.
+    """The state of one rank in a checkpoint, on the CPU.
 
     Attributes:
-        policy: the policy's adapter.
-        critic: the critic's adapter; empty where it has none.
-        critic_head: empty where there is no critic.
-        optimizer: this rank's part, by the names of `reshard`.
+        policy: The policy's adapter.
+        critic: The critic's adapter; empty where it has none.
+        critic_head: The critic's head; empty where there is no critic.
+        optimizer: This rank's part of the optimizer's state, under the names of `reshard`.
     """
 
     policy: AdapterWeights
@@ -44,7 +44,7 @@ class LearnerState:
 
 
 class RankState:
-    """All that updates change on one rank: adapters, the critic's head, and its part of the optimizer's state."""
+    """Everything that updates change on one rank: adapters, critic head, and its part of the optimizer's state."""
 
     def __init__(
         self, roles: Roles, sizes: Sequence[Sequence[int]], engine: Any, optimizer: torch.optim.Optimizer, zero: int
@@ -52,11 +52,11 @@ class RankState:
         """Refer to what is trained; the default process group must exist.
 
         Args:
-            roles: the policy and the critic.
-            sizes: how many numbers each parameter of each of the optimizer's groups has when it is complete.
-            engine: DeepSpeed's, around the roles.
-            optimizer: the one that the engine steps.
-            zero: the engine's ZeRO stage.
+            roles: The policy and the critic.
+            sizes: Number of elements of each complete parameter of each of the optimizer's groups.
+            engine: DeepSpeed's engine around the roles.
+            optimizer: The optimizer that the engine steps.
+            zero: The engine's ZeRO stage.
         """
         self.roles = roles
         self.engine = engine
@@ -64,11 +64,11 @@ class RankState:
         self.layout = Layout(sizes, zero, ranks=dist.get_world_size())
 
     def policy_weights(self) -> AdapterWeights:
-        """A copy of the policy's adapter, complete, on the CPU."""
+        """A complete copy of the policy's adapter, on the CPU."""
         return self._read_adapter(self.roles.trunk, "policy")
 
     def state(self) -> LearnerState:
-        """A copy of all that updates change, on the CPU."""
+        """A copy of everything that updates change, on the CPU."""
         optimizer = {}
         for number, master in enumerate(self._masters()):
             optimizer[f"{number}.master"] = master.detach()
@@ -83,14 +83,14 @@ class RankState:
 
     @torch.no_grad()
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        """Take over a saved state; bit for bit where the number of ranks and the ZeRO stage are the same.
+        """Restore a saved state, bit for bit where the number of ranks and the ZeRO stage are the same.
 
         Args:
-            states: one for each rank that saved them, in order.
-            zero: the ZeRO stage that they were saved at.
+            states: The state of each rank that saved one, in order.
+            zero: The ZeRO stage at which they were saved.
 
         Raises:
-            UserError: if the state is of another model or was saved with other settings.
+            UserError: The state is of another model or was saved with other settings.
         """
         state = self._in_this_layout(states, zero)
         self._check(state)
@@ -100,7 +100,7 @@ class RankState:
         self._write_optimizer(state.optimizer)
 
     def _in_this_layout(self, states: Sequence[LearnerState], zero: int) -> LearnerState:
-        """This rank's state, its part of the optimizer divided as it is here."""
+        """This rank's state, with its part of the optimizer's state in the current layout."""
         rank = dist.get_rank()
         saved_layout = Layout(self.layout.sizes, zero, ranks=len(states))
         if saved_layout == self.layout:
@@ -111,18 +111,18 @@ class RankState:
 
     def _check(self, state: LearnerState) -> None:
         """Raise UserError unless the optimizer's tensors and the critic's head fit this model."""
-        what = "the checkpoint's optimizer"
+        source = "the checkpoint's optimizer"
         masters = self._masters()
         expected = {f"{number}.master": master for number, master in enumerate(masters)}
         saved = {name: tensor for name, tensor in state.optimizer.items() if name.endswith(".master")}
-        check_names_and_shapes(saved, expected, what)
+        check_names_and_shapes(saved, expected, source)
         for name, tensor in state.optimizer.items():
             number, _, kind = name.partition(".")
             is_known = kind == "master" or kind.startswith("state.")
             if f"{number}.master" not in expected or not is_known:
-                raise UserError(f"{what} is not of this model: it has {name}")
+                raise UserError(f"{source} is not of this model: it has {name}")
             if tensor.numel() not in (1, masters[int(number)].numel()):
-                raise UserError(f"{what} is not of this model: {name} is {list(tensor.shape)}")
+                raise UserError(f"{source} is not of this model: {name} is {list(tensor.shape)}")
         if self.roles.critic is not None:
             check_names_and_shapes(state.critic_head, self._read_critic_head(), "the checkpoint's critic head")
 
@@ -147,13 +147,13 @@ class RankState:
                 if name.startswith(prefix):
                     state[name.removeprefix(prefix)] = tensor.to(master.device, copy=True)
             if "step" in state:
-                # A count is saved as a vector of one number; the fused optimizer wants a scalar on the device.
+                # A step count is saved as `[1]`; the fused optimizer needs a scalar on the device.
                 state["step"] = state["step"].squeeze()
             if state:
                 self.optimizer.state[master] = state
 
     def _gathered(self, parameters: list[nn.Parameter], write: bool = False) -> AbstractContextManager[Any]:
-        """While this context is open, the parameters are complete, at ZeRO 3 too."""
+        """A context in which the parameters are complete, at ZeRO 3 too; changes are kept with `write`."""
         if self.layout.zero < 3 or not parameters:
             return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters

@@ -31,21 +31,21 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass
 class PpoProgress:
-    """How far PPO is, besides the learner's state.
+    """The progress of PPO: everything in a checkpoint besides the learner's state and the weights.
 
     Attributes:
-        step: completed steps.
-        kl_coefficient: of the next step.
-        best_step: of the best policy evaluated so far.
-        best: its value of the metric that selects the best policy; None before the first evaluation.
-        reward: state of the reward's composition.
-        stop: state of the stop rule: the best value, and how many consecutive steps broke the rule; empty without one.
-        stopped: why the rule stopped PPO; None where it did not.
-        seconds: spent so far.
-        ranks: of the learner that saved the optimizer's state.
-        zero: its ZeRO stage.
-        pending: versions of the weights that the batches of the next steps are being generated with.
-        products: hashes of the reference and the reward model.
+        step: Number of completed steps.
+        kl_coefficient: KL coefficient of the next step.
+        best_step: Step of the best policy evaluated so far.
+        best: The best policy's value of the metric that selects it; None before the first evaluation.
+        reward: State of the reward's composition.
+        stop: State of the stop rule: the best value, and the number of consecutive violations; empty without a rule.
+        stopped: Why the rule stopped PPO; None where it did not.
+        seconds: Seconds spent on PPO so far.
+        ranks: Number of ranks that saved the optimizer's state; 0: one rank in the controller's process.
+        zero: ZeRO stage of these ranks.
+        pending: Versions of the weights with which the batches of the next steps are being generated.
+        products: Hashes of the reference and the reward model.
     """
 
     step: Count
@@ -67,9 +67,14 @@ _PROGRESS = TypeAdapter(PpoProgress)
 
 @dataclass(frozen=True)
 class SavedBatch:
-    """A batch that was being generated when the checkpoint was written: its step, and the weights to resubmit it with.
+    """A batch that was being generated when the checkpoint was written.
 
-    With the same weights it will have the same responses.
+    Resubmitted with the same weights, it gets the same responses.
+
+    Attributes:
+        step: The step that will train on it.
+        version: Version of the weights.
+        weights: The policy's adapter of this version.
     """
 
     step: int
@@ -88,12 +93,12 @@ def write_state(
     """Write a checkpoint.
 
     Args:
-        folder: which exists.
-        states: of each rank.
-        policy: settings of the adapters.
-        base: the base model's folder or hub name.
-        progress: how far PPO is.
-        pending: the batches that are being generated.
+        folder: The folder of the checkpoint, which exists.
+        states: The learner's state of each rank.
+        policy: Settings of the adapters.
+        base: The base model's folder or hub name.
+        progress: The progress of PPO.
+        pending: The batches that are being generated.
     """
     save_adapter(folder / "policy", states[0].policy, policy, base)
     for batch in pending:
@@ -108,19 +113,19 @@ def write_state(
 
 
 def read_progress(folder: Path, products: Mapping[str, str]) -> PpoProgress:
-    """Read how far PPO was.
+    """Read the progress of PPO.
 
     Args:
-        folder: of the checkpoint.
-        products: hashes of the run's reference and reward model, as they are now.
+        folder: The folder of the checkpoint.
+        products: Hashes of the run's reference and reward model, as they are now.
 
     Raises:
-        UserError: if the file is damaged, or the run's reference or reward model has changed.
+        UserError: The file is damaged, or the run's reference or reward model has changed.
     """
     progress = _validated_progress(folder / "state.json")
     for name, digest in products.items():
         if progress.products.get(name) != digest:
-            raise UserError(f"{name}/ is not what checkpoint {folder} was trained with: restore the run's own")
+            raise UserError(f"{name}/ is not what checkpoint {folder} was trained with: restore the original")
     return progress
 
 
@@ -134,7 +139,7 @@ def _validated_progress(path: Path) -> PpoProgress:
 
 
 def read_pending(folder: Path, policy: PolicySettings, progress: PpoProgress) -> list[SavedBatch]:
-    """The batches that were being generated."""
+    """Read the batches that were being generated, with their weights."""
     batches = []
     for step, version in enumerate(progress.pending, start=progress.step):
         weights = load_adapter(folder / PENDING / str(step), policy)
@@ -146,16 +151,16 @@ def read_states(folder: Path, policy: PolicySettings, critic: CriticSettings | N
     """Read the learner's state.
 
     Args:
-        folder: of the checkpoint.
-        policy: settings of the adapters.
-        critic: settings of the critic; None for no critic.
-        ranks: as the checkpoint's progress has it; 0: one rank in the controller's process.
+        folder: The folder of the checkpoint.
+        policy: Settings of the adapters.
+        critic: Settings of the critic; None: no critic.
+        ranks: `PpoProgress.ranks` of the checkpoint.
 
     Returns:
         One state per rank.
 
     Raises:
-        UserError: if the checkpoint has another kind of critic.
+        UserError: The checkpoint has another kind of critic.
     """
     policy_weights = load_adapter(folder / "policy", policy)
     critic_weights: AdapterWeights = {}

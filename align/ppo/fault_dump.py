@@ -1,4 +1,4 @@
-"""A batch on which the learner failed, written to files for people to look at."""
+"""Writes a batch on which the learner failed to files, for a person to inspect."""
 
 import json
 from pathlib import Path

@@ -27,17 +27,17 @@ from rollouts.trajectory import RoleOutputs, Trajectory
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of rollout and update produced, for metrics and samples.
+    """The results of one step of rollout and update.
 
     Attributes:
-        index: of the step, from 0.
-        trajectories: the sampled responses.
-        scored: the outputs of the roles for each of them, and its score.
-        episodes: what was trained on.
-        coefficients: what the update used.
-        kl_coefficient: weight of the KL, in the reward or in the loss.
-        statistics: of the update, see `Learner.update`.
-        seconds: by part of the step, see `Clock`.
+        index: Index of the step, from 0.
+        trajectories: The sampled responses.
+        scored: The role outputs of each trajectory, with its score.
+        episodes: The episodes that were trained on.
+        coefficients: Learning rates, and the weight of the KL in the loss.
+        kl_coefficient: Weight of the KL, in the reward or in the loss.
+        statistics: Statistics of the update, see `Learner.update`.
+        seconds: Seconds by part of the step, see `Clock`.
     """
 
     index: int
@@ -55,10 +55,10 @@ class PendingBatch:
     """A batch that is being generated.
 
     Attributes:
-        step: the step that will train on it.
-        version: of the weights that it was submitted with.
-        weights: the policy's adapter of this version.
-        trajectories: waits for the batch and returns it.
+        step: The step that will train on it.
+        version: Version of the weights that it was submitted with.
+        weights: The policy's adapter of this version.
+        trajectories: The future: waits for the batch and returns it.
     """
 
     step: int
@@ -72,8 +72,8 @@ class Ppo:
     """The parts of the loop, all chosen before it starts, and its state.
 
     Attributes:
-        step: the next step, from 0.
-        pending: batches of later steps that are being generated; `max_staleness` of them when a step ends.
+        step: The next step, from 0.
+        pending: Batches of later steps that are being generated; `max_staleness` of them when a step ends.
     """
 
     prompts: PromptStream
@@ -135,7 +135,7 @@ class Ppo:
         self.pending.append(PendingBatch(step, version, weights, future))
 
     def _submit_upcoming(self, index: int, weights: AdapterWeights) -> None:
-        """Submit the batches of this step and of the `max_staleness` next ones that are not pending yet."""
+        """Submit the batches of this step and of the next `max_staleness` steps, unless they are pending already."""
         first = index + len(self.pending)
         end = min(index + self.max_staleness + 1, self.ppo.steps)
         for step in range(first, end):
@@ -145,7 +145,7 @@ class Ppo:
 def step_coefficients(
     learner: LearnerSettings, ppo: PpoSettings, index: int, kl_coefficient: float
 ) -> StepCoefficients:
-    """What a step trains with. While the critic warms up alone, the policy's learning rate is 0."""
+    """The coefficients of a step. During the critic's warmup the policy's learning rate is 0."""
     factor = schedule_factor(learner.schedule, index, ppo.steps, learner.warmup)
     policy_peak = 0.0 if index < ppo.critic.warmup else learner.policy_learning_rate
     return StepCoefficients(
@@ -156,7 +156,7 @@ def step_coefficients(
 
 
 class Clock:
-    """Seconds by part of one step. The part `between` is the time since the end of the step before."""
+    """Seconds by part of one step. The part `between` is the time since the end of the previous step."""
 
     def __init__(self, previous_end: float) -> None:
         self._start = time.perf_counter()

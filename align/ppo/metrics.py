@@ -15,19 +15,19 @@ from policies.text.tokenization import decode_response, prompt_text
 from rollouts.trajectory import lengths
 
 LARGE_MISMATCH = 0.1
-"""Nats. A token counts in `rollout/mismatch_share` where sampler and learner differ by more."""
+"""In nats. Tokens on which sampler and learner differ by more count in `rollout/mismatch_share`."""
 
 
 def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> dict[str, float]:
     """Compute the metrics of a step.
 
     Args:
-        step: what it produced.
-        ppo: the settings of PPO.
-        gold: true scores of its responses, where the user has them.
+        step: The results of the step.
+        ppo: The settings of PPO.
+        gold: True scores of its responses; None where the experiment has none.
 
     Returns:
-        Values by their names in `metrics.jsonl`.
+        The metrics, by their names in `metrics.jsonl`.
     """
     metrics = _reward_and_kl_metrics(step) | _policy_metrics(step) | _rollout_metrics(step)
     metrics["learner/optimizer_steps"] = step.statistics["optimizer_steps"]
@@ -101,7 +101,7 @@ def _value_metrics(step: Step) -> dict[str, float]:
 
 
 def _mean_notes(step: Step) -> dict[str, float]:
-    """The means of the reward's terms, attributes and other notes."""
+    """Means of the reward's terms, attributes and other notes over the batch."""
     means = {}
     for name in step.scored[0].notes:
         means[f"reward/{name}"] = fmean(output.notes[name] for output in step.scored)

@@ -1,4 +1,4 @@
-"""The sampler's log-probabilities against the learner's: both should hold the same policy."""
+"""Compares the log-probabilities of sampler and learner, which should hold the same policy."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +14,9 @@ from rollouts.pool import Pool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
 PARITY_PROMPTS = 4
-"""How many prompts `check_parity` samples: enough to see other weights, which change every response."""
+"""How many prompts `check_parity` samples. Wrong weights change every response, so a few are enough."""
 PARITY_LIMIT = 0.1
-"""Mean nats per token by which sampler and learner may differ with the same policy; bfloat16 alone gives 0.01."""
+"""Largest mean difference, in nats per token, for the same policy; bfloat16 alone gives 0.01."""
 
 
 class SamplerMismatch(Fault):
@@ -33,12 +33,12 @@ def check_mismatch(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutp
     """Check the mean mismatch of a batch.
 
     Args:
-        trajectories: with the sampler's log-probabilities.
-        scored: with the learner's.
-        limit: in nats per token; None: no limit.
+        trajectories: The trajectories, with the sampler's log-probabilities.
+        scored: Their role outputs, with the learner's log-probabilities.
+        limit: Largest mean mismatch, in nats per token; None: no limit.
 
     Raises:
-        SamplerMismatch: if the mean is over the limit, or is not a number.
+        SamplerMismatch: The mean exceeds the limit, or is not a number.
     """
     mean = float(sampler_mismatch(trajectories, scored).mean())
     if limit is not None and not mean <= limit:
@@ -51,17 +51,17 @@ def check_mismatch(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutp
 def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request], sampling: Sampling) -> None:
     """Check before the first update that the pool holds the learner's policy.
 
-    The responses to a few prompts are sampled twice: greedily, where each token must be the learner's likeliest or
-    nearly so; and as in training, where the log-probabilities must agree.
+    Responses to a few prompts are sampled twice: greedily, where each token must be the learner's likeliest or close
+    to it, and as in training, where the log-probabilities must agree.
 
     Args:
-        pool: with the policy's weights loaded.
-        roles_score: the learner's forward passes.
-        requests: the first ones are used.
-        sampling: as in training.
+        pool: The pool, which has loaded the policy's weights.
+        roles_score: The learner's forward passes.
+        requests: Requests, of which the first are sampled.
+        sampling: The sampling of training.
 
     Raises:
-        SamplerMismatch: if they disagree.
+        SamplerMismatch: Sampler and learner disagree.
     """
     for trajectory in pool.generate(requests[:PARITY_PROMPTS], replace(sampling, temperature=0.0)):
         (output,) = roles_score([trajectory], (GREEDY,))

@@ -14,19 +14,19 @@ class PromptStream:
     """All prompts in random order, epoch after epoch. The batch of a step depends on the step alone."""
 
     def __init__(self, prompts: Sequence[Request], batch_size: int, samples_per_prompt: int, seed: int) -> None:
-        """Define the stream.
+        """Set up the stream.
 
         Args:
-            prompts: all of them.
-            batch_size: requests per step.
-            samples_per_prompt: requests of each prompt, adjacent to each other.
-            seed: of the run.
+            prompts: All training prompts.
+            batch_size: Requests per step.
+            samples_per_prompt: Requests per prompt, adjacent to each other.
+            seed: Seed of the run.
         """
         self.prompts = prompts
         self.batch_size = batch_size
         self.samples_per_prompt = samples_per_prompt
         self.seed = seed
-        # A batch may span the end of an epoch, so two orders are kept.
+        # A batch may span two epochs, so two orders are kept.
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(len(prompts), seed, "prompts", epoch))
 
     def requests(self, step: int) -> list[Request]:
@@ -57,7 +57,7 @@ def minibatch_orders(ppo: PpoSettings, seed: int, step: int) -> list[list[list[i
 def demonstration_batches(
     demonstrations: Sequence[TokenizedDemonstration], ppo: PpoSettings, seed: int, step: int
 ) -> list[list[TokenizedDemonstration]]:
-    """For each optimizer step of a PPO step, as many demonstrations as a minibatch has episodes; none without ptx.
+    """For each optimizer step of a PPO step, as many demonstrations as a minibatch has episodes; empty without ptx.
 
     They are in random order, and none repeats before all have been used.
     """

@@ -16,12 +16,12 @@ class StopCondition(Protocol):
         ...
 
     def state(self) -> list[float]:
-        """What a checkpoint keeps."""
+        """The numbers that a checkpoint keeps."""
         ...
 
 
 class NoStopRule:
-    """Runs PPO to its last step."""
+    """Lets PPO run to its last step."""
 
     def reason(self, metrics: Mapping[str, float]) -> str | None:
         return None
@@ -35,9 +35,9 @@ class StopRule:
     """Watches one metric of every step.
 
     Attributes:
-        settings: the rule.
-        best: the highest value so far.
-        violations: consecutive steps that broke the rule.
+        settings: The metric, its bounds and the patience.
+        best: The highest value so far.
+        violations: Number of consecutive steps that broke the rule.
     """
 
     settings: StopSettings
@@ -48,7 +48,7 @@ class StopRule:
         """Why to stop after the step with these metrics; None to continue.
 
         Raises:
-            UserError: if the step has no such metric.
+            UserError: The step has no such metric.
         """
         metric = self.settings.metric
         if metric not in metrics:
@@ -63,7 +63,7 @@ class StopRule:
         return f"{metric} is {value:.3g}, {' and '.join(broken)}, for {steps}"
 
     def state(self) -> list[float]:
-        """The arguments after `settings` of the same rule, later."""
+        """The values of `best` and `violations`, from which a resumed run rebuilds the rule."""
         return [self.best, self.violations]
 
     def _broken_bounds(self, value: float) -> list[str]:

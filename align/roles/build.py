@@ -1,4 +1,4 @@
-"""Builds the learner's four roles from the products of the earlier stages."""
+"""Builds the four roles of the learner from the products of the earlier stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class RewardRole:
     """A reward model on the shared base model: one member of the ensemble.
 
     Attributes:
-        adapter: Its adapter.
-        heads: Weights of its heads: of the whole score first, then of each attribute.
+        adapter: The member's adapter.
+        heads: Weights of the member's heads: first of the overall score, then of each attribute.
     """
 
     adapter: AdapterWeights
@@ -31,13 +31,13 @@ class RewardRole:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All that a process needs to build the roles. It is sent to the learner's ranks.
+    """Everything that a process needs to build the roles. It is sent to the learner's ranks.
 
     Attributes:
         model: Settings of the base model.
         policy: Settings of the adapters.
-        seed: Of the run.
-        reference: The SFT adapter; None: the base model as it is.
+        seed: Seed of the run.
+        reference: The SFT adapter; None where the base model itself is the reference.
         rewards: The members of the reward model on the base model; empty where the reward comes from elsewhere.
     """
 
@@ -51,15 +51,18 @@ class Blueprint:
 def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles: tuple[str, ...] = ()) -> Roles:
     """Build the roles from a blueprint.
 
-    The policy and the reference start from the SFT adapter, or from a new adapter where there is none. The critic,
-    adapter and head, starts from the reward model, of an ensemble from its first member. Without a reward model on the
-    base model its adapter starts as the policy's, and its head outputs 0, the mean of a normalized reward; so does the
-    head of a critic on the policy's states, or of one with another base model.
+    The policy and the reference start from the SFT adapter, or from a new adapter where there is none. The adapter and
+    the head of the critic start from the reward model (the first member of an ensemble). Without a reward model on the
+    shared base model, the critic's adapter starts as the policy's, and its head outputs 0, the mean of a normalised
+    reward; so does the head of a critic on the policy's states or on another base model.
 
     Args:
-        blueprint: What to build from.
-        critic: Settings of the critic; None for no critic.
-        extra_roles: Get an adapter each.
+        blueprint: What the roles are built from.
+        critic: Settings of the critic; None: no critic.
+        extra_roles: Further roles, each with an adapter.
+
+    Returns:
+        The roles, on the default device.
     """
     torch.manual_seed(seed_for(blueprint.seed, "adapters"))
     sources = {"reference": blueprint.reference, "policy": blueprint.reference}

@@ -6,8 +6,7 @@
     │                   or on a trunk of its own
     └── reward_heads    per reward role: scalar heads on the states of its adapter
 
-Letters in shapes: B sequences of a batch, N their packed tokens, P their response tokens, H hidden size, C reward
-heads.
+Shapes: B sequences of a batch, N their packed tokens, P their response tokens, H hidden size, C reward heads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +25,16 @@ from policies.trunk import Trunk
 
 
 class Critic(nn.Module):
-    """A scalar head on the hidden states of a role, on the shared base model or on one of its own."""
+    """A scalar head on the hidden states of a role, on the shared base model or on its own."""
 
     def __init__(self, head: ScalarHead, role: str, trunk: Trunk | None = None) -> None:
-        """role: whose states the head reads, `policy` or `critic`. trunk: the critic's own, if it has one."""
+        """Attach the head to a role.
+
+        Args:
+            head: The value head.
+            role: The role whose hidden states the head reads, `policy` or `critic`.
+            trunk: The critic's own base model; None: the shared one.
+        """
         super().__init__()
         self.head = head
         self.role = role
@@ -37,10 +42,10 @@ class Critic(nn.Module):
 
 
 class Roles(nn.Module):
-    """All that the learner holds, and what DeepSpeed wraps.
+    """All modules of the learner, in one module for DeepSpeed to wrap.
 
-    `forward` runs a function of this module, so that everything that reads weights runs under DeepSpeed's hooks, which
-    gather sharded parameters.
+    `forward` calls a function with these roles, so that everything that reads weights runs under DeepSpeed's hooks,
+    which gather sharded parameters.
     """
 
     def __init__(
@@ -49,9 +54,9 @@ class Roles(nn.Module):
         """Put the modules together; only the policy and the critic are trained.
 
         Args:
-            trunk: the shared base model with its adapters.
+            trunk: The shared base model with its adapters.
             critic: None where the advantage estimator needs none.
-            rewards: the heads of each reward role.
+            rewards: The heads of each reward role.
         """
         super().__init__()
         self.trunk = trunk
@@ -65,14 +70,14 @@ class Roles(nn.Module):
         self._named_parameters: dict[tuple[Any, ...], list[tuple[str, nn.Parameter]]] = {}
 
     def named_parameters(self, *options: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of any module, but collected only once: DeepSpeed reads them several times per step."""
+        """As `nn.Module.named_parameters`, but cached: DeepSpeed calls it several times per step."""
         key = options, *sorted(named.items())
         if key not in self._named_parameters:
             self._named_parameters[key] = list(super().named_parameters(*options, **named))
         return iter(self._named_parameters[key])
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function with these roles and the arguments."""
+        """Call a function with these roles and the other arguments."""
         return function(self, *arguments)
 
     @property
@@ -93,8 +98,8 @@ class Roles(nn.Module):
         """Group sequences into microbatches for the forward passes of every role.
 
         Args:
-            lengths: tokens of each sequence.
-            tokens: largest number per microbatch; None: what suits the device. Padding counts where one trunk pads.
+            lengths: Tokens of each sequence.
+            tokens: Largest number of tokens per microbatch, padding included; None: chosen for the device.
 
         Returns:
             The indices of the sequences of each microbatch.
@@ -106,8 +111,8 @@ class Roles(nn.Module):
         """The parameter groups of the optimizer.
 
         Returns:
-            What is trained by name, ROLE or ROLE.PART, and the factor by which the learning rate of each group differs
-            from its role's.
+            The trained parameters by the name of their group, ROLE or ROLE.PART, and the multiplier of each group's
+            learning rate, relative to its role's.
         """
         groups: dict[str, list[nn.Parameter]] = {"policy": []}
         if self.critic is not None:
@@ -130,7 +135,7 @@ class Roles(nn.Module):
         return token_logprobs(states[batch.predictors], batch.response_ids, head, temperature)
 
     def reward_outputs(self, batch: Batch) -> Tensor:
-        """Outputs `[B, C]` of the reward heads at the last token of each sequence, role by role."""
+        """Outputs `[B, C]` of the reward heads at the last token of each sequence; one forward pass per reward role."""
         outputs: list[Tensor] = []
         for role, heads in self.reward_heads.items():
             states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)[batch.last]  # [N, H] -> [B, H]

@@ -1,7 +1,6 @@
-"""Forward passes of the four roles, without gradients: what each outputs for a batch of trajectories.
+"""Forward passes of the four roles, and their outputs for a batch of trajectories.
 
-Letters in shapes: B sequences of a batch, N their packed tokens, P their response tokens, H hidden size, C reward
-heads.
+Shapes: B sequences of a batch, N their packed tokens, P their response tokens, H hidden size, C reward heads.
 """
 
 import math
@@ -21,7 +20,7 @@ from rollouts.trajectory import RoleOutputs, Trajectory
 ALL_ROLES = ("policy", "reference", "critic", "reward")
 """The roles that score by default. The critic can be requested only with the policy, whose states it may read."""
 GREEDY = "greedy"
-"""May be requested too: how much less likely to the policy each token is than the likeliest one (`shortfalls`)."""
+"""A further request: how much less likely each token is under the policy than the likeliest one (`shortfalls`)."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class BatchOutputs:
     """The outputs of the roles for a batch, float32. None: the role was not requested, or does not exist.
 
     Attributes:
-        logprobs: `[P]`, of the response tokens under the policy, in nats.
-        reference_logprobs: `[P]`, under the reference.
-        values: `[P]`, of the critic before each response token.
-        last_values: `[B]`, of the critic after the last token of each response.
-        reward_outputs: `[B, C]`, of the reward heads.
+        logprobs: `[P]`, log-probabilities of the response tokens under the policy, in nats.
+        reference_logprobs: `[P]`, the same under the reference.
+        values: `[P]`, the critic's values before each response token.
+        last_values: `[B]`, the critic's values after the last token of each response.
+        reward_outputs: `[B, C]`, outputs of the reward heads.
         shortfalls: `[P]`, see `RoleOutputs`.
     """
 
@@ -49,10 +48,10 @@ def forward_roles(roles: Roles, batch: Batch, temperature: float, requested_role
     """Compute the outputs of the requested roles: one forward pass each, none for a critic that is a head.
 
     Args:
-        roles: the four roles.
-        batch: prompts and responses.
-        temperature: of the sampling, by which logits are divided.
-        requested_roles: some of `ALL_ROLES` and `GREEDY`.
+        roles: The four roles.
+        batch: The packed prompts and responses.
+        temperature: Sampling temperature, by which logits are divided.
+        requested_roles: Some of `ALL_ROLES` and `GREEDY`.
     """
     outputs: dict[str, Tensor] = {}
     if "policy" in requested_roles:
@@ -89,11 +88,11 @@ def score_microbatch(
     """Compute the outputs of the requested roles in one packed forward pass per role.
 
     Args:
-        run: calls a function of `Roles`: the `Roles` themselves, or what wraps them.
-        trajectories: B of them.
-        temperature: of the sampling, by which logits are divided.
-        device: where the roles are.
-        requested_roles: some of `ALL_ROLES` and `GREEDY`.
+        run: Calls a function with the roles and its arguments: `Roles` itself, or the engine that wraps it.
+        trajectories: `[B]`.
+        temperature: Sampling temperature, by which logits are divided.
+        device: The device of the roles.
+        requested_roles: Some of `ALL_ROLES` and `GREEDY`.
 
     Returns:
         One record per trajectory, in the same order.
@@ -148,12 +147,12 @@ def score_microbatches(
     """Compute the outputs of the requested roles, microbatch by microbatch; see `score_microbatch`.
 
     Args:
-        run: calls a function of `Roles`: the `Roles` themselves, or what wraps them.
-        trajectories: of all microbatches.
-        microbatches: the indices of the trajectories of each. If a trajectory is in two, the first one counts.
-        temperature: of the sampling, by which logits are divided.
-        device: where the roles are.
-        requested_roles: some of `ALL_ROLES` and `GREEDY`.
+        run: Calls a function with the roles and its arguments: `Roles` itself, or the engine that wraps it.
+        trajectories: The trajectories of all microbatches.
+        microbatches: The indices of each microbatch's trajectories. Of a trajectory in several, the first counts.
+        temperature: Sampling temperature, by which logits are divided.
+        device: The device of the roles.
+        requested_roles: Some of `ALL_ROLES` and `GREEDY`.
 
     Returns:
         One record per trajectory, in the same order.

@@ -1,4 +1,4 @@
-"""Builds what scores responses in PPO and in evaluation, from what the earlier stages left in a run's folder."""
+"""Builds the scorers of PPO and of evaluation from the products of the earlier stages in a run's folder."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ from rewards.user_functions import load_function
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 REWARD_STATE = "reward.json"
-"""The file beside a policy with the state of the reward's composition at the time that the policy was evaluated."""
+"""The file beside a policy that holds the state of the reward's composition when the policy was evaluated."""
 
 
 @dataclass(frozen=True)
 class Scorers:
-    """All that scores responses.
+    """Everything that scores responses.
 
     Attributes:
         blueprint: The roles whose forward passes the reward needs; the learner is built from it.
-        reward: Composes the score of the role outputs and the texts.
+        reward: Computes the score from the role outputs and the texts.
         gold: The true score; None where the experiment has none.
     """
 
@@ -58,12 +58,12 @@ def build_scorers(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedT
     """Build the scorers of an experiment.
 
     The SFT model is the reference. A term of kind `model` adds its adapters and heads to the roles on the shared base
-    model, unless the reward model is a ready classifier.
+    model, unless the reward model is a ready-made classifier.
 
     Args:
-        experiment: Its `policy`, `reward` and `evaluation.gold` are read.
-        run: Its folders `sft` and `reward` are read, where they exist.
-        tokenizer: Of the base model.
+        experiment: The settings.
+        run: The run, whose folders `sft` and `reward` are read where they exist.
+        tokenizer: Tokenizer of the base model.
 
     Raises:
         UserError: Something that the experiment names is missing or cannot be read.

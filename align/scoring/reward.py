@@ -1,4 +1,4 @@
-"""From trajectories and the outputs of the roles to scores, by terms that are chosen before the loop starts."""
+"""Computes scores from trajectories and role outputs, by terms that are chosen before the loop starts."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,19 +15,19 @@ from rewards.user_functions import ScoreFunction, call_function
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 Notes = dict[str, Tensor]
-"""Further figures of the trajectories `[B]`, by the name under which they are logged."""
+"""Further values of the trajectories, `[B]` each, by the name under which they are logged."""
 
 TrainingScorer = Callable[[Sequence[Trajectory]], list[RoleOutputs]]
-"""Role outputs of a training batch, with score and notes; updates the reward's composition."""
+"""Returns the role outputs of a training batch, with score and notes; updates the reward's composition."""
 
 Rescore = Callable[[], list[RoleOutputs]]
-"""Role outputs of trajectories that were scored before, with score and notes as the reward composes them now."""
+"""Returns the role outputs of trajectories, with score and notes as the reward composes them when it is called."""
 
 EvaluationScorer = Callable[[Sequence[Trajectory]], Rescore]
-"""Runs roles and terms on trajectories at once; their scores are composed whenever the result is called."""
+"""Runs roles and terms on trajectories immediately; the scores are composed whenever the result is called."""
 
 GoldScorer = Callable[[Sequence[Trajectory]], list[float]]
-"""The true score of each trajectory, where the user has one."""
+"""Returns the true score of each trajectory."""
 
 
 class RoleScorer(Protocol):
@@ -40,18 +40,18 @@ class RoleScorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """The scorers of the terms by name, and what composes their scores to one."""
+    """The scorers of the terms by name, and the composition of their scores into one."""
 
     terms: Mapping[str, TermScorer]
     composition: Composition
     tokenizer: PreTrainedTokenizerBase
 
     def score_for_evaluation(self, trajectories: Sequence[Trajectory], outputs: list[RoleOutputs]) -> Rescore:
-        """Score trajectories by all terms now, and compose the scores whenever the result is called.
+        """Score trajectories by all terms immediately, and compose the scores whenever the result is called.
 
         Args:
             trajectories: `[B]`.
-            outputs: Their role outputs `[B]`, of the reward role at least.
+            outputs: `[B]`, their role outputs, those of the reward role at least.
 
         Returns:
             A function that returns the role outputs `[B]` with score and notes. The composition is not updated.
@@ -60,28 +60,36 @@ class Reward:
 
         def rescore() -> list[RoleOutputs]:
             total, parts = self.composition.score(raw)
-            return _with_scores(outputs, total, _named(parts) | notes)
+            return _with_scores(outputs, total, _term_notes(parts) | notes)
 
         return rescore
 
     def score_and_update(self, trajectories: Sequence[Trajectory], outputs: list[RoleOutputs]) -> list[RoleOutputs]:
-        """Score a training batch and update the composition by it.
+        """Score a training batch, and update the composition with its scores.
 
         Args:
             trajectories: `[B]`.
-            outputs: Their role outputs `[B]`, of the reward role at least.
+            outputs: `[B]`, their role outputs, those of the reward role at least.
 
         Returns:
             The role outputs `[B]` with score and notes.
         """
         raw, notes = self.raw_scores(trajectories, outputs)
         total, parts = self.composition.score_and_update(raw)
-        return _with_scores(outputs, total, _named(parts) | notes)
+        return _with_scores(outputs, total, _term_notes(parts) | notes)
 
     def raw_scores(
         self, trajectories: Sequence[Trajectory], outputs: Sequence[RoleOutputs]
     ) -> tuple[dict[str, Tensor], Notes]:
-        """Scores `[B]` float64 by term, before they are normalised, clipped and weighted; the notes of all terms."""
+        """Score trajectories by all terms.
+
+        Args:
+            trajectories: `[B]`.
+            outputs: `[B]`, their role outputs, those of the reward role at least.
+
+        Returns:
+            Scores `[B]` float64 by term, before they are normalised, clipped and weighted; and the notes of all terms.
+        """
         batch = term_input(trajectories, self.tokenizer, outputs)
         raw: dict[str, Tensor] = {}
         notes: Notes = {}
@@ -95,7 +103,7 @@ class Reward:
 def term_input(
     trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, outputs: Sequence[RoleOutputs] = ()
 ) -> TermInput:
-    """What terms score: the texts, columns, lengths and reward-head outputs of trajectories."""
+    """The input of the terms: texts, columns, lengths and reward-head outputs of trajectories."""
     requests = [trajectory.request for trajectory in trajectories]
 
     def decode_responses() -> list[str]:
@@ -116,7 +124,7 @@ def term_input(
 
 
 def gold_scorer(function: ScoreFunction, tokenizer: PreTrainedTokenizerBase) -> GoldScorer:
-    """The user's function as a score of trajectories."""
+    """Wrap the user's function as a scorer of trajectories."""
 
     def score(trajectories: Sequence[Trajectory]) -> list[float]:
         batch = term_input(trajectories, tokenizer)
@@ -125,16 +133,16 @@ def gold_scorer(function: ScoreFunction, tokenizer: PreTrainedTokenizerBase) -> 
     return score
 
 
-def _named(parts: Mapping[str, Tensor]) -> Notes:
-    """The notes of the terms' own scores; a single term's is the score itself."""
+def _term_notes(parts: Mapping[str, Tensor]) -> Notes:
+    """The scores of the terms as notes; none for a single term, whose score is the total."""
     return {f"term/{name}": values for name, values in parts.items()} if len(parts) > 1 else {}
 
 
 def _with_scores(outputs: Sequence[RoleOutputs], total: Tensor, notes: Notes) -> list[RoleOutputs]:
-    """Role outputs `[B]` with the scores `[B]` and the notes `[B]` by name."""
+    """The role outputs `[B]` with the scores `[B]` and the notes, `[B]` each, filled in."""
     columns = {name: values.tolist() for name, values in notes.items()}
     scored: list[RoleOutputs] = []
     for i, (output, score) in enumerate(zip(outputs, total.tolist(), strict=True)):
-        own_notes = {name: values[i] for name, values in columns.items()}
-        scored.append(replace(output, score=score, notes=own_notes))
+        notes_of_one = {name: values[i] for name, values in columns.items()}
+        scored.append(replace(output, score=score, notes=notes_of_one))
     return scored
