@@ -1,4 +1,4 @@
-"""One adapter out of several."""
+"""The weighted mean of several adapters."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,25 @@ from policies.files.safe_reading import check_names_and_shapes, read_object, rea
 
 MODEL_CONFIG = "config.json"
 KIND_KEYS = ("peft_type", "model_type")
-"""What says of which kind an adapter or model is: named first where two configs differ."""
+"""The keys that say what kind of adapter or model it is: where two configs differ, these are reported first."""
 BASE_KEY = "base_model_name_or_path"
-"""What two adapters' configs may say differently: the base may have been in another folder."""
+"""A key that may differ between adapters: the base may have been in another folder."""
 
 
 def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path) -> None:
-    """Write the weighted mean of the parameters of adapters, or complete models, of one kind, and of their heads.
+    """Average adapters, or complete models, of one kind, with their heads: the weighted mean of each parameter.
 
-    It is meant for adapters with the same start: policies of several seeds from one SFT adapter (Wortsman et al. 2022,
-    "Model soups"), or members of an ensemble of reward models (Ramé et al. 2024, "WARM"). It is the mean of LoRA's
-    factors, not of their products.
+    It is meant for adapters with the same initialisation: policies of several seeds from one SFT adapter (Wortsman et
+    al. 2022, "Model soups"), or members of an ensemble of reward models (Ramé et al. 2024, "WARM"). LoRA's factors are
+    averaged, not their products.
 
     Args:
-        folders: of the adapters.
-        shares: the weight of each, positive; scaled here to a sum of 1.
-        to: the folder of the mean.
+        folders: The folder of each adapter.
+        shares: The weight of each, positive; scaled here to a sum of 1.
+        to: The folder that the mean is written to; it is created if it does not exist.
 
     Raises:
-        UserError: a folder is not an adapter, or two are not of one kind.
+        UserError: A folder is not an adapter, or the adapters are of different kinds.
     """
     first = folders[0]
     config_file = CONFIG if (first / CONFIG).is_file() else MODEL_CONFIG

@@ -1,4 +1,4 @@
-"""Sequences of different lengths in batches, and which sequences go together."""
+"""Batches of sequences of different lengths, and which sequences share a batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ PROMPT_PART = 0
 def collate_shared_prompts(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], pad: int = 0
 ) -> SharedPromptBatch:
-    """Put all responses to a prompt behind it in one sequence, so that the prompt is computed once.
+    """Put all responses to a prompt after it in one sequence, so that the prompt is computed once.
 
     Args:
         prompts: B lists of token ids.
@@ -114,12 +114,12 @@ def collate_shared_prompts(
     Raises:
         ValueError: There are more prompts than lists of responses, or fewer.
     """
-    sequences = [[prompt, *behind] for prompt, behind in zip(prompts, responses, strict=True)]
+    sequences = [[prompt, *following] for prompt, following in zip(prompts, responses, strict=True)]
     width = max(sum(map(len, parts)) for parts in sequences)
     shape = (len(sequences), width)
     ids = torch.full(shape, pad)  # [B, T]
     positions = torch.full(shape, 0)  # [B, T]
-    part_of = torch.full(shape, -1)  # [B, T]
+    part_ids = torch.full(shape, -1)  # [B, T]
     last: list[int] = []
     for index, parts in enumerate(sequences):
         end = 0
@@ -128,12 +128,12 @@ def collate_shared_prompts(
             first_position = 0 if part == PROMPT_PART else len(parts[PROMPT_PART])
             ids[index, span] = torch.tensor(tokens, dtype=torch.long)
             positions[index, span] = torch.arange(len(tokens)) + first_position
-            part_of[index, span] = part
+            part_ids[index, span] = part
             end += len(tokens)
             if part != PROMPT_PART:
                 last.append(index * width + end - 1)
-    queries = part_of.unsqueeze(2)  # [B, T, 1]
-    keys = part_of.unsqueeze(1)  # [B, 1, T]
+    queries = part_ids.unsqueeze(2)  # [B, T, 1]
+    keys = part_ids.unsqueeze(1)  # [B, 1, T]
     causal = torch.ones(width, width).tril().bool()  # [T, T]
     mask = ((keys == queries) | (keys == PROMPT_PART)) & causal  # [B, T, T]
     return SharedPromptBatch(ids, positions, mask.unsqueeze(1), torch.tensor(last))

@@ -1,4 +1,4 @@
-"""From settings to a trunk: the base as the method needs it, and what the method trains of it."""
+"""The trunk that the settings choose."""
 
 from transformers import PreTrainedModel
 
@@ -8,24 +8,29 @@ from policies.trunk import Trunk
 
 
 def make_trunk(base: PreTrainedModel, settings: PolicySettings, roles: tuple[str, ...]) -> Trunk:
-    """The trunk of `policy.method` on a base that is loaded.
+    """Build the trunk of `policy.method` on a base model that is loaded already.
 
     Args:
-        base: the model; the trunk keeps it and changes its modules.
-        settings: of the method.
-        roles: those that get an adapter.
+        base: The base model; the trunk keeps it and changes its modules.
+        settings: The adaptation method and its settings.
+        roles: The roles that get an adapter.
 
     Raises:
-        UserError: the method finds nothing to train in this model, or the model is not supported.
+        UserError: The method finds nothing to train in this model, or the model is not supported.
     """
     trunk_class: type[Trunk] = settings.spec.load_trunk()
     return trunk_class(base, settings, roles)
 
 
 def build_trunk(model: ModelSettings, settings: PolicySettings, roles: tuple[str, ...]) -> Trunk:
-    """The trunk of `policy.method`, its base loaded as the method needs it; as `make_trunk` otherwise.
+    """Load the base model as the method needs it, and build the trunk of `policy.method` on it.
+
+    Args:
+        model: The base model.
+        settings: The adaptation method and its settings.
+        roles: The roles that get an adapter.
 
     Raises:
-        UserError: the model cannot be loaded, or as `make_trunk` does.
+        UserError: The model cannot be loaded or is not supported, or the method finds nothing to train in it.
     """
     return make_trunk(load_base(model, settings), settings, roles)

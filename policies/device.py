@@ -1,4 +1,4 @@
-"""The device, the number format and the threads that a process computes with."""
+"""The device, dtype and CPU threads that a process computes with."""
 
 import os
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class ComputeSettings:
         """Apply the settings to this process; call it before anything is computed on a GPU."""
         torch.set_num_threads(self.threads)
         if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it for determinism
         torch.use_deterministic_algorithms(self.deterministic)
         # No result depends on uninitialised memory, and filling it costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""The one exception that means: what the user gave cannot be used."""
+"""The exception for mistakes in what the user provides."""
 
 
 class UserError(Exception):
-    """A mistake in a file, key, row or folder that the user gave.
+    """A mistake in a file, key, row or folder that the user provides.
 
     The message says what is wrong, where (file, line, key), and what would be right. The command prints it without a
     traceback and exits with status 2.
@@ -10,5 +10,5 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without the paragraphs that may follow; its kind where it says nothing."""
+    """The first line of a library's error message; the name of the exception where the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""A trained policy or reward model for other programs, checked against the live one."""
+"""Exports a trained policy or reward model for other programs, and checks the export against the live model."""
 
 import shutil
 from collections.abc import Mapping
@@ -26,36 +26,36 @@ from policies.trunk import Trunk
 
 EXPORT_ROLE = "policy"
 MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5}
-"""Differences of log-probabilities, in nats, that rounding explains."""
+"""Largest difference of log-probabilities, in nats, that rounding explains, by the coarser dtype of the two."""
 MAX_SCORE_DIFFERENCE = 1e-3
-"""Difference of reward scores that rounding explains, relative to the largest score or to 1."""
+"""Largest difference of reward scores that rounding explains, relative to the largest score or to 1."""
 PROBE_SHAPE = (4, 16)
-"""Sequences and tokens that an export is compared on."""
+"""Sequences, and tokens of each, that an export is compared on."""
 
 
 def export_adapter(
     model: ModelSettings, policy: PolicySettings, source: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> float:
-    """Copy an adapter and the tokenizer, reload it, by plain PEFT where PEFT has the method, and compare.
+    """Copy an adapter and the tokenizer, reload them, with plain PEFT where it has the method, and compare.
 
     Args:
-        model: the base.
-        policy: the settings of the adapter.
-        source: folder of the adapter.
-        tokenizer: of the base.
-        folder: where the export goes; made where it does not exist.
+        model: The base model.
+        policy: The adapter's settings.
+        source: The adapter's folder.
+        tokenizer: The base model's tokenizer.
+        folder: The folder to write to; it is created if it does not exist.
 
     Returns:
         The largest difference to the live policy's log-probabilities, in nats.
 
     Raises:
-        UserError: the adapter is not as `policy` says.
-        RuntimeError: see `compare`.
+        UserError: The adapter does not match `policy`.
+        RuntimeError: The export differs from the live policy (see `compare`).
     """
-    live = _live(model, policy, source)
+    live = _load_live(model, policy, source)
     ids = _probe(live)
     expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
-    before = _log_probs_of_model(load_base(model, policy), ids)
+    base_log_probs = _log_probs_of_model(load_base(model, policy), ids)
     del live
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS):
@@ -66,8 +66,8 @@ def export_adapter(
     if policy.spec.in_peft:
         reloaded = _log_probs_of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
     else:
-        reloaded = _log_probs_of_role(_live(model, policy, folder), EXPORT_ROLE, ids)
-    return compare(reloaded, expected, before, model.dtype)
+        reloaded = _log_probs_of_role(_load_live(model, policy, folder), EXPORT_ROLE, ids)
+    return compare(reloaded, expected, base_log_probs, model.dtype)
 
 
 def export_merged(
@@ -78,89 +78,89 @@ def export_merged(
     folder: Path,
     dtype: str = "float32",
 ) -> float:
-    """Write a complete model and the tokenizer, reload it by plain transformers, and compare.
+    """Write a complete model and the tokenizer, reload them with plain transformers, and compare.
 
     Args:
-        model: the base.
-        policy: the settings of the adapter.
-        source: folder of an adapter for the base, or of a model with all weights trained.
-        tokenizer: of the base.
-        folder: where the export goes.
-        dtype: of the file.
+        model: The base model.
+        policy: The adapter's settings.
+        source: The folder of an adapter for the base model, or of a model with all weights trained.
+        tokenizer: The base model's tokenizer.
+        folder: The folder to write to.
+        dtype: The dtype of the weights in the file.
 
     Returns:
         The largest difference to the live policy's log-probabilities, in nats.
 
     Raises:
-        UserError: the method cannot be merged, or the family has no parameters for what the method adds.
-        RuntimeError: see `compare`.
+        UserError: The method cannot be merged, or the model family has no parameters for what the method adds.
+        RuntimeError: The export differs from the live policy (see `compare`).
     """
-    live = _live(model, policy, source)
+    live = _load_live(model, policy, source)
     ids = _probe(live)
     expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
-    before = _log_probs_of_model(load_base(model, policy), ids)
+    base_log_probs = _log_probs_of_model(load_base(model, policy), ids)
     write_model(model, live.merged_weights(EXPORT_ROLE), folder, dtype)
     tokenizer.save_pretrained(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE)
     log_probs = _log_probs_of_model(reloaded.to(default_device()).eval(), ids)
     exact = dtype == model.dtype == "float32"
-    return compare(log_probs, expected, before, "float32" if exact else "bfloat16")
+    return compare(log_probs, expected, base_log_probs, "float32" if exact else "bfloat16")
 
 
 def write_model(model: ModelSettings, weights: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
-    """Write the base with some of its weights replaced, as transformers saves it.
+    """Write the base model with some of its weights replaced, as transformers saves it.
 
     Args:
-        model: the base.
-        weights: those that replace the base's, by name in the base.
-        folder: where the model goes.
-        dtype: of the file.
+        model: The base model.
+        weights: The weights that replace the base's, by name in the base.
+        folder: The folder to write to.
+        dtype: The dtype of the weights in the file.
 
     Raises:
-        UserError: the family has no parameter of such a name.
+        UserError: The model family has no parameter with one of these names.
     """
     config = AutoConfig.from_pretrained(model.path, **NO_CODE)
-    plain = _load_model(model, config)
-    head = next(name for name, module in plain.named_modules() if module is plain.get_output_embeddings())
-    if f"{head}.weight" in weights:
+    base = _load_model(model, config)
+    lm_head = next(name for name, module in base.named_modules() if module is base.get_output_embeddings())
+    if f"{lm_head}.weight" in weights:
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
-    if weights.keys() - plain.state_dict().keys():  # biases, which many families support but do not use
+    if weights.keys() - base.state_dict().keys():  # biases, which many families support but do not use
         for flag in ("attention_bias", "mlp_bias"):
             if hasattr(config, flag):
                 setattr(config, flag, True)
-    changed = _load_model(model, config)
-    missing = weights.keys() - changed.state_dict().keys()
+    target = _load_model(model, config)
+    missing = weights.keys() - target.state_dict().keys()
     if missing:
         raise UserError(
-            f"{type(changed).__name__} has no parameter {min(missing)}: export without --merge, for `policies.methods` "
+            f"{type(target).__name__} has no parameter {min(missing)}: export without --merge, for `policies.methods` "
             "to load"
         )
-    changed.load_state_dict(dict(weights), strict=False)
-    changed.to(getattr(torch, dtype)).save_pretrained(folder)
+    target.load_state_dict(dict(weights), strict=False)
+    target.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def export_reward(
     model: ModelSettings, policy: PolicySettings, source: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> tuple[float, float]:
-    """Write a reward model as a sequence classifier of one label, reload it by plain transformers, and compare.
+    """Write a reward model as a sequence classifier with one label, reload it with plain transformers, and compare.
 
     Args:
-        model: the base.
-        policy: the settings of the adapter.
-        source: folder of the reward model's adapter and head.
-        tokenizer: of the base.
-        folder: where the export goes.
+        model: The base model.
+        policy: The adapter's settings.
+        source: The folder of the reward model's adapter and head.
+        tokenizer: The base model's tokenizer.
+        folder: The folder to write to.
 
     Returns:
-        The largest difference of the scores of short sequences; and the head's bias, which such a classifier does not
+        The largest difference of scores, on short sequences; and the head's bias, which such a classifier does not
         have: its scores are the reward model's minus this bias.
 
     Raises:
-        UserError: as `export_merged` does.
-        RuntimeError: the scores differ by more than rounding.
+        UserError: The method cannot be merged, or the model family has no parameters for what the method adds.
+        RuntimeError: The scores differ by more than rounding explains.
     """
-    live = _live(model, policy, source, "reward")
+    live = _load_live(model, policy, source, "reward")
     head = load_head(source)
     ids = _probe(live)
     with torch.no_grad():
@@ -181,44 +181,46 @@ def export_reward(
     return difference, float(head["bias"])
 
 
-def compare(exported: Tensor, expected: Tensor, before: Tensor, dtype: str) -> float:
-    """The largest difference of log-probabilities between what was exported and the live policy.
+def compare(exported: Tensor, expected: Tensor, base: Tensor, dtype: str) -> float:
+    """Compute the largest difference of log-probabilities between an export and the live policy, and check it.
 
     Args:
-        exported: log-probabilities `[B, T, V]` of the reloaded export.
-        expected: those of the live policy.
-        before: those of the base.
-        dtype: how coarse the comparison is, "float32" or another.
+        exported: Log-probabilities `[B, T, V]` of the reloaded export.
+        expected: Log-probabilities `[B, T, V]` of the live policy.
+        base: Log-probabilities `[B, T, V]` of the base model.
+        dtype: "float32" where both sides compute in it; any other value allows more rounding.
 
     Returns:
         The difference, in nats.
 
     Raises:
-        RuntimeError: the difference is more than rounding explains; or it is no smaller than the policy's to the base,
-            so that the policy's own part may be missing.
+        RuntimeError: The difference is more than rounding explains; or it is no smaller than that between policy and
+            base model, so that the export may lack what was trained.
     """
     difference = float((exported - expected).abs().max())
     if not difference <= MAX_DIFFERENCE["float32" if dtype == "float32" else "bfloat16"]:  # NaN too
         raise RuntimeError(
             f"the exported model differs from the policy by {difference:.2g} nats, more than rounding explains"
         )
-    if not difference < float((expected - before).abs().max()):
+    if not difference < float((expected - base).abs().max()):
         raise RuntimeError("the exported model is as far from the policy as the base is: nothing was trained")
     return difference
 
 
-def _live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = EXPORT_ROLE) -> Trunk:
+def _load_live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = EXPORT_ROLE) -> Trunk:
+    """The live model: a trunk whose role has the saved adapter."""
     trunk = build_trunk(model, policy, (role,))
     trunk.write_adapter(role, load_adapter(source, policy))
     return trunk
 
 
 def _load_model(model: ModelSettings, config: AutoConfig) -> PreTrainedModel:
+    """The base model with all weights in float32, under this config."""
     return AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=torch.float32, **SAFE)
 
 
 def _probe(trunk: Trunk) -> Tensor:
-    """Sequences of tokens from all over the vocabulary, `PROBE_SHAPE`; without pad and end-of-sequence tokens."""
+    """Token ids of shape `PROBE_SHAPE`, spread over the vocabulary; without pad and end-of-sequence tokens."""
     special = {trunk.causal.config.pad_token_id, trunk.causal.config.eos_token_id}
     vocabulary = range(trunk.causal.config.get_text_config().vocab_size)
     ids = torch.tensor([token for token in vocabulary if token not in special])

@@ -13,14 +13,19 @@ class ScalarHead(nn.Module):
     """
 
     def __init__(self, width: int, generator: torch.Generator | None = None) -> None:
-        """width: the hidden size H. generator: of the first weights."""
+        """Initialise the weights.
+
+        Args:
+            width: The hidden size H.
+            generator: The random generator of the initial weights; None: torch's global one.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, generator=generator) / (width + 1) ** 0.5)  # [H]
         self.bias = nn.Parameter(torch.zeros(1))
 
     @classmethod
     def zeros(cls, width: int) -> "ScalarHead":
-        """A head whose scores are 0."""
+        """A head whose scores are all 0."""
         head = cls(width)
         head.weight.data.zero_()
         return head
@@ -31,6 +36,6 @@ class ScalarHead(nn.Module):
 
     @torch.no_grad()
     def fold(self, mean: float, std: float) -> None:
-        """Make the scores (score - mean) / std from now on, in place."""
+        """Change the head in place so that its scores become (score - mean) / std."""
         self.bias.sub_(mean).div_(std)
         self.weight.div_(std)

@@ -21,14 +21,14 @@ Head = Callable[[Tensor], Tensor]
 def token_logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) -> Tensor:
     """Log-probability of each token under softmax(logits / temperature).
 
-    Logits are computed for `CHUNK` positions at a time, and once: what the backward pass needs of them is computed at
-    the same time, unless the head is trained; then they are recomputed.
+    Logits are computed for `CHUNK` positions at a time, and only once: the gradient that the backward pass needs is
+    computed along with them. Only where the head is trained they are recomputed.
 
     Args:
         hidden: `[P, H]`, the states that predict the tokens.
         tokens: `[P]` int64.
         head: The LM head.
-        temperature: At which the tokens were sampled.
+        temperature: The temperature at which the tokens were sampled.
 
     Returns:
         `[P]` float32, in nats.
@@ -50,7 +50,7 @@ def token_logprobs_and_entropy(
         hidden: `[P, H]`, the states that predict the tokens.
         tokens: `[P]` int64.
         head: The LM head.
-        temperature: At which the tokens were sampled.
+        temperature: The temperature at which the tokens were sampled.
         learn_entropy: Whether the entropy carries a gradient.
 
     Returns:
@@ -58,7 +58,7 @@ def token_logprobs_and_entropy(
     """
     function = partial(_logprobs_and_entropy, head=head, temperature=temperature, learn_entropy=learn_entropy)
     if torch.is_grad_enabled():
-        # Given no states that carry a gradient, the head shows by its output whether it is trained.
+        # The head is trained if its output carries a gradient although its input does not.
         if learn_entropy or head(hidden[:0].detach()).requires_grad:
             function = partial(checkpoint, function, use_reentrant=False)
         elif hidden.requires_grad:
@@ -84,7 +84,7 @@ def shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
 def _by_chunks(
     function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, tokens: Tensor
 ) -> list[Tensor]:
-    """What a function returns for `CHUNK` positions at a time, joined: one `[P]` tensor per result."""
+    """Call a function on `CHUNK` positions at a time, and join its results: one `[P]` tensor for each."""
     chunks = zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True)
     results = [function(chunk_hidden, chunk_tokens) for chunk_hidden, chunk_tokens in chunks]
     return [torch.cat(parts) for parts in zip(*results, strict=True)]
@@ -124,7 +124,7 @@ def _from_logits(
 def _from_logits_by_kernel(
     logits: Tensor, tokens: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same on the CPU, in one pass over memory."""
+    """`_from_logits` on the CPU, in one pass over memory."""
     positions, vocabulary = logits.shape
     if positions and not 0 <= int(tokens.amin()) <= int(tokens.amax()) < vocabulary:
         raise IndexError(

@@ -1,4 +1,4 @@
-"""Starts of LoRA other than zero, PiSSA and LoftQ, on a base that stays as it is for the other roles."""
+"""Initial LoRA matrices other than zero: PiSSA and LoftQ, on a base model that stays unchanged for other roles."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,10 +13,15 @@ from policies.files.safe_reading import SAFE
 
 @torch.no_grad()
 def write_pissa(layers: Iterable[LoraLayer], roles: Sequence[str], rank: int) -> None:
-    """Start these roles as PiSSA (Meng et al. 2024): the first `rank` directions are the base's principal ones.
+    """Initialise roles by PiSSA (Meng et al. 2024): from the `rank` principal directions of the base's weights.
 
-    PiSSA subtracts their part from the base. Here the base is not touched: the second half of the matrices, of rank
-    2 · rank, subtracts it. The adapter as a whole changes nothing at first.
+    PiSSA subtracts these directions from the base. Here the base is shared and stays as it is: the matrices have rank
+    2 · rank, and their second half subtracts what their first half adds, so that the adapter changes nothing at first.
+
+    Args:
+        layers: The adapted layers.
+        roles: The roles to initialise.
+        rank: The number of principal directions, half the rank of the layers' matrices.
     """
     for layer in layers:
         weight = layer.get_base_layer().weight
@@ -30,15 +35,15 @@ def write_pissa(layers: Iterable[LoraLayer], roles: Sequence[str], rank: int) ->
 
 @torch.no_grad()
 def write_loftq(layers: Mapping[str, LoraLayer], roles: Sequence[str], rank: int, base: str) -> None:
-    """Start these roles as LoftQ (Li et al. 2023, algorithm 1 with T = 1).
+    """Initialise roles by LoftQ (Li et al. 2023, algorithm 1 with T = 1).
 
-    It is the best low-rank approximation of what the base's weights lose by quantisation.
+    The adapter starts as the best low-rank approximation of the error that quantisation makes in the base's weights.
 
     Args:
-        layers: the adapted layers by name in the base.
-        roles: those that start so.
-        rank: of the approximation.
-        base: folder or hub name of the model, which is read once more, unquantised.
+        layers: The adapted layers by name in the base.
+        roles: The roles to initialise.
+        rank: The rank of the approximation.
+        base: Folder or hub name of the base model, which is loaded once more, unquantised.
     """
     unquantised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **SAFE)
     for name, layer in layers.items():
@@ -49,15 +54,15 @@ def write_loftq(layers: Mapping[str, LoraLayer], roles: Sequence[str], rank: int
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The part of a weight that has its largest singular values, as the factors of LoRA (PiSSA, eq. 2 and 3).
+    """Factor the part of a weight with the largest singular values into LoRA's matrices (PiSSA, eq. 2 and 3).
 
     Args:
         weight: `[out, in]`, float32.
-        rank: how many singular values.
-        scale: what LoRA multiplies the product of its matrices by.
+        rank: The number of singular values to keep.
+        scale: The factor by which LoRA multiplies the product of its matrices.
 
     Returns:
-        down `[rank, in]` and up `[out, rank]`; scale · up · down is the part.
+        down `[rank, in]` and up `[out, rank]`; scale · up · down is the best approximation of this rank.
     """
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = (values[:rank] / scale).sqrt()  # [rank]
@@ -67,18 +72,18 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def hold_principal(layers: Iterable[LoraLayer], rank: int) -> None:
-    """Give no gradient to the second half of PiSSA's matrices: it stays as it starts."""
+    """Keep the second half of PiSSA's matrices, which subtracts the initial directions, fixed: its gradient is zero."""
 
-    def of_down(gradient: Tensor) -> Tensor:
+    def mask_down(gradient: Tensor) -> Tensor:
         return torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])])  # [2 · rank, in]
 
-    def of_up(gradient: Tensor) -> Tensor:
-        return of_down(gradient.T).T  # [out, 2 · rank]
+    def mask_up(gradient: Tensor) -> Tensor:
+        return mask_down(gradient.T).T  # [out, 2 · rank]
 
     for layer in layers:
         for role in layer.lora_A:
-            layer.lora_A[role].weight.requires_grad_().register_hook(of_down)
-            layer.lora_B[role].weight.requires_grad_().register_hook(of_up)
+            layer.lora_A[role].weight.requires_grad_().register_hook(mask_down)
+            layer.lora_B[role].weight.requires_grad_().register_hook(mask_up)
 
 
 def _write(layer: LoraLayer, roles: Sequence[str], down: Tensor, up: Tensor) -> None:

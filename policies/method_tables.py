@@ -8,7 +8,7 @@ from policies.schema import PolicySettings
 
 DEFAULT_METHOD: str = PolicySettings.model_fields["method"].default
 
-METHODS_HEADER = ("method", "a role's own", "settings of `policy`", "source")
+METHODS_HEADER = ("method", "trained for each role", "settings of `policy`", "source")
 COMPATIBILITY_HEADER = (
     "method",
     "shares the base",
@@ -40,10 +40,10 @@ def compatibility_table() -> str:
             (
                 f"`{spec.name}`",
                 yes_or_no(spec.shares_base),
-                in_words(spec.vllm),
-                in_words(spec.merges_for_sampling),
+                support_in_words(spec.vllm),
+                support_in_words(spec.merges_for_sampling),
                 yes_or_no(spec.merges_at_export),
-                in_words(spec.zero3),
+                support_in_words(spec.zero3),
                 yes_or_no(spec.below_float32),
                 yes_or_no(not spec.checkpointing_conflict),
                 layout(spec),
@@ -63,26 +63,26 @@ def ordered_methods() -> list[MethodSpec]:
 
 
 def layout(spec: MethodSpec) -> str:
-    """Whose layout a saved role has: which library loads the folder."""
+    """The library that loads the folder of a saved role."""
     if spec.in_peft:
         return "PEFT"
     return "`policies`" if spec.shares_base else "transformers"
 
 
-def in_words(support: Support) -> str:
-    """Write what a method supports as `no`, `yes`, or `yes, without dora`."""
+def support_in_words(support: Support) -> str:
+    """Whether a method supports an option: `no`, `yes`, or `yes, without dora`."""
     if not support.supported:
         return "no"
     return f"yes, {support.condition}" if support.condition else "yes"
 
 
 def yes_or_no(value: bool) -> str:
-    """A fact as the tables say it."""
+    """A truth value in words."""
     return "yes" if value else "no"
 
 
 def markdown(table: list[tuple[str, ...]]) -> str:
-    """A table, its header first, as GitHub reads it; without a line break at the end."""
+    """A table in Markdown, its header first, without a final line break."""
     header, *body = table
     lines = [line_of(header), "|---" * len(header) + "|"]
     lines += [line_of(cells) for cells in body]
@@ -90,7 +90,7 @@ def markdown(table: list[tuple[str, ...]]) -> str:
 
 
 def line_of(cells: tuple[str, ...]) -> str:
-    """One line of a table; an empty cell is one blank wide."""
+    """One line of a table; an empty cell is a single space."""
     return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 

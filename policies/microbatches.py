@@ -1,4 +1,4 @@
-"""How many tokens a forward and backward pass should have."""
+"""How many tokens a microbatch should have."""
 
 import math
 
@@ -12,8 +12,8 @@ GPU_MEMORY_DIVISOR = 3
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept per token and hidden unit in each layer (Korthikanti et al. 2022, section 4.1)."""
 BFLOAT16_MULTIPLE = 32
-"""Packed tokens in bfloat16 on a CPU are a multiple of it. oneDNN compiles its products for each new number of tokens;
-there are few enough multiples that it caches them all, for 2 % more tokens."""
+"""The number of packed tokens in bfloat16 on a CPU is a multiple of it. oneDNN compiles its matrix products for each new
+number of tokens; there are so few multiples that it caches them all, at the cost of 2 % more tokens."""
 
 
 def default_microbatch_tokens(model: PreTrainedModel, width: int) -> int:
@@ -27,13 +27,13 @@ def default_microbatch_tokens(model: PreTrainedModel, width: int) -> int:
         return on_cpu
     free, _ = torch.cuda.mem_get_info(model.device)
     config = model.config
-    # Logits, their log-softmax and its gradient are three numbers per token and word of the vocabulary.
+    # Logits, their log-softmax and its gradient: three numbers per token and vocabulary entry.
     numbers = ACTIVATIONS_PER_TOKEN * config.num_hidden_layers * width + 3 * config.vocab_size
     tokens = free / GPU_MEMORY_DIVISOR / (numbers * bytes_per_number)
     return max(on_cpu, 2 ** int(math.log2(tokens)))
 
 
 def packed_multiple(model: PreTrainedModel) -> int:
-    """What the number of packed tokens of a forward pass must be a multiple of."""
+    """The number that the packed tokens of a forward pass must be a multiple of."""
     on_cpu = model.device.type == "cpu"
     return BFLOAT16_MULTIPLE if on_cpu and model.dtype == torch.bfloat16 else 1

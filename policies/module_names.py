@@ -1,4 +1,4 @@
-"""The parts of a model, whatever its family names them."""
+"""Finds the parts of a model, whatever its family calls them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,8 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from policies.errors import UserError
 
 KEY_VALUE_PROJECTIONS = ("k_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj")
+"""Linear layers that compute keys or values, some of them queries too."""
 SUBLAYER_OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2")
-"""Last linear layers of attention and of the MLP, as the families name them."""
+"""Last linear layers of attention and of the MLP, as model families name them."""
 FEEDFORWARD_OUTPUTS = ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2")
 """Last linear layers of the MLP."""
 
@@ -28,20 +29,20 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 def linears(model: PreTrainedModel) -> dict[str, Any]:
     """The linear layers of the decoder layers, by name in the model."""
     inside = {id(module) for module in blocks(model).modules()}
-    found: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and id(module) in inside:
-            found[name] = module
-    return found
+            layers[name] = module
+    return layers
 
 
 def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The normalisation layers that have parameters, by name in the model."""
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if "Norm" in type(module).__name__ and next(module.parameters(), None) is not None:
-            found[name] = module
-    return found
+            layers[name] = module
+    return layers
 
 
 def names_ending_in(names: Iterable[str], endings: Sequence[str]) -> list[str]:
@@ -51,14 +52,14 @@ def names_ending_in(names: Iterable[str], endings: Sequence[str]) -> list[str]:
 
 
 def ia3_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Names of the layers that (IA)³ scales, which compute keys, values and the MLP's output, and of the last alone."""
+    """Names of the layers that (IA)³ scales: those of keys, values and the MLP's output; and of the MLP's alone."""
     names = linears(model)
     feedforward = names_ending_in(names, FEEDFORWARD_OUTPUTS)
     return names_ending_in(names, KEY_VALUE_PROJECTIONS) + feedforward, feedforward
 
 
 def sublayer_outputs(model: PreTrainedModel, targets: str | Sequence[str] | None) -> list[tuple[nn.Module, str]]:
-    """(parent, name in it) of the last linear layers of attention and MLP, or of those that targets name.
+    """(parent module, name in it) of the last linear layers of attention and MLP, or of those that `targets` names.
 
     Raises UserError where no layer of the model has such a name.
     """

@@ -1,4 +1,4 @@
-"""What a model can do, found out by a forward pass on a few tokens."""
+"""Probes what a model supports, by forward passes on a few tokens."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from policies.layers.packing import PackedSequences
 
 
 class ProbedTrunk(Protocol):
-    """What the probes use of a `Trunk`, in which the methods are described."""
+    """The part of `Trunk` that the probes use; the methods are documented there."""
 
     causal: PreTrainedModel
 
@@ -27,7 +27,7 @@ class ProbedTrunk(Protocol):
 
 @torch.no_grad()
 def check_head(trunk: ProbedTrunk) -> None:
-    """Check that `Trunk.head` gives the model's own logits; otherwise log-probabilities would be wrong silently.
+    """Check that `Trunk.head` gives the model's own logits; otherwise log-probabilities would be silently wrong.
 
     Raises UserError where it does not.
     """
@@ -45,9 +45,9 @@ def check_head(trunk: ProbedTrunk) -> None:
 
 @torch.no_grad()
 def supports_packing(trunk: ProbedTrunk) -> bool:
-    """Whether sequences without padding between them have the states that each has alone.
+    """Whether packed sequences have the same states as each sequence alone.
 
-    Not every family passes what it is given on to its attention, and sliding windows are in the mask.
+    Not every model family hands extra arguments to its attention, and sliding windows are part of the mask.
     """
     model = trunk.causal
     if model.config._attn_implementation != ATTENTION_NAME or not _has_full_attention(model):
@@ -65,10 +65,10 @@ def supports_packing(trunk: ProbedTrunk) -> bool:
 
 @torch.no_grad()
 def supports_shared_prompts(trunk: ProbedTrunk, role: str) -> bool:
-    """Whether responses behind a shared prompt have the states that each has behind a prompt of its own.
+    """Whether responses after one shared prompt have the same states as each response after its own copy.
 
-    Not every family uses the mask and the positions that it is given, and sliding windows count the tokens of the
-    responses in between.
+    Not every model family uses the mask and the positions that it is given, and sliding windows count the tokens of
+    the responses in between.
     """
     device = trunk.causal.device
     if not _has_full_attention(trunk.causal):
@@ -89,7 +89,7 @@ def supports_shared_prompts(trunk: ProbedTrunk, role: str) -> bool:
 
 
 def states_agree(states: Tensor, expected: Tensor) -> bool:
-    """Whether states are the same up to the rounding of their dtype, by the norm of the difference."""
+    """Whether states are equal up to the rounding of their dtype, by the norm of the difference."""
     rounding = 1e-4 if expected.dtype == torch.float32 else 0.02
     return bool((states - expected).float().norm() <= rounding * expected.float().norm())
 

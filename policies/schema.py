@@ -33,7 +33,7 @@ class ModelSettings(Settings):
     @field_validator("dtype")
     @classmethod
     def _resolve_auto(cls, dtype: str) -> str:
-        """`auto` is replaced by what it means on this machine, so that a run's `config.yaml` names the dtype."""
+        """Replace `auto` by the dtype that it stands for on this machine, so that a run's `config.yaml` names it."""
         if dtype != "auto":
             return dtype
         from policies.device import fast_dtype  # torch is slow to import, and needed here only
@@ -42,7 +42,7 @@ class ModelSettings(Settings):
 
 
 class PolicySettings(Settings):
-    """The adaptation method: what is trained of the base, for each role separately."""
+    """The adaptation method: what is trained, for each role separately."""
 
     method: str = Field("lora", description="what is trained; docs/methods.md compares them")
     rank: int = Field(16, ge=1, description="LoRA: rank of the low-rank matrices")
@@ -86,7 +86,7 @@ class PolicySettings(Settings):
 
     @property
     def spec(self) -> MethodSpec:
-        """What the method is, and what it works with."""
+        """The description of the method."""
         return methods()[self.method]
 
     def is_default(self, name: str) -> bool:
@@ -95,12 +95,12 @@ class PolicySettings(Settings):
 
     @property
     def full_rank(self) -> int:
-        """Rank of the matrices as they are saved: PiSSA's hold both what is trained and what it started from."""
+        """Rank of the matrices that are saved: PiSSA's hold both what is trained and what it started from."""
         return self.rank * (2 if self.init == "pissa" else 1)
 
     @property
     def full_alpha(self) -> float:
-        """Alpha as it is saved: the scale stays that of `rank` and `alpha`."""
+        """Alpha that is saved with `full_rank`: the scale stays that of `rank` and `alpha`."""
         return self.alpha * self.full_rank / self.rank
 
     @property

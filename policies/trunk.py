@@ -1,4 +1,4 @@
-"""One frozen base model and, for each role, what is trained of it."""
+"""One frozen base model that all roles share, with an adapter for each role."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ from policies.microbatches import default_microbatch_tokens, packed_multiple
 from policies.schema import PolicySettings
 
 UNUSED_MASK_SHAPE = (1, 1, 1, 1)
-"""Models pass a mask with four dimensions on as it is, and attention over packed sequences does not look at it."""
+"""Models hand a mask of four dimensions to their attention unchanged; attention over packed sequences ignores it."""
 
 AdapterWeights = dict[str, Tensor]
-"""What is trained of a role, by name in its file; the names do not contain the role."""
+"""The tensors of a role's adapter, by name in its file; the names do not contain the role."""
 
 
 class Trunk(nn.Module, ABC):
@@ -53,12 +53,12 @@ class Trunk(nn.Module, ABC):
 
         Args:
             base: The model; it is changed in place.
-            settings: What is trained, and how.
-            roles: Those that have an adapter. Each starts as one that changes nothing; soft prompts all start alike.
+            settings: The adaptation method and its settings.
+            roles: The roles that get an adapter. It changes nothing at first; soft prompts are equal at first.
 
         Raises:
-            UserError: The method finds nothing to train in this model, or the model does more to its logits than its
-                LM head and soft cap.
+            UserError: The method finds nothing to train in this model, or the model computes its logits by more than
+                its LM head and soft cap.
         """
         super().__init__()
         self.width: int = base.get_input_embeddings().weight.shape[1]
@@ -79,11 +79,11 @@ class Trunk(nn.Module, ABC):
 
     @abstractmethod
     def _build(self, base: PreTrainedModel) -> None:
-        """Make the adapters of `self.roles`."""
+        """Create the adapters of `self.roles`."""
 
     @abstractmethod
     def switch(self, role: str) -> None:
-        """Make the next forward passes those of a role, without copying a weight."""
+        """Use a role's adapter in the next forward passes, without copying any weight."""
 
     @abstractmethod
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
@@ -102,7 +102,7 @@ class Trunk(nn.Module, ABC):
         Args:
             ids: `[B, T]` int64. Sequences may be padded on the right: attention is causal, so no real position attends
                 to padding.
-            role: Whose adapter is used; the base model's own states for a role without one.
+            role: The role whose adapter is used; a role without one gets the base model's states.
 
         Returns:
             `[B, T, H]` in the base's dtype, meaningless where a sequence is padded.
@@ -118,7 +118,7 @@ class Trunk(nn.Module, ABC):
         Args:
             ids: `[N]` int64, the tokens of all sequences, one sequence after another.
             lengths: `[B]` int64, tokens of each sequence.
-            role: Whose adapter is used.
+            role: The role whose adapter is used.
 
         Returns:
             `[N, H]` in the base's dtype.
@@ -130,7 +130,7 @@ class Trunk(nn.Module, ABC):
         self.switch(role)
         filler = -len(ids) % packed_multiple(self.causal)
         if filler:
-            sizes.append(filler)  # one more sequence, whose states nobody reads
+            sizes.append(filler)  # a further sequence, whose states are dropped
         packed = PackedSequences.of(sizes, ids.device)
         states = self.packed_states(nn.functional.pad(ids, (0, filler)), packed)  # [N + filler, H]
         return states[: len(ids)]
@@ -153,7 +153,7 @@ class Trunk(nn.Module, ABC):
             ids: `[B, T]` int64.
             positions: `[B, T]` int64.
             attention_mask: `[B, 1, T, T]` bool, True where a query attends to a key.
-            role: Whose adapter is used.
+            role: The role whose adapter is used.
 
         Returns:
             `[B, T, H]` in the base's dtype, meaningless where a sequence is padded.
@@ -186,9 +186,9 @@ class Trunk(nn.Module, ABC):
         return length_buckets(lengths, tokens or self.default_microbatch_tokens(), padded or not self.supports_packing)
 
     def states(self, **inputs: Any) -> Tensor:
-        """Last hidden states `[B, T, H]` under the adapter in use, of inputs by the names that transformers has."""
-        # transformers recomputes only in layers in training mode, and drops the cache there. So these modules alone are
-        # put in training mode, nothing below them, that dropout stays off, and only while gradients flow.
+        """Last hidden states `[B, T, H]` under the adapter in use; inputs are named as in transformers."""
+        # transformers recomputes only in layers in training mode, and drops the cache there. So only these modules are
+        # put in training mode, and only while gradients flow; the modules inside them are not, so dropout stays off.
         for layer in self._recomputed:
             layer.training = torch.is_grad_enabled()
         return self._model_of(self._role).base_model(**inputs).last_hidden_state
@@ -198,7 +198,7 @@ class Trunk(nn.Module, ABC):
 
         Args:
             ids: `[B]` int64, the new tokens.
-            positions: `[B, 1]` int64, theirs in their sequences.
+            positions: `[B, 1]` int64, the positions of the new tokens in their sequences.
             mask: `[B, S]` int64, 1 where a token is attended to, the new ones last.
             cache: The KV cache; the new tokens are appended.
 
@@ -225,11 +225,11 @@ class Trunk(nn.Module, ABC):
         """Overwrite a role's adapter; a merged role is no longer merged.
 
         Args:
-            role: Whose adapter is overwritten.
-            weights: All its parameters, by name in its file.
+            role: The role whose adapter is overwritten.
+            weights: All its tensors, by name in its file.
 
         Raises:
-            UserError: Names or shapes are not those of this trunk.
+            UserError: Names or shapes differ from those of this trunk.
         """
         parameters = self.adapter(role)
         if parameters.keys() != weights.keys():
@@ -245,36 +245,36 @@ class Trunk(nn.Module, ABC):
             parameter.copy_(weights[name])
 
     def save(self, role: str, folder: Path) -> None:
-        """Write what is trained of a role to a folder (see `save_adapter`)."""
+        """Write a role's adapter to a folder (see `save_adapter`)."""
         save_adapter(folder, self.read_adapter(role), self.settings, self.base)
 
     def merge(self, role: str) -> None:
-        """Let a role's forward passes use a copy of the weights with its adapter, as it is now, merged into them.
+        """Let a role's forward passes use a copy of the weights with its current adapter merged into them.
 
-        They are faster then, and give no gradient. Nothing changes where the method has nothing to merge.
+        They are faster then, and give no gradients. Nothing changes where the method has nothing to merge.
         """
 
     def initialise(self, *roles: str) -> None:
-        """Initialise roles that start from no saved adapter as `policy.init` asks."""
+        """Initialise the adapters of roles as `policy.init` says; called for roles without a saved adapter."""
 
     def start_training(self, role: str) -> None:
-        """Called where a supervised stage trains a role from scratch, before `train_only`."""
+        """Prepare to train a role from scratch in a supervised stage; called before `train_only`."""
 
     def merged_parameter_count(self) -> int:
-        """How many parameters the copies have that `merge` makes for one role."""
+        """The number of parameters of the copies that `merge` makes for one role."""
         return 0
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:
-        """The base's weights as a role changes them. The trunk is of no use afterwards.
+        """The base's weights with a role's adapter merged into them. The trunk must not be used afterwards.
 
         Args:
-            role: Whose adapter is merged.
+            role: The role whose adapter is merged.
 
         Returns:
-            Weights by name in the base, none of them quantised.
+            The weights that change, or all weights, by name in the base; none of them is quantised.
 
         Raises:
-            UserError: The method does more than change weights.
+            UserError: The method changes more than weights.
         """
         raise UserError(
             f"policy.method {self.settings.method} cannot be merged into the weights: export it as it is, "
@@ -282,7 +282,7 @@ class Trunk(nn.Module, ABC):
         )
 
     def use_module_forwards(self) -> None:
-        """Let every weight be used by the module that holds it, where the hooks of ZeRO 3 gather it."""
+        """Let every weight be used by the module that holds it, because the hooks of ZeRO 3 gather it there."""
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, where gradients flow: less memory, more time."""
@@ -304,7 +304,7 @@ class Trunk(nn.Module, ABC):
 
 
 def _install_forwards(base: PreTrainedModel) -> None:
-    """Replace forward passes of the model's layers by those of `policies.layers`, where they compute the same."""
+    """Replace the forward passes of the model's layers by those of `policies.layers` that compute the same."""
     install_attention(base)
     install_rotary(base)
     for replacement in (RmsNormForward, SwigluForward):

@@ -37,10 +37,10 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], settings: PolicySe
     (`method: full`), transformers loads the folder.
 
     Args:
-        folder: made where it does not exist.
-        weights: by their names in the file.
-        settings: of the method.
-        base: folder or hub name of the model that the adapter is for.
+        folder: The folder to write to; it is created if it does not exist.
+        weights: The tensors by name in the file.
+        settings: The adaptation method and its settings.
+        base: Folder or hub name of the model that the adapter is for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -63,7 +63,7 @@ def _adapter_config(settings: PolicySettings, base: str, weights: Mapping[str, T
         return config
     peft_config: PeftConfig = spec.load_peft_config()(settings, base, weights)
     peft_config.inference_mode = True
-    with tempfile.TemporaryDirectory() as folder:  # only PEFT's own saving makes lists of its sets
+    with tempfile.TemporaryDirectory() as folder:  # only PEFT's own saving turns its sets into lists
         peft_config.save_pretrained(folder)
         return read_object(Path(folder) / CONFIG)
 
@@ -74,24 +74,24 @@ def adapted_modules(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write the weights of a scalar head beside the adapter that it goes with."""
+    """Write the weights of a scalar head to the folder of the adapter that it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu() for name, tensor in weights.items()}, folder / HEAD)
 
 
 def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:
-    """What `save_adapter` wrote.
+    """Read what `save_adapter` has written.
 
     Args:
-        folder: of the adapter; with `method: full` of a model; with a soft prompt also FILE#TASK, a task of a prompt
-            table.
-        settings: that it must agree with.
+        folder: The adapter's folder; with `method: full` a model's; with a soft prompt also FILE#TASK, a task of a
+            prompt table.
+        settings: The settings that it must agree with.
 
     Returns:
-        The weights by their names in the file, on the CPU.
+        The tensors by name in the file, on the CPU.
 
     Raises:
-        UserError: something is missing, or not as `policy` says.
+        UserError: A file is missing, or does not match `policy`.
     """
     spec = settings.spec
     if spec.prompt_kind is not None and MARK in str(folder):
@@ -129,12 +129,22 @@ def _check_adapter_config(folder: Path, settings: PolicySettings) -> None:
 
 
 def load_head(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of the scalar head in the folder of a reward model or critic."""
+    """Read the scalar head of a reward model or critic.
+
+    Args:
+        folder: The folder of the reward model or critic.
+
+    Returns:
+        Its tensors, `weight` `[H]` and `bias` `[1]`, on the CPU.
+
+    Raises:
+        UserError: The folder or the file does not exist, or the file is damaged.
+    """
     return _read_weights(Path(folder), HEAD, "a reward model of align")
 
 
 def tensor_digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """BLAKE2b of each tensor's dtype, shape and bytes, by name; of the hashes without collisions the fastest here."""
+    """BLAKE2b digest of each tensor's dtype, shape and bytes, by name; the fastest collision-resistant hash here."""
     digests: dict[str, str] = {}
     for name, weight in weights.items():
         tensor = weight.detach().cpu().contiguous()

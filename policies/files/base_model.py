@@ -21,31 +21,31 @@ from policies.files.safe_reading import NO_CODE, SAFE, read_object
 from policies.schema import ModelSettings, PolicySettings
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
-"""What transformers raises for a damaged folder."""
+"""Exceptions that transformers raises for a damaged folder."""
 CONVERT = (
     "other weight files are pickles, which run code when they are read: load the model where it can be trusted, and "
     "save it with save_pretrained, which writes safetensors"
 )
-"""What to do where a model's weights are not in safetensors."""
+"""Advice for a model whose weights are not in safetensors."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""A tokenizer that transformers can load has one of them."""
+"""Every tokenizer that transformers can load has one of these files."""
 WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
 
 
 def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
-    """Check that a model's folder has a model in it.
+    """Check that a model's folder contains a model.
 
     Args:
-        path: folder, or a hub name (`model` or `owner/model`), which is left to the hub's client.
-        needs_tokenizer: whether a tokenizer must be there, too.
+        path: Folder, or a hub name (`model` or `owner/model`), which is left to the hub's client.
+        needs_tokenizer: Whether it must contain a tokenizer, too.
 
     Raises:
-        UserError: the folder does not exist, or has no model or no tokenizer.
+        UserError: The folder does not exist, or has no model or no tokenizer.
     """
     folder = Path(path)
     if not folder.is_dir():
-        if not _is_like_a_hub_name(path):
+        if not _looks_like_hub_name(path):
             raise UserError(f"model folder {path} does not exist")
         return
     if not (folder / "config.json").is_file():
@@ -54,8 +54,8 @@ def check_model_folder(path: str, needs_tokenizer: bool = True) -> None:
         raise UserError(f"model folder {path} has no tokenizer: save it there with tokenizer.save_pretrained({path!r})")
 
 
-def _is_like_a_hub_name(path: str) -> bool:
-    """Whether it is a name or an owner and a name, `gpt2` or `owner/model`, and the owner is no folder here."""
+def _looks_like_hub_name(path: str) -> bool:
+    """Whether it has the form `gpt2` or `owner/model`, where `owner` is not a local folder."""
     if path.startswith((".", "/", "~")):
         return False
     owner, *names = path.split("/")
@@ -63,13 +63,13 @@ def _is_like_a_hub_name(path: str) -> bool:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Args:
-        path: folder or hub name of the model.
+        path: Folder or hub name of the model.
 
     Raises:
-        UserError: it cannot be loaded, or has no end-of-sequence token, without which no response would end.
+        UserError: It cannot be loaded, or has no end-of-sequence token, without which no response would end.
     """
     check_model_folder(path)
     try:
@@ -114,19 +114,20 @@ def _check_index(path: Path) -> None:
 
 
 def _is_safetensors_beside(name: str) -> bool:
-    """Whether it is the bare name of a safetensors file, without a folder."""
+    """Whether a name is that of a safetensors file in the same folder."""
     return Path(name).name == name and name.endswith(WEIGHTS_SUFFIX)
 
 
 def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> PreTrainedModel:
-    """The causal language model, frozen, in evaluation mode, on the default device.
+    """Load a causal language model, frozen, in evaluation mode, on the default device.
 
     Args:
-        settings: folder or hub name, and dtype.
-        policy: with `policy.method: qlora` the weights of all linear layers except the LM head are in four bits.
+        settings: Its folder or hub name, and its dtype.
+        policy: The adaptation method; for `qlora` the weights of all linear layers except the LM head are quantised to
+            four bits. None: no weights are quantised.
 
     Raises:
-        UserError: the model cannot be loaded, or its weights are not in safetensors.
+        UserError: The model cannot be loaded, or its weights are not in safetensors.
     """
     check_model_folder(settings.path)
     check_weights(settings.path)

@@ -1,4 +1,4 @@
-"""Soft prompts of several tasks in one file."""
+"""Prompt tables: soft prompts of several tasks in one safetensors file."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ MARK = "#"
 
 
 def read_task(where: str) -> Tensor:
-    """The virtual tokens of FILE#TASK, `[virtual_tokens, width]`. Raises UserError where either is missing."""
+    """The virtual tokens of FILE#TASK, `[virtual_tokens, width]`. Raises UserError where file or task is missing."""
     file, _, task = where.rpartition(MARK)
     tokens = _read(Path(file))
     if task not in tokens:
@@ -25,16 +25,16 @@ def read_task(where: str) -> Tensor:
 
 
 def add_task(path: Path, task: str, tokens: Tensor, metadata: Mapping[str, str]) -> None:
-    """Put a task's virtual tokens into a table, a new or an existing one; the other tasks stay bit for bit.
+    """Add a task's virtual tokens to a new or existing table; the other tasks stay the same bit for bit.
 
     Args:
-        path: of the table, a safetensors file.
-        task: its name.
+        path: The table, a safetensors file.
+        task: The task's name in the table.
         tokens: `[virtual_tokens, width]`.
-        metadata: what all tasks of a table have in common: their base, and what their virtual tokens are.
+        metadata: What all tasks of a table have in common: the base model, and the kind of virtual tokens.
 
     Raises:
-        UserError: the table's metadata differs, or it has the task already.
+        UserError: The table's metadata differs, or it has the task already.
     """
     tasks: dict[str, Tensor] = {}
     if path.exists():
@@ -48,14 +48,13 @@ def add_task(path: Path, task: str, tokens: Tensor, metadata: Mapping[str, str])
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Raise UserError where a table's metadata is not that of the prompt that it should take."""
+    """Raise UserError where a table's metadata is not that of the prompt to be added."""
     with safe_open(path, "pt") as file:
-        of_table = dict(file.metadata() or {})
+        saved = dict(file.metadata() or {})
     for name, value in metadata.items():
-        if of_table.get(name) != value:
+        if saved.get(name) != value:
             raise UserError(
-                f"prompt table {path} is for {name} {of_table.get(name)}, but this prompt for {value}: "
-                "give another file"
+                f"prompt table {path} is for {name} {saved.get(name)}, but this prompt for {value}: give another file"
             )
 
 

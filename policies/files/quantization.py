@@ -12,7 +12,7 @@ from policies.schema import ModelSettings, PolicySettings
 
 
 def four_bits(model: ModelSettings, policy: PolicySettings) -> BitsAndBytesConfig:
-    """How transformers quantises on loading; products are in `model.dtype`.
+    """The config by which transformers quantises on loading; matrix products are in `model.dtype`.
 
     Raises UserError where bitsandbytes is not installed.
     """
@@ -27,9 +27,9 @@ def four_bits(model: ModelSettings, policy: PolicySettings) -> BitsAndBytesConfi
 
 
 def leave_packed(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights, in place, in forward passes without gradients on a CPU.
+    """Keep bitsandbytes from repacking weights in place in forward passes without gradients on a CPU.
 
-    The new layout is for one kernel alone; passes with gradients, and ZeRO 3, would misread it.
+    Only one kernel reads that layout; passes with gradients, and ZeRO 3, would misread it.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,4 +1,4 @@
-"""Files from a run, a user or a download, read such that no code in them is ever run."""
+"""Reads files from a run, a user or a download without ever running code in them."""
 
 import json
 from collections.abc import Mapping
@@ -46,15 +46,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path | str) -> None:
-    """Check that tensors fit those that they will replace.
+    """Check that tensors have the names and shapes of those that they will replace.
 
     Args:
-        tensors: as they were read.
-        expected: those of the model.
-        path: where they were read from, for messages.
+        tensors: The tensors that were read, by name.
+        expected: The model's tensors, by name.
+        path: Where the tensors were read from, for messages.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: Names or shapes differ.
     """
     different = sorted(tensors.keys() ^ expected.keys())
     if different:

@@ -38,7 +38,7 @@ def call(name: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> None:
 
     Args:
         name: The C function without its dtype suffix.
-        dtype: float32 or bfloat16.
+        dtype: torch.float32 or torch.bfloat16.
         arguments: In the order of the C function. A tensor must be contiguous and is passed as its address; a Python
             float is passed as a C float, an int as an int64. Result tensors are written to.
 

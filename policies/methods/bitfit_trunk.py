@@ -10,7 +10,7 @@ from policies.module_names import blocks, linears
 
 
 class BitFitTrunk(PartialTrunk):
-    """A trunk with biases of each role; a base without any gets them in its linear layers, at zero."""
+    """A trunk in which each role has its own biases; a base without any gets them in its linear layers, at zero."""
 
     def _select(self, base: PreTrainedModel) -> Iterator[Slot]:
         biases = list(_biases(base))

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small MLP behind attention and behind the MLP of each decoder layer.
+"""Bottleneck adapters: a small MLP after attention and after the MLP of each decoder layer.
 
 Houlsby et al. 2019, "Parameter-efficient transfer learning for NLP". The layer is `policies/layers/bottleneck.py`.
 """

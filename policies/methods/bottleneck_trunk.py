@@ -10,7 +10,7 @@ from policies.module_names import sublayer_outputs
 
 
 class BottleneckTrunk(LayerAdapterTrunk):
-    """A trunk with bottleneck adapters behind attention and MLP."""
+    """A trunk with bottleneck adapters after attention and after the MLP of each decoder layer."""
 
     def _wrap(self, base: PreTrainedModel) -> Iterable[Bottleneck]:
         for parent, name in sublayer_outputs(base, self.settings.targets):

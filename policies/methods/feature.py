@@ -1,4 +1,4 @@
-"""Feature-based training: the LM head on top of a frozen base; reward model and critic train a scalar head alone."""
+"""Feature-based training: the LM head on a frozen base model; reward model and critic train their scalar head alone."""
 
 from policies.method_spec import MethodSpec
 

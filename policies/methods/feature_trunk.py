@@ -8,7 +8,7 @@ from policies.methods.partial_trunk import PartialTrunk, Slot, lm_head_slots
 
 
 class FeatureTrunk(PartialTrunk):
-    """A trunk with an LM head for each role, except for those that have a scalar head."""
+    """A trunk in which each role without a scalar head has its own LM head."""
 
     def _select(self, base: PreTrainedModel) -> Iterator[Slot]:
         return lm_head_slots(base)

@@ -10,7 +10,7 @@ from policies.trunk import Trunk
 
 
 class FullTrunk(Trunk):
-    """A trunk that shares nothing: what other methods call a role's adapter is all of its weights here.
+    """A trunk that shares nothing: a role's adapter is here all of its weights.
 
     Each role costs the memory of a model, and starts as a copy of the base.
     """
@@ -31,7 +31,7 @@ class FullTrunk(Trunk):
         return dict(self.read_adapter(role))
 
     def enable_gradient_checkpointing(self) -> None:
-        """From now on, where gradients flow, recompute activations in the backward pass: less memory, more time."""
+        """Recompute activations in the backward pass, where gradients flow: less memory, more time."""
         for role in self.roles:
             self._model_of(role).gradient_checkpointing_enable({"use_reentrant": False})
         self._recomputed = [m for m in self.models.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -1,4 +1,4 @@
-"""The trunks of methods that put an adapter into the base's layers; and those whose layers are PEFT's."""
+"""The base classes of trunks with adapters in the base's layers: this library's layers, or PEFT's."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -18,14 +18,14 @@ from policies.trunk import Trunk
 
 
 class LayerAdapterTrunk(Trunk):
-    """A trunk whose layers hold an adapter for each role, and use that of one role at a time."""
+    """A trunk whose layers hold an adapter for each role and use one at a time."""
 
     def _build(self, base: PreTrainedModel) -> None:
         self._layers: list[Any] = list(self._wrap(base))
 
     @abstractmethod
     def _wrap(self, base: PreTrainedModel) -> Iterable[nn.Module]:
-        """Put adapters of all roles into the base. Yields the layers that hold them."""
+        """Put the adapters of all roles into the base, and return the layers that hold them."""
 
     def switch(self, role: str) -> None:
         """Make the next forward passes those of a role.

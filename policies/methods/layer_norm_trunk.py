@@ -16,7 +16,7 @@ PEFT_LAYER = ".ln_tuning_layers"
 
 
 class LayerNormTrunk(PartialTrunk):
-    """A trunk with all parameters of the norms for each role, named as PEFT names them."""
+    """A trunk in which each role has its own parameters of the norms, named as in PEFT."""
 
     def _select(self, base: PreTrainedModel) -> Iterator[Slot]:
         for name, module in norms(base).items():

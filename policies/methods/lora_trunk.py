@@ -1,4 +1,4 @@
-"""The trunk of LoRA and QLoRA: PEFT's layers, by faster forward passes where they are plain."""
+"""The trunk of LoRA and QLoRA: PEFT's layers, with faster forward passes where they are plain LoRA."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -47,9 +47,10 @@ class LoraTrunk(PeftTrunk):
             forward.merged.pop(role, None)
 
     def merge(self, role: str) -> None:
-        """From now on a role's forward passes use weights that contain its adapter as it is now: faster, no gradients.
+        """Let a role's forward passes use a copy of the weights with its current adapter merged into them.
 
-        It costs the memory of the adapted weights once more. Layers that are not plain LoRA stay as they are.
+        They are faster then, and give no gradients. It costs the memory of another copy of the adapted weights. Layers
+        that are not plain LoRA stay as they are.
         """
         if self._decode_step is not None:
             self._decode_step.allocate(role)
@@ -67,7 +68,7 @@ class LoraTrunk(PeftTrunk):
 
     @torch.no_grad()
     def _agrees(self, decode_step: DecodeStep, role: str) -> bool:
-        """Whether the decode step gives new tokens of a merged role the states that the model does."""
+        """Whether the decode step computes the same states of new tokens, for a merged role, as the model."""
         ids = torch.arange(8, device=self.causal.device).view(2, 4) % self.causal.config.vocab_size  # [B, T]
         positions = torch.full((2, 1), 3)
         mask = torch.ones(2, 4, dtype=torch.long)
@@ -95,8 +96,8 @@ def lora_config(settings: PolicySettings, base: str) -> LoraConfig:
     """PEFT's description of a LoRA adapter.
 
     Args:
-        settings: of the adapter.
-        base: folder or hub name of the model that it is for.
+        settings: The adapter's settings.
+        base: Folder or hub name of the model that it is for.
     """
     return LoraConfig(
         r=settings.full_rank,

@@ -13,7 +13,7 @@ from policies.schema import PolicySettings
 
 
 class PTuningTrunk(SoftPromptTrunk):
-    """A trunk with virtual tokens, and an encoder that makes them for roles that train from nothing."""
+    """A trunk with virtual tokens, and an encoder that makes them for roles that are trained from scratch."""
 
     def _build(self, base: PreTrainedModel) -> None:
         super()._build(base)
@@ -26,15 +26,15 @@ class PTuningTrunk(SoftPromptTrunk):
         return super().adapter(role)
 
     def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:
-        """Overwrite a role's virtual tokens, and discard the encoder that would make others."""
+        """Overwrite a role's virtual tokens, and discard its encoder, which would make different ones."""
         if role in self.encoders:
             del self.encoders[role]
         super().write_adapter(role, weights)
 
     def start_training(self, role: str) -> None:
-        """From now on an encoder makes the role's virtual tokens."""
+        """Create an encoder that makes the role's virtual tokens from now on."""
         config = PromptEncoderConfig(
-            num_virtual_tokens=self.count,
+            num_virtual_tokens=self.virtual_token_count,
             token_dim=self.width,
             num_transformer_submodules=1,
             encoder_reparameterization_type=self.settings.encoder.upper(),
@@ -44,10 +44,10 @@ class PTuningTrunk(SoftPromptTrunk):
         encoder.embedding.weight.data.copy_(self.tokens[role])
         self.encoders[role] = encoder
 
-    def _virtual(self, role: str) -> Tensor:
+    def _virtual_tokens(self, role: str) -> Tensor:
         if role in self.encoders:
-            return self.encoders[role](torch.arange(self.count, device=self.causal.device))
-        return super()._virtual(role)
+            return self.encoders[role](torch.arange(self.virtual_token_count, device=self.causal.device))
+        return super()._virtual_tokens(role)
 
 
 def saved_p_tuning_config(settings: PolicySettings, base: str, weights: Mapping[str, Tensor]) -> PromptEncoderConfig:

@@ -1,4 +1,4 @@
-"""The trunk of methods that train some of the base's own parameters: each role has copies of these alone."""
+"""The trunk of methods that train some of the base's parameters: each role has its own copy of them."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,18 +13,18 @@ from policies.files.adapters import PREFIX
 from policies.trunk import Trunk
 
 SCALAR_ROLES = ("reward", "critic")
-"""Roles whose scalar head replaces the base's LM head; `reward_1` is a member of an ensemble."""
+"""Roles with a scalar head in place of the base's LM head; `reward_1` is a member of an ensemble."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a module of the base holds a parameter that each role has for itself.
+    """Where a parameter is in the base that each role replaces by its own.
 
     Attributes:
-        module: of the base.
-        attribute: the parameter's name in the module.
-        name: the parameter's name in a role's file.
-        base: the base's parameter; None where a layer without a bias gets one.
+        module: The base's module.
+        attribute: The parameter's name in the module.
+        name: The parameter's name in a role's file.
+        base: The base's parameter; None where a layer without a bias gets one.
     """
 
     module: Any
@@ -33,16 +33,16 @@ class Slot:
     base: nn.Parameter | None
 
     def start(self) -> Tensor:
-        """What a role's parameter starts as: a copy of the base's, or zeros `[out]` where the base has none."""
+        """The initial value of a role's parameter: a copy of the base's, or zeros `[out]` where the base has none."""
         if self.base is not None:
             return self.base.detach().clone()
         return self.module.weight.new_zeros(self.module.weight.shape[0])
 
 
 class PartialTrunk(Trunk):
-    """A trunk some of whose parameters each role has for itself.
+    """A trunk in which each role has its own copy of some of the base's parameters.
 
-    A role's parameters are put into the base's modules while its forward passes run: switching moves references, and
+    A role's parameters are put into the base's modules while its forward passes run: switching swaps references and
     copies nothing.
     """
 
@@ -58,18 +58,20 @@ class PartialTrunk(Trunk):
             slots = without_head if role.partition("_")[0] in SCALAR_ROLES else self._slots
             self._slots_of[role] = slots
             self._parameters_of[role] = [nn.Parameter(slot.start()) for slot in slots]
-        self.own = nn.ModuleDict({role: nn.ParameterList(own) for role, own in self._parameters_of.items()})
+        # Registered as a module; checkpoints of supervised stages contain its name.
+        parameter_lists = {role: nn.ParameterList(parameters) for role, parameters in self._parameters_of.items()}
+        self.own = nn.ModuleDict(parameter_lists)
 
     @abstractmethod
     def _select(self, base: PreTrainedModel) -> Iterator[Slot]:
-        """Where the parameters are that the method trains."""
+        """Yield the slots of the parameters that the method trains."""
 
     def switch(self, role: str) -> None:
         self._role = role
         for slot in self._slots:
             slot.module._parameters[slot.attribute] = slot.base
         if role in self.roles:
-            for slot, parameter in self._own(role):
+            for slot, parameter in self._slots_and_parameters(role):
                 slot.module._parameters[slot.attribute] = parameter
 
     def head(self, hidden: Tensor, role: str) -> Tensor:
@@ -77,33 +79,33 @@ class PartialTrunk(Trunk):
             return super().head(hidden, role)
 
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
-        return {slot.name: parameter for slot, parameter in self._own(role)}
+        return {slot.name: parameter for slot, parameter in self._slots_and_parameters(role)}
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:
         names = {id(module): name for name, module in self.causal.named_modules()}
         weights: dict[str, Tensor] = {}
-        for slot, parameter in self._own(role):
+        for slot, parameter in self._slots_and_parameters(role):
             weights[f"{names[id(slot.module)]}.{slot.attribute}"] = parameter.detach()
         return weights
 
     def write_adapter(self, role: str, weights: Mapping[str, Tensor]) -> None:
-        """Overwrite a role's parameters; an LM head among them is left out where the role has none."""
-        missing_here = {slot.name for slot in self._slots}
-        missing_here -= {slot.name for slot in self._slots_of[role]}
-        super().write_adapter(role, {name: tensor for name, tensor in weights.items() if name not in missing_here})
+        """Overwrite a role's parameters; those of an LM head are ignored where the role has none."""
+        without_slot = {slot.name for slot in self._slots}
+        without_slot -= {slot.name for slot in self._slots_of[role]}
+        super().write_adapter(role, {name: tensor for name, tensor in weights.items() if name not in without_slot})
 
-    def _own(self, role: str) -> Iterator[tuple[Slot, nn.Parameter]]:
+    def _slots_and_parameters(self, role: str) -> Iterator[tuple[Slot, nn.Parameter]]:
         """A role's parameters, each with its slot."""
         return zip(self._slots_of[role], self._parameters_of[role], strict=True)
 
 
 def slots_of(name: str, module: nn.Module, layer: str = "") -> Iterator[Slot]:
-    """The slots of the parameters that a module itself holds.
+    """The slots of a module's direct parameters, without those of its submodules.
 
     Args:
-        name: of the module in the base.
-        module: of the base.
-        layer: what PEFT appends to the module's name.
+        name: The module's name in the base.
+        module: The base's module.
+        layer: A suffix that PEFT appends to the module's name.
     """
     for attribute, parameter in module.named_parameters(recurse=False):
         yield Slot(module, attribute, f"{PREFIX}{name}{layer}.{attribute}", parameter)

@@ -1,4 +1,4 @@
-"""The trunk of prefix tuning: virtual tokens that are keys and values in every layer's KV cache."""
+"""The trunk of prefix tuning: virtual tokens are keys and values in every layer's KV cache."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +22,10 @@ class PrefixTuningTrunk(SoftPromptTrunk):
     supports_continuous_batching = False
 
     @torch.no_grad()
-    def _start(self, base: PreTrainedModel) -> Tensor:
-        """What every role starts from: keys and values of real tokens, which section 7.4 of the paper finds best.
+    def _initial_tokens(self, base: PreTrainedModel) -> Tensor:
+        """The virtual tokens that every role starts from: keys and values of real tokens.
+
+        Real tokens work best in section 7.4 of the paper.
 
         Returns:
             `[virtual_tokens, layers · 2 · kv_heads · D]`, float32.
@@ -43,17 +45,17 @@ class PrefixTuningTrunk(SoftPromptTrunk):
         self._shape = states[0].shape[1:]  # (kv_heads, D)
         return torch.stack(states, dim=1).flatten(1).float()
 
-    def _with_virtual(self, mask: Tensor) -> Tensor:
-        """The mask with the virtual tokens, which lie in the cache before everything else, padding included."""
-        return torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)  # [B, virtual_tokens + T]
+    def _extend_mask(self, mask: Tensor) -> Tensor:
+        """The mask extended by the virtual tokens, which come first in the cache, before any padding."""
+        return torch.cat([mask.new_ones(len(mask), self.virtual_token_count), mask], dim=1)  # [B, virtual_tokens + T]
 
-    def _first(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The forward pass in which the virtual tokens enter, as what the cache holds before it."""
+    def _first_pass(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Run the forward pass that adds the virtual tokens: the cache already holds them when it starts."""
         cache = inputs.pop("past_key_values", None)
         if cache is None:
             cache = DynamicCache(config=self.causal.config)
         inputs["use_cache"] = True
-        virtual = self._virtual(self._role).to(self.causal.dtype)  # [virtual_tokens, layers · 2 · kv_heads · D]
+        virtual = self._virtual_tokens(self._role).to(self.causal.dtype)  # [virtual_tokens, layers · 2 · kv_heads · D]
         states = virtual.unflatten(1, (-1, 2, *self._shape))  # [virtual_tokens, layers, 2, kv_heads, D]
         states = states.permute(1, 2, 3, 0, 4).unsqueeze(2)  # [layers, 2, 1, kv_heads, virtual_tokens, D]
         for index, (keys, values) in enumerate(states.unbind(0)):

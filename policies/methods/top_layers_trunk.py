@@ -11,7 +11,7 @@ from policies.module_names import blocks, norms
 
 
 class TopLayersTrunk(PartialTrunk):
-    """A trunk whose last `policy.layers` decoder layers, final norm and LM head each role has for itself."""
+    """A trunk in which each role has its own last `policy.layers` decoder layers, final norm and LM head."""
 
     def _select(self, base: PreTrainedModel) -> Iterator[Slot]:
         selected = _top_modules(base, self.settings.layers)

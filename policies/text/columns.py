@@ -14,7 +14,7 @@ Values = Mapping[str, Any]
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair, which JSON can escape and UTF-8 cannot encode."""
 MAX_SHOWN = 80
-"""Characters of a value in a message."""
+"""Largest number of characters of a value in an error message."""
 KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 TRUTH_VALUES = {"true": True, "1": True, "false": False, "0": False}
 
@@ -61,7 +61,7 @@ def reply(value: Any, name: str) -> str:
 
 
 def number(values: Values, name: str) -> float:
-    """The finite number in a column, or in its text, as in CSV."""
+    """The finite number in a column; text, as in CSV, is converted."""
     value = present(values, name)
     try:
         result = float("nan") if isinstance(value, bool) else float(value)
@@ -73,7 +73,7 @@ def number(values: Values, name: str) -> float:
 
 
 def items(values: Values, name: str) -> Any:
-    """The value in a column that should be a list; text is read as JSON where it is, as in CSV."""
+    """The value in a column that should be a list; text, as in CSV, is parsed as JSON where possible."""
     value = present(values, name)
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
@@ -94,7 +94,7 @@ def numbers(values: Values, name: str) -> list[float]:
 
 
 def flag(values: Values, name: str) -> bool:
-    """The truth value in a column: true, false, 1, 0, or the text of one of them."""
+    """The truth value in a column: true, false, 1 or 0, or the same as text."""
     value = present(values, name)
     word = str(value).lower() if isinstance(value, str | int | float) else ""
     if word not in TRUTH_VALUES:
@@ -116,14 +116,14 @@ def present(values: Values, name: str) -> Any:
 
 
 def _encodable(value: str, name: str) -> str:
-    """Text that UTF-8 can encode."""
+    """The text itself. Raises ValueError where UTF-8 cannot encode it."""
     if SURROGATE.search(value):
         raise ValueError(f"`{name}` has half of a surrogate pair, which is not a character: {shown(value)}")
     return value
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it, shortened where it is long."""
+    """A value for an error message, shortened if it is long."""
     try:
         representation = repr(value)
     except (RecursionError, ValueError):  # deep lists, and numbers with too many digits for Python

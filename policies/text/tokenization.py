@@ -15,15 +15,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """The tokens of a prompt.
 
     Args:
-        tokenizer: of the model.
-        prompt: text, which gets the special tokens that the tokenizer adds by itself; or messages, which the chat
+        tokenizer: The model's tokenizer.
+        prompt: Text, which gets the special tokens that the tokenizer adds by itself; or messages, which the chat
             template renders, up to where the assistant's reply begins.
 
     Returns:
         Its ids; for an empty text the BOS token, or EOS where there is none, so that a model can start from it.
 
     Raises:
-        ValueError: for messages where the tokenizer has no chat template, or one that fails on them.
+        ValueError: The prompt is a list of messages, and the tokenizer has no chat template, or one that fails on them.
     """
     ids = _encode_text(tokenizer, prompt) if isinstance(prompt, str) else _encode_messages(tokenizer, prompt)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
