@@ -28,13 +28,13 @@ from policies.files.base_model import load_tokenizer
 
 
 def plan(experiment: Experiment) -> list[tuple[str, str]]:
-    """Work out what a run would do and need, without starting it.
+    """Show what a run would do and need, without starting it.
 
     Args:
         experiment: The settings.
 
     Returns:
-        Name and text of each line that `align plan` prints.
+        The name and the text of each line that `align plan` prints.
 
     Raises:
         UserError: A model, adapter, function or row of data cannot be used.
@@ -58,7 +58,7 @@ def run(experiment: Experiment, replace: bool = False) -> TrainedRun:
 
     Raises:
         UserError: The run exists already, or a model, adapter, function or row of data cannot be used.
-        Fault: The run has stopped itself, because its figures show that to continue would be useless.
+        Fault: The run has stopped itself, because its figures make it pointless to continue.
     """
     if not replace:
         refuse_run(folder_of(experiment))
@@ -79,10 +79,10 @@ def resume(run: str | Path | TrainedRun, overrides: Sequence[str] = ()) -> Train
 
     Raises:
         UserError: There is no such run, or its settings or data have changed.
-        Fault: The run has stopped itself, because its figures show that to continue would be useless.
+        Fault: The run has stopped itself, because its figures make it pointless to continue.
     """
-    where = run.path if isinstance(run, TrainedRun) else run
-    with resumed_run(str(where), overrides) as launch:
+    name_or_path = run.path if isinstance(run, TrainedRun) else run
+    with resumed_run(str(name_or_path), overrides) as launch:
         return _finish(launch)
 
 
@@ -94,7 +94,7 @@ def _finish(launch: Launch) -> TrainedRun:
 
 
 class PpoSession:
-    """The parts of PPO, stepped by hand; made by `build_ppo`. It writes nothing to the run's folder.
+    """The parts of PPO, stepped by hand, from `build_ppo`. It writes nothing to the run's folder.
 
     Attributes:
         experiment: The settings.
@@ -108,7 +108,7 @@ class PpoSession:
         """Run the remaining steps up to `ppo.steps`, one per iteration: sample, score, estimate advantages, update.
 
         Yields:
-            What the step produced: `index` (from 0), `trajectories`, `scored` (the role outputs and the score of each
+            The results of the step: `index` (from 0), `trajectories`, `scored` (the role outputs and the score of each
             trajectory), `episodes` (what was trained on), `statistics` (of the update) and `seconds`.
         """
         return self._parts.remaining_steps()
@@ -120,12 +120,12 @@ class PpoSession:
         return step_metrics(step, self.experiment.ppo, gold)
 
     def evaluate(self) -> dict[str, Any]:
-        """Compare the policy as it is now with the reference, in the form of `evaluation.json`."""
+        """Compare the current policy with the reference; the result has the form of `evaluation.json`."""
         loop = self._parts.loop
         return self._parts.evaluator.evaluate(loop.step, loop.learners.policy_weights())
 
     def save(self, to: str | Path) -> None:
-        """Write the policy as it is now to a folder, as an adapter in PEFT's layout.
+        """Write the current policy to a folder, as an adapter in PEFT's layout.
 
         Args:
             to: The folder; an existing one is replaced.
@@ -139,10 +139,11 @@ class PpoSession:
 def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
     """Build the parts of PPO from the SFT model and the reward of a run, to step them by hand.
 
-    A PPO checkpoint of the run is continued. The parts, Ray actors included, are closed when the block ends.
+    PPO resumes from the run's last checkpoint, if there is one. The parts, Ray actors included, are closed when the
+    block ends.
 
     Args:
-        experiment: The settings of the run, whose other stages have finished.
+        experiment: The settings of a run whose other stages have finished.
 
     Yields:
         The session.

@@ -130,7 +130,7 @@ def generate(
         from align.outputs.trained_run import open_run
 
     generate_responses = partial(open_run(run).generate, temperature=temperature, max_new_tokens=max_new_tokens)
-    prompts = list(prompt or []) + _prompts_of(file)
+    prompts = list(prompt or []) + _read_prompts(file)
     if prompts:
         for response in generate_responses(prompts, seed=seed):
             print(response)
@@ -168,8 +168,8 @@ def export(
         product = "model"
     if reward:
         product = "reward model"
-    written, difference = export_run(settings, folder, to, product, dtype=dtype, member=member)
-    errors.print(f"{written} of {folder.path} written to {to}; reloaded, it differs from the run's by {difference:.2g}")
+    product, difference = export_run(settings, folder, to, product, dtype=dtype, member=member)
+    errors.print(f"{product} of {folder.path} written to {to}; reloaded, it differs from the run's by {difference:.2g}")
 
 
 def _check_export(to: Path, merge: bool, reward: bool, member: int | None, dtype: str) -> None:
@@ -220,7 +220,7 @@ def report(run: Run) -> None:
 
 
 def main() -> None:
-    """Run the command. Exit status 0: done; 2: a mistake of the user's; 130: stopped by the user; 1: anything else."""
+    """Run the command. Exit status 0: done; 1: failed; 2: user error; 130: stopped by the user."""
     from align.runtime.signals import Interrupted
 
     quiet_libraries()
@@ -245,7 +245,7 @@ def _load(path: Path, overrides: list[str] | None) -> Experiment:
 
 
 def _begin(settings: Experiment, stages: Sequence[Stage]) -> None:
-    """Remove what an earlier run wrote of these stages, and run the experiment's."""
+    """Remove what an earlier run wrote in these stages, and run the stages of the experiment."""
     from align.stages.launch import new_run
 
     with new_run(settings, [stage.name for stage in stages]) as launch:
@@ -305,7 +305,7 @@ def _evaluate_reward_model(
         console.print(f"written to {to}")
 
 
-def _prompts_of(file: Path | None) -> list[Any]:
+def _read_prompts(file: Path | None) -> list[Any]:
     if file is None:
         return []
     from align.config.schema import SourceSettings

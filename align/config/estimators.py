@@ -1,7 +1,8 @@
-"""Which advantage estimators and policy losses there are, and what each needs.
+"""The advantage estimators and policy losses, and what each of them needs.
 
-Validation, the learner and the documentation read these records. They name functions by strings, `module:function`,
-because they are read before anything heavy is imported. Users bring their own by `FILE.py:function`.
+Validation, the learner and the documentation read these records. They refer to functions by strings,
+`module:function`, because they are read before anything heavy is imported. Users refer to their own by
+`FILE.py:function`.
 """
 
 from collections.abc import Callable
@@ -24,14 +25,14 @@ class Estimator:
     """An advantage estimator and what it needs.
 
     Attributes:
-        name: its value of `ppo.estimator`.
+        name: The value of `ppo.estimator` that selects it.
         function: `module:function` or `FILE.py:function`, from an `EstimatorInput` to advantages and returns.
-        has_critic: whether it reads the values of a critic, which is then built and trained.
-        min_samples: responses per prompt that it needs at least.
-        whitens: whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
-        reads: which of `READABLE` it reads; setting any other one is an error.
-        summary: the advantage of a token in a few words, for the documentation.
-        source: the paper.
+        has_critic: Whether it reads the values of a critic, which is then built and trained.
+        min_samples: Minimum number of responses per prompt.
+        whitens: Whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
+        reads: Which of `READABLE` it reads; setting any other one is an error.
+        summary: How it computes the advantage of a token, in a few words for the documentation.
+        source: The paper.
     """
 
     name: str
@@ -94,10 +95,10 @@ def advantage_estimator(
     each response. Without the decorator it needs nothing.
 
     Args:
-        has_critic: whether it reads `values`; a critic is then built, and trained on the returns.
-        min_samples: responses per prompt that it needs at least.
-        whitens: whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
-        reads: which of `gamma` and `gae_lambda` it reads; setting one that it does not read is an error.
+        has_critic: Whether it reads `values`; a critic is then built, and trained on the returns.
+        min_samples: Minimum number of responses per prompt.
+        whitens: Whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
+        reads: Which of `gamma` and `gae_lambda` it reads; setting one that it does not read is an error.
     """
     unknown = sorted(set(reads) - set(READABLE))
     if unknown:
@@ -121,10 +122,10 @@ _DECORATED: dict[Function, Estimator] = {}
 
 
 def find_estimator(name: str) -> Estimator:
-    """The record of a built-in estimator or of a user's, whose file is loaded.
+    """The record of a built-in estimator, or of a user's, whose file is loaded.
 
     Raises:
-        UserError: if there is no such estimator.
+        UserError: There is no such estimator.
     """
     if name in ESTIMATORS:
         return ESTIMATORS[name]
@@ -133,17 +134,21 @@ def find_estimator(name: str) -> Estimator:
     return replace(record, name=name, function=name)
 
 
-def is_users(name: str) -> bool:
-    """Whether a value of `ppo.estimator` or `ppo.policy_loss` names a function of the user's."""
+def is_user_function(name: str) -> bool:
+    """Whether a value of `ppo.estimator` or `ppo.policy_loss` names a user's function."""
     return name not in ESTIMATORS and name not in POLICY_LOSSES
 
 
 @cache
 def user_function(where: str, key: str) -> Function:
-    """The function that a setting names by `FILE.py:function` or `module:function`, loaded once per process.
+    """Load a user's function, once per process.
+
+    Args:
+        where: `FILE.py:function` or `module:function`.
+        key: The setting that names it, for messages.
 
     Raises:
-        UserError: if the file or the function does not exist or cannot be imported; it names the setting `key`.
+        UserError: The file or the function does not exist or cannot be imported.
     """
     function: Function = load_function(where, key)
     return function

@@ -1,4 +1,4 @@
-"""What TRL, OpenRLHF, verl and Hugging Face call settings, for messages about unknown keys."""
+"""The names of settings in TRL, OpenRLHF, verl and Hugging Face libraries, for messages about unknown keys."""
 
 FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     # Optimization

@@ -22,8 +22,8 @@ from rewards.http import SECRET
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
     """Read the settings of an experiment file.
 
-    The files that it names under `include:` come first, each relative to the file that names it; then the file itself;
-    then the overrides. `${key.path}` and `${oc.env:NAME}` are resolved last.
+    Files under `include:`, whose paths are relative to the including file, are read first. The file itself overrides
+    them, and `overrides` override both. `${key.path}` and `${oc.env:NAME}` are resolved last.
 
     Args:
         path: The YAML file.
@@ -33,7 +33,7 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
         The validated settings.
 
     Raises:
-        UserError: It lists every problem with its file, line and key.
+        UserError: The settings are not valid; the message lists every problem with its file, line and key.
     """
     source = read_source(Path(path))
     for override in overrides:
@@ -72,7 +72,7 @@ OmegaConf.register_resolver("oc.env", _environment, replace=True)
 
 
 def dump_experiment(experiment: Experiment, path: Path) -> None:
-    """Write all settings, defaults included, so that `load_experiment` returns them again."""
+    """Write all settings, defaults included, to a file that `load_experiment` can read."""
     text = yaml.dump(experiment.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     write_text(path, text)
 

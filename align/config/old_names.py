@@ -1,4 +1,4 @@
-"""Renamed settings and values: the old names are refused, and the message says the new ones."""
+"""Renamed settings and values: the old names are refused with a message that gives the new ones."""
 
 OLD_NAMES = {
     "rollouts.rows": "rollouts.max_num_seqs",

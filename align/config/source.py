@@ -15,14 +15,14 @@ Keys = tuple[str, ...]
 
 @dataclass
 class Source:
-    """Values, and for each key's path the file and line that set it."""
+    """Values, and the file and line that set each of them, by the path of its keys."""
 
     file: Path
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Keys, str] = field(default_factory=dict)
 
     def merge(self, other: "Source") -> None:
-        """Let the values of `other` override these: mappings key by key, anything else as a whole."""
+        """Override these values by those of `other`: mappings key by key, anything else as a whole."""
         _merge(self.values, other.values)
         self.places |= other.places
 
@@ -97,7 +97,7 @@ def read_source(path: Path, including: tuple[Path, ...] = ()) -> Source:
 
     Args:
         path: The file.
-        including: The files whose `include:` led here, outermost first.
+        including: The files that include this one, outermost first.
 
     Raises:
         UserError: A file cannot be read or is not valid YAML, or files include each other.
@@ -109,13 +109,13 @@ def read_source(path: Path, including: tuple[Path, ...] = ()) -> Source:
         raise UserError(f"{included_by}{path} does not exist") from None
     except (OSError, ValueError) as error:  # not UTF-8, or not a possible file name
         raise UserError(f"{included_by}{str(path)!r} cannot be read: {error}") from None
-    own = _parse(text, path)
+    contents = _parse(text, path)
     source = Source(path)
-    for part in _included_files(own, path):
+    for part in _included_files(contents, path):
         if part.resolve() in {file.resolve() for file in (*including, path)}:
-            raise UserError(f"{own.place(('include',))}: include: {part} includes itself")
+            raise UserError(f"{contents.place(('include',))}: include: {part} includes itself")
         source.merge(read_source(part, (*including, path)))
-    source.merge(own)
+    source.merge(contents)
     return source
 
 

@@ -1,4 +1,4 @@
-"""What a stage is, and the stages that there are: each is one file in `align/config/stages/`."""
+"""The record of a stage, and the registered stages: one file each in `align/config/stages/`."""
 
 import pkgutil
 from collections.abc import Callable
@@ -20,11 +20,11 @@ class Stage:
         name: The stage's name in `stages:`, its command, and its `stage` in `metrics.jsonl`.
         order: Stages run in this order.
         summary: One sentence, the help of its command.
-        folder: Its product in the run's folder; the stage is done once this folder exists.
-        scratch: What else it writes there, removed when it starts again.
+        folder: The folder of its product in the run's folder; the stage is done once it exists.
+        scratch: Other files and folders that it writes there, removed when it starts again.
         axis: The metric that W&B plots its metrics over; it must only ever increase.
         metric_groups: First parts of the names of its metrics.
-        sources: The sources of `data` that it trains on, each read with its held-out one.
+        sources: The sources of `data` that it trains on, each read with its held-out source.
         runner: The function that runs it, from a `StageContext` to None.
         evaluation: The function from the `RunFolder` to its part of `evaluation.json`, if it has one.
         default: Whether it runs in an experiment that does not set `stages`.
@@ -55,7 +55,7 @@ class Stage:
 @cache
 def all_stages() -> tuple[Stage, ...]:
     """All stages, in the order in which they run."""
-    modules = [import_module(f"{records.__name__}.{found.name}") for found in pkgutil.iter_modules(records.__path__)]
+    modules = [import_module(f"{records.__name__}.{info.name}") for info in pkgutil.iter_modules(records.__path__)]
     return tuple(sorted((module.STAGE for module in modules), key=lambda stage: stage.order))
 
 

@@ -14,7 +14,7 @@ from policies.text.columns import shown
 
 
 def explain(problem: Any, source: Source) -> str:
-    """One of `ValidationError.errors()` as a message: file and line, key, and what would be right."""
+    """Turn one of `ValidationError.errors()` into a message: file and line, key, and what would be valid."""
     path = tuple(str(key) for key in problem["loc"])
     keys = _written_keys(path, source)
     if problem["type"] == "missing":
@@ -30,7 +30,7 @@ def explain(problem: Any, source: Source) -> str:
     if new_value := _new_value(keys, value):
         return f"{where}: {value} has been renamed to {new_value}"
     message = problem["msg"].removeprefix("Value error, ")
-    # A secret may be in the place of an address or a variable's name, and messages go to logs.
+    # Messages go to logs, and a secret may be given by mistake as an address or as the name of a variable.
     is_hidden = isinstance(value, dict | BaseModel) or {"url", "key_env"} & set(keys)
     return f"{where}: {message}" if is_hidden else f"{where}: {message}, not {shown(value)}"
 
@@ -50,7 +50,7 @@ def _hint(keys: Keys, value: object, valid: list[str]) -> str:
 
 
 def _any_term(keys: Keys) -> Keys:
-    """`reward.terms.*` for `reward.terms.NAME`, whatever follows."""
+    """Replace the name of a reward term by `*`."""
     return (*keys[:2], "*", *keys[3:]) if keys[:2] == ("reward", "terms") else keys
 
 
@@ -59,7 +59,7 @@ def _new_value(keys: Keys, value: object) -> str | None:
 
 
 def _in_section(section: str, settings: tuple[str, ...]) -> str:
-    """Those of a section, where there are any, else all."""
+    """The settings of a section, or all of them if none is in the section."""
     return " or ".join([name for name in settings if name.startswith(f"{section}.")] or settings)
 
 
@@ -93,13 +93,13 @@ def _valid_keys(path: Keys) -> list[str]:
 
 
 def _kind(model: type[BaseModel]) -> str:
-    """What distinguishes this member of a union from the others."""
+    """The value of `kind` that selects this member of a union."""
     kind: str = get_args(model.model_fields["kind"].annotation)[0]
     return kind
 
 
 def settings_classes(annotation: Any) -> list[type[BaseModel]]:
-    """The settings classes that an annotation names, by itself or in a union."""
+    """The settings classes in an annotation, which is one class or a union."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

@@ -24,7 +24,7 @@ from rollouts.trajectory import Request
 
 @dataclass(frozen=True)
 class TokenizedDemonstration:
-    """A demonstration as token ids; the loss is over the response, its EOS included."""
+    """A demonstration as token ids; the loss is over the response, including its EOS."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -52,7 +52,7 @@ class TokenizedPreference:
 
     @property
     def length(self) -> int:
-        """Tokens of its forward pass, padding included."""
+        """Number of tokens in its forward pass, padding included."""
         if self.shares_prompt:
             return len(self.prompt_ids) + sum(map(len, self.responses_ids))
         return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
@@ -61,14 +61,14 @@ class TokenizedPreference:
 Item = TypeVar("Item")
 Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request)
 Parser = Callable[[Mapping[str, Any]], Example]
-"""From a row's columns to an example; raises ValueError, with the reason, for a bad row."""
+"""Turns a row's columns into an example; raises ValueError, with the reason, for a bad row."""
 
 
 @dataclass
 class Datasets:
     """The training and held-out examples of each stage; empty where no stage needs them.
 
-    `skipped` has, for each source, the place and problem of its bad rows.
+    `skipped` lists, for each source, the location and problem of each bad row.
     """
 
     demonstrations: list[TokenizedDemonstration] = field(default_factory=list)
@@ -81,12 +81,12 @@ class Datasets:
 
 
 def trains_sft(experiment: Experiment) -> bool:
-    """Whether an SFT adapter is trained, and not taken ready-made."""
+    """Whether an SFT adapter is trained, rather than taken ready-made."""
     return "sft" in experiment.stages and experiment.sft.adapter is None
 
 
 def trains_reward(experiment: Experiment) -> bool:
-    """Whether a reward model is trained, and not taken ready-made."""
+    """Whether a reward model is trained, rather than taken ready-made."""
     reward = experiment.reward
     return "reward" in experiment.stages and reward.has_model and not (reward.model or reward.classifier)
 
@@ -96,11 +96,15 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
 
     Args:
         experiment: The settings.
-        tokenizer: That of the base model.
-        max_positions: The model's context length in tokens; None where it does not say.
+        tokenizer: Tokenizer of the base model.
+        max_positions: The model's context length in tokens; None where its config does not say.
+
+    Returns:
+        The examples, and the rows that were skipped.
 
     Raises:
-        UserError: Names source, file and line of the first bad rows, or the key of a missing source.
+        UserError: There are bad rows, or a source is not set. The message names source, file and line of the first bad
+            rows, or the key of the missing source.
     """
     reader = _Reader(experiment)
     datasets = Datasets(skipped=reader.skipped)
@@ -175,14 +179,14 @@ def split_heldout(
 
 
 def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request) -> Hashable:
-    """What must not be on both sides of a split: the prompt or, in plain text, whose prompt is BOS alone, the text."""
-    if isinstance(item, TokenizedDemonstration) and len(item.prompt_ids) == 1:
+    """The part that must not be on both sides of a split: the prompt or, for plain text without a prompt, the text."""
+    if isinstance(item, TokenizedDemonstration) and len(item.prompt_ids) == 1:  # BOS alone
         return tuple(item.response_ids)
     return tuple(item.prompt_ids)
 
 
 class _Reader:
-    """Reads the sources of `data`, and splits those without a held-out one."""
+    """Reads the sources of `data`, and splits those without a held-out source."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.data = experiment.data
@@ -215,7 +219,7 @@ class _Reader:
 
 
 def demonstration_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Parser[TokenizedDemonstration]:
-    """A parser for `parse_rows`: from a row's columns to a demonstration; it raises ValueError for a bad row."""
+    """A parser that turns a row's columns into a demonstration, for `parse_rows`."""
 
     def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
         row = parse_demonstration(values)
@@ -229,7 +233,7 @@ def demonstration_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) ->
 
 
 def preference_parser(tokenizer: PreTrainedTokenizerBase, settings: RewardSettings) -> Parser[TokenizedPreference]:
-    """A parser for `parse_rows`: from a row's columns to a preference; it raises ValueError for a bad row."""
+    """A parser that turns a row's columns into a preference example, for `parse_rows`."""
 
     def parse(values: Mapping[str, Any]) -> TokenizedPreference:
         example = parse_preference(values, open_ties=settings.ties == "unknown")
@@ -265,7 +269,7 @@ def _check_attributes(example: PreferenceExample, settings: RewardSettings) -> N
 def request_parser(
     tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_new_tokens: int, max_positions: int | None
 ) -> Parser[Request]:
-    """A parser for `parse_rows`: from a row's columns to a request without a seed; it raises ValueError for a bad row.
+    """A parser that turns a row's columns into a request without a seed, for `parse_rows`.
 
     Prompt and response together must fit `max_positions`, the model's context length, where it is known.
     """

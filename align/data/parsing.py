@@ -1,4 +1,4 @@
-"""Parses rows one by one: the good ones become demonstrations, prompts or preferences, the bad ones are reported."""
+"""Parses rows: good ones become demonstrations, prompts or preference examples, bad ones are reported."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt, and the other columns of its row for the functions that score responses."""
+    """A prompt, and the other columns of its row, for functions that score responses."""
 
     prompt: Prompt
     columns: dict[str, Any]
@@ -33,7 +33,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class ParsedRows(Generic[T]):
-    """The results of the good rows, and the place and problem of each bad one."""
+    """The items of the good rows, and the location and problem of each bad one."""
 
     items: list[T]
     skipped: list[str]
@@ -76,7 +76,7 @@ def _bad_rows_message(bad_rows: list[str], some_are_good: bool) -> str:
 
 
 def parse_demonstration(values: Mapping[str, Any]) -> Demonstration:
-    """A row with `prompt` and `completion`; with `messages`, the last one by the assistant; or with `text` alone."""
+    """Parse a row with `prompt` and `completion`; with `messages`, the last by the assistant; or with `text` alone."""
     if columns.has(values, "messages"):
         messages = columns.messages(values["messages"], "messages")
         if len(messages) < 2:
@@ -90,6 +90,6 @@ def parse_demonstration(values: Mapping[str, Any]) -> Demonstration:
 
 
 def parse_prompt(values: Mapping[str, Any]) -> PromptRow:
-    """A row with `prompt`; all other columns pass through."""
+    """Parse a row with `prompt`; all other columns pass through."""
     other_columns = {name: value for name, value in values.items() if name != "prompt"}
     return PromptRow(columns.prompt(values), other_columns)

@@ -20,9 +20,9 @@ class SourceRow:
     """A row of a source.
 
     Attributes:
-        where: Its place, such as `file:line`.
+        where: Its location, such as `file:line`.
         values: Columns by name.
-        problem: Why the row could not be read; None where it could.
+        problem: Why the row could not be read; None if it could.
     """
 
     where: str
@@ -64,16 +64,16 @@ def _check_columns(rows: list[SourceRow], source: SourceSettings) -> None:
 
 def _rows(source: SourceSettings) -> Iterator[SourceRow]:
     for path in [source.path] if isinstance(source.path, str) else source.path:
-        yield from _rows_of(path, source.subset, source.split)
+        yield from _rows_at(path, source.subset, source.split)
 
 
-def _rows_of(name: str, subset: str | None, split: str) -> Iterator[SourceRow]:
+def _rows_at(name: str, subset: str | None, split: str) -> Iterator[SourceRow]:
     try:
         path = Path(name).expanduser()
         is_folder = path.is_dir()
         is_file = path.is_file()
         str(path).encode()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user's home, half of a surrogate pair
+    except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user's home, lone surrogate
         raise UserError(f"{name!r} is not a path: {error}") from None
     if is_folder:
         files = _files_in(path)
@@ -108,7 +108,7 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The renamed columns first. A column that already has a new name is dropped, unless its source is missing."""
+    """The renamed columns, then the others. A column that already had the new name of another is dropped."""
     renamed = {new_name: name for new_name, name in columns.items() if name in values}
     replaced = {*renamed, *renamed.values()}
     kept = {name: value for name, value in values.items() if name not in replaced}
@@ -203,7 +203,7 @@ READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-"""The reader of each kind of file, by the end of its name."""
+"""The reader of each kind of file, by the suffix of its name."""
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[SourceRow]] | None:

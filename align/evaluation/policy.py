@@ -1,4 +1,4 @@
-"""Policy and reference side by side on held-out prompts."""
+"""Compares the policy with the reference on held-out prompts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from rollouts.pool import Pool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory, lengths
 
 REFERENCE_VERSION = -1
-"""The version under which the pool holds the reference while it is sampled; the policy's count from 0."""
+"""The version of the reference in the pool while it is sampled; the policy's versions count from 0."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,26 @@ class ScoredSamples:
 
 @dataclass(frozen=True)
 class Samples:
-    """One model's responses, which the reward can score again after it has learned."""
+    """One model's responses, which the reward can score again after its composition has changed."""
 
     trajectories: list[Trajectory]
     rescore: Rescore
     gold: Tensor | None
 
     def score(self) -> ScoredSamples:
-        """The responses with the scores that the reward gives them now."""
+        """The responses, with their current scores."""
         return ScoredSamples(self.trajectories, self.rescore(), self.gold)
 
 
 @dataclass(frozen=True)
 class EvaluationScorers:
-    """What scores responses. policy: with the KL to the reference; reference: the score alone; gold: the true score."""
+    """The scorers of an evaluation.
+
+    Attributes:
+        policy: Scores the policy's responses, and computes their KL to the reference.
+        reference: Scores the reference's responses.
+        gold: The true score; None where the experiment has none.
+    """
 
     policy: EvaluationScorer
     reference: EvaluationScorer
@@ -80,10 +86,15 @@ class EvaluationScorers:
 
 @dataclass(frozen=True)
 class HeldoutPlan:
-    """What is sampled from which prompts.
+    """What an evaluation samples.
 
-    best_of: how many reference samples per prompt to pick the best from; 0: none. prompt_styles: in which the
-    reference is prompted as well; its responses are scored as responses to the plain prompts.
+    Attributes:
+        prompts: The held-out prompts.
+        sampling: How responses are sampled.
+        seed: Seed of the sampling.
+        best_of: Number of reference samples per prompt to pick the best from; 0: none.
+        prompt_styles: Prompting baselines: the reference is also prompted in these styles, and its responses are scored
+            as responses to the plain prompts.
     """
 
     prompts: Sequence[Request]
@@ -93,7 +104,7 @@ class HeldoutPlan:
     prompt_styles: Mapping[str, PromptStyle] = field(default_factory=dict)
 
     def draws(self) -> list[list[Request]]:
-        """The prompts once per draw, each with a seed of its own."""
+        """The prompts once per draw, each with its own seed."""
         return [self._draw(draw) for draw in range(max(1, self.best_of))]
 
     def _draw(self, draw: int) -> list[Request]:
@@ -101,6 +112,19 @@ class HeldoutPlan:
         for index, prompt in enumerate(self.prompts):
             requests.append(replace(prompt, seed=seed_for(self.seed, "heldout", index, draw)))
         return requests
+
+
+@dataclass(frozen=True)
+class ReferenceSamples:
+    """The reference's responses.
+
+    Attributes:
+        draws: To the held-out prompts, per draw.
+        styles: To the prompts of the first draw, by prompt style.
+    """
+
+    draws: list[Samples]
+    styles: dict[str, Samples]
 
 
 class Evaluator:
@@ -117,58 +141,48 @@ class Evaluator:
         """Compare the policy with the reference.
 
         Args:
-            version: Under which the pool loads the policy; it holds the policy when this returns.
+            version: The version under which the pool loads the policy, which it still holds afterwards.
             policy: The policy's adapter.
 
         Returns:
             The sections `reference`, `policy`, `best_of`, `prompt_styles` and `prompts` of `evaluation.json`.
         """
-        references = [samples.score() for samples in self._reference_draws]
+        references = [samples.score() for samples in self._reference_samples.draws]
         self.pool.load_adapter(version, policy)
-        ours = self._sample(self.draws[0], self.scorers.policy).score()
+        sampled = self._sample(self.draws[0], self.scorers.policy).score()
         sections: dict[str, Any] = {
             "reference": references[0].figures(),
-            "policy": ours.figures() | _wins(ours, references[0]) | _kl_figures(ours) | {"step": version},
+            "policy": sampled.figures() | _wins(sampled, references[0]) | _kl_figures(sampled) | {"step": version},
         }
         if self.heldout.best_of:
             sections["best_of"] = _best_of(references)
         if self.heldout.prompt_styles:
-            sections["prompt_styles"] = self._style_figures(ours)
-        return sections | {"prompts": len(ours.trajectories)}
+            sections["prompt_styles"] = self._style_figures(sampled)
+        return sections | {"prompts": len(sampled.trajectories)}
 
     def _style_figures(self, policy: ScoredSamples) -> dict[str, dict[str, float]]:
         """Figures of the reference in each style, and how often the policy wins against it."""
         figures = {}
-        for name, samples in self._reference_styles.items():
+        for name, samples in self._reference_samples.styles.items():
             styled = samples.score()
             figures[name] = styled.figures() | _wins(policy, styled)
         return figures
 
-    @property
-    def _reference_draws(self) -> list[Samples]:
-        """The reference's responses at each draw."""
-        return self._reference_samples[0]
-
-    @property
-    def _reference_styles(self) -> dict[str, Samples]:
-        """The reference's responses to the first draw's prompts in each style."""
-        return self._reference_samples[1]
-
     @cached_property
-    def _reference_samples(self) -> tuple[list[Samples], dict[str, Samples]]:
+    def _reference_samples(self) -> ReferenceSamples:
         self.pool.load_adapter(REFERENCE_VERSION, self.reference)
         draws = [self._sample(requests, self.scorers.reference) for requests in self.draws]
         styles = {}
         for name, style in self.heldout.prompt_styles.items():
             styles[name] = self._sample(self.draws[0], self.scorers.reference, style)
-        return draws, styles
+        return ReferenceSamples(draws, styles)
 
     def _sample(
         self, requests: Sequence[Request], scorer: EvaluationScorer, style: PromptStyle | None = None
     ) -> Samples:
         """Responses of the model that the pool holds; they are scored as responses to the prompts without the style."""
-        sent = requests if style is None else [style(request) for request in requests]
-        sampled = self.pool.generate(sent, self.heldout.sampling)
+        styled = requests if style is None else [style(request) for request in requests]
+        sampled = self.pool.generate(styled, self.heldout.sampling)
         trajectories = [replace(t, request=request) for t, request in zip(sampled, requests, strict=True)]
         gold = None
         if self.scorers.gold is not None:
@@ -182,19 +196,19 @@ def _kl_figures(policy: ScoredSamples) -> dict[str, float]:
     return {"kl_per_sequence": float(kl.mean()), "kl_per_token": float(kl.sum()) / tokens}
 
 
-def _wins(ours: ScoredSamples, theirs: ScoredSamples) -> dict[str, float]:
-    """How often ours scores higher than theirs."""
-    wins = {"win_rate": win_rate(ours.scores, theirs.scores)}
-    if ours.gold is not None and theirs.gold is not None:
-        wins["gold_win_rate"] = win_rate(ours.gold, theirs.gold)
+def _wins(policy: ScoredSamples, baseline: ScoredSamples) -> dict[str, float]:
+    """How often the policy scores higher than the baseline."""
+    wins = {"win_rate": win_rate(policy.scores, baseline.scores)}
+    if policy.gold is not None and baseline.gold is not None:
+        wins["gold_win_rate"] = win_rate(policy.gold, baseline.gold)
     return wins
 
 
 def _best_of(draws: Sequence[ScoredSamples]) -> dict[str, Any]:
-    """For each prompt the sample that the reward scores highest: its mean score, and its mean gold score.
+    """Mean score, and mean gold score, of the sample per prompt that the reward scores highest.
 
-    `gold_best_mean` is the mean of the samples that the gold score itself would pick: no reward can do better.
-    `curve`: the same for fewer samples per prompt, with their KL to the reference.
+    `gold_best_mean` is the mean gold score of the samples that the gold score itself would pick: no reward can do
+    better. `curve` has the figures for fewer samples per prompt, with their KL to the reference.
     """
     scores = torch.stack([samples.scores.double() for samples in draws])
     gold = _stacked_gold(draws)
@@ -226,8 +240,8 @@ def best_of_n(scores: Tensor, gold: Tensor | None, n: int) -> dict[str, float]:
 
     Args:
         scores: `[N, prompts]`, N samples per prompt.
-        gold: The same of the gold score; None where there is none.
-        n: Between 1 and N.
+        gold: `[N, prompts]`, their gold scores; None where there are none.
+        n: Number of samples to pick from, between 1 and N.
 
     Returns:
         `n`, `score_mean`, `gold_mean` where there is a gold score, and `kl`, which is log n - (n - 1) / n nats, the KL
@@ -243,9 +257,9 @@ def best_of_n(scores: Tensor, gold: Tensor | None, n: int) -> dict[str, float]:
     return figures
 
 
-def win_rate(ours: Tensor, theirs: Tensor) -> float:
-    """Share of prompts for which ours scores higher, ties counted half."""
-    return float(pair_accuracy(ours, theirs))
+def win_rate(policy: Tensor, baseline: Tensor) -> float:
+    """Share of prompts for which the policy's score `[prompts]` is higher than the baseline's; ties count half."""
+    return float(pair_accuracy(policy, baseline))
 
 
 def distinct_2(sequences: Sequence[Sequence[int]]) -> float:
@@ -265,7 +279,17 @@ def build_evaluator(
     prompts: Sequence[Request],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluator:
-    """The evaluator that the experiment's settings describe."""
+    """Build the evaluator that the experiment's settings describe.
+
+    Args:
+        experiment: The settings.
+        scorers: The scorers of the reward and the gold score.
+        pool: Samples the responses.
+        roles_score: The forward passes of the roles.
+        reference: The reference's adapter.
+        prompts: The held-out prompts.
+        tokenizer: Tokenizer of the base model.
+    """
     rollouts, settings = experiment.rollouts, experiment.evaluation
     temperature = rollouts.temperature if settings.temperature is None else settings.temperature
     heldout = HeldoutPlan(

@@ -10,7 +10,7 @@ from policies.text.tokenization import Prompt, encode_prompt
 from rollouts.trajectory import Request
 
 PromptStyle = Callable[[Request], Request]
-"""The same question, prompted in another way."""
+"""Turns a request into one that asks the same in another way."""
 
 
 def make_prompt_style(settings: PromptStyleSettings, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
@@ -24,10 +24,10 @@ def make_prompt_style(settings: PromptStyleSettings, tokenizer: PreTrainedTokeni
 
 
 def styled(prompt: Prompt, settings: PromptStyleSettings) -> Prompt:
-    """The prompt with system prompt, examples and suffix.
+    """Add the style's system prompt, examples and suffix to a prompt.
 
-    Text: the parts are separated by blank lines. Messages: the system prompt replaces the prompt's own, and each
-    example is a turn of the user and one of the assistant.
+    In text, the parts are separated by blank lines. In messages, the system prompt replaces the prompt's own, and each
+    example becomes a turn of the user and a turn of the assistant.
     """
     if isinstance(prompt, str):
         parts = [settings.system] if settings.system else []

@@ -25,11 +25,11 @@ DIAGNOSTICS = "diagnostics.json"
 WORST = "worst.jsonl"
 RELIABILITY = "reliability.png"
 MAX_PROBED = 32
-"""Most responses that are scored in several ways to measure invariance: each is scored alone, which is slow."""
+"""Largest number of responses whose invariance is measured: each is also scored alone, which is slow."""
 MAX_WORST = 20
-"""Most errors that are kept in full: as many as a person reads."""
+"""Largest number of errors that are kept in full: as many as a person reads."""
 EXTRA_TOKENS = 16
-"""How much longer than the longest example the sequence is beside which examples are scored."""
+"""How many tokens longer than the longest example the long sequence is, beside which examples are scored."""
 
 
 def compute_diagnostics(
@@ -44,8 +44,8 @@ def compute_diagnostics(
         preferences: Held-out preference examples.
         scores: `[members, N, A]`, by attribute, of all N responses of the examples in order, on the scale of training.
             The figures are those of the ensemble's mean.
-        weights: Of the A attributes in the overall score.
-        trained: The examples of training, to which the length baseline is fitted.
+        weights: Weights of the A attributes in the overall score.
+        trained: The training examples, to which the length baseline is fitted.
 
     Returns:
         The figures of `diagnostics.json`, and the worst errors in full.
@@ -92,15 +92,15 @@ def _comparison_figures(
 
 
 def invariance(model: RewardModel, preferences: Sequence[TokenizedPreference], tokens: int) -> dict[str, float]:
-    """How much scores depend on how they are computed.
+    """Measure how much scores depend on how they are computed.
 
     Args:
         model: The reward model.
-        preferences: Examples, of which the first are used.
-        tokens: Per microbatch.
+        preferences: Preference examples, of which the first are used.
+        tokens: Largest number of tokens per microbatch.
 
     Returns:
-        The largest difference from scoring each response alone: in a microbatch, beside a long sequence, and behind a
+        The largest difference from scoring each response alone: in a microbatch, beside a long sequence, and after a
         prompt shared with other responses, where the model supports it.
     """
     preferences = _first_responses(preferences, MAX_PROBED)
@@ -112,8 +112,8 @@ def invariance(model: RewardModel, preferences: Sequence[TokenizedPreference], t
     with torch.no_grad():
         scores["beside_a_long_row"] = _scores_beside_long(model, prompts, responses)
         if model.trunk.supports_shared_prompts(model.role):
-            scores["shared"] = _scores_behind_shared_prompts(model, preferences)
-    return {name: float((own - alone).abs().max()) for name, own in scores.items()}
+            scores["shared"] = _scores_after_shared_prompts(model, preferences)
+    return {name: float((variant - alone).abs().max()) for name, variant in scores.items()}
 
 
 def _first_responses(preferences: Sequence[TokenizedPreference], limit: int) -> Sequence[TokenizedPreference]:
@@ -122,7 +122,7 @@ def _first_responses(preferences: Sequence[TokenizedPreference], limit: int) -> 
     return preferences[: sum(total <= limit for total in totals)]
 
 
-def _scores_behind_shared_prompts(model: RewardModel, preferences: Sequence[TokenizedPreference]) -> Tensor:
+def _scores_after_shared_prompts(model: RewardModel, preferences: Sequence[TokenizedPreference]) -> Tensor:
     """Scores `[N, A]` of the responses, those to one prompt in one sequence."""
     device = model.trunk.causal.device
     prompts = [preference.prompt_ids for preference in preferences]
@@ -150,7 +150,13 @@ def _scores_beside_long(
 
 
 def write_diagnostics(folder: Path, facts: Mapping[str, Any], worst: Sequence[Mapping[str, Any]]) -> None:
-    """Write figures, worst errors and the reliability plot to a folder."""
+    """Write figures, worst errors and the reliability plot to a folder.
+
+    Args:
+        folder: The folder, which exists.
+        facts: The figures from `compute_diagnostics`.
+        worst: The worst errors from `compute_diagnostics`.
+    """
     write_json(folder / DIAGNOSTICS, facts)
     lines = [json.dumps(error, ensure_ascii=False) + "\n" for error in worst]
     (folder / WORST).write_text("".join(lines), encoding="utf-8")
@@ -207,7 +213,7 @@ def _lengths(comparisons: Sequence[Comparison], preferences: Sequence[TokenizedP
 
 
 def _baselines(lengths: Tensor, clusters: Sequence[int], trained: Sequence[TokenizedPreference]) -> dict[str, Any]:
-    """Accuracy of two rewards that see only the length: the longer is better, and a fit to the training examples."""
+    """Accuracy of two rewards that see only the length: longer is better, and a fit to the training examples."""
     baselines = {"longer": vars(figures.accuracy(lengths[:, 0] - lengths[:, 1], clusters))}
     if comparisons := figures.comparisons([preference.example for preference in trained]):
         better, worse = _lengths(comparisons, trained).unbind(-1)
@@ -278,7 +284,8 @@ def _worst_errors(
 def _texts(comparison: Comparison, preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
     better_example, better = comparison.better
     worse_example, worse = comparison.worse
-    example, other = preferences[better_example].example, preferences[worse_example].example
+    example = preferences[better_example].example
+    other = preferences[worse_example].example
     texts = {
         "prompt": prompt_text(example.prompt),
         "better": example.responses[better],
@@ -295,10 +302,10 @@ def _draw_reliability(bins: Sequence[Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(4, 4), dpi=120, layout="constrained")
     axes: Axes = figure.add_subplot()
     axes.plot([0.5, 1], [0.5, 1], color="grey", linewidth=1, linestyle="--", label="perfectly calibrated")
-    confidences = [each["confidence"] for each in bins]
-    accuracies = [each["accuracy"] for each in bins]
-    total = sum(each["pairs"] for each in bins)
-    sizes = [12 + 200 * each["pairs"] / total for each in bins]
+    confidences = [interval["confidence"] for interval in bins]
+    accuracies = [interval["accuracy"] for interval in bins]
+    total = sum(interval["pairs"] for interval in bins)
+    sizes = [12 + 200 * interval["pairs"] / total for interval in bins]
     axes.plot(confidences, accuracies, linewidth=1)
     axes.scatter(confidences, accuracies, s=sizes, label="held-out comparisons")
     axes.set(title="Reliability of the reward model", xlabel="confidence", ylabel="share in the right order")

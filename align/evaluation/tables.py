@@ -23,7 +23,7 @@ FIGURES = (
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
-    """The contents of `evaluation.json`: the reward model's accuracy, then the models side by side."""
+    """Show the contents of `evaluation.json`: the reward model's accuracy, then the models side by side."""
     parts: list[RenderableType] = []
     if reward_model := evaluation.get("reward_model"):
         low, high = reward_model["accuracy_low"], reward_model["accuracy_high"]
@@ -42,7 +42,7 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
     if best := evaluation.get("best_of"):
         columns[f"best of {best['n']}"] = best
     for name, figures in evaluation.get("prompt_styles", {}).items():
-        # The win rates there are the policy's against this column, and would read as the column's own.
+        # The win rates are the policy's against this column, and would be taken for the column's own.
         columns[f"reference, {name}"] = {key: value for key, value in figures.items() if "win" not in key}
     title = f"{evaluation['prompts']} held-out prompts; policy of step {evaluation['policy']['step']}"
     table = Table("", *columns, title=title, title_justify="left", box=None, padding=(0, 2))
@@ -52,7 +52,7 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
 
 
 def figure_rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Label and formatted cells of each figure that some column has; an empty cell where a column lacks it."""
+    """Label and formatted cells of each figure that any column has; the cell is empty where a column lacks it."""
     rows = []
     for key, label, form in FIGURES:
         cells = [form.format(column[key]) if key in column else "" for column in columns]

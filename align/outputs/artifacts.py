@@ -1,4 +1,4 @@
-"""Where the trained models of a run are."""
+"""Finds the trained models of a run."""
 
 from pathlib import Path
 

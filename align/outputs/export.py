@@ -1,4 +1,4 @@
-"""Export of what a run has trained, for other programs."""
+"""Exports the trained models of a run for other programs."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +18,12 @@ Product = Literal["adapter", "model", "reward model"]
 
 
 class Exported(NamedTuple):
-    """What was written. difference: the largest one between its outputs, reloaded, and those of the run's model."""
+    """The result of an export.
+
+    Attributes:
+        product: What was written.
+        difference: Largest difference between the outputs of the reloaded product and those of the run's model.
+    """
 
     product: Product
     difference: float
@@ -32,15 +37,15 @@ def export_run(
     dtype: str = "float32",
     member: int | None = None,
 ) -> Exported:
-    """Write what a run has trained to a folder, with tokenizer and model card, and compare it with the run's own.
+    """Write a trained model of a run to a folder, with tokenizer and model card, and compare it with the run's own.
 
     Args:
         experiment: The run's settings.
         run: The run.
         to: The folder to write; it must not exist.
-        product: `adapter`: the policy's adapter. `model`: the complete policy, also where `adapter` is asked for but
-            the policy has no adapter. `reward model`: a sequence classifier.
-        dtype: Of a complete policy's weights.
+        product: `adapter`: the policy's adapter. `model`: the complete policy, also if `adapter` is requested and the
+            policy has none. `reward model`: a sequence classifier.
+        dtype: Dtype of a complete policy's weights.
         member: Which reward model of an ensemble, counted from 0.
 
     Returns:
@@ -76,7 +81,7 @@ def export_prompt(experiment: Experiment, run: RunFolder, table: Path, task: str
     """Add the soft prompt of a run's policy to a prompt table.
 
     Raises:
-        UserError: The policy has no soft prompt, or the table has this task already or is for another base.
+        UserError: The policy has no soft prompt, or the table already has this task or is for another base model.
     """
     prompt_kind = experiment.policy.spec.prompt_kind
     if prompt_kind is None:

@@ -9,25 +9,25 @@ from align.runs.folder import RunFolder, read_facts
 from align.runtime.wording import counted
 
 
-def model_card(experiment: Experiment, run: RunFolder, what: str, notes: list[str]) -> str:
-    """README.md of an exported folder: contents, origin and results.
+def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list[str]) -> str:
+    """The text of README.md in an exported folder: contents, origin and results.
 
     Args:
         experiment: The run's settings.
         run: The run.
-        what: `adapter`, `model` or `reward model`.
+        product: `adapter`, `model` or `reward model`.
         notes: Further lines about this export.
     """
     lines = [
         "---",
         f"base_model: {experiment.model.path}",
-        f"library_name: {'peft' if what == 'adapter' else 'transformers'}",
+        f"library_name: {'peft' if product == 'adapter' else 'transformers'}",
         "tags: [align-rlhf]",
         "---",
         "",
         f"# {experiment.name}",
         "",
-        f"The {what} of run `{experiment.name}`, on `{experiment.model.path}`, by align.",
+        f"The {product} of run `{experiment.name}`, on `{experiment.model.path}`, by align.",
         *notes,
         "",
         "| stage | what | seconds |",

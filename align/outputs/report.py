@@ -1,4 +1,4 @@
-"""A page about a run: its curves as PNG files, its evaluation, and samples of its first and last step."""
+"""Writes a page about a run: its curves as PNG files, its evaluation, and samples of its first and last step."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Image:
-    """A PNG file of the page, by its name without suffix."""
+    """A PNG file of the page; `name` is its file name without suffix."""
 
     name: str
     title: str
@@ -75,7 +75,7 @@ img { width: 100% } .text { white-space: pre-wrap }
 
 
 def write_report(run: Path, evaluation: dict[str, Any]) -> Path:
-    """Write `report/` of a run from what it has logged so far; an earlier report is replaced as a whole.
+    """Write `report/` of a run from what it has logged so far, replacing an earlier report.
 
     Args:
         run: The run's folder.

@@ -1,4 +1,4 @@
-"""A trained run: its policy and reward model, to be used or evaluated again without a learner."""
+"""A trained run, whose policy and reward model can be used or evaluated again without a learner."""
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -27,6 +27,7 @@ from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
 from policies.text.tokenization import Prompt, decode_response, encode_prompt, encode_response
 from rewards.classifier import Classifier
+from rewards.preferences import OVERALL
 from rollouts.engine import Engine, Sampling
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
@@ -40,6 +41,9 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
         path: The run's folder, or its name under `runs/`.
         overrides: Settings that replace the run's, as `key.path=value`.
 
+    Returns:
+        The run.
+
     Raises:
         UserError: There is no such run.
     """
@@ -48,7 +52,7 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
 
 
 class TrainedRun:
-    """A run, and the models that it has trained so far. They are loaded when they are first used.
+    """A run and the models that it has trained so far, which are loaded when they are first used.
 
     Attributes:
         experiment: The run's settings.
@@ -82,9 +86,9 @@ class TrainedRun:
 
         Args:
             prompts: Texts, or lists of messages with `role` and `content`.
-            temperature: 0 is greedy; unset: `rollouts.temperature`.
-            max_new_tokens: The longest response; unset: `rollouts.max_new_tokens`.
-            seed: The same seed gives the same responses.
+            temperature: Sampling temperature, 0 for greedy; None: `rollouts.temperature`.
+            max_new_tokens: Length of the longest response, in tokens; None: `rollouts.max_new_tokens`.
+            seed: Seed of the sampling; the same seed gives the same responses.
 
         Returns:
             One response per prompt, without special tokens.
@@ -115,7 +119,7 @@ class TrainedRun:
         Args:
             prompts: One per response.
             responses: Complete responses, without EOS.
-            columns: The columns per prompt that the reward's terms read; unset: none.
+            columns: Columns that the reward's terms read, per prompt; None: no columns.
 
         Returns:
             One score per response.
@@ -158,10 +162,10 @@ class TrainedRun:
         Args:
             to: The folder to write; it must not exist.
             merge: Write a complete model instead of an adapter in PEFT's layout.
-            dtype: Of a complete model's weights: float32, bfloat16 or float16.
+            dtype: Dtype of a complete model's weights: float32, bfloat16 or float16.
 
         Returns:
-            What was written, and its largest difference to the run's policy, reloaded, in nats.
+            What was written, and its largest difference from the run's policy after reloading, in nats.
 
         Raises:
             UserError: The folder exists, or the policy cannot be exported in this way.
@@ -207,17 +211,26 @@ class _LoadedReward:
         """The forward passes of the requested roles."""
         microbatches = self.roles.microbatches([trajectory.total_length for trajectory in trajectories])
         return score_microbatches(
-            self.roles,
-            trajectories,
-            microbatches,
-            self.temperature,
+            run=self.roles,
+            trajectories=trajectories,
+            microbatches=microbatches,
+            temperature=self.temperature,
             device=self.roles.trunk.causal.device,
             requested_roles=requested_roles,
         )
 
 
 def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
-    """The sections of `evaluation.json` about the run's policy: `reference`, `policy`, `best_of` and the like."""
+    """Compare the run's policy with its reference again.
+
+    Args:
+        experiment: The run's settings.
+        run: The run.
+        datasets: Its data, of which the held-out prompts are used.
+
+    Returns:
+        The sections of `evaluation.json` that `Evaluator.evaluate` returns.
+    """
     policy = policy_weights(experiment, run)
     tokenizer = load_tokenizer(experiment.model.path)
     reward = _LoadedReward(experiment, run)
@@ -226,10 +239,10 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> 
     trunk.write_adapter("policy", policy)
     engine = make_transformers_engine(trunk, tokenizer, experiment.rollouts)
     evaluator = build_evaluator(
-        experiment,
-        reward.scorers,
-        LocalPool(engine, experiment.rollouts.effective_chunk_size),
-        reward.roles_score,
+        experiment=experiment,
+        scorers=reward.scorers,
+        pool=LocalPool(engine, experiment.rollouts.effective_chunk_size),
+        roles_score=reward.roles_score,
         reference=reference,
         prompts=datasets.prompts_heldout,
         tokenizer=tokenizer,
@@ -255,7 +268,7 @@ def evaluate_reward_model(
     path = classifier or read_facts(run.reward).get("classifier")
     if path:
         scores = classifier_scores(Classifier(path, "--classifier"), preferences)
-        return compute_diagnostics(preferences, scores, {"": 1.0})
+        return compute_diagnostics(preferences, scores, {OVERALL: 1.0})
     models = load_models(experiment, run.reward)
     moments = folded_moments(experiment.reward, run.reward, len(models))
     return evaluate_models(models, moments, preferences)

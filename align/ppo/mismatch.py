@@ -71,7 +71,7 @@ def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request
             raise SamplerMismatch(
                 f"before the first update the sampler's greedy response to {trajectory.request.prompt!r} is not the "
                 f"learner's: its token {worst + 1} is {shortfall:.3g} nats less likely than the learner's choice: the "
-                "engine has other weights, or computes them differently"
+                "engine has different weights, or computes them differently"
             )
     for trajectory in pool.generate(requests[:PARITY_PROMPTS], sampling):
         mismatch = sampler_mismatch([trajectory], roles_score([trajectory], ("policy",)))
@@ -80,6 +80,6 @@ def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request
             raise SamplerMismatch(
                 "before the first update the sampler's log-probabilities of a response to "
                 f"{trajectory.request.prompt!r} differ from the learner's by {float(mismatch.mean()):.3g} nats per "
-                f"token on average, most at token {worst + 1} ({float(mismatch[worst]):.3g}): the engine has other "
-                "weights, or computes them differently"
+                f"token on average, most at token {worst + 1} ({float(mismatch[worst]):.3g}): the engine has "
+                "different weights, or computes them differently"
             )

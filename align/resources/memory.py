@@ -1,4 +1,4 @@
-"""How many bytes of tensors each process of a run will hold, worked out before any is allocated."""
+"""Estimates the bytes of tensors that each process of a run will hold, before any is allocated."""
 
 import copy
 from collections.abc import Iterator
@@ -18,21 +18,25 @@ from rewards.model import members_in
 from rewards.terms.classifier import ClassifierTerm
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes per number."""
+"""Bytes per element."""
 FLOAT32 = BYTES["float32"]
 """Adapters and heads are float32 whatever `model.dtype` is."""
 TRAINED = {"adamw": 16, "paged_adamw": 16, "sgd": 8}
-"""Bytes per trained number: weight, gradient and Adam's two moments, all in float32."""
+"""Bytes per trained parameter: weight, gradient and Adam's two moments, all in float32."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """Parameters and bytes of a base model and of what a policy's method adds to it.
 
-    base: parameters of the base model. base_bytes: their bytes in memory. adapter: parameters of a policy's adapter.
-    scalar_adapter: those of a reward model's or a critic's, which has nothing on the LM head. head: parameters of a
-    scalar head. merged_bytes: of a merged copy of the weights that the adapter changes. kv_bytes: of the KV cache, per
-    token.
+    Attributes:
+        base: Parameters of the base model.
+        base_bytes: Bytes of the base model in memory.
+        adapter: Parameters of a policy's adapter.
+        scalar_adapter: Parameters of a reward model's or a critic's adapter, which has nothing on the LM head.
+        head: Parameters of a scalar head.
+        merged_bytes: Bytes of a merged copy of the weights that the adapter changes.
+        kv_bytes: Bytes of the KV cache per token.
     """
 
     base: int
@@ -46,7 +50,14 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class TensorUse:
-    """Bytes that one kind of process holds in a stage. role: what the tensors are for."""
+    """Bytes that one kind of process holds in a stage.
+
+    Attributes:
+        stage: Name of the stage.
+        process: The kind of process, such as `learner` or `worker`.
+        role: What the tensors are for.
+        bytes: Their size.
+    """
 
     stage: str
     process: str
@@ -55,7 +66,15 @@ class TensorUse:
 
 
 def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
-    """Count parameters on the meta device, without loading weights."""
+    """Count parameters on the meta device, without loading weights.
+
+    Args:
+        model: Settings of the base model.
+        policy: Settings of the adapters.
+
+    Raises:
+        UserError: The model cannot be read.
+    """
     config = copy.deepcopy(load_model_config(model.path))
     itemsize = BYTES[model.dtype]
     with torch.device("meta"):
@@ -71,7 +90,7 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
         scalar_adapter=sum(p.numel() for p in trunk.adapter("critic").values()),
         head=trunk.width + 1,
         merged_bytes=trunk.merged_parameter_count() * itemsize if merges else 0,
-        kv_bytes=_kv_numbers(config) * itemsize,
+        kv_bytes=_kv_elements(config) * itemsize,
     )
 
 
@@ -79,8 +98,8 @@ def _parameter_count(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _kv_numbers(config: PretrainedConfig) -> int:
-    """Numbers in the KV cache per token."""
+def _kv_elements(config: PretrainedConfig) -> int:
+    """Elements of the KV cache per token."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -89,7 +108,7 @@ def _kv_numbers(config: PretrainedConfig) -> int:
 
 
 def _four_bit_bytes(base: PreTrainedModel, policy: PolicySettings, itemsize: int) -> int:
-    """Bytes with all linear layers but the LM head in four bits, and a scale per 64 numbers (Dettmers et al. 2023)."""
+    """Bytes with all linear layers but the LM head in four bits, and a scale per 64 weights (Dettmers et al. 2023)."""
     lm_head = base.get_output_embeddings()
     linears = [m for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not lm_head]
     quantized = sum(layer.weight.numel() for layer in linears)
@@ -100,15 +119,15 @@ def _four_bit_bytes(base: PreTrainedModel, policy: PolicySettings, itemsize: int
 
 
 def estimate_memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> list[TensorUse]:
-    """The tensors of every process, stage by stage.
+    """Estimate the tensors of every process, stage by stage.
 
     Args:
         experiment: The settings.
         stages: The stages that will run.
-        sizes: Of the experiment's model and policy, by `measure`.
+        sizes: Sizes of the experiment's model and policy, from `measure`.
 
     Returns:
-        One record per process and role. Activations and the interpreter's own memory come on top.
+        One record per process and role, without activations and the interpreter's own memory.
     """
     uses: list[TensorUse] = []
     if trains_sft(experiment) and "sft" in stages:
@@ -131,7 +150,7 @@ def _workers(experiment: Experiment, sizes: ModelSizes) -> list[TensorUse]:
 
 
 def _base_bytes(experiment: Experiment, sizes: ModelSizes) -> int:
-    """The shared base model; with full fine-tuning there is none besides the roles themselves."""
+    """Bytes of the shared base model; with full fine-tuning there is none besides the roles themselves."""
     return sizes.base_bytes if experiment.policy.spec.shares_base else 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from align.config.estimators import is_users
+from align.config.estimators import is_user_function
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
@@ -35,9 +35,9 @@ def plan_lines(
 
     Args:
         experiment: The settings.
-        datasets: What the stages read.
+        datasets: The data that the stages read.
         stages: The stages that will run, in order.
-        sizes: Of the experiment's model and policy, by `measure`.
+        sizes: Sizes of the experiment's model and policy, from `measure`.
 
     Returns:
         Name and text of each line.
@@ -76,7 +76,7 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
     processes = 1
     if rollouts.workers or learner.ranks:
         processes = max(1, rollouts.workers) + max(1, learner.ranks)
-    where = "in one process" if processes == 1 else f"in each of {processes} processes"
+    copies = "in one process" if processes == 1 else f"in each of {processes} processes"
     threads = threads_per_process(experiment.cluster, max(rollouts.workers, learner.ranks, 1))
     steps = counted(ppo.steps, "step")
     prompts = counted(len(datasets.prompts), "prompt")
@@ -89,7 +89,7 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
         ("ppo", f"{steps} of {ppo.batch_size}: {counted(episodes, 'episode')} from {prompts}"),
         ("updates", f"{minibatches} per step: {counted(updates, 'optimizer step')}"),
         ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} per response"),
-        ("base model", f"{base}, {_bytes(sizes.base_bytes)} {where}"),
+        ("base model", f"{base}, {_bytes(sizes.base_bytes)} {copies}"),
         ("adapters", f"{adapter} per role; each update sends {_bytes(sizes.adapter * FLOAT32)}"),
         ("processes", f"{workers}, {ranks}, {counted(cores(), 'core')}, {counted(threads, 'thread')} each"),
         ("evaluation", counted(len(datasets.prompts_heldout), "held-out prompt")),
@@ -97,7 +97,7 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
 
 
 def _terms(experiment: Experiment) -> str:
-    """The reward's terms by name, each with its kind and, where it is the user's own, its function."""
+    """The reward's terms by name, each with its kind and, for a user's function, its name."""
     terms = []
     for name, term in experiment.reward.terms.items():
         kind = term.model_dump(include={"kind"})["kind"]
@@ -108,13 +108,13 @@ def _terms(experiment: Experiment) -> str:
 
 
 def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:
-    """A line for the advantage estimator and one for the policy loss, where they are the user's own."""
+    """A line for the advantage estimator and one for the policy loss, where they are the user's functions."""
     functions = [("estimator", experiment.ppo.estimator), ("policy loss", experiment.ppo.policy_loss)]
-    return [(name, where) for name, where in functions if is_users(where)]
+    return [(name, function) for name, function in functions if is_user_function(function)]
 
 
 def _memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> list[tuple[str, str]]:
-    """A line per stage and process: the bytes of its tensors, in all and by role."""
+    """A line per stage and process: the bytes of its tensors, in total and by role."""
     lines = []
     for (stage, process), group in groupby(estimate_memory(experiment, stages, sizes), _stage_and_process):
         uses = list(group)

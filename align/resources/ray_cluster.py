@@ -1,4 +1,4 @@
-"""A Ray cluster for as long as a stage needs it."""
+"""A Ray cluster that lives as long as a stage needs it."""
 
 import logging
 import os
@@ -20,16 +20,20 @@ RAY_ENVIRONMENT = {
     # By default Ray's workers run at a low priority and would starve beside a busy process.
     "RAY_worker_niceness": "0",
 }
-"""Ray's own variables, which a user's values override."""
+"""Defaults for Ray's environment variables; values that the user has set take precedence."""
 
 
 @contextmanager
 def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
-    """Join the cluster of `cluster.address`, or start a local one that ends with the block; nothing without actors.
+    """Join the cluster at `cluster.address`, or start a local one that ends with the block.
 
     The local cluster has no dashboard, picks free ports and keeps its files in a temporary folder, so that runs on one
-    machine do not interfere. It offers at least one CPU per actor: the actors' number of threads is what divides the
-    cores among them.
+    machine do not interfere. It offers at least one CPU per actor; how the actors share the cores is decided by their
+    number of threads.
+
+    Args:
+        settings: Section `cluster` of the experiment.
+        actors: Number of actors that the stage starts; 0: nothing is started.
     """
     if not actors:
         yield

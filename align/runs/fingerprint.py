@@ -1,4 +1,4 @@
-"""What a run is made from: its settings, models and data. A resumed run must be made from the same."""
+"""The fingerprint of a run: its settings, models, functions and data, which must be the same when it is resumed."""
 
 import hashlib
 import importlib.util
@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from align.config.estimators import is_users
+from align.config.estimators import is_user_function
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
 from align.runs.folder import RunFolder
@@ -42,7 +42,7 @@ CHANGEABLE = (
     "ppo.steps",
     "ppo.stop",
 )
-"""Settings, and sections of settings, that may change before a run is resumed: they decide how long, where and on how
+"""Settings, and sections of settings, that may change before a run is resumed: they decide how long, where and in how
 many processes it computes, not what it computes."""
 
 MODEL_KEYS = ("model.path", "ppo.critic.model", "reward.classifier")
@@ -56,17 +56,17 @@ DATASET_KEYS = {
     "prompts": "data.prompts",
     "prompts_heldout": "data.prompts_heldout",
 }
-"""By field of `Datasets`, the setting that names its source. The tokens are compared, not the location."""
+"""The setting that names the source of each field of `Datasets`. The tokens are compared, not the location."""
 
 SELECTION_KEYS = ("heldout_share", "limit")
-"""Last parts of the settings under `data` that are compared themselves: they select rows."""
+"""Last parts of the names of settings under `data` whose values are compared: they select rows."""
 
 MODEL_FILE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """The files of a model's folder that are read."""
 
 
 def run_fingerprint(experiment: Experiment, datasets: Datasets) -> dict[str, Any]:
-    """Compute what identifies a run.
+    """Compute the fingerprint of a run.
 
     Args:
         experiment: The settings.
@@ -120,7 +120,7 @@ def check_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets
 
 
 def product_digests(run: RunFolder) -> dict[str, str]:
-    """Hash what PPO starts from.
+    """Hash the products that PPO starts from.
 
     Returns:
         `sft` and `reward`, where these stages have run, each with the hash of the files in its folder.
@@ -142,10 +142,10 @@ def model_digest(location: str) -> str:
 
 
 def user_functions(experiment: Experiment) -> dict[str, str]:
-    """The functions of the user's own, `FILE.py:function` or `module:function`, by the setting that names them."""
+    """The user's functions, `FILE.py:function` or `module:function`, by the setting that names them."""
     functions = {}
     for key, name in (("ppo.estimator", experiment.ppo.estimator), ("ppo.policy_loss", experiment.ppo.policy_loss)):
-        if is_users(name):
+        if is_user_function(name):
             functions[key] = name
     for name, term in experiment.reward.terms.items():
         if isinstance(term, FunctionTerm):

@@ -33,7 +33,7 @@ WRITTEN = (
 class RunFolder:
     """The paths inside a run's folder. `sft/`, `reward/` and `policy/` exist once their stage is done.
 
-    Args:
+    Attributes:
         path: The folder.
     """
 
@@ -66,12 +66,12 @@ class RunFolder:
 
     @property
     def fingerprint(self) -> Path:
-        """What the run was started with (see `align.runs.fingerprint`)."""
+        """The fingerprint of the run, see `align.runs.fingerprint`."""
         return self.path / "fingerprint.json"
 
     @property
     def evaluation(self) -> Path:
-        """The figures of all stages."""
+        """The evaluation of all stages."""
         return self.path / "evaluation.json"
 
     def checkpoints(self, stage: str) -> Path:
@@ -119,7 +119,7 @@ def locked(run: RunFolder) -> Iterator[None]:
     """Lock a run for writing within the block.
 
     Raises:
-        UserError: Another process is writing it.
+        UserError: Another process has locked it.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with (run.path / ".lock").open("a+") as file:
@@ -143,8 +143,8 @@ def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | No
 
     Args:
         run: The folder, which may contain an earlier run.
-        experiment: The settings, which are written to `config.yaml`.
-        stages: The stages whose files are removed; None: all stages, and what the run wrote besides. Other files stay.
+        experiment: The run's settings, which are written to `config.yaml`.
+        stages: The stages whose files are removed; None: all stages, and everything else that the run wrote.
     """
     names = stage_names() if stages is None else list(stages)
     written: list[str] = []
@@ -162,11 +162,11 @@ def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | No
     dump_experiment(experiment, run.config)
 
 
-def find_run(where: str, runs: str = "runs", overrides: Sequence[str] = ()) -> tuple[RunFolder, Experiment]:
+def find_run(name_or_path: str, runs: str = "runs", overrides: Sequence[str] = ()) -> tuple[RunFolder, Experiment]:
     """Find a run.
 
     Args:
-        where: The folder of the run, or its name under `runs`.
+        name_or_path: The folder of the run, or its name under `runs`.
         runs: The folder of all runs.
         overrides: Settings as `key.path=value` that replace those of `config.yaml`.
 
@@ -176,10 +176,12 @@ def find_run(where: str, runs: str = "runs", overrides: Sequence[str] = ()) -> t
     Raises:
         UserError: There is no such run, or its settings are not valid.
     """
-    for path in (Path(where), Path(runs) / where):
+    for path in (Path(name_or_path), Path(runs) / name_or_path):
         if (path / "config.yaml").is_file():
             return RunFolder(path), load_experiment(path / "config.yaml", overrides)
-    raise UserError(f"{where} is not a run: neither {where}/config.yaml nor {runs}/{where}/config.yaml exists")
+    raise UserError(
+        f"{name_or_path} is not a run: neither {name_or_path}/config.yaml nor {runs}/{name_or_path}/config.yaml exists"
+    )
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

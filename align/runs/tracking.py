@@ -97,7 +97,7 @@ def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[
 
 
 def truncate_after(run: Path, stage: str, step: int) -> None:
-    """Drop all lines of both files after a step, so that the steps a resumed run repeats are in them once.
+    """Drop all lines of both files after a step, so that steps that a resumed run repeats are logged only once.
 
     Args:
         run: The run's folder.
@@ -122,7 +122,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         path: `metrics.jsonl` or `samples.jsonl`, which may not exist.
 
     Returns:
-        The rows. A last line that was only partly written, because the process was killed, is left out.
+        The rows, without a last line that was only partly written because the process was killed.
 
     Raises:
         UserError: Another line is damaged; the message names it.
@@ -146,7 +146,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = [json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    # backslashreplace: half of a surrogate pair, which a tokenizer can give, becomes its JSON escape.
+    # backslashreplace: a lone surrogate, which a tokenizer can produce, becomes its JSON escape.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
         file.flush()
@@ -169,7 +169,7 @@ def _is_up_to(row: Mapping[str, Any], stage: str, step: int) -> bool:
 
 
 def _position(stage: str) -> int:
-    """A stage's place in the order of a run; a line of an unknown stage comes last."""
+    """The position of a stage in the order of a run; unknown stages come last."""
     names = stage_names()
     return names.index(stage) if stage in names else len(names)
 

@@ -1,4 +1,4 @@
-"""Failures that end a run: faults that it detects in its own figures, and failures of storage and of Ray."""
+"""Failures that end a run: faults that it detects in its own figures, and failures of storage or of Ray."""
 
 import errno
 
@@ -19,10 +19,10 @@ STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 
 
 def describe_outside_failure(error: BaseException) -> str | None:
-    """Describe a failure outside of align.
+    """Describe a failure that align has not caused.
 
     Args:
-        error: What ended the run.
+        error: The exception that ended the run.
 
     Returns:
         A sentence for the user where storage or the Ray cluster failed, or a learner rank died; otherwise None.

@@ -1,4 +1,4 @@
-"""A message for the case that this process is killed before it can report anything."""
+"""Leaves a message behind if this process is killed before it can report anything."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ if not sys.stdin.buffer.read():
 
 @contextmanager
 def last_words(message: str) -> Iterator[None]:
-    """Have a message written to standard error if this process ends in the block without leaving it.
+    """Write a message to standard error if this process dies within the block.
 
     The kernel kills a process that is out of memory, and Ray ends one whose raylet has died, both without a message.
     A small witness process waits at the other end of a pipe; it prints the message if the pipe closes unexpectedly.

@@ -1,4 +1,4 @@
-"""Turns off progress bars and notes of libraries, which would bury those of align."""
+"""Turns off progress bars and notices of libraries, which would bury those of align."""
 
 import logging
 import os

@@ -13,6 +13,7 @@ from align.scoring.reward import EvaluationScorer, GoldScorer, Rescore, Reward, 
 from policies.files.adapters import load_adapter
 from rewards.compose import Composition
 from rewards.model import member_folder, members_in, read_heads
+from rewards.preferences import OVERALL
 from rewards.terms.base import RewardStage
 from rewards.user_functions import load_function
 from rollouts.trajectory import RoleOutputs, Trajectory
@@ -89,7 +90,7 @@ def _reward_roles(experiment: Experiment, run: RunFolder) -> tuple[RewardRole, .
     roles: list[RewardRole] = []
     for member in range(members_in(run.reward)):
         folder = member_folder(run.reward, member)
-        heads = read_heads(folder, {"": 1.0})
+        heads = read_heads(folder, {OVERALL: 1.0})
         if settings.attributes:
             heads += read_heads(folder, settings.attributes)
         roles.append(RewardRole(load_adapter(folder, experiment.policy), tuple(heads)))

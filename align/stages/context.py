@@ -1,4 +1,4 @@
-"""What every stage is given: settings, data, the run's folder, and models to start from."""
+"""The context of every stage: settings, data, the run's folder, and models to start from."""
 
 import time
 from collections.abc import Iterator
@@ -34,10 +34,10 @@ class StageContext:
     Attributes:
         experiment: The settings.
         run: The folder that the stages write to.
-        tokenizer: That of the base model.
+        tokenizer: Tokenizer of the base model.
         datasets: The examples of all stages, tokenized.
-        tracker: Takes the metrics.
-        stop: Looked at after every step.
+        tracker: Logs the metrics.
+        stop: Checked after every step.
     """
 
     experiment: Experiment
@@ -52,9 +52,12 @@ class StageContext:
         return load_adapter(self.run.sft, self.experiment.policy) if self.run.sft.is_dir() else None
 
     def new_trunk(self, purpose: str, *roles: str) -> Trunk:
-        """Load the base model with role `reference` and these roles; purpose seeds their random initial weights.
+        """Load the base model with an adapter per role.
 
-        `reference` gets the SFT adapter or, where the base itself is the SFT model, an adapter that changes nothing.
+        Args:
+            purpose: Seeds the random initial weights.
+            roles: The roles besides `reference`, which gets the SFT adapter or, where the base itself is the SFT model,
+                an adapter that changes nothing.
         """
         torch.manual_seed(seed_for(self.experiment.seed, purpose, "adapters"))
         trunk = build_trunk(self.experiment.model, self.experiment.policy, ("reference", *roles))
@@ -65,12 +68,12 @@ class StageContext:
         return trunk
 
     def fit_context(self, stage: str, member: int = 0) -> FitContext:
-        """The surroundings of a supervised training.
+        """The context of a supervised training run.
 
         Args:
             stage: Name of the stage.
-            member: Number of an ensemble's member. Members are trained one after another, each on the data in another
-                order.
+            member: Index of the ensemble member. Members are trained one after another, each on a different order of
+                the data.
         """
         seed = self.experiment.seed
         return FitContext(
@@ -88,7 +91,7 @@ class StageContext:
         """Fill a stage's folder in the block; it appears, with `stage.json`, once the block ends.
 
         Args:
-            folder: The stage's product.
+            folder: The folder of the stage's product.
             facts: What `stage.json` records, besides the seconds.
             started: `time.perf_counter()` at the stage's start.
         """

@@ -1,4 +1,4 @@
-"""The start of a run, new or resumed: its data read, its folder locked, and its fingerprint written or checked."""
+"""Starts or resumes a run: reads its data, locks its folder, and writes or checks its fingerprint."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from align.stages.pipeline import load_datasets, reopen
 
 @dataclass(frozen=True)
 class Launch:
-    """A run whose folder this process has locked."""
+    """A run that is ready to start or resume, its folder locked by this process."""
 
     experiment: Experiment
     folder: RunFolder
@@ -28,7 +28,7 @@ def new_run(experiment: Experiment, stages: Sequence[str] | None = None) -> Iter
 
     Args:
         experiment: The run's settings.
-        stages: The stages whose earlier products are removed; unset: all.
+        stages: The stages whose earlier products are removed; None: all.
 
     Raises:
         UserError: Something that the settings refer to cannot be used, or another process writes the run.
@@ -42,17 +42,17 @@ def new_run(experiment: Experiment, stages: Sequence[str] | None = None) -> Iter
 
 
 @contextmanager
-def resumed_run(where: str, overrides: Sequence[str] = ()) -> Iterator[Launch]:
+def resumed_run(name_or_path: str, overrides: Sequence[str] = ()) -> Iterator[Launch]:
     """Open a stopped run to resume it, and lock its folder within the block.
 
     Args:
-        where: The run's folder, or its name under `runs/`.
+        name_or_path: The run's folder, or its name under `runs/`.
         overrides: Settings that replace the run's, as `key.path=value`; none may change what is learned.
 
     Raises:
         UserError: There is no such run, its settings or data have changed, or another process writes it.
     """
-    folder, experiment = find_run(where, overrides=overrides)
+    folder, experiment = find_run(name_or_path, overrides=overrides)
     datasets = load_datasets(experiment)
     with locked(folder):
         check_fingerprint(folder, experiment, datasets)

@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def remaining_stages(experiment: Experiment, run: RunFolder) -> list[str]:
-    """The stages that still have to run, in order. One whose product is ready-made runs too: it only adopts it.
+    """The stages that still have to run, in order. A stage with a ready-made product runs too, and only adopts it.
 
     Raises:
-        UserError: PPO would have no reward.
+        UserError: PPO has no reward: neither this run nor a ready-made model provides it.
     """
     wanted = set(experiment.stages)
     if experiment.sft.adapter:
@@ -54,7 +54,7 @@ def load_datasets(experiment: Experiment) -> Datasets:
     tokenizer = load_tokenizer(experiment.model.path)
     config = load_model_config(experiment.model.path)
     check_weights(experiment.model.path)
-    remaining_stages(experiment, folder_of(experiment))
+    remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)
     max_positions = getattr(config, "max_position_embeddings", None)
     datasets = read_datasets(experiment, tokenizer, max_positions)
@@ -127,7 +127,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
         experiment: The settings.
         run: The folder that every stage writes to.
         datasets: What `load_datasets` read.
-        stop: Looked at after every step.
+        stop: Checked after every step.
 
     Returns:
         The evaluation, as written.
@@ -139,7 +139,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
     remaining = remaining_stages(experiment, run)
     compute_settings(experiment, 1).apply()
     if remaining:
-        _forget_beyond_checkpoint(run, remaining[0])
+        _drop_metrics_after_checkpoint(run, remaining[0])
     tokenizer = load_tokenizer(experiment.model.path)
     with open_tracker(run.path, experiment.tracking, experiment.name, experiment.model_dump(mode="json")) as tracker:
         context = StageContext(
@@ -153,7 +153,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
 
 
 def reopen(experiment: Experiment, run: RunFolder) -> None:
-    """Let a finished PPO stage continue where more steps are requested now."""
+    """Reopen a finished PPO stage where the settings now request more steps."""
     last = latest(run.checkpoints("ppo"))
     if last and run.done("ppo") and step_of(last) < experiment.ppo.steps and "stopped" not in read_facts(run.policy):
         run.policy.rename(run.best)
@@ -169,10 +169,10 @@ def _run_stage(context: StageContext, stage: str) -> None:
             if not restarts:
                 raise
             log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, restarts - 1)
-            _forget_beyond_checkpoint(context.run, stage)
+            _drop_metrics_after_checkpoint(context.run, stage)
 
 
-def _forget_beyond_checkpoint(run: RunFolder, stage: str) -> None:
+def _drop_metrics_after_checkpoint(run: RunFolder, stage: str) -> None:
     """Drop the metrics of steps that will run again."""
     last = latest(run.checkpoints(stage))
     truncate_after(run.path, stage, step_of(last) if last else 0)

@@ -1,4 +1,4 @@
-"""Stage three, PPO: assembles the parts, runs them, and records what they do."""
+"""The PPO stage: assembles the parts, runs the loop, and records its steps."""
 
 import json
 import time
@@ -16,10 +16,11 @@ from align.stages.ppo_record import PpoRecord, publish_best
 
 
 def run_ppo(context: StageContext) -> None:
-    """Train from the last checkpoint, or from the start, to the end; then `policy/` is the best policy evaluated.
+    """Train from the last checkpoint, or from the start, to the end; `policy/` becomes the best evaluated policy.
 
     Raises:
-        Interrupted: after a checkpoint, if a stop was requested.
+        Interrupted: A stop was requested; a checkpoint has been written.
+        Fault: Sampler and learner disagree, or gradients are not finite in too many consecutive steps.
     """
     settings = context.experiment
     scorers = build_scorers(settings, context.run, context.tokenizer)
@@ -27,8 +28,8 @@ def run_ppo(context: StageContext) -> None:
     with ExitStack() as stack:
         stack.enter_context(ray_cluster(settings.cluster, settings.rollouts.workers + settings.learner.ranks))
         parts = assemble(context, scorers, stack)
-        bar = stack.enter_context(ProgressBar("ppo", settings.ppo.steps))
-        record = PpoRecord(context, parts, bar, started)
+        progress_bar = stack.enter_context(ProgressBar("ppo", settings.ppo.steps))
+        record = PpoRecord(context, parts, progress_bar, started)
         for step in parts.remaining_steps():
             metrics = record.log(step)
             record.check_skipped(step, metrics)

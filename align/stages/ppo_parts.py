@@ -33,14 +33,14 @@ from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
 
 @dataclass(frozen=True)
 class PpoParts:
-    """What PPO runs and records with.
+    """The parts that the PPO stage runs and records.
 
     Attributes:
-        loop: the controller, at the next step.
-        scorers: of the reward and the gold score.
-        evaluator: compares the policy with the reference.
-        stop_rule: may stop PPO early.
-        progress: how far PPO is; updated as it runs.
+        loop: The controller, before its next step.
+        scorers: The scorers of the reward and the gold score.
+        evaluator: Compares the policy with the reference.
+        stop_rule: Decides after each step whether PPO stops early.
+        progress: The progress of PPO; updated as it runs.
     """
 
     loop: Ppo
@@ -50,22 +50,26 @@ class PpoParts:
     progress: PpoProgress
 
     def remaining_steps(self) -> Iterator[Step]:
-        """Run the remaining steps, one at a time; none if the stop rule has stopped PPO before."""
+        """Run the remaining steps, one at a time; none if the stop rule has already stopped PPO."""
         return iter(()) if self.progress.stopped else self.loop.steps()
 
     def is_last_step(self, metrics: Mapping[str, float]) -> bool:
-        """Whether PPO ends after the step with these metrics."""
+        """Apply the stop rule to the metrics of a step. Returns whether PPO ends after it."""
         self.progress.stopped = self.stop_rule.reason(metrics)
         return self.loop.step == self.loop.ppo.steps or self.progress.stopped is not None
 
 
 def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoParts:
-    """Build the parts, at the last checkpoint or at the start.
+    """Build the parts, and restore the last checkpoint if there is one.
 
     Args:
-        context: of the stage.
-        scorers: of the reward and the gold score.
-        stack: closes the pool and the learners. Ray must be initialized where the settings use it.
+        context: The context of the stage.
+        scorers: The scorers of the reward and the gold score.
+        stack: Closes the pool and the learners. Ray must be running where the settings use it.
+
+    Raises:
+        UserError: The checkpoint does not belong to the run.
+        SamplerMismatch: The pool does not sample from the learner's policy.
     """
     settings = context.experiment
     learners, pool = _build_learners_and_pool(context, scorers.blueprint, stack)
@@ -162,7 +166,8 @@ def _build_pool(settings: Experiment, stack: ExitStack) -> Pool:
 
     compute = compute_settings(settings, rollouts.workers)
     if rollouts.engine == "vllm":
-        compute = replace(compute, deterministic=False)  # torch does not know that some of its kernels are
+        # torch refuses some of vLLM's kernels, which it does not know to be deterministic.
+        compute = replace(compute, deterministic=False)
     workers = RayPool(
         build=partial(build_engine, settings.model, settings.policy, rollouts),
         settings=PoolSettings(
@@ -207,7 +212,7 @@ def _resume(context: StageContext, learners: Learners) -> tuple[PpoProgress, lis
     """Restore the last checkpoint, if there is one.
 
     Returns:
-        How far PPO is, and the batches that were being generated.
+        The progress of PPO, and the batches that were being generated.
     """
     settings = context.experiment
     products = product_digests(context.run)

@@ -1,4 +1,4 @@
-"""What a PPO run leaves behind: metrics, samples, evaluations, checkpoints, and the best policy."""
+"""Records a PPO run: metrics, samples, evaluations, checkpoints, and the best policy."""
 
 import time
 
@@ -17,31 +17,31 @@ from align.stages.ppo_parts import PpoParts
 from policies.files.adapters import save_adapter
 
 LOGGED_EVALUATION = ("score_mean", "gold_mean", "spread_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
-"""Metrics of an evaluation that are also logged, as `eval/NAME`, where it has them."""
+"""Figures of the evaluated policy that are also logged as metrics, `eval/NAME`, where they exist."""
 
 
 class PpoRecord:
     """Records the steps of a run in its folder and its trackers."""
 
-    def __init__(self, context: StageContext, parts: PpoParts, bar: ProgressBar, started: float) -> None:
-        """Record nothing yet.
+    def __init__(self, context: StageContext, parts: PpoParts, progress_bar: ProgressBar, started: float) -> None:
+        """Prepare to record.
 
         Args:
-            context: of the stage.
-            parts: of PPO; their progress is kept up to date.
-            bar: shows the progress.
-            started: the value of `time.perf_counter()` when the stage started.
+            context: The context of the stage.
+            parts: The parts of PPO; their progress is kept up to date.
+            progress_bar: The stage's progress bar.
+            started: The value of `time.perf_counter()` when the stage started.
         """
         self.context = context
         self.parts = parts
         self.progress = parts.progress
-        self.bar = bar
+        self.progress_bar = progress_bar
         self._started = started
         self._seconds_before = parts.progress.seconds
         self._skipped_in_a_row = 0
 
     def seconds(self) -> float:
-        """Spent so far, before the last checkpoint too."""
+        """Seconds spent on PPO so far, including those before the last resumption."""
         return self._seconds_before + time.perf_counter() - self._started
 
     def log(self, step: Step) -> dict[str, float]:
@@ -56,7 +56,7 @@ class PpoRecord:
         self.context.tracker.log("ppo", number, metrics)
         samples = step_samples(step, self.context.tokenizer, settings.tracking.samples, gold)
         self.context.tracker.samples("ppo", number, samples)
-        self.bar.advance(
+        self.progress_bar.advance(
             number,
             episodes=number * len(step.episodes),
             reward=metrics["reward/mean"],
@@ -68,7 +68,7 @@ class PpoRecord:
         """Count consecutive steps with a non-finite gradient.
 
         Raises:
-            Fault: at the limit, once the episodes of the step are in a folder.
+            Fault: They reach `learner.max_skipped`; the episodes of the step have been written to a folder.
         """
         limit = self.context.experiment.learner.max_skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["learner/skipped_steps"] else 0
@@ -124,7 +124,13 @@ class PpoRecord:
 
 
 def publish_best(context: StageContext, seconds: float, stopped: str | None) -> None:
-    """Make the best policy the run's. `seconds`: spent on PPO. `stopped`: why it stopped early, if it did."""
+    """Make the best evaluated policy the run's policy.
+
+    Args:
+        context: The context of the stage.
+        seconds: Seconds spent on PPO.
+        stopped: Why the stop rule stopped PPO; None where it did not.
+    """
     facts: dict[str, float | str] = {"seconds": seconds}
     if stopped:
         facts["stopped"] = stopped

@@ -1,4 +1,4 @@
-"""The reward stage: a reward model, trained on preferences or ready-made, and figures that show whether to trust it."""
+"""The reward stage: trains a reward model on preferences, or adopts a ready-made one, and evaluates it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -47,12 +47,12 @@ IDENTITY: Moments = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What the stage writes.
+    """The results of the stage, to be written to `reward/`.
 
     Attributes:
-        facts: Of `stage.json`.
-        figures: Of `diagnostics.json`; empty without held-out preferences.
-        worst_errors: The comparisons that the model is most wrong about.
+        facts: The facts for `stage.json`.
+        figures: The figures for `diagnostics.json`; empty without held-out preferences.
+        worst_errors: The comparisons on which the model is most wrong.
         save: Writes the model to a folder.
     """
 
@@ -79,7 +79,7 @@ def run_reward(context: StageContext) -> None:
 
 
 def _train_or_load(context: StageContext) -> _Outcome:
-    """Reward models on the shared base model: trained here or loaded, evaluated, and normalised on SFT responses."""
+    """Train or load reward models on the shared base model, evaluate them, and normalise them on SFT responses."""
     settings = context.experiment.reward
     roles = [role_of(member) for member in range(_member_count(settings))]
     trunk = context.new_trunk("reward", *roles)
@@ -108,7 +108,7 @@ def _train_or_load(context: StageContext) -> _Outcome:
 
 
 def _train_members(context: StageContext, models: Sequence[RewardModel]) -> dict[str, Any]:
-    """Train the members of an ensemble one after another. Returns their facts: lists, where there are several."""
+    """Train the members of an ensemble one after another. Returns their facts, as lists where there are several."""
     results = [_train(context, model, member) for member, model in enumerate(models)]
     facts: dict[str, Any] = results[0]
     if len(results) > 1:
@@ -128,7 +128,7 @@ def _sft_scores(context: StageContext, models: Sequence[RewardModel]) -> list[Te
 
 
 def folded_moments(settings: RewardSettings, folder: Path, members: int) -> list[Moments]:
-    """The moments that are already folded into the heads of a reward model's folder, of each member.
+    """The moments that are already folded into the saved heads of each member of a reward model.
 
     The heads of named attributes are saved as they are, without moments.
     """
@@ -146,9 +146,9 @@ def evaluate_models(
 
     Args:
         models: The members.
-        folded: Moments that are folded into each member's heads.
+        folded: The moments that are folded into each member's heads.
         preferences: Held-out examples.
-        trained: The examples of training, to which the length baseline is fitted.
+        trained: The training examples, to which the length baseline is fitted.
 
     Returns:
         The figures of `diagnostics.json`, and the worst errors in full.
@@ -183,7 +183,7 @@ def load_member(model: RewardModel, policy: PolicySettings, folder: Path) -> Non
 
 
 def _train(context: StageContext, model: RewardModel, member: int) -> dict[str, Any]:
-    """Train a member, starting from the SFT model. Returns its facts."""
+    """Train a member, starting from the SFT model. Returns the facts of its training."""
     settings = context.experiment.reward
     datasets = context.datasets
     trunk = model.trunk
@@ -211,7 +211,7 @@ def _train(context: StageContext, model: RewardModel, member: int) -> dict[str, 
 
 
 def _adopt_classifier(context: StageContext, path: str) -> _Outcome:
-    """A ready-made classifier, evaluated, and normalised on SFT responses."""
+    """Evaluate a ready-made classifier, and normalise it on SFT responses."""
     settings = context.experiment.reward
     classifier = Classifier(path)
     figures: dict[str, Any] = {}

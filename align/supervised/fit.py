@@ -45,13 +45,14 @@ RESULT = "fitted.json"
 
 @dataclass(frozen=True)
 class FitTask:
-    """What is trained, and on what.
+    """What is trained, and on which examples.
 
     Attributes:
-        objective: Its parameters that require gradients are trained. Its forward pass returns `{"loss": …}`, the sum of
-            a microbatch's losses over `num_items_in_batch`, the number of `labels` in the whole batch.
+        objective: The module whose parameters that require gradients are trained. Its forward pass returns
+            `{"loss": …}`: the summed losses of a microbatch divided by `num_items_in_batch`, the number of `labels` in
+            the whole batch.
         examples: The training examples.
-        collate: From the examples of a microbatch to the objective's arguments.
+        collate: Turns the examples of a microbatch into the objective's arguments.
         split: Splits a batch into microbatches, see `Trunk.microbatches`.
         heldout_loss: Computes the loss of the objective on held-out examples.
         metric_group: First part of the names of the logged metrics.
@@ -69,16 +70,16 @@ class FitTask:
 
 @dataclass(frozen=True)
 class FitContext:
-    """The surroundings of a training.
+    """The context of a training run.
 
     Attributes:
         stage: Name of the stage.
-        checkpoints: Folder of its checkpoints.
-        keep: How many of them are kept.
-        seed: Of the order of the examples.
-        tracker: Takes the metrics.
-        stop: Looked at after every step.
-        first: Steps of the stage before this training.
+        checkpoints: Folder of the stage's checkpoints.
+        keep: How many of the latest checkpoints are kept.
+        seed: Seed of the order of the examples.
+        tracker: Logs the metrics.
+        stop: Checked after every step.
+        first: Number of steps of the stage before this training run.
     """
 
     stage: str
@@ -92,12 +93,12 @@ class FitContext:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The outcome of a training.
+    """The outcome of a training run.
 
     Attributes:
-        steps: Optimizer steps done.
+        steps: Number of optimizer steps taken.
         best_step: Step of the weights that were kept.
-        heldout_loss: That of the weights that were kept.
+        heldout_loss: Held-out loss of the weights that were kept.
     """
 
     steps: int
@@ -111,9 +112,14 @@ def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
     Afterwards the objective holds the weights with the best held-out loss, which is evaluated every `evaluate_every`
     steps and at the end. Batches are made of examples of similar length.
 
+    Args:
+        task: What is trained.
+        settings: The settings of the training run.
+        context: Its folder, seed, tracker and stop request.
+
     Raises:
         Interrupted: A stop was requested; a checkpoint has been written.
-        Fault: The gradient was not finite in too many steps in a row.
+        Fault: The gradient was not finite in too many consecutive steps.
     """
     done = context.checkpoints / f"done-{context.first}"
     if done.is_dir():
@@ -132,7 +138,7 @@ def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
 
 
 def _train(task: FitTask, settings: FitSettings, context: FitContext) -> TrainerState:
-    """Train to the end. Raises Interrupted where a stop was requested before."""
+    """Train to the end. Raises Interrupted if a stop is requested before."""
     task.objective.eval()  # brings all submodules into one mode, or `Objective.train` would skip some
     task.objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # makes the Trainer pass num_items_in_batch
     steps = optimizer_steps(len(task.examples), settings)
@@ -150,7 +156,7 @@ def _train(task: FitTask, settings: FitSettings, context: FitContext) -> Trainer
         trainer.remove_callback(PrinterCallback)
         trainer.create_optimizer().register_step_pre_hook(SkipNonFinite(settings.max_skipped, context.stage))
         last = latest(context.checkpoints)
-        if last is None or step_of(last) <= context.first:  # none, or one of an earlier training of this stage
+        if last is None or step_of(last) <= context.first:  # none, or one of an earlier training run of this stage
             trainer.train()
             state = trainer.state
         else:
@@ -208,7 +214,7 @@ def _optimizer(task: FitTask, settings: FitSettings) -> Optimizer | None:
 
 
 def optimizer_steps(examples: int, settings: FitSettings) -> int:
-    """Optimizer steps of a training on this many examples; the last batch of an epoch may be smaller."""
+    """Optimizer steps of a training run on this many examples; the last batch of an epoch may be smaller."""
     return math.ceil(math.ceil(examples / settings.batch_size) * settings.epochs)
 
 

@@ -38,12 +38,12 @@ class RewardObjective(Objective):
         """Compute this microbatch's part of the batch's loss.
 
         Args:
-            examples: `[B]`.
-            ids: Of a `Batch` or a `SharedPromptBatch`, as is `last`.
+            examples: `[B]`, the preference examples.
+            ids: Token ids, of a `Batch` or a `SharedPromptBatch`.
             last: `[R]` int64, index into `ids` of the last token of each response.
-            labels: `[B]`, only counted: the Trainer sums their number over the batch to `num_items_in_batch`.
-            num_items_in_batch: Examples of the whole batch.
-            layout: The batch's other tensors: `lengths`, or `positions` and `attention_mask`.
+            labels: `[B]`, only counted: the Trainer passes their number in the whole batch as `num_items_in_batch`.
+            num_items_in_batch: Number of examples in the whole batch.
+            layout: The other tensors of the batch: `lengths`, or `positions` and `attention_mask`.
 
         Returns:
             The scalar `loss`.
@@ -73,13 +73,22 @@ class RewardObjective(Objective):
 
     @torch.no_grad()
     def heldout_loss(self, preferences: Sequence[TokenizedPreference], tokens: int) -> float:
-        """Mean loss over held-out examples, in nats, without smoothing and centering. tokens: per microbatch."""
+        """Mean loss over held-out examples, in nats, without smoothing or centering, in microbatches of `tokens`."""
         scores = score_preferences(self.model, preferences, tokens).to(self.model.trunk.causal.device)
         return float(self.loss(scores, [preference.example for preference in preferences]).mean())
 
 
 def score_preferences(model: RewardModel, preferences: Sequence[TokenizedPreference], tokens: int) -> Tensor:
-    """Scores by attribute `[R, A]` of all responses, each with its own prompt, as in PPO. tokens: per microbatch."""
+    """Score all responses of preference examples, each with its own copy of the prompt, as in PPO.
+
+    Args:
+        model: The reward model.
+        preferences: The examples.
+        tokens: Largest number of tokens per microbatch.
+
+    Returns:
+        `[R, A]`, the scores of all R responses by attribute.
+    """
     return model.attribute_scores(*flatten_responses(preferences), tokens)
 
 
@@ -94,7 +103,7 @@ def flatten_responses(preferences: Sequence[TokenizedPreference]) -> tuple[list[
 
 
 def should_share_prompts(trunk: Trunk, role: str, preferences: Sequence[TokenizedPreference]) -> bool:
-    """Whether all responses to a prompt should follow one copy of it: the model supports it, and it saves arithmetic.
+    """Whether all responses to a prompt should follow one copy of it: the model supports it, and it saves computation.
 
     It saves the prompt's linear layers for all responses but one. In attention, it costs the products between
     responses, which are computed and then masked.

@@ -29,11 +29,11 @@ class Likelihood(Objective):
         """Compute this microbatch's part of the batch's loss.
 
         Args:
-            ids: `[N]` int64, packed sequences, see `policies.batching.Batch`.
+            ids: `[N]` int64, tokens of the packed sequences, see `policies.batching.Batch`.
             lengths: `[B]` int64, tokens of each sequence.
             predictors: `[P]` int64, index into `ids` of the token that predicts each response token.
             labels: `[P]` int64, the response tokens.
-            num_items_in_batch: Response tokens of the whole batch.
+            num_items_in_batch: Number of response tokens in the whole batch.
 
         Returns:
             The scalar `loss`.

@@ -22,30 +22,30 @@ TRAINED_WEIGHTS = "model.safetensors"
 
 
 class TrainingExample(Protocol):
-    """What a stage trains on: a demonstration or a preference."""
+    """An example that a stage trains on: a demonstration or a preference example."""
 
     @property
     def length(self) -> int:
-        """Its tokens; batches are made of examples of similar length."""
+        """Number of tokens; batches are made of examples of similar length."""
 
 
 Collate = Callable[[list[Any]], dict[str, Any]]
-"""From the examples of a microbatch to the objective's arguments, `labels` among them."""
+"""Turns the examples of a microbatch into the objective's arguments, `labels` among them."""
 
 SplitByLength = Callable[[Sequence[int], int | None], list[list[int]]]
-"""From the lengths of a batch's examples, and tokens per microbatch, to the indices of each microbatch's examples."""
+"""Splits a batch, given the lengths of its examples and the tokens per microbatch, into indices for each microbatch."""
 
 
 class Objective(nn.Module):
-    """What a supervised stage minimises."""
+    """The module whose output a supervised stage minimises."""
 
     def train(self, mode: bool = True) -> Self:
-        """As any module's, but free where the mode stays: the Trainer calls it at every step, for every submodule."""
+        """As `nn.Module.train`, but free where the mode stays the same: the Trainer calls it at every step."""
         return self if self.training == mode else super().train(mode)
 
 
 class LengthGroups(Sampler[int]):
-    """Samples in random order, but such that each batch has examples of similar length, and thus little padding."""
+    """Samples in random order, but so that each batch has examples of similar length, and thus little padding."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
         self.lengths = lengths
@@ -54,7 +54,7 @@ class LengthGroups(Sampler[int]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """The order depends on seed and epoch alone, so that a resumed stage continues in the same order."""
+        """Set the epoch. The order depends on seed and epoch alone, so a resumed stage continues in the same order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class LengthGroups(Sampler[int]):
 
 
 class FitTrainer(Trainer):
-    """A Trainer that groups examples by length, and whose checkpoints leave out the frozen base."""
+    """A Trainer that groups examples by length, and leaves the frozen base model out of its checkpoints."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
         lengths = [example.length for example in self.train_dataset]
@@ -109,14 +109,19 @@ class FitTrainer(Trainer):
             read_random(Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: trained weights are float32."""
+        """There is no gradient scaler: trained weights are float32."""
 
 
 class SkipNonFinite:
     """A hook before each optimizer step that skips those with a non-finite gradient, which would ruin the weights."""
 
     def __init__(self, limit: int, stage: str) -> None:
-        """limit: consecutive skipped steps after which it raises Fault."""
+        """Set the limit.
+
+        Args:
+            limit: Number of consecutive skipped steps at which it raises Fault.
+            stage: Name of the stage, for the message.
+        """
         self.limit = limit
         self.stage = stage
         self.in_a_row = 0

@@ -113,14 +113,14 @@ def _check_moments(tensors: dict[str, Tensor], optimizer: Optimizer, path: Path)
 def _check_hyperparameters(saved: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler, path: Path) -> None:
     """Check that the saved hyperparameters have the names and types of those in use."""
     current = {"groups": optimizer.state_dict()["param_groups"], "scheduler": scheduler.state_dict()}
-    if _form(saved) != _form(current):
+    if _structure(saved) != _structure(current):
         raise UserError(f"{path} is not of this optimizer: its hyperparameters have other names or types")
 
 
-def _form(value: Any) -> Any:
-    """A JSON value with the type of each part in place of the part."""
+def _structure(value: Any) -> Any:
+    """The structure of a JSON value: every leaf replaced by its type."""
     if isinstance(value, dict):
-        return {name: _form(item) for name, item in value.items()}
+        return {name: _structure(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_form(item) for item in value]
+        return [_structure(item) for item in value]
     return "number" if type(value) in (int, float) else type(value).__name__
