@@ -297,11 +297,11 @@ def _evaluate_reward_model(
 
     if not classifier and not folder.done("reward"):
         raise UserError(f"run {folder.path} has no reward/ yet: `align resume {folder.path}` resumes it")
-    facts, worst = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
+    facts, worst_errors = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
     console.print(diagnostics_table(facts))
     if to:
         to.mkdir(parents=True, exist_ok=True)
-        write_diagnostics(to, facts, worst)
+        write_diagnostics(to, facts, worst_errors)
         console.print(f"written to {to}")
 
 

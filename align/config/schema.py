@@ -200,7 +200,8 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _rollouts_fit(self) -> "Experiment":
-        rollouts, ppo = self.rollouts, self.ppo
+        ppo = self.ppo
+        rollouts = self.rollouts
         chunks = math.ceil(ppo.batch_size / rollouts.effective_chunk_size)
         if rollouts.workers > chunks:
             raise ValueError(
@@ -233,7 +234,8 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _staleness_fits(self) -> "Experiment":
-        rollouts, ppo = self.rollouts, self.ppo
+        ppo = self.ppo
+        rollouts = self.rollouts
         if rollouts.max_staleness and ppo.importance_ratio_cap is None:
             raise ValueError(
                 "rollouts.max_staleness samples from older weights than those being trained, which "

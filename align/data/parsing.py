@@ -45,7 +45,7 @@ def parse_rows(
     """Parse each row.
 
     Args:
-        rows: From `read_rows`.
+        rows: The rows that `read_rows` returned.
         parse: Turns a row's columns into an item; raises ValueError, with the reason, for a bad row.
         on_bad_row: Whether bad rows are an error or are skipped.
 

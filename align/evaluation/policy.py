@@ -119,8 +119,8 @@ class ReferenceSamples:
     """The reference's responses.
 
     Attributes:
-        draws: To the held-out prompts, per draw.
-        styles: To the prompts of the first draw, by prompt style.
+        draws: Responses to the held-out prompts, per draw.
+        styles: Responses to the prompts of the first draw, by prompt style.
     """
 
     draws: list[Samples]
@@ -274,7 +274,7 @@ def build_evaluator(
     experiment: Experiment,
     scorers: Scorers,
     pool: Pool,
-    roles_score: RoleScorer,
+    role_scorer: RoleScorer,
     reference: AdapterWeights,
     prompts: Sequence[Request],
     tokenizer: PreTrainedTokenizerBase,
@@ -285,12 +285,13 @@ def build_evaluator(
         experiment: The settings.
         scorers: The scorers of the reward and the gold score.
         pool: Samples the responses.
-        roles_score: The forward passes of the roles.
+        role_scorer: The forward passes of the roles.
         reference: The reference's adapter.
         prompts: The held-out prompts.
         tokenizer: Tokenizer of the base model.
     """
-    rollouts, settings = experiment.rollouts, experiment.evaluation
+    rollouts = experiment.rollouts
+    settings = experiment.evaluation
     temperature = rollouts.temperature if settings.temperature is None else settings.temperature
     heldout = HeldoutPlan(
         prompts=prompts,
@@ -300,8 +301,8 @@ def build_evaluator(
         prompt_styles={name: make_prompt_style(style, tokenizer) for name, style in settings.prompt_styles.items()},
     )
     evaluation_scorers = EvaluationScorers(
-        policy=scorers.evaluation_scorer(roles_score, ("policy", "reference", "reward")),
-        reference=scorers.evaluation_scorer(roles_score, ("reward",)),
+        policy=scorers.evaluation_scorer(role_scorer, ("policy", "reference", "reward")),
+        reference=scorers.evaluation_scorer(role_scorer, ("reward",)),
         gold=scorers.gold,
     )
     return Evaluator(pool, evaluation_scorers, reference, heldout)

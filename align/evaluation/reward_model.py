@@ -149,16 +149,16 @@ def _scores_beside_long(
     return model(batch)[1:].cpu()
 
 
-def write_diagnostics(folder: Path, facts: Mapping[str, Any], worst: Sequence[Mapping[str, Any]]) -> None:
+def write_diagnostics(folder: Path, facts: Mapping[str, Any], worst_errors: Sequence[Mapping[str, Any]]) -> None:
     """Write figures, worst errors and the reliability plot to a folder.
 
     Args:
         folder: The folder, which exists.
         facts: The figures from `compute_diagnostics`.
-        worst: The worst errors from `compute_diagnostics`.
+        worst_errors: The worst errors from `compute_diagnostics`.
     """
     write_json(folder / DIAGNOSTICS, facts)
-    lines = [json.dumps(error, ensure_ascii=False) + "\n" for error in worst]
+    lines = [json.dumps(error, ensure_ascii=False) + "\n" for error in worst_errors]
     (folder / WORST).write_text("".join(lines), encoding="utf-8")
     if "reliability" in facts:
         _draw_reliability(facts["reliability"], folder / RELIABILITY)

@@ -26,7 +26,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
     """Show the contents of `evaluation.json`: the reward model's accuracy, then the models side by side."""
     parts: list[RenderableType] = []
     if reward_model := evaluation.get("reward_model"):
-        low, high = reward_model["accuracy_low"], reward_model["accuracy_high"]
+        low = reward_model["accuracy_low"]
+        high = reward_model["accuracy_high"]
         parts.append(
             f"reward model: accuracy {reward_model['accuracy']:.1%} on {reward_model['pairs']:,} held-out pairs "
             f"(95 % interval {low:.1%} to {high:.1%})"

@@ -153,7 +153,8 @@ def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSetti
     Raises:
         ValueError: There is no such critic.
     """
-    trunk, critic = roles.critic_trunk, roles.critic
+    critic = roles.critic
+    trunk = roles.critic_trunk
     if trunk is None or critic is None:
         raise ValueError("there is no critic with its own hidden states")
     states = trunk.hidden_packed(batch.ids, batch.lengths, "critic")[batch.predictors]  # [N, H] -> [P, H]

@@ -48,7 +48,7 @@ class RayLearners:
         """Start the actors, build the roles in each of them, and connect them.
 
         Args:
-            blueprint: What each rank builds the roles from.
+            blueprint: The blueprint from which each rank builds the roles.
             ppo: The settings of PPO.
             learner: The settings of the learner.
             temperature: Sampling temperature, by which logits are divided.

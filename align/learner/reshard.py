@@ -53,7 +53,7 @@ def unshard(parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
     """Join the parts of all ranks to full vectors.
 
     Args:
-        parts: One for each rank of the layout, in order.
+        parts: The part of each rank of the layout, in order.
         layout: The layout that the parts were saved in.
 
     Returns:

@@ -55,7 +55,8 @@ def export_run(
         UserError: The run does not have the product, or its method cannot export it.
         RuntimeError: The difference is larger than rounding explains.
     """
-    model, policy = experiment.model, experiment.policy
+    model = experiment.model
+    policy = experiment.policy
     tokenizer = load_tokenizer(model.path)
     if product == "adapter" and not policy.spec.shares_base:
         product = "model"

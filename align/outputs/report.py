@@ -174,7 +174,8 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
         )
     if "policy" not in evaluation:
         return text + "<p>PPO has not ended.</p>"
-    reference, policy = evaluation["reference"], evaluation["policy"]
+    reference = evaluation["reference"]
+    policy = evaluation["policy"]
     rows = [[label, *cells] for label, cells in figure_rows([reference, policy])]
     prompts = f"{evaluation['prompts']} held-out prompts"
     return text + _table([prompts, "reference", f"policy of step {policy['step']}"], rows)

@@ -137,7 +137,7 @@ class TrainedRun:
             # Nothing was sampled: the sampler's log-probabilities and the version are not read.
             trajectories.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), ended=True, version=0))
         reward = self._reward
-        rescore = reward.scorers.evaluation_scorer(reward.roles_score, ("reward",))(trajectories)
+        rescore = reward.scorers.evaluation_scorer(reward.score_roles, ("reward",))(trajectories)
         return [output.score for output in rescore()]
 
     def evaluate(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class _LoadedReward:
         self.roles = build_roles(self.scorers.blueprint, None, (SAMPLER_ROLE,))
 
     @torch.no_grad()
-    def roles_score(self, trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
+    def score_roles(self, trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
         """The forward passes of the requested roles."""
         microbatches = self.roles.microbatches([trajectory.total_length for trajectory in trajectories])
         return score_microbatches(
@@ -242,7 +242,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> 
         experiment=experiment,
         scorers=reward.scorers,
         pool=LocalPool(engine, experiment.rollouts.effective_chunk_size),
-        roles_score=reward.roles_score,
+        role_scorer=reward.score_roles,
         reference=reference,
         prompts=datasets.prompts_heldout,
         tokenizer=tokenizer,

@@ -72,6 +72,17 @@ class Ppo:
     """The parts of the loop, all chosen before it starts, and its state.
 
     Attributes:
+        prompts: The requests of each step.
+        rollouts: Generates the trajectories of a step.
+        learners: Train the policy and the critic.
+        score: Computes role outputs and scores of a batch.
+        kl: The KL coefficient.
+        sampling: How responses are sampled.
+        ppo: The settings of PPO.
+        learner: The settings of the learner.
+        seed: Seed of the run.
+        demonstrations: The demonstrations for ptx.
+        max_staleness: How many steps ahead of the update batches are submitted.
         step: The next step, from 0.
         pending: Batches of later steps that are being generated; `max_staleness` of them when a step ends.
     """

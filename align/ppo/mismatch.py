@@ -48,7 +48,7 @@ def check_mismatch(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutp
         )
 
 
-def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request], sampling: Sampling) -> None:
+def check_parity(pool: Pool, role_scorer: RoleScorer, requests: Sequence[Request], sampling: Sampling) -> None:
     """Check before the first update that the pool holds the learner's policy.
 
     Responses to a few prompts are sampled twice: greedily, where each token must be the learner's likeliest or close
@@ -56,7 +56,7 @@ def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request
 
     Args:
         pool: The pool, which has loaded the policy's weights.
-        roles_score: The learner's forward passes.
+        role_scorer: The learner's forward passes.
         requests: Requests, of which the first are sampled.
         sampling: The sampling of training.
 
@@ -64,7 +64,7 @@ def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request
         SamplerMismatch: Sampler and learner disagree.
     """
     for trajectory in pool.generate(requests[:PARITY_PROMPTS], replace(sampling, temperature=0.0)):
-        (output,) = roles_score([trajectory], (GREEDY,))
+        (output,) = role_scorer([trajectory], (GREEDY,))
         worst = int(output.shortfalls.argmax())
         shortfall = float(output.shortfalls[worst])
         if not shortfall <= PARITY_LIMIT:
@@ -74,7 +74,7 @@ def check_parity(pool: Pool, roles_score: RoleScorer, requests: Sequence[Request
                 "engine has different weights, or computes them differently"
             )
     for trajectory in pool.generate(requests[:PARITY_PROMPTS], sampling):
-        mismatch = sampler_mismatch([trajectory], roles_score([trajectory], ("policy",)))
+        mismatch = sampler_mismatch([trajectory], role_scorer([trajectory], ("policy",)))
         if not float(mismatch.mean()) <= PARITY_LIMIT:
             worst = int(mismatch.argmax())
             raise SamplerMismatch(

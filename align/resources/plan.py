@@ -70,7 +70,9 @@ def _fit(examples: int, noun: str, settings: FitSettings) -> str:
 
 
 def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[tuple[str, str]]:
-    ppo, rollouts, learner = experiment.ppo, experiment.rollouts, experiment.learner
+    ppo = experiment.ppo
+    rollouts = experiment.rollouts
+    learner = experiment.learner
     episodes = ppo.steps * ppo.batch_size
     updates = ppo.steps * ppo.epochs * ppo.minibatches
     processes = 1

@@ -17,7 +17,7 @@ from policies.device import ComputeSettings
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # By default Ray's workers run at a low priority and would starve beside a busy process.
+    # By default Ray's workers run at a low priority and would starve next to a busy process.
     "RAY_worker_niceness": "0",
 }
 """Defaults for Ray's environment variables; values that the user has set take precedence."""

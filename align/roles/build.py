@@ -57,7 +57,7 @@ def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles
     reward; so does the head of a critic on the policy's states or on another base model.
 
     Args:
-        blueprint: What the roles are built from.
+        blueprint: The models, adapters and heads of the roles.
         critic: Settings of the critic; None: no critic.
         extra_roles: Further roles, each with an adapter.
 

@@ -10,7 +10,7 @@ import torch
 
 
 def seed_for(seed: int, *purpose: str | int) -> int:
-    """Derive a seed for a purpose, for example `seed_for(0, "rollout", step, index)`.
+    """Derive a seed for a purpose, for example `seed_for(0, "rollout", 17)`.
 
     Args:
         seed: The seed of the experiment.

@@ -36,20 +36,20 @@ class Scorers:
     reward: Reward
     gold: GoldScorer | None
 
-    def evaluation_scorer(self, roles_score: RoleScorer, requested_roles: Collection[str]) -> EvaluationScorer:
+    def evaluation_scorer(self, role_scorer: RoleScorer, requested_roles: Collection[str]) -> EvaluationScorer:
         """A scorer that runs these roles and then the reward, without updating its composition."""
 
         def score(trajectories: Sequence[Trajectory]) -> Rescore:
-            outputs = roles_score(trajectories, requested_roles)
+            outputs = role_scorer(trajectories, requested_roles)
             return self.reward.score_for_evaluation(trajectories, outputs)
 
         return score
 
-    def training_scorer(self, roles_score: RoleScorer) -> TrainingScorer:
+    def training_scorer(self, role_scorer: RoleScorer) -> TrainingScorer:
         """A scorer of training batches that runs all roles and then the reward, and updates its composition."""
 
         def score(trajectories: Sequence[Trajectory]) -> list[RoleOutputs]:
-            outputs = roles_score(trajectories, ALL_ROLES)
+            outputs = role_scorer(trajectories, ALL_ROLES)
             return self.reward.score_and_update(trajectories, outputs)
 
         return score

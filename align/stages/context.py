@@ -72,8 +72,8 @@ class StageContext:
 
         Args:
             stage: Name of the stage.
-            member: Index of the ensemble member. Members are trained one after another, each on a different order of
-                the data.
+            member: Index of the ensemble member. Members are trained one after another, each with the data in a
+                different order.
         """
         seed = self.experiment.seed
         return FitContext(

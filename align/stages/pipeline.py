@@ -126,7 +126,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
     Args:
         experiment: The settings.
         run: The folder that every stage writes to.
-        datasets: What `load_datasets` read.
+        datasets: The data that `load_datasets` read.
         stop: Checked after every step.
 
     Returns:

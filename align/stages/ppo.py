@@ -22,21 +22,21 @@ def run_ppo(context: StageContext) -> None:
         Interrupted: A stop was requested; a checkpoint has been written.
         Fault: Sampler and learner disagree, or gradients are not finite in too many consecutive steps.
     """
-    settings = context.experiment
-    scorers = build_scorers(settings, context.run, context.tokenizer)
+    experiment = context.experiment
+    scorers = build_scorers(experiment, context.run, context.tokenizer)
     started = time.perf_counter()
     with ExitStack() as stack:
-        stack.enter_context(ray_cluster(settings.cluster, settings.rollouts.workers + settings.learner.ranks))
+        stack.enter_context(ray_cluster(experiment.cluster, experiment.rollouts.workers + experiment.learner.ranks))
         parts = assemble(context, scorers, stack)
-        progress_bar = stack.enter_context(ProgressBar("ppo", settings.ppo.steps))
+        progress_bar = stack.enter_context(ProgressBar("ppo", experiment.ppo.steps))
         record = PpoRecord(context, parts, progress_bar, started)
         for step in parts.remaining_steps():
             metrics = record.log(step)
             record.check_skipped(step, metrics)
             is_last = parts.is_last_step(metrics)
-            if is_last or _is_due(parts.loop.step, settings.evaluation.every):
+            if is_last or _is_due(parts.loop.step, experiment.evaluation.every):
                 record.evaluate()
-            if is_last or _is_due(parts.loop.step, settings.checkpoint.every) or context.stop.requested:
+            if is_last or _is_due(parts.loop.step, experiment.checkpoint.every) or context.stop.requested:
                 record.save()
             if context.stop.requested:
                 raise Interrupted

@@ -71,15 +71,15 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
         UserError: The checkpoint does not belong to the run.
         SamplerMismatch: The pool does not sample from the learner's policy.
     """
-    settings = context.experiment
+    experiment = context.experiment
     learners, pool = _build_learners_and_pool(context, scorers.blueprint, stack)
     # Without an SFT adapter the base model is the reference: the policy's adapter changes nothing before any update.
     reference = scorers.blueprint.reference or learners.policy_weights()
     evaluator = build_evaluator(
-        experiment=settings,
+        experiment=experiment,
         scorers=scorers,
         pool=pool,
-        roles_score=learners.score,
+        role_scorer=learners.score,
         reference=reference,
         prompts=context.datasets.prompts_heldout,
         tokenizer=context.tokenizer,
@@ -95,24 +95,25 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
     for batch in saved_batches:
         loop.submit(batch.step, batch.version, batch.weights)
     stop_rule: StopCondition = NoStopRule()
-    if settings.ppo.stop is not None:
-        stop_rule = StopRule(settings.ppo.stop, *progress.stop)
+    if experiment.ppo.stop is not None:
+        stop_rule = StopRule(experiment.ppo.stop, *progress.stop)
     return PpoParts(loop=loop, scorers=scorers, evaluator=evaluator, stop_rule=stop_rule, progress=progress)
 
 
 def _build_loop(context: StageContext, scorers: Scorers, learners: Learners, pool: Pool, progress: PpoProgress) -> Ppo:
-    settings = context.experiment
-    ppo, rollouts = settings.ppo, settings.rollouts
+    experiment = context.experiment
+    ppo = experiment.ppo
+    rollouts = experiment.rollouts
     return Ppo(
-        prompts=PromptStream(context.datasets.prompts, ppo.batch_size, ppo.samples_per_prompt, settings.seed),
+        prompts=PromptStream(context.datasets.prompts, ppo.batch_size, ppo.samples_per_prompt, experiment.seed),
         rollouts=pool if isinstance(pool, AsyncRollouts) else SynchronousRollouts(pool),
         learners=learners,
         score=scorers.training_scorer(learners.score),
         kl=_kl_coefficient(ppo.kl, progress.kl_coefficient),
         sampling=Sampling(rollouts.temperature, rollouts.max_new_tokens, rollouts.segment_tokens),
         ppo=ppo,
-        learner=settings.learner,
-        seed=settings.seed,
+        learner=experiment.learner,
+        seed=experiment.seed,
         demonstrations=context.datasets.demonstrations,
         max_staleness=rollouts.max_staleness,
         step=progress.step,
@@ -129,47 +130,47 @@ def _build_learners_and_pool(context: StageContext, blueprint: Blueprint, stack:
     In one process they share the base model, but not at ZeRO 3, which gathers weights for the learner's forward passes
     only.
     """
-    settings = context.experiment
+    experiment = context.experiment
     learners: Learners
     pool: Pool
-    if settings.rollouts.workers == 0 and settings.learner.ranks == 0 and settings.learner.zero < 3:
+    if experiment.rollouts.workers == 0 and experiment.learner.ranks == 0 and experiment.learner.zero < 3:
         learners, pool = _shared_learners_and_pool(context, blueprint)
     else:
-        pool = _build_pool(settings, stack)
-        learners = _build_learners(settings, blueprint)
+        pool = _build_pool(experiment, stack)
+        learners = _build_learners(experiment, blueprint)
     stack.callback(learners.close)
     return learners, pool
 
 
 def _shared_learners_and_pool(context: StageContext, blueprint: Blueprint) -> tuple[LocalLearners, LocalPool]:
-    settings = context.experiment
-    roles = build_roles(blueprint, settings.ppo.active_critic, (SAMPLER_ROLE,))
-    engine = make_transformers_engine(roles.trunk, context.tokenizer, settings.rollouts)
-    pool = LocalPool(engine, settings.rollouts.effective_chunk_size)
+    experiment = context.experiment
+    roles = build_roles(blueprint, experiment.ppo.active_critic, (SAMPLER_ROLE,))
+    engine = make_transformers_engine(roles.trunk, context.tokenizer, experiment.rollouts)
+    pool = LocalPool(engine, experiment.rollouts.effective_chunk_size)
     learners = LocalLearners(
         roles=roles,
-        ppo=settings.ppo,
-        learner=settings.learner,
-        temperature=settings.rollouts.temperature,
-        gradient_checkpointing=settings.model.gradient_checkpointing,
+        ppo=experiment.ppo,
+        learner=experiment.learner,
+        temperature=experiment.rollouts.temperature,
+        gradient_checkpointing=experiment.model.gradient_checkpointing,
     )
     return learners, pool
 
 
-def _build_pool(settings: Experiment, stack: ExitStack) -> Pool:
+def _build_pool(experiment: Experiment, stack: ExitStack) -> Pool:
     """A pool with its own base model."""
-    rollouts = settings.rollouts
+    rollouts = experiment.rollouts
     if not rollouts.workers:
-        engine = build_engine(settings.model, settings.policy, rollouts)
+        engine = build_engine(experiment.model, experiment.policy, rollouts)
         return LocalPool(engine, rollouts.effective_chunk_size)
     from rollouts.ray_pool import PoolSettings, RayPool  # Ray is slow to import
 
-    compute = compute_settings(settings, rollouts.workers)
+    compute = compute_settings(experiment, rollouts.workers)
     if rollouts.engine == "vllm":
         # torch refuses some of vLLM's kernels, which it does not know to be deterministic.
         compute = replace(compute, deterministic=False)
     workers = RayPool(
-        build=partial(build_engine, settings.model, settings.policy, rollouts),
+        build=partial(build_engine, experiment.model, experiment.policy, rollouts),
         settings=PoolSettings(
             workers=rollouts.workers,
             chunk_size=rollouts.effective_chunk_size,
@@ -186,25 +187,25 @@ def _build_pool(settings: Experiment, stack: ExitStack) -> Pool:
     return pool
 
 
-def _build_learners(settings: Experiment, blueprint: Blueprint) -> Learners:
+def _build_learners(experiment: Experiment, blueprint: Blueprint) -> Learners:
     """Learners with their own base model."""
-    temperature = settings.rollouts.temperature
-    if not settings.learner.ranks:
+    temperature = experiment.rollouts.temperature
+    if not experiment.learner.ranks:
         return LocalLearners(
-            roles=build_roles(blueprint, settings.ppo.active_critic),
-            ppo=settings.ppo,
-            learner=settings.learner,
+            roles=build_roles(blueprint, experiment.ppo.active_critic),
+            ppo=experiment.ppo,
+            learner=experiment.learner,
             temperature=temperature,
-            gradient_checkpointing=settings.model.gradient_checkpointing,
+            gradient_checkpointing=experiment.model.gradient_checkpointing,
         )
     from align.learner.ray_ranks import RayLearners  # Ray is slow to import
 
     return RayLearners(
         blueprint=blueprint,
-        ppo=settings.ppo,
-        learner=settings.learner,
+        ppo=experiment.ppo,
+        learner=experiment.learner,
         temperature=temperature,
-        computing=compute_settings(settings, settings.learner.ranks),
+        computing=compute_settings(experiment, experiment.learner.ranks),
     )
 
 
@@ -214,50 +215,50 @@ def _resume(context: StageContext, learners: Learners) -> tuple[PpoProgress, lis
     Returns:
         The progress of PPO, and the batches that were being generated.
     """
-    settings = context.experiment
+    experiment = context.experiment
     products = product_digests(context.run)
     checkpoint = latest(context.run.checkpoints("ppo"))
     if checkpoint is None:
-        return _progress_at_start(settings, products), []
+        return _progress_at_start(experiment, products), []
     progress = read_progress(checkpoint, products)
-    states = read_states(checkpoint, settings.policy, settings.ppo.active_critic, progress.ranks)
+    states = read_states(checkpoint, experiment.policy, experiment.ppo.active_critic, progress.ranks)
     learners.restore(states, progress.zero)
-    progress.ranks = settings.learner.ranks
-    progress.zero = settings.learner.zero
-    return progress, read_pending(checkpoint, settings.policy, progress)
+    progress.ranks = experiment.learner.ranks
+    progress.zero = experiment.learner.zero
+    return progress, read_pending(checkpoint, experiment.policy, progress)
 
 
-def _progress_at_start(settings: Experiment, products: dict[str, str]) -> PpoProgress:
+def _progress_at_start(experiment: Experiment, products: dict[str, str]) -> PpoProgress:
     return PpoProgress(
         step=0,
-        kl_coefficient=settings.ppo.kl.coefficient,
+        kl_coefficient=experiment.ppo.kl.coefficient,
         best_step=0,
         best=None,
         reward={},
         stop=[],
         stopped=None,
         seconds=0.0,
-        ranks=settings.learner.ranks,
-        zero=settings.learner.zero,
+        ranks=experiment.learner.ranks,
+        zero=experiment.learner.zero,
         pending=[],
         products=products,
     )
 
 
 def _calibrate(
-    context: StageContext, scorers: Scorers, pool: Pool, roles_score: RoleScorer, reference: AdapterWeights
+    context: StageContext, scorers: Scorers, pool: Pool, role_scorer: RoleScorer, reference: AdapterWeights
 ) -> None:
     """Normalize those terms of the reward that ask for it, by their scores of the reference's responses."""
     composition = scorers.reward.composition
     if not composition.calibrated:
         return
-    settings = context.experiment
+    experiment = context.experiment
     prompts = context.datasets.prompts
     pool.load_adapter(REFERENCE_VERSION, reference)
     requests = []
-    for i in permutation(len(prompts), settings.seed, "normalise terms")[: settings.reward.normalise]:
-        requests.append(replace(prompts[i], seed=seed_for(settings.seed, "normalise terms", i)))
-    sampling = Sampling(settings.rollouts.temperature, settings.rollouts.max_new_tokens)
+    for i in permutation(len(prompts), experiment.seed, "normalise terms")[: experiment.reward.normalise]:
+        requests.append(replace(prompts[i], seed=seed_for(experiment.seed, "normalise terms", i)))
+    sampling = Sampling(experiment.rollouts.temperature, experiment.rollouts.max_new_tokens)
     trajectories = pool.generate(requests, sampling)
-    raw, _ = scorers.reward.raw_scores(trajectories, roles_score(trajectories, ("reward",)))
+    raw, _ = scorers.reward.raw_scores(trajectories, role_scorer(trajectories, ("reward",)))
     composition.calibrate(raw)

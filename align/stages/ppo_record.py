@@ -46,15 +46,15 @@ class PpoRecord:
 
     def log(self, step: Step) -> dict[str, float]:
         """Write the metrics and samples of a step, and return the metrics."""
-        settings = self.context.experiment
+        experiment = self.context.experiment
         scorers = self.parts.scorers
         number = step.index + 1
         gold = None if scorers.gold is None else scorers.gold(step.trajectories)
-        metrics = step_metrics(step, settings.ppo, gold)
-        if settings.reward.constraint:
+        metrics = step_metrics(step, experiment.ppo, gold)
+        if experiment.reward.constraint:
             metrics["reward/multiplier"] = scorers.reward.composition.multiplier
         self.context.tracker.log("ppo", number, metrics)
-        samples = step_samples(step, self.context.tokenizer, settings.tracking.samples, gold)
+        samples = step_samples(step, self.context.tokenizer, experiment.tracking.samples, gold)
         self.context.tracker.samples("ppo", number, samples)
         self.progress_bar.advance(
             number,
@@ -82,28 +82,31 @@ class PpoRecord:
 
     def evaluate(self) -> None:
         """Evaluate the policy; keep it in `best/` unless an earlier one was better."""
-        context, loop = self.context, self.parts.loop
-        settings = context.experiment
+        context = self.context
+        loop = self.parts.loop
+        experiment = context.experiment
         composition = self.parts.scorers.reward.composition
         weights = loop.learners.policy_weights()
         evaluation = self.parts.evaluator.evaluate(loop.step, weights)
         policy: dict[str, float] = evaluation["policy"]
         logged = {f"eval/{name}": policy[name] for name in LOGGED_EVALUATION if name in policy}
         context.tracker.log("ppo", loop.step, logged)
-        value = policy[settings.evaluation.best]
+        value = policy[experiment.evaluation.best]
         # Scores before and after a change of the reward cannot be compared: then the newest policy counts as the best.
-        reward_changes = composition.is_stateful and settings.evaluation.best == "score_mean"
+        reward_changes = composition.is_stateful and experiment.evaluation.best == "score_mean"
         if reward_changes or self.progress.best is None or value >= self.progress.best:
             self.progress.best_step = loop.step
             self.progress.best = value
             with new_folder(context.run.best) as folder:
-                save_adapter(folder, weights, settings.policy, settings.model.path)
+                save_adapter(folder, weights, experiment.policy, experiment.model.path)
                 write_json(folder / "evaluation.json", evaluation)
                 write_json(folder / REWARD_STATE, composition.state())
 
     def save(self) -> None:
         """Write a checkpoint."""
-        settings, loop, progress = self.context.experiment, self.parts.loop, self.progress
+        experiment = self.context.experiment
+        loop = self.parts.loop
+        progress = self.progress
         progress.step = loop.step
         progress.kl_coefficient = loop.kl.value
         progress.reward = self.parts.scorers.reward.composition.state()
@@ -112,12 +115,12 @@ class PpoRecord:
         progress.pending = [batch.version for batch in loop.pending]
         states = loop.learners.state()
         checkpoints = self.context.run.checkpoints("ppo")
-        with new_checkpoint(checkpoints, progress.step, settings.checkpoint.keep) as folder:
+        with new_checkpoint(checkpoints, progress.step, experiment.checkpoint.keep) as folder:
             write_state(
                 folder=folder,
                 states=states,
-                policy=settings.policy,
-                base=settings.model.path,
+                policy=experiment.policy,
+                base=experiment.model.path,
                 progress=progress,
                 pending=loop.pending,
             )

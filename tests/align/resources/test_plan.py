@@ -126,6 +126,7 @@ def test_processes(
 def test_only_the_remaining_stages_are_planned(experiment: Experiment, datasets: Datasets) -> None:
     assert planned(experiment, datasets, "reward").keys() == {
         "stages",
+        "method",
         "reward",
         "memory, reward: trainer",
         "written to",
