@@ -12,8 +12,8 @@ GPU_MEMORY_DIVISOR = 3
 ACTIVATIONS_PER_TOKEN = 34
 """Numbers kept per token and hidden unit in each layer (Korthikanti et al. 2022, section 4.1)."""
 BFLOAT16_MULTIPLE = 32
-"""The number of packed tokens in bfloat16 on a CPU is a multiple of it. oneDNN compiles its matrix products for each new
-number of tokens; there are so few multiples that it caches them all, at the cost of 2 % more tokens."""
+"""The number of packed tokens in bfloat16 on a CPU is a multiple of it. oneDNN compiles its matrix products for each
+new number of tokens; there are so few multiples that it caches them all, at the cost of 2 % more tokens."""
 
 
 def default_microbatch_tokens(model: PreTrainedModel, width: int) -> int:

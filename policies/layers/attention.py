@@ -14,14 +14,14 @@ from policies.layers.kernel_calls import AttentionInputs
 from policies.layers.packing import PackedSequences, cu_seqlens_of
 
 ATTENTION_NAME = "align"
-"""Under which transformers knows this attention."""
+"""The name under which this attention is registered with transformers."""
 MAX_KERNEL_SIZE = 2**16
-"""Tokens of a sequence times head_dim up to which our kernel is faster than torch's, which takes keys by blocks and is
-made for long sequences. Torch's also needs keys and values repeated for each group of heads."""
+"""Tokens of a sequence times head_dim up to which our kernel is faster than torch's, which processes keys in blocks and
+is made for long sequences. Torch's also needs keys and values repeated for the query heads of each group."""
 
 
 def install_attention(model: PreTrainedModel) -> None:
-    """Let a model that uses torch's fused attention take packed sequences, and our kernels on the CPU."""
+    """Make a model that uses torch's fused attention accept packed sequences, and use our kernels on the CPU."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION_NAME, _attention)
         AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
@@ -31,20 +31,20 @@ def install_attention(model: PreTrainedModel) -> None:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Outputs `[B, T, heads, D]`, as transformers wants them of an attention function.
+    """Outputs `[B, T, heads, D]`, as transformers expects them from an attention function.
 
     query: `[B, heads, T, D]`; key, value: `[B, groups, S, D]`; the mask is True, or 0, where a key is attended to.
-    With `packed` among the options, B is 1, T the tokens of all sequences, and each attends to itself alone, whatever
-    the mask.
+    With `packed` among the options, B is 1, T the tokens of all sequences, each sequence attends to itself alone, and
+    the mask is ignored.
     """
     packed: PackedSequences | None = options.pop("packed", None)
     scale = float(options.get("scaling") or query.shape[3] ** -0.5)
     if native.runs(query, key, value) and not options.get("dropout"):
-        cu_seqlens = _cu_seqlens_of_short(packed, query, key, value, attention_mask)
+        cu_seqlens = _cu_seqlens_for_kernel(packed, query, key, value, attention_mask)
         if cu_seqlens is not None:
             out = _PackedAttention.apply(_flat(query), _flat(key), _flat(value), cu_seqlens, scale)  # [N, heads, D]
             return out.view(query.transpose(1, 2).shape), None
-        mask = None if packed is not None else _mask_of_new_tokens(query, key, value, attention_mask)
+        mask = None if packed is not None else _new_token_mask(query, key, value, attention_mask)
         if mask is not None:
             new = query.squeeze(2).contiguous()  # [B, heads, D]
             return kernel_calls.attend_new_tokens(new, key, value, mask, scale).unsqueeze(1), None
@@ -61,7 +61,7 @@ def _flat(states: Tensor) -> Tensor:
 def _attention_by_blocks(
     module: nn.Module, states: tuple[Tensor, Tensor, Tensor], packed: PackedSequences, options: dict[str, Any]
 ) -> Tensor:
-    """Torch's attention, `[1, N, heads, D]`, over padded blocks of sequences of about one length."""
+    """Torch's attention, `[1, N, heads, D]`, over padded blocks of sequences of similar length."""
     query, key, value = (part[0].transpose(0, 1).split(packed.sizes) for part in states)  # [N of a block, heads, D]
     outputs = []
     for block, *flat in zip(packed.blocks, query, key, value, strict=True):
@@ -71,10 +71,10 @@ def _attention_by_blocks(
     return torch.cat(outputs).unsqueeze(0)  # [1, N, heads, D]
 
 
-def _cu_seqlens_of_short(
+def _cu_seqlens_for_kernel(
     packed: PackedSequences | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor | None:
-    """`[B + 1]`, where each sequence starts; None where one is too long for the kernel, or the mask is not causal."""
+    """`[B + 1]` int64, where each sequence starts; None if one is too long for the kernel, or the mask not causal."""
     batch, _, tokens, head_dim = query.shape
     if value.shape[3] != head_dim:
         return None
@@ -86,27 +86,27 @@ def _cu_seqlens_of_short(
     return cu_seqlens_of([tokens] * batch) if packed is None else packed.cu_seqlens
 
 
-def _mask_of_new_tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
-    """`[B, S]` int64, what one new token per sequence attends to.
+def _new_token_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
+    """`[B, S]` int64, 1 where the one new token of each sequence attends to a key.
 
-    None where there are several new tokens, where gradients flow, or where the kernel knows no such mask or layout.
+    None where there are several new tokens, gradients flow, or the kernel does not support the mask or the layout.
     """
     contiguous_tokens = key.stride()[2:] == (key.shape[3], 1)
-    alike = key.shape == value.shape and key.stride() == value.stride()
-    if query.shape[2] != 1 or not (contiguous_tokens and alike) or torch.is_grad_enabled():
+    same_layout = key.shape == value.shape and key.stride() == value.stride()
+    if query.shape[2] != 1 or not (contiguous_tokens and same_layout) or torch.is_grad_enabled():
         return None
     batch, _, tokens, _ = key.shape
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.long)
     if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
         return None
-    return mask[:, 0, 0, :tokens].expand(batch, -1).long()
+    return mask[:, 0, 0, :tokens].expand(batch, -1).long()  # [B, S]
 
 
 class _PackedAttention(torch.autograd.Function):
     """Causal attention over packed sequences; the inputs are those of `AttentionInputs`.
 
-    Saved for the backward pass is one number per token and head, from which the attention weights are recomputed
+    For the backward pass it saves one number per token and head, from which the attention weights are recomputed
     (Dao et al. 2022, appendix B).
     """
 

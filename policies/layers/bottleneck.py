@@ -10,10 +10,17 @@ from policies.schema import PolicySettings
 
 
 class Bottleneck(nn.Module):
-    """A layer followed, for each role, by h + up(f(down(h))). `up` starts at zero, so that nothing changes at first."""
+    """A layer followed by h + up(f(down(h))) for each role. `up` starts at zero, so that nothing changes at first."""
 
     def __init__(self, base_layer: nn.Module, width: int, settings: PolicySettings, roles: tuple[str, ...]) -> None:
-        """width: of h, the output of the layer."""
+        """Wrap a layer.
+
+        Args:
+            base_layer: The layer of the base model.
+            width: The size of its output h.
+            settings: The adapter's settings.
+            roles: The roles that get an adapter; all start with the same weights.
+        """
         super().__init__()
         self.base_layer = base_layer
         downs = {role: nn.Linear(width, settings.bottleneck) for role in roles}
@@ -29,7 +36,7 @@ class Bottleneck(nn.Module):
         self._disable_adapters = False
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """The layer's output `[..., width]` plus the adapter's, which is computed in float32."""
+        """The layer's output `[..., width]` plus that of the adapter, which is computed in float32."""
         hidden = self.base_layer(*inputs, **options)  # [..., width]
         if self._disable_adapters:
             return hidden

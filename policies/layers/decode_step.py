@@ -1,6 +1,6 @@
-"""One new token per sequence through all layers of a Llama, or of a family built like it, on the CPU.
+"""One new token per sequence through all layers of a Llama, or of a similar model, on the CPU.
 
-For so few tokens, calling modules and operations costs more than the arithmetic. Here all layers are one call.
+For so few tokens, calling modules and operations costs more than the arithmetic. Here one call computes all layers.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ class DecodeStep:
 
     @classmethod
     def fits(cls, base: PreTrainedModel) -> bool:
-        """Whether the model has such layers only, LoRA on all their linear layers, and no sliding window.
+        """Whether all layers are of these classes, with LoRA on all their linear layers and no sliding window.
 
-        Whether the result is the model's is for the caller to check.
+        The caller must check that the results agree with the model's.
         """
         layers = getattr(base.base_model, "layers", ())
         if not layers or any(type(layer).__name__ not in DECODER_LAYER_CLASSES for layer in layers):
@@ -57,7 +57,7 @@ class DecodeStep:
         )
 
     def allocate(self, role: str) -> None:
-        """Let `LoraForward.merge` write the weights of a role to this object's buffers."""
+        """Make `LoraForward.merge` write the weights of a role to this object's buffers."""
         for layer in self._layers:
             layer.allocate(role)
 
@@ -86,11 +86,13 @@ class DecodeStep:
 
 
 class _Layer:
+    """One layer: its linear layers, and the buffers of their merged weights for each role."""
+
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.linear_layers = _linear_layers(layer)
         biases = [linear.base.bias for linear in self.linear_layers[:3]]
-        norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+        norms = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]  # Qwen3
         self.bias = None if biases[0] is None else torch.cat(biases)  # [(heads + 2 · groups) · D]
         self.head_norms = [None if norm is None else norm.weight for norm in norms]  # [D] each, or None
         self.buffers: dict[str, list[Tensor]] = {}
@@ -109,7 +111,7 @@ class _Layer:
             self.buffers[role].append(buffer)
 
     def addresses(self, role: str, keys: Tensor, values: Tensor) -> list[int]:
-        """The fields of the kernel's `Layer`, in its order; 0 for what the layer does not have."""
+        """The addresses of the tensors in the kernel's struct `Layer`, in its order; 0 for those that a layer lacks."""
         query_key_value, output, gate_up, down = self.buffers[role]
         attention = self.layer.input_layernorm.weight, query_key_value, self.bias, *self.head_norms, output
         mlp = self.layer.post_attention_layernorm.weight, gate_up, down
@@ -121,21 +123,21 @@ def _cache_strides(cached: list[tuple[Tensor, Tensor]], head_dim: int) -> tuple[
     strides = set()
     for keys, values in cached:
         strides |= {keys.stride(), values.stride()}
-    (of_sequence, of_group, *of_token), *others = strides
-    if others or of_token != [head_dim, 1]:
+    (sequence_stride, group_stride, *token_strides), *others = strides
+    if others or token_strides != [head_dim, 1]:
         raise ValueError(f"the KV caches of all layers must have equal strides, contiguous per group; found {strides}")
-    return of_sequence, of_group
+    return sequence_stride, group_stride
 
 
 def _linear_layers(layer: Any) -> list[Any]:
-    """What replaces the forward passes of a layer's linear layers: q, k, v, o, gate, up and down."""
+    """The forward passes, `LoraForward` where they are replaced, of a layer's q, k, v, o, gate, up and down."""
     attention = [getattr(layer.self_attn, name) for name in PROJECTIONS]
     mlp = [getattr(layer.mlp, name) for name in MLP_LAYERS]
     return [linear.forward for linear in (*attention, *mlp)]
 
 
 def _has_lora_everywhere(layer: Any) -> bool:
-    """Whether every linear layer has plain LoRA, and none a bias but those of queries, keys and values."""
+    """Whether every linear layer has plain LoRA, and only those of queries, keys and values may have a bias."""
     linear_layers = _linear_layers(layer)
     if not all(isinstance(linear, LoraForward) for linear in linear_layers):
         return False

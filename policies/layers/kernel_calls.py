@@ -1,4 +1,4 @@
-"""One typed function for each compiled kernel. Callers ask `native.runs` first; the sources are in `kernels/`.
+"""One typed function for each compiled kernel. Callers check `native.runs` first; the sources are in `kernels/`.
 
 Inputs are contiguous tensors of one dtype, float32 or bfloat16, unless a docstring says otherwise. The kernels compute
 in float32. Each result row depends neither on the other rows nor on the number of threads.
@@ -25,8 +25,8 @@ class AttentionInputs(NamedTuple):
     cu_seqlens: Tensor
     scale: float
 
-    def in_order(self) -> tuple[Tensor | int | float, ...]:
-        """The arguments that the forward and the backward kernel begin with."""
+    def leading_arguments(self) -> tuple[Tensor | int | float, ...]:
+        """The first arguments of both the forward and the backward kernel."""
         _, heads, head_dim = self.query.shape
         sequences = len(self.cu_seqlens) - 1
         groups = self.key.shape[1]
@@ -38,7 +38,7 @@ def attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Outputs `[N, heads, D]`, and the log-sum-exp of the scores `[N, heads]` float32 for the backward pass."""
     out = torch.empty_like(inputs.query)
     normalisers = inputs.query.new_empty(inputs.query.shape[:2], dtype=torch.float32)
-    native.call("attention", out.dtype, (*inputs.in_order(), out, normalisers))
+    native.call("attention", out.dtype, (*inputs.leading_arguments(), out, normalisers))
     return out, normalisers
 
 
@@ -50,7 +50,9 @@ def attention_backward(
     key_gradient = torch.empty_like(inputs.key)
     value_gradient = torch.empty_like(inputs.value)
     gradients = query_gradient, key_gradient, value_gradient
-    native.call("attention_backward", out.dtype, (*inputs.in_order(), out, normalisers, out_gradient, *gradients))
+    native.call(
+        "attention_backward", out.dtype, (*inputs.leading_arguments(), out, normalisers, out_gradient, *gradients)
+    )
     return gradients
 
 
@@ -65,7 +67,7 @@ def attend_new_tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     out = query.new_empty(query.shape)
     # Addresses instead of tensors: the strides, which follow, say how the states lie in memory.
     states = query.data_ptr(), query.stride(0), key.data_ptr(), value.data_ptr(), key.stride(0), key.stride(1)
-    native.call("attend_new", query.dtype, (*states, mask, batch, heads, groups, head_dim, tokens, scale, out))
+    native.call("attend_new_tokens", query.dtype, (*states, mask, batch, heads, groups, head_dim, tokens, scale, out))
     return out
 
 
@@ -73,14 +75,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     """weight · x / √(mean x² + ε) (Zhang and Sennrich 2019) of `[..., H]`, and 1 / √(…) `[...]` float32."""
     out = torch.empty_like(x)
     scales = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    native.call("norm", x.dtype, (x, weight, out, scales, scales.numel(), x.shape[-1], epsilon))
+    native.call("rms_norm", x.dtype, (x, weight, out, scales, scales.numel(), x.shape[-1], epsilon))
     return out, scales
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, scales: Tensor, out_gradient: Tensor) -> Tensor:
     """The gradient `[..., H]` of x; scales: the second result of `rms_norm`."""
     x_gradient = torch.empty_like(x)
-    native.call("norm_backward", x.dtype, (x, weight, scales, out_gradient, x_gradient, scales.numel(), x.shape[-1]))
+    native.call(
+        "rms_norm_backward", x.dtype, (x, weight, scales, out_gradient, x_gradient, scales.numel(), x.shape[-1])
+    )
     return x_gradient
 
 
@@ -99,7 +103,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up (Shazeer 2020), all `[..., inner]`."""
     out = torch.empty_like(gate)
     width = gate.shape[-1]
-    native.call("gate", gate.dtype, (gate, up, out, gate.numel() // width, width))
+    native.call("swiglu", gate.dtype, (gate, up, out, gate.numel() // width, width))
     return out
 
 
@@ -109,7 +113,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, out_gradient: Tensor) -> tuple[Ten
     up_gradient = torch.empty_like(up)
     width = gate.shape[-1]
     tensors = gate, up, out_gradient, gate_gradient, up_gradient
-    native.call("gate_backward", gate.dtype, (*tensors, gate.numel() // width, width))
+    native.call("swiglu_backward", gate.dtype, (*tensors, gate.numel() // width, width))
     return gate_gradient, up_gradient
 
 
@@ -125,13 +129,13 @@ def logprobs(
     chosen, entropies = logits.new_empty(2, positions, dtype=torch.float32)
     gradient = torch.empty_like(logits) if with_gradient else None
     sizes = positions, vocabulary, float(temperature)
-    written = chosen, entropies, 0 if gradient is None else gradient  # 0: the null pointer
-    native.call("logprobs", logits.dtype, (logits, tokens, *sizes, *written))
+    results = chosen, entropies, 0 if gradient is None else gradient  # 0: the null pointer
+    native.call("logprobs", logits.dtype, (logits, tokens, *sizes, *results))
     return chosen, entropies, gradient
 
 
 class StackSizes(NamedTuple):
-    """Sizes and constants that all layers of a model share; in the order of the kernel but for the last two."""
+    """Sizes and constants that all layers of a model share."""
 
     hidden: int
     heads: int
@@ -154,13 +158,13 @@ def decode_layers(
 ) -> None:
     """One new token per sequence through all layers of a Llama; x, `[B, H]` float32, is updated in place.
 
-    addresses: `[layers, 11]` int64, of what a layer has, in the order of `Layer` in `kernels/decoding.h`, 0 for what it
-    does not have; the kernel writes the new keys and values to the last place of the KV cache. angles: cosines and
-    sines, `[B, D]`, in the dtype of the weights. cache_strides: between sequences and between groups of the cache.
-    mask: `[B, S]` int64, 0 where a token is not attended to, the new ones last.
+    addresses: `[layers, 11]` int64, of each layer's tensors in the order of `Layer` in `kernels/decoding.h`, 0 for
+    those that it lacks; the kernel writes the new keys and values to the last position of the KV cache. angles:
+    cosines and sines, `[B, D]`, in the dtype of the weights. cache_strides: between sequences and between groups of
+    the cache. mask: `[B, S]` int64, 0 where a token is not attended to, the new ones last.
     """
     cos, sin = angles
     *shape, epsilon, scale = sizes
     batch, tokens = mask.shape
     arguments = (addresses, len(addresses), batch, *shape, cos, sin, *cache_strides, tokens, mask, epsilon, scale, x)
-    native.call("stack", cos.dtype, arguments)
+    native.call("decode_layers", cos.dtype, arguments)

@@ -13,7 +13,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers that the families of transformers call with the same input, one right after the other."""
 
 FrozenLayer = tuple[Tensor, Tensor | None]
-"""Weight `[out, in]` and bias `[out]` of a linear layer that gets no gradient."""
+"""Weight `[out, in]` and bias `[out]`, if it has one, of a linear layer without gradients."""
 
 
 def parameter_groups_by_rate(
@@ -38,10 +38,10 @@ def parameter_groups_by_rate(
 class LoraForward:
     """Replaces PEFT's forward pass of one layer: the same numbers, up to rounding.
 
-    PEFT casts activations to the adapter's dtype and back, and adds the adapter's output in passes over memory of its
-    own. Here the adapter is cast instead, and its output is added where the base's is written. The first of several
-    layers with the same input computes all of them, and the others return what it computed.
-    `merged` holds, for roles that are merged, the base's weight with the adapter in it.
+    PEFT casts activations to the adapter's dtype and back, and adds the adapter's output in extra passes over memory.
+    Here the adapter is cast instead, and its output is added while the base's is written. The first of several layers
+    with the same input computes the outputs of all, and the others return what it has computed. For roles that are
+    merged, `merged` holds the base's weight with the adapter merged into it.
     """
 
     @classmethod
@@ -55,7 +55,7 @@ class LoraForward:
         self.siblings = [self]
         self.merged: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
-        """Where `merge` writes the weight of a role."""
+        """By role, the buffer to which `merge` writes the weight."""
         self._precomputed: tuple[Tensor, str, Tensor] | None = None
         """What the first sibling computed for this layer: input, role, output."""
 
@@ -92,17 +92,18 @@ class LoraForward:
             adapters += [layer.lora_A[role].weight, layer.lora_B[role].weight]
             widest = max(widest, *weight.shape)
         # With few tokens, adding the adapters to the weights costs more than their products with the activations.
-        # While gradients flow their number must not matter: the split into microbatches would show in the result.
-        many = torch.is_grad_enabled() or x.numel() > x.shape[-1] * widest
-        into_weights = many and x.dtype == torch.float32
+        # While gradients flow, the number of tokens must not matter: the result would depend on the microbatches.
+        many_tokens = torch.is_grad_enabled() or x.numel() > x.shape[-1] * widest
+        into_weights = many_tokens and x.dtype == torch.float32
         outs: tuple[Tensor, ...] = _LoraLinear.apply(x, bases, self.layer.scaling[role], into_weights, *adapters)
         return outs
 
     @torch.no_grad()
     def merge(self, role: str) -> None:
-        """Compute the weight of a role with its adapter in it, in float32, and keep it in the base's dtype.
+        """Merge a role's adapter into a copy of the weight, computed in float32 and kept in the base's dtype.
 
-        It replaces the role's last one in place: how a product rounds may depend on where its weight is in memory.
+        It replaces the role's previous copy in place, because the rounding of a matrix product may depend on the
+        address of its weight.
         """
         layer = self.layer
         weight = self.base.weight  # [out, in]
@@ -115,7 +116,7 @@ class LoraForward:
 
 
 def join_siblings(base: nn.Module) -> None:
-    """Let layers with the same input that all have an adapter be computed together."""
+    """Let the adapted layers with the same input be computed together."""
     for module in base.modules():
         for names in SIBLINGS:
             forwards = [getattr(getattr(module, name, None), "forward", None) for name in names]
@@ -127,10 +128,10 @@ def join_siblings(base: nn.Module) -> None:
 class _LoraLinear(torch.autograd.Function):
     """x Wᵀ + bias + s · (x Aᵀ) Bᵀ for each of several frozen W, in the dtype of x.
 
-    scale: s, which a role has once. adapters: A `[rank, in]` and B `[out, rank]`, alternating. x and its gradient are
-    multiplied by the adapters of all layers at once.
-    into_weights: add the product of each adapter to its weight instead of to the output. In float32 alone: a coarser
-    sum would lose what the adapter has learned.
+    scale: s, the same for all layers of a role. adapters: A `[rank, in]` and B `[out, rank]`, alternating. x is
+    multiplied by the A of all layers at once.
+    into_weights: add s · B A to each weight, instead of its product with x to the output. Only in float32: in a coarser
+    dtype the sum would round away what the adapter has learned.
     """
 
     @staticmethod
@@ -145,7 +146,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.into_weights = into_weights
         ctx.ranks = [up.shape[1] for up in ups]
         ctx.dtype = adapters[0].dtype
-        outs = []  # [N, out] each
+        outs: list[Tensor] = []  # [N, out] each
         low_rank = None
         if into_weights:
             weights = _adapted_weights(bases, ups, down.split(ctx.ranks))
@@ -187,13 +188,13 @@ def _input_gradient(ctx: Any, outer: Sequence[Tensor], inner: Tensor, down: Tens
     else:
         weights = [weight for weight, _ in ctx.bases]
     gradient = outer[0] @ weights[0]  # [N, in]
-    for of_layer, weight in zip(outer[1:], weights[1:], strict=True):
-        gradient.addmm_(of_layer, weight)
+    for out_gradient, weight in zip(outer[1:], weights[1:], strict=True):
+        gradient.addmm_(out_gradient, weight)
     if not ctx.into_weights:
         gradient.addmm_(inner, down)
     return gradient
 
 
 def _adapted_weights(bases: Sequence[FrozenLayer], ups: Sequence[Tensor], downs: Sequence[Tensor]) -> list[Tensor]:
-    """W + s · B A of each layer, `[out, in]`; the scale is in A already."""
+    """W + s · B A of each layer, `[out, in]`; `downs` are already multiplied by s."""
     return [torch.addmm(weight, up, down) for (weight, _), up, down in zip(bases, ups, downs, strict=True)]

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).with_name("kernels")
-# Without -ffast-math: a NaN must stay a NaN.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+"""Compiler flags. Without -ffast-math, under which a NaN need not stay a NaN."""
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""How the name of a C function ends, by the dtype that it is compiled for."""
+"""The last part of a C function's name, by the dtype that it is compiled for."""
 
 
 def runs(*tensors: Tensor) -> bool:
@@ -46,8 +46,8 @@ def call(name: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> None:
         ValueError: A tensor is not contiguous.
     """
     function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, arguments)))
-    passed = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
-    function(*passed, torch.get_num_threads())
+    values = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
+    function(*values, torch.get_num_threads())
 
 
 @cache

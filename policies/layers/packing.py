@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 MAX_LENGTH_RATIO = 2
-"""How much longer than its shortest sequence the longest of a block may be. Attention costs the square of the padded
-length, which argues for many blocks; each block costs some calls, which argues for few."""
+"""Largest ratio of the longest to the shortest sequence of a block. The cost of attention grows with the square of the
+padded length, which favours many blocks; each block costs a few calls, which favours few."""
 
 
 @dataclass(frozen=True)
 class PaddedBlock:
-    """B sequences of N tokens in all that are padded to the longest's T.
+    """B sequences of N tokens in all, padded to T, the length of the longest.
 
-    indices: `[N]` int64, each token's index into flattened `[B·T]`. count: B. width: T.
+    Attributes:
+        indices: `[N]` int64, each token's index into flattened `[B·T]`.
+        count: B.
+        width: T.
     """
 
     indices: Tensor
@@ -26,9 +29,9 @@ class PaddedBlock:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "PaddedBlock":
-        """lengths: tokens of each sequence."""
+        """The block of sequences with these numbers of tokens."""
         width = max(lengths)
-        indices = [torch.arange(length) + row * width for row, length in enumerate(lengths)]
+        indices = [torch.arange(length) + index * width for index, length in enumerate(lengths)]
         return cls(torch.cat(indices).to(device), len(lengths), width)
 
     @property
@@ -88,7 +91,7 @@ class PackedSequences:
 
     @cached_property
     def blocks(self) -> tuple[PaddedBlock, ...]:
-        """Consecutive sequences of about one length each."""
+        """Blocks of consecutive sequences of similar length."""
         return tuple(PaddedBlock.of(lengths, self.order.device) for lengths in _split_by_ratio(self.lengths))
 
     @property

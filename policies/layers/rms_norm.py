@@ -9,15 +9,15 @@ from torch.autograd.function import once_differentiable
 from policies.layers import kernel_calls, native
 
 RMS_NORM_CLASSES = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "OlmoeRMSNorm")
-"""Classes of transformers that compute weight · x / √(mean x² + ε) and nothing else."""
+"""Classes of transformers that compute exactly weight · x / √(mean x² + ε)."""
 
 
 class RmsNormForward:
-    """Replaces the forward pass of a norm: the same numbers, up to rounding, computed in float32 as there."""
+    """Replaces the forward pass of a norm: the same numbers, up to rounding; both compute in float32."""
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether the module is such a norm."""
+        """Whether the module is of one of these classes."""
         return type(module).__name__ in RMS_NORM_CLASSES
 
     def __init__(self, norm: Any) -> None:

@@ -1,4 +1,4 @@
-"""Attention layers whose rotary positions are computed on the CPU in one pass over memory."""
+"""Attention layers that compute rotary positions on the CPU in one pass over memory."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ SLIDING_ATTENTION_CLASSES = (
     "Qwen3Attention",
     "Qwen3MoeAttention",
 )
-"""Classes of transformers that do what `RotaryAttentionForward` does and nothing else; the second tuple has those that
-tell the attention function of a sliding window. Other families keep their own forward pass."""
+"""Classes of transformers that compute exactly what `RotaryAttentionForward` computes; those in the second tuple pass a
+sliding window to the attention function. Other families keep their own forward pass."""
 
 
 def install_rotary(model: PreTrainedModel) -> None:
-    """Replace the forward pass of the attention layers that are of one of these classes."""
+    """Replace the forward pass of the attention layers of these classes."""
     for module in model.modules():
         if RotaryAttentionForward.fits(module):
             module.forward = RotaryAttentionForward(module)
@@ -97,7 +97,7 @@ def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 
 class _Rotation(torch.autograd.Function):
-    """`[B, heads, T, D]` by angles whose cosines and sines are `[B, T, D]`."""
+    """Rotates `[B, heads, T, D]` by angles whose cosines and sines are `[B, T, D]`."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -112,5 +112,5 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    by_token = states.transpose(1, 2).contiguous()  # [B, T, heads, D]; the layer's own order, so nothing is copied
+    by_token = states.transpose(1, 2).contiguous()  # [B, T, heads, D], as projected: nothing is copied
     return kernel_calls.rotate(by_token, cos, sin, inverse).transpose(1, 2)  # [B, heads, T, D]

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from policies.layers import kernel_calls, native
 
 SWIGLU_CLASSES = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""Classes of transformers that compute down(act(gate(x)) · up(x)) and nothing else; act is a setting."""
+"""Classes of transformers that compute exactly down(act(gate(x)) · up(x)); act is a setting."""
 
 
 class SwigluForward:

@@ -13,75 +13,76 @@
 #include "lanes.h"
 #include "tokens.h"
 
-// The functions of these files for one type of number, under names that C has.
+// The functions of these files for one type of number, with C linkage.
 #define FOR_TYPE(T, NAME)                                                                                              \
     void attention_##NAME(                                                                                             \
-        const T* query, const T* key, const T* value, const int64_t* starts, int64_t rows, int64_t heads,              \
+        const T* query, const T* key, const T* value, const int64_t* cu_seqlens, int64_t sequences, int64_t heads,     \
         int64_t groups, int64_t width, float scale, T* out, float* normalisers, int64_t threads                        \
     ) {                                                                                                                \
-        Attention<T>{query, key, value, starts, rows, heads, groups, width, scale}.forward(out, normalisers, threads); \
+        Attention<T>{query, key, value, cu_seqlens, sequences, heads, groups, width, scale}.forward(                   \
+            out, normalisers, threads                                                                                  \
+        );                                                                                                             \
     }                                                                                                                  \
     void attention_backward_##NAME(                                                                                    \
-        const T* query, const T* key, const T* value, const int64_t* starts, int64_t rows, int64_t heads,              \
-        int64_t groups, int64_t width, float scale, const T* out, const float* normalisers, const T* gradient,         \
-        T* of_query, T* of_key, T* of_value, int64_t threads                                                           \
+        const T* query, const T* key, const T* value, const int64_t* cu_seqlens, int64_t sequences, int64_t heads,     \
+        int64_t groups, int64_t width, float scale, const T* out, const float* normalisers, const T* out_gradient,     \
+        T* query_gradient, T* key_gradient, T* value_gradient, int64_t threads                                         \
     ) {                                                                                                                \
-        Attention<T>{query, key, value, starts, rows, heads, groups, width, scale}.backward(                           \
-            out, normalisers, gradient, of_query, of_key, of_value, threads                                            \
+        Attention<T>{query, key, value, cu_seqlens, sequences, heads, groups, width, scale}.backward(                  \
+            out, normalisers, out_gradient, query_gradient, key_gradient, value_gradient, threads                      \
         );                                                                                                             \
     }                                                                                                                  \
-    void attend_new_##NAME(                                                                                            \
-        const T* query, int64_t query_row, const T* keys, const T* values, int64_t of_row, int64_t of_group,           \
-        const int64_t* seen, int64_t rows, int64_t heads, int64_t groups, int64_t width, int64_t tokens, float scale,  \
-        T* out, int64_t threads                                                                                        \
+    void attend_new_tokens_##NAME(                                                                                     \
+        const T* query, int64_t query_stride, const T* keys, const T* values, int64_t row_stride,                      \
+        int64_t group_stride, const int64_t* mask, int64_t rows, int64_t heads, int64_t groups, int64_t width,         \
+        int64_t tokens, float scale, T* out, int64_t threads                                                           \
     ) {                                                                                                                \
-        _Pragma("omp parallel num_threads(threads) if (rows * heads * tokens * width > LITTLE)")                       \
-        attend_new(                                                                                                    \
-            query, query_row, keys, values, of_row, of_group, seen, rows, heads, groups, width, tokens, scale, out     \
+        _Pragma("omp parallel num_threads(threads) if (rows * heads * tokens * width > SERIAL_SIZE)")                  \
+        attend_new_tokens(                                                                                             \
+            query, query_stride, keys, values, row_stride, group_stride, mask, rows, heads, groups, width, tokens,     \
+            scale, out                                                                                                 \
         );                                                                                                             \
     }                                                                                                                  \
-    void norm_##NAME(                                                                                                  \
+    void rms_norm_##NAME(                                                                                              \
         const T* x, const T* weight, T* out, float* scales, int64_t tokens, int64_t width, float epsilon,              \
         int64_t threads                                                                                                \
     ) {                                                                                                                \
-        norm(x, weight, out, scales, tokens, width, epsilon, threads);                                                 \
+        rms_norm(x, weight, out, scales, tokens, width, epsilon, threads);                                             \
     }                                                                                                                  \
-    void norm_backward_##NAME(                                                                                         \
-        const T* x, const T* weight, const float* scales, const T* gradient, T* of_x, int64_t tokens, int64_t width,   \
-        int64_t threads                                                                                                \
+    void rms_norm_backward_##NAME(                                                                                     \
+        const T* x, const T* weight, const float* scales, const T* out_gradient, T* x_gradient, int64_t tokens,        \
+        int64_t width, int64_t threads                                                                                 \
     ) {                                                                                                                \
-        norm_backward(x, weight, scales, gradient, of_x, tokens, width, threads);                                      \
+        rms_norm_backward(x, weight, scales, out_gradient, x_gradient, tokens, width, threads);                        \
     }                                                                                                                  \
     void rotate_##NAME(                                                                                                \
-        const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads,                      \
-        int64_t width, int64_t back, int64_t threads                                                                   \
+        const T* states, const T* cosines, const T* sines, T* out, int64_t tokens, int64_t heads, int64_t width,       \
+        int64_t inverse, int64_t threads                                                                               \
     ) {                                                                                                                \
-        rotate(states, cosines, sines, out, tokens, heads, width, back, threads);                                      \
+        rotate(states, cosines, sines, out, tokens, heads, width, inverse, threads);                                   \
     }                                                                                                                  \
-    void gate_##NAME(                                                                                                  \
-        const T* gates, const T* ups, T* out, int64_t tokens, int64_t width, int64_t threads                           \
-    ) {                                                                                                                \
-        gate(gates, ups, out, tokens, width, threads);                                                                 \
+    void swiglu_##NAME(const T* gates, const T* ups, T* out, int64_t tokens, int64_t width, int64_t threads) {         \
+        swiglu(gates, ups, out, tokens, width, threads);                                                               \
     }                                                                                                                  \
-    void gate_backward_##NAME(                                                                                         \
-        const T* gates, const T* ups, const T* gradient, T* of_gates, T* of_ups, int64_t tokens, int64_t width,        \
-        int64_t threads                                                                                                \
+    void swiglu_backward_##NAME(                                                                                       \
+        const T* gates, const T* ups, const T* out_gradient, T* gates_gradient, T* ups_gradient, int64_t tokens,       \
+        int64_t width, int64_t threads                                                                                 \
     ) {                                                                                                                \
-        gate_backward(gates, ups, gradient, of_gates, of_ups, tokens, width, threads);                                 \
+        swiglu_backward(gates, ups, out_gradient, gates_gradient, ups_gradient, tokens, width, threads);               \
     }                                                                                                                  \
     void logprobs_##NAME(                                                                                              \
         const T* logits, const int64_t* tokens, int64_t positions, int64_t vocabulary, float temperature,              \
-        float* chosen, float* entropies, T* of_logits, int64_t threads                                                 \
+        float* chosen, float* entropies, T* logits_gradient, int64_t threads                                           \
     ) {                                                                                                                \
-        logprobs(logits, tokens, positions, vocabulary, temperature, chosen, entropies, of_logits, threads);           \
+        logprobs(logits, tokens, positions, vocabulary, temperature, chosen, entropies, logits_gradient, threads);     \
     }                                                                                                                  \
-    void stack_##NAME(                                                                                                 \
+    void decode_layers_##NAME(                                                                                         \
         const Layer<T>* layers, int64_t count, int64_t rows, int64_t hidden, int64_t heads, int64_t groups,            \
-        int64_t width, int64_t inner, const T* cosines, const T* sines, int64_t of_row, int64_t of_group,              \
-        int64_t tokens, const int64_t* seen, float epsilon, float scale, float* x, int64_t threads                     \
+        int64_t width, int64_t inner, const T* cosines, const T* sines, int64_t row_stride, int64_t group_stride,      \
+        int64_t tokens, const int64_t* mask, float epsilon, float scale, float* x, int64_t threads                     \
     ) {                                                                                                                \
-        Stack<T>{layers, count, rows, hidden, heads, groups, width, inner, cosines, sines, of_row, of_group, tokens,   \
-                 seen, epsilon, scale, threads}                                                                        \
+        DecoderStack<T>{layers, count, rows, hidden, heads, groups, width, inner, cosines, sines, row_stride,          \
+                        group_stride, tokens, mask, epsilon, scale, threads}                                           \
             .run(x);                                                                                                   \
     }
 

@@ -37,7 +37,7 @@ inline Lanes load(const float* from) {
 inline Lanes load(const bfloat16* from) {
     Halves bits;
     std::memcpy(&bits, from, sizeof bits);
-#ifdef __AVX512F__  // GCC makes five instructions of the line below
+#ifdef __AVX512F__  // GCC compiles the portable line below to five instructions
     Integers wide = as<Integers>(_mm512_cvtepu16_epi32(as<__m256i>(bits)));
 #else
     Integers wide = __builtin_convertvector(bits, Integers);
@@ -59,16 +59,16 @@ inline void store(bfloat16* to, Lanes x) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-inline Lanes all(float x) { return x - Lanes{}; }
-inline Integers all(int32_t x) { return x - Integers{}; }
+inline Lanes broadcast(float x) { return x - Lanes{}; }
+inline Integers broadcast(int32_t x) { return x - Integers{}; }
 
-// All lanes combined by `two`, half with half until one remains.
-template <typename Two>
-inline float reduce(Lanes x, Two two) {
+// All lanes combined by `combine`, half with half until one remains.
+template <typename Combine>
+inline float reduce(Lanes x, Combine combine) {
     float part[LANES];
     store(part, x);
     for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] = two(part[i], part[i + half]);
+        for (int i = 0; i < half; i++) part[i] = combine(part[i], part[i + half]);
     return part[0];
 }
 
@@ -76,7 +76,7 @@ inline float sum(Lanes x) {
     return reduce(x, [](float a, float b) { return a + b; });
 }
 
-inline float greatest(Lanes x) {
+inline float maximum(Lanes x) {
     return reduce(x, [](float a, float b) { return a > b ? a : b; });
 }
 
@@ -99,44 +99,45 @@ inline Lanes sums(Lanes* x) {
 // The first `count` lanes; the rest are `other`.
 inline Lanes first(int64_t count, Lanes x, float other) {
     const Integers lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < all(int32_t(std::min<int64_t>(count, LANES))) ? x : all(other);
+    return lane < broadcast(int32_t(std::min<int64_t>(count, LANES))) ? x : broadcast(other);
 }
 
-constexpr float LEAST = -87.3f;  // e^LEAST is about the smallest normal number
+constexpr float MIN_EXPONENT = -87.3f;  // e^MIN_EXPONENT is about the smallest normal number
 
-// e^x to about one unit in the last place, between the smallest and the largest normal number: x = n ln 2 + r, and a
-// polynomial in r (Cephes, expf).
+// e^x, accurate to about one unit in the last place, between the smallest and the largest normal number, as
+// 2^n · e^r with x = n ln 2 + r; e^r is a polynomial in r (Cephes, expf).
 inline Lanes exponential(Lanes x) {
-    x = x < LEAST ? all(LEAST) : x;
-    x = x > 88.3f ? all(88.3f) : x;
-    Lanes shift = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
-    Lanes whole = (x * 1.44269504f + shift) - shift;
-    Lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Lanes p = all(1.9875691500e-4f);
+    x = x < MIN_EXPONENT ? broadcast(MIN_EXPONENT) : x;
+    x = x > 88.3f ? broadcast(88.3f) : x;
+    Lanes shift = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
+    Lanes n = (x * 1.44269504f + shift) - shift;
+    Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Lanes p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * as<Lanes>((__builtin_convertvector(whole, Integers) + 127) << 23);
+    return p * as<Lanes>((__builtin_convertvector(n, Integers) + 127) << 23);
 }
 
-constexpr int64_t LITTLE = 1 << 14;  // numbers up to which waking other threads costs more than it saves
+constexpr int64_t SERIAL_SIZE = 1 << 14;  // up to so many numbers, waking other threads costs more than it saves
 
 inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// The lanes from index i on of an array of n numbers; zeros after its end.
+// The lanes from index i of an array of n numbers; zeros beyond its end.
 template <typename T>
-inline Lanes take(const T* from, int64_t i, int64_t n) {
+inline Lanes load_part(const T* from, int64_t i, int64_t n) {
     if (i + LANES <= n) return load(from + i);
     T last[LANES] = {};
     std::copy(from + i, from + n, last);
     return load(last);
 }
 
+// Stores the lanes at index i of an array of n numbers, and nothing beyond its end.
 template <typename T>
-inline void give(Lanes x, T* to, int64_t i, int64_t n) {
+inline void store_part(Lanes x, T* to, int64_t i, int64_t n) {
     if (i + LANES <= n) return store(to + i, x);
     T last[LANES];
     store(last, x);

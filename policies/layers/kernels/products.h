@@ -9,7 +9,7 @@
 
 namespace {
 
-inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // out[r][0..V·LANES) = Σ_k weights[r·row + k·step] · matrix[k][0..V·LANES), added to out if `add`.
 template <int R, int V, typename T>
@@ -30,9 +30,9 @@ inline void product(
         for (int v = 0; v < V; v++) store(out + r * out_width + v * LANES, sums[r][v]);
 }
 
-constexpr int HIGH = 4;      // rows of a product at a time: HIGH · WIDE sums fit the registers
-constexpr int WIDE = 2;      // lanes of a product at a time
-constexpr int TILE = WIDE * LANES;
+constexpr int HIGH = 4;             // rows of a product that are computed at once: HIGH · WIDE sums fit the registers
+constexpr int WIDE = 2;             // vectors of each such row
+constexpr int TILE = WIDE * LANES;  // columns of a product that are computed at once
 
 // [rows, count] by [count, columns], where rows is a multiple of HIGH and columns one of TILE.
 inline void multiply(
@@ -46,15 +46,15 @@ inline void multiply(
             );
 }
 
-// Scratch memory of one thread, handed out as arrays of floats that are aligned to vectors.
-class Room {
+// Scratch memory of one thread, handed out as arrays of floats, each aligned to a vector.
+class Scratch {
   public:
-    explicit Room(int64_t floats) : start(static_cast<float*>(std::aligned_alloc(64, up_to(4 * floats, 64)))) {}
-    ~Room() { std::free(start); }
-    Room(const Room&) = delete;
+    explicit Scratch(int64_t floats) : start(static_cast<float*>(std::aligned_alloc(64, round_up(4 * floats, 64)))) {}
+    ~Scratch() { std::free(start); }
+    Scratch(const Scratch&) = delete;
     float* operator()(int64_t floats) {
         float* array = start + used;
-        used += up_to(floats, LANES);
+        used += round_up(floats, LANES);
         return array;
     }
 
@@ -63,22 +63,26 @@ class Room {
     int64_t used = 0;
 };
 
-// Copies tokens of one head, `stride` apart, to [room, wide], times `scale`; zeros after each width and the last token.
+// Copies the tokens of one head, `stride` apart, to [padded_tokens, wide], times `scale`. Zeros pad each token from
+// width to wide, and follow the last token.
 template <typename T>
 void gather(
-    const T* states, int64_t stride, int64_t tokens, int64_t width, float* to, int64_t wide, int64_t room, float scale
+    const T* states, int64_t stride, int64_t tokens, int64_t width, float* to, int64_t wide, int64_t padded_tokens,
+    float scale
 ) {
-    for (int64_t t = 0; t < room; t++)
-        for (int64_t d = 0; d < wide; d += LANES)
-            store(to + t * wide + d, t < tokens && d < width ? take(states + t * stride, d, width) * scale : Lanes{});
+    for (int64_t t = 0; t < padded_tokens; t++)
+        for (int64_t d = 0; d < wide; d += LANES) {
+            const bool exists = t < tokens && d < width;
+            store(to + t * wide + d, exists ? load_part(states + t * stride, d, width) * scale : Lanes{});
+        }
 }
 
-// The inverse: copies `tokens` of [tokens, wide] to states `stride` apart, times `scale`.
+// The inverse: copies [tokens, wide] to the tokens of one head, `stride` apart, times `scale`.
 template <typename T>
 void scatter(const float* from, int64_t wide, T* states, int64_t stride, int64_t tokens, int64_t width, float scale) {
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t d = 0; d < width; d += LANES)
-            give(load(from + t * wide + d) * scale, states + t * stride, d, width);
+            store_part(load(from + t * wide + d) * scale, states + t * stride, d, width);
 }
 
 // [rows, columns] to [columns, rows], where rows is a multiple of LANES.
