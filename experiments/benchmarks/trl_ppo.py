@@ -26,27 +26,14 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    from datasets import Dataset
     from peft import LoraConfig
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        TrainerCallback,
-    )
+    from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
-    policy = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    classifier = arguments.reward or arguments.model
-    reward = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32, num_labels=1)
-    value = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32, num_labels=1)
-    with open(arguments.prompts) as file:
-        prompts = [json.loads(line)["prompt"] for line in file]
-    need = arguments.batch * (arguments.updates + 1)
-    repeated = (prompts * (need // len(prompts) + 1))[:need]
-    data = Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in repeated]})
+    models = load_models(arguments)
+    data = load_prompts(arguments, tokenizer)
     ends: list[float] = []
     tokens: list[float] = []
 
@@ -71,10 +58,8 @@ def main() -> None:
         trainer = PPOTrainer(
             args=config,
             processing_class=tokenizer,
-            model=policy,
             ref_model=None,
-            reward_model=reward,
-            value_model=value,
+            **models,
             train_dataset=data,
             eval_dataset=data.select(range(4)),
             peft_config=LoraConfig(
@@ -86,6 +71,34 @@ def main() -> None:
     seconds = [after - before for before, after in pairwise(ends)]
     calls = len(tokens) // len(ends)  # per update; the last call locates the first pad token, after EOS
     print(json.dumps({"seconds": seconds, "tokens": tokens[2 * calls - 1 :: calls]}))
+
+
+def load_models(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The policy, and the reward and value models, under the trainer's names."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    classifier = arguments.reward or arguments.model
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
+        "reward_model": AutoModelForSequenceClassification.from_pretrained(
+            classifier, dtype=torch.float32, num_labels=1
+        ),
+        "value_model": AutoModelForSequenceClassification.from_pretrained(
+            classifier, dtype=torch.float32, num_labels=1
+        ),
+    }
+
+
+def load_prompts(arguments: argparse.Namespace, tokenizer: Any) -> Any:
+    """As many tokenized prompts as the updates need, repeated if there are too few."""
+    from datasets import Dataset
+
+    with open(arguments.prompts) as file:
+        prompts = [json.loads(line)["prompt"] for line in file]
+    need = arguments.batch * (arguments.updates + 1)
+    repeated = (prompts * (need // len(prompts) + 1))[:need]
+    return Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in repeated]})
 
 
 def parse_arguments() -> argparse.Namespace:
