@@ -49,15 +49,16 @@ nightly: $(STAMP)  ## run the slow tests, and PPO for twenty minutes, during whi
 	$(BIN)/python -m pytest tests -m slow
 	$(BIN)/python experiments/benchmarks/soak.py
 
-bench: $(STAMP) model-given runs/reviews/sft  ## compare PPO with TRL's, in half an hour or more (MODEL=… SENTENCES=…)
+bench: $(STAMP) model-given runs/reviews/sft  ## compare PPO with TRL's, in half an hour or more (MODEL=…, and the Hugging Face hub or SENTENCES=…)
 	$(BIN)/python experiments/benchmarks/bench.py --model $(MODEL) --sft runs/reviews/sft --prompts $(PROMPTS)
 
 gpu-check: $(STAMP) model-given  ## measure PPO on a GPU, if there is one (MODEL=… PROMPTS=…)
 	$(BIN)/python experiments/benchmarks/gpu.py --model $(MODEL) --prompts $(PROMPTS)
 
 model-given:
-	@test -d "$(MODEL)" || { echo "MODEL=$(MODEL): expected the folder of a small causal language model," \
-		"given as MODEL=… or in the environment variable ALIGN_MODEL" >&2; exit 2; }
+	@test -n "$(MODEL)" || { echo "MODEL is not set: give MODEL=FOLDER or set ALIGN_MODEL to the folder of a small" \
+		"causal language model" >&2; exit 2; }
+	@test -d "$(MODEL)" || { echo "MODEL=$(MODEL): the folder does not exist" >&2; exit 2; }
 
 runs/reviews/sft: | model-given
 	$(BIN)/python experiments/reviews/make.py --sentences $(SENTENCES) --to runs/reviews/data

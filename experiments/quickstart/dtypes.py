@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
-from rerun import rerun_ppo
+from rerun import require_run, rerun_ppo
 
 DTYPES = ("float32", "bfloat16")
 FIGURES = ("score_mean", "gold_mean", "gold_win_rate", "kl_per_sequence")
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder of the new runs")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
+    require_run(arguments.run)
     print(f"| model.dtype | {' | '.join(FIGURES)} |")
     print("|---" * (len(FIGURES) + 1) + "|")
     for dtype in DTYPES:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rerun import require_run
 
 from align.config.load import load_experiment
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/images/quickstart-ensemble.png"))
     parser.add_argument("--combine", default="mean_minus_std")
     arguments = parser.parse_args()
+    require_run(arguments.run)
     arguments.to.mkdir(parents=True, exist_ok=True)
     single_curves: list[list[Point]] = []
     ensemble_curves: list[list[Point]] = []

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rerun import require_run
+
 from align.config.load import load_experiment
 from align.resources.memory import measure
 
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--only", default="", help="run only methods whose name contains this")
     arguments = parser.parse_args()
+    require_run(arguments.run)
     titles = ("method", "trained, of the base", "peak memory", "PPO step", "SFT loss, held out", "gold win rate")
     print(f"| {' | '.join(titles)} |")
     print("|---" * len(titles) + "|", flush=True)

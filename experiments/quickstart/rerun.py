@@ -1,10 +1,17 @@
-"""Rerun PPO from the SFT and reward models of a finished run."""
+"""What the scripts beside this one share: the check of the run that they start from, and a rerun of its PPO."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+
+def require_run(run: Path) -> None:
+    """Exit with status 2 and a message if the folder does not hold a run."""
+    if not (run / "config.yaml").is_file():
+        print(f"{run}/config.yaml does not exist: run `make quickstart` first", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def rerun_ppo(run: Path, to: Path, name: str, settings: Mapping[str, object]) -> dict[str, float]:
@@ -17,7 +24,7 @@ def rerun_ppo(run: Path, to: Path, name: str, settings: Mapping[str, object]) ->
         settings: Values by dotted key.
 
     Returns:
-        The figures of the policy from the new run's evaluation.
+        The policy's results from the new run's evaluation.
     """
     folder = to / name
     if not (folder / "evaluation.json").is_file():

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
-from rerun import rerun_ppo
+from rerun import require_run, rerun_ppo
 
 SPLITS = tuple(product((0, 1, 2), (0, 1, 2)))
 """(rollout workers, learner ranks)."""
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="PPO steps per run")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
+    require_run(arguments.run)
     scores: dict[tuple[int, int], list[float]] = {}
     for workers, ranks in SPLITS:
         scores[workers, ranks] = [train(arguments, workers, ranks, seed) for seed in range(arguments.seeds)]

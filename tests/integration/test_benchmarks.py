@@ -82,8 +82,12 @@ def test_a_missing_model_is_one_message(model: str, reason: str, tmp_path: Path)
     assert ended.stderr.splitlines()[-1].startswith(f"mixed.py: error: {reason}")
 
 
-def test_the_target_bench_says_what_it_needs() -> None:
-    command = ["make", "--silent", "model-given", "MODEL="]
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("", "MODEL is not set: give MODEL=FOLDER or set ALIGN_MODEL"), ("nowhere", "nowhere: the folder does not exist")],
+)
+def test_the_target_bench_says_what_it_needs(model: str, reason: str) -> None:
+    command = ["make", "--silent", "model-given", f"MODEL={model}"]
     ended = subprocess.run(command, cwd=BENCHMARKS.parents[1], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    assert "ALIGN_MODEL" in ended.stderr
+    assert reason in ended.stderr
