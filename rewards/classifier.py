@@ -1,4 +1,4 @@
-"""A ready sequence-classification model as a reward model, with its own tokenizer and chat template."""
+"""A pretrained sequence-classification model as a reward model, with its own tokenizer and chat template."""
 
 from collections.abc import Sequence
 
@@ -23,10 +23,10 @@ class Classifier:
         Args:
             path: Folder or hub name of the model.
             key: The setting that names the path, for messages.
-            tokens: Largest number of tokens in a microbatch, padding included; one longer text is one by itself.
+            tokens: Largest number of tokens in a microbatch, padding included; a longer text is a microbatch by itself.
 
         Raises:
-            UserError: There is no such model, it cannot be loaded, or it has more than two outputs.
+            UserError: The model does not exist, cannot be loaded, or has more than two outputs.
         """
         check_model_folder(path)
         check_weights(path)

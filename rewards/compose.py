@@ -1,4 +1,4 @@
-"""From the scores of several terms to one: normalised, clipped, weighted, and subject to a bound on a cost."""
+"""Composes the scores of several terms: normalised, clipped, weighted, and subject to a bound on a cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ SMALLEST_STD = 1e-8
 
 
 def combine(members: Tensor, how: str, penalty: float = 1.0) -> Tensor:
-    """Combine the scores of an ensemble to one.
+    """Combine the scores of an ensemble into one.
 
     The minimum, or the mean minus a multiple of the standard deviation, is a conservative estimate where the members
     disagree (Coste et al. 2024, "Reward model ensembles help mitigate overoptimization", eq. 4 and 5).
@@ -70,7 +70,7 @@ class Composition:
     Attributes:
         terms: The settings of the terms by name.
         constraint: The bound on a term that is a cost, if there is one.
-        moments: Of the terms that are normalised, by name.
+        moments: Moments of the terms that are normalised, by name.
         multiplier: λ of the constraint; 0 without one.
     """
 
@@ -104,13 +104,14 @@ class Composition:
             self.moments[name].add(raw[name].double())
 
     def score(self, raw: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compose the terms' scores to one, without an update.
+        """Compose the terms' scores into one, without an update.
 
         Args:
             raw: Scores `[B]` by term, before they are normalised.
 
         Returns:
-            The scores `[B]` float64, and each term's own `[B]` float64: normalised and clipped, not weighted.
+            The composed scores `[B]` float64, and those of each term `[B]` float64, normalised and clipped, but not
+            weighted.
         """
         parts = {name: self._normalised(name, values.double()) for name, values in raw.items()}
         cost = self.constraint.term if self.constraint else None

@@ -1,4 +1,4 @@
-"""Whether to trust a reward model: figures from its scores of held-out preference examples. Pure functions."""
+"""How far to trust a reward model: figures from its scores of held-out preferences. Pure functions."""
 
 import math
 import random
@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from rewards.preferences import Pair, PreferenceExample, Ranking, Rating
 
 BINS = 10
-"""Of the reliability diagram, equally wide over confidences from ½ to 1."""
+"""Number of bins of the reliability diagram, equally wide over confidences from ½ to 1."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Comparison:
         worse: The other one.
         attribute: What they were compared by.
         certainty: The probability that the preference is right.
-        margin: As the annotator stated it; 0 without one.
+        margin: The margin that the annotator stated; 0 without one.
     """
 
     better: tuple[int, int]
@@ -127,9 +127,9 @@ def wilson(share: float, count: float, pairs: int | None = None) -> Accuracy:
     """A share of independent trials with its 95 % score interval (Wilson 1927, "Probable inference").
 
     Args:
-        share: Of successes, from 0 to 1.
-        count: Number of independent trials; the effective one, not an integer, where trials are correlated.
-        pairs: Number of actual trials, where that is not `count`.
+        share: The share of successes, from 0 to 1.
+        count: Number of independent trials; where trials are correlated, the effective number, which is no integer.
+        pairs: Number of actual trials, where it is not `count`.
     """
     pairs = round(count) if pairs is None else pairs
     if count == 0:
@@ -195,8 +195,8 @@ def reliability(difference: Tensor) -> list[dict[str, float]]:
     Returns:
         For each bin that is not empty: its mean `confidence`, its `accuracy` and its number of `pairs`.
     """
-    confidence = difference.abs().sigmoid()
-    right = _right(difference)
+    confidence = difference.abs().sigmoid()  # [M]
+    right = _right(difference)  # [M]
     bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)  # [M]
     diagram: list[dict[str, float]] = []
     for i in range(BINS):
@@ -246,10 +246,10 @@ def accuracy_by(values: Tensor, difference: Tensor, clusters: Sequence[int], par
 
 
 class LengthModel:
-    """A reward that depends on a response's length alone: a worth for each tenth of the lengths in training."""
+    """A reward that depends on a response's length alone: one worth for each decile of the training lengths."""
 
     def __init__(self, better: Tensor, worse: Tensor) -> None:
-        """Fit the worths by Bradley and Terry's likelihood with a ridge penalty of 1.
+        """Fit the worths by maximum likelihood under the Bradley-Terry model, with a ridge penalty of 1.
 
         Args:
             better: Lengths of the better responses `[M]`.

@@ -15,11 +15,11 @@ if TYPE_CHECKING:  # settings are loaded without requests
     from requests import Session
 
 SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)
-"""Found in the names of variables and parameters that hold secrets."""
+"""Matches the names of variables and parameters that hold secrets."""
 
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 LONGEST_WAIT = 60
-"""Seconds that a server may demand between two attempts."""
+"""Longest wait between two attempts, in seconds, that a server may demand."""
 
 
 class HttpSettings(CallSettings):
@@ -52,7 +52,10 @@ class HttpSettings(CallSettings):
 
 
 def open_session(settings: HttpSettings) -> "Session":
-    """A session that retries, after exponentially growing waits or as long as the server says.
+    """Open a session that retries, after exponentially growing waits or as long as the server says.
+
+    Args:
+        settings: The number of retries, and the variable that holds the key.
 
     Raises:
         UserError: The environment variable `key_env` is not set.
@@ -86,7 +89,7 @@ def open_session(settings: HttpSettings) -> "Session":
 
 
 def post(session: "Session", url: str, body: Mapping[str, Any], timeout: float | None) -> Any:
-    """The decoded JSON reply to a JSON body, within `timeout` seconds. Raises what `requests` raises."""
+    """Post a JSON body, and return the decoded JSON reply. Raises the exceptions of `requests`."""
     reply = session.post(url, json=body, timeout=timeout)
     reply.raise_for_status()
     return reply.json()

@@ -17,7 +17,7 @@ from policies.trunk import Trunk
 
 REWARD_ROLE = "reward"
 ATTRIBUTES = "attributes.safetensors"
-"""The file with the heads of named attributes."""
+"""The file with the heads of named attributes, in a reward model's folder."""
 
 
 def role_of(member: int) -> str:
@@ -54,8 +54,9 @@ class RewardModel(nn.Module):
         Args:
             trunk: The base model, with an adapter for the role.
             heads: One for each attribute.
-            weights: Of the attributes in the overall score, by name; None: a single head gives the overall score.
-            role: Whose adapter is used.
+            weights: The weights of the attributes in the overall score, by name; None: a single head gives the overall
+                score.
+            role: The role whose adapter is used.
         """
         super().__init__()
         self.trunk = trunk
@@ -79,7 +80,7 @@ class RewardModel(nn.Module):
         return self._scores(hidden.flatten(0, 1)[last])
 
     def _scores(self, hidden: Tensor) -> Tensor:
-        """From hidden states `[B, H]` to scores `[B, A]`."""
+        """Scores `[B, A]` of hidden states `[B, H]`."""
         return torch.stack([head(hidden) for head in self.heads], dim=-1)
 
     @property
@@ -122,9 +123,9 @@ class RewardModel(nn.Module):
         """Write adapter and head in PEFT layout, and the unchanged heads of named attributes to a file beside them.
 
         Args:
-            folder: Is created where it does not exist.
-            mean: Of the overall scores on SFT responses.
-            std: Standard deviation of the same; the saved head computes (score - mean) / std.
+            folder: The folder to write to; it is created if it does not exist.
+            mean: The mean of the overall scores on SFT responses.
+            std: Their standard deviation; the saved head computes (score - mean) / std.
         """
         self.trunk.save(self.role, folder)
         head = self.combined_head
@@ -142,14 +143,14 @@ def read_heads(folder: str | Path, weights: Mapping[str, float]) -> list[dict[st
     """Read the heads of a saved reward model.
 
     Args:
-        folder: Of the reward model.
-        weights: `{"": 1.0}` for the head of the overall score; else the attributes whose heads are wanted, by name.
+        folder: The folder of the reward model.
+        weights: `{"": 1.0}` for the head of the overall score; otherwise the attributes whose heads to read, by name.
 
     Returns:
         For each head its tensors `weight` `[H]` and `bias` `[1]`.
 
     Raises:
-        UserError: The folder does not have them, or the file is damaged.
+        UserError: The folder does not contain these heads, or the file is damaged.
     """
     if weights.keys() == {""}:
         return [load_head(folder)]
@@ -174,12 +175,12 @@ def _attribute_head(tensors: Mapping[str, Tensor], name: str, path: Path) -> dic
 
 
 def load_heads(heads: Iterable[nn.Module], weights: Sequence[Mapping[str, Tensor]], folder: str | Path) -> None:
-    """Load weights that were read from a folder into heads.
+    """Load the weights that `read_heads` has read into heads.
 
     Args:
         heads: Scalar heads.
-        weights: For each head its tensors by name, as `read_heads` returns them.
-        folder: For messages.
+        weights: The tensors of each head by name, as `read_heads` returns them.
+        folder: The folder that they were read from, for messages.
 
     Raises:
         UserError: The weights are of another hidden size, or have other names or shapes.

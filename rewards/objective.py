@@ -21,8 +21,8 @@ Ratings = Literal["regression", "ordinal"]
 class PreferenceLoss(nn.Module):
     """The loss of each preference example, whatever its kind, with the parameters that link scores to annotations.
 
-    They are trained with the model and not part of it afterwards: how readily annotators call a tie (`ties`), and how a
-    rating depends on the score (`links`, one for each rated attribute).
+    These parameters say how readily annotators call a tie (`ties`), and how a rating depends on the score (`links`, one
+    for each rated attribute). They are trained with the model, and are not part of it afterwards.
     """
 
     def __init__(self, examples: Sequence[PreferenceExample], weights: Mapping[str, float], ratings: Ratings) -> None:
@@ -30,9 +30,9 @@ class PreferenceLoss(nn.Module):
 
         Args:
             examples: All training examples.
-            weights: Of the attributes in the overall score, in the order of the model's heads; `{"": 1.0}` for a model
-                without named attributes.
-            ratings: `regression`: ratings are numbers; `ordinal`: ordered levels.
+            weights: The weights of the attributes in the overall score, in the order of the model's heads;
+                `{"": 1.0}` for a model without named attributes.
+            ratings: `regression`: ratings are numbers; `ordinal`: they are ordered levels.
         """
         super().__init__()
         self.attribute_index = {name: i for i, name in enumerate(weights)}
@@ -146,18 +146,18 @@ class TieParameters(nn.Module):
     def __init__(self, rankings: Sequence[Ranking]) -> None:
         """Solve for δ as if all worths were equal: sets of t are then chosen with odds δ_t · (number of such sets)."""
         super().__init__()
-        judged = [ranking for ranking in rankings if not ranking.open]
-        largest = max((max(ranking.sizes) for ranking in judged), default=1)
+        closed = [ranking for ranking in rankings if not ranking.open]  # ties mean equally good
+        largest = max((max(ranking.sizes) for ranking in closed), default=1)
         chosen = Counter[int]()
         available = Counter[int]()
-        for ranking in judged:
+        for ranking in closed:
             remaining = sum(ranking.sizes)
             for size in ranking.sizes:
                 chosen[size] += 1
                 for t in range(1, largest + 1):
                     available[t] += math.comb(remaining, t)
                 remaining -= size
-        # Half an observation more keeps the logarithm finite where a size never occurs.
+        # Half an observation is added, which keeps the logarithm finite where a size never occurs.
         odds = [(chosen[t] + 0.5) / max(available[t], 1) for t in range(1, largest + 1)]
         self.free = nn.Parameter(torch.tensor([math.log(value / odds[0]) for value in odds[1:]]))
 

@@ -16,10 +16,10 @@ TURN = "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class Pair:
-    """Of two responses the first was preferred.
+    """A preference for the first of two responses.
 
     Attributes:
-        margin: How much higher it should score at least.
+        margin: How much higher its score should be, at least.
         certainty: The probability that the label is right; ½ for a tie.
     """
 
@@ -32,7 +32,7 @@ class Ranking:
     """Responses in groups of equal rank, best first.
 
     Attributes:
-        sizes: Of the groups.
+        sizes: The size of each group.
         open: Whether the order within a group is unknown; otherwise its members were judged equally good.
     """
 
@@ -71,7 +71,7 @@ class PreferenceExample:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """What the responses were compared or rated by."""
+        """The attributes that the responses were compared or rated by."""
         return tuple(self.preference.values) if isinstance(self.preference, Rating) else (self.attribute,)
 
 

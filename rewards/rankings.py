@@ -41,7 +41,7 @@ def davidson_luce_loss(scores: Tensor, sizes: Sequence[int], log_ties: Tensor) -
 
     Args:
         scores: `[N, K]` float, best first.
-        sizes: Of the groups of equal rank; none is larger than D, and their sum is K.
+        sizes: Sizes of the groups of equal rank; none is larger than D, and their sum is K.
         log_ties: log δ `[D]` float; the first is 0.
 
     Returns:
@@ -63,7 +63,7 @@ def _log_sum_of_sets(scores: Tensor, log_ties: Tensor) -> Tensor:
     """
     largest = len(log_ties)
     roots = torch.arange(1, largest + 1, device=scores.device, dtype=scores.dtype)  # [D]
-    one = scores.new_zeros(len(scores), largest, 1)
+    one = scores.new_zeros(len(scores), largest, 1)  # log e_0, [N, D, 1]
     table = scores.new_full((len(scores), largest, largest), LOG_ZERO)  # [N, D (t), D (k)]
     sums: list[Tensor] = []
     for score in reversed(scores.unbind(-1)):
@@ -82,14 +82,14 @@ def open_ranking_loss(scores: Tensor, sizes: Sequence[int]) -> Tensor:
 
     Args:
         scores: `[N, K]` float, best first.
-        sizes: Of the groups; only the last may be larger than `MAX_OPEN_TIE`, and their sum is K.
+        sizes: Sizes of the groups; only the last may be larger than `MAX_OPEN_TIE`, and their sum is K.
 
     Returns:
         Losses `[N]`, in nats.
     """
     loss = scores.new_zeros(len(scores))
     for start, size in zip(accumulate(sizes, initial=0), sizes[:-1], strict=False):
-        group = scores[:, start : start + size]
+        group = scores[:, start : start + size]  # [N, size]
         rest = scores[:, start + size :].logsumexp(-1)  # [N]
         loss = loss - _log_first(group, rest)
     return loss
@@ -117,7 +117,7 @@ def _log_first(group: Tensor, rest: Tensor) -> Tensor:
 
 @cache
 def _membership(size: int) -> list[list[bool]]:
-    """For each subset of `size` things, by its number, which are in it: bit i of the number stands for thing i."""
+    """For each subset of `size` members, by its number, which are in it: bit i of the number stands for member i."""
     subsets: list[list[bool]] = []
     for subset in range(2**size):
         subsets.append([bool(subset >> i & 1) for i in range(size)])

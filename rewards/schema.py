@@ -11,7 +11,7 @@ from rewards.terms.registry import Term
 
 
 class FitSettings(Settings):
-    """How a supervised stage (SFT or the reward model) is trained. Batch sizes count samples: rows of data."""
+    """How a supervised stage (SFT or the reward model) is trained. Batch sizes count rows of data."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch_size: int = Field(32, ge=1, description="samples per optimizer step")
@@ -53,7 +53,7 @@ class FitSettings(Settings):
 class EnsembleSettings(Settings):
     """Several reward models that differ in their initial heads and in the order of the data.
 
-    Where they disagree, none is to be trusted (Lakshminarayanan et al. 2017).
+    Where they disagree, none can be trusted (Lakshminarayanan et al. 2017).
     """
 
     members: int | None = Field(
@@ -83,11 +83,13 @@ def _weights(attributes: dict[str, float]) -> dict[str, float]:
 
 
 class RewardSettings(FitSettings):
-    """The reward: a model trained by this run, one trained by an earlier run, or a ready classifier."""
+    """The reward: a model trained by this run, one trained by an earlier run, or a pretrained classifier."""
 
     model: str | None = Field(None, description="the reward/ folder of an earlier run: used without further training")
     classifier: str | None = Field(
-        None, description="a ready sequence-classification model with its own tokenizer: used without further training"
+        None,
+        description="a pretrained sequence-classification model with its own tokenizer: used without further training",
+    )
     )
     trains: Literal["adapter", "head"] = Field(
         "adapter", description="adapter and head of the model, or the head alone on the SFT model's hidden states"

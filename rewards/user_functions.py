@@ -1,4 +1,4 @@
-"""Scores by functions of the user."""
+"""Loads and calls the user's score functions."""
 
 import asyncio
 import importlib
@@ -17,28 +17,44 @@ from typing import Any
 from policies.errors import UserError
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
-"""From prompts, responses and the prompt rows' other columns to one score per response. It may be `async`."""
+"""From prompts, responses and the other columns of the prompts' rows to one score per response; may be `async`."""
 
 
 def load_function(where: str, key: str) -> ScoreFunction:
-    """Load a function of the user.
+    """Load one of the user's functions.
 
     Args:
         where: `FILE.py:function` or `module:function`.
         key: The setting that names it, for messages.
 
     Raises:
-        UserError: There is no such file, module or function, or it cannot be imported.
+        UserError: The file, module or function does not exist, or cannot be imported.
     """
     source, _, name = where.rpartition(":")
     is_file = source.endswith(".py")
     if not name.isidentifier() or not (is_file or all(part.isidentifier() for part in source.split("."))):
         raise UserError(f"{key}: {where!r} is neither FILE.py:function nor module:function")
     module = _load_file(Path(source), key) if is_file else _load_module(source, key)
-    function: ScoreFunction | None = getattr(module, name, None)
-    if not callable(function):
+    if not hasattr(module, name):
         raise UserError(f"{key}: {source} has no function {name}")
+    function: ScoreFunction = getattr(module, name)
+    if not callable(function):
+        raise UserError(f"{key}: {name} in {source} is not a function")
     return function
+
+
+def describe_exception(function: Callable[..., Any], error: Exception) -> str:
+    """`raised TYPE: MESSAGE (FILE:LINE)`, the line being the last one of the traceback in the function's file.
+
+    Where the function was not entered, because its signature is wrong, it is the line of its definition.
+    """
+    entries = traceback.extract_tb(error.__traceback__)
+    place = f"{entries[-1].filename}:{entries[-1].lineno}"
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is not None:
+        lines = [entry.lineno for entry in entries if entry.filename == code.co_filename]
+        place = f"{code.co_filename}:{lines[-1] if lines else code.co_firstlineno}"
+    return f"raised {type(error).__name__}: {error} ({place})"
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class Scores:
 
     Attributes:
         values: `[B]`.
-        failed: The indices of the responses whose score is the fallback, since the call failed for them.
+        failed: The indices of the responses whose score is the fallback, because the call failed for them.
     """
 
     values: list[float]
@@ -55,7 +71,7 @@ class Scores:
 
 
 SEARCH_SECONDS = 60.0
-"""After this time the search for the responses that a call fails for starts no further call."""
+"""After this time, the search for the responses that make a call fail starts no further call."""
 
 
 class Failure(Exception):
@@ -69,25 +85,29 @@ def call_function(
     columns: Sequence[Mapping[str, Any]],
     timeout: float | None = None,
     fallback: float | None = None,
+    key: str = "",
 ) -> Scores:
     """Score a batch by a function, which must return one finite number per response.
 
     A call fails by an error, a wrong number of scores, a score that is not finite, or the timeout. Then the responses
-    are scored one by one, for about `SEARCH_SECONDS`, to find those that fail: these, and those not tried in time, get
-    the fallback.
+    are scored one by one, for about `SEARCH_SECONDS`, to find those that fail. These get the fallback, and so do those
+    that were not tried in time.
 
     Args:
-        function: Of the user; it may be `async`.
+        function: The user's function; it may be `async`.
         prompts: Texts `[B]`.
         responses: Texts `[B]`.
         columns: The other columns of the prompts' rows `[B]`.
         timeout: Seconds that one call may take; None: no limit.
-        fallback: Score of a response that a call fails for; None: it is an error.
+        fallback: Score of a response for which the call fails; None: that is an error.
+        key: The setting that names the function, for messages; empty: it is not known.
 
     Raises:
         UserError: A call failed and there is no fallback; the message names the function and the response.
     """
     name = getattr(function, "__name__", "the score function")
+    if key:
+        name = f"{key}: {name}"
     scores = _attempt(function, (prompts, responses, columns), timeout)
     if not isinstance(scores, Failure):
         return Scores(scores)
@@ -136,14 +156,13 @@ def _scores(function: ScoreFunction, arguments: Arguments) -> list[float] | Fail
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        failure = Failure(f"raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+        failure = Failure(describe_exception(function, error))
         failure.__cause__ = error
         return failure
     try:
         scores = [float(score) for score in result]
     except (TypeError, ValueError):
-        return Failure(f"returned {str(result)[:80]!r}; a list with one number per response was expected")
+        return Failure(f"returned {repr(result)[:80]}; a list with one number per response was expected")
     if len(scores) != len(responses):
         return Failure(f"returned {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses, strict=True):
@@ -162,13 +181,25 @@ def _load_file(path: Path, key: str) -> Any:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"{key}: {path} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{key}: {path} cannot be imported: {_import_problem(error)}") from error
     return module
 
 
 def _load_module(name: str, key: str) -> Any:
     try:
         return importlib.import_module(name)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"{key}: module {name} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{key}: module {name} cannot be imported: {_import_problem(error)}") from error
+
+
+def _import_problem(error: BaseException) -> str:
+    """`TYPE: MESSAGE (FILE:LINE)`, the line being the last one of the traceback in the user's file."""
+    entries = traceback.extract_tb(error.__traceback__)
+    in_user_files = [entry for entry in entries if entry.filename != __file__ and "importlib" not in entry.filename]
+    if in_user_files:
+        lines = [entry.lineno for entry in entries if entry.filename == in_user_files[0].filename]
+        return f"{type(error).__name__}: {error} ({in_user_files[0].filename}:{lines[-1]})"
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
+    return str(error)  # the module does not exist

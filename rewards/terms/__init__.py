@@ -1,5 +1,10 @@
-"""What a response is scored by: one file per kind of term, each with its settings, its checks and its scorer.
+"""Terms of a reward: one file for each kind, with its settings, its checks and its scorer.
 
-A file that defines a subclass of `TermSettings` with a field `kind: Literal["NAME"]` makes `kind: NAME` valid under
-`reward.terms`; the registry finds it, and nothing else has to be edited.
+To add a kind, write a file with a subclass of `TermSettings` (`rewards/terms/base.py`) that has a field
+`kind: Literal["NAME"]`; the registry finds it, and `kind: NAME` is valid under `reward.terms`. Subclass
+
+* `TextTermSettings` to score texts by a function: `regex.py`;
+* `CallSettings` for a function that may fail or take long: `function.py`;
+* `HttpSettings` in `rewards/http.py` for a service: `endpoint.py`;
+* `TermSettings` for anything else, such as lengths or the reward model's outputs: `length.py`.
 """

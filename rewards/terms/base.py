@@ -1,4 +1,4 @@
-"""What the terms of a reward share: their settings, the batch that they score, and the scorers that they make."""
+"""The base classes of reward terms: their settings, the batch that they score, and their scorers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,16 @@ if TYPE_CHECKING:  # settings are loaded without torch and transformers
 
 @dataclass(frozen=True)
 class TermInput:
-    """A batch of B responses, with all that a term may score them by.
+    """A batch of B responses, with everything that a term may use to score them.
 
     Attributes:
-        prompts: `[B]`, as the user wrote them: text or lists of messages.
+        prompts: `[B]`, as in the data: texts or lists of messages.
         decode_responses: Returns the texts of the responses `[B]`; called at most once, when a term reads them.
         columns: `[B]`, the other columns of each prompt's row.
         response_lengths: `[B]`, in tokens.
         reward_outputs: `[B, C]` float32 of the reward heads on the shared base model: for each member of the ensemble
             its overall score, then its score of each attribute. None where the reward has no term of kind `model`, or
-            its model is a ready classifier.
+            its model is a pretrained classifier.
     """
 
     prompts: Sequence["Prompt"]
@@ -53,7 +53,7 @@ class TermInput:
 
 @dataclass(frozen=True)
 class TermScores:
-    """What a term makes of a batch.
+    """A term's scores of a batch.
 
     Attributes:
         values: Scores `[B]` float64, before they are normalised, clipped and weighted.
@@ -72,11 +72,11 @@ class TermScorer(Protocol):
 
 @dataclass(frozen=True)
 class RewardStage:
-    """What a term may need to know of the reward stage.
+    """The reward stage, as far as a term may need to know it.
 
     Attributes:
         settings: The section `reward` of the experiment.
-        facts: What the stage wrote to `reward/stage.json`; empty where no reward model was trained or taken over.
+        facts: The content of `reward/stage.json`; empty where no reward model was trained or reused.
     """
 
     settings: "RewardSettings"
@@ -84,10 +84,10 @@ class RewardStage:
 
 
 class TermSettings(Settings, ABC):
-    """The settings that all terms have.
+    """The settings that all terms share.
 
     A kind of term is a subclass with a field `kind: Literal["NAME"]`. The first paragraph of its docstring says what
-    the score is; it is its row in the table of `docs/rewards.md`, too.
+    the score is, and is also its row in the table of `docs/rewards.md`.
     """
 
     weight: float = Field(1.0, description="factor of the term in the sum; negative: a penalty")
@@ -114,7 +114,7 @@ class TermSettings(Settings, ABC):
         """Check, before a run starts, that what the settings name exists.
 
         Args:
-            name: Of the term, for messages: its settings stand under `reward.terms.NAME`.
+            name: The term's name, for messages: its settings are under `reward.terms.NAME`.
 
         Raises:
             UserError: A file, model, function, package or environment variable is missing.
@@ -125,8 +125,8 @@ class TermSettings(Settings, ABC):
         """Make the scorer of this term.
 
         Args:
-            name: Of the term; part of messages and of the names of its notes.
-            stage: Settings and outcome of the reward stage.
+            name: The term's name, for messages and for the names of its notes.
+            stage: The settings and the outcome of the reward stage.
 
         Raises:
             UserError: Something that the settings name is missing.
@@ -138,7 +138,14 @@ class TextTermSettings(TermSettings):
 
     @abstractmethod
     def make_function(self, name: str) -> ScoreFunction:
-        """Make the function. Raises UserError where something that the settings name is missing."""
+        """Make the function that scores a batch.
+
+        Args:
+            name: The term's name, for messages.
+
+        Raises:
+            UserError: Something that the settings name is missing.
+        """
 
     def check(self, name: str) -> None:
         """Make the function once. Raises UserError where something that the settings name is missing."""
@@ -150,7 +157,7 @@ class TextTermSettings(TermSettings):
 
 
 class CallSettings(TextTermSettings):
-    """The settings of functions whose calls may fail."""
+    """The settings of terms that call a function which may fail."""
 
     timeout: float | None = Field(None, gt=0, description="seconds that one call may take; unset: no limit")
     fallback: float | None = Field(
@@ -176,6 +183,7 @@ class FunctionScorer:
     name: str
     timeout: float | None = None
     fallback: float | None = None
+    key: str = ""
 
     def __call__(self, batch: TermInput, /) -> TermScores:
         import torch
@@ -187,6 +195,7 @@ class FunctionScorer:
             columns=batch.columns,
             timeout=self.timeout,
             fallback=self.fallback,
+            key=self.key,
         )
         values = torch.tensor(scores.values, dtype=torch.float64)
         if self.fallback is None:
@@ -199,7 +208,7 @@ class FunctionScorer:
 class ConstraintSettings(Settings):
     """A bound on a cost: the reward is maximised subject to a mean cost of at most `at_most`.
 
-    By a multiplier λ ≥ 0 that grows while the mean cost is above the bound: the score is (reward - λ · cost) / (1 + λ)
+    A multiplier λ ≥ 0 grows while the mean cost is above the bound, and the score is (reward - λ · cost) / (1 + λ)
     (Dai et al. 2024, "Safe RLHF", eq. 9 and 10).
     """
 

@@ -1,4 +1,4 @@
-"""A ready sequence-classification model as a term."""
+"""A pretrained sequence-classification model as a term."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +16,7 @@ class ClassifierTerm(TermSettings):
     path: str
 
     def check(self, name: str) -> None:
-        """Raises UserError where `path` is not a model folder."""
+        """Check the model folder. Raises UserError where `path` is not one."""
         from policies.files.base_model import check_model_folder
 
         check_model_folder(self.path)
@@ -30,7 +30,7 @@ class ClassifierTerm(TermSettings):
 
 @dataclass(frozen=True)
 class ClassifierScorer:
-    """Scores of a classifier, shifted by `mean` and divided by `std`."""
+    """Scores by a classifier, normalised: (score - mean) / std."""
 
     classifier: "Classifier"
     mean: float = 0.0

@@ -17,7 +17,7 @@ class EndpointTerm(HttpSettings):
     batch_size: int = Field(64, ge=1, description="responses per request")
 
     def make_function(self, name: str) -> ScoreFunction:
-        """Scores by requests of `batch_size` responses. Raises UserError where the key's variable is not set."""
+        """A function that sends `batch_size` responses per request. Raises UserError where `key_env` is not set."""
         session = open_session(self)
 
         def score(

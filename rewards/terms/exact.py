@@ -1,9 +1,9 @@
-"""The reference answer, word for word, as a term."""
+"""Equality with a reference answer as a term."""
 
 from typing import Literal
 
 from rewards.terms.base import TextTermSettings
-from rewards.terms.columns import compare_with_column
+from rewards.terms.score_functions import compare_with_column
 from rewards.user_functions import ScoreFunction
 
 
@@ -19,7 +19,7 @@ class ExactTerm(TextTermSettings):
         return [self.column]
 
     def make_function(self, name: str) -> ScoreFunction:
-        """1 where response and answer are equal once folded, else 0."""
+        """A function that compares response and answer without case and white space."""
         return compare_with_column(self.column, lambda response, answer: _fold(response) == _fold(answer))
 
 

@@ -1,7 +1,6 @@
-"""JSON, as a schema requires it, as a term."""
+"""Valid JSON, optionally under a schema, as a term."""
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ from pydantic import Field, field_validator
 
 from policies.schema import Settings
 from rewards.terms.base import TextTermSettings
+from rewards.terms.score_functions import score_each
 from rewards.user_functions import ScoreFunction
 
 
@@ -42,7 +42,7 @@ class JsonTerm(TextTermSettings):
         return schema
 
     def make_function(self, name: str) -> ScoreFunction:
-        """1 where the response is valid JSON, else 0."""
+        """A function that validates responses."""
         from jsonschema.validators import validator_for
         from referencing import Registry
 
@@ -57,12 +57,7 @@ class JsonTerm(TextTermSettings):
                 return False
             return validator is None or bool(validator.is_valid(value))
 
-        def score(
-            prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
-        ) -> list[float]:
-            return [float(is_valid(response)) for response in responses]
-
-        return score
+        return score_each(lambda response: float(is_valid(response)))
 
 
 def _load(schema: dict[str, Any] | str) -> Any:

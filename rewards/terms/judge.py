@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 GRADE = re.compile(r"[-+]?\d+(?:\.\d+)?")
 DENOMINATOR = re.compile(r"/\s*\d+(?:\.\d+)?")
-"""Of "8/10", which is a grade of 8."""
+"""The second part of a grade such as "8/10", which counts as 8."""
 
 
 class JudgeTerm(HttpSettings):
@@ -55,7 +55,7 @@ class JudgeTerm(HttpSettings):
         return [name for name in names if name not in ("prompt", "response")]
 
     def make_function(self, name: str) -> ScoreFunction:
-        """Grades by the judge. Raises UserError where the key's variable is not set."""
+        """A function that lets the judge grade responses. Raises UserError where the variable `key_env` is not set."""
         judge = Judge(self, open_session(self))
 
         def score(
@@ -72,19 +72,19 @@ class JudgeTerm(HttpSettings):
 
 
 class Judge:
-    """Asks the language model for grades. An instruction that was graded before in this process is not sent again."""
+    """Lets a language model grade instructions. Each instruction is sent only once per process."""
 
     def __init__(self, settings: JudgeTerm, session: "Session") -> None:
         self.settings = settings
         self.session = session
-        self.known: dict[str, float] = {}
+        self.graded: dict[str, float] = {}
 
     def grades(self, instructions: Sequence[str]) -> list[float]:
-        """The grades, mapped to 0 to 1. Raises ValueError where a reply contains none."""
-        new = [instruction for instruction in dict.fromkeys(instructions) if instruction not in self.known]
+        """The grade of each instruction, mapped to [0, 1]. Raises ValueError where a reply contains none."""
+        new = [instruction for instruction in dict.fromkeys(instructions) if instruction not in self.graded]
         with ThreadPoolExecutor(self.settings.parallel) as pool:
             list(pool.map(self._grade, new))
-        return [self.known[instruction] for instruction in instructions]
+        return [self.graded[instruction] for instruction in instructions]
 
     def _grade(self, instruction: str) -> None:
         scale = self.settings.scale
@@ -96,7 +96,7 @@ class Judge:
         grade = float(numbers[-1])
         if not min(scale) <= grade <= max(scale):
             raise ValueError(f"the judge gave {grade:g}, which is not within scale {list(scale)}")
-        self.known[instruction] = (grade - worst) / (best - worst)
+        self.graded[instruction] = (grade - worst) / (best - worst)
 
     def _reply(self, instruction: str) -> Any:
         body = {

@@ -22,7 +22,7 @@ class LengthTerm(TermSettings):
         return self
 
     def make_scorer(self, name: str, stage: RewardStage) -> "LengthScorer":
-        """A scorer by the number of tokens."""
+        """A scorer of the number of tokens."""
         return LengthScorer(self.max_tokens, self.window)
 
 

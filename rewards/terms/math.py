@@ -4,7 +4,7 @@ from typing import Literal
 
 from policies.errors import UserError
 from rewards.terms.base import TextTermSettings
-from rewards.terms.columns import compare_with_column
+from rewards.terms.score_functions import compare_with_column
 from rewards.user_functions import ScoreFunction
 
 
@@ -22,7 +22,7 @@ class MathTerm(TextTermSettings):
         return [self.column]
 
     def make_function(self, name: str) -> ScoreFunction:
-        """1 where the expressions are equal, else 0. Raises UserError where math-verify is not installed."""
+        """A function that compares expressions. Raises UserError where math-verify is not installed."""
         try:
             from math_verify import parse, verify
         except ImportError:

@@ -14,7 +14,7 @@ class ModelTerm(TermSettings):
     kind: Literal["model"]
 
     def make_scorer(self, name: str, stage: RewardStage) -> TermScorer:
-        """A scorer by the reward heads on the shared base model, or by the ready classifier that stands for them."""
+        """A scorer by the reward heads on the shared base model, or by the classifier that is used in their place."""
         if path := stage.facts.get("classifier"):
             from rewards.classifier import Classifier
 

@@ -1,4 +1,4 @@
-"""The final number of a reference answer as a term."""
+"""The final number of the response, compared with a reference answer, as a term."""
 
 import re
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from rewards.terms.base import TextTermSettings
-from rewards.terms.columns import compare_with_column
+from rewards.terms.score_functions import compare_with_column
 from rewards.user_functions import ScoreFunction
 
 NUMBER = re.compile(r"(?<![\d.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<!\d)[-+]?\.\d+")
@@ -16,7 +16,7 @@ ANSWER_MARKS = (
     re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
     re.compile(r"(?:^|\s)A:\s*(.+)"),
 )
-"""What marks a final answer, the most reliable first."""
+"""Patterns that mark a final answer, the most reliable one first."""
 
 
 class NumberTerm(TextTermSettings):
@@ -34,7 +34,7 @@ class NumberTerm(TextTermSettings):
         return [self.column]
 
     def make_function(self, name: str) -> ScoreFunction:
-        """1 where the final numbers agree, else 0."""
+        """A function that compares the final numbers."""
 
         def agree(response: str, answer: str) -> bool:
             expected = final_number(answer)

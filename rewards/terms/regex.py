@@ -1,12 +1,12 @@
 """A regular expression as a term."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from rewards.terms.base import TextTermSettings
+from rewards.terms.score_functions import score_each
 from rewards.user_functions import ScoreFunction
 
 
@@ -27,13 +27,7 @@ class RegexTerm(TextTermSettings):
         return pattern
 
     def make_function(self, name: str) -> ScoreFunction:
-        """1 where the pattern is found or matches, else 0."""
+        """A function that searches for, or matches, the pattern."""
         pattern = re.compile(self.pattern)
         find = pattern.fullmatch if self.full_match else pattern.search
-
-        def score(
-            prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
-        ) -> list[float]:
-            return [float(find(response) is not None) for response in responses]
-
-        return score
+        return score_each(lambda response: float(find(response) is not None))

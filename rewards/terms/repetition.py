@@ -1,11 +1,11 @@
 """Repetition within the response as a term."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from rewards.terms.base import TextTermSettings
+from rewards.terms.score_functions import score_each
 from rewards.user_functions import ScoreFunction
 
 
@@ -16,14 +16,8 @@ class RepetitionTerm(TextTermSettings):
     n: int = Field(3, ge=1)
 
     def make_function(self, name: str) -> ScoreFunction:
-        """Minus the share of repeated n-grams."""
-
-        def score(
-            prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
-        ) -> list[float]:
-            return [-_repeated_share(response, self.n) for response in responses]
-
-        return score
+        """A function that counts repeated n-grams."""
+        return score_each(lambda response: -_repeated_share(response, self.n))
 
 
 def _repeated_share(text: str, n: int) -> float:

@@ -1,9 +1,18 @@
-"""Functions that compare each response with a column of its prompt's row."""
+"""Score functions made of a function of one response."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.user_functions import ScoreFunction
+
+
+def score_each(score_one: Callable[[str], float]) -> ScoreFunction:
+    """A score function that depends on the responses alone."""
+
+    def score(prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [score_one(response) for response in responses]
+
+    return score
 
 
 def compare_with_column(column: str, agree: Callable[[str, str], bool]) -> ScoreFunction:
