@@ -90,7 +90,6 @@ class RewardSettings(FitSettings):
         None,
         description="a pretrained sequence-classification model with its own tokenizer: used without further training",
     )
-    )
     trains: Literal["adapter", "head"] = Field(
         "adapter", description="adapter and head of the model, or the head alone on the SFT model's hidden states"
     )

@@ -1,4 +1,4 @@
-"""When batches are generated: at once, in the background, or in the background with weights updated underway."""
+"""When batches are generated: at once, in the background, or in the background with weight updates in between."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ TrajectoriesFuture = Callable[[], list[Trajectory]]
 
 
 class RolloutSource(Protocol):
-    """Takes a batch together with the weights to generate it with; the caller collects the responses later."""
+    """Takes batches, each with the weights to generate it with; the caller collects the trajectories later."""
 
     def submit(
         self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
@@ -42,7 +42,7 @@ class SynchronousRollouts:
     def submit(
         self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
     ) -> TrajectoriesFuture:
-        """Generate a batch; the future only hands it over."""
+        """Generate a batch; the future only returns it."""
         self.pool.load_adapter(version, weights)
         trajectories = self.pool.generate(requests, sampling)
         return lambda: trajectories
@@ -70,11 +70,11 @@ class AsyncRollouts:
         return self._thread.submit(generate_batch).result
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
-        """Use these weights for the next `generate`, once the batches submitted before are done."""
+        """Use these weights for the next `generate`, once all batches submitted before are done."""
         self._thread.submit(self.pool.load_adapter, version, weights).result()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
-        """Generate one response per request, once the batches submitted before are done."""
+        """Generate one response per request, once all batches submitted before are done."""
         return self._thread.submit(self.pool.generate, requests, sampling).result()
 
     def close(self) -> None:

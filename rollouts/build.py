@@ -7,7 +7,13 @@ from rollouts.transformers_engine import build_transformers_engine
 
 
 def build_engine(model: ModelSettings, policy: PolicySettings, rollouts: RolloutSettings) -> Engine:
-    """Build an engine with its own model, in this process."""
+    """Build the engine of `rollouts.engine`, with its own model, in this process.
+
+    Args:
+        model: The base model.
+        policy: The adaptation method and its settings.
+        rollouts: The engine and its settings.
+    """
     if rollouts.engine == "vllm":
         from rollouts.vllm_engine import VllmEngine  # not installed everywhere
 

@@ -19,7 +19,13 @@ decides how it is rounded."""
 
 @dataclass(frozen=True)
 class _Prefill:
-    """Prompts after a forward pass, left-padded. mask: `[B, T]` int64, 1 for a token; logits: `[B, V]`, of the next."""
+    """Left-padded prompts after their forward pass.
+
+    Attributes:
+        mask: `[B, T]` int64, 1 for a token, 0 for padding.
+        cache: Their keys and values.
+        logits: `[B, V]`, of the next token.
+    """
 
     mask: Tensor
     cache: DynamicCache
@@ -90,8 +96,8 @@ class Decoder:
         cache = join([part.cache for part in parts])
         logits = torch.cat([part.logits for part in parts])  # [distinct, V]
 
-        computed = {prompt: index for index, prompt in enumerate(chain.from_iterable(groups))}
-        indices = [computed[prompt] for prompt in prompts]
+        index_of = {prompt: index for index, prompt in enumerate(chain.from_iterable(groups))}
+        indices = [index_of[prompt] for prompt in prompts]
         if indices != list(range(len(distinct))):
             index = torch.tensor(indices, device=mask.device)  # [N]
             mask = mask[index]  # [N, T]

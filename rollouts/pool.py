@@ -43,7 +43,12 @@ class LocalPool:
     """One engine in this process."""
 
     def __init__(self, engine: Engine, chunk_size: int) -> None:
-        """chunk_size: requests that the engine is handed at a time, as the workers of a Ray pool are."""
+        """Create a pool.
+
+        Args:
+            engine: The engine, which belongs to the caller.
+            chunk_size: Requests that the engine is handed at a time, as in a Ray pool.
+        """
         self.engine = engine
         self.chunk_size = chunk_size
 

@@ -1,4 +1,4 @@
-"""A pool of Ray actors that may die."""
+"""A pool of Ray actors, which replaces those that die."""
 
 import time
 from collections import deque
@@ -77,7 +77,7 @@ class RayPool:
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
         self._losses = 0
         self._bundles: dict[BundleContent, ray.ObjectRef] = {}
-        self._newer: deque[tuple[int, AdapterWeights]] = deque(maxlen=1)
+        self._update: deque[tuple[int, AdapterWeights]] = deque(maxlen=1)
         self._closed = False
         for _ in range(settings.workers):
             self._start_worker()
@@ -92,21 +92,21 @@ class RayPool:
             weights: The tensors of the adapter by name.
         """
         digests = tensor_digests(weights)
-        known = self._bundles
+        sent = self._bundles
         self._bundles = {}
         self.sent_bytes = 0
         for names in bundle_names(weights):
             content = tuple((name, digests[name]) for name in names)
-            if content not in known:
+            if content not in sent:
                 bundle = pack(weights, names)
-                known[content] = ray.put(bundle)
+                sent[content] = ray.put(bundle)
                 self.sent_bytes += bundle.data.nbytes
-            self._bundles[content] = known[content]
+            self._bundles[content] = sent[content]
         self.roster.update_weights(WeightsVersion(version, weights_digest(digests)))
 
     def update_weights(self, version: int, weights: AdapterWeights) -> None:
         """Use these weights for every chunk handed out from now on; safe to call while another thread generates."""
-        self._newer.append((version, weights))
+        self._update.append((version, weights))
 
     def wait(self) -> None:
         """Wait until every worker has confirmed the current weights."""
@@ -142,11 +142,11 @@ class RayPool:
         self._manager.clear()
 
     def _advance(self, batch: "_Batch | None" = None) -> dict[int, list[Trajectory]]:
-        """Carry out what is due, and wait a moment for replies. Returns the trajectories of each completed chunk."""
+        """Carry out the commands that are due, and wait briefly for replies. Returns the trajectories by completed chunk."""
         if self._closed:
             raise RuntimeError("the pool of rollout workers is closed")
-        if self._newer:
-            version, weights = self._newer.pop()
+        if self._update:
+            version, weights = self._update.pop()
             self.load_adapter(version, weights)
         for command in self.roster.commands(time.monotonic()):
             self._carry_out(command, batch)
@@ -208,9 +208,15 @@ class RayPool:
 
 @dataclass
 class _Batch:
-    """The requests of a batch in chunks, and the trajectories completed so far.
+    """The requests of a batch in chunks, and the trajectories that are finished so far.
 
-    positions: Of each chunk, the positions of its requests in the batch.
+    Attributes:
+        requests: All requests of the batch.
+        sampling: How the responses are drawn.
+        chunk_size: Requests per chunk.
+        chunks: The requests of each chunk; continued responses form further chunks.
+        positions: For each chunk, the positions of its requests in the batch.
+        finished: The finished trajectories by position in the batch.
     """
 
     requests: Sequence[Request]

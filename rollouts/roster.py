@@ -98,7 +98,13 @@ class Task:
 
 @dataclass
 class Member:
-    """A worker as the roster knows it. started: when it was given its task, in seconds."""
+    """A worker as the roster knows it.
+
+    Attributes:
+        state: What is known of it.
+        task: What it is doing; None where it is idle.
+        started: When it was given its task, in seconds.
+    """
 
     state: State = State.STARTING
     task: Task | None = None
@@ -121,6 +127,13 @@ class Roster:
     Args:
         timeout: Seconds after which a worker that has not replied is given up.
         straggler_factor: Multiple of the median duration of recent chunks after which a worker is suspect.
+        members: The workers by id.
+        weights: The current weights; None before the first update.
+        batch: Number of the current batch.
+        chunk_count: Chunks of the current batch, including those added later.
+        waiting: Chunks that no worker has been given, in order.
+        completed: Chunks whose trajectories have been received.
+        durations: Seconds that recent chunks took.
     """
 
     timeout: float

@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from policies.schema import Settings
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM accepts as the largest rank of an adapter."""
-LARGEST_RANK = RANKS[-1]
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM accepts for its setting `max_lora_rank`."""
+LARGEST_VLLM_RANK = VLLM_RANKS[-1]
 
 
 class RolloutSettings(Settings):
@@ -47,7 +47,7 @@ class RolloutSettings(Settings):
     temperature: float = Field(
         1.0, gt=0, description="sampling temperature; log-probabilities are those at this temperature"
     )
-    max_prompt_tokens: int = Field(256, ge=1, description="a row with a longer prompt is a bad row")
+    max_prompt_tokens: int = Field(256, ge=1, description="a row with a longer prompt is invalid")
     max_new_tokens: int = Field(64, ge=1, description="longer responses are truncated")
     timeout: float = Field(600.0, gt=0, description="seconds after which a worker that has not replied is replaced")
     straggler_factor: float = Field(

@@ -1,4 +1,4 @@
-"""The engine on transformers: it runs wherever torch runs."""
+"""The engine on transformers, which runs wherever torch runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class TransformersEngine:
             stop_ids: Token ids that end a response.
             max_num_seqs: The most sequences that are decoded together.
             merge: Whether to decode with the adapter merged into a copy of the base weights.
-            stop_strings: What else ends a response.
+            stop_strings: Strings that end a response, too.
         """
         self.trunk = trunk
         self.merge = merge
@@ -80,7 +80,7 @@ class TransformersEngine:
         Args:
             requests: The prompts, each with its own seed.
             sampling: How the responses are drawn.
-            role: Whose adapter to decode with; one other than the engine's own serves evaluation.
+            role: The role whose adapter to decode with; evaluation uses others than the engine's.
 
         Returns:
             One trajectory per request, in the same order.
@@ -90,7 +90,7 @@ class TransformersEngine:
             self._must_merge = False
         self.trunk.switch(role)
         responses = [Response.start(request, sampling) for request in requests]
-        # Taken from the end, so the longest come first, and those admitted together have about the same length.
+        # Taken from the end: the longest come first, and those admitted together have similar lengths.
         waiting = sorted(responses, key=lambda response: len(response.prefix_ids))
         while waiting:
             self._decode(waiting, Decoder(self.trunk, role), sampling.temperature)
@@ -155,11 +155,15 @@ class TransformersEngine:
 class Response:
     """A response being generated.
 
-    A finished one stays in the batch for a while; the tokens drawn for it then are ignored.
+    A finished one stays in the batch for a while; the tokens that are drawn for it then are ignored.
 
-    request: What it responds to. limit: The number of tokens at which it is finished at the latest.
-    uniforms: `[max_new_tokens]` float64 in [0, 1): the random number that each of its tokens is drawn with.
-    tokens: Those of the partial response, then the new ones. logprobs: Of the new tokens only.
+    Attributes:
+        request: The request that it responds to.
+        limit: The number of tokens at which it is finished at the latest.
+        uniforms: `[max_new_tokens]` float64 in [0, 1): the random number with which each token is drawn.
+        tokens: The tokens of the partial response, then the new ones.
+        logprobs: The log-probabilities of the new tokens only.
+        finished: Whether it has ended or reached the limit.
     """
 
     request: Request
@@ -186,7 +190,7 @@ class Response:
 
     @property
     def new_tokens(self) -> list[int]:
-        """The tokens drawn here."""
+        """The tokens that this engine has drawn."""
         return self.tokens[len(self.request.partial_response_ids) :]
 
     def next_uniform(self) -> Tensor:

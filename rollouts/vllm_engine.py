@@ -14,7 +14,7 @@ from policies.files.base_model import load_generation_config, load_tokenizer, st
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
-from rollouts.schema import RANKS, RolloutSettings
+from rollouts.schema import VLLM_RANKS, RolloutSettings
 from rollouts.trajectory import Request, Trajectory
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class VllmEngine:
             model=model.path,
             dtype=model.dtype,
             enable_lora=True,
-            max_lora_rank=min(rank for rank in RANKS if rank >= policy.full_rank),
+            max_lora_rank=min(rank for rank in VLLM_RANKS if rank >= policy.full_rank),
             max_loras=1,
             max_num_seqs=rollouts.max_num_seqs,
             logprobs_mode="processed_logprobs",

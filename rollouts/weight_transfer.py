@@ -20,7 +20,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor is in a bundle. offset: its first byte."""
+    """Where a tensor is in a bundle; `offset` is its first byte."""
 
     name: str
     dtype: torch.dtype
@@ -30,7 +30,7 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class WeightBundle:
-    """Tensors packed one after another. data: `[bytes]` uint8."""
+    """Tensors packed one after another in `data`, `[bytes]` uint8."""
 
     slots: tuple[TensorSlot, ...]
     data: NDArray[np.uint8]

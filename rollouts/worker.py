@@ -16,7 +16,7 @@ from rollouts.weight_transfer import unpack
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's reply: the weights that it has loaded, and the trajectories of a chunk if it was given one."""
+    """A worker's reply: the weights that it has loaded, and the trajectories of its chunk, if it was given one."""
 
     loaded: WeightsVersion
     trajectories: list[Trajectory]

@@ -10,7 +10,7 @@ from align.config.stage import all_stages, stage_names
 from policies.method_spec import supporting
 from policies.schema import ModelSettings, PolicySettings, Schedule, Settings
 from rewards.schema import FitSettings, RewardSettings
-from rollouts.schema import LARGEST_RANK, RolloutSettings
+from rollouts.schema import LARGEST_VLLM_RANK, RolloutSettings
 
 
 class SourceSettings(Settings):
@@ -41,7 +41,7 @@ class DataSettings(Settings):
     heldout_share: float = Field(
         0.1, gt=0, lt=1, description="share held out for evaluation where no held-out source is set"
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or skip and count it")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an invalid row, or skip and count it")
 
 
 class SftSettings(FitSettings):
@@ -214,11 +214,11 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _vllm_fits(self) -> "Experiment":
         rollouts = self.rollouts
-        fits = self.policy.spec.vllm.allows(self.policy) and self.policy.full_rank <= LARGEST_RANK
+        fits = self.policy.spec.vllm.allows(self.policy) and self.policy.full_rank <= LARGEST_VLLM_RANK
         if rollouts.engine == "vllm" and not fits:
             raise ValueError(
-                f"rollouts.engine vllm swaps adapters of policy.method {supporting('vllm')}, of rank {LARGEST_RANK} "
-                "at most; this policy is another: use engine transformers"
+                f"rollouts.engine vllm swaps adapters of policy.method {supporting('vllm')}, of rank "
+                f"{LARGEST_VLLM_RANK} at most; this policy is another: use engine transformers"
             )
         return self
 
