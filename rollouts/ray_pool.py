@@ -142,7 +142,7 @@ class RayPool:
         self._manager.clear()
 
     def _advance(self, batch: "_Batch | None" = None) -> dict[int, list[Trajectory]]:
-        """Carry out the commands that are due, and wait briefly for replies. Returns the trajectories by completed chunk."""
+        """Carry out commands that are due, and wait briefly for replies. Returns trajectories by completed chunk."""
         if self._closed:
             raise RuntimeError("the pool of rollout workers is closed")
         if self._update:

@@ -42,17 +42,17 @@ PEER = HERE / ".venv-trl"
 TRL = "1.12.0"
 """The last release with PPO."""
 RANK, EPOCHS, BATCH, UPDATES = 16, 4, 32, 5
-MEASURED = 3
+MEASURED_UPDATES = 3
 """Updates for which the share of the matrix-product rate is measured, in a separate run."""
 POLICY = PolicySettings(rank=RANK, alpha=2 * RANK)
-GROWN = 1.005
+GROWTH_BETWEEN_READINGS = 1.005
 """Growth of the resident set size at which the proportional set size is read."""
 PARTS = ("rollout", "score", "update", "sync", "between")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What both sides run. model: `base`, `sft` or the WIDTHxLAYERS of random weights; response: maximum length."""
+    """What both sides run. model: `base`, `sft` or WIDTHxLAYERS of random weights; response: most tokens."""
 
     model: str
     response: int
@@ -93,7 +93,7 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # TRL runs on the CPU here, so both sides do
     peer = make_peer(PEER, TRL)
     results: dict[str, Any] = json.loads(arguments.to.read_text()) if arguments.to.exists() else {}
-    measured = machine(arguments.threads)
+    machine_facts = machine(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         for name, workload in WORKLOADS.items():
             cases = cases_of(name, arguments.only)
@@ -102,19 +102,19 @@ def main() -> None:
             model = make_model(workload.model, arguments, Path(folder) / name)
             rounds: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
             for _ in range(arguments.rounds):
-                theirs = run_peer(peer, model, workload, arguments)
-                episodes = theirs["episodes_per_s"]
-                print(f"{name} trl: {episodes:.2f} episodes/s, {theirs['memory_mb']:.0f} MB", flush=True)
+                trl = run_peer(peer, model, workload, arguments)
+                trl_episodes = trl["episodes_per_s"]
+                print(f"{name} trl: {trl_episodes:.2f} episodes/s, {trl['memory_mb']:.0f} MB", flush=True)
                 for case, variant in cases.items():
                     ours = run_ours(model, workload, variant, arguments)
                     if not variant.workers:
                         ours["epochs"] = run_measured(model, workload, variant, arguments)
-                    rounds[case].append({"ours": ours, "theirs": theirs})
-                    ratio = ours["episodes_per_s"] / episodes
+                    rounds[case].append({"ours": ours, "theirs": trl})
+                    ratio = ours["episodes_per_s"] / trl_episodes
                     print(f"{case}: {ours['episodes_per_s']:.2f} episodes/s, × {ratio:.2f}", flush=True)
             for case, pairs in rounds.items():
                 results[case] = {
-                    "machine": measured,
+                    "machine": machine_facts,
                     "episodes_ratio": spread(pairs, "episodes_per_s"),
                     "tokens_ratio": spread(pairs, "tokens_per_s"),
                     "memory_ratio": spread(pairs, "memory_mb"),
@@ -161,7 +161,7 @@ def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:
 
 
 def run_peer(python: Path, model: Path, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of TRL."""
+    """Run TRL, and return its figures."""
     settings = {"model": model, "prompts": arguments.prompts, "batch": BATCH, "updates": UPDATES, "epochs": EPOCHS}
     settings |= {"response": workload.response, "rank": RANK, "threads": arguments.threads}
     options = [f"--{name}={value}" for name, value in settings.items()]
@@ -170,7 +170,7 @@ def run_peer(python: Path, model: Path, workload: Workload, arguments: argparse.
 
 
 def run_ours(model: Path, workload: Workload, variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a run by the command `align`, as a user would run it; on a GPU if one is visible."""
+    """Run the command `align` as a user would, on a GPU if one is visible, and return its figures."""
     with tempfile.TemporaryDirectory() as folder:
         file = write_experiment(Path(folder), model, workload, variant, arguments, UPDATES + 1)
         _, memory = run_and_watch([sys.executable, "-m", "align", "run", str(file)])
@@ -197,7 +197,7 @@ def run_measured(
 ) -> list[dict[str, float]]:
     """What `share.py` prints about a separate run, because measuring takes time."""
     with tempfile.TemporaryDirectory() as folder:
-        file = write_experiment(Path(folder), model, workload, variant, arguments, MEASURED + 1)
+        file = write_experiment(Path(folder), model, workload, variant, arguments, MEASURED_UPDATES + 1)
         output, _ = run_and_watch([sys.executable, str(HERE / "share.py"), str(file)])
     epochs: list[dict[str, float]] = json.loads(output.splitlines()[-1])
     return epochs
@@ -259,7 +259,7 @@ def run_and_watch(command: list[str]) -> tuple[str, float]:
             try:
                 family = [root, *root.children(recursive=True)]
                 now = sum(child.memory_info().rss for child in family)
-                if now > GROWN * resident:
+                if now > GROWTH_BETWEEN_READINGS * resident:
                     resident = now
                     peak = max(peak, sum(proportional_set_size(child) for child in family))
             except psutil.Error:

@@ -78,10 +78,10 @@ def merged_model(experiment: Experiment, weights: AdapterWeights) -> PreTrainedM
 
 def long_prompts(vocabulary: int) -> list[tuple[int, ...]]:
     """Random prompts of 512 tokens, each SAMPLES times in a row."""
-    pick = random.Random(0)
+    rng = random.Random(0)
     prompts: list[tuple[int, ...]] = []
     for _ in range(MAX_NUM_SEQS):
-        prompts.append(tuple(pick.randrange(2, vocabulary) for _ in range(512)))
+        prompts.append(tuple(rng.randrange(2, vocabulary) for _ in range(512)))
     return [prompts[i - i % SAMPLES] for i in range(MAX_NUM_SEQS)]
 
 

@@ -15,6 +15,7 @@ from inputs import add_model, require_model, require_paths
 from operations import matrix_rate
 
 SIZES = {"0.5 B": "1536x18", "3 B": "2560x38"}
+"""Number of parameters, and WIDTHxLAYERS of a random Llama."""
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
 
 

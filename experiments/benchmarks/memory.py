@@ -69,22 +69,21 @@ def figures(model: Path, dtype: str) -> tuple[float, float]:
     """Planned bytes of the learner without its sampler: with one shared base model, and with one per role."""
     experiment = experiment_of(model, dtype)
     sizes = measure(experiment.model, experiment.policy)
-    held = [
-        h.bytes
-        for h in estimate_memory(experiment, ["ppo"], sizes)
-        if "sampler" not in h.role and "at most" not in h.role
-    ]
-    return sum(held), sum(held) + 3 * sizes.base_bytes
+    shared = 0.0
+    for share in estimate_memory(experiment, ["ppo"], sizes):
+        if "sampler" not in share.role and "at most" not in share.role:
+            shared += share.bytes
+    return shared, shared + 3 * sizes.base_bytes
 
 
 def measured(model: Path) -> tuple[float, float]:
     """Bytes of all tensors after the roles have trained one step, and the same with one base model per role."""
     experiment = experiment_of(model, "float32")
-    before = held()
+    before = live_tensor_bytes()
     probe = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), None).trunk
     weights = probe.read_adapter("policy")
     head = {"weight": torch.zeros(probe.width), "bias": torch.zeros(1)}
-    base = sum(p.numel() * 4 for n, p in probe.causal.named_parameters() if "lora" not in n)
+    base = sum(p.numel() * p.element_size() for n, p in probe.causal.named_parameters() if "lora" not in n)
     del probe
     blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, (RewardRole(weights, (head,)),))
     roles = build_roles(blueprint, experiment.ppo.critic)
@@ -94,17 +93,17 @@ def measured(model: Path) -> tuple[float, float]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.Adam(trained)
     optimizer.step()
-    shared = held() - before
+    shared = live_tensor_bytes() - before
     return shared, shared + 3 * base
 
 
-def held() -> int:
+def live_tensor_bytes() -> int:
     """Bytes of the storages of all live tensors."""
     gc.collect()
     storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
-            storage = thing.untyped_storage()
+    for candidate in gc.get_objects():
+        if isinstance(candidate, torch.Tensor):
+            storage = candidate.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 

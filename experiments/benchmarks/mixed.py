@@ -45,7 +45,7 @@ def main() -> None:
         return peft.base_model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     def mixed() -> Tensor:
-        names = [*[ROLES[0]] * arguments.sequences, *[ROLES[1]] * arguments.sequences]
+        names = [ROLES[0]] * arguments.sequences + [ROLES[1]] * arguments.sequences
         with peft._enable_peft_forward_hooks(adapter_names=names):
             both = torch.cat([ids, ids])
             return peft.base_model.model.base_model(input_ids=both, use_cache=False).last_hidden_state

@@ -56,8 +56,8 @@ def update_operations(shape: Shape, episodes: Iterable[tuple[int, int]], critic_
     total = 0.0
     for prompt, response in episodes:
         tokens = prompt + response
-        trunk = tokens * (4 * shape.linear + 6 * shape.adapter) + 3 * 2 * shape.attention * tokens**2
-        total += trunk * (2 if critic_forward else 1) + response * 4 * shape.head
+        base = tokens * (4 * shape.linear + 6 * shape.adapter) + 3 * 2 * shape.attention * tokens**2
+        total += base * (2 if critic_forward else 1) + response * 4 * shape.head
     return total
 
 

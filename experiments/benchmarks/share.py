@@ -45,7 +45,7 @@ class Meter:
         episodes: Sequence[Episode],
         orders: Any,
         coefficients: StepCoefficients,
-        mixed_in: Any = (),
+        demonstrations: Any = (),
     ) -> dict[str, float]:
         lengths = [(len(episode.prompt_ids), len(episode.response_ids)) for episode in episodes]
         operations = update_operations(self.shape, lengths, self.critic_forward)
@@ -53,7 +53,7 @@ class Meter:
         for order in orders:
             before = matrix_rate(self.dtype, rounds=ROUNDS)
             start = time.perf_counter()
-            statistics = self.update(learner, episodes, [order], coefficients, mixed_in)
+            statistics = self.update(learner, episodes, [order], coefficients, demonstrations)
             seconds = time.perf_counter() - start
             around = (before + matrix_rate(self.dtype, rounds=ROUNDS)) / 2
             self.updates[-1].append({"update_per_s": operations / seconds, "matrix_per_s": around})

@@ -29,6 +29,7 @@ INTERVAL = 2.0
 """Seconds between samples."""
 WARMUP_SHARE = 1 / 3
 GROWTH = 0.02
+"""Largest rise of a process's memory after warm-up, relative to its start, that is not called growth."""
 SETTINGS = [
     "ppo.steps=1000000",
     "ppo.batch_size=32",
@@ -78,8 +79,8 @@ class Trend:
     @property
     def grew(self) -> bool:
         """Whether the process leaks memory or files, or did not live all the time."""
-        more = self.share > GROWTH and self.added > 1.0
-        return more or self.files[1] > self.files[0] + 1 or not self.throughout
+        leaks = self.share > GROWTH and self.added > 1.0
+        return leaks or self.files[1] > self.files[0] + 1 or not self.throughout
 
 
 def main() -> None:
@@ -89,11 +90,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         steps, samples = soak(Path(folder), 60 * arguments.minutes)
-    end = max(taken[-1].at for taken in samples.values())
+    end = max(process_samples[-1].at for process_samples in samples.values())
     trends: list[Trend] = []
-    for name, taken in sorted(samples.items()):
-        if taken[-1].at > WARMUP_SHARE * end:
-            trends.append(trend_of(name, taken, end))
+    for name, process_samples in sorted(samples.items()):
+        if process_samples[-1].at > WARMUP_SHARE * end:
+            trends.append(trend_of(name, process_samples, end))
     grown = [trend.name for trend in trends if trend.grew]
     results = {"minutes": arguments.minutes, "steps": steps, "processes": [asdict(trend) for trend in trends]}
     print(f"{steps} steps")

@@ -3,8 +3,7 @@
     python experiments/benchmarks/sync.py --model MODEL
 
 On the given model and on a random Llama of hidden size 512 with 8 layers (about 30 M parameters), with LoRA of rank 16
-on all linear layers.
-Writes `sync.json`.
+on all linear layers. Writes `sync.json`.
 """
 
 import argparse

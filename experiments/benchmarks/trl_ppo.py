@@ -45,14 +45,14 @@ def main() -> None:
 
     first_true = ppo_trainer.first_true_indices
 
-    def counted(bools: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
-        """TRL locates each response's end by this function, the only place where true lengths can be seen."""
+    def count_tokens(bools: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        """Wrap the function by which TRL finds the end of each response: only there the true lengths are visible."""
         first = first_true(bools, *rest, **named)
         if bools.shape[-1] <= arguments.response:
             tokens.append(float(first.clamp(max=arguments.response).sum()))
         return first
 
-    ppo_trainer.first_true_indices = counted
+    ppo_trainer.first_true_indices = count_tokens
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(output_dir=folder, **ppo_options(arguments))
         trainer = PPOTrainer(
@@ -96,8 +96,8 @@ def load_prompts(arguments: argparse.Namespace, tokenizer: Any) -> Any:
 
     with open(arguments.prompts) as file:
         prompts = [json.loads(line)["prompt"] for line in file]
-    need = arguments.batch * (arguments.updates + 1)
-    repeated = (prompts * (need // len(prompts) + 1))[:need]
+    needed = arguments.batch * (arguments.updates + 1)
+    repeated = (prompts * (needed // len(prompts) + 1))[:needed]
     return Dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in repeated]})
 
 

@@ -47,9 +47,9 @@ def main() -> None:
         files = write_rows(arguments, Path(folder))
         common = ["--model", str(arguments.model), "--threads", str(arguments.threads)]
         ours = [sys.executable, str(HERE / "ours_reward.py")]
-        theirs = [peer, str(HERE / "trl_reward.py")]
+        trl = [peer, str(HERE / "trl_reward.py")]
         sides = {
-            "trl": ([*theirs, "--pairs", files["pairs"]], BATCH),
+            "trl": ([*trl, "--pairs", files["pairs"]], BATCH),
             "ours": ([*ours, "--preferences", files["pairs"]], BATCH),
             "flattened": ([*ours, "--preferences", files["flattened"]], BATCH / 6),
             "rankings": ([*ours, "--preferences", files["rankings"]], BATCH),
@@ -85,9 +85,8 @@ def write_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
             continue
         chosen, rejected = example.responses
         pairs.append({"prompt": example.prompt, "chosen": chosen, "rejected": rejected})
-    rankings = [
-        json.loads(line) for line in (arguments.data / "solutions.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (arguments.data / "solutions.jsonl").read_text(encoding="utf-8").splitlines()
+    rankings = [json.loads(line) for line in lines]
     flattened: list[dict[str, Any]] = []
     for row in rankings[: BATCH * STEPS // 2]:
         responses = parse_preference(row, open_ties=True).responses
@@ -103,9 +102,9 @@ def write_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
     return paths
 
 
-def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Ours over theirs: median, minimum and maximum over the rounds."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+def ratio(speeds: list[float], baseline: list[float]) -> dict[str, float]:
+    """One side's speed over the baseline's: median, minimum and maximum over the rounds."""
+    ratios = [a / b for a, b in zip(speeds, baseline, strict=True)]
     return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 

@@ -57,7 +57,7 @@ def main() -> None:
         f"rankings need {ranking / needed['one pair']:.2f} of the prompts of one pair each, "
         f"{ranking / needed['all six pairs']:.2f} of those of all six"
     )
-    print(f"rank correlation with the true utilities at {PROMPTS[-1]} rankings: {recovered(0):.4f}")
+    print(f"rank correlation with the true utilities at {PROMPTS[-1]} rankings: {recovered_correlation(0):.4f}")
     draw(curves, arguments.to)
 
 
@@ -74,15 +74,15 @@ def measure(choose: Choose, prompts: int, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     truth = torch.randn(FEATURES, generator=generator, dtype=torch.float64)
     truth *= SCALE / truth.norm()
-    compared = choose(rank_responses(truth, prompts, generator), generator)
-    fitted = fit(compared)
+    comparisons = choose(rank_responses(truth, prompts, generator), generator)
+    fitted = fit(comparisons)
     first, second = torch.randn(2, HELDOUT_PAIRS, FEATURES, generator=generator, dtype=torch.float64)
     true_order = ((first - second) @ truth).sign()
     fitted_order = ((first - second) @ fitted).sign()
     return float((fitted_order == true_order).double().mean())
 
 
-def recovered(seed: int) -> float:
+def recovered_correlation(seed: int) -> float:
     """Spearman's correlation of fitted and true utilities, for the largest number of rankings."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.randn(FEATURES, generator=generator, dtype=torch.float64)
@@ -96,21 +96,21 @@ def rank_responses(truth: Tensor, prompts: int, generator: torch.Generator) -> T
     """Features `[N, K, F]`, ranked by utility plus Gumbel noise: the Plackett-Luce model (Yellott 1977)."""
     features = torch.randn(prompts, K, FEATURES, generator=generator, dtype=torch.float64)
     noise = -torch.log(-torch.log(torch.rand(prompts, K, generator=generator, dtype=torch.float64)))
-    order = (features @ truth + noise).argsort(-1, descending=True)
+    order = (features @ truth + noise).argsort(-1, descending=True)  # [N, K]
     return features.gather(1, order[..., None].expand_as(features))
 
 
-def fit(compared: Tensor) -> Tensor:
-    """Maximum-likelihood weights `[F]`, with a small ridge penalty so that the maximum always exists."""
+def fit(comparisons: Tensor) -> Tensor:
+    """Maximum-likelihood weights `[F]` of comparisons `[M, 2 or K, F]`, with a small ridge penalty, so that they exist."""
     weights = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
-    example = PAIR_EXAMPLE if compared.shape[1] == 2 else RANKING_EXAMPLE
-    examples = [example] * len(compared)
+    example = PAIR_EXAMPLE if comparisons.shape[1] == 2 else RANKING_EXAMPLE
+    examples = [example] * len(comparisons)
     loss = PreferenceLoss([example], {"": 1.0}, "regression").double()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        scores = (compared @ weights).flatten()[:, None]
+        scores = (comparisons @ weights).flatten()[:, None]
         value = loss(scores, examples).sum() + 0.05 * weights.square().sum()
         value.backward()
         return value
