@@ -84,11 +84,11 @@ def curve(run: Path) -> list[Point]:
 
 
 def compare(single: list[Point], ensemble: list[Point]) -> None:
-    """Print both gold scores at the KL of each evaluation of the ensemble, as far as both curves reach."""
+    """Print both gold scores at the KL of each of the ensemble's evaluations that both curves reach."""
     for point in ensemble[1:]:
-        other = gold_at(single, point["kl"])
-        if other is not None:
-            print(f"KL {point['kl']:5.2f}: ensemble {point['gold']:.3f}, one model {other:.3f}")
+        single_gold = gold_at(single, point["kl"])
+        if single_gold is not None:
+            print(f"KL {point['kl']:5.2f}: ensemble {point['gold']:.3f}, one model {single_gold:.3f}")
 
 
 def gold_at(points: list[Point], kl: float) -> float | None:

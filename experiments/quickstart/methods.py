@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
 }
 RATES = {"bitfit": 5e-2, "lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
-"""Learning rates of SFT and the reward model by method; all others use HIGH_RATE."""
+"""Learning rates of SFT and the reward model by method; others use HIGH_RATE."""
 HIGH_RATE = 1e-2
 """Methods that train few parameters need a higher rate."""
 SOFT_PROMPT = {
@@ -57,7 +57,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "prefix_tuning": SOFT_PROMPT | {"learner": {"policy_learning_rate": 5e-2, "critic_learning_rate": 5e-2}},
 }
-"""Soft prompts learn slowly: their changed settings, besides twice the pairs and more PPO steps."""
+"""Changed settings of soft prompts, which learn slowly; they also get twice the pairs and more PPO steps."""
 
 
 def main() -> None:
