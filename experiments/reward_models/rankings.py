@@ -101,7 +101,7 @@ def rank_responses(truth: Tensor, prompts: int, generator: torch.Generator) -> T
 
 
 def fit(comparisons: Tensor) -> Tensor:
-    """Maximum-likelihood weights `[F]` of comparisons `[M, 2 or K, F]`, under a small ridge penalty so that they exist."""
+    """Maximum-likelihood weights `[F]` of comparisons `[M, 2 or K, F]`; a small ridge penalty makes them finite."""
     weights = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
     example = PAIR_EXAMPLE if comparisons.shape[1] == 2 else RANKING_EXAMPLE
     examples = [example] * len(comparisons)
