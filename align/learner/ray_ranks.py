@@ -43,7 +43,7 @@ class RayLearners:
         ppo: PpoSettings,
         learner: LearnerSettings,
         temperature: float,
-        computing: ComputeSettings,
+        compute: ComputeSettings,
     ) -> None:
         """Start the actors, build the roles in each of them, and connect them.
 
@@ -52,11 +52,11 @@ class RayLearners:
             ppo: The settings of PPO.
             learner: The settings of the learner.
             temperature: Sampling temperature, by which logits are divided.
-            computing: Threads and determinism of each rank.
+            compute: Threads and determinism of each rank.
         """
         self.ranks = learner.ranks
         options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
-        self.actors = [ray.remote(_Rank).options(**options).remote(rank, computing) for rank in range(self.ranks)]
+        self.actors = [ray.remote(_Rank).options(**options).remote(rank, compute) for rank in range(self.ranks)]
         (address,) = self._results([self.actors[0].open_store.remote(self.ranks)])
         self._call_all("join", address, self.ranks)
         self._call_all("build", ray.put(blueprint), ppo, learner, temperature)
@@ -133,8 +133,8 @@ class RayLearners:
 class _Rank:
     """The actor of one rank."""
 
-    def __init__(self, rank: int, computing: ComputeSettings) -> None:
-        computing.apply()
+    def __init__(self, rank: int, compute: ComputeSettings) -> None:
+        compute.apply()
         self.rank = rank
 
     def ready(self) -> None:

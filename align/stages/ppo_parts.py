@@ -205,7 +205,7 @@ def _build_learners(experiment: Experiment, blueprint: Blueprint) -> Learners:
         ppo=experiment.ppo,
         learner=experiment.learner,
         temperature=temperature,
-        computing=compute_settings(experiment, experiment.learner.ranks),
+        compute=compute_settings(experiment, experiment.learner.ranks),
     )
 
 

@@ -221,7 +221,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         {
             "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
             "seed": st.integers(0, 2**40),
-            "runs": st.text(st.characters(codec="utf-8", exclude_characters="${}\\"), min_size=1),
+            "runs": st.text(st.characters(codec="utf-8", exclude_characters="${}\\\0"), min_size=1),
             "ppo": st.fixed_dictionaries(
                 {"gamma": st.floats(1e-9, 1), "target_kl": st.none() | st.floats(1e-12, 1e12)}
             ),
@@ -261,3 +261,20 @@ def test_methods_that_do_not_go_with_a_setting_say_what_does(
 def test_methods_that_zero_3_can_shard(tmp_path: Path, method: str) -> None:
     overrides = [f"policy.method={method}", "learner.zero=3"]
     assert load_experiment(write(tmp_path, MINIMAL), overrides).learner.zero == 3
+
+
+@pytest.mark.parametrize("key", ["estimator", "policy_loss"])
+def test_a_function_that_cannot_be_loaded_is_listed_with_file_line_and_key(tmp_path: Path, key: str) -> None:
+    own = write(tmp_path, "x = 3\n", "own.py")
+    raising = write(tmp_path, "\n1 / 0  # {braces}\n", "raising.py")
+    start = f"{tmp_path}/experiment.yaml:5: ppo.{key}:"
+    text = f"{MINIMAL}ppo:\n  epochs: 0\n  {key}: "
+    message = problem(tmp_path, f"{text}{own}:f\n")
+    assert f"{start} {own} has no function f" in message.split("\n")
+    assert "ppo.epochs" in message
+    assert f"{start} x in {own} is not a function" in problem(tmp_path, f"{text}{own}:x\n").split("\n")
+    expected = f"{raising} cannot be imported: ZeroDivisionError: division by zero ({raising}:2)"
+    assert f"{start} {expected}" in problem(tmp_path, f"{text}{raising}:f\n").split("\n")
+    assert f"override ppo.{key}={own}:f: ppo.{key}: {own} has no function f" in problem(
+        tmp_path, MINIMAL, f"ppo.{key}={own}:f"
+    )
