@@ -15,6 +15,7 @@ from rich.console import Console
 from align.config.schema import Experiment
 from align.config.stage import Stage, all_stages, stages_from
 from align.runtime.quiet import quiet_libraries
+from align.runtime.wording import counted
 from policies.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ File = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="the experiment
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False),
+]
+RunOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the run's", show_default=False),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
@@ -69,14 +74,17 @@ for _stage in all_stages():
 
 
 @app.command(name="resume")
-def resume_command(run: Run, overrides: Overrides = None) -> None:
+def resume_command(run: Run, overrides: RunOverrides = None) -> None:
     """Resume a stopped run from its last complete checkpoint.
 
     Settings that do not change what is learned, such as the number of steps or of workers, may be overridden.
     """
     from align.stages.launch import resumed_run
+    from align.stages.pipeline import remaining_stages
 
     with resumed_run(run, overrides or []) as launch:
+        if not remaining_stages(launch.experiment, launch.folder):
+            console.print(_nothing_to_resume(launch.experiment, launch.folder), soft_wrap=True)
         _run(launch.experiment, launch.folder, launch.datasets)
 
 
@@ -102,7 +110,7 @@ def evaluate(
     classifier: Annotated[
         str | None, typer.Option(help="with --reward: evaluate this sequence-classification model instead")
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="with --reward: folder for the figures and the plot")] = None,
+    to: Annotated[Path | None, typer.Option(help="with --reward: folder for the results and the plot")] = None,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model."""
     from align.outputs.trained_run import open_run
@@ -121,9 +129,13 @@ def generate(
     run: Run,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt; may be repeated")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="a JSONL file with the column `prompt`")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy; unset: the run's")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="unset: the run's")] = None,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="sampling temperature, 0 for greedy; unset: that of the run")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="limit on the tokens of a response; unset: that of the run")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
 ) -> None:
     """Generate responses with a run's policy: to prompts, to those of a file, or in a chat line by line."""
     with redirect_stdout(sys.stderr):  # on import, transformers prints there that W&B is offline
@@ -169,7 +181,10 @@ def export(
     if reward:
         product = "reward model"
     product, difference = export_run(settings, folder, to, product, dtype=dtype, member=member)
-    errors.print(f"{product} of {folder.path} written to {to}; reloaded, it differs from the run's by {difference:.2g}")
+    compared = f"log-probabilities differ from the run's by at most {difference:.2g} nats"
+    if product == "reward model":
+        compared = f"scores differ from the run's by at most {difference:.2g}"
+    errors.print(f"{product} of {folder.path} written to {to}; reloaded, its {compared}", soft_wrap=True)
 
 
 def _check_export(to: Path, merge: bool, reward: bool, member: int | None, dtype: str) -> None:
@@ -241,6 +256,8 @@ def main() -> None:
 def _load(path: Path, overrides: list[str] | None) -> Experiment:
     from align.config.load import load_experiment
 
+    if "=" in path.name and not path.exists():
+        raise UserError(f"{path}: the experiment file comes first, then the settings as KEY=VALUE")
     return load_experiment(path, overrides or [])
 
 
@@ -279,6 +296,16 @@ def _run(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> Non
             sys.exit(1)
     _show(evaluation)
     console.print(f"report: {write_report(folder.path, evaluation)}")
+
+
+def _nothing_to_resume(settings: Experiment, folder: "RunFolder") -> str:
+    from align.runs.folder import read_facts
+
+    if "ppo" not in settings.stages:
+        return "nothing to resume: all stages of the run are done"
+    if "stopped" in read_facts(folder.policy):
+        return "nothing to resume: ppo.stop has ended the run"
+    return f"nothing to resume: all {counted(settings.ppo.steps, 'step')} are done; a larger ppo.steps adds more"
 
 
 def _show(evaluation: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class FitSettings(Settings):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Schedule = Field("cosine", description="how the learning rate changes after its peak, as in transformers")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises from zero")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
     evaluate_every: int = Field(
         0,

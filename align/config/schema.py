@@ -62,13 +62,13 @@ class LearnerSettings(Settings):
     optimizer: Literal["adamw", "paged_adamw", "sgd"] = Field(
         "adamw", description="paged_adamw: of bitsandbytes; its state moves to host memory when the GPU is full"
     )
-    policy_learning_rate: float = Field(1e-4, ge=0)
-    critic_learning_rate: float = Field(1e-4, ge=0)
+    policy_learning_rate: float = Field(1e-4, ge=0, description="peak learning rate of the policy")
+    critic_learning_rate: float = Field(1e-4, ge=0, description="peak learning rate of the critic")
     schedule: Schedule = Field("constant", description="decay of the learning rates after warmup, as in transformers")
     warmup: float = Field(
         0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero"
     )
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the optimizer")
     max_grad_norm: float = Field(
         1.0, gt=0, description="largest norm of the gradient, for the policy and the critic separately"
     )
@@ -143,7 +143,7 @@ class TrackingSettings(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online where the user is logged in, offline otherwise"
     )
-    project: str = "align"
+    project: str = Field("align", description="project in W&B")
     samples: int = Field(4, ge=0, description="episodes per step that are written to samples.jsonl")
 
 
@@ -164,10 +164,10 @@ class Experiment(Settings):
     """All settings of a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs/NAME")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="seed of all random draws of the run, except those of the evaluation")
     deterministic: bool | None = Field(
         None,
-        description="use only operations that give the same figures every time, bit for bit, on the same machine; "
+        description="use only operations that give the same results every time, bit for bit, on the same machine; "
         "unset: true on CPUs, false on GPUs, where it is slower",
     )
     runs: str = Field("runs", description="folder of all runs")

@@ -61,14 +61,21 @@ class TokenizedPreference:
 Item = TypeVar("Item")
 Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request)
 Parser = Callable[[Mapping[str, Any]], Example]
-"""Turns a row's columns into an example; raises ValueError, with the reason, for a bad row."""
+"""Turns a row's columns into an example; raises ValueError, with the reason, for an invalid row."""
 
 
 @dataclass
 class Datasets:
     """The training and held-out examples of each stage; empty where no stage needs them.
 
-    `skipped` lists, for each source, the location and problem of each bad row.
+    Attributes:
+        demonstrations: What SFT trains on, and ptx.
+        demonstrations_heldout: What SFT is evaluated on.
+        preferences: What the reward model trains on.
+        preferences_heldout: What the reward model is evaluated on.
+        prompts: What PPO samples responses to.
+        prompts_heldout: What the policy and the reference are evaluated on.
+        skipped: For each source, the location and problem of each invalid row.
     """
 
     demonstrations: list[TokenizedDemonstration] = field(default_factory=list)
@@ -103,8 +110,8 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         The examples, and the rows that were skipped.
 
     Raises:
-        UserError: There are bad rows, or a source is not set. The message names source, file and line of the first bad
-            rows, or the key of the missing source.
+        UserError: There are invalid rows, or a source is not set. The message names source, file and line of the first
+            invalid rows, or the key of the missing source.
     """
     reader = _Reader(experiment)
     datasets = Datasets(skipped=reader.skipped)
@@ -144,13 +151,24 @@ def _needed_sources(experiment: Experiment) -> set[str]:
 
 
 def read_preferences(experiment: Experiment, path: Path | None) -> list[TokenizedPreference]:
-    """Preference examples to evaluate a reward model on: those of a file, or the experiment's held-out ones."""
+    """Read the preference examples to evaluate a reward model on.
+
+    Args:
+        experiment: The settings.
+        path: The value of `--data`, a file of preferences; None: the experiment's held-out preferences.
+
+    Raises:
+        UserError: There are invalid rows, or no preferences.
+    """
     tokenizer = load_tokenizer(experiment.model.path)
-    if path is not None:
-        data = experiment.data.model_copy(update={"preferences_heldout": SourceSettings(path=str(path))})
-        experiment = experiment.model_copy(update={"data": data})
-    reader = _Reader(experiment)
     parse = preference_parser(tokenizer, experiment.reward)
+    if path is not None:
+        source = SourceSettings(path=str(path))
+        try:
+            return parse_rows(read_rows(source), parse, experiment.data.on_bad_row).items
+        except UserError as error:
+            raise UserError(f"--data: {error}") from None
+    reader = _Reader(experiment)
     if experiment.data.preferences_heldout:
         return reader.read("preferences_heldout", parse)
     _, heldout = reader.read_and_split("preferences", None, parse)
@@ -160,7 +178,13 @@ def read_preferences(experiment: Experiment, path: Path | None) -> list[Tokenize
 def split_heldout(
     items: Sequence[Item], share: float, seed: int, key: Callable[[Item], Hashable]
 ) -> tuple[list[Item], list[Item]]:
-    """Hold out about this share of the items; items with the same key stay on the same side.
+    """Split items at random; items with the same key stay on the same side.
+
+    Args:
+        items: The items.
+        share: Approximate share of the keys that is held out.
+        seed: Seed of the split.
+        key: Maps an item to its key.
 
     Returns:
         The items to train on and the held-out ones, each in their original order.

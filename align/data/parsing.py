@@ -12,7 +12,7 @@ from policies.text.tokenization import Prompt
 T = TypeVar("T")
 
 MAX_REPORTED = 5
-"""How many bad rows an error message lists: more would hide the hint at its end."""
+"""How many invalid rows an error message lists: more would hide the hint at its end."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def parse_rows(
 
     Args:
         rows: The rows that `read_rows` returned.
-        parse: Turns a row's columns into an item; raises ValueError, with the reason, for a bad row.
-        on_bad_row: Whether bad rows are an error or are skipped.
+        parse: Turns a row's columns into an item; raises ValueError, with the reason, for an invalid row.
+        on_bad_row: Whether invalid rows are an error or are skipped.
 
     Raises:
-        UserError: There are bad rows and they are an error, or there is no good row.
+        UserError: There are invalid rows and they are an error, or there is no valid row.
     """
     items: list[T] = []
     skipped: list[str] = []
@@ -70,7 +70,7 @@ def _bad_rows_message(bad_rows: list[str], some_are_good: bool) -> str:
     lines = bad_rows[:MAX_REPORTED]
     further = len(bad_rows) - len(lines)
     if further:
-        lines.append(f"… and {further} more bad row{'s' if further > 1 else ''}")
+        lines.append(f"… and {further} more invalid row{'s' if further > 1 else ''}")
     lines.append("data.on_bad_row=skip skips them" if some_are_good else "there is no good row")
     return "\n".join(lines)
 

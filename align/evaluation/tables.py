@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from align.runtime.wording import counted
+
 FIGURES = (
     ("score_mean", "score, mean", "{:.3f}"),
     ("score_std", "score, standard deviation", "{:.3f}"),
@@ -20,6 +22,12 @@ FIGURES = (
     ("eos_share", "ended by EOS", "{:.1%}"),
 )
 """Key in `evaluation.json`, label, format."""
+INVARIANCE = {
+    "batched": "in a microbatch of several",
+    "beside_a_long_row": "beside a long sequence",
+    "shared": "after a shared prompt",
+}
+"""How the scores were computed that are compared with those of each response alone, by key in `diagnostics.json`."""
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
@@ -72,15 +80,29 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
         table.add_row("log loss, Brier score", f"{facts['log_loss']:.4f} nats, {facts['brier']:.4f}")
         table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
         for group in facts["by_length_difference"]:
-            label = f"better response longer by {group['from']:g} to {group['to']:g} tokens"
-            table.add_row(label, _accuracy(group))
+            table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
     for name in ("agreement", "rank_correlation", "rating_correlation"):
         if name in facts:
             table.add_row(name.replace("_", " "), f"{facts[name]:.3f}")
     if "invariance" in facts:
-        differences = ", ".join(f"{difference:.1g} {name}" for name, difference in facts["invariance"].items())
-        table.add_row("scores differ by", differences)
+        differences = []
+        for name, difference in facts["invariance"].items():
+            differences.append(f"{difference:.1g} {INVARIANCE[name]}")
+        table.add_row("largest change of a score", ", ".join(differences))
     return table
+
+
+def _length_range(low: float, high: float) -> str:
+    """How much longer a response is than another, from `low` to `high` tokens; negative: shorter."""
+    if low < 0 < high:
+        return f"between {counted(-low, 'token')} shorter and {counted(high, 'token')} longer"
+    direction = "longer" if high > 0 else "shorter"
+    least, most = sorted((abs(low), abs(high)))
+    if most == 0:
+        return "of the same length"
+    if least == most:
+        return f"{direction} by {counted(most, 'token')}"
+    return f"{direction} by {least:g} to {counted(most, 'token')}"
 
 
 def _accuracy(figures: dict[str, Any]) -> str:

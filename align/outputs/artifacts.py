@@ -42,6 +42,8 @@ def reward_folder(run: RunFolder, member: int | None) -> Path:
         raise UserError(
             f"{run.reward} holds an ensemble: choose --member 0 to {members - 1}, or average them by `align average`"
         )
+    if member is not None and member > 0 and members == 1:
+        raise UserError(f"--member {member}: {run.reward} has one member, 0")
     if member is not None and member >= members:
         raise UserError(f"--member {member}: {run.reward} holds {members}, counted from 0")
     return member_folder(run.reward, member or 0)

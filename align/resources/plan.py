@@ -85,8 +85,8 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
     minibatches = f"{counted(ppo.epochs, 'epoch')} × {counted(ppo.minibatches, 'minibatch', 'minibatches')}"
     workers = counted(rollouts.workers, "rollout worker")
     ranks = counted(learner.ranks, "learner rank")
-    base = f"{sizes.base / 1e6:,.1f} M parameters"
-    adapter = f"{sizes.adapter / 1e6:,.2f} M parameters"
+    base = f"{_count(sizes.base)} parameters"
+    adapter = f"{_count(sizes.adapter)} parameters"
     return [
         ("ppo", f"{steps} of {ppo.batch_size}: {counted(episodes, 'episode')} from {prompts}"),
         ("updates", f"{minibatches} per step: {counted(updates, 'optimizer step')}"),
@@ -128,6 +128,13 @@ def _memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> lis
 
 def _stage_and_process(use: TensorUse) -> tuple[str, str]:
     return use.stage, use.process
+
+
+def _count(parameters: int) -> str:
+    """A number of parameters in thousands or millions."""
+    if parameters < 1_000_000:
+        return f"{parameters / 1e3:,.1f} K"
+    return f"{parameters / 1e6:,.2f} M"
 
 
 def _bytes(count: float) -> str:

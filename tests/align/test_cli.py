@@ -37,3 +37,26 @@ def test_a_mistake_in_the_file_is_reported_before_torch_is_imported(command: str
     assert ended.returncode == 2
     assert "x.yaml:3: ppo.step" in ended.stderr
     assert ended.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["."], ". is a folder; expected an experiment file"),
+        (["ppo.steps=3", "x.yaml"], "ppo.steps=3: the experiment file comes first, then the settings as KEY=VALUE"),
+    ],
+)
+def test_a_wrong_experiment_file_is_one_message(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "x.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["align", "plan", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip() == f"error: {message}"

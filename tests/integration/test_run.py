@@ -8,6 +8,7 @@ import subprocess
 import time
 from itertools import product
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import psutil
@@ -16,8 +17,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.cli import main
+from align.config.load import load_experiment
 from align.config.schema import Experiment
-from align.runs.folder import folder_of
+from align.runs.fingerprint import write_fingerprint
+from align.runs.folder import RunFolder, folder_of
 from align.runtime.signals import StopRequest
 from align.stages.pipeline import load_datasets, reopen, run_stages
 from tests.integration.conftest import Command
@@ -198,6 +201,23 @@ def test_the_reward_model_is_evaluated_on_other_preferences(
     assert not ended.value.code
     assert "of 9 comparisons" in " ".join(capfd.readouterr().out.split())
     assert json.loads((tmp_path / "out" / "diagnostics.json").read_text())["pairs"] == 9
+
+
+def test_a_mistake_in_the_option_data_names_the_option(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, said = call(monkeypatch, capfd, "eval", finished, "--reward", "--data", "nowhere.jsonl")
+    assert (status, said.strip()) == (2, "error: --data: nowhere.jsonl does not exist")
+
+
+def test_resuming_a_finished_run_says_that_it_is_done(finished: Path, align: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    copytree(finished, run)
+    experiment = load_experiment(run / "config.yaml")
+    write_fingerprint(RunFolder(run), experiment, load_datasets(experiment))
+    resumed = align("resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"nothing to resume: all {experiment.ppo.steps} steps are done" in resumed.stdout
 
 
 @pytest.mark.parametrize("option", ["--data", "--classifier", "--to"])

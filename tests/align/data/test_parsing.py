@@ -29,7 +29,7 @@ def test_bad_rows_are_reported_with_file_line_and_reason(tmp_path: Path) -> None
         assert reason in skipped
     with pytest.raises(UserError, match=rf"{path}:3: not valid JSON") as caught:
         parse_rows(rows, parse_prompt, "error")
-    assert "… and 1 more bad row\n" in str(caught.value)
+    assert "… and 1 more invalid row\n" in str(caught.value)
     assert "on_bad_row=skip" in str(caught.value)
 
 
