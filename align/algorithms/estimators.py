@@ -6,12 +6,15 @@ All have the same signature, users' own included. `align.config.estimators` list
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.algorithms.advantages import gae, grpo, rewards_to_go, rloo
-from align.config.estimators import ESTIMATORS, find_estimator, user_function
+from align.algorithms.descriptions import describe
+from align.config.estimators import ESTIMATORS, Function, call_user_function, find_estimator, user_function
 from policies.errors import UserError
 
 
@@ -81,29 +84,68 @@ def _same_for_all_tokens(advantages: Tensor, rewards: Sequence[Tensor]) -> list[
 
 
 def load_estimator(name: str) -> AdvantageEstimator:
-    """The function of a built-in estimator, or of a user's.
+    """The function of a built-in estimator, or of a user's, which then raises UserError where it fails.
 
     Raises:
         UserError: There is no such estimator.
     """
     if name not in ESTIMATORS:
-        return user_function(name, "ppo.estimator")
+        return partial(_users_estimator, user_function(name, "ppo.estimator"), name)
     function: AdvantageEstimator = pkgutil.resolve_name(ESTIMATORS[name].function)
     return function
 
 
-def check_estimates(name: str, batch: EstimatorInput, advantages: Sequence[Tensor], returns: Sequence[Tensor]) -> None:
-    """Check the lengths of what an estimator returned for a batch.
+def _users_estimator(function: Function, name: str, batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
+    """Call a user's estimator and check its result."""
+    result = call_user_function(function, name, "ppo.estimator", batch)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise UserError(
+            f"ppo.estimator: {name} returned {describe(result)}; expected (advantages, returns), two lists with one "
+            "tensor per response"
+        )
+    advantages, returns = result
+    check_estimates(name, batch, advantages, returns)
+    return list(advantages), list(returns)
+
+
+def check_estimates(name: str, batch: EstimatorInput, advantages: Any, returns: Any) -> None:
+    """Check the types and shapes of what an estimator returned for a batch.
+
+    Args:
+        name: The value of `ppo.estimator`.
+        batch: The input of the estimator.
+        advantages: Anything; a list of `[T]` float32 is right.
+        returns: Anything; the same is right with a critic, and a list of empty tensors without one.
 
     Raises:
         UserError: There is not one advantage per token and, with a critic, one return per token.
     """
     tokens = [len(rewards) for rewards in batch.rewards]
-    targets = tokens if find_estimator(name).has_critic else [len(values) for values in batch.values]
-    for kind, tensors, expected in (("advantages", advantages, tokens), ("returns", returns, targets)):
-        actual = [len(tensor) for tensor in tensors]
-        if actual != expected:
-            raise UserError(
-                f"ppo.estimator: {name} returned {kind} of {actual[:8]} numbers for the first responses of a batch of "
-                f"{len(tokens)}; expected {expected[:8]}"
-            )
+    _check_list(name, "advantages", advantages, tokens)
+    if find_estimator(name).has_critic:
+        _check_list(name, "returns", returns, tokens)
+        return
+    try:
+        _check_list(name, "returns", returns, [0] * len(tokens))
+    except UserError as error:
+        raise UserError(f"{error}, because it has no critic: return batch.values as the returns") from None
+
+
+def _check_list(name: str, kind: str, tensors: Any, lengths: Sequence[int]) -> None:
+    """Raise UserError unless `tensors` is a list of float32 vectors of these lengths."""
+    is_list = isinstance(tensors, tuple | list)
+    if not is_list or not all(_is_vector(tensor) for tensor in tensors):
+        raise UserError(
+            f"ppo.estimator: {name} returned {kind} that are {describe(tensors)}; expected a list with one tensor per "
+            f"response, [T] float32, for the first responses of lengths {list(lengths[:8])}"
+        )
+    actual = [len(tensor) for tensor in tensors]
+    if actual != list(lengths):
+        raise UserError(
+            f"ppo.estimator: {name} returned {kind} of {actual[:8]} numbers for the first responses of a batch of "
+            f"{len(lengths)}; expected {list(lengths[:8])}"
+        )
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.float32

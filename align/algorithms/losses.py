@@ -6,12 +6,16 @@ Shapes: P response tokens of a microbatch.
 import math
 import pkgutil
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.config.estimators import POLICY_LOSSES, user_function
+from align.algorithms.descriptions import describe
+from align.config.estimators import POLICY_LOSSES, Function, call_user_function, user_function
 from align.config.ppo_settings import PpoSettings
+from policies.errors import UserError
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, PpoSettings], tuple[Tensor, Tensor]]
 """A policy loss takes, in this order, the log-probabilities of the response tokens under the current policy, those
@@ -20,15 +24,37 @@ loss of each token and whether a clip is active there (float 0 or 1, only logged
 
 
 def load_policy_loss(name: str) -> PolicyLoss:
-    """The function of a built-in policy loss, or of a user's.
+    """The function of a built-in policy loss, or of a user's, which then raises UserError where it fails.
 
     Raises:
         UserError: There is no such function.
     """
     if name not in POLICY_LOSSES:
-        return user_function(name, "ppo.policy_loss")
+        return partial(_users_policy_loss, user_function(name, "ppo.policy_loss"), name)
     function: PolicyLoss = pkgutil.resolve_name(POLICY_LOSSES[name])
     return function
+
+
+def _users_policy_loss(
+    function: Function, name: str, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ppo: PpoSettings
+) -> tuple[Tensor, Tensor]:
+    """Call a user's policy loss, and check the types and shapes of its result, which does not wait for the GPU."""
+    result = call_user_function(function, name, "ppo.policy_loss", logprobs, old_logprobs, advantages, ppo)
+    is_pair = isinstance(result, tuple | list) and len(result) == 2
+    if not is_pair or not all(_fits(tensor, logprobs) for tensor in result) or not result[0].is_floating_point():
+        raise UserError(
+            f"ppo.policy_loss: {name} returned {describe(result)}; expected (loss, clipped), both [P] float32 on the "
+            f"device of the log-probabilities, here {describe(logprobs.detach())}"
+        )
+    loss, clipped = result
+    return loss, clipped
+
+
+def _fits(tensor: Any, logprobs: Tensor) -> bool:
+    """Whether a result has the shape and device of the log-probabilities, and combines with them to their type."""
+    if not isinstance(tensor, Tensor) or tensor.shape != logprobs.shape or tensor.device != logprobs.device:
+        return False
+    return torch.promote_types(tensor.dtype, logprobs.dtype) == logprobs.dtype
 
 
 def clipped_surrogate(

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from policies.errors import UserError
-from rewards.user_functions import load_function
+from rewards.user_functions import describe_exception, load_function
 
 Function = Callable[..., Any]
 AnyFunction = TypeVar("AnyFunction", bound=Function)
@@ -152,6 +152,24 @@ def user_function(where: str, key: str) -> Function:
     """
     function: Function = load_function(where, key)
     return function
+
+
+def call_user_function(function: Function, where: str, key: str, *arguments: Any) -> Any:
+    """Call a user's function.
+
+    Args:
+        function: The function.
+        where: `FILE.py:function` or `module:function`, for messages.
+        key: The setting that names it, for messages.
+        arguments: The arguments of the call.
+
+    Raises:
+        UserError: The function raised an exception; the message has its file and line.
+    """
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise UserError(f"{key}: {where} {describe_exception(function, error)}") from error
 
 
 def estimators_table() -> str:

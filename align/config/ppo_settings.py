@@ -1,19 +1,38 @@
 """The settings of PPO: section `ppo` of an experiment."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from align.config.estimators import ESTIMATORS, POLICY_LOSSES, READABLE, find_estimator, user_function
+from policies.errors import UserError
 from policies.schema import Settings
+
+USER_FUNCTION = "user_function"
+"""The type of pydantic's error where a user's function cannot be loaded."""
+
+
+@contextmanager
+def _as_validation_error(key: str) -> Iterator[None]:
+    """Turn a UserError about a setting into an error of pydantic, so that it is listed with the file and line."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error).removeprefix(f"{key}: ")
+        raise PydanticCustomError(USER_FUNCTION, "{message}", {"message": message}) from error
 
 
 class KlSettings(Settings):
     """The KL penalty to the reference policy."""
 
-    where: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    coefficient: float = Field(0.05, ge=0)
+    where: Literal["reward", "loss"] = Field(
+        "reward", description="reward: subtracted from the reward of each token; loss: a term of the policy loss"
+    )
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the KL per token (Schulman 2020)")
+    coefficient: float = Field(0.05, ge=0, description="weight of the penalty; with a target, its initial value")
     target: float | None = Field(
         None,
         gt=0,
@@ -64,9 +83,11 @@ class StopSettings(Settings):
     metric: str = Field(
         description="a name in metrics.jsonl, such as reward/spread, reward/gold_mean or kl/per_sequence"
     )
-    above: float | None = None
-    below: float | None = None
-    falls_by: float | None = Field(None, gt=0, description="below the highest value so far")
+    above: float | None = Field(None, description="stop where the metric is above this value")
+    below: float | None = Field(None, description="stop where the metric is below this value")
+    falls_by: float | None = Field(
+        None, gt=0, description="stop where the metric is this much below its highest value so far"
+    )
     patience: int = Field(1, ge=1, description="consecutive steps for which the rule must hold")
 
     @model_validator(mode="after")
@@ -159,7 +180,8 @@ class PpoSettings(Settings):
         if name not in ESTIMATORS and ":" not in name:
             raise ValueError(f"expected {', '.join(ESTIMATORS)} or FILE.py:function")
         user_function.cache_clear()  # in a notebook the file may have changed since it was last loaded
-        find_estimator(name)
+        with _as_validation_error("ppo.estimator"):
+            find_estimator(name)
         return name
 
     @field_validator("policy_loss")
@@ -168,7 +190,8 @@ class PpoSettings(Settings):
         if name not in POLICY_LOSSES and ":" not in name:
             raise ValueError(f"expected {', '.join(POLICY_LOSSES)} or FILE.py:function")
         if name not in POLICY_LOSSES:
-            user_function(name, "ppo.policy_loss")
+            with _as_validation_error("ppo.policy_loss"):
+                user_function(name, "ppo.policy_loss")
         return name
 
     @model_validator(mode="after")

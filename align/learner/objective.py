@@ -18,7 +18,6 @@ from align.config.ppo_settings import PpoSettings
 from align.data.datasets import TokenizedDemonstration
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
-from policies.errors import UserError
 from policies.logprobs import token_logprobs_and_entropy
 
 STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
@@ -130,11 +129,6 @@ def policy_objective(
         learn_entropy=ppo.entropy_coefficient > 0,
     )
     policy_losses, policy_clipped = policy_loss(logprobs, targets.old_logprobs, targets.advantages, ppo)  # [P], [P]
-    if not policy_losses.shape == policy_clipped.shape == logprobs.shape:
-        raise UserError(
-            f"ppo.policy_loss: {ppo.policy_loss} returned tensors of shapes {list(policy_losses.shape)} and "
-            f"{list(policy_clipped.shape)} for {len(logprobs)} tokens; expected {list(logprobs.shape)} twice"
-        )
     kl_losses = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)  # [P]
     approximate_kl = estimate_kl(targets.old_logprobs, logprobs, "k3")  # [P]
     value_losses = value_clipped = torch.zeros_like(policy_losses)  # [P]

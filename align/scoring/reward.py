@@ -40,7 +40,13 @@ class RoleScorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """The scorers of the terms by name, and the composition of their scores into one."""
+    """The reward of a response: the scores of its terms, composed into one.
+
+    Attributes:
+        terms: The scorer of each term by name.
+        composition: Normalises, clips, weights and adds up the scores of the terms.
+        tokenizer: Tokenizer of the base model, which decodes responses.
+    """
 
     terms: Mapping[str, TermScorer]
     composition: Composition
@@ -128,7 +134,14 @@ def gold_scorer(function: ScoreFunction, tokenizer: PreTrainedTokenizerBase) -> 
 
     def score(trajectories: Sequence[Trajectory]) -> list[float]:
         batch = term_input(trajectories, tokenizer)
-        return call_function(function, batch.prompt_texts, batch.responses, batch.columns).values
+        scores = call_function(
+            function,
+            prompts=batch.prompt_texts,
+            responses=batch.responses,
+            columns=batch.columns,
+            key="evaluation.gold",
+        )
+        return scores.values
 
     return score
 
@@ -143,6 +156,6 @@ def _with_scores(outputs: Sequence[RoleOutputs], total: Tensor, notes: Notes) ->
     columns = {name: values.tolist() for name, values in notes.items()}
     scored: list[RoleOutputs] = []
     for i, (output, score) in enumerate(zip(outputs, total.tolist(), strict=True)):
-        notes_of_one = {name: values[i] for name, values in columns.items()}
-        scored.append(replace(output, score=score, notes=notes_of_one))
+        response_notes = {name: values[i] for name, values in columns.items()}
+        scored.append(replace(output, score=score, notes=response_notes))
     return scored

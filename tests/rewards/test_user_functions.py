@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from policies.errors import UserError
+from rewards.schema import RewardSettings
+from rewards.terms.base import RewardStage, TermInput
 from rewards.user_functions import Scores, call_function, load_function
 
 KEY = "evaluation.gold"
@@ -103,10 +105,34 @@ def test_a_module_with_a_mistake_in_its_syntax_is_named(tmp_path: Path, monkeypa
     assert "module badly_written_score cannot be imported: " in problem("badly_written_score:f")
 
 
-@pytest.mark.parametrize("name", ["g", "number"])
-def test_a_missing_function_is_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_function_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "number = 3\ndef f(*_): return []\n")
-    assert f"{path} has no function {name}" in problem(f"{path}:{name}")
+    assert f"{path} has no function g" in problem(f"{path}:g")
+
+
+def test_a_value_that_is_not_a_function_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "x = 3\n")
+    assert problem(f"{path}:x") == f"{KEY}: x in {path} is not a function"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "line"),
+    [
+        ("x = 1\ny = x / 0\n", "ZeroDivisionError: division by zero", 2),
+        ("def g():\n    return {}['a']\n\ng()\n", "KeyError: 'a'", 2),
+        ("import json\njson.loads('')\n", "JSONDecodeError: Expecting value: line 1 column 1 (char 0)", 2),
+        ("\nimport no_such_module_at_all\n", "ModuleNotFoundError: No module named 'no_such_module_at_all'", 2),
+        ("import sys\nsys.exit('no key')\n", "SystemExit: no key", 2),
+        ("\ndef f(:\n", "SyntaxError: invalid syntax", 2),
+    ],
+)
+def test_an_error_at_import_is_located_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str, line: int
+) -> None:
+    path = write(tmp_path, text, "raising_score.py")
+    assert problem(f"{path}:f") == f"{KEY}: {path} cannot be imported: {reason} ({path}:{line})"
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert problem("raising_score:f") == f"{KEY}: module raising_score cannot be imported: {reason} ({path}:{line})"
 
 
 @pytest.mark.parametrize("scores", [[], [1.0], [1.0, 2.0, 3.0]])
@@ -172,3 +198,33 @@ def test_a_function_that_fails_for_the_batch_alone_is_named(tmp_path: Path) -> N
 def test_a_function_may_be_async(tmp_path: Path, timeout: float | None) -> None:
     text = "import asyncio\nasync def f(p, r, c):\n    await asyncio.sleep(0)\n    return [float(len(x)) for x in r]\n"
     assert score(text, tmp_path, timeout=timeout) == Scores([2.0, 2.0, 2.0])
+
+
+def test_a_wrong_signature_is_located_at_the_definition(tmp_path: Path) -> None:
+    reason = r"^f raised TypeError: f\(\) takes 1 positional argument but 3 were given \(.*/score\.py:2\); response 0"
+    with pytest.raises(UserError, match=reason):
+        score("\ndef f(p): return []\n", tmp_path)
+
+
+def test_an_error_in_a_library_is_located_at_the_call_in_the_file(tmp_path: Path) -> None:
+    text = "import json\ndef f(p, r, c):\n    return [json.loads('')]\n"
+    with pytest.raises(UserError, match=r"^f raised JSONDecodeError: .* \(.*/score\.py:3\); response 0"):
+        score(text, tmp_path)
+
+
+@pytest.mark.parametrize(("value", "shown"), [("None", "None"), ("'good'", "'good'"), ("['good']", r"\['good'\]")])
+def test_a_returned_value_is_shown_as_python_writes_it(tmp_path: Path, value: str, shown: str) -> None:
+    with pytest.raises(UserError, match=rf"^f returned {shown}; a list with one number per response was expected"):
+        score(f"def f(p, r, c): return {value}\n", tmp_path)
+
+
+def test_the_setting_of_a_failing_function_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^evaluation\.gold: f raised ZeroDivisionError: "):
+        score("def f(p, r, c): return 1 / 0\n", tmp_path, key=KEY)
+    path = write(tmp_path, "def f(p, r, c): return 1 / 0\n")
+    settings = {"terms": {"own": {"kind": "function", "function": f"{path}:f"}}}
+    reward = RewardSettings.model_validate(settings)
+    scorer = reward.terms["own"].make_scorer("own", RewardStage(reward, {}))
+    batch = TermInput(prompts=["p"], decode_responses=lambda: ["r"], columns=[{}], response_lengths=[1])
+    with pytest.raises(UserError, match=r"^reward\.terms\.own\.function: f raised ZeroDivisionError: "):
+        scorer(batch)

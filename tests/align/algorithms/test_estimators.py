@@ -107,9 +107,9 @@ def test_settings_that_a_users_estimator_does_not_read_are_refused(
 
 @pytest.mark.parametrize("key", ["estimator", "policy_loss"])
 def test_a_function_that_does_not_exist_is_refused_with_key_and_file(key: str, file: Path) -> None:
-    with pytest.raises(UserError, match=rf"^ppo\.{key}: .*own_estimators\.py has no function missing"):
+    with pytest.raises(ValidationError, match=rf"\n{key}\n .*own_estimators\.py has no function missing"):
         PpoSettings.model_validate({key: f"{file}:missing"})
-    with pytest.raises(UserError, match=rf"^ppo\.{key}: file .*nowhere\.py does not exist"):
+    with pytest.raises(ValidationError, match=rf"\n{key}\n  file .*nowhere\.py does not exist"):
         PpoSettings.model_validate({key: f"{file.parent}/nowhere.py:f"})
 
 
@@ -141,3 +141,95 @@ def test_advantages_of_the_wrong_length_are_refused(file: Path) -> None:
         check_estimates(name, batch, [torch.zeros(2)], batch.values)
     with pytest.raises(UserError, match=r"returned returns of \[1, 0\] numbers .*; expected \[0, 0\]"):
         check_estimates(name, batch, batch.rewards, [torch.zeros(1), torch.zeros(0)])
+
+
+def own_function(folder: Path, body: str, arguments: str) -> str:
+    """Write a function to a file, with its body on line 5, and return its name."""
+    path = folder / "est.py"
+    path.write_text(f"import torch\n\n\ndef own({arguments}):\n    {body}\n")
+    return f"{path}:own"
+
+
+ONES = "[torch.ones(len(rewards)) for rewards in batch.rewards]"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", r"returned None; expected \(advantages, returns\), two lists with one tensor per response"),
+        ("return torch.ones(2)", r"returned float32 \[2\]; expected \(advantages, returns\)"),
+        (f"return {ONES}, batch.values, 1", r"returned \(\[float32 \[2\], .*\], 1\); expected \(advantages"),
+        (f"return {{'a': {ONES}, 'r': batch.values}}", r"returned a dict with the keys \['a', 'r'\]; expected \(adv"),
+        (
+            "return [1.0, 2.0], batch.values",
+            r"returned advantages that are \[1.0, 2.0\]; expected a list with one tensor",
+        ),
+        ("return torch.ones(2, 3), batch.values", r"returned advantages that are float32 \[2, 3\]; expected a list"),
+        (f"return {ONES}[:1], batch.values", r"returned advantages of \[2\] numbers .* of 2; expected \[2, 3\]"),
+        (
+            "return [torch.ones(len(rewards), 1) for rewards in batch.rewards], batch.values",
+            r"returned advantages that are \[float32 \[2, 1\], float32 \[3, 1\]\]; expected .*\[T\] float32",
+        ),
+        (
+            "return [rewards.double() for rewards in batch.rewards], batch.values",
+            r"returned advantages that are \[float64 \[2\], float64 \[3\]\]; expected .*\[T\] float32",
+        ),
+        (f"return {ONES}, {ONES}", r"returned returns of \[2, 3\] .* no critic: return batch\.values as the returns$"),
+        (f"return {ONES}, None", r"returned returns that are None; .* no critic: return batch\.values as the returns$"),
+        ("return 1 / 0", r"raised ZeroDivisionError: division by zero \(.*/est\.py:5\)$"),
+        ("return torch.zeros(2) @ torch.zeros(3)", r"raised RuntimeError: .* \(.*/est\.py:5\)$"),
+    ],
+)
+def test_what_an_estimator_of_the_user_returns_is_checked(body: str, message: str, tmp_path: Path) -> None:
+    name = own_function(tmp_path, body, "batch")
+    with pytest.raises(UserError, match=rf"^ppo\.estimator: {name} {message}"):
+        load_estimator(name)(batch_of(2, 3))
+
+
+def test_returns_of_the_wrong_length_are_refused_with_a_critic(file: Path) -> None:
+    batch = batch_of(2, 3, with_values=True)
+    with pytest.raises(UserError, match=r"returned returns of \[3, 4\] numbers .*; expected \[2, 3\]$"):
+        check_estimates(f"{file}:with_critic", batch, batch.rewards, batch.values)
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        ("return None", "None"),
+        ("return -advantages", r"float32 \[4\]"),
+        ("return -advantages, None", r"\(float32 \[4\], None\)"),
+        ("return (-advantages).mean(), advantages", r"\(float32 \[\], float32 \[4\]\)"),
+        ("return -advantages, advantages[:3]", r"\(float32 \[4\], float32 \[3\]\)"),
+        ("return advantages.double(), advantages", r"\(float64 \[4\], float32 \[4\]\)"),
+        ("return advantages > 0, advantages", r"\(bool \[4\], float32 \[4\]\)"),
+        ("return [0.5] * 4, [0.0] * 4", r"\(\[0.5, 0.5, 0.5, 0.5\], \[0.0, 0.0, 0.0, 0.0\]\)"),
+    ],
+)
+def test_what_a_policy_loss_of_the_user_returns_is_checked(body: str, shown: str, tmp_path: Path) -> None:
+    name = own_function(tmp_path, body, "logprobs, old_logprobs, advantages, ppo")
+    with pytest.raises(
+        UserError, match=rf"^ppo\.policy_loss: {name} returned {shown}; expected \(loss, clipped\), both \[P\]"
+    ):
+        load_policy_loss(name)(torch.zeros(4), torch.zeros(4), torch.ones(4), PpoSettings())
+
+
+@pytest.mark.parametrize("flag", ["(advantages > 0).float()", "advantages > 0"])
+def test_a_policy_loss_of_the_user_may_return_floats_or_booleans_for_the_clip(flag: str, tmp_path: Path) -> None:
+    name = own_function(tmp_path, f"return -advantages, {flag}", "logprobs, old_logprobs, advantages, ppo")
+    loss, clipped = load_policy_loss(name)(torch.zeros(4), torch.zeros(4), torch.ones(4), PpoSettings())
+    assert (loss.tolist(), clipped.tolist()) == ([-1.0] * 4, [1.0] * 4)
+
+
+def test_a_policy_loss_that_raises_is_named_with_the_last_line_in_its_file(tmp_path: Path) -> None:
+    name = own_function(tmp_path, "return torch.cat([logprobs, ppo])", "logprobs, old_logprobs, advantages, ppo")
+    with pytest.raises(UserError, match=rf"(?s)^ppo\.policy_loss: {name} raised TypeError: .* \(.*/est\.py:5\)$"):
+        load_policy_loss(name)(torch.zeros(4), torch.zeros(4), torch.ones(4), PpoSettings())
+
+
+def test_a_wrong_signature_is_located_at_the_definition(tmp_path: Path) -> None:
+    name = own_function(tmp_path, "return None", "")
+    message = r"raised TypeError: own\(\) takes 0 positional arguments but {} given \(.*/est\.py:4\)$"
+    with pytest.raises(UserError, match=rf"^ppo\.estimator: {name} {message.format('1 was')}"):
+        load_estimator(name)(batch_of(2))
+    with pytest.raises(UserError, match=rf"^ppo\.policy_loss: {name} {message.format('4 were')}"):
+        load_policy_loss(name)(torch.zeros(4), torch.zeros(4), torch.ones(4), PpoSettings())
