@@ -45,7 +45,7 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the way of the data: what it turns the step before into, and the module that does it."""
+    """One step of the data flow: what it turns the step before into, and the module that does it."""
 
     result: str
     module: str
@@ -199,7 +199,7 @@ def packages_table(packages: Sequence[str], imports: Mapping[str, Sequence[str]]
 
 
 def data_flow_table(modules: Iterable[str]) -> str:
-    """The way of the data, in Markdown. Raises ValueError for a module that does not exist."""
+    """The data flow, in Markdown. Raises ValueError for a module that does not exist."""
     missing = {step.module for step in DATA_FLOW} - set(modules)
     if missing:
         raise ValueError(f"DATA_FLOW names modules that do not exist: {sorted(missing)}")
