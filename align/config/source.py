@@ -107,6 +107,8 @@ def read_source(path: Path, including: tuple[Path, ...] = ()) -> Source:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{included_by}{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{included_by}{path} is a folder; expected an experiment file") from None
     except (OSError, ValueError) as error:  # not UTF-8, or not a possible file name
         raise UserError(f"{included_by}{str(path)!r} cannot be read: {error}") from None
     contents = _parse(text, path)
