@@ -1,6 +1,6 @@
 """Settings of the base model and of the adaptation method, and the base class of all settings."""
 
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -11,6 +11,30 @@ class Settings(BaseModel):
     """Immutable settings that refuse unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        """Turn `true` and `false` into text where a number is expected.
+
+        Pydantic would read them as 1 and 0. It refuses the text, with the key of the setting, which an error that is
+        raised here would lack.
+        """
+        if not isinstance(values, dict):
+            return values
+        checked = dict(values)
+        for name, value in values.items():
+            if isinstance(value, bool) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation):
+                checked[name] = str(value).lower()
+        return checked
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a setting is a number, one of several numbers, or optionally so."""
+    if get_origin(annotation) is Literal:
+        return all(type(value) is int for value in get_args(annotation))
+    members = get_args(annotation) or (annotation,)
+    return bool({int, float} & set(members)) and bool not in members
 
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]

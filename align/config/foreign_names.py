@@ -1,12 +1,38 @@
 """The names of settings in TRL, OpenRLHF, verl and Hugging Face libraries, for messages about unknown keys."""
 
+BOTH_CLIPS = ("ppo.clip_low and ppo.clip_high",)
+LEARNING_RATES = (
+    "learner.policy_learning_rate and learner.critic_learning_rate",
+    "sft.learning_rate",
+    "reward.learning_rate",
+)
+STEPS = ("ppo.steps", "sft.epochs", "reward.epochs")
+LENGTHS = ("rollouts.max_new_tokens and rollouts.max_prompt_tokens", "sft.max_tokens", "reward.max_tokens")
+EACH_STAGE = "settings of each stage: `sft`, `reward`, `ppo`, `learner`"
+
 FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
+    # Sections
+    "trainer": EACH_STAGE,
+    "training": EACH_STAGE,
+    "train": EACH_STAGE,
+    "generation": ("rollouts",),
+    "sampling": ("rollouts",),
+    "actor": "settings of the policy: `policy` (adapter), `learner` (optimizer) and `ppo` (loss)",
+    "actor_rollout_ref": "in align these are sections of their own: `model`, `policy`, `rollouts`, `learner`, `ppo`",
+    "algorithm": ("ppo",),
+    "critic": "settings of the critic: `ppo.critic` and `learner.critic_learning_rate`",
+    "wandb": ("tracking.wandb",),
     # Optimization
-    "lr": ("learner.policy_learning_rate", "sft.learning_rate", "reward.learning_rate"),
-    "learning_rate": ("learner.policy_learning_rate", "sft.learning_rate", "reward.learning_rate"),
+    "lr": LEARNING_RATES,
+    "learning_rate": LEARNING_RATES,
+    "critic.lr": ("learner.critic_learning_rate",),
+    "critic.learning_rate": ("learner.critic_learning_rate",),
     "actor_learning_rate": ("learner.policy_learning_rate",),
     "critic_learning_rate": ("learner.critic_learning_rate",),
     "optim": ("learner.optimizer",),
+    "optimizer": ("learner.optimizer",),
+    "sft.optimizer": "SFT always uses AdamW",
+    "reward.optimizer": "the reward model is always trained with AdamW",
     "lr_scheduler_type": ("learner.schedule", "sft.schedule", "reward.schedule"),
     "lr_scheduler": ("learner.schedule", "sft.schedule", "reward.schedule"),
     "warmup_ratio": ("learner.warmup", "sft.warmup", "reward.warmup"),
@@ -30,8 +56,9 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "num_iterations": ("ppo.epochs",),
     "num_episodes": "the number of episodes is `ppo.steps` times `ppo.batch_size`",
     "total_episodes": "the number of episodes is `ppo.steps` times `ppo.batch_size`",
-    "max_steps": ("ppo.steps",),
-    "total_training_steps": ("ppo.steps",),
+    "steps": STEPS,
+    "max_steps": STEPS,
+    "total_training_steps": STEPS,
     "total_epochs": ("ppo.steps",),
     "per_device_train_batch_size": "sizes are of whole batches over all ranks: set `ppo.batch_size`, `sft.batch_size` "
     "or `reward.batch_size`",
@@ -44,22 +71,34 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "ppo_micro_batch_size_per_gpu": "a microbatch is measured in tokens: set `learner.tokens_per_microbatch`",
     "ppo_max_token_len_per_gpu": ("learner.tokens_per_microbatch",),
     "micro_rollout_batch_size": ("rollouts.chunk_size",),
+    "local_rollout_forward_batch_size": "a microbatch is measured in tokens: set `learner.tokens_per_microbatch`",
     # PPO
     "num_generations": ("ppo.samples_per_prompt",),
     "n_samples_per_prompt": ("ppo.samples_per_prompt",),
     "rloo_k": ("ppo.samples_per_prompt",),
+    "rollouts.n": ("ppo.samples_per_prompt",),
     "advantage_estimator": ("ppo.estimator",),
     "adv_estimator": ("ppo.estimator",),
+    "advantage": ("ppo.estimator",),
+    "scale_rewards": "the estimator grpo always divides by the standard deviation of a prompt's rewards",
     "gamma": ("ppo.gamma",),
     "discount": ("ppo.gamma",),
     "lam": ("ppo.gae_lambda",),
     "lambd": ("ppo.gae_lambda",),
     "gae_lambda": ("ppo.gae_lambda",),
     "vf_coef": ("ppo.critic.coefficient",),
-    "cliprange": ("ppo.clip_low", "ppo.clip_high"),
-    "clip_ratio": ("ppo.clip_low", "ppo.clip_high"),
-    "eps_clip": ("ppo.clip_low", "ppo.clip_high"),
-    "epsilon": ("ppo.clip_low", "ppo.clip_high"),
+    "vf_coeff": ("ppo.critic.coefficient",),
+    "value_coef": ("ppo.critic.coefficient",),
+    "value_loss_coef": ("ppo.critic.coefficient",),
+    "critic.coef": ("ppo.critic.coefficient",),
+    "ppo.clip": BOTH_CLIPS,
+    "cliprange": BOTH_CLIPS,
+    "clip_range": BOTH_CLIPS,
+    "clip_ratio": BOTH_CLIPS,
+    "clip_eps": BOTH_CLIPS,
+    "clip_epsilon": BOTH_CLIPS,
+    "eps_clip": BOTH_CLIPS,
+    "epsilon": BOTH_CLIPS,
     "cliprange_low": ("ppo.clip_low",),
     "clip_ratio_low": ("ppo.clip_low",),
     "cliprange_high": ("ppo.clip_high",),
@@ -68,6 +107,7 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "clip_ratio_c": ("ppo.dual_clip",),
     "cliprange_value": ("ppo.critic.value_clip",),
     "value_clip": ("ppo.critic.value_clip",),
+    "ent_coef": ("ppo.entropy_coefficient",),
     "entropy_coeff": ("ppo.entropy_coefficient",),
     "entropy_coef": ("ppo.entropy_coefficient",),
     "entropy_loss_coef": ("ppo.entropy_coefficient",),
@@ -82,12 +122,14 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     # KL
     "beta": ("ppo.kl.coefficient",),
     "init_kl_coef": ("ppo.kl.coefficient",),
+    "kl.coef": ("ppo.kl.coefficient",),
     "kl_coef": ("ppo.kl.coefficient",),
     "kl_loss_coef": ("ppo.kl.coefficient",),
     "kl_ctrl": ("ppo.kl.coefficient",),
     "use_kl_loss": ("ppo.kl.where",),
     "use_kl_in_reward": ("ppo.kl.where",),
     "kl_estimator": ("ppo.kl.estimator",),
+    "kl.type": ("ppo.kl.estimator",),
     "kl_loss_type": ("ppo.kl.estimator",),
     "kl_penalty": ("ppo.kl.estimator",),
     "target_kl": "`ppo.kl.target` steers the adaptive KL coefficient; `ppo.target_kl` ends the epochs of a step early",
@@ -120,6 +162,7 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "sft_model_path": ("sft.adapter",),
     "reward_model_path": ("reward.model", "reward.classifier"),
     "reward_pretrain": ("reward.model", "reward.classifier"),
+    "center_rewards_coefficient": ("reward.centering",),
     "remote_rm_url": "add a term of kind endpoint to `reward.terms`",
     "reward_funcs": "add terms of kind function to `reward.terms`",
     "critic_pretrain": ("ppo.critic.model",),
@@ -148,9 +191,9 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     # Data
     "packing": "sequences are always packed, without padding",
     "packing_samples": "sequences are always packed, without padding",
-    "max_length": ("sft.max_tokens", "reward.max_tokens"),
+    "max_length": LENGTHS,
     "max_seq_length": ("sft.max_tokens", "reward.max_tokens"),
-    "max_len": ("sft.max_tokens", "reward.max_tokens"),
+    "max_len": LENGTHS,
     "dataset": ("data.demonstrations", "data.preferences", "data.prompts"),
     "dataset_name": ("data.demonstrations", "data.preferences", "data.prompts"),
     "train_file": ("data.demonstrations", "data.preferences", "data.prompts"),
@@ -161,8 +204,8 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "seed": ("seed", "evaluation.seed"),
     "data_seed": ("seed",),
     "full_determinism": ("deterministic",),
-    "output_dir": ("runs", "name"),
-    "save_path": ("runs", "name"),
+    "output_dir": ("runs and name",),
+    "save_path": ("runs and name",),
     "run_name": ("name",),
     "experiment_name": ("name",),
     "project_name": ("tracking.project",),
@@ -178,5 +221,34 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "logging_steps": "every step is logged",
     "local_rank": "ranks are Ray actors that align starts: set `learner.ranks`",
 }
-"""Another library's name: the settings of align that correspond to it, or a hint. A message names only those of the
-section in which the name was used, where there are any."""
+"""Another library's name, or its end with the sections around it: the settings of align that correspond to it, any of
+which may be meant, or a hint. `a and b` are meant together. A message names only the settings that fit the section in
+which the name was used, where there are any."""
+
+RELATED_SECTIONS = {
+    "ppo": ("learner", "rollouts"),
+    "learner": ("ppo",),
+    "policy": ("learner", "ppo"),
+    "rollouts": ("ppo",),
+}
+"""Sections where a setting that was looked for in another section may be."""
+
+
+def foreign_hint(keys: tuple[str, ...]) -> str | None:
+    """What align calls an unknown key that another library has; the entry with the most sections around it applies."""
+    for start in range(len(keys)):
+        if target := FOREIGN_NAMES.get(".".join(keys[start:])):
+            return target if isinstance(target, str) else f"align calls it {_alternatives(keys[0], target)}"
+    return None
+
+
+def _alternatives(section: str, settings: tuple[str, ...]) -> str:
+    """The settings in the user's section; else those in sections related to it; else all."""
+    fitting = _in_sections((section,), settings) or _in_sections(RELATED_SECTIONS.get(section, ()), settings)
+    named = fitting or settings
+    separator = ", or " if any(" and " in name for name in named) else " or "
+    return separator.join(named)
+
+
+def _in_sections(sections: tuple[str, ...], settings: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in settings if name.partition(".")[0] in sections)

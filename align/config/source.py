@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from policies.errors import UserError
+from policies.errors import UserError, first_line
 
 Keys = tuple[str, ...]
 
@@ -92,17 +92,22 @@ Loader.add_implicit_resolver(
 )
 
 
-def read_source(path: Path, including: tuple[Path, ...] = ()) -> Source:
+KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+"""What a key can be: text, or `<<`, which merges a mapping."""
+
+
+def read_source(path: Path, including: tuple[Path, ...] = (), included_at: str = "") -> Source:
     """Read a file with everything that it includes.
 
     Args:
         path: The file.
         including: The files that include this one, outermost first.
+        included_at: The file and line of the `include:` that names this file, if one does.
 
     Raises:
         UserError: A file cannot be read or is not valid YAML, or files include each other.
     """
-    included_by = f"{including[-1]}: include: " if including else ""
+    included_by = f"{included_at}: include: " if included_at else ""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -113,10 +118,11 @@ def read_source(path: Path, including: tuple[Path, ...] = ()) -> Source:
         raise UserError(f"{included_by}{str(path)!r} cannot be read: {error}") from None
     contents = _parse(text, path)
     source = Source(path)
+    include_line = contents.place(("include",))
     for part in _included_files(contents, path):
         if part.resolve() in {file.resolve() for file in (*including, path)}:
-            raise UserError(f"{contents.place(('include',))}: include: {part} includes itself")
-        source.merge(read_source(part, (*including, path)))
+            raise UserError(f"{include_line}: include: {part} includes itself")
+        source.merge(read_source(part, (*including, path), include_line))
     source.merge(contents)
     return source
 
@@ -148,12 +154,18 @@ def _parse(text: str, path: Path) -> Source:
 
 
 def _lines(node: yaml.MappingNode, above: Keys, path: Path) -> Iterator[tuple[Keys, int]]:
-    """Every key's path and line. Raises UserError for a key that is set twice: YAML would silently drop the first."""
+    """Every key's path and line.
+
+    Raises:
+        UserError: A key is not text, or is set twice: YAML would silently drop the first.
+    """
     seen: dict[str, int] = {}
     for key, value in node.value:
         name = str(key.value)
         line = key.start_mark.line + 1
         keys = (*above, name)
+        if isinstance(key, yaml.ScalarNode) and key.tag not in KEY_TAGS:
+            raise UserError(f"{path}:{line}: {'.'.join(keys)}: expected text as a key: put it in quotes")
         if name in seen:
             raise UserError(f"{path}:{line}: {'.'.join(keys)} is set twice, first on line {seen[name]}")
         seen[name] = line
@@ -171,10 +183,13 @@ def parse_override(text: str) -> Source:
         raise UserError(f"override {text[:80]!r}…: nested more than {MAX_DEPTH} deep")
     if not separator or not all(names):
         raise UserError(f"{where}: expected key.path=value, such as ppo.kl.coefficient=0.1")
+    if not value.strip():
+        raise UserError(f"{where}: nothing follows the `=`: expected a value, or null to unset the setting")
     try:
         values: Any = yaml.load(value, Loader=Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: the value is not valid YAML: {error}") from None
+        cause = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{where}: the value is not valid YAML: {cause}") from None
     for name in reversed(names):
         values = {name: values}
     return Source(Path(), values, {names: where})

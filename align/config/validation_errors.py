@@ -6,8 +6,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from align.config.foreign_names import FOREIGN_NAMES
+from align.config.foreign_names import foreign_hint
 from align.config.old_names import OLD_NAMES, OLD_VALUES
+from align.config.ppo_settings import USER_FUNCTION
 from align.config.schema import Experiment
 from align.config.source import Keys, Source
 from policies.text.columns import shown
@@ -22,17 +23,98 @@ def explain(problem: Any, source: Source) -> str:
     if problem["type"] == "extra_forbidden":
         hint = _hint(keys, problem["input"], _valid_keys(path[:-1]))
         return f"{source.place(keys)}: {'.'.join(keys)}: unknown key; {hint}"
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _explain_kind(problem["input"], path, keys, source)
     # After the key, pydantic names the member of a union that it tried: `policy.targets.str`.
+    inner = keys
     while keys and keys not in source.places and keys[:-1] in source.places:
         keys = keys[:-1]
     where = f"{source.place(keys)}: {'.'.join(keys) or 'experiment'}"
     value = problem["input"]
     if new_value := _new_value(keys, value):
         return f"{where}: {value} has been renamed to {new_value}"
-    message = problem["msg"].removeprefix("Value error, ")
     # Messages go to logs, and a secret may be given by mistake as an address or as the name of a variable.
-    is_hidden = isinstance(value, dict | BaseModel) or {"url", "key_env"} & set(keys)
-    return f"{where}: {message}" if is_hidden else f"{where}: {message}, not {shown(value)}"
+    is_secret = bool({"url", "key_env"} & set(keys))
+    message = _in_words(problem, path, value, is_secret=is_secret)
+    if inner != keys and problem["type"] in TEXT_OR_LIST:
+        message = "expected text or a list of texts"
+    is_hidden = is_secret or isinstance(value, dict | BaseModel) or problem["type"] == USER_FUNCTION
+    return f"{where}: {message}" if is_hidden else f"{where}: {message}, not {_as_written(value)}"
+
+
+PLAIN_ENGLISH = {
+    "string_type": "expected text",
+    "string_too_short": "expected text that is not empty",
+    "string_pattern_mismatch": "expected letters, digits, `.`, `_` and `-`, the first one a letter or a digit",
+    "int_type": "expected an integer",
+    "int_parsing": "expected an integer",
+    "int_from_float": "expected an integer",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+}
+"""Pydantic's types of errors in the words of a user. The only setting with a pattern is `name`."""
+TEXT_OR_LIST = ("string_type", "list_type")
+"""The errors that pydantic gives, one each, for a setting that is neither text nor a list of texts."""
+MAX_KEYS = 8
+"""Largest number of keys that describe a section."""
+
+
+def _in_words(problem: Any, path: Keys, value: object, is_secret: bool) -> str:
+    """What is wrong with a value, without pydantic's terms."""
+    kind = problem["type"]
+    if kind in PLAIN_ENGLISH:
+        return PLAIN_ENGLISH[kind]
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"expected a section{_contents(path)}"
+    if kind == "list_type":
+        is_example = isinstance(value, str) and not is_secret
+        return f"expected a list, such as [{value}]" if is_example else "expected a list"
+    if kind == "too_short" and problem["ctx"]["min_length"] == 1:
+        return "expected at least one item"
+    if kind == "literal_error":
+        words = "a word: " if isinstance(value, bool) and "'" in problem["ctx"]["expected"] else ""
+        return f"expected {words}{problem['ctx']['expected']}"
+    message: str = problem["msg"].removeprefix("Value error, ")
+    return message.replace("Input should be", "expected a number") if kind.startswith(("greater", "less")) else message
+
+
+def _contents(path: Keys) -> str:
+    """The keys of the section under a path, for `expected a section…`; empty where its keys are free."""
+    annotation, _ = _annotation_at(path)
+    classes = settings_classes(annotation)
+    if not classes:
+        return ""
+    if len(classes) > 1:
+        return f" with a kind: one of {_kinds(annotation)}"
+    keys = _key_names(classes[0])
+    more = ", …" if len(keys) > MAX_KEYS else ""
+    return f" with keys {', '.join(keys[:MAX_KEYS])}{more}"
+
+
+def _explain_kind(section: object, path: Keys, keys: Keys, source: Source) -> str:
+    """The message about a section, such as a reward term, whose `kind` is missing or unknown."""
+    annotation, _ = _annotation_at(path)
+    kinds = _kinds(annotation)
+    if not isinstance(section, dict) or "kind" not in section:
+        return f"{source.place(keys)}: {'.'.join(keys)}: kind is missing; expected one of {kinds}"
+    keys = (*keys, "kind")
+    near = difflib.get_close_matches(str(section["kind"]), kinds.split(", "), n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    unknown = f"unknown kind {_as_written(section['kind'])}"
+    return f"{source.place(keys)}: {'.'.join(keys)}: {unknown}; {guess}valid kinds: {kinds}"
+
+
+def _as_written(value: object) -> str:
+    """A value as in YAML, where Python's notation differs."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # `Settings` gives pydantic the truth values as text where it expects a number.
+    return value if isinstance(value, str) and value in ("true", "false") else shown(value)
 
 
 def _hint(keys: Keys, value: object, valid: list[str]) -> str:
@@ -42,8 +124,8 @@ def _hint(keys: Keys, value: object, valid: list[str]) -> str:
         new_value = _new_value(keys, value)
         new_key = f"{'.'.join(keys[:-1])}.{new_name.rpartition('.')[2]}"
         return f"it has been renamed to {new_key}" + (f", and {value} to {new_value}" if new_value else "")
-    if foreign := FOREIGN_NAMES.get(keys[-1]):
-        return foreign if isinstance(foreign, str) else f"align calls it {_in_section(keys[0], foreign)}"
+    if foreign := foreign_hint(keys):
+        return foreign
     if near := difflib.get_close_matches(keys[-1], valid, n=1):
         return f"did you mean {near[0]}?"
     return f"valid keys: {', '.join(valid)}"
@@ -56,11 +138,6 @@ def _any_term(keys: Keys) -> Keys:
 
 def _new_value(keys: Keys, value: object) -> str | None:
     return OLD_VALUES.get((".".join(keys), value)) if isinstance(value, str) else None
-
-
-def _in_section(section: str, settings: tuple[str, ...]) -> str:
-    """The settings of a section, or all of them if none is in the section."""
-    return " or ".join([name for name in settings if name.startswith(f"{section}.")] or settings)
 
 
 def _written_keys(path: Keys, source: Source) -> Keys:
@@ -76,6 +153,16 @@ def _written_keys(path: Keys, source: Source) -> Keys:
 
 def _valid_keys(path: Keys) -> list[str]:
     """The names of the settings under pydantic's path of keys, which includes the kinds of unions."""
+    _, model = _annotation_at(path)
+    return _key_names(model)
+
+
+def _key_names(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _annotation_at(path: Keys) -> tuple[Any, type[BaseModel]]:
+    """The type of what pydantic's path of keys leads to, and the innermost settings class on the way."""
     model: type[BaseModel] = Experiment
     annotation: Any = Experiment
     for key in path:
@@ -89,7 +176,12 @@ def _valid_keys(path: Keys) -> list[str]:
         if len(classes) == 1:
             annotation = classes[0]
             model = classes[0]
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return annotation, model
+
+
+def _kinds(union: Any) -> str:
+    """The kinds of a union of settings classes."""
+    return ", ".join(sorted(_kind(model) for model in settings_classes(union)))
 
 
 def _kind(model: type[BaseModel]) -> str:

@@ -64,7 +64,7 @@ def test_every_new_value_is_valid(tmp_path: Path) -> None:
 def test_every_foreign_name_leads_to_settings() -> None:
     settings = all_settings()
     for name, target in FOREIGN_NAMES.items():
-        named = target if isinstance(target, tuple) else re.findall(r"`([\w.]+)`", target)
+        named = " and ".join(target).split(" and ") if isinstance(target, tuple) else re.findall(r"`([\w.]+)`", target)
         assert set(named) - {"sft"} <= settings | {"sft"}, name
 
 
@@ -73,6 +73,7 @@ def test_no_foreign_name_is_a_setting_that_it_does_not_name() -> None:
     by_last_part: dict[str, set[str]] = {}
     for setting in all_settings():
         by_last_part.setdefault(setting.rpartition(".")[2], set()).add(setting)
+    assert not {name for name in FOREIGN_NAMES if "." in name} & all_settings()
     for name, target in FOREIGN_NAMES.items():
         for setting in by_last_part.get(name, ()):
             assert setting in target, (name, setting)
@@ -84,7 +85,7 @@ def test_no_foreign_name_is_a_setting_that_it_does_not_name() -> None:
         (["ppo:", "  vf_coef: 0.1"], "exp.yaml:4: ppo.vf_coef: unknown key; align calls it ppo.critic.coefficient"),
         (["sft: {lr: 0.1}"], "exp.yaml:3: sft.lr: unknown key; align calls it sft.learning_rate"),
         (["reward: {max_length: 9}"], "exp.yaml:3: reward.max_length: unknown key; align calls it reward.max_tokens"),
-        (["cliprange: 0.1"], "exp.yaml:3: cliprange: unknown key; align calls it ppo.clip_low or ppo.clip_high"),
+        (["cliprange: 0.1"], "exp.yaml:3: cliprange: unknown key; align calls it ppo.clip_low and ppo.clip_high"),
         (
             ["ppo: {mini_batch_size: 4}"],
             "exp.yaml:3: ppo.mini_batch_size: unknown key; set the number of minibatches per epoch, `ppo.minibatches`",
@@ -93,6 +94,127 @@ def test_no_foreign_name_is_a_setting_that_it_does_not_name() -> None:
 )
 def test_the_name_of_another_library_is_translated(tmp_path: Path, lines: list[str], expected: str) -> None:
     assert problem(tmp_path, *lines) == expected
+
+
+BOTH_CLIPS = "align calls it ppo.clip_low and ppo.clip_high"
+BOTH_RATES = "align calls it learner.policy_learning_rate and learner.critic_learning_rate"
+CRITIC_COEFFICIENT = "align calls it ppo.critic.coefficient"
+MICROBATCH = "a microbatch is measured in tokens: set `learner.tokens_per_microbatch`"
+STAGES = "settings of each stage: `sft`, `reward`, `ppo`, `learner`"
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("ppo.critic.lr", "align calls it learner.critic_learning_rate"),
+        ("ppo.critic.learning_rate", "align calls it learner.critic_learning_rate"),
+        ("ppo.lr", BOTH_RATES),
+        ("ppo.learning_rate", BOTH_RATES),
+        ("learner.lr", BOTH_RATES),
+        ("policy.lr", BOTH_RATES),
+        ("reward.lr", "align calls it reward.learning_rate"),
+        ("lr", f"{BOTH_RATES}, or sft.learning_rate, or reward.learning_rate"),
+        ("rollouts.max_length", "align calls it rollouts.max_new_tokens and rollouts.max_prompt_tokens"),
+        ("ppo.max_length", "align calls it rollouts.max_new_tokens and rollouts.max_prompt_tokens"),
+        ("sft.max_steps", "align calls it sft.epochs"),
+        ("sft.steps", "align calls it sft.epochs"),
+        ("reward.max_steps", "align calls it reward.epochs"),
+        ("ppo.max_steps", "align calls it ppo.steps"),
+        ("trainer", STAGES),
+        ("training", STAGES),
+        ("generation", "align calls it rollouts"),
+        ("algorithm", "align calls it ppo"),
+        ("actor", "settings of the policy: `policy` (adapter), `learner` (optimizer) and `ppo` (loss)"),
+        (
+            "actor_rollout_ref",
+            "in align these are sections of their own: `model`, `policy`, `rollouts`, `learner`, `ppo`",
+        ),
+        ("critic", "settings of the critic: `ppo.critic` and `learner.critic_learning_rate`"),
+        ("wandb", "align calls it tracking.wandb"),
+        ("ppo.advantage", "align calls it ppo.estimator"),
+        (
+            "ppo.scale_rewards",
+            "the estimator grpo always divides by the standard deviation of a prompt's rewards",
+        ),
+        ("ppo.clip", BOTH_CLIPS),
+        ("ppo.clip_range", BOTH_CLIPS),
+        ("ppo.clip_eps", BOTH_CLIPS),
+        ("ppo.clip_epsilon", BOTH_CLIPS),
+        ("ppo.cliprange", BOTH_CLIPS),
+        ("ppo.eps_clip", BOTH_CLIPS),
+        ("ppo.clip_ratio", BOTH_CLIPS),
+        ("rollouts.n", "align calls it ppo.samples_per_prompt"),
+        ("ppo.ent_coef", "align calls it ppo.entropy_coefficient"),
+        ("ppo.entropy_coeff", "align calls it ppo.entropy_coefficient"),
+        ("ppo.value_loss_coef", CRITIC_COEFFICIENT),
+        ("ppo.vf_coeff", CRITIC_COEFFICIENT),
+        ("ppo.value_coef", CRITIC_COEFFICIENT),
+        ("ppo.critic.coef", CRITIC_COEFFICIENT),
+        ("ppo.local_rollout_forward_batch_size", MICROBATCH),
+        ("ppo.kl.coef", "align calls it ppo.kl.coefficient"),
+        ("ppo.kl.type", "align calls it ppo.kl.estimator"),
+        ("reward.center_rewards_coefficient", "align calls it reward.centering"),
+        ("ppo.optimizer", "align calls it learner.optimizer"),
+        ("sft.optimizer", "SFT always uses AdamW"),
+        ("output_dir", "align calls it runs and name"),
+    ],
+)
+def test_a_translation_fits_the_section_of_the_key(tmp_path: Path, key: str, expected: str) -> None:
+    line = "{" + key.replace(".", ": {") + ": 1" + "}" * (key.count(".") + 1)
+    assert problem(tmp_path, line.removeprefix("{").removesuffix("}")) == f"exp.yaml:3: {key}: unknown key; {expected}"
+
+
+KINDS = ", ".join(sorted(TERMS))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "reward: {terms: {a: {kind: lenght}}}",
+            f"reward.terms.a.kind: unknown kind 'lenght'; did you mean length? valid kinds: {KINDS}",
+        ),
+        ("reward: {terms: {a: {kind: 3}}}", f"reward.terms.a.kind: unknown kind 3; valid kinds: {KINDS}"),
+        ("reward: {terms: {a: {weight: 1}}}", f"reward.terms.a: kind is missing; expected one of {KINDS}"),
+        ("reward: {terms: {a: 3}}", f"reward.terms.a: expected a section with a kind: one of {KINDS}, not 3"),
+        ("reward: {terms: []}", "reward.terms: expected a section, not []"),
+        (
+            "ppo: {kl: 0.05}",
+            "ppo.kl: expected a section with keys where, estimator, coefficient, target, horizon, not 0.05",
+        ),
+        (
+            "evaluation:",
+            "evaluation: expected a section with keys prompts, every, best, gold, temperature, prompt_styles, best_of, "
+            "seed, not null",
+        ),
+        ("stages: []", "stages: expected at least one item, not []"),
+        ("stages: ppo", "stages: expected a list, such as [ppo], not 'ppo'"),
+        ("rollouts: {stop: ['']}", "rollouts.stop: expected text that is not empty, not ''"),
+        ("policy: {targets: 3}", "policy.targets: expected text or a list of texts, not 3"),
+        (
+            "tracking: {wandb: true}",
+            "tracking.wandb: expected a word: 'auto', 'online', 'offline' or 'disabled', not true",
+        ),
+        ("runs: 3", "runs: expected text, not 3"),
+        ("deterministic: 3", "deterministic: expected true or false, not 3"),
+        ("ppo: {steps: 0}", "ppo.steps: expected a number greater than or equal to 1, not 0"),
+        ("learner: {ranks: true}", "learner.ranks: expected an integer, not true"),
+        ("learner: {tokens_per_microbatch: true}", "learner.tokens_per_microbatch: expected an integer, not true"),
+        ("learner: {zero: false}", "learner.zero: expected 0, 1, 2 or 3, not false"),
+        ("sft: {learning_rate: true}", "sft.learning_rate: expected a number, not true"),
+        ("learner: {ranks: 1.5}", "learner.ranks: expected an integer, not 1.5"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_in_plain_english(tmp_path: Path, line: str, expected: str) -> None:
+    assert problem(tmp_path, line) == f"exp.yaml:3: {expected}"
+
+
+def test_an_invalid_name_says_which_characters_are_valid(tmp_path: Path) -> None:
+    (tmp_path / "exp.yaml").write_text("name: a b\nmodel: {path: m}\n")
+    with pytest.raises(
+        UserError, match=r"exp\.yaml:1: name: expected letters, digits, `\.`, `_` and `-`, the first one"
+    ):
+        load_experiment(tmp_path / "exp.yaml")
 
 
 @pytest.mark.parametrize(
