@@ -144,3 +144,8 @@ def test_the_table_shows_every_line(experiment: Experiment, datasets: Datasets) 
     assert "plan of tiny" in out.getvalue()
     assert all(f"{name}  " in out.getvalue() for name in planned(experiment, datasets))
     assert str(Path(experiment.runs) / "tiny") in out.getvalue()
+
+
+def test_parameters_of_a_tiny_model_are_in_thousands(experiment: Experiment, datasets: Datasets) -> None:
+    base = measure(experiment.model, experiment.policy).base
+    assert planned(experiment, datasets)["base model"].startswith(f"{base / 1000:.1f} K parameters")
