@@ -13,5 +13,5 @@ def test_a_single_reward_model_has_one_member(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.reward.mkdir()
     assert reward_folder(run, None) == reward_folder(run, 0)
-    with pytest.raises(UserError, match="--member 3: .*reward has one member, 0"):
+    with pytest.raises(UserError, match=r"--member 3: .*reward has one member, 0"):
         reward_folder(run, 3)
