@@ -78,10 +78,16 @@ def dump_experiment(experiment: Experiment, path: Path) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that `Loader` would read as numbers."""
+    """Quotes strings that `Loader` would read as numbers, and escapes Unicode's line breaks, which it would change."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    has_line_break = any(character in text for character in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_line_break else None)
 
 
 _Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+_Dumper.add_representer(str, _represent_text)
 
 
 def _refuse_invalid_text(value: Any, keys: Keys, source: Source) -> None:

@@ -224,6 +224,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load_experiment(tmp_path / "nowhere.yaml")
 
 
+@pytest.mark.parametrize("runs", ["a\x85b", "\u2028", "é\u2029", "plain", "1e-4"])
+def test_line_breaks_of_unicode_and_numbers_in_text_are_dumped_as_they_are(tmp_path: Path, runs: str) -> None:
+    experiment = Experiment.model_validate({"name": "x", "model": {"path": "m"}, "runs": runs})
+    dump_experiment(experiment, tmp_path / "config.yaml")
+    assert load_experiment(tmp_path / "config.yaml").runs == runs
+
+
 @given(
     values=st.fixed_dictionaries(
         {
