@@ -84,6 +84,8 @@ def _rows_at(name: str, subset: str | None, split: str) -> Iterator[SourceRow]:
         return
     else:
         raise UserError(f"{path} does not exist")
+    if subset is not None:
+        raise UserError(f"{path} is local, and `subset` names a configuration of a dataset on the hub: remove it")
     for file in files:
         read = _reader(file)
         if read is None:

@@ -99,3 +99,10 @@ def test_a_csv_row_with_too_few_or_too_many_cells(tmp_path: Path) -> None:
     parsed = parse_rows(read_rows(SourceSettings(path=str(tmp_path / "r.csv"))), parse_prompt, "skip")
     assert len(parsed.items) == 1
     assert [text.split(":")[1] for text in parsed.skipped] == ["3", "4"]
+
+
+def test_a_subset_of_local_data_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.jsonl", ROWS)
+    for local in (path, str(tmp_path)):
+        with pytest.raises(UserError, match=r"is local, and `subset` names a configuration"):
+            read_rows(SourceSettings(path=local, subset="main"))
