@@ -180,11 +180,13 @@ def export(
         product = "model"
     if reward:
         product = "reward model"
-    product, difference = export_run(settings, folder, to, product, dtype=dtype, member=member)
+    product, difference, changes = export_run(settings, folder, to, product, dtype=dtype, member=member)
     compared = f"log-probabilities differ from the run's by at most {difference:.2g} nats"
     if product == "reward model":
         compared = f"scores differ from the run's by at most {difference:.2g}"
     errors.print(f"{product} of {folder.path} written to {to}; reloaded, its {compared}", soft_wrap=True)
+    for change in changes:
+        errors.print(f"generation config of {to}: {change}", soft_wrap=True, markup=False)
 
 
 def _check_export(to: Path, merge: bool, reward: bool, member: int | None, dtype: str) -> None:

@@ -11,15 +11,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from policies.build import build_trunk
 from policies.device import default_device
 from policies.errors import UserError
 from policies.files.adapters import CONFIG, WEIGHTS, load_adapter, load_head
 from policies.files.base_model import load_base
+from policies.files.generation import write_generation_config
 from policies.files.safe_reading import NO_CODE, SAFE
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
@@ -61,8 +64,8 @@ def export_adapter(
     for name in (CONFIG, WEIGHTS):
         shutil.copy(source / name, folder / name)
     tokenizer.save_pretrained(folder)
+    write_generation_config(model.path, folder)
     base = load_base(model, policy)
-    base.generation_config.save_pretrained(folder)
     if policy.spec.in_peft:
         reloaded = _log_probs_of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
     else:
@@ -100,6 +103,7 @@ def export_merged(
     expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
     base_log_probs = _log_probs_of_model(load_base(model, policy), ids)
     write_model(model, live.merged_weights(EXPORT_ROLE), folder, dtype)
+    write_generation_config(model.path, folder)
     tokenizer.save_pretrained(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE)
     log_probs = _log_probs_of_model(reloaded.to(default_device()).eval(), ids)
@@ -108,7 +112,7 @@ def export_merged(
 
 
 def write_model(model: ModelSettings, weights: Mapping[str, Tensor], folder: Path, dtype: str) -> None:
-    """Write the base model with some of its weights replaced, as transformers saves it.
+    """Write the base model with some of its weights replaced, as transformers saves it, but no generation config.
 
     Args:
         model: The base model.
@@ -137,7 +141,9 @@ def write_model(model: ModelSettings, weights: Mapping[str, Tensor], folder: Pat
             "to load"
         )
     target.load_state_dict(dict(weights), strict=False)
+    target.generation_config = GenerationConfig()  # the base's own may be one that transformers refuses to save
     target.to(getattr(torch, dtype)).save_pretrained(folder)
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # not every model has one
 
 
 def export_reward(

@@ -12,6 +12,7 @@ from policies.errors import UserError
 from policies.export import export_adapter, export_merged, export_reward
 from policies.files.adapters import PROMPT
 from policies.files.base_model import load_tokenizer
+from policies.files.generation import valid_generation
 from policies.files.prompt_table import add_task
 
 Product = Literal["adapter", "model", "reward model"]
@@ -23,10 +24,12 @@ class Exported(NamedTuple):
     Attributes:
         product: What was written.
         difference: Largest difference between the outputs of the reloaded product and those of the run's model.
+        changes: How the generation config differs from the base model's, for people.
     """
 
     product: Product
     difference: float
+    changes: tuple[str, ...] = ()
 
 
 def export_run(
@@ -61,6 +64,9 @@ def export_run(
     if product == "adapter" and not policy.spec.shares_base:
         product = "model"
     notes: list[str] = []
+    changes: tuple[str, ...] = ()
+    if product != "reward model":
+        changes = valid_generation(model.path).changes
     with new_folder(to) as folder:
         if product == "reward model":
             source = reward_folder(run, member)
@@ -74,8 +80,9 @@ def export_run(
             difference = export_adapter(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             if not policy.spec.in_peft:
                 notes = ["", "PEFT does not have this method: `policies.build.build_trunk` loads the adapter."]
-        (folder / "README.md").write_text(model_card(experiment, run, product, notes))
-    return Exported(product, difference)
+        notes += [f"\nGeneration config: {change}." for change in changes]
+        (folder / "README.md").write_text(model_card(experiment, run, product, notes), encoding="utf-8")
+    return Exported(product, difference, changes)
 
 
 def export_prompt(experiment: Experiment, run: RunFolder, table: Path, task: str) -> None:

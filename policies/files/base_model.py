@@ -164,7 +164,9 @@ def load_generation_config(path: str) -> GenerationConfig:
     except OSError as error:
         if (Path(path) / "generation_config.json").is_file():
             raise UserError(f"{path}/generation_config.json cannot be read: {reason(error)}") from error
-        return GenerationConfig.from_model_config(load_model_config(path))
+        load_model_config(path)  # it says what is wrong, if anything is
+        # The config that transformers loads has lost its settings of generation: only the file has them.
+        return GenerationConfig.from_pretrained(path, config_file_name="config.json", _from_model_config=True)
 
 
 def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
