@@ -1,6 +1,6 @@
 """The engine on transformers, which runs wherever torch runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,19 +85,51 @@ class TransformersEngine:
         Returns:
             One trajectory per request, in the same order.
         """
-        if self._must_merge and role == SAMPLER_ROLE:
-            self.trunk.merge(SAMPLER_ROLE)
-            self._must_merge = False
-        self.trunk.switch(role)
+        self._use(role)
         responses = [Response.start(request, sampling) for request in requests]
         # Taken from the end: the longest come first, and those admitted together have similar lengths.
         waiting = sorted(responses, key=lambda response: len(response.prefix_ids))
         while waiting:
-            self._decode(waiting, Decoder(self.trunk, role), sampling.temperature)
+            for _ in self._decode(waiting, Decoder(self.trunk, role), sampling.temperature):
+                pass
         return [self._trajectory(response) for response in responses]
 
-    def _decode(self, waiting: list["Response"], decoder: Decoder, temperature: float) -> None:
-        """Decode until nothing is waiting, or until the first batch is done where the decoder cannot add to one."""
+    @torch.inference_mode()
+    def stream(
+        self, request: Request, sampling: Sampling, role: str = SAMPLER_ROLE
+    ) -> Generator[int, None, Trajectory]:
+        """Generate one response, token by token: the tokens that `generate` gives for this request alone.
+
+        Args:
+            request: The prompt with its seed.
+            sampling: How the response is drawn.
+            role: The role whose adapter to decode with.
+
+        Yields:
+            Each new token as soon as it is drawn; the next one is drawn when it is asked for.
+
+        Returns:
+            The trajectory.
+        """
+        self._use(role)
+        response = Response.start(request, sampling)
+        for _ in self._decode([response], Decoder(self.trunk, role), sampling.temperature):
+            yield response.tokens[-1]
+        return self._trajectory(response)
+
+    def _use(self, role: str) -> None:
+        """Decode with this role's adapter from now on, merged if it is the engine's own."""
+        if self._must_merge and role == SAMPLER_ROLE:
+            self.trunk.merge(SAMPLER_ROLE)
+            self._must_merge = False
+        self.trunk.switch(role)
+
+    def _decode(self, waiting: list["Response"], decoder: Decoder, temperature: float) -> Iterator[None]:
+        """Decode until nothing is waiting, or until the first batch is done where the decoder cannot add to one.
+
+        Yields:
+            None whenever each active response has been given a token.
+        """
         active: list[Response] = []  # B responses
         logits = torch.empty(0)
         while active or waiting:
@@ -108,6 +140,7 @@ class TransformersEngine:
                 active += admitted
 
             tokens = self._sample(active, logits, temperature)  # [B]
+            yield
 
             unfinished = [index for index, response in enumerate(active) if not response.finished]
             finished_count = len(active) - len(unfinished)

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from policies.layers.decode_step import DecodeStep
 from policies.methods.lora_trunk import lora_config
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
+from rollouts.decoding import Decoder
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, sample_tokens
@@ -245,3 +247,39 @@ def test_a_finished_sequence_does_not_run_past_the_positions_of_the_model() -> N
     trajectories = TransformersEngine(trunk, STOPS, max_num_seqs=16).generate(requests, SAMPLING)
     assert max(t.length for t in trajectories) == SAMPLING.max_new_tokens
     assert len({t.length for t in trajectories}) > 5
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY], ids=["sampled", "greedy"])
+def test_streamed_tokens_are_those_that_generate_gives(engine: TransformersEngine, sampling: Sampling) -> None:
+    for request in REQUESTS:
+        (expected,) = engine.generate([request], sampling)
+        tokens = []
+        stream = engine.stream(request, sampling)
+        try:
+            while True:
+                tokens.append(next(stream))
+        except StopIteration as end:
+            streamed = end.value
+        assert tuple(tokens) == expected.response_ids
+        assert torch.equal(streamed.sampler_logprobs, expected.sampler_logprobs)
+        assert streamed.ended is expected.ended
+
+
+def test_a_stream_draws_a_token_only_when_the_next_one_is_taken(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    step = Decoder.step
+
+    def counted_step(decoder: Decoder, tokens: torch.Tensor, unfinished: Sequence[bool]) -> torch.Tensor:
+        steps.append(1)
+        return step(decoder, tokens, unfinished)
+
+    monkeypatch.setattr(Decoder, "step", counted_step)
+    endless = TransformersEngine(engine.trunk, frozenset(), max_num_seqs=8)
+    stream = endless.stream(REQUESTS[0], SAMPLING)
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    assert len(steps) == 2
+    assert not torch.is_inference_mode_enabled()
