@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from policies.errors import UserError
 from policies.files.adapters import CONFIG, MODEL, WEIGHTS
 from policies.files.safe_reading import check_names_and_shapes, read_object, read_tensors
+from policies.files.writing import save_tensors
 
 MODEL_CONFIG = "config.json"
 KIND_KEYS = ("peft_type", "model_type")
@@ -46,9 +46,9 @@ def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path)
     for name in files:
         means[name] = _mean([folder / name for folder in folders], shares)
     to.mkdir(parents=True, exist_ok=True)
-    shutil.copy(first / config_file, to / config_file)
+    shutil.copyfile(first / config_file, to / config_file)
     for name, mean in means.items():
-        save_file(mean, to / name, metadata={"format": "pt"} if name == MODEL else None)
+        save_tensors(mean, to / name, metadata={"format": "pt"} if name == MODEL else None)
 
 
 def _check_same_kind(config: Mapping[str, Any], expected: Mapping[str, Any], path: Path, first: Path) -> None:

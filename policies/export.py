@@ -24,6 +24,7 @@ from policies.files.adapters import CONFIG, WEIGHTS, load_adapter, load_head
 from policies.files.base_model import load_base
 from policies.files.generation import write_generation_config
 from policies.files.safe_reading import NO_CODE, SAFE
+from policies.files.writing import save_model
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 
@@ -62,7 +63,7 @@ def export_adapter(
     del live
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS):
-        shutil.copy(source / name, folder / name)
+        shutil.copyfile(source / name, folder / name)
     tokenizer.save_pretrained(folder)
     write_generation_config(model.path, folder)
     base = load_base(model, policy)
@@ -142,7 +143,7 @@ def write_model(model: ModelSettings, weights: Mapping[str, Tensor], folder: Pat
         )
     target.load_state_dict(dict(weights), strict=False)
     target.generation_config = GenerationConfig()  # the base's own may be one that transformers refuses to save
-    target.to(getattr(torch, dtype)).save_pretrained(folder)
+    save_model(target.to(getattr(torch, dtype)), folder)
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # not every model has one
 
 
@@ -176,7 +177,7 @@ def export_reward(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad, **SAFE)
     classifier.score.weight.data.copy_(head["weight"].unsqueeze(0))  # [1, H]
-    classifier.save_pretrained(folder)
+    save_model(classifier, folder)
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder, **SAFE).to(default_device()).eval()
     with torch.no_grad():
         difference = float((reloaded(input_ids=ids).logits.squeeze(-1) - scores).abs().max())

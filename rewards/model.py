@@ -5,13 +5,13 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from policies.batching import Batch, collate
 from policies.errors import UserError
 from policies.files.adapters import load_head, save_head
 from policies.files.safe_reading import check_names_and_shapes, read_tensors
+from policies.files.writing import save_tensors
 from policies.heads import ScalarHead
 from policies.trunk import Trunk
 
@@ -136,7 +136,7 @@ class RewardModel(nn.Module):
             for name, attribute_head in zip(self.weights, self.heads, strict=True):
                 for part, tensor in attribute_head.state_dict().items():
                     tensors[f"{name}.{part}"] = tensor.cpu()
-            save_file(tensors, folder / ATTRIBUTES)
+            save_tensors(tensors, folder / ATTRIBUTES)
 
 
 def read_heads(folder: str | Path, weights: Mapping[str, float]) -> list[dict[str, Tensor]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors.torch import save_file
 
 from align.config.ppo_settings import CriticSettings
 from align.learner.state import LearnerState
@@ -22,6 +21,7 @@ from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.adapters import load_adapter, load_head, save_adapter, save_head
 from policies.files.safe_reading import read_object, read_tensors
+from policies.files.writing import save_tensors
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 
@@ -108,7 +108,7 @@ def write_state(
     if states[0].critic_head:
         save_head(folder / "critic", states[0].critic_head)
     for rank, state in enumerate(states):
-        save_file(state.optimizer, folder / f"optimizer-{rank}.safetensors")
+        save_tensors(state.optimizer, folder / f"optimizer-{rank}.safetensors")
     write_json(folder / "state.json", asdict(progress))
 
 

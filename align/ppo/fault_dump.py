@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.ppo.loop import Step
 from align.runtime.atomic_files import new_folder, write_text
+from policies.files.writing import save_tensors
 from policies.text.tokenization import decode_response, prompt_text
 
 TENSORS = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
@@ -40,4 +40,4 @@ def write_fault_dump(folder: Path, step: Step, tokenizer: PreTrainedTokenizerBas
             tensors[f"{number}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
     with new_folder(folder) as temporary:
         write_text(temporary / "episodes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        save_file(tensors, temporary / "episodes.safetensors")
+        save_tensors(tensors, temporary / "episodes.safetensors")

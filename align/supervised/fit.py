@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
@@ -36,6 +35,7 @@ from align.supervised.trainer import (
 from align.supervised.trainer_state import read_state
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
+from policies.files.writing import save_tensors
 from policies.layers.lora import parameter_groups_by_rate
 from rewards.schema import FitSettings
 
@@ -130,7 +130,7 @@ def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
     read_trained_weights(task.objective, context.checkpoints / BEST / TRAINED_WEIGHTS)
     result = FitResult(state.global_step, state.best_global_step, state.best_metric)
     with new_folder(done) as folder:
-        save_file(trained_weights(task.objective), folder / TRAINED_WEIGHTS)
+        save_tensors(trained_weights(task.objective), folder / TRAINED_WEIGHTS)
         write_json(folder / RESULT, asdict(result))
     if context.stop.requested:
         raise Interrupted
@@ -256,7 +256,7 @@ class _Monitor(TrainerCallback):
             state.best_metric = loss  # in the Trainer's state, so that checkpoints have it
             state.best_global_step = state.global_step
             with new_folder(self.context.checkpoints / BEST) as folder:
-                save_file(trained_weights(model), folder / TRAINED_WEIGHTS)
+                save_tensors(trained_weights(model), folder / TRAINED_WEIGHTS)
 
     def is_over(self, state: TrainerState) -> bool:
         """Whether the last step is evaluated, or `patience` evaluations have brought no better held-out loss."""

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
@@ -16,6 +15,7 @@ from align.runtime.failures import Fault
 from align.runtime.seeds import seed_for
 from align.supervised.trainer_state import read_optimizer, read_random, write_optimizer, write_random
 from policies.files.safe_reading import check_names_and_shapes, read_tensors
+from policies.files.writing import save_tensors
 
 TRAINED_WEIGHTS = "model.safetensors"
 """The file of the trained weights in a checkpoint."""
@@ -87,7 +87,7 @@ class FitTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_weights(self.model), folder / TRAINED_WEIGHTS)
+        save_tensors(trained_weights(self.model), folder / TRAINED_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_trained_weights(model or self.model, Path(resume_from_checkpoint) / TRAINED_WEIGHTS)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,6 +15,7 @@ from transformers import TrainerState
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.safe_reading import check_names_and_shapes, read_object, read_tensors
+from policies.files.writing import save_tensors
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -30,7 +30,7 @@ def write_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) 
     for number, values in state["state"].items():
         for name, tensor in values.items():
             tensors[f"{number}.{name}"] = tensor.detach().cpu().contiguous()
-    save_file(tensors, folder / OPTIMIZER)
+    save_tensors(tensors, folder / OPTIMIZER)
     write_json(folder / HYPERPARAMETERS, {"groups": state["param_groups"], "scheduler": scheduler.state_dict()})
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from policies.errors import UserError
 from policies.files.prompt_table import MARK, read_task
 from policies.files.safe_reading import NO_CODE, read_object, read_tensors
+from policies.files.writing import save_tensors
 from policies.schema import PolicySettings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,11 +46,11 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], settings: PolicySe
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if not settings.spec.shares_base:
         AutoConfig.from_pretrained(base, **NO_CODE).save_pretrained(folder)
-        save_file(tensors, folder / MODEL, metadata={"format": "pt"})
+        save_tensors(tensors, folder / MODEL, metadata={"format": "pt"})
         return
     config = _adapter_config(settings, base, weights)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, folder / WEIGHTS)
+    save_tensors(tensors, folder / WEIGHTS)
 
 
 def _adapter_config(settings: PolicySettings, base: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def adapted_modules(weights: Mapping[str, Tensor]) -> list[str]:
 def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Write the weights of a scalar head to the folder of the adapter that it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu() for name, tensor in weights.items()}, folder / HEAD)
+    save_tensors({name: tensor.detach().cpu() for name, tensor in weights.items()}, folder / HEAD)
 
 
 def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:

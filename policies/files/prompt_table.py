@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from policies.errors import UserError
 from policies.files.safe_reading import read_tensors
+from policies.files.writing import save_tensors
 
 MARK = "#"
 """FILE#TASK names one task's tokens in a table."""
@@ -43,7 +43,7 @@ def add_task(path: Path, task: str, tokens: Tensor, metadata: Mapping[str, str])
         if task in tasks:
             raise UserError(f"prompt table {path} has a task {task!r} already: give another name")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tasks | {task: tokens.detach().cpu().contiguous()}, partial, metadata=dict(metadata))
+    save_tensors(tasks | {task: tokens.detach().cpu().contiguous()}, partial, metadata=metadata)
     os.replace(partial, path)
 
 
