@@ -1,8 +1,10 @@
 """Settings of the base model and of the adaptation method, and the base class of all settings."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from policies.method_spec import MethodSpec, methods
 
@@ -14,19 +16,45 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _true_is_no_number(cls, values: Any) -> Any:
-        """Turn `true` and `false` into text where a number is expected.
+    def _booleans_elsewhere(cls, values: Any) -> Any:
+        """Turn `true` and `false` into text where a number or a word is expected.
 
-        Pydantic would read them as 1 and 0. It refuses the text, with the key of the setting, which an error that is
-        raised here would lack.
+        Pydantic would read them as numbers, 1 and 0. It refuses the text, with the key of the setting, which an error
+        that is raised here would lack. A word such as `no` arrives as `false` from readers of YAML 1.1.
         """
         if not isinstance(values, dict):
             return values
         checked = dict(values)
         for name, value in values.items():
-            if isinstance(value, bool) and name in cls.model_fields and _is_number(cls.model_fields[name].annotation):
+            if not isinstance(value, bool) or name not in cls.model_fields:
+                continue
+            annotation = cls.model_fields[name].annotation
+            if _is_number(annotation):
                 checked[name] = str(value).lower()
+            elif words := [word for word in get_args(annotation) if word in BOOLEAN_WORDS[value]]:
+                checked[name] = words[0]
         return checked
+
+
+BOOLEAN_WORDS = {False: ("no", "off"), True: ("yes", "on")}
+"""The words that YAML 1.1 reads as booleans, besides false and true."""
+UNREAD = "unread_settings"
+"""The type of pydantic's error where settings have no effect."""
+
+
+def unread_settings(message: str, *names: str) -> PydanticCustomError:
+    """The error of a validator about settings that others leave without effect.
+
+    Args:
+        message: What is wrong.
+        names: The settings to remove, as dotted paths within the section that is validated.
+    """
+    return PydanticCustomError(UNREAD, "{message}", {"message": message, "names": names})
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _is_number(annotation: Any) -> bool:
@@ -36,6 +64,9 @@ def _is_number(annotation: Any) -> bool:
     members = get_args(annotation) or (annotation,)
     return bool({int, float} & set(members)) and bool not in members
 
+
+SpecialTokens = Literal["refuse", "control", "text"]
+"""What the text of a special token means inside a text; see `policies.text.encoder.TextEncoder`."""
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
 """Learning-rate schedules of transformers that need no further parameters."""
@@ -134,24 +165,27 @@ class PolicySettings(Settings):
 
     @model_validator(mode="after")
     def _reads_what_is_set(self) -> "PolicySettings":
-        unread = type(self).model_fields.keys() - {"method", *self.spec.reads}
-        for name in sorted(unread):
-            if not self.is_default(name):
-                readers = [spec.name for spec in methods().values() if name in spec.reads]
-                raise ValueError(
-                    f"method {self.method} does not read {name}, which is for {' or '.join(readers)}: remove it"
-                )
-        return self
+        readable = type(self).model_fields.keys() - {"method", *self.spec.reads}
+        unread = [name for name in sorted(readable) if not self.is_default(name)]
+        if not unread:
+            return self
+        readers = [spec.name for spec in methods().values() if set(unread) & set(spec.reads)]
+        are = "is" if len(unread) == 1 else "are"
+        raise unread_settings(
+            f"method {self.method} does not read {listed(unread)}, which {are} for {' or '.join(readers)}: "
+            f"remove {'it' if len(unread) == 1 else 'them'}",
+            *unread,
+        )
 
     @model_validator(mode="after")
     def _init_fits(self) -> "PolicySettings":
         quantising = [spec.name for spec in methods().values() if spec.four_bits]
         if self.init == "pissa" and self.rslora:
-            raise ValueError("init pissa scales its matrices by alpha / rank: remove rslora")
+            raise unread_settings("init pissa scales its matrices by alpha / rank: remove rslora", "rslora")
         if self.init == "loftq" and not self.spec.four_bits:
             raise ValueError(f"init loftq makes up for quantisation: use it with method {' or '.join(quantising)}")
         if self.init == "pissa" and self.spec.four_bits:
             raise ValueError(f"init pissa needs the weights that method {self.method} quantises: use loftq")
         if self.init != "zero" and self.dora:
-            raise ValueError(f"init {self.init} and dora do not go together: remove one of them")
+            raise unread_settings(f"init {self.init} and dora do not go together: remove one of them", "init", "dora")
         return self

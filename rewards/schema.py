@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from policies.schema import Schedule, Settings
+from policies.schema import Schedule, Settings, unread_settings
 from rewards.terms.base import ConstraintSettings
 from rewards.terms.model import ModelTerm
 from rewards.terms.registry import Term
@@ -69,7 +69,7 @@ class EnsembleSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "EnsembleSettings":
         if self.penalty and self.combine != "mean_minus_std":
-            raise ValueError(f"`penalty` has no effect with `combine: {self.combine}`")
+            raise unread_settings(f"`penalty` has no effect with `combine: {self.combine}`", "penalty")
         return self
 
 
@@ -134,11 +134,11 @@ class RewardSettings(FitSettings):
     @model_validator(mode="after")
     def _one_source(self) -> "RewardSettings":
         if self.model and self.classifier:
-            raise ValueError("give `model` or `classifier`, not both")
+            raise unread_settings("give `model` or `classifier`, not both", "model", "classifier")
         if self.classifier and self.ensemble != EnsembleSettings():
-            raise ValueError("`ensemble` has no effect with `classifier`, which is a single model")
+            raise unread_settings("`ensemble` has no effect with `classifier`, which is a single model", "ensemble")
         if self.classifier and self.attributes:
-            raise ValueError("`attributes` has no effect with `classifier`, which has a single score")
+            raise unread_settings("`attributes` has no effect with `classifier`, which has a single score", "attributes")
         single = self.ensemble.members == 1 or (self.ensemble.members is None and not self.model)
         if single and self.ensemble.combine != "mean":
             raise ValueError(f"ensemble.combine `{self.ensemble.combine}` needs ensemble.members of 2 or more")
@@ -156,9 +156,11 @@ class RewardSettings(FitSettings):
         if not self.normalise and any(term.normalise == "sft" for term in self.terms.values()):
             raise ValueError("terms: `normalise: sft` needs SFT responses, and reward.normalise is 0")
         if not self.has_model and self.attributes:
-            raise ValueError("terms: none is of kind `model`, so that `attributes` has no effect")
+            raise unread_settings("terms: none is of kind `model`, so that `attributes` has no effect", "attributes")
         if not self.has_model and (self.model or self.classifier):
-            raise ValueError("terms: none is of kind `model`, so that `model` and `classifier` have no effect")
+            raise unread_settings(
+                "terms: none is of kind `model`, so that `model` and `classifier` have no effect", "model", "classifier"
+            )
         return self
 
     @model_validator(mode="after")
@@ -169,9 +171,13 @@ class RewardSettings(FitSettings):
         if cost not in self.terms:
             raise ValueError(f"constraint.term: unknown term {cost!r}; the terms are {', '.join(self.terms)}")
         if self.terms[cost].weight != 1.0:
-            raise ValueError(f"terms.{cost}.weight has no effect: the constraint's cost is weighted by λ")
+            raise unread_settings(
+                f"terms.{cost}.weight has no effect: the constraint's cost is weighted by λ", f"terms.{cost}.weight"
+            )
         if self.terms[cost].normalise != "no":
-            raise ValueError(f"terms.{cost}.normalise: the bound is on the raw cost: remove the key")
+            raise unread_settings(
+                f"terms.{cost}.normalise: the bound is on the raw cost: remove the key", f"terms.{cost}.normalise"
+            )
         if len(self.terms) == 1:
             raise ValueError("constraint: there is no term besides the cost")
         return self

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from policies.schema import Settings
+from policies.schema import BOOLEAN_WORDS, Settings, unread_settings
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for its setting `max_lora_rank`."""
@@ -61,6 +61,15 @@ class RolloutSettings(Settings):
         """The chunk size in effect."""
         return self.chunk_size or 2 * self.max_num_seqs
 
+    @field_validator("vllm")
+    @classmethod
+    def _booleans_are_true_or_false(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Refuse words that older YAML reads as booleans: vLLM would take any text for true."""
+        for name, value in arguments.items():
+            if isinstance(value, str) and any(value.lower() in words for words in BOOLEAN_WORDS.values()):
+                raise ValueError(f"{name}: expected true or false instead of {value}")
+        return arguments
+
     @model_validator(mode="after")
     def _check_engine_and_workers(self) -> "RolloutSettings":
         if self.max_staleness and not self.workers:
@@ -72,11 +81,16 @@ class RolloutSettings(Settings):
                 "segment_tokens: responses can take up newer weights only while the learner trains: set max_staleness"
             )
         if self.segment_tokens and self.stop and self.engine == "vllm":
-            raise ValueError(
-                "segment_tokens: vllm would miss a stop string that begins before a segment ends: remove one of the two"
+            raise unread_settings(
+                "segment_tokens: vllm would miss a stop string that begins before a segment ends: remove one of the "
+                "two",
+                "segment_tokens",
+                "stop",
             )
         if self.engine == "vllm" and not self.workers:
             raise ValueError("engine vllm runs only in workers: set workers to 1 or more")
         if self.vllm and self.engine != "vllm":
-            raise ValueError(f"`vllm` has no effect with engine {self.engine}: remove it, or set engine to vllm")
+            raise unread_settings(
+                f"`vllm` has no effect with engine {self.engine}: remove it, or set engine to vllm", "vllm"
+            )
         return self

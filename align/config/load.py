@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from align.config.overrides import apply_override
 from align.config.schema import Experiment
-from align.config.source import Keys, Loader, Source, parse_override, read_source
+from align.config.source import FLOAT, Keys, Source, read_source
 from align.config.validation_errors import explain
 from align.runtime.atomic_files import write_text
 from policies.errors import UserError, first_line
@@ -27,7 +28,7 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
 
     Args:
         path: The YAML file.
-        overrides: `key.path=value`, the value in YAML.
+        overrides: `key.path=value`, `key.path:=value` or `~key.path`, applied in this order; see `apply_override`.
 
     Returns:
         The validated settings.
@@ -37,7 +38,7 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     """
     source = read_source(Path(path))
     for override in overrides:
-        source.merge(parse_override(override))
+        apply_override(source, override)
     try:
         values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)
     except OmegaConfBaseException as error:
@@ -78,7 +79,7 @@ def dump_experiment(experiment: Experiment, path: Path) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that `Loader` would read as numbers, and escapes Unicode's line breaks, which it would change."""
+    """Quotes strings that any reader of YAML could take for numbers or booleans, and escapes Unicode's line breaks."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -86,7 +87,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_line_break else None)
 
 
-_Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+_Dumper.add_implicit_resolver(*FLOAT)
 _Dumper.add_representer(str, _represent_text)
 
 

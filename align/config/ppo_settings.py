@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from align.config.estimators import ESTIMATORS, POLICY_LOSSES, READABLE, find_estimator, user_function
 from policies.errors import UserError
-from policies.schema import Settings
+from policies.schema import Settings, listed, unread_settings
 
 USER_FUNCTION = "user_function"
 """The type of pydantic's error where a user's function cannot be loaded."""
@@ -210,12 +210,15 @@ class PpoSettings(Settings):
                 f"{estimator.min_samples} or more"
             )
         if not estimator.has_critic and self.critic != CriticSettings():
-            raise ValueError(f"{self.estimator} has no critic: remove `critic`")
-        for name in READABLE:
-            default = type(self).model_fields[name].default
-            if getattr(self, name) != default and name not in estimator.reads:
-                readers = [other.name for other in ESTIMATORS.values() if name in other.reads]
-                raise ValueError(f"{self.estimator} does not read {name}: remove it, or use {' or '.join(readers)}")
+            raise unread_settings(f"{self.estimator} has no critic: remove `critic`", "critic")
+        defaults = {name: type(self).model_fields[name].default for name in READABLE if name not in estimator.reads}
+        if unread := [name for name, default in defaults.items() if getattr(self, name) != default]:
+            readers = [other.name for other in ESTIMATORS.values() if set(unread) <= set(other.reads)]
+            raise unread_settings(
+                f"{self.estimator} does not read {listed(unread)}: remove {'it' if len(unread) == 1 else 'them'}, "
+                f"or use {' or '.join(readers)}",
+                *unread,
+            )
         return self
 
     @model_validator(mode="after")
@@ -225,8 +228,10 @@ class PpoSettings(Settings):
                 f"`on_truncation: bootstrap` needs a critic, and {self.estimator} has none: use `on_truncation: score`"
             )
         if self.on_truncation == "bootstrap" and self.truncation_penalty:
-            raise ValueError(
+            raise unread_settings(
                 "truncation_penalty is subtracted from a score, and `on_truncation: bootstrap` gives none: "
-                "remove one of the two"
+                "remove one of the two",
+                "truncation_penalty",
+                "on_truncation",
             )
         return self

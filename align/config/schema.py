@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
 from policies.method_spec import supporting
-from policies.schema import ModelSettings, PolicySettings, Schedule, Settings
+from policies.schema import ModelSettings, PolicySettings, Schedule, Settings, unread_settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import LARGEST_VLLM_RANK, RolloutSettings
 
@@ -229,7 +229,12 @@ class Experiment(Settings):
             cause = "engine vllm, which batches requests as they arrive"
             if rollouts.engine != "vllm":
                 cause = "segment_tokens"
-            raise ValueError(f"deterministic: no two runs are the same with rollouts.{cause}: remove one of the two")
+            setting = "engine" if rollouts.engine == "vllm" else "segment_tokens"
+            raise unread_settings(
+                f"deterministic: no two runs are the same with rollouts.{cause}: remove one of the two",
+                "deterministic",
+                f"rollouts.{setting}",
+            )
         return self
 
     @model_validator(mode="after")
@@ -242,9 +247,11 @@ class Experiment(Settings):
                 "ppo.importance_ratio_cap corrects for: set it; 2.0 is usual"
             )
         if rollouts.max_staleness and ppo.max_mismatch is not None:
-            raise ValueError(
+            raise unread_settings(
                 "ppo.max_mismatch compares sampler and learner under the same weights, and rollouts.max_staleness lets "
-                "them differ: remove one of the two"
+                "them differ: remove one of the two",
+                "ppo.max_mismatch",
+                "rollouts.max_staleness",
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Reads YAML files with `include:`, and overrides, and remembers the file and line where each value was set."""
+"""Reads YAML files with `include:`, and remembers the file and line where each value was set."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -26,6 +26,15 @@ class Source:
         _merge(self.values, other.values)
         self.places |= other.places
 
+    def forget(self, keys: Keys) -> None:
+        """Remove a key that may be set, and the places of everything under it."""
+        section: Any = self.values
+        for name in keys[:-1]:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(keys[-1], None)
+        self.places = {path: place for path, place in self.places.items() if path[: len(keys)] != keys}
+
     def place(self, keys: Keys) -> str:
         """File and line of a key or, if it was not set, of the innermost section around it that was; else the file."""
         for length in range(len(keys), 0, -1):
@@ -49,7 +58,11 @@ MAX_DEPTH = 32
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as people expect, and in which aliases cannot exhaust memory."""
+    """YAML 1.2's numbers and booleans, and aliases that cannot exhaust memory.
+
+    1e-4 is a number, and only true and false are booleans: YAML 1.1, which PyYAML reads, takes no, off, yes and on for
+    booleans too, so that these words could be neither text nor keys. Settings that are booleans accept them all.
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -87,9 +100,20 @@ class Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"not a valid {kind}: {error}", problem_mark=node.start_mark) from None
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+BOOLEAN_TAG = "tag:yaml.org,2002:bool"
+
+
+def _without_booleans(resolvers: list[tuple[str, re.Pattern[str]]]) -> list[tuple[str, re.Pattern[str]]]:
+    return [(tag, pattern) for tag, pattern in resolvers if tag != BOOLEAN_TAG]
+
+
+FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+"""Tag, pattern and first characters of numbers such as 1e-4."""
+Loader.yaml_implicit_resolvers = {
+    first: _without_booleans(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(*FLOAT)
+Loader.add_implicit_resolver(BOOLEAN_TAG, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
@@ -172,24 +196,3 @@ def _lines(node: yaml.MappingNode, above: Keys, path: Path) -> Iterator[tuple[Ke
         yield keys, line
         if isinstance(value, yaml.MappingNode):
             yield from _lines(value, keys, path)
-
-
-def parse_override(text: str) -> Source:
-    """Read an override `key.path=value`. Raises UserError for any other form."""
-    keys, separator, value = text.partition("=")
-    names = tuple(keys.strip().split("."))
-    where = f"override {text!r}"
-    if len(names) > MAX_DEPTH:
-        raise UserError(f"override {text[:80]!r}…: nested more than {MAX_DEPTH} deep")
-    if not separator or not all(names):
-        raise UserError(f"{where}: expected key.path=value, such as ppo.kl.coefficient=0.1")
-    if not value.strip():
-        raise UserError(f"{where}: nothing follows the `=`: expected a value, or null to unset the setting")
-    try:
-        values: Any = yaml.load(value, Loader=Loader)
-    except yaml.YAMLError as error:
-        cause = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{where}: the value is not valid YAML: {cause}") from None
-    for name in reversed(names):
-        values = {name: values}
-    return Source(Path(), values, {names: where})

@@ -1,6 +1,7 @@
 """Explains to the user what pydantic finds wrong with an experiment."""
 
 import difflib
+from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -8,9 +9,11 @@ from pydantic import BaseModel
 
 from align.config.foreign_names import foreign_hint
 from align.config.old_names import OLD_NAMES, OLD_VALUES
+from align.config.overrides import OVERRIDE
 from align.config.ppo_settings import USER_FUNCTION
 from align.config.schema import Experiment
 from align.config.source import Keys, Source
+from policies.schema import UNREAD
 from policies.text.columns import shown
 
 
@@ -38,8 +41,20 @@ def explain(problem: Any, source: Source) -> str:
     message = _in_words(problem, path, value, is_secret=is_secret)
     if inner != keys and problem["type"] in TEXT_OR_LIST:
         message = "expected text or a list of texts"
+    if problem["type"] == UNREAD:
+        return f"{where}: {message}{_how_to_remove(keys, problem['ctx']['names'], source)}"
     is_hidden = is_secret or isinstance(value, dict | BaseModel) or problem["type"] == USER_FUNCTION
     return f"{where}: {message}" if is_hidden else f"{where}: {message}, not {_as_written(value)}"
+
+
+def _how_to_remove(section: Keys, names: Sequence[str], source: Source) -> str:
+    """How to remove from the command line what the file sets, where overrides leave it without effect."""
+    places = {keys: place for keys, place in source.places.items() if keys[: len(section)] == section}
+    if not any(place.startswith(OVERRIDE) for place in places.values()):
+        return ""
+    paths = [(*section, *name.split(".")) for name in names]
+    removals = ["~" + ".".join(keys) for keys in paths if not places.get(keys, OVERRIDE).startswith(OVERRIDE)]
+    return f"; on the command line: {' '.join(removals)}" if removals else ""
 
 
 PLAIN_ENGLISH = {

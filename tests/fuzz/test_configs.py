@@ -117,6 +117,8 @@ KEYS = ("name", "model.path", "ppo.kl", "reward.terms", "x.y")
 override = st.one_of(
     st.builds("{}={}".format, st.sampled_from(KEYS), st.one_of(odd_text, odd_value, st.sampled_from(SNIPPETS))),
     st.builds("{}={}".format, odd_text, odd_text),
+    st.builds("{}:={}".format, st.sampled_from(KEYS), st.one_of(odd_text, odd_value)),
+    st.builds("~{}".format, st.one_of(st.sampled_from(KEYS), odd_text)),
     st.builds(lambda depth: "a." * depth + "b=1", st.sampled_from([2, 100, 5000])),
     st.text(max_size=10),
 )

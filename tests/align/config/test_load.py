@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,6 +10,8 @@ from align.config.load import dump_experiment, load_experiment
 from align.config.schema import Experiment
 from align.config.stage import stage_names
 from policies.errors import UserError
+from policies.schema import PolicySettings
+from rewards.terms.json_schema import JsonTerm
 
 MINIMAL = "name: x\nmodel: {path: m}\n"
 
@@ -217,6 +220,149 @@ def test_mistakes_in_an_override(tmp_path: Path, override: str) -> None:
     message = problem(tmp_path, MINIMAL, override)
     assert message.startswith(f"override {override!r}: ")
     assert "\n" not in message
+
+
+LORA = MINIMAL + "policy:\n  rank: 8\n  alpha: 16\n"
+
+
+def test_an_override_removes_a_key(tmp_path: Path) -> None:
+    policy = load_experiment(write(tmp_path, LORA), ["policy.method=ia3", "~policy.rank", "~policy.alpha"]).policy
+    assert policy == PolicySettings(method="ia3")
+
+
+def test_an_override_removes_a_section(tmp_path: Path) -> None:
+    assert load_experiment(write(tmp_path, LORA), ["~policy"]).policy == PolicySettings()
+
+
+def test_an_override_replaces_a_section(tmp_path: Path) -> None:
+    path = write(tmp_path, LORA)
+    assert load_experiment(path, ["policy:={method: ia3}"]).policy == PolicySettings(method="ia3")
+    assert load_experiment(path, ["policy={rank: 4}"]).policy == PolicySettings(rank=4, alpha=16)
+    assert load_experiment(path, ["policy:={rank: 4}"]).policy == PolicySettings(rank=4)
+
+
+def test_overrides_apply_in_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path, LORA)
+    assert load_experiment(path, ["policy.rank=4", "~policy.rank"]).policy.rank == PolicySettings().rank
+    assert load_experiment(path, ["~policy.rank", "policy.rank=4"]).policy.rank == 4
+
+
+def test_a_key_of_an_included_file_is_removed(tmp_path: Path) -> None:
+    write(tmp_path, "policy: {rank: 8}\n", "part.yaml")
+    assert load_experiment(write(tmp_path, "include: part.yaml\n" + MINIMAL), ["~policy.rank"]).policy.rank == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("~policy.rnk", "nothing to remove: policy.rnk is not set; did you mean policy.rank?"),
+        ("~policy.dora", "nothing to remove: policy.dora is not set; under policy: rank, alpha"),
+        ("~ppo.kl", "nothing to remove: ppo is not set"),
+        ("~name.first", "nothing to remove: name is not a section"),
+        ("~policy.rank=8", "write ~policy.rank to remove the key, or policy.rank=8 to set it"),
+        ("~", "expected ~key.path, such as ~policy.rank"),
+        ("~policy..rank", "expected ~key.path, such as ~policy.rank"),
+        ("~model", "model is missing"),
+        ("~model.path", "model.path is missing"),
+        ("policy:=", "nothing follows the `:=`"),
+        ("policy:={rnk: 8}", "policy.rnk: unknown key; did you mean rank?"),
+        ("policy:=[", "the value is not valid YAML"),
+    ],
+)
+def test_mistakes_in_removing_and_replacing(tmp_path: Path, override: str, expected: str) -> None:
+    message = problem(tmp_path, LORA, override)
+    assert message.startswith(f"override {override!r}: ")
+    assert expected in message
+
+
+def test_a_line_of_what_an_override_removed_is_not_named_again(tmp_path: Path) -> None:
+    message = problem(tmp_path, LORA, "policy:={method: lora, lora_plus: 0}", "~policy.method")
+    assert message.startswith("override 'policy:={method: lora, lora_plus: 0}': policy.lora_plus: ")
+
+
+def test_what_the_file_sets_in_vain_is_listed_with_how_to_remove_it(tmp_path: Path) -> None:
+    message = problem(tmp_path, LORA, "policy.method=ia3")
+    assert message.endswith(
+        "policy: method ia3 does not read alpha and rank, which are for lora or qlora: remove them; on the command "
+        "line: ~policy.alpha ~policy.rank"
+    )
+    assert "~policy.rank" not in problem(tmp_path, LORA + "  method: ia3\n")
+    assert "~policy.rank" not in problem(tmp_path, MINIMAL, "policy.method=ia3", "policy.rank=4")
+
+
+@pytest.mark.parametrize(
+    ("file", "override", "hint"),
+    [
+        ("ppo: {gamma: 0.9, gae_lambda: 0.9}", "ppo.estimator=reinforce++", "~ppo.gae_lambda"),
+        ("ppo: {critic: {warmup: 3}}", "ppo.estimator=reinforce++", "~ppo.critic"),
+        ("rollouts: {engine: vllm, workers: 1, vllm: {a: 1}}", "rollouts.engine=transformers", "~rollouts.vllm"),
+        ("reward: {attributes: {a: 1}}", "reward.classifier=m", "~reward.attributes"),
+        ("reward: {ensemble: {members: 3}}", "reward.classifier=m", "~reward.ensemble"),
+        (
+            "reward: {ensemble: {members: 3, combine: mean_minus_std, penalty: 1}}",
+            "reward.ensemble.combine=mean",
+            "~reward.ensemble.penalty",
+        ),
+        ("policy: {init: pissa}", "policy.dora=true", "~policy.init"),
+        ("reward: {model: m}", "reward.terms:={a: {kind: exact}}", "~reward.model"),
+    ],
+)
+def test_every_setting_that_an_override_leaves_without_effect_can_be_removed(
+    tmp_path: Path, file: str, override: str, hint: str
+) -> None:
+    text = f"{MINIMAL}{file}\n"
+    assert problem(tmp_path, text, override).endswith(f"; on the command line: {hint}")
+    load_experiment(write(tmp_path, text), [override, hint])
+
+
+BOOLEAN_WORDS = ["no", "No", "off", "OFF", "yes", "Yes", "on", "ON"]
+"""What YAML 1.1 reads as false and true."""
+
+
+@pytest.mark.parametrize("value", ["no", "'no'", "false", '"no"'])
+def test_a_word_that_yaml_reads_as_a_boolean(tmp_path: Path, value: str) -> None:
+    text = f"{MINIMAL}reward: {{terms: {{model: {{kind: model, normalise: {value}}}}}}}\n"
+    assert load_experiment(write(tmp_path, text)).reward.terms["model"].normalise == "no"
+    overrides = [f"reward.terms.model={{kind: model, normalise: {value}}}"]
+    assert load_experiment(write(tmp_path, MINIMAL), overrides).reward.terms["model"].normalise == "no"
+
+
+@pytest.mark.parametrize("word", BOOLEAN_WORDS)
+def test_boolean_words_are_text_where_text_is_expected(tmp_path: Path, word: str) -> None:
+    text = (
+        f"rollouts: {{stop: [{word}]}}\ndata: {{prompts: {{path: p, columns: {{prompt: {word}}}}}}}\n"
+        f"evaluation: {{prompt_styles: {{{word}: {{system: {word}}}}}}}\n"
+        f"reward: {{terms: {{{word}: {{kind: json, schema: {{enum: [{word}, true]}}}}}}}}\n"
+    )
+    experiment = load_experiment(write(tmp_path, MINIMAL + text))
+    assert experiment.rollouts.stop == [word]
+    assert experiment.data.prompts is not None
+    assert experiment.data.prompts.columns == {"prompt": word}
+    assert experiment.evaluation.prompt_styles[word].system == word
+    term = experiment.reward.terms[word]
+    assert isinstance(term, JsonTerm)
+    assert term.schema_ == {"enum": [word, True]}
+    path = tmp_path / "config.yaml"
+    dump_experiment(experiment, path)
+    assert load_experiment(path) == experiment
+    dumped = yaml.safe_load(path.read_text())
+    assert dumped["rollouts"]["stop"] == [word], "any reader of YAML 1.1 takes it as text"
+
+
+@pytest.mark.parametrize("word", BOOLEAN_WORDS)
+def test_boolean_words_are_booleans_where_one_is_expected(tmp_path: Path, word: str) -> None:
+    text = f"{MINIMAL}deterministic: {word}\npolicy: {{dora: {word}}}\n"
+    experiment = load_experiment(write(tmp_path, text))
+    expected = word.lower() in ("yes", "on")
+    assert experiment.deterministic is experiment.policy.dora is expected
+    assert "ppo.steps: expected an integer, not" in problem(tmp_path, f"{text}ppo: {{steps: {word}}}\n")
+
+
+@pytest.mark.parametrize("word", BOOLEAN_WORDS)
+def test_boolean_words_among_the_arguments_of_vllm_are_refused(tmp_path: Path, word: str) -> None:
+    """They would reach vLLM as text, which is true in Python."""
+    text = f"{MINIMAL}rollouts: {{engine: vllm, workers: 1, vllm: {{enforce_eager: {word}}}}}\n"
+    assert "enforce_eager: expected true or false" in problem(tmp_path, text)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
