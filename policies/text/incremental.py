@@ -1,0 +1,53 @@
+"""The text of a response while its tokens are still coming."""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from policies.text.tokenization import decode_response
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""A token of a tokenizer with byte fallback that stands for one byte."""
+
+CLEANED_UP = 8
+"""Characters at the end that the cleaning of spaces by transformers may still change: its longest pattern is " n't"."""
+
+
+class IncrementalText:
+    """Decodes tokens as they come, in pieces that never change earlier ones.
+
+    Joined, the pieces are the text that `decode_response` gives for all tokens. A piece is held back while a later
+    token could still change it: half of a character, or bytes that are decoded together with those after them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._margin = CLEANED_UP if tokenizer.clean_up_tokenization_spaces else 0
+        self._given = 0
+        """The number of characters in the pieces so far."""
+
+    def add(self, token: int) -> str:
+        """Add a token.
+
+        Returns:
+            The text that is certain now and was not before; often a word, sometimes nothing.
+        """
+        self.ids.append(token)
+        name = self.tokenizer.convert_ids_to_tokens(token) or ""  # models may have more ids than the tokenizer
+        if token in self._special_ids or BYTE_TOKEN.fullmatch(name):
+            return ""
+        text = decode_response(self.tokenizer, self.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        return self._piece(text[: max(len(text) - self._margin, 0)])
+
+    def finish(self) -> str:
+        """The rest of the text, after the last token."""
+        return self._piece(decode_response(self.tokenizer, self.ids))
+
+    def _piece(self, text: str) -> str:
+        piece = text[self._given :]
+        self._given += len(piece)
+        return piece
