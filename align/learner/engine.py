@@ -6,18 +6,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from align.learner.optimizer import RoleClip
 from align.roles.roles import Roles
 
 
-def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage: int) -> Any:
+def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage: int, clip: RoleClip) -> Any:
     """Build the engine.
 
-    The learner itself clips gradients, schedules learning rates and counts microbatches.
+    The library itself clips gradients, schedules learning rates and counts microbatches.
 
     Args:
         roles: The modules to wrap.
         optimizer: The optimizer of the trained parameters.
         stage: The ZeRO stage, 0 to 3.
+        clip: Clips the gradients before each step.
 
     Returns:
         DeepSpeed's engine.
@@ -45,14 +47,32 @@ def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage:
             "zero_optimization": {
                 "stage": stage,
                 "overlap_comm": False,
-                "sub_group_size": 10**12,  # one per parameter group: GroupClip must see a group's complete partition
+                "sub_group_size": 10**12,  # one per parameter group, as the optimizer's state is saved
                 "stage3_param_persistence_threshold": 0,
             },
         },
     )
     # The complete gradients of a single rank need no averaging, for which DeepSpeed would copy them twice.
     engine.enable_backward_allreduce = stage > 0 or dist.get_world_size() > 1
+    if stage == 0:
+        optimizer.register_step_pre_hook(clip)
+    else:
+        _clip_before_step(engine.optimizer, clip)
     return engine
+
+
+def _clip_before_step(zero: Any, clip: RoleClip) -> None:
+    """Clip before the step of DeepSpeed's ZeRO optimizer, which steps the wrapped optimizer once per group.
+
+    A hook of the wrapped optimizer would come too late for all groups but the first.
+    """
+    step = zero.step
+
+    def clipped_step(*arguments: Any, **named: Any) -> Any:
+        clip.clip_partitions(zero)
+        return step(*arguments, **named)
+
+    zero.step = clipped_step
 
 
 def _without_compiler(deepspeed: Any) -> None:

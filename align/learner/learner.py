@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
@@ -16,7 +16,7 @@ from align.algorithms.episodes import Episode
 from align.algorithms.losses import load_policy_loss
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
-from align.data.datasets import TokenizedDemonstration
+from align.data.examples import TokenizedDemonstration
 from align.learner.engine import make_deepspeed_engine
 from align.learner.objective import (
     STATISTICS,
@@ -27,7 +27,7 @@ from align.learner.objective import (
     ppo_objectives,
     summed,
 )
-from align.learner.optimizer import GroupClip, make_optimizer
+from align.learner.optimizer import RoleClip, make_optimizer, role_of_group
 from align.learner.state import LearnerState, RankState
 from align.roles.roles import Roles
 from align.roles.scoring import ALL_ROLES, score_microbatches
@@ -69,7 +69,7 @@ class MinibatchResult:
         sums: `[7]` float64, on the CPU: the `STATISTICS`, summed over the tokens of all ranks.
         weight: Divisor that turns the sums into means.
         ptx_loss: Loss of the demonstrations, in nats per token; 0 without any.
-        norms: Gradient norms of the parameter groups; empty if DeepSpeed skipped the step.
+        norms: Gradient norms of the roles before clipping.
     """
 
     sums: Tensor
@@ -115,15 +115,14 @@ class Learner:
         if learner.zero == 3:
             for trunk in roles.trunks:
                 trunk.use_module_forwards()
-        self.engine = make_deepspeed_engine(roles, self.optimizer, learner.zero)
+        self.clip = RoleClip(learner.max_grad_norm)
+        self.engine = make_deepspeed_engine(roles, self.optimizer, learner.zero, self.clip)
         self.device: torch.device = self.engine.device
         self.roles = roles.eval()
         self.rank_state = RankState(roles, sizes, self.engine, self.optimizer, learner.zero)
         if gradient_checkpointing:
             for trunk in roles.trunks:
                 trunk.enable_gradient_checkpointing()
-        self.clip = GroupClip(learner.max_grad_norm, partitioned=learner.zero > 0)
-        self.optimizer.register_step_pre_hook(self.clip)
         self._skips_seen = 0
 
     @torch.no_grad()
@@ -212,7 +211,6 @@ class Learner:
             objectives = [summed(objectives)]
         sums = self._backward(minibatch, weight, objectives, partial(collate_episodes, device=self.device))
         ptx_loss = self._backward_demonstrations(demonstrations) if demonstrations else 0.0
-        self.clip.norms.clear()  # DeepSpeed skips a non-finite step before the clip sees it
         self.engine.step()
         return MinibatchResult(sums, weight, ptx_loss, norms=dict(self.clip.norms))
 
@@ -277,10 +275,10 @@ class Learner:
     def _set_learning_rates(self, coefficients: StepCoefficients) -> None:
         rates = {"policy": coefficients.policy_lr, "critic": coefficients.critic_lr}
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rates[_role_of_group(group["role"])] * group["factor"]
+            group["lr"] = rates[role_of_group(group["role"])] * group["factor"]
 
     def _skipped_by_deepspeed(self) -> int:
-        """Steps that ZeRO skipped since the last call: it checks for non-finite gradients before `GroupClip` does."""
+        """Steps that DeepSpeed skipped since the last call, at stages 1 to 3, because a gradient was not finite."""
         seen_before = self._skips_seen
         self._skips_seen = int(self.engine.skipped_steps)
         return self._skips_seen - seen_before
@@ -297,19 +295,8 @@ def _mean_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:
     means["ptx_loss"] = sum(result.ptx_loss for result in results) / len(results)
     means["optimizer_steps"] = len(results)
     for role in TRAINED_ROLES:
-        means[f"{role}_gradient_norm"] = _finite_mean(_norm_of_role(role, result.norms) for result in results)
+        means[f"{role}_gradient_norm"] = _finite_mean(result.norms.get(role, math.nan) for result in results)
     return means
-
-
-def _role_of_group(name: str) -> str:
-    """The role of a parameter group, which is named ROLE or ROLE.PART."""
-    return name.partition(".")[0]
-
-
-def _norm_of_role(role: str, norms: Mapping[str, float]) -> float:
-    """The norm of a role's gradient, from the norms of its groups; NaN if it has none."""
-    parts = [norm for name, norm in norms.items() if _role_of_group(name) == role]
-    return math.hypot(*parts) if parts else math.nan
 
 
 def _finite_mean(values: Iterable[float]) -> float:

@@ -1,6 +1,8 @@
-"""The optimizer under DeepSpeed: each group is clipped by its own norm, and non-finite gradients skip a step."""
+"""The optimizer under DeepSpeed: each role is clipped by its own norm, and non-finite gradients skip a step."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,56 +53,99 @@ def _paged_adamw(named: list[dict[str, Any]], weight_decay: float) -> Optimizer:
     return optimizer
 
 
-class GroupClip:
-    """Clips the gradient of each parameter group by its own norm, just before the optimizer's step.
+class RoleClip:
+    """Clips the gradient of each role by its norm over all parameter groups of the role, before the optimizer's step.
 
-    It sees what the optimizer sees: complete gradients at ZeRO stage 0, this rank's flat partition at stages 1 to 3,
-    where DeepSpeed steps one group at a time. Norms are of the complete gradient, over all ranks.
+    All norms are taken before any group is stepped, and a norm that is not finite skips the step of every role.
 
     Attributes:
-        norms: Gradient norms at the last step, by the name of the group.
-        skipped: Number of steps with a non-finite gradient, which change nothing.
+        max_norm: Largest gradient norm of a role.
+        norms: Gradient norms of the roles at the last step, before clipping, over all ranks.
+        skipped: Number of steps that `__call__` skipped.
     """
 
-    def __init__(self, max_norm: float, partitioned: bool) -> None:
-        """Set the limit.
-
-        Args:
-            max_norm: Largest gradient norm of a group.
-            partitioned: Whether each rank sees only a part of the gradient.
-        """
+    def __init__(self, max_norm: float) -> None:
+        """Set the largest gradient norm of a role."""
         self.max_norm = max_norm
-        self.partitioned = partitioned
         self.norms: dict[str, float] = {}
         self.skipped = 0
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        """Clip the gradients; registered as a hook before the optimizer's step."""
-        gradients = _gradients_by_group(optimizer)
-        norms = {name: self._norm(tensors) for name, tensors in gradients.items()}
-        self.norms |= {name: float(norm) for name, norm in norms.items()}
-        if not all(torch.isfinite(norm) for norm in norms.values()):
+        """Clip complete gradients (ZeRO stage 0); registered as a hook before the optimizer's step."""
+        gradients = []
+        for group in optimizer.param_groups:
+            tensors = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            if tensors:
+                gradients.append(GroupGradient(group["role"], tensors, _squared_norm(tensors)))
+        if not self._clip(gradients):
             self.skipped += 1
             optimizer.zero_grad()  # sets the gradients to None, which the optimizer skips
-            return
-        for name, norm in norms.items():
-            scale = min(1.0, self.max_norm / (float(norm) + 1e-6))
-            if scale < 1.0:
-                torch._foreach_mul_(gradients[name], scale)
 
-    def _norm(self, tensors: list[Tensor]) -> Tensor:
-        # In float32, the sum over one flat partition and that over many parameters would differ in the fifth digit.
-        square = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
-        if self.partitioned:
+    def clip_partitions(self, zero: Any) -> None:
+        """Clip this rank's partitions of the gradients, which all ranks do together (ZeRO stages 1 to 3).
+
+        Args:
+            zero: DeepSpeed's ZeRO optimizer, before its step. It skips the step by itself where a gradient is not
+                finite.
+        """
+        gradients = []
+        for number, (group, master) in enumerate(zip(zero.optimizer.param_groups, partitions(zero), strict=True)):
+            tensors = zero.averaged_gradients[number]
+            square = _squared_norm([_flat(tensors, master.numel())])
             dist.all_reduce(square)
-        return square.sqrt()
+            gradients.append(GroupGradient(group["role"], tensors, square))
+        self._clip(gradients)
+
+    def _clip(self, gradients: Sequence["GroupGradient"]) -> bool:
+        """Clip each role's gradients in place, unless one is not finite. Returns whether all are finite."""
+        by_role: dict[str, list[GroupGradient]] = {}
+        for gradient in gradients:
+            by_role.setdefault(role_of_group(gradient.group), []).append(gradient)
+        self.norms = {}
+        for role, parts in by_role.items():
+            self.norms[role] = float(torch.stack([part.squared_norm for part in parts]).sum().sqrt())
+        if not all(math.isfinite(norm) for norm in self.norms.values()):
+            return False
+        for role, parts in by_role.items():
+            scale = min(1.0, self.max_norm / (self.norms[role] + 1e-6))
+            if scale < 1.0:
+                for part in parts:
+                    torch._foreach_mul_(part.tensors, scale)
+        return True
 
 
-def _gradients_by_group(optimizer: Optimizer) -> dict[str, list[Tensor]]:
-    """The gradients of each group, by its name, without groups that have none."""
-    gradients = {}
-    for group in optimizer.param_groups:
-        tensors = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-        if tensors:
-            gradients[group["role"]] = tensors
-    return gradients
+@dataclass(frozen=True)
+class GroupGradient:
+    """The gradient of a parameter group.
+
+    Attributes:
+        group: Name of the group, ROLE or ROLE.PART.
+        tensors: The gradient, or this rank's part of it.
+        squared_norm: `[]` float64, of the complete gradient.
+    """
+
+    group: str
+    tensors: list[Tensor]
+    squared_norm: Tensor
+
+
+def role_of_group(name: str) -> str:
+    """The role of a parameter group, which is named ROLE or ROLE.PART."""
+    return name.partition(".")[0]
+
+
+def partitions(zero: Any) -> list[Tensor]:
+    """This rank's flat float32 partition of each parameter group, from DeepSpeed's ZeRO optimizer (stages 1 to 3)."""
+    stage_3 = getattr(zero, "fp32_partitioned_groups_flat", None)
+    return list(zero.single_partition_of_fp32_groups if stage_3 is None else stage_3)
+
+
+def _flat(tensors: Sequence[Tensor], size: int) -> Tensor:
+    """One vector of this size, padded with zeros, as DeepSpeed hands it to the optimizer."""
+    vector = torch.cat([tensor.flatten() for tensor in tensors])
+    return nn.functional.pad(vector, (0, size - len(vector)))
+
+
+def _squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Squared norm, `[]` float64: in float32, the same gradient in other parts would differ in the fifth digit."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from align.learner.optimizer import partitions
 from align.learner.reshard import Layout, shard, unshard
 from align.roles.roles import Roles
 from policies.errors import UserError
@@ -128,10 +129,8 @@ class RankState:
 
     def _masters(self) -> list[Tensor]:
         """What the optimizer steps: complete parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""
-        zero = self.engine.optimizer
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
-            if hasattr(zero, name):
-                return list(getattr(zero, name))
+        if self.layout.zero > 0:
+            return partitions(self.engine.optimizer)
         masters: list[Tensor] = []
         for group in self.optimizer.param_groups:
             masters += group["params"]

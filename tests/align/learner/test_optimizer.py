@@ -8,11 +8,11 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from align.config.schema import LearnerSettings
-from align.learner.optimizer import GroupClip, make_optimizer
+from align.learner.optimizer import RoleClip, make_optimizer
 from policies.errors import UserError
 
 
-def two_groups(policy: float, critic: float, **settings: object) -> tuple[torch.optim.Optimizer, GroupClip]:
+def two_groups(policy: float, critic: float, **settings: object) -> tuple[torch.optim.Optimizer, RoleClip]:
     """An optimizer at learning rate 1 whose groups have gradients of these norms, and its clip at norm 1."""
     groups = {
         "policy": [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(5))],
@@ -23,7 +23,7 @@ def two_groups(policy: float, critic: float, **settings: object) -> tuple[torch.
         group["lr"] = 1.0
         for parameter in group["params"]:
             parameter.grad = torch.full_like(parameter, norm / 3)
-    clip = GroupClip(1.0, partitioned=False)
+    clip = RoleClip(1.0)
     optimizer.register_step_pre_hook(clip)
     return optimizer, clip
 
@@ -60,7 +60,7 @@ def test_groups_keep_their_names_and_parameters() -> None:
     assert optimizer.param_groups[1]["params"][0] is critic
 
 
-def test_each_group_is_clipped_by_its_own_norm() -> None:
+def test_each_role_is_clipped_by_its_own_norm() -> None:
     optimizer, clip = two_groups(policy=50.0, critic=0.5)
     optimizer.step()
     assert moved(optimizer) == pytest.approx([1.0, 0.5], rel=1e-5)
@@ -76,7 +76,7 @@ def test_a_gradient_within_the_limit_is_left_bit_for_bit() -> None:
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-def test_no_group_moves_further_than_the_limit(policy: float, critic: float) -> None:
+def test_no_role_moves_further_than_the_limit(policy: float, critic: float) -> None:
     optimizer, _ = two_groups(policy, critic)
     optimizer.step()
     assert moved(optimizer) == pytest.approx([min(1.0, policy), min(1.0, critic)], rel=1e-3, abs=1e-5)
@@ -84,7 +84,7 @@ def test_no_group_moves_further_than_the_limit(policy: float, critic: float) -> 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_a_gradient_that_is_not_finite_changes_neither_group(bad: float, kind: str) -> None:
+def test_a_gradient_that_is_not_finite_changes_neither_role(bad: float, kind: str) -> None:
     optimizer, clip = two_groups(policy=1.0, critic=1.0, optimizer=kind, weight_decay=0.1)
     optimizer.param_groups[1]["params"][0].grad[2] = bad
     optimizer.step()
