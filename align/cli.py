@@ -31,14 +31,15 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+OTHERS = "KEY:=VALUE replaces a whole section, and '~KEY' removes a key, so that its default applies"
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="the experiment's YAML file", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False),
+    typer.Argument(metavar="[KEY=VALUE]...", help=f"settings that replace the file's; {OTHERS}", show_default=False),
 ]
 RunOverrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the run's", show_default=False),
+    typer.Argument(metavar="[KEY=VALUE]...", help=f"settings that replace the run's; {OTHERS}", show_default=False),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
@@ -257,8 +258,9 @@ def main() -> None:
 
 def _load(path: Path, overrides: list[str] | None) -> Experiment:
     from align.config.load import load_experiment
+    from align.config.overrides import is_override
 
-    if "=" in path.name and not path.exists():
+    if is_override(path.name) and not path.exists():
         raise UserError(f"{path}: the experiment file comes first, then the settings as KEY=VALUE")
     return load_experiment(path, overrides or [])
 

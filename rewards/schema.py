@@ -138,7 +138,9 @@ class RewardSettings(FitSettings):
         if self.classifier and self.ensemble != EnsembleSettings():
             raise unread_settings("`ensemble` has no effect with `classifier`, which is a single model", "ensemble")
         if self.classifier and self.attributes:
-            raise unread_settings("`attributes` has no effect with `classifier`, which has a single score", "attributes")
+            raise unread_settings(
+                "`attributes` has no effect with `classifier`, which has a single score", "attributes"
+            )
         single = self.ensemble.members == 1 or (self.ensemble.members is None and not self.model)
         if single and self.ensemble.combine != "mean":
             raise ValueError(f"ensemble.combine `{self.ensemble.combine}` needs ensemble.members of 2 or more")

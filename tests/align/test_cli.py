@@ -44,6 +44,7 @@ def test_a_mistake_in_the_file_is_reported_before_torch_is_imported(command: str
     [
         (["."], ". is a folder; expected an experiment file"),
         (["ppo.steps=3", "x.yaml"], "ppo.steps=3: the experiment file comes first, then the settings as KEY=VALUE"),
+        (["~ppo.steps", "x.yaml"], "~ppo.steps: the experiment file comes first, then the settings as KEY=VALUE"),
     ],
 )
 def test_a_wrong_experiment_file_is_one_message(

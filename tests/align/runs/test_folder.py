@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from align.config.ppo_settings import KlSettings, PpoSettings
 from align.config.schema import Experiment
 from align.config.stage import stage_names
 from align.runs.folder import (
@@ -110,6 +111,19 @@ def test_a_run_is_found_by_its_name_and_by_its_folder(tmp_path: Path) -> None:
     experiment = make(tmp_path / "runs")
     begin_run(folder_of(experiment), experiment)
     assert find_run("tiny", str(tmp_path / "runs")) == find_run(str(tmp_path / "runs" / "tiny"))
+
+
+def test_overrides_of_a_run_remove_keys_and_replace_sections(tmp_path: Path) -> None:
+    experiment = Experiment.model_validate(
+        {"name": "tiny", "model": {"path": "m"}, "runs": str(tmp_path), "ppo": {"steps": 7, "kl": {"coefficient": 0.2}}}
+    )
+    begin_run(folder_of(experiment), experiment, stage_names())
+    _, resumed = find_run("tiny", str(tmp_path), ["~ppo.kl.coefficient", "ppo.steps=9"])
+    assert (resumed.ppo.steps, resumed.ppo.kl) == (9, KlSettings())
+    _, resumed = find_run("tiny", str(tmp_path), ["ppo:={steps: 9}"])
+    assert resumed.ppo == PpoSettings(steps=9)
+    with pytest.raises(UserError, match=r"^override '~ppo\.klx': nothing to remove: ppo\.klx is not set; did you mean"):
+        find_run("tiny", str(tmp_path), ["~ppo.klx"])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
