@@ -16,8 +16,11 @@ SMALLEST_STD = 1e-8
 def combine(members: Tensor, how: str, penalty: float = 1.0) -> Tensor:
     """Combine the scores of an ensemble into one.
 
-    The minimum, or the mean minus a multiple of the standard deviation, is a conservative estimate where the members
-    disagree (Coste et al. 2024, "Reward model ensembles help mitigate overoptimization", eq. 4 and 5).
+    The minimum, or the mean minus a multiple of the spread, is a conservative estimate where the members disagree
+    (Coste et al. 2024, "Reward model ensembles help mitigate overoptimization"). Their eq. 5 subtracts a multiple of
+    the variance; `mean_minus_std` subtracts one of the standard deviation, which has the unit of a score.
+
+    mean: (1/K) Σ_k r_k;  minimum: min_k r_k;  mean_minus_std: (1/K) Σ_k r_k - penalty · std_k r_k
 
     Args:
         members: Scores `[B, members]`, each member's with mean 0 and standard deviation 1 over SFT responses.

@@ -13,10 +13,11 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
 
     With d = log π - log π_ref (Schulman 2020, "Approximating KL Divergence"):
 
-    * k1 = d. Its value is unbiased; it may be negative.
-    * k2 = d²/2. Its value is biased, with low variance. In the loss its expected gradient is that of KL(π ‖ π_ref).
-    * k3 = e^(-d) - 1 + d. Its value is unbiased and never negative. In the loss its expected gradient is that of
-      KL(π_ref ‖ π).
+    * k1 = d. Its value is unbiased; it may be negative. In the loss its expected gradient is 0.
+    * k2 = d²/2. Its value is biased, with low variance. In the loss its gradient is unbiased: in expectation, that of
+      KL(π ‖ π_ref).
+    * k3 = e^(-d) - 1 + d. Its value is unbiased and never negative. In the loss its gradient is biased: in expectation,
+      that of KL(π_ref ‖ π).
 
     Args:
         logprobs: `[T]`, log-probabilities of the sampled tokens under the policy, in nats.
@@ -64,7 +65,7 @@ class FixedKl:
 class AdaptiveKl:
     """A coefficient that steers the KL per sequence to a target (Ziegler et al. 2019, section 2.2).
 
-    β ← β · (1 + clip(KL / target - 1, ±0.2) · episodes / horizon), kept within [1e-6, 1e3].
+    β ← β · (1 + clip(KL / target - 1, ±0.2) · min(episodes / horizon, 1)), kept within [1e-6, 1e3].
 
     Attributes:
         value: β.

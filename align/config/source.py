@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from policies.errors import UserError, first_line
+from policies.errors import UserError
 
 Keys = tuple[str, ...]
 
