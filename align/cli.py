@@ -15,6 +15,7 @@ from rich.console import Console
 from align.config.schema import Experiment
 from align.config.stage import Stage, all_stages, stages_from
 from align.runtime.quiet import quiet_libraries
+from align.runtime.streams import lasting_streams
 from align.runtime.wording import counted
 from policies.errors import UserError
 
@@ -237,6 +238,7 @@ def report(run: Run) -> None:
     console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
 
 
+@lasting_streams()
 def main() -> None:
     """Run the command. Exit status 0: done; 1: failed; 2: user error; 130: stopped by the user."""
     from align.runtime.signals import Interrupted

@@ -1,0 +1,75 @@
+"""Standard output and error that outlive their reader and that take any character."""
+
+import codecs
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
+
+ASCII_FORMS = {"→": "->", "×": "x", "…": "...", "–": "-", "─": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+"}
+"""What is written in place of characters of messages and tables that an encoding lacks."""
+ERROR_HANDLER = "align.ascii_forms"
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Let nothing that is printed within the block end the program.
+
+    Once nobody reads a stream any more, as after `| head`, what is written to it goes nowhere. Characters that its
+    encoding lacks are written in ASCII, or as escapes.
+    """
+    codecs.register_error(ERROR_HANDLER, _ascii_forms)
+    output = _lasting(sys.stdout)
+    error = _lasting(sys.stderr)
+    with redirect_stdout(output), redirect_stderr(error):
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
+            print(end="", file=sys.stderr, flush=True)
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper) or not _has_descriptor(stream):
+        return stream
+    stream.flush()
+    file = _LastingFile(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        file if stream.write_through else io.BufferedWriter(file),
+        encoding=stream.encoding,
+        errors=ERROR_HANDLER,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _ascii_forms(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A handler of characters that cannot be encoded, see `codecs.register_error`."""
+    if isinstance(error, UnicodeEncodeError):
+        form = ASCII_FORMS.get(error.object[error.start])
+        if form:
+            return form, error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+def _has_descriptor(stream: TextIO) -> bool:
+    try:
+        stream.fileno()
+    except io.UnsupportedOperation:
+        return False
+    return True
+
+
+class _LastingFile(io.FileIO):
+    """A file descriptor that leads nowhere once the reader of its pipe is gone."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
