@@ -40,7 +40,6 @@ def align(*line: object) -> None:
 
 def test_all_that_a_run_writes_has_the_users_umask(umask: int, tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
-    settings["tracking"] = {"wandb": "offline"}
     run = run_in_process(settings)
     align("report", run)
     align("export", run, "--to", tmp_path / "adapter")
