@@ -3,51 +3,43 @@
 import csv
 import gzip
 import json
+import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from align.config.schema import SourceSettings
+from align.data.messages import read_messages
+from align.data.source_row import SourceRow as SourceRow  # for whoever reads rows
 from policies.errors import UserError, first_line
-from policies.text.columns import kind
+from policies.text.columns import RepeatedKey, kind, parse_json, unique_keys
 
 
-@dataclass(frozen=True)
-class SourceRow:
-    """A row of a source.
-
-    Attributes:
-        where: Its location, such as `file:line`.
-        values: Columns by name.
-        problem: Why the row could not be read; None if it could.
-    """
-
-    where: str
-    values: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
-
-
-def read_rows(source: SourceSettings) -> list[SourceRow]:
+def read_rows(source: SourceSettings, note: Callable[[str], None] = lambda text: None) -> list[SourceRow]:
     """Read all rows of a source.
 
     Args:
         source: Path or hub name, the columns to rename, and how many rows to read.
+        note: Is told which columns of JSON text are read as messages.
 
     Returns:
-        The rows, in order, with renamed columns. A line that is not a JSON object becomes a row with a problem, which
-        `parse_rows` refuses or skips.
+        The rows, in order, with renamed columns, see also `read_messages`. A line that is not a JSON object becomes a
+        row with a problem, which `parse_rows` refuses or skips.
 
     Raises:
-        UserError: The source cannot be read or has no rows, or no row has a column that is to be renamed.
+        UserError: The source cannot be read or has no rows, two of its columns have one name, or no row has a column
+            that is to be renamed.
     """
     rows = list(islice(_rows(source), source.limit))
     if not rows:
         raise UserError(f"{source.path} has no rows")
     _check_columns(rows, source)
-    return [SourceRow(row.where, _renamed(row.values, source.columns), row.problem) for row in rows]
+    renamed = [replace(row, values=_renamed(row.values, source.columns)) for row in rows]
+    return read_messages(renamed, note)
 
 
 def _check_columns(rows: list[SourceRow], source: SourceSettings) -> None:
@@ -130,7 +122,9 @@ def _read_jsonl(path: Path) -> Iterator[SourceRow]:
 
 def _json_row(where: str, line: bytes) -> SourceRow:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = parse_json(line.decode("utf-8-sig"))
+    except RepeatedKey as error:
+        return SourceRow(where, problem=str(error))
     except (ValueError, RecursionError) as error:
         return SourceRow(where, problem=f"not valid JSON: {error}")
     if not isinstance(value, dict):
@@ -140,35 +134,66 @@ def _json_row(where: str, line: bytes) -> SourceRow:
 
 def _read_json(path: Path) -> Iterator[SourceRow]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, list):
+    if not isinstance(values, list) or isinstance(values, _Pairs):
         raise UserError(f"{path}: a list of objects was expected; a file with one object per line is .jsonl")
     for number, value in enumerate(values, start=1):
         where = f"{path}, row {number}"
-        if isinstance(value, dict):
-            yield SourceRow(where, value)
-        else:
+        if not isinstance(value, _Pairs):
             yield SourceRow(where, problem=f"{kind(value)}; an object was expected")
+            continue
+        try:
+            yield SourceRow(where, _with_objects(value))
+        except (RecursionError, RepeatedKey) as error:
+            yield SourceRow(where, problem=str(error))
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """The keys and values of a JSON object, which may repeat keys."""
+
+
+def _with_objects(value: Any) -> Any:
+    """A value with objects in place of pairs. Raises RepeatedKey."""
+    if isinstance(value, _Pairs):
+        return unique_keys([(key, _with_objects(item)) for key, item in value])
+    if isinstance(value, list):
+        return [_with_objects(item) for item in value]
+    return value
 
 
 def _read_csv(path: Path) -> Iterator[SourceRow]:
+    csv.field_size_limit(sys.maxsize)  # of all readers in the process; 131,072 characters by default
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
+        lines = csv.reader(file, strict=True)
+        header: list[str] | None = None
         while True:
-            where = f"{path}:{reader.line_num + 1}"
+            where = f"{path}:{lines.line_num + 1}"
             try:
-                values = next(reader)
+                cells = next(lines)
             except StopIteration:
                 return
             except (csv.Error, UnicodeDecodeError) as error:
                 raise UserError(f"{where}: not valid CSV: {error}") from None
-            if None in values or None in values.values():  # DictReader's sign of too many cells, or too few
-                cells = len(reader.fieldnames or ())
-                yield SourceRow(where, problem=f"expected {cells} cells, as in the header")
-            else:
-                yield SourceRow(where, {name: cell for name, cell in values.items() if cell != ""})
+            if header is None:
+                header = cells
+                _check_names(header, where)
+            elif cells:  # the line is not blank
+                yield _csv_row(where, header, cells)
+
+
+def _csv_row(where: str, header: list[str], cells: list[str]) -> SourceRow:
+    if len(cells) != len(header):
+        return SourceRow(where, problem=f"expected {len(header)} cells, as in the header")
+    return SourceRow(where, {name: cell for name, cell in zip(header, cells, strict=True) if cell})
+
+
+def _check_names(names: Sequence[str], where: object) -> None:
+    """Refuse columns of one name: a row would have the last of them only."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"{where}: two columns " + (f"are named {name!r}" if name else "have no name"))
 
 
 def _read_parquet(path: Path) -> Iterator[SourceRow]:
@@ -178,6 +203,7 @@ def _read_parquet(path: Path) -> Iterator[SourceRow]:
     number = 0
     try:
         with ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, path)
             for batch in file.iter_batches():
                 for values in batch.to_pylist():
                     number += 1

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from policies.text.tokenization import Message, Prompt
@@ -60,6 +60,18 @@ def reply(value: Any, name: str) -> str:
     return text({name: listed[0]["content"]}, name)
 
 
+def tools(values: Values, prompt: Prompt) -> list[dict[str, Any]] | None:
+    """The functions in the column `tools`, which the chat template renders with the messages; None without one."""
+    if not has(values, "tools"):
+        return None
+    if isinstance(prompt, str):
+        raise ValueError("`tools` needs messages, which a chat template renders; the prompt is plain text")
+    listed = items(values, "tools")
+    if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
+        raise ValueError(f"`tools` is {shown(listed)}; a list of JSON schemas was expected")
+    return listed
+
+
 def number(values: Values, name: str) -> float:
     """The finite number in a column; text, as in CSV, is converted."""
     value = present(values, name)
@@ -75,10 +87,32 @@ def number(values: Values, name: str) -> float:
 def items(values: Values, name: str) -> Any:
     """The value in a column that should be a list; text, as in CSV, is parsed as JSON where possible."""
     value = present(values, name)
-    if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except RepeatedKey as error:
+        raise ValueError(f"`{name}`: {error}") from None
+    except (ValueError, RecursionError):
+        return value
+
+
+class RepeatedKey(ValueError):
+    """A key occurs twice in a JSON object: either value could be the one that was meant."""
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object that its keys and values make up; an `object_pairs_hook` of `json`. Raises RepeatedKey."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise RepeatedKey(f"the key {counts.most_common(1)[0][0]!r} occurs twice in one object")
+    return values
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, RepeatedKey among them, or RecursionError."""
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def numbers(values: Values, name: str) -> list[float]:

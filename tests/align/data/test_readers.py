@@ -3,6 +3,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -10,6 +12,7 @@ from align.config.schema import SourceSettings
 from align.data.parsing import parse_prompt, parse_rows
 from align.data.readers import read_rows
 from policies.errors import UserError
+from rewards.preferences import parse_preference
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": 'b, "c"\nd', "answer": 2}]
 
@@ -106,3 +109,73 @@ def test_a_subset_of_local_data_is_refused(tmp_path: Path) -> None:
     for local in (path, str(tmp_path)):
         with pytest.raises(UserError, match=r"is local, and `subset` names a configuration"):
             read_rows(SourceSettings(path=local, subset="main"))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [("prompt,id,prompt", "two columns are named 'prompt'"), ("prompt,,", "two columns have no name")],
+)
+def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path, header: str, message: str) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(f"{header}\na,1,b\n")
+    with pytest.raises(UserError) as caught:
+        read_rows(SourceSettings(path=str(path)))
+    assert str(caught.value) == f"{path}:1: {message}"
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
+    with pytest.raises(UserError) as caught:
+        read_rows(SourceSettings(path=str(path)))
+    assert str(caught.value) == f"{path}: two columns are named 'prompt'"
+
+
+def test_two_fields_of_one_name_in_a_parquet_column_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    twice = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"])
+    pq.write_table(pa.table({"prompt": twice}), path)
+    with pytest.raises(UserError, match=r"r\.parquet cannot be read as Parquet: .*duplicate field names"):
+        read_rows(SourceSettings(path=str(path)))
+
+
+REPEATED = ['{"prompt": "a", "prompt": "b"}', '{"prompt": [{"role": "user", "content": "a", "content": "b"}]}']
+
+
+@pytest.mark.parametrize("line", REPEATED, ids=["column", "in a message"])
+def test_a_json_key_that_occurs_twice_in_a_line_makes_a_bad_row(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(f'{{"prompt": "fine"}}\n{line}\n')
+    parsed = parse_rows(read_rows(SourceSettings(path=str(path))), parse_prompt, "skip")
+    assert len(parsed.items) == 1
+    key = "prompt" if line == REPEATED[0] else "content"
+    assert parsed.skipped == [f"{path}:2: the key '{key}' occurs twice in one object"]
+
+
+def test_a_json_key_that_occurs_twice_in_a_list_makes_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(f'[{{"prompt": "fine"}}, {", ".join(REPEATED)}]')
+    parsed = parse_rows(read_rows(SourceSettings(path=str(path))), parse_prompt, "skip")
+    assert len(parsed.items) == 1
+    assert parsed.skipped == [
+        f"{path}, row 2: the key 'prompt' occurs twice in one object",
+        f"{path}, row 3: the key 'content' occurs twice in one object",
+    ]
+
+
+def test_a_json_key_that_occurs_twice_in_a_csv_cell_makes_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    cell = '"[[{""role"": ""assistant"", ""content"": ""b"", ""content"": ""c""}], ""d""]"'
+    good = '"[""b"", ""c""]"'
+    path.write_text(f"prompt,responses,best\na,{cell},0\na,{good},0\n")
+    parsed = parse_rows(read_rows(SourceSettings(path=str(path))), parse_preference, "skip")
+    assert parsed.skipped == [f"{path}:2: `responses`: the key 'content' occurs twice in one object"]
+
+
+@pytest.mark.parametrize("characters", [131_073, 3_000_000])
+def test_a_csv_cell_may_be_of_any_length(tmp_path: Path, characters: int) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(f'prompt,page\na,{"x" * characters}\n"b, c",y\n')
+    rows = read_rows(SourceSettings(path=str(path)))
+    assert [row.values["prompt"] for row in rows] == ["a", "b, c"]
+    assert len(rows[0].values["page"]) == characters
