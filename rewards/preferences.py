@@ -14,6 +14,10 @@ TURN = "\n\nAssistant:"
 """The start of a reply in a transcript in the format of HH-RLHF."""
 
 
+TIE = 0.5
+"""The certainty of a preference between two responses that are equally good."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A preference for the first of two responses.
@@ -112,9 +116,9 @@ def _pair(values: Mapping[str, Any], attribute: str) -> PreferenceExample:
     if chosen == rejected and not tie:
         raise ValueError("`chosen` and `rejected` are the same, and `tie` is not set")
     margin = fields.number(values, "margin") if fields.has(values, "margin") else 0.0
-    if tie and margin:
-        raise ValueError("a tie has no `margin`")
-    certainty = 0.5 if tie else _confidence(values)
+    certainty = _certainty(values, tie)
+    if margin and certainty == TIE:  # the loss would be least where the scores differ by the margin
+        raise ValueError("a tie has no `margin`" if tie else "`confidence: 0.5` is a tie, and a tie has no `margin`")
     return PreferenceExample(prompt, (chosen, rejected), Pair(margin, certainty), attribute)
 
 
@@ -130,14 +134,17 @@ def _pair_texts(values: Mapping[str, Any]) -> tuple[Prompt, str, str]:
     return _split_transcripts(fields.text(values, "chosen"), fields.text(values, "rejected"))
 
 
-def _confidence(values: Mapping[str, Any]) -> float:
+def _certainty(values: Mapping[str, Any], tie: bool) -> float:
+    """The probability that the first response is the better one, from ½, a tie, to 1."""
     if not fields.has(values, "confidence"):
-        return 1.0
+        return TIE if tie else 1.0
     confidence = fields.number(values, "confidence")
-    if not 0.5 <= confidence <= 1:
+    if not TIE <= confidence <= 1:
         raise ValueError(
             f"`confidence` is {confidence:g}: it is the probability that `chosen` is the better one, from 0.5 to 1"
         )
+    if tie and confidence != TIE:
+        raise ValueError(f"`confidence` is {confidence:g}, and that of a `tie` is 0.5")
     return confidence
 
 
