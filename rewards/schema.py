@@ -1,5 +1,6 @@
 """The settings of the reward stage."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -42,6 +43,10 @@ class FitSettings(Settings):
     max_tokens: int = Field(
         512, ge=2, description="rows with more tokens are refused or skipped, depending on data.on_bad_row"
     )
+
+    def optimizer_steps(self, examples: int) -> int:
+        """Optimizer steps of a training run on this many examples, in ⌈examples / batch_size⌉ batches per epoch."""
+        return math.ceil(math.ceil(examples / self.batch_size) * self.epochs)
 
     @model_validator(mode="after")
     def _consistent(self) -> "FitSettings":

@@ -11,7 +11,6 @@ from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
 from align.resources.ray_cluster import cores, threads_per_process
 from align.runtime.wording import counted
-from align.supervised.fit import optimizer_steps
 from policies.device import default_device
 from policies.layers import native
 from rewards.schema import FitSettings
@@ -65,7 +64,7 @@ def plan_lines(
 
 def _fit(examples: int, noun: str, settings: FitSettings) -> str:
     epochs = counted(settings.epochs, "epoch")
-    steps = counted(optimizer_steps(examples, settings), "optimizer step")
+    steps = counted(settings.optimizer_steps(examples), "optimizer step")
     return f"{counted(examples, noun)}, {epochs} in batches of {settings.batch_size}: {steps}"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,6 @@ from align.runs.tracking import Tracker
 from align.runtime.atomic_files import new_folder
 from align.runtime.seeds import permutation, seed_for
 from align.runtime.signals import StopRequest
-from align.supervised.fit import FitContext, optimizer_steps
 from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
@@ -25,6 +24,9 @@ from policies.trunk import AdapterWeights, Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import make_transformers_engine
+
+if TYPE_CHECKING:
+    from align.supervised.fit import FitContext
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class StageContext:
             trunk.initialise("reference")
         return trunk
 
-    def fit_context(self, stage: str, member: int = 0) -> FitContext:
+    def fit_context(self, stage: str, member: int = 0) -> "FitContext":
         """The context of a supervised training run.
 
         Args:
@@ -75,6 +77,8 @@ class StageContext:
             member: Index of the ensemble member. Members are trained one after another, each with the data in a
                 different order.
         """
+        from align.supervised.fit import FitContext  # transformers' Trainer, which a plan does not need
+
         seed = self.experiment.seed
         return FitContext(
             stage=stage,
@@ -83,7 +87,7 @@ class StageContext:
             seed=seed_for(seed, "member", member) if member else seed,
             tracker=self.tracker,
             stop=self.stop,
-            first=member * optimizer_steps(len(self.datasets.preferences), self.experiment.reward),
+            first=member * self.experiment.reward.optimizer_steps(len(self.datasets.preferences)),
         )
 
     @contextmanager

@@ -1,6 +1,5 @@
 """Supervised training on transformers' Trainer, with align's own checkpoints and metrics."""
 
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -141,7 +140,7 @@ def _train(task: FitTask, settings: FitSettings, context: FitContext) -> Trainer
     """Train to the end. Raises Interrupted if a stop is requested before."""
     task.objective.eval()  # brings all submodules into one mode, or `Objective.train` would skip some
     task.objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # makes the Trainer pass num_items_in_batch
-    steps = optimizer_steps(len(task.examples), settings)
+    steps = settings.optimizer_steps(len(task.examples))
     arguments = _training_arguments(settings, context, steps)
     with ProgressBar(context.stage, steps) as progress:
         monitor = _Monitor(task, settings, context, steps, progress)
@@ -211,11 +210,6 @@ def _optimizer(task: FitTask, settings: FitSettings) -> Optimizer | None:
     for factor, parameters in parameter_groups_by_rate(trained, task.lora_plus):
         groups.append({"params": parameters, "lr": settings.learning_rate * factor})
     return AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-
-
-def optimizer_steps(examples: int, settings: FitSettings) -> int:
-    """Optimizer steps of a training run on this many examples; the last batch of an epoch may be smaller."""
-    return math.ceil(math.ceil(examples / settings.batch_size) * settings.epochs)
 
 
 class _Monitor(TrainerCallback):
