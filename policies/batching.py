@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,23 +57,49 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     Raises:
         ValueError: There are more prompts than responses, or fewer.
     """
+    sequences: list[list[int]] = []
+    turns: list[list[tuple[int, int]]] = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        sequences.append([*prompt, *response])
+        turns.append([(len(prompt), len(prompt) + len(response))])
+    return collate_turns(sequences, turns)
+
+
+def collate_turns(sequences: Sequence[Sequence[int]], turns: Sequence[Sequence[tuple[int, int]]]) -> Batch:
+    """Pack sequences in which one or more turns are responses.
+
+    Args:
+        sequences: B lists of token ids.
+        turns: For each sequence, the first token of each turn, at least 1, and one past its last.
+
+    Returns:
+        The batch, on the CPU. Its response tokens are those of all turns.
+
+    Raises:
+        ValueError: There are more sequences than lists of turns, or fewer.
+    """
     ids: list[int] = []
     lengths: list[int] = []
     predictors: list[int] = []
     ends: list[int] = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids += [*prompt, *response]
-        lengths.append(len(prompt) + len(response))
-        # Each response token is predicted by the token before it.
-        predictors += range(len(ids) - len(response) - 1, len(ids) - 1)
+    response_ids: list[int] = []
+    response_lengths: list[int] = []
+    for sequence, spans in zip(sequences, turns, strict=True):
+        for start, end in spans:
+            # Each response token is predicted by the token before it.
+            predictors += range(len(ids) + start - 1, len(ids) + end - 1)
+            response_ids += sequence[start:end]
+        ids += sequence
+        lengths.append(len(sequence))
         ends.append(len(ids))
+        response_lengths.append(sum(end - start for start, end in spans))
     return Batch(
         ids=torch.tensor(ids, dtype=torch.long),
         lengths=torch.tensor(lengths, dtype=torch.long),
         predictors=torch.tensor(predictors, dtype=torch.long),
-        response_ids=torch.tensor(list(chain.from_iterable(responses)), dtype=torch.long),
+        response_ids=torch.tensor(response_ids, dtype=torch.long),
         last=torch.tensor(ends, dtype=torch.long) - 1,
-        response_lengths=tuple(map(len, responses)),
+        response_lengths=tuple(response_lengths),
     )
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
 from policies.method_spec import supporting
-from policies.schema import ModelSettings, PolicySettings, Schedule, Settings, unread_settings
+from policies.schema import ModelSettings, PolicySettings, Schedule, Settings, SpecialTokens, unread_settings
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import LARGEST_VLLM_RANK, RolloutSettings
 
@@ -34,6 +34,7 @@ class DataSettings(Settings):
     """The data of each stage."""
 
     demonstrations: SourceSettings | None = Field(None, description="SFT: prompt + completion, messages, or text")
+    demonstrations_heldout: SourceSettings | None = Field(None, description="evaluates the SFT model")
     preferences: SourceSettings | None = Field(None, description="reward: pairs, rankings, choices, ratings")
     preferences_heldout: SourceSettings | None = Field(None, description="evaluates the reward model")
     prompts: SourceSettings | None = Field(None, description="PPO: prompt")
@@ -42,12 +43,20 @@ class DataSettings(Settings):
         0.1, gt=0, lt=1, description="share held out for evaluation where no held-out source is set"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an invalid row, or skip and count it")
+    special_tokens: SpecialTokens = Field(
+        "refuse",
+        description="the text of a special token, such as </s>, inside a text: refuse the row; control: it is the "
+        "special token, for prompts that a chat template has rendered before; text: it is plain text",
+    )
 
 
 class SftSettings(FitSettings):
     """Supervised fine-tuning on demonstrations."""
 
     adapter: str | None = Field(None, description="an adapter in PEFT layout, used as is instead of training one")
+    turns: Literal["all", "last"] = Field(
+        "all", description="the assistant's turns in `messages` that are trained; a `completion` is one turn"
+    )
 
 
 class LearnerSettings(Settings):

@@ -1,67 +1,34 @@
 """Reads, checks and tokenizes all the data of a run before its first stage starts."""
 
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment, SourceSettings
 from align.config.stage import find_stage
-from align.data.parsing import parse_demonstration, parse_prompt, parse_rows
+from align.data.examples import (
+    Example,
+    Parser,
+    TokenizedDemonstration,
+    TokenizedPreference,
+    demonstration_parser,
+    preference_parser,
+    request_parser,
+)
+from align.data.parsing import parse_rows
 from align.data.readers import read_rows
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
-from policies.files.base_model import load_tokenizer
-from policies.text.tokenization import encode_prompt, encode_response
-from rewards.preferences import OVERALL, PreferenceExample, Ranking, parse_preference
-from rewards.rankings import MAX_OPEN_TIE
-from rewards.schema import RewardSettings
+from policies.files.base_model import load_model_config, load_tokenizer
+from policies.text.encoder import TextEncoder
 from rollouts.trajectory import Request
 
 
-@dataclass(frozen=True)
-class TokenizedDemonstration:
-    """A demonstration as token ids; the loss is over the response, including its EOS."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-@dataclass(frozen=True)
-class TokenizedPreference:
-    """A preference example with its token ids.
-
-    Attributes:
-        example: The prompt, the responses and the preference between them.
-        prompt_ids: Tokens of the prompt.
-        responses_ids: Tokens of each response, in the example's order.
-        shares_prompt: Whether all responses follow one copy of the prompt, rather than a copy each.
-    """
-
-    example: PreferenceExample
-    prompt_ids: list[int]
-    responses_ids: list[list[int]]
-    shares_prompt: bool = True
-
-    @property
-    def length(self) -> int:
-        """Number of tokens in its forward pass, padding included."""
-        if self.shares_prompt:
-            return len(self.prompt_ids) + sum(map(len, self.responses_ids))
-        return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
-
-
 Item = TypeVar("Item")
-Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request)
-Parser = Callable[[Mapping[str, Any]], Example]
-"""Turns a row's columns into an example; raises ValueError, with the reason, for an invalid row."""
 
 
 @dataclass
@@ -116,22 +83,20 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
     reader = _Reader(experiment)
     datasets = Datasets(skipped=reader.skipped)
     needed = _needed_sources(experiment)
+    encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
     if "demonstrations" in needed:
-        parse_demonstrations = demonstration_parser(tokenizer, experiment.sft.max_tokens)
+        parse_demonstrations = demonstration_parser(encoder, experiment.sft, max_positions)
         datasets.demonstrations, datasets.demonstrations_heldout = reader.read_and_split(
-            "demonstrations", None, parse_demonstrations
+            "demonstrations", parse_demonstrations
         )
-    parse_preferences = preference_parser(tokenizer, experiment.reward)
+    parse_preferences = preference_parser(encoder, experiment.reward, max_positions)
     if "preferences" in needed:
-        datasets.preferences, datasets.preferences_heldout = reader.read_and_split(
-            "preferences", "preferences_heldout", parse_preferences
-        )
+        datasets.preferences, datasets.preferences_heldout = reader.read_and_split("preferences", parse_preferences)
     elif experiment.data.preferences_heldout:
         datasets.preferences_heldout = reader.read("preferences_heldout", parse_preferences)
     if "prompts" in needed:
-        rollouts = experiment.rollouts
-        parse_requests = request_parser(tokenizer, rollouts.max_prompt_tokens, rollouts.max_new_tokens, max_positions)
-        datasets.prompts, heldout = reader.read_and_split("prompts", "prompts_heldout", parse_requests)
+        parse_requests = request_parser(encoder, experiment.rollouts, max_positions)
+        datasets.prompts, heldout = reader.read_and_split("prompts", parse_requests)
         datasets.prompts_heldout = heldout[: experiment.evaluation.prompts]
     return datasets
 
@@ -160,19 +125,32 @@ def read_preferences(experiment: Experiment, path: Path | None) -> list[Tokenize
     Raises:
         UserError: There are invalid rows, or no preferences.
     """
-    tokenizer = load_tokenizer(experiment.model.path)
-    parse = preference_parser(tokenizer, experiment.reward)
+    encoder = TextEncoder(load_tokenizer(experiment.model.path), experiment.data.special_tokens)
+    parse = preference_parser(encoder, experiment.reward, context_length(experiment))
     if path is not None:
         source = SourceSettings(path=str(path))
         try:
             return parse_rows(read_rows(source), parse, experiment.data.on_bad_row).items
         except UserError as error:
             raise UserError(f"--data: {error}") from None
-    reader = _Reader(experiment)
-    if experiment.data.preferences_heldout:
-        return reader.read("preferences_heldout", parse)
-    _, heldout = reader.read_and_split("preferences", None, parse)
+    _, heldout = _Reader(experiment).read_and_split("preferences", parse)
     return heldout
+
+
+def context_length(experiment: Experiment) -> int | None:
+    """The most tokens of a sequence: the positions of the models that no soft prompt takes; None where unlimited.
+
+    Raises UserError where a model's config cannot be read.
+    """
+    models = [experiment.model.path]
+    if "ppo" in experiment.stages and experiment.ppo.critic.model:
+        models.append(experiment.ppo.critic.model)
+    configs = [load_model_config(model) for model in models]
+    positions = [getattr(config, "max_position_embeddings", None) for config in configs]
+    known = [count for count in positions if count is not None]
+    if not known:
+        return None
+    return min(known) - (experiment.policy.virtual_tokens if experiment.policy.spec.prompt_kind else 0)
 
 
 def split_heldout(
@@ -205,7 +183,7 @@ def split_heldout(
 def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request) -> Hashable:
     """The part that must not be on both sides of a split: the prompt or, for plain text without a prompt, the text."""
     if isinstance(item, TokenizedDemonstration) and len(item.prompt_ids) == 1:  # BOS alone
-        return tuple(item.response_ids)
+        return tuple(item.ids[1:])
     return tuple(item.prompt_ids)
 
 
@@ -229,89 +207,12 @@ class _Reader:
             self.skipped[name] = parsed.skipped
         return parsed.items
 
-    def read_and_split(
-        self, name: str, heldout_name: str | None, parse: Parser[Example]
-    ) -> tuple[list[Example], list[Example]]:
+    def read_and_split(self, name: str, parse: Parser[Example]) -> tuple[list[Example], list[Example]]:
+        heldout_name = f"{name}_heldout"
         items = self.read(name, parse)
-        if heldout_name and getattr(self.data, heldout_name):
+        if getattr(self.data, heldout_name):
             return items, self.read(heldout_name, parse)
         try:
             return split_heldout(items, self.data.heldout_share, seed_for(self.seed, "split", name), _split_key)
         except ValueError as error:
-            hint = f", and data.{heldout_name} is not set" if heldout_name else ""
-            raise UserError(f"data.{name}: {error}{hint}") from None
-
-
-def demonstration_parser(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Parser[TokenizedDemonstration]:
-    """A parser that turns a row's columns into a demonstration, for `parse_rows`."""
-
-    def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
-        row = parse_demonstration(values)
-        demonstration = TokenizedDemonstration(
-            prompt_ids=encode_prompt(tokenizer, row.prompt), response_ids=encode_response(tokenizer, row.completion)
-        )
-        _check_length(demonstration.length, max_tokens, "sft.max_tokens")
-        return demonstration
-
-    return parse
-
-
-def preference_parser(tokenizer: PreTrainedTokenizerBase, settings: RewardSettings) -> Parser[TokenizedPreference]:
-    """A parser that turns a row's columns into a preference example, for `parse_rows`."""
-
-    def parse(values: Mapping[str, Any]) -> TokenizedPreference:
-        example = parse_preference(values, open_ties=settings.ties == "unknown")
-        _check_ties(example, settings)
-        _check_attributes(example, settings)
-        preference = TokenizedPreference(
-            example=example,
-            prompt_ids=encode_prompt(tokenizer, example.prompt),
-            responses_ids=[encode_response(tokenizer, response) for response in example.responses],
-        )
-        longest = max(map(len, preference.responses_ids))
-        _check_length(len(preference.prompt_ids) + longest, settings.max_tokens, "reward.max_tokens")
-        return preference
-
-    return parse
-
-
-def _check_ties(example: PreferenceExample, settings: RewardSettings) -> None:
-    preference = example.preference
-    if settings.label_smoothing and isinstance(preference, Ranking) and preference.open:
-        largest = max(preference.sizes)
-        if largest > MAX_OPEN_TIE:
-            raise ValueError(f"a tie of {largest}: with reward.label_smoothing, at most {MAX_OPEN_TIE} may tie")
-
-
-def _check_attributes(example: PreferenceExample, settings: RewardSettings) -> None:
-    for attribute in example.attributes:
-        if attribute != OVERALL and attribute not in settings.attributes:
-            valid = ", ".join(settings.attributes) or "none"
-            raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({valid})")
-
-
-def request_parser(
-    tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_new_tokens: int, max_positions: int | None
-) -> Parser[Request]:
-    """A parser that turns a row's columns into a request without a seed, for `parse_rows`.
-
-    Prompt and response together must fit `max_positions`, the model's context length, where it is known.
-    """
-    limit = max_prompt_tokens
-    key = "rollouts.max_prompt_tokens"
-    if max_positions is not None and max_positions - max_new_tokens < max_prompt_tokens:
-        limit = max_positions - max_new_tokens
-        key = "the model's context length less rollouts.max_new_tokens"
-
-    def parse(values: Mapping[str, Any]) -> Request:
-        row = parse_prompt(values)
-        prompt_ids = encode_prompt(tokenizer, row.prompt)
-        _check_length(len(prompt_ids), limit, key)
-        return Request(row.prompt, tuple(prompt_ids), seed=0, columns=row.columns)
-
-    return parse
-
-
-def _check_length(tokens: int, limit: int, key: str) -> None:
-    if tokens > limit:
-        raise ValueError(f"{tokens} tokens are more than {key}, {limit}")
+            raise UserError(f"data.{name}: {error}; set data.{heldout_name} to rows to evaluate on") from None

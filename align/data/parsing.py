@@ -7,7 +7,8 @@ from typing import Any, Generic, Literal, TypeVar
 from align.data.readers import SourceRow
 from policies.errors import UserError
 from policies.text import columns
-from policies.text.tokenization import Prompt
+from policies.text.encoder import Tools
+from policies.text.tokenization import Message, Prompt
 
 T = TypeVar("T")
 
@@ -15,12 +16,35 @@ MAX_REPORTED = 5
 """How many invalid rows an error message lists: more would hide the hint at its end."""
 
 
+class RowTooLong(ValueError):
+    """A row has more tokens than a limit.
+
+    Attributes:
+        key: The setting that can raise the limit; None where the model is the limit.
+        tokens: How many the row has.
+    """
+
+    def __init__(self, message: str, key: str | None, tokens: int) -> None:
+        super().__init__(message)
+        self.key = key
+        self.tokens = tokens
+
+
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with the desired response."""
+    """A prompt with the desired response, and the functions that the assistant may call."""
 
     prompt: Prompt
     completion: str
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A conversation whose last message is the assistant's, and the functions that the assistant may call."""
+
+    messages: list[Message]
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,7 @@ class PromptRow:
 
     prompt: Prompt
     columns: dict[str, Any]
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,7 @@ def parse_rows(
     """
     items: list[T] = []
     skipped: list[str] = []
+    longest: dict[str, int] = {}
     for row in rows:
         try:
             if row.problem:
@@ -61,35 +87,44 @@ def parse_rows(
             items.append(parse(row.values))
         except ValueError as error:
             skipped.append(f"{row.where}: {error}")
+            if isinstance(error, RowTooLong) and error.key:
+                longest[error.key] = max(error.tokens, longest.get(error.key, 0))
     if skipped and (on_bad_row == "error" or not items):
-        raise UserError(_bad_rows_message(skipped, some_are_good=bool(items)))
+        raise UserError(_bad_rows_message(skipped, longest, some_are_good=bool(items)))
     return ParsedRows(items, skipped)
 
 
-def _bad_rows_message(bad_rows: list[str], some_are_good: bool) -> str:
+def _bad_rows_message(bad_rows: list[str], longest: Mapping[str, int], some_are_good: bool) -> str:
     lines = bad_rows[:MAX_REPORTED]
     further = len(bad_rows) - len(lines)
     if further:
         lines.append(f"… and {further} more invalid row{'s' if further > 1 else ''}")
+    lines += [f"{key}={tokens} keeps every row that is too long" for key, tokens in longest.items()]
     lines.append("data.on_bad_row=skip skips them" if some_are_good else "there is no good row")
     return "\n".join(lines)
 
 
-def parse_demonstration(values: Mapping[str, Any]) -> Demonstration:
-    """Parse a row with `prompt` and `completion`; with `messages`, the last by the assistant; or with `text` alone."""
+def parse_demonstration(values: Mapping[str, Any]) -> Demonstration | Transcript:
+    """Parse a row with `prompt` and `completion`; with `messages`, the last by the assistant; or with `text` alone.
+
+    A row with messages may have `tools`.
+    """
     if columns.has(values, "messages"):
         messages = columns.messages(values["messages"], "messages")
         if len(messages) < 2:
             raise ValueError("`messages` has one message; a prompt and a reply by the assistant were expected")
-        return Demonstration(messages[:-1], columns.reply(messages[-1:], "messages"))
+        columns.reply(messages[-1:], "messages")
+        return Transcript(messages, columns.tools(values, messages))
     if columns.has(values, "text") and not columns.has(values, "completion"):
         return Demonstration("", columns.text(values, "text"))
     prompt = columns.prompt(values)
     completion = columns.present(values, "completion")
-    return Demonstration(prompt, columns.reply(completion, "completion"))
+    return Demonstration(prompt, columns.reply(completion, "completion"), columns.tools(values, prompt))
 
 
 def parse_prompt(values: Mapping[str, Any]) -> PromptRow:
-    """Parse a row with `prompt`; all other columns pass through."""
+    """Parse a row with `prompt`; all other columns pass through. A row with messages may have `tools`."""
     other_columns = {name: value for name, value in values.items() if name != "prompt"}
-    return PromptRow(columns.prompt(values), other_columns)
+    prompt = columns.prompt(values)
+    tools = None if isinstance(prompt, str) else columns.tools(values, prompt)
+    return PromptRow(prompt, other_columns, tools)

@@ -17,6 +17,7 @@ from align.evaluation.prompt_styles import PromptStyle, make_prompt_style
 from align.runtime.seeds import seed_for
 from align.scoring.build import Scorers
 from align.scoring.reward import EvaluationScorer, GoldScorer, Rescore, RoleScorer
+from policies.text.encoder import TextEncoder
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
 from rollouts.engine import Sampling
@@ -293,12 +294,13 @@ def build_evaluator(
     rollouts = experiment.rollouts
     settings = experiment.evaluation
     temperature = rollouts.temperature if settings.temperature is None else settings.temperature
+    encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
     heldout = HeldoutPlan(
         prompts=prompts,
         sampling=Sampling(temperature, rollouts.max_new_tokens),
         seed=settings.seed,
         best_of=settings.best_of,
-        prompt_styles={name: make_prompt_style(style, tokenizer) for name, style in settings.prompt_styles.items()},
+        prompt_styles={name: make_prompt_style(style, encoder) for name, style in settings.prompt_styles.items()},
     )
     evaluation_scorers = EvaluationScorers(
         policy=scorers.evaluation_scorer(role_scorer, ("policy", "reference", "reward")),

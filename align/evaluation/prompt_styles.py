@@ -3,22 +3,23 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from transformers import PreTrainedTokenizerBase
-
 from align.config.schema import PromptStyleSettings
-from policies.text.tokenization import Prompt, encode_prompt
+from policies.text.columns import tools
+from policies.text.encoder import TextEncoder
+from policies.text.tokenization import Prompt
 from rollouts.trajectory import Request
 
 PromptStyle = Callable[[Request], Request]
 """Turns a request into one that asks the same in another way."""
 
 
-def make_prompt_style(settings: PromptStyleSettings, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
+def make_prompt_style(settings: PromptStyleSettings, encoder: TextEncoder) -> PromptStyle:
     """A function that adds the style's system prompt, examples and suffix to a request's prompt."""
 
     def style(request: Request) -> Request:
         prompt = styled(request.prompt, settings)
-        return replace(request, prompt=prompt, prompt_ids=tuple(encode_prompt(tokenizer, prompt)))
+        functions = None if isinstance(prompt, str) else tools(request.columns, prompt)
+        return replace(request, prompt=prompt, prompt_ids=tuple(encoder.prompt(prompt, functions)))
 
     return style
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from align.data.datasets import TokenizedPreference
+from align.data.examples import TokenizedPreference
 from align.runtime.atomic_files import write_json
 from align.supervised.reward_objective import flatten_responses
 from policies.batching import collate, collate_shared_prompts

@@ -216,7 +216,7 @@ class Learner:
 
     def _backward_demonstrations(self, demonstrations: Sequence[TokenizedDemonstration]) -> float:
         """Accumulate the gradient of the demonstrations. Returns their loss in nats per token."""
-        tokens = sum(len(demonstration.response_ids) for demonstration in demonstrations)
+        tokens = sum(demonstration.trained_tokens for demonstration in demonstrations)
         weight = tokens / self.ppo.ptx_coefficient
         collate = partial(collate_ptx_batch, device=self.device)
         return float(self._backward(demonstrations, weight, [likelihood_objective], collate)) / tokens

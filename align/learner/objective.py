@@ -15,7 +15,7 @@ from align.algorithms.episodes import Episode
 from align.algorithms.kl import estimate_kl
 from align.algorithms.losses import PolicyLoss, clipped_value_loss
 from align.config.ppo_settings import PpoSettings
-from align.data.datasets import TokenizedDemonstration
+from align.data.examples import TokenizedDemonstration, pack_demonstrations
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
 from policies.logprobs import token_logprobs_and_entropy
@@ -64,9 +64,7 @@ def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple
 
 def collate_ptx_batch(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
     """Collate demonstrations into the tensors of one forward pass."""
-    prompts = [demonstration.prompt_ids for demonstration in demonstrations]
-    responses = [demonstration.response_ids for demonstration in demonstrations]
-    return (collate(prompts, responses).to(device),)
+    return (pack_demonstrations(demonstrations).to(device),)
 
 
 def ppo_objectives(

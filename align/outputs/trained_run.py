@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from align.config.schema import Experiment
-from align.data.datasets import Datasets, TokenizedPreference
+from align.data.datasets import Datasets, context_length
+from align.data.examples import TokenizedPreference
 from align.evaluation.policy import build_evaluator
 from align.evaluation.reward_model import compute_diagnostics
 from align.outputs.artifacts import policy_weights
@@ -25,7 +26,8 @@ from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
-from policies.text.tokenization import Prompt, decode_response, encode_prompt, encode_response
+from policies.text.encoder import TextEncoder
+from policies.text.tokenization import Prompt, decode_response
 from rewards.classifier import Classifier
 from rewards.preferences import OVERALL
 from rollouts.engine import Engine, Sampling
@@ -63,6 +65,7 @@ class TrainedRun:
         self.experiment = experiment
         self.folder = folder
         self.tokenizer = load_tokenizer(experiment.model.path)
+        self.encoder = TextEncoder(self.tokenizer, experiment.data.special_tokens)
 
     @property
     def path(self) -> Path:
@@ -94,7 +97,8 @@ class TrainedRun:
             One response per prompt, without special tokens.
 
         Raises:
-            UserError: The run has neither policy nor SFT model yet.
+            UserError: The run has neither policy nor SFT model yet; or a prompt contains special tokens, is refused by
+                the chat template, or leaves no room for the response.
         """
         rollouts = self.experiment.rollouts
         sampling = Sampling(
@@ -103,7 +107,7 @@ class TrainedRun:
         )
         requests = []
         for index, prompt in enumerate(prompts):
-            prompt_ids = tuple(encode_prompt(self.tokenizer, prompt))
+            prompt_ids = self._prompt_ids(prompt, f"prompt {index + 1}", sampling.max_new_tokens)
             requests.append(Request(prompt, prompt_ids, seed_for(seed, "generate", index)))
         trajectories = self._engine.generate(requests, sampling)
         return [decode_response(self.tokenizer, trajectory.response_ids) for trajectory in trajectories]
@@ -129,11 +133,14 @@ class TrainedRun:
         """
         if columns is None:
             columns = [{}] * len(prompts)
-        trajectories = []
+        trajectories: list[Trajectory] = []
         for prompt, response, prompt_columns in zip(prompts, responses, columns, strict=True):
-            prompt_ids = tuple(encode_prompt(self.tokenizer, prompt))
-            request = Request(prompt, prompt_ids, seed=0, columns=dict(prompt_columns))
-            ids = encode_response(self.tokenizer, response)
+            try:
+                exchange = self.encoder.exchange(prompt, response)
+            except ValueError as error:
+                raise UserError(f"response {len(trajectories) + 1} or its prompt: {error}") from error
+            request = Request(prompt, tuple(exchange.prompt_ids), seed=0, columns=dict(prompt_columns))
+            ids = exchange.response_ids
             # Nothing was sampled: the sampler's log-probabilities and the version are not read.
             trajectories.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), ended=True, version=0))
         reward = self._reward
@@ -175,6 +182,19 @@ class TrainedRun:
             raise UserError(f"{to} already exists: choose a new folder")
         product: Product = "model" if merge else "adapter"
         return export_run(self.experiment, self.folder, Path(to), product, dtype=dtype)
+
+    def _prompt_ids(self, prompt: Prompt, name: str, max_new_tokens: int) -> tuple[int, ...]:
+        try:
+            ids = tuple(self.encoder.prompt(prompt))
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+        positions = context_length(self.experiment)
+        if positions is not None and len(ids) + max_new_tokens > positions:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, which leaves no room for {max_new_tokens} new ones in the model's context "
+                f"length, {positions}: shorten it, or set max_new_tokens to at most {positions - len(ids)}"
+            )
+        return ids
 
     @cached_property
     def _engine(self) -> Engine:
@@ -248,7 +268,10 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> 
         tokenizer=tokenizer,
     )
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
-    return evaluator.evaluate(step, policy)
+    try:
+        return evaluator.evaluate(step, policy)
+    finally:
+        reward.scorers.close()
 
 
 def evaluate_reward_model(

@@ -13,7 +13,7 @@ from align.algorithms.episodes import Episode, make_episodes
 from align.algorithms.kl import KlCoefficient
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
-from align.data.datasets import TokenizedDemonstration
+from align.data.examples import TokenizedDemonstration
 from align.learner.group import Learners
 from align.learner.learner import StepCoefficients
 from align.learner.schedules import schedule_factor

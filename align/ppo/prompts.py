@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from align.config.ppo_settings import PpoSettings
-from align.data.datasets import TokenizedDemonstration
+from align.data.examples import TokenizedDemonstration
 from align.runtime.seeds import permutation, seed_for
 from rollouts.trajectory import Request
 

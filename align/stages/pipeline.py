@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.config.stage import all_stages, find_stage, stage_names
-from align.data.datasets import Datasets, read_datasets
+from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.ray_cluster import compute_settings
 from align.runs.checkpoint import latest, step_of
@@ -17,12 +17,13 @@ from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
 from align.runtime.signals import StopRequest
+from align.scoring.reward import gold_function
 from align.stages.context import StageContext
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.files.base_model import check_model_folder, check_weights, load_model_config, load_tokenizer
+from policies.text.encoder import TextEncoder
 from rewards.model import member_folder, members_in, read_heads
-from rewards.user_functions import load_function
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,11 @@ def load_datasets(experiment: Experiment) -> Datasets:
         UserError: A model, adapter, function, source or row cannot be used.
     """
     tokenizer = load_tokenizer(experiment.model.path)
-    config = load_model_config(experiment.model.path)
+    load_model_config(experiment.model.path)
     check_weights(experiment.model.path)
     remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)
-    max_positions = getattr(config, "max_position_embeddings", None)
+    max_positions = context_length(experiment)
     datasets = read_datasets(experiment, tokenizer, max_positions)
     _check_prompt_styles(experiment, tokenizer, datasets, max_positions)
     _check_columns(experiment, datasets)
@@ -81,7 +82,7 @@ def _check_prompt_styles(
 ) -> None:
     max_prompt = math.inf if max_positions is None else max_positions - experiment.rollouts.max_new_tokens
     for name, settings in experiment.evaluation.prompt_styles.items():
-        style = make_prompt_style(settings, tokenizer)
+        style = make_prompt_style(settings, TextEncoder(tokenizer, experiment.data.special_tokens))
         try:
             longest = max((len(style(request).prompt_ids) for request in datasets.prompts_heldout), default=0)
         except ValueError as error:
@@ -106,7 +107,7 @@ def _check_ready_made(experiment: Experiment) -> None:
         for name, term in experiment.reward.terms.items():
             term.check(name)
     if experiment.evaluation.gold:
-        load_function(experiment.evaluation.gold, "evaluation.gold")
+        gold_function(experiment.evaluation.gold).check()
 
 
 def _check_reward_folder(experiment: Experiment, folder: str) -> None:

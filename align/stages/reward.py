@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.algorithms.advantages import has_spread
 from align.config.schema import Experiment
-from align.data.datasets import TokenizedPreference
+from align.data.examples import TokenizedPreference
 from align.evaluation.reward_model import compute_diagnostics, invariance, write_diagnostics
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.seeds import seed_for
@@ -272,6 +273,6 @@ def accuracy_figures(run: RunFolder) -> dict[str, Any]:
 
 
 def moments(scores: Tensor) -> Moments:
-    """Mean and standard deviation of scores `[N]`; the latter 1 where all scores are equal."""
-    std = float(scores.std(correction=0))
-    return float(scores.mean()), std if std > 0 else 1.0
+    """Mean and standard deviation of scores `[N]`; the latter 1 where the scores differ by rounding alone."""
+    std = float(scores.std(correction=0)) if has_spread(scores) else 1.0
+    return float(scores.mean()), std

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.data.datasets import TokenizedPreference
+from align.data.examples import TokenizedPreference
 from align.supervised.trainer import Objective
 from policies.batching import collate, collate_shared_prompts
 from policies.module_names import linears

@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from align.data.datasets import TokenizedDemonstration
+from align.data.examples import TokenizedDemonstration, pack_demonstrations
 from align.supervised.trainer import Objective
-from policies.batching import collate
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
 
@@ -17,7 +16,7 @@ SFT_ROLE = "reference"
 
 
 class Likelihood(Objective):
-    """Negative log-likelihood of the responses, in nats per response token of the whole batch."""
+    """Negative log-likelihood of the trained turns, in nats per trained token of the whole batch."""
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
@@ -31,9 +30,9 @@ class Likelihood(Objective):
         Args:
             ids: `[N]` int64, tokens of the packed sequences, see `policies.batching.Batch`.
             lengths: `[B]` int64, tokens of each sequence.
-            predictors: `[P]` int64, index into `ids` of the token that predicts each response token.
-            labels: `[P]` int64, the response tokens.
-            num_items_in_batch: Number of response tokens in the whole batch.
+            predictors: `[P]` int64, index into `ids` of the token that predicts each trained token.
+            labels: `[P]` int64, the trained tokens.
+            num_items_in_batch: Number of trained tokens in the whole batch.
 
         Returns:
             The scalar `loss`.
@@ -46,7 +45,7 @@ class Likelihood(Objective):
 
 @torch.no_grad()
 def heldout_loss(objective: Likelihood, demonstrations: Sequence[TokenizedDemonstration]) -> float:
-    """Mean negative log-likelihood over all response tokens, in nats."""
+    """Mean negative log-likelihood over all trained tokens, in nats."""
     device = objective.trunk.causal.device
     one = torch.ones((), device=device)
     total = 0.0
@@ -55,14 +54,12 @@ def heldout_loss(objective: Likelihood, demonstrations: Sequence[TokenizedDemons
         batch = collate_demonstrations([demonstrations[i] for i in indices])
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         total += float(objective(**inputs, num_items_in_batch=one)["loss"])
-    return total / sum(len(demonstration.response_ids) for demonstration in demonstrations)
+    return total / sum(demonstration.trained_tokens for demonstration in demonstrations)
 
 
 def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration]) -> dict[str, Tensor]:
     """The arguments of `Likelihood` for a microbatch, but for `num_items_in_batch`."""
-    prompts = [demonstration.prompt_ids for demonstration in demonstrations]
-    responses = [demonstration.response_ids for demonstration in demonstrations]
-    batch = collate(prompts, responses)
+    batch = pack_demonstrations(demonstrations)
     return {
         "ids": batch.ids,
         "lengths": batch.lengths,

@@ -38,7 +38,7 @@ from policies.files.base_model import stop_ids
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
 from policies.schema import ModelSettings
-from policies.text.tokenization import encode_prompt
+from policies.text.encoder import TextEncoder
 from policies.trunk import AdapterWeights
 from rewards.model import REWARD_ROLE, RewardModel, load_heads, read_heads
 from rollouts.engine import Sampling
@@ -114,7 +114,8 @@ def main() -> None:
         export_reward(model, POLICY, arguments.run / "reward", tokenizer, folder / "reward")
         rows = read_rows(SourceSettings(path=str(arguments.run / "data" / "prompts_heldout.jsonl"), limit=256))
         prompts = [row.prompt for row in parse_rows(rows, parse_prompt, "error").items]
-        requests = [Request(prompt, tuple(encode_prompt(tokenizer, prompt)), 0) for prompt in prompts]
+        encoder = TextEncoder(tokenizer)
+        requests = [Request(prompt, tuple(encoder.prompt(prompt)), 0) for prompt in prompts]
         reward = read_reward(model, arguments.run / "reward")
         trl_evaluator = Evaluator(folder / "sft", None, reward, requests)
         align_evaluator = Evaluator(arguments.model, arguments.run / "sft", reward, requests)

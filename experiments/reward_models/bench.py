@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from align.data.datasets import preference_parser
+from align.data.examples import preference_parser
 from policies.files.base_model import load_tokenizer
+from policies.text.encoder import TextEncoder
 from rewards.preferences import parse_preference
 from rewards.schema import RewardSettings
 
@@ -74,9 +75,9 @@ def main() -> None:
 
 def write_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
     """Write the data of all sides: human pairs with their prompts, rankings, and the pairs of the rankings."""
-    parse = preference_parser(
-        load_tokenizer(str(arguments.model)), RewardSettings(max_tokens=MAX_TOKENS, ties="unknown")
-    )
+    encoder = TextEncoder(load_tokenizer(str(arguments.model)))
+    settings = RewardSettings(max_tokens=MAX_TOKENS, ties="unknown")
+    parse = preference_parser(encoder, settings, max_positions=None)
     pairs: list[dict[str, Any]] = []
     for line in (arguments.data / "harmless.jsonl").read_text(encoding="utf-8").splitlines():
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from align.data.datasets import preference_parser
+from align.data.examples import preference_parser
 from align.runs.tracking import Tracker
 from align.runtime.quiet import quiet_libraries
 from align.runtime.signals import StopRequest
@@ -26,6 +26,7 @@ from policies.build import build_trunk
 from policies.files.base_model import load_tokenizer
 from policies.heads import ScalarHead
 from policies.schema import ModelSettings, PolicySettings
+from policies.text.encoder import TextEncoder
 from rewards.model import REWARD_ROLE, RewardModel
 from rewards.objective import PreferenceLoss
 from rewards.schema import RewardSettings
@@ -61,7 +62,7 @@ def main() -> None:
         ties="unknown",
         checkpoint_every=10**6,
     )
-    parse = preference_parser(load_tokenizer(arguments.model), settings)
+    parse = preference_parser(TextEncoder(load_tokenizer(arguments.model)), settings, max_positions=None)
     examples = [parse(json.loads(line)) for line in arguments.preferences.read_text().splitlines()]
     policy = PolicySettings(rank=arguments.rank, alpha=2 * arguments.rank)
     trunk = build_trunk(ModelSettings(path=arguments.model), policy, (REWARD_ROLE,))

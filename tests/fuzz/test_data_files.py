@@ -14,12 +14,14 @@ import pytest
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from align.config.schema import SourceSettings
-from align.data.datasets import demonstration_parser, preference_parser, request_parser
+from align.config.schema import SftSettings, SourceSettings
+from align.data.examples import demonstration_parser, preference_parser, request_parser
 from align.data.parsing import parse_rows
 from align.data.readers import read_rows
 from policies.errors import UserError
+from policies.text.encoder import TextEncoder
 from rewards.schema import RewardSettings
+from rollouts.schema import RolloutSettings
 from tests.fuzz.harm import NOW, altered, confined, damaged, odd_text, odd_value, refusal, run
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -144,12 +146,11 @@ def parsers_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Callable[[Any], 
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>"
     )
     tokenizer_with_template.chat_template = TEMPLATE
+    encoder = TextEncoder(tokenizer_with_template)
     return {
-        "demonstrations": demonstration_parser(tokenizer_with_template, 512),
-        "preferences": preference_parser(
-            tokenizer_with_template, RewardSettings(attributes={"helpful": 1.0}, ties="unknown")
-        ),
-        "prompts": request_parser(tokenizer_with_template, 64, 8, 256),
+        "demonstrations": demonstration_parser(encoder, SftSettings(), 512),
+        "preferences": preference_parser(encoder, RewardSettings(attributes={"helpful": 1.0}, ties="unknown"), 512),
+        "prompts": request_parser(encoder, RolloutSettings(max_prompt_tokens=64, max_new_tokens=8), 256),
     }
 
 

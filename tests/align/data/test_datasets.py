@@ -7,17 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from align.config.schema import Experiment
-from align.data.datasets import (
-    Datasets,
-    demonstration_parser,
-    preference_parser,
-    read_datasets,
-    request_parser,
-    split_heldout,
-)
+from align.config.schema import Experiment, SftSettings
+from align.data.datasets import Datasets, read_datasets, split_heldout
+from align.data.examples import Parser, demonstration_parser, preference_parser, request_parser
 from policies.errors import UserError
+from policies.text.encoder import TextEncoder
 from rewards.schema import RewardSettings
+from rollouts.schema import RolloutSettings
+from rollouts.trajectory import Request
 from tests.integration.tiny_run import make_settings, write_rows
 
 PROMPT = "User: name a colour."
@@ -34,16 +31,22 @@ def read(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, max_positio
     return read_datasets(experiment, tokenizer, max_positions)
 
 
+def requests(tokenizer: PreTrainedTokenizerBase, limit: int, max_positions: int | None) -> Parser[Request]:
+    settings = RolloutSettings(max_prompt_tokens=limit, max_new_tokens=8)
+    return request_parser(TextEncoder(tokenizer), settings, max_positions)
+
+
 def tokens(tokenizer: PreTrainedTokenizerBase, *texts: str) -> int:
     return sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
 def test_a_demonstration_may_fill_the_limit_and_no_more(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     length = tokens(tiny_tokenizer, PROMPT, " blue") + 1
-    example = demonstration_parser(tiny_tokenizer, length)(DEMONSTRATION)
-    assert example.response_ids[-1] == tiny_tokenizer.eos_token_id
+    encoder = TextEncoder(tiny_tokenizer)
+    example = demonstration_parser(encoder, SftSettings(max_tokens=length), None)(DEMONSTRATION)
+    assert example.ids[-1] == tiny_tokenizer.eos_token_id
     with pytest.raises(ValueError, match=f"{length} tokens are more than sft.max_tokens, {length - 1}"):
-        demonstration_parser(tiny_tokenizer, length - 1)(DEMONSTRATION)
+        demonstration_parser(encoder, SftSettings(max_tokens=length - 1), None)(DEMONSTRATION)
 
 
 @pytest.mark.parametrize("pair", [PAIR, PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}])
@@ -51,32 +54,34 @@ def test_the_longer_side_of_a_pair_may_fill_the_limit(
     tiny_tokenizer: PreTrainedTokenizerBase, pair: Mapping[str, Any]
 ) -> None:
     length = tokens(tiny_tokenizer, PROMPT, PAIR["rejected"]) + 1
-    preference_parser(tiny_tokenizer, RewardSettings(max_tokens=length))(pair)
+    preference_parser(TextEncoder(tiny_tokenizer), RewardSettings(max_tokens=length), None)(pair)
     with pytest.raises(ValueError, match=f"{length} tokens are more than reward.max_tokens, {length - 1}"):
-        preference_parser(tiny_tokenizer, RewardSettings(max_tokens=length - 1))(pair)
+        preference_parser(TextEncoder(tiny_tokenizer), RewardSettings(max_tokens=length - 1), None)(pair)
 
 
 def test_an_attribute_that_has_no_weight_is_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     kind = PAIR | {"attribute": "kind"}
-    assert preference_parser(tiny_tokenizer, RewardSettings(attributes={"kind": 1.0}))(kind).example.attribute == "kind"
+    encoder = TextEncoder(tiny_tokenizer)
+    parse = preference_parser(encoder, RewardSettings(attributes={"kind": 1.0}), None)
+    assert parse(kind).example.attribute == "kind"
     with pytest.raises(ValueError, match=r"attribute 'kind' is not in reward.attributes \(true\)"):
-        preference_parser(tiny_tokenizer, RewardSettings(attributes={"true": 1.0}))(kind)
+        preference_parser(encoder, RewardSettings(attributes={"true": 1.0}), None)(kind)
 
 
 def test_a_prompt_may_fill_its_limit_and_no_more(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     length = tokens(tiny_tokenizer, PROMPT)
     row = {"prompt": PROMPT, "answer": 1}
-    request = request_parser(tiny_tokenizer, length, 8, max_positions=None)(row)
+    request = requests(tiny_tokenizer, length, max_positions=None)(row)
     assert (request.prompt, len(request.prompt_ids), request.columns) == (PROMPT, length, {"answer": 1})
     with pytest.raises(ValueError, match=r"more than rollouts\.max_prompt_tokens"):
-        request_parser(tiny_tokenizer, length - 1, 8, max_positions=None)(row)
+        requests(tiny_tokenizer, length - 1, max_positions=None)(row)
 
 
 def test_prompt_and_response_fit_the_context(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     length = tokens(tiny_tokenizer, PROMPT)
-    request_parser(tiny_tokenizer, 256, 8, max_positions=length + 8)({"prompt": PROMPT})
+    requests(tiny_tokenizer, 256, max_positions=length + 8)({"prompt": PROMPT})
     with pytest.raises(ValueError, match=r"the model's context length less rollouts\.max_new_tokens"):
-        request_parser(tiny_tokenizer, 256, 8, max_positions=length + 7)({"prompt": PROMPT})
+        requests(tiny_tokenizer, 256, max_positions=length + 7)({"prompt": PROMPT})
 
 
 def test_a_row_that_is_too_long_is_reported_or_skipped(

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from align.config.schema import SourceSettings
-from align.data.parsing import Demonstration, parse_demonstration, parse_prompt, parse_rows
+from align.data.parsing import Demonstration, Transcript, parse_demonstration, parse_prompt, parse_rows
 from align.data.readers import read_rows
 from policies.errors import UserError
 from tests.integration.tiny_run import write_rows
@@ -44,12 +44,12 @@ def test_skipping_every_row_is_an_error(tmp_path: Path) -> None:
     [
         ({"prompt": "p", "completion": "c"}, Demonstration("p", "c")),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, Demonstration(CHAT[:1], "Hello")),
-        ({"messages": CHAT}, Demonstration(CHAT[:1], "Hello")),
+        ({"messages": CHAT}, Transcript(CHAT)),
         ({"text": "t"}, Demonstration("", "t")),
         ({"prompt": "p", "completion": "c", "text": "pc"}, Demonstration("p", "c")),
     ],
 )
-def test_demonstrations_in_every_form(values: dict[str, Any], expected: Demonstration) -> None:
+def test_demonstrations_in_every_form(values: dict[str, Any], expected: Demonstration | Transcript) -> None:
     assert parse_demonstration(values) == expected
 
 

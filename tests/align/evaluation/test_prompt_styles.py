@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import PromptStyleSettings
 from align.evaluation.prompt_styles import make_prompt_style, styled
+from policies.text.encoder import TextEncoder
 from rollouts.trajectory import Request
 
 SHOT = {"prompt": "2+2?", "completion": " 4"}
@@ -41,6 +42,6 @@ def test_messages_begin_with_the_system_prompt_and_examples_are_turns() -> None:
 
 def test_a_styled_request_keeps_its_seed_and_columns(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     request = Request("red", (1, 2), seed=7, columns={"answer": "blue"})
-    request = make_prompt_style(PromptStyleSettings(suffix=" and blue"), tiny_tokenizer)(request)
+    request = make_prompt_style(PromptStyleSettings(suffix=" and blue"), TextEncoder(tiny_tokenizer))(request)
     assert (request.prompt, request.seed, request.columns) == ("red and blue", 7, {"answer": "blue"})
     assert list(request.prompt_ids) == tiny_tokenizer("red and blue")["input_ids"]

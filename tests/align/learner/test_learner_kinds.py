@@ -12,7 +12,7 @@ from torch import Tensor
 from align.algorithms.episodes import Episode
 from align.config.ppo_settings import CriticSettings, PpoSettings
 from align.config.schema import LearnerSettings
-from align.data.datasets import TokenizedDemonstration
+from align.data.examples import TokenizedDemonstration
 from align.learner.learner import Learner, StepCoefficients
 from align.roles.build import Blueprint, build_roles
 from align.roles.roles import Roles
@@ -171,11 +171,11 @@ def test_demonstrations_are_mixed_in_with_their_weight(new_learner: Factory) -> 
     ppo = settings(None, ptx_coefficient=0.7)
     learner = new_learner(LORA, ppo)
     rows = episodes(learner)
-    demonstrations = [TokenizedDemonstration([5, 6], [7, 8, 9]), TokenizedDemonstration([10], [11])]
+    demonstrations = [TokenizedDemonstration([5, 6, 7, 8, 9], [(2, 5)]), TokenizedDemonstration([10, 11], [(1, 2)])]
     loss = total_loss(learner.roles, rows, ppo) / sum(len(row.response_ids) for row in rows)
     likelihood = torch.zeros(())
     for demonstration in demonstrations:
-        prompt, response = demonstration.prompt_ids, demonstration.response_ids
+        prompt, response = demonstration.prompt_ids, demonstration.ids[len(demonstration.prompt_ids) :]
         states = learner.roles.trunk.hidden(torch.tensor([[*prompt, *response]]), "policy")[0, len(prompt) - 1 : -1]
         logprobs = torch.log_softmax(learner.roles.trunk.head(states, "policy"), -1)
         likelihood = likelihood + logprobs[torch.arange(len(response)), response].sum()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.config.ppo_settings import PpoSettings
-from align.data.datasets import TokenizedDemonstration
+from align.data.examples import TokenizedDemonstration
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from rollouts.trajectory import Request
 
@@ -109,7 +109,7 @@ def test_samples_of_a_prompt_stand_side_by_side_with_seeds_of_their_own() -> Non
 
 
 def test_demonstrations_are_dealt_to_each_optimizer_step_all_of_them_before_one_comes_again() -> None:
-    rows = [TokenizedDemonstration([n], [n]) for n in range(20)]
+    rows = [TokenizedDemonstration([n, n], [(1, 2)]) for n in range(20)]
     ppo = PpoSettings(batch_size=8, minibatches=2, epochs=3, ptx_coefficient=0.1)
     batches = demonstration_batches(rows, ppo, seed=0, step=4)
     assert [len(batch) for batch in batches] == [4] * 6
@@ -121,5 +121,7 @@ def test_demonstrations_are_dealt_to_each_optimizer_step_all_of_them_before_one_
 
 def test_fewer_demonstrations_than_a_minibatch_come_again() -> None:
     ppo = PpoSettings(batch_size=8, minibatches=1, epochs=1, ptx_coefficient=0.1)
-    ((*rows,),) = demonstration_batches([TokenizedDemonstration([n], [n]) for n in range(3)], ppo, seed=0, step=0)
+    ((*rows,),) = demonstration_batches(
+        [TokenizedDemonstration([n, n], [(1, 2)]) for n in range(3)], ppo, seed=0, step=0
+    )
     assert sorted(Counter(row.prompt_ids[0] for row in rows).values()) == [2, 3, 3]

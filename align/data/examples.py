@@ -1,0 +1,207 @@
+"""Rows of data as tokens: demonstrations, preference examples and requests."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from align.config.schema import SftSettings
+from align.data.parsing import RowTooLong, Transcript, parse_demonstration, parse_prompt
+from policies.batching import Batch, collate_turns
+from policies.text import columns
+from policies.text.encoder import TextEncoder
+from rewards.preferences import OVERALL, PreferenceExample, Ranking, parse_preference
+from rewards.rankings import MAX_OPEN_TIE
+from rewards.schema import RewardSettings
+from rollouts.schema import RolloutSettings
+from rollouts.trajectory import Request
+
+
+@dataclass(frozen=True)
+class TokenizedDemonstration:
+    """A demonstration as token ids.
+
+    Attributes:
+        ids: Tokens of the conversation.
+        turns: First token of each turn that is trained, and one past its last, which is the one that ends the turn.
+    """
+
+    ids: list[int]
+    turns: list[tuple[int, int]]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in its forward pass."""
+        return len(self.ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens that the loss is over."""
+        return sum(end - start for start, end in self.turns)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens before the first trained turn."""
+        start, _ = self.turns[0]
+        return self.ids[:start]
+
+
+@dataclass(frozen=True)
+class TokenizedPreference:
+    """A preference example with its token ids.
+
+    Attributes:
+        example: The prompt, the responses and the preference between them.
+        prompt_ids: Tokens of the prompt.
+        responses_ids: Tokens of each response, in the example's order.
+        shares_prompt: Whether all responses follow one copy of the prompt, rather than a copy each.
+    """
+
+    example: PreferenceExample
+    prompt_ids: list[int]
+    responses_ids: list[list[int]]
+    shares_prompt: bool = True
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in its forward pass, padding included."""
+        if self.shares_prompt:
+            return len(self.prompt_ids) + sum(map(len, self.responses_ids))
+        return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
+
+
+Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request)
+Parser = Callable[[Mapping[str, Any]], Example]
+"""Turns a row's columns into an example; raises ValueError, with the reason, for an invalid row."""
+
+
+def pack_demonstrations(demonstrations: Sequence[TokenizedDemonstration]) -> Batch:
+    """Pack demonstrations; the response tokens of the batch are those that are trained."""
+    sequences = [demonstration.ids for demonstration in demonstrations]
+    turns = [demonstration.turns for demonstration in demonstrations]
+    return collate_turns(sequences, turns)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most tokens that a row may have.
+
+    Attributes:
+        tokens: The number.
+        name: The setting, or the property of the model, that it comes from.
+        key: The setting that can raise it; None where the model is the limit.
+    """
+
+    tokens: int
+    name: str
+    key: str | None = None
+
+    def check(self, tokens: int) -> None:
+        """Raise RowTooLong where a row has more tokens."""
+        if tokens > self.tokens:
+            raise RowTooLong(f"{tokens} tokens are more than {self.name}, {self.tokens}", self.key, tokens)
+
+
+def demonstration_parser(
+    encoder: TextEncoder, settings: SftSettings, max_positions: int | None
+) -> Parser[TokenizedDemonstration]:
+    """A parser that turns a row's columns into a demonstration, for `parse_rows`.
+
+    Args:
+        encoder: Of the model's tokenizer.
+        settings: Which turns are trained, and the most tokens.
+        max_positions: The model's context length in tokens, where it is known.
+    """
+    limit = _limit("sft.max_tokens", settings.max_tokens, max_positions)
+
+    def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
+        demonstration = _tokenized(encoder, settings, values)
+        limit.check(demonstration.length)
+        return demonstration
+
+    return parse
+
+
+def _tokenized(encoder: TextEncoder, settings: SftSettings, values: Mapping[str, Any]) -> TokenizedDemonstration:
+    row = parse_demonstration(values)
+    if isinstance(row, Transcript):
+        conversation = encoder.conversation(row.messages, settings.turns, row.tools)
+        return TokenizedDemonstration(conversation.ids, conversation.turns)
+    exchange = encoder.exchange(row.prompt, row.completion, row.tools)
+    ids = exchange.prompt_ids + exchange.response_ids
+    return TokenizedDemonstration(ids, [(len(exchange.prompt_ids), len(ids))])
+
+
+def preference_parser(
+    encoder: TextEncoder, settings: RewardSettings, max_positions: int | None
+) -> Parser[TokenizedPreference]:
+    """A parser that turns a row's columns into a preference example, for `parse_rows`.
+
+    Args:
+        encoder: Of the model's tokenizer.
+        settings: Attributes, the meaning of ties, and the most tokens of a prompt with a response.
+        max_positions: The model's context length in tokens, where it is known.
+    """
+    limit = _limit("reward.max_tokens", settings.max_tokens, max_positions)
+
+    def parse(values: Mapping[str, Any]) -> TokenizedPreference:
+        example = parse_preference(values, open_ties=settings.ties == "unknown")
+        _check_ties(example, settings)
+        _check_attributes(example, settings)
+        tools = columns.tools(values, example.prompt)
+        exchanges = [encoder.exchange(example.prompt, response, tools) for response in example.responses]
+        preference = TokenizedPreference(
+            example=example,
+            prompt_ids=exchanges[0].prompt_ids,
+            responses_ids=[exchange.response_ids for exchange in exchanges],
+        )
+        longest = max(map(len, preference.responses_ids))
+        limit.check(len(preference.prompt_ids) + longest)
+        return preference
+
+    return parse
+
+
+def _check_ties(example: PreferenceExample, settings: RewardSettings) -> None:
+    preference = example.preference
+    if settings.label_smoothing and isinstance(preference, Ranking) and preference.open:
+        largest = max(preference.sizes)
+        if largest > MAX_OPEN_TIE:
+            raise ValueError(f"a tie of {largest}: with reward.label_smoothing, at most {MAX_OPEN_TIE} may tie")
+
+
+def _check_attributes(example: PreferenceExample, settings: RewardSettings) -> None:
+    for attribute in example.attributes:
+        if attribute != OVERALL and attribute not in settings.attributes:
+            valid = ", ".join(settings.attributes) or "none"
+            raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({valid})")
+
+
+def request_parser(encoder: TextEncoder, settings: RolloutSettings, max_positions: int | None) -> Parser[Request]:
+    """A parser that turns a row's columns into a request without a seed, for `parse_rows`.
+
+    Args:
+        encoder: Of the model's tokenizer.
+        settings: The most tokens of a prompt and of a response, which together must fit `max_positions`.
+        max_positions: The model's context length in tokens, where it is known.
+    """
+    limit = _limit(
+        "rollouts.max_prompt_tokens",
+        settings.max_prompt_tokens,
+        None if max_positions is None else max_positions - settings.max_new_tokens,
+        room="the model's context length less rollouts.max_new_tokens",
+    )
+
+    def parse(values: Mapping[str, Any]) -> Request:
+        row = parse_prompt(values)
+        prompt_ids = encoder.prompt(row.prompt, row.tools)
+        limit.check(len(prompt_ids))
+        return Request(row.prompt, tuple(prompt_ids), seed=0, columns=row.columns)
+
+    return parse
+
+
+def _limit(key: str, tokens: int, positions: int | None, room: str = "the model's context length") -> Limit:
+    """The smaller one of a setting and of what the model has room for."""
+    if positions is not None and positions < tokens:
+        return Limit(positions, room)
+    return Limit(tokens, key, key)
