@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from align.config.schema import Experiment
 from align.config.stage import Stage, all_stages, stages_from
 from align.runtime.quiet import quiet_libraries
 from align.runtime.streams import lasting_streams
@@ -20,6 +19,7 @@ from align.runtime.wording import counted
 from policies.errors import UserError
 
 if TYPE_CHECKING:
+    from align.config.schema import Experiment
     from align.data.datasets import Datasets
     from align.runs.folder import RunFolder
 
@@ -258,7 +258,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _load(path: Path, overrides: list[str] | None) -> Experiment:
+def _load(path: Path, overrides: list[str] | None) -> "Experiment":
     from align.config.load import load_experiment
     from align.config.overrides import is_override
 
@@ -267,7 +267,7 @@ def _load(path: Path, overrides: list[str] | None) -> Experiment:
     return load_experiment(path, overrides or [])
 
 
-def _begin(settings: Experiment, stages: Sequence[Stage]) -> None:
+def _begin(settings: "Experiment", stages: Sequence[Stage]) -> None:
     """Remove what an earlier run wrote in these stages, and run the stages of the experiment."""
     from align.stages.launch import new_run
 
@@ -275,7 +275,7 @@ def _begin(settings: Experiment, stages: Sequence[Stage]) -> None:
         _run(launch.experiment, launch.folder, launch.datasets)
 
 
-def _run(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> None:
+def _run(settings: "Experiment", folder: "RunFolder", datasets: "Datasets") -> None:
     """Print the plan, run the remaining stages, show the evaluation and write the report."""
     from align.outputs.report import write_report
     from align.resources.plan import plan_table
@@ -304,7 +304,7 @@ def _run(settings: Experiment, folder: "RunFolder", datasets: "Datasets") -> Non
     console.print(f"report: {write_report(folder.path, evaluation)}")
 
 
-def _nothing_to_resume(settings: Experiment, folder: "RunFolder") -> str:
+def _nothing_to_resume(settings: "Experiment", folder: "RunFolder") -> str:
     from align.runs.folder import read_facts
 
     if "ppo" not in settings.stages:
@@ -321,7 +321,7 @@ def _show(evaluation: dict[str, Any]) -> None:
 
 
 def _evaluate_reward_model(
-    folder: "RunFolder", settings: Experiment, data: Path | None, classifier: str | None, to: Path | None
+    folder: "RunFolder", settings: "Experiment", data: Path | None, classifier: str | None, to: Path | None
 ) -> None:
     from align.data.datasets import read_preferences
     from align.evaluation.reward_model import write_diagnostics
