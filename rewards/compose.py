@@ -10,7 +10,8 @@ from torch import Tensor
 from rewards.terms.base import ConstraintSettings, TermSettings
 
 SMALLEST_STD = 1e-8
-"""A standard deviation of at most this is rounding error: the values are taken to be constant."""
+ROUNDING = 1e-6
+"""A standard deviation of at most `SMALLEST_STD`, or this share of the mean, is rounding: the values are constant."""
 
 
 def combine(members: Tensor, how: str, penalty: float = 1.0) -> Tensor:
@@ -63,7 +64,7 @@ class RunningMoments:
     def std(self) -> float:
         """The standard deviation; 1 where there are no values or they are constant."""
         std = (self.squares / self.count) ** 0.5 if self.count else 0.0
-        return std if std > SMALLEST_STD else 1.0
+        return std if std > max(SMALLEST_STD, ROUNDING * abs(self.mean)) else 1.0
 
 
 @dataclass

@@ -6,6 +6,24 @@ Shapes: T tokens of one response, N values of a batch (one per token, or one per
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6
+"""Values whose range is at most this share of the largest one are taken to differ by rounding alone."""
+GROUP_EPSILON = 1e-4
+"""Added to the standard deviation of a group's rewards, so that small differences are not blown up to full size."""
+
+
+def has_spread(values: Tensor) -> Tensor:
+    """Whether the values of each group differ by more than rounding.
+
+    Args:
+        values: `[..., N]`, a group in the last dimension.
+
+    Returns:
+        `[...]` bool; True where a value is not a number.
+    """
+    span = values.amax(-1) - values.amin(-1)
+    return ~(span <= ROUNDING * values.abs().amax(-1))
+
 
 def token_rewards(score: float, kl: Tensor, coefficient: float) -> Tensor:
     """Reward of each token of a response: minus the weighted KL everywhere, plus the score on the last token.
@@ -70,7 +88,7 @@ def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
 def rloo(totals: Tensor, samples: int) -> Tensor:
     """Total reward of each response minus the mean of the other responses to its prompt.
 
-    A_i = R_i - (Σ_{j≠i} R_j) / (K - 1)                                              Ahmadian et al. 2024, eq. 8
+    A_i = R_i - (Σ_{j≠i} R_j) / (K - 1), and 0 where the group has no spread          Ahmadian et al. 2024, eq. 8
 
     Args:
         totals: `[N]`, total reward of each response; those to one prompt are adjacent.
@@ -81,13 +99,13 @@ def rloo(totals: Tensor, samples: int) -> Tensor:
     """
     groups = totals.view(-1, samples)  # [prompts, K]
     others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
-    return (groups - others).flatten()  # [N]
+    return _where_spread(groups, groups - others)
 
 
 def grpo(totals: Tensor, samples: int) -> Tensor:
-    """Total reward of each response, whitened within its prompt.
+    """Total reward of each response, standardised within its prompt.
 
-    A_i = (R_i - mean R) / std R, and 0 where all responses to a prompt score the same   Shao et al. 2024, section 4.1.2
+    A_i = (R_i - mean R) / (std R + 1e-4), and 0 where the group has no spread     Shao et al. 2024, section 4.1.2
 
     Args:
         totals: `[N]`, total reward of each response; those to one prompt are adjacent.
@@ -96,7 +114,15 @@ def grpo(totals: Tensor, samples: int) -> Tensor:
     Returns:
         `[N]` float32, one advantage per response.
     """
-    return torch.cat([whiten(group) for group in torch.split(totals, samples)])
+    groups = totals.double().view(-1, samples)  # [prompts, K]
+    centred = groups - groups.mean(1, keepdim=True)
+    std = centred.square().mean(1, keepdim=True).sqrt()  # [prompts, 1]
+    return _where_spread(groups, centred / (std + GROUP_EPSILON)).float()
+
+
+def _where_spread(groups: Tensor, advantages: Tensor) -> Tensor:
+    """Advantages `[prompts, K]` as `[N]`, and zeros for the groups of total rewards `[prompts, K]` without spread."""
+    return torch.where(has_spread(groups).unsqueeze(1), advantages, 0.0).flatten()
 
 
 def scale_rewards(rewards: Tensor) -> Tensor:
@@ -112,9 +138,11 @@ def whiten(advantages: Tensor) -> Tensor:
         advantages: `[N]`, of any floating dtype.
 
     Returns:
-        `[N]` float32; zeros where there is only one value or all are equal.
+        `[N]` float32; zeros where there is only one value, or no spread.
     """
-    # In float32 the mean of equal values may be off by a rounding error, which the division would amplify.
+    if not has_spread(advantages):
+        return torch.zeros_like(advantages, dtype=torch.float32)
+    # In float32 the mean of nearly equal values may be off by a rounding error, which the division would amplify.
     exact = advantages.double()
     centred = exact - exact.mean()
     return (centred / (centred.square().mean().sqrt() + 1e-8)).float()
@@ -128,7 +156,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
         returns: `[N]`.
 
     Returns:
-        1 for a perfect critic, 0 for one no better than a constant, NaN where all returns are equal.
+        1 for a perfect critic, 0 for one no better than a constant, NaN where the returns have no spread.
     """
-    variance = returns.var(correction=0)
-    return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else float("nan")
+    if not has_spread(returns):
+        return float("nan")
+    return float(1 - (returns - values).var(correction=0) / returns.var(correction=0))

@@ -145,8 +145,8 @@ def test_rloo_gives_all_tokens_of_a_response_its_lead_over_the_others() -> None:
 def test_grpo_standardises_within_a_prompt() -> None:
     made = rows([1.0, 3.0, 5.0, 5.0], PpoSettings(batch_size=4, samples_per_prompt=2, estimator="grpo"))
     assert [e.advantages.tolist() for e in made] == [
-        pytest.approx([-1.0] * 3),
-        pytest.approx([1.0]),
+        pytest.approx([-1 / 1.0001] * 3),
+        pytest.approx([1 / 1.0001]),
         [0.0] * 2,
         [0.0] * 4,
     ]
