@@ -7,8 +7,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from policies.files.complete_weights import load_complete
 from policies.files.quantization import dequantise
-from policies.files.safe_reading import SAFE
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def write_loftq(layers: Mapping[str, LoraLayer], roles: Sequence[str], rank: int
         rank: The rank of the approximation.
         base: Folder or hub name of the base model, which is loaded once more, unquantised.
     """
-    unquantised = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **SAFE)
+    unquantised = load_complete(AutoModelForCausalLM, base, dtype=torch.float32)
     for name, layer in layers.items():
         quantised = dequantise(layer.get_base_layer()).float().cpu()  # [out, in]
         error = unquantised.get_submodule(name).weight - quantised

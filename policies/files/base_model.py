@@ -16,10 +16,10 @@ from transformers import (
 
 from policies.device import default_device
 from policies.errors import UserError, first_line
+from policies.files.complete_weights import load_complete
 from policies.files.quantization import four_bits, leave_packed
-from policies.files.safe_reading import NO_CODE, SAFE, read_object
+from policies.files.safe_reading import NO_CODE, read_object
 from policies.schema import ModelSettings, PolicySettings
-from policies.text.encoder import TextEncoder
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 """Exceptions that transformers raises for a damaged folder."""
@@ -70,7 +70,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         path: Folder or hub name of the model.
 
     Raises:
-        UserError: It cannot be loaded, or has no end-of-sequence token, without which no response would end.
+        UserError: It cannot be loaded, has no end-of-sequence token, without which no response would end, or has a
+            token for which the model's embeddings have no row.
     """
     check_model_folder(path)
     try:
@@ -79,7 +80,27 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer of {path} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {path} has no eos_token: without one no response would ever end")
+    check_token_ids(tokenizer, path)
     return tokenizer
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise UserError where a token has an id beyond the rows of the model's embeddings.
+
+    Rows without a token are common, and do no harm.
+
+    Args:
+        tokenizer: The tokenizer.
+        path: Folder or hub name of the model.
+    """
+    rows = getattr(load_model_config(path).get_text_config(), "vocab_size", None)
+    vocabulary = tokenizer.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if rows is not None and vocabulary[last] >= rows:
+        raise UserError(
+            f"tokenizer of {path}: {last!r} has id {vocabulary[last]}, but the model's embeddings have {rows} rows: "
+            "call model.resize_token_embeddings(len(tokenizer)), and save the model and the tokenizer again"
+        )
 
 
 def check_weights(path: str) -> None:
@@ -128,7 +149,7 @@ def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> 
             four bits. None: no weights are quantised.
 
     Raises:
-        UserError: The model cannot be loaded, or its weights are not in safetensors.
+        UserError: The model cannot be loaded, its weights are not in safetensors, or some are missing or not finite.
     """
     check_model_folder(settings.path)
     check_weights(settings.path)
@@ -136,7 +157,7 @@ def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> 
     if policy is not None and policy.spec.four_bits:
         options["quantization_config"] = four_bits(settings, policy)
     try:
-        model = AutoModelForCausalLM.from_pretrained(settings.path, **options, **SAFE)
+        model = load_complete(AutoModelForCausalLM, settings.path, **options)
     except LOADING_ERRORS as error:
         raise UserError(f"model {settings.path} cannot be loaded: {reason(error)}") from error
     model.requires_grad_(False)
@@ -171,8 +192,8 @@ def load_generation_config(path: str) -> GenerationConfig:
 
 
 def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a response: EOS, the chat template's end of a turn, and those of the generation config."""
-    ids = set(TextEncoder(tokenizer).end_ids)
+    """Every token that ends a response: the tokenizer's EOS and those of the generation config."""
+    ids = {tokenizer.eos_token_id}
     configured = generation.eos_token_id if generation else None
     if isinstance(configured, list):
         ids.update(configured)
@@ -187,4 +208,6 @@ def reason(error: Exception) -> str:
         return "it needs code from its own folder, which is never run here: use a model class of transformers itself"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
         return f"it has no model.safetensors; {CONVERT}"
+    if "automatic conversion of the weights" in str(error):
+        return "weights that it stacks, such as those of experts, are missing or differ in shape"
     return first_line(error)

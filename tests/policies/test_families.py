@@ -3,11 +3,13 @@
 import contextlib
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +18,7 @@ from policies.build import build_trunk
 from policies.errors import UserError
 from policies.export import export_adapter, export_merged
 from policies.files.adapters import save_adapter
+from policies.files.base_model import load_base
 from policies.logprobs import token_logprobs
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
@@ -126,6 +129,18 @@ def test_log_probabilities_are_those_of_the_model_itself_row_by_row(family: tupl
         return "✓" if trunk.supports_packing else "padded"
 
     check(name, "log-probabilities", does)
+
+
+def test_a_model_without_one_of_its_tensors_is_refused(family: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = family
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if ".0." not in name:  # both layers are alike
+            rest = {other: tensor for other, tensor in weights.items() if other != name}
+            save_file(rest, copy / "model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(UserError, match=r"lack [12] of the weights|the shape of|weights that it stacks"):
+                load_base(ModelSettings(path=str(copy), dtype="float32"))
 
 
 @pytest.mark.parametrize(
