@@ -20,6 +20,7 @@ from policies.files.complete_weights import load_complete
 from policies.files.quantization import four_bits, leave_packed
 from policies.files.safe_reading import NO_CODE, read_object
 from policies.schema import ModelSettings, PolicySettings
+from policies.text.encoder import TextEncoder
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 """Exceptions that transformers raises for a damaged folder."""
@@ -192,8 +193,8 @@ def load_generation_config(path: str) -> GenerationConfig:
 
 
 def stop_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a response: the tokenizer's EOS and those of the generation config."""
-    ids = {tokenizer.eos_token_id}
+    """Every token that ends a response: EOS, the chat template's end of a turn, and those of the generation config."""
+    ids = set(TextEncoder(tokenizer).end_ids)
     configured = generation.eos_token_id if generation else None
     if isinstance(configured, list):
         ids.update(configured)
