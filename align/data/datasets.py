@@ -27,7 +27,6 @@ from policies.files.base_model import load_model_config, load_tokenizer
 from policies.text.encoder import TextEncoder
 from rollouts.trajectory import Request
 
-
 Item = TypeVar("Item")
 
 

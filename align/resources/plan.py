@@ -1,5 +1,6 @@
 """What a run will do and what it needs, before it starts."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from rich.table import Table
 from align.config.estimators import is_user_function
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, trains_reward, trains_sft
+from align.data.examples import TokenizedDemonstration
 from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
 from align.resources.ray_cluster import cores, threads_per_process
 from align.runtime.wording import counted
@@ -46,6 +48,7 @@ def plan_lines(
     lines.append(("method", f"{method.name}: {method.trains}"))
     if trains_sft(experiment) and "sft" in stages:
         lines.append(("sft", _fit(len(datasets.demonstrations), "demonstration", experiment.sft)))
+        lines.append(("sft loss", _trained(datasets.demonstrations)))
     if trains_reward(experiment) and "reward" in stages:
         lines.append(("reward", _fit(len(datasets.preferences), "preference example", experiment.reward)))
     if "ppo" in stages:
@@ -66,6 +69,14 @@ def _fit(examples: int, noun: str, settings: FitSettings) -> str:
     epochs = counted(settings.epochs, "epoch")
     steps = counted(settings.optimizer_steps(examples), "optimizer step")
     return f"{counted(examples, noun)}, {epochs} in batches of {settings.batch_size}: {steps}"
+
+
+def _trained(demonstrations: Sequence[TokenizedDemonstration]) -> str:
+    """How much of the demonstrations the loss is over."""
+    turns = sum(len(demonstration.turns) for demonstration in demonstrations)
+    trained = sum(demonstration.trained_tokens for demonstration in demonstrations)
+    tokens = sum(demonstration.length for demonstration in demonstrations)
+    return f"{counted(turns, 'response')}: {trained:,} of {counted(tokens, 'token')}"
 
 
 def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[tuple[str, str]]:

@@ -41,7 +41,8 @@ QWEN_3 = (
     "{% if m.role == 'assistant' %}{% set thought = '' %}"
     "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1] | trim %}"
     "{% set content = content.split('</think>')[-1] | trim %}{% endif %}"
-    "{% if loop.index0 > ns.last %}{% set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{% endif %}"
+    "{% if loop.index0 > ns.last %}"
+    "{% set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}{% endif %}"
     "{% endif %}{{ '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

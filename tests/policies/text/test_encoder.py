@@ -174,7 +174,8 @@ def test_marks_of_the_template_tell_its_turns_where_prefixes_do_not() -> None:
     template = QWEN_3.replace(
         "{{ '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}",
         "{{ '<|im_start|>' + m.role + '\\n' }}"
-        "{% if m.role == 'assistant' %}{% generation %}{{ content }}{% endgeneration %}{% else %}{{ content }}{% endif %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ content }}{% endgeneration %}"
+        "{% else %}{{ content }}{% endif %}"
         "{{ '<|im_end|>\\n' }}",
     )
     tokenizer = make_tokenizer(LAYOUTS["qwen 3"])

@@ -1,0 +1,220 @@
+"""Rows as tokens: which turns are trained, what fits the model, and what special tokens in texts mean."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from align.config.schema import Experiment, SftSettings, SourceSettings
+from align.data.datasets import Datasets, context_length, read_datasets
+from align.data.examples import TokenizedDemonstration, demonstration_parser, preference_parser, request_parser
+from align.supervised.sft_objective import SFT_ROLE, Likelihood, collate_demonstrations, heldout_loss
+from policies.build import build_trunk
+from policies.errors import UserError
+from policies.schema import ModelSettings, PolicySettings
+from policies.text.encoder import TextEncoder
+from rewards.schema import RewardSettings
+from rollouts.schema import RolloutSettings
+from tests.integration.tiny_run import make_settings, write_rows
+from tests.policies.text.layouts import LAYOUTS, make_tokenizer
+
+CONVERSATION = [
+    {"role": "user", "content": "My lamp is broken."},
+    {"role": "assistant", "content": "Is the bulb old?"},
+    {"role": "user", "content": "No, it is new."},
+    {"role": "assistant", "content": "Then check the fuse."},
+]
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+
+
+@pytest.fixture(scope="module")
+def chat() -> TextEncoder:
+    return TextEncoder(make_tokenizer(LAYOUTS["qwen 2.5"]))
+
+
+def trained_texts(encoder: TextEncoder, demonstration: TokenizedDemonstration) -> list[str]:
+    return [encoder.tokenizer.decode(demonstration.ids[start:end]) for start, end in demonstration.turns]
+
+
+@pytest.mark.parametrize(
+    ("turns", "texts"),
+    [
+        ("all", ["Is the bulb old?<|im_end|>", "Then check the fuse.<|im_end|>"]),
+        ("last", ["Then check the fuse.<|im_end|>"]),
+    ],
+)
+def test_the_setting_says_which_turns_are_trained(chat: TextEncoder, turns: Any, texts: list[str]) -> None:
+    parse = demonstration_parser(chat, SftSettings(turns=turns), None)
+    assert trained_texts(chat, parse({"messages": CONVERSATION})) == texts
+
+
+def test_a_completion_is_the_only_turn_that_is_trained(chat: TextEncoder) -> None:
+    parse = demonstration_parser(chat, SftSettings(), None)
+    row = {"prompt": CONVERSATION[:-1], "completion": CONVERSATION[-1:]}
+    assert trained_texts(chat, parse(row)) == ["Then check the fuse.<|im_end|>"]
+
+
+def test_turns_that_are_never_sampled_as_they_are_trained_are_refused() -> None:
+    encoder = TextEncoder(make_tokenizer(LAYOUTS["qwen 3"]))
+    with pytest.raises(ValueError, match=r"set sft\.turns to last"):
+        demonstration_parser(encoder, SftSettings(), None)({"messages": CONVERSATION})
+    last = demonstration_parser(encoder, SftSettings(turns="last"), None)({"messages": CONVERSATION})
+    assert len(last.turns) == 1
+
+
+@pytest.mark.parametrize("tools", [TOOLS, '[{"type": "function", "function": {"name": "look_up", "parameters": {}}}]'])
+def test_tools_beside_messages_are_in_the_prompt_of_every_kind_of_row(chat: TextEncoder, tools: Any) -> None:
+    prompt = {"prompt": CONVERSATION[:1], "tools": tools}
+    request = request_parser(chat, RolloutSettings(), None)(prompt)
+    demonstration = demonstration_parser(chat, SftSettings(), None)({"messages": CONVERSATION[:2], "tools": tools})
+    pair = prompt | {"chosen": "Is the bulb old?", "rejected": "No."}
+    preference = preference_parser(chat, RewardSettings(), None)(pair)
+    assert "look_up" in chat.tokenizer.decode(request.prompt_ids)
+    assert list(request.prompt_ids) == demonstration.prompt_ids == preference.prompt_ids
+    assert request.columns == {"tools": tools}
+
+
+@pytest.mark.parametrize(("tools", "reason"), [("call me", "`tools` is 'call me'"), ([1], r"`tools` is \[1\]")])
+def test_tools_that_are_no_list_of_schemas_are_refused(chat: TextEncoder, tools: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        demonstration_parser(chat, SftSettings(), None)({"messages": CONVERSATION, "tools": tools})
+
+
+def test_tools_beside_a_plain_text_are_refused_where_they_would_be_dropped(chat: TextEncoder) -> None:
+    row = {"prompt": "a", "completion": "b", "tools": TOOLS}
+    with pytest.raises(ValueError, match="`tools` needs messages"):
+        demonstration_parser(chat, SftSettings(), None)(row)
+    assert request_parser(chat, RolloutSettings(), None)({"prompt": "a", "tools": TOOLS}).columns == {"tools": TOOLS}
+
+
+def test_the_loss_is_over_every_turn_and_nothing_else(tiny_model: Path) -> None:
+    trunk = build_trunk(ModelSettings(path=str(tiny_model)), PolicySettings(), (SFT_ROLE,))
+    objective = Likelihood(trunk)
+    ids = torch.randint(2, 300, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    demonstrations = [TokenizedDemonstration(ids, [(2, 4), (7, 12)]), TokenizedDemonstration(ids[:5], [(1, 5)])]
+    logprobs = torch.log_softmax(trunk.causal(torch.tensor([ids])).logits[0].double(), -1)
+    expected = 0.0
+    for token in (2, 3, 7, 8, 9, 10, 11, 1, 2, 3, 4):
+        expected -= float(logprobs[token - 1, ids[token]])
+    batch = collate_demonstrations(demonstrations)
+    loss = objective(**batch, num_items_in_batch=torch.tensor(11.0))["loss"]
+    assert float(loss) == pytest.approx(expected / 11, rel=1e-5)
+    assert heldout_loss(objective, demonstrations) == pytest.approx(expected / 11, rel=1e-5)
+
+
+# Length
+
+
+LONG = {"prompt": "two " * 100, "completion": "three"}
+
+
+def read(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Datasets:
+    return read_datasets(experiment, tokenizer, context_length(experiment))
+
+
+def with_rows(model: Path, folder: Path, source: str, rows: list[dict[str, Any]], **settings: Any) -> Experiment:
+    path = write_rows(folder / f"{source}-rows.jsonl", rows)
+    base = make_settings(model, folder)
+    return Experiment.model_validate(base | {"data": base["data"] | {source: path}} | settings)
+
+
+@pytest.fixture(scope="module")
+def small_gpt2(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A GPT-2 with 48 positions, beyond which it fails."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_positions=48, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "row"),
+    [
+        ("demonstrations", LONG),
+        ("demonstrations", {"text": LONG["prompt"]}),
+        ("preferences", {"prompt": LONG["prompt"], "chosen": "three", "rejected": "four"}),
+        ("preferences", {"prompt": "two", "chosen": LONG["prompt"], "rejected": "four"}),
+        ("prompts", {"prompt": LONG["prompt"]}),
+    ],
+)
+def test_rows_that_the_model_has_no_positions_for_are_refused(
+    small_gpt2: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, source: str, row: dict[str, Any]
+) -> None:
+    experiment = with_rows(small_gpt2, tmp_path, source, [row, row])
+    with pytest.raises(UserError, match=rf"data\.{source}: .*:1: .* tokens are more than the model's context length"):
+        read(experiment, tiny_tokenizer)
+
+
+def test_a_soft_prompt_takes_positions(small_gpt2: Path, tmp_path: Path) -> None:
+    settings = make_settings(small_gpt2, tmp_path)
+    assert context_length(Experiment.model_validate(settings)) == 48
+    settings["policy"] = {"method": "prompt_tuning", "virtual_tokens": 8}
+    assert context_length(Experiment.model_validate(settings)) == 40
+
+
+def test_the_message_says_which_limit_keeps_every_row(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "two " * count, "completion": "three"} for count in (60, 10, 90, 80)]
+    experiment = with_rows(tiny_model, tmp_path, "demonstrations", rows, sft={"max_tokens": 50})
+    longest = demonstration_parser(TextEncoder(tiny_tokenizer), SftSettings(max_tokens=10**6), None)(rows[2]).length
+    with pytest.raises(UserError, match=rf"\nsft\.max_tokens={longest} keeps every row that is too long\n"):
+        read(experiment, tiny_tokenizer)
+    enough = experiment.model_copy(update={"sft": SftSettings(max_tokens=longest)})
+    datasets = read(enough, tiny_tokenizer)
+    assert len(datasets.demonstrations) + len(datasets.demonstrations_heldout) == 4
+
+
+# Special tokens
+
+
+@pytest.mark.parametrize(
+    ("source", "row"),
+    [
+        ("demonstrations", {"prompt": "a</s>b", "completion": "c"}),
+        ("demonstrations", {"prompt": "a", "completion": "c</s>d"}),
+        ("demonstrations", {"text": "c</s>d"}),
+        ("preferences", {"prompt": "a", "chosen": "c</s>d", "rejected": "e"}),
+        ("preferences", {"prompt": "a", "responses": ["b", "c</s>d"], "ranks": [1, 2]}),
+        ("prompts", {"prompt": "a</s>b"}),
+    ],
+)
+def test_a_special_token_in_a_row_is_refused_by_name(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, source: str, row: dict[str, Any]
+) -> None:
+    experiment = with_rows(tiny_model, tmp_path, source, [row, row])
+    with pytest.raises(UserError, match=r":1: the text contains the special token '</s>': set data\.special_tokens"):
+        read(experiment, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("choice", ["control", "text"])
+def test_special_tokens_in_rows_can_be_allowed_in_two_meanings(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, choice: str
+) -> None:
+    rows = [{"prompt": f"a</s>{n}", "completion": "c"} for n in range(4)]
+    experiment = with_rows(tiny_model, tmp_path, "demonstrations", rows)
+    allowed = experiment.model_copy(update={"data": experiment.data.model_copy(update={"special_tokens": choice})})
+    eos = tiny_tokenizer.eos_token_id
+    for demonstration in read(allowed, tiny_tokenizer).demonstrations:
+        assert demonstration.prompt_ids.count(eos) == (choice == "control")
+        assert demonstration.ids[-1] == eos
+
+
+# Held-out rows
+
+
+def test_demonstrations_that_share_a_prompt_have_a_heldout_source(
+    tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "Say a number:", "completion": f" {n}"} for n in range(9)]
+    experiment = with_rows(tiny_model, tmp_path, "demonstrations", rows)
+    with pytest.raises(UserError, match=r"1 different prompt cannot be split in two; set data\.demonstrations_heldout"):
+        read(experiment, tiny_tokenizer)
+    heldout = write_rows(tmp_path / "heldout.jsonl", rows[:2])
+    data = experiment.data.model_copy(update={"demonstrations_heldout": SourceSettings(path=heldout)})
+    chosen = experiment.model_copy(update={"data": data})
+    datasets = read(chosen, tiny_tokenizer)
+    assert (len(datasets.demonstrations), len(datasets.demonstrations_heldout)) == (9, 2)
