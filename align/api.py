@@ -167,6 +167,7 @@ def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
     )
     scorers = build_scorers(experiment, run, tokenizer)
     with ExitStack() as stack:
+        stack.callback(scorers.close)
         stack.enter_context(ray_cluster(experiment.cluster, experiment.rollouts.workers + experiment.learner.ranks))
         yield PpoSession(experiment, assemble(context, scorers, stack))
 

@@ -35,11 +35,6 @@ class HttpSettings(CallSettings):
         description="the environment variable that holds the key, sent as a bearer token; never written anywhere",
     )
 
-    @property
-    def call_timeout(self) -> None:
-        """None: a batch is many requests, and the timeout applies to each of them."""
-        return None
-
     @field_validator("url", check_fields=False)
     @classmethod
     def _is_http(cls, url: str) -> str:

@@ -1,17 +1,13 @@
-"""Loads and calls the user's score functions."""
+"""Loads and calls the user's functions."""
 
-import asyncio
 import importlib
 import importlib.util
 import inspect
 import math
 import sys
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from policies.errors import UserError
@@ -22,6 +18,9 @@ ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, An
 
 def load_function(where: str, key: str) -> ScoreFunction:
     """Load one of the user's functions.
+
+    The folder of a file becomes the last one on the path, so that the file can import what is beside it. What is
+    installed takes precedence there, because this process may import it later.
 
     Args:
         where: `FILE.py:function` or `module:function`.
@@ -43,132 +42,97 @@ def load_function(where: str, key: str) -> ScoreFunction:
     return function
 
 
-def describe_exception(function: Callable[..., Any], error: Exception) -> str:
+def describe_exception(function: Callable[..., Any], error: BaseException) -> str:
     """`raised TYPE: MESSAGE (FILE:LINE)`, the line being the last one of the traceback in the function's file.
 
     Where the function was not entered, because its signature is wrong, it is the line of its definition.
     """
+    if isinstance(error, MemoryError):
+        traceback.clear_frames(error.__traceback__)  # frees what the function has allocated so far
     entries = traceback.extract_tb(error.__traceback__)
     place = f"{entries[-1].filename}:{entries[-1].lineno}"
     code = getattr(inspect.unwrap(function), "__code__", None)
     if code is not None:
         lines = [entry.lineno for entry in entries if entry.filename == code.co_filename]
         place = f"{code.co_filename}:{lines[-1] if lines else code.co_firstlineno}"
-    return f"raised {type(error).__name__}: {error} ({place})"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of a batch.
-
-    Attributes:
-        values: `[B]`.
-        failed: The indices of the responses whose score is the fallback, because the call failed for them.
-    """
-
-    values: list[float]
-    failed: tuple[int, ...] = ()
-
-
-SEARCH_SECONDS = 60.0
-"""After this time, the search for the responses that make a call fail starts no further call."""
+    message = f": {error}" if str(error) else ""
+    return f"raised {type(error).__name__}{message} ({place})"
 
 
 class Failure(Exception):
     """A call did not return one finite score per response; the message says why."""
 
 
-def call_function(
+def score_once(
     function: ScoreFunction,
     prompts: Sequence[str],
     responses: Sequence[str],
     columns: Sequence[Mapping[str, Any]],
-    timeout: float | None = None,
-    fallback: float | None = None,
-    key: str = "",
-) -> Scores:
-    """Score a batch by a function, which must return one finite number per response.
-
-    A call fails by an error, a wrong number of scores, a score that is not finite, or the timeout. Then the responses
-    are scored one by one, for about `SEARCH_SECONDS`, to find those that fail. These get the fallback, and so do those
-    that were not tried in time.
+) -> list[float] | Failure:
+    """Call a function on a batch.
 
     Args:
-        function: The user's function; it may be `async`.
+        function: The function; it may be `async`.
         prompts: Texts `[B]`.
         responses: Texts `[B]`.
         columns: The other columns of the prompts' rows `[B]`.
-        timeout: Seconds that one call may take; None: no limit.
-        fallback: Score of a response for which the call fails; None: that is an error.
-        key: The setting that names the function, for messages; empty: it is not known.
 
-    Raises:
-        UserError: A call failed and there is no fallback; the message names the function and the response.
+    Returns:
+        One finite score per response, or why there are none.
     """
-    name = getattr(function, "__name__", "the score function")
-    if key:
-        name = f"{key}: {name}"
-    scores = _attempt(function, (prompts, responses, columns), timeout)
-    if not isinstance(scores, Failure):
-        return Scores(scores)
-    failure = scores
-    values: list[float] = []
-    failed: list[int] = []
-    end = time.monotonic() + SEARCH_SECONDS
-    for i, (prompt, response, row) in enumerate(zip(prompts, responses, columns, strict=True)):
-        in_time = time.monotonic() < end
-        single = _attempt(function, ([prompt], [response], [row]), timeout) if in_time else failure
-        if not isinstance(single, Failure):
-            values += single
-            continue
-        if fallback is None:
-            where = f"response {i} of the batch, prompt {prompt[-80:]!r}, response {response[:80]!r}"
-            raise UserError(f"{name} {failure}; {where}") from failure.__cause__
-        failed.append(i)
-        values.append(fallback)
-    if fallback is None:
-        raise UserError(f"{name} {failure}, though not for any of the responses alone") from failure.__cause__
-    return Scores(values, tuple(failed))
-
-
-Arguments = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]
-
-
-def _attempt(function: ScoreFunction, arguments: Arguments, timeout: float | None) -> list[float] | Failure:
-    """The scores of a call, or why it failed.
-
-    With a timeout the call runs in a thread. A thread cannot be stopped: one that hangs is abandoned, and does not
-    delay the end of the program.
-    """
-    if timeout is None:
-        return _scores(function, arguments)
-    outcomes: list[list[float] | Failure] = [Failure(f"took longer than {timeout:g} s")]
-    thread = Thread(target=lambda: outcomes.append(_scores(function, arguments)), daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return outcomes[-1]
-
-
-def _scores(function: ScoreFunction, arguments: Arguments) -> list[float] | Failure:
-    responses = arguments[1]
     try:
-        result: Any = function(*arguments)
+        result: Any = function(prompts, responses, columns)
         if inspect.iscoroutine(result):
+            import asyncio  # slow to import
+
             result = asyncio.run(result)
-    except Exception as error:
+        scores = to_scores(result)
+    except (Exception, SystemExit) as error:
         failure = Failure(describe_exception(function, error))
         failure.__cause__ = error
         return failure
-    try:
-        scores = [float(score) for score in result]
-    except (TypeError, ValueError):
-        return Failure(f"returned {repr(result)[:80]}; a list with one number per response was expected")
+    if scores is None:
+        return Failure(f"returned {_shown(result)}; a list with one number per response was expected")
     if len(scores) != len(responses):
         return Failure(f"returned {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses, strict=True):
         if not math.isfinite(score):
             return Failure(f"returned {score} for the response {response[:80]!r}; a score must be finite")
     return scores
+
+
+def to_scores(result: Any) -> list[float] | None:
+    """The numbers of a list, a tuple, another ordered series, a NumPy array or a tensor, each of one dimension.
+
+    Returns:
+        The numbers; None for anything else, such as text, whose characters are no scores, or a set, which has no order.
+    """
+    if isinstance(result, str | bytes | bytearray | memoryview | Mapping | Set):
+        return None
+    if hasattr(result, "tolist"):  # NumPy arrays and torch tensors, without importing either
+        result = result.tolist()
+    try:
+        numbers = list(result)
+    except TypeError:
+        return None
+    scores: list[float] = []
+    for number in numbers:
+        if getattr(number, "ndim", 0) or isinstance(number, str | bytes | bytearray):
+            return None
+        try:
+            scores.append(float(number))
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return scores
+
+
+def _shown(result: Any) -> str:
+    """What a function has returned, on one short line."""
+    shape = getattr(result, "shape", ())
+    if len(shape) == 1:
+        return repr(result)[:80]
+    of_shape = f" of shape {list(shape)}" if shape else ""
+    return f"{' '.join(repr(result).split())[:80]}{of_shape}"
 
 
 def _load_file(path: Path, key: str) -> Any:
@@ -179,6 +143,9 @@ def _load_file(path: Path, key: str) -> Any:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -9,13 +9,22 @@ from align.config.schema import Experiment
 from align.roles.build import Blueprint, RewardRole
 from align.roles.scoring import ALL_ROLES
 from align.runs.folder import RunFolder, read_facts
-from align.scoring.reward import EvaluationScorer, GoldScorer, Rescore, Reward, RoleScorer, TrainingScorer, gold_scorer
+from align.scoring.reward import (
+    EvaluationScorer,
+    GoldScorer,
+    Rescore,
+    Reward,
+    RoleScorer,
+    TrainingScorer,
+    gold_function,
+    gold_scorer,
+)
 from policies.files.adapters import load_adapter
+from rewards.children.pool import FunctionPool
 from rewards.compose import Composition
 from rewards.model import member_folder, members_in, read_heads
 from rewards.preferences import OVERALL
 from rewards.terms.base import RewardStage
-from rewards.user_functions import load_function
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 REWARD_STATE = "reward.json"
@@ -30,11 +39,19 @@ class Scorers:
         blueprint: The roles whose forward passes the reward needs; the learner is built from it.
         reward: Computes the score from the role outputs and the texts.
         gold: The true score; None where the experiment has none.
+        gold_pool: The processes of the true score's function.
     """
 
     blueprint: Blueprint
     reward: Reward
     gold: GoldScorer | None
+    gold_pool: FunctionPool | None = None
+
+    def close(self) -> None:
+        """End the processes in which functions are called; a further call starts new ones."""
+        self.reward.close()
+        if self.gold_pool:
+            self.gold_pool.close()
 
     def evaluation_scorer(self, role_scorer: RoleScorer, requested_roles: Collection[str]) -> EvaluationScorer:
         """A scorer that runs these roles and then the reward, without updating its composition."""
@@ -72,8 +89,10 @@ def build_scorers(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedT
     settings = experiment.reward
     reference = load_adapter(run.sft, experiment.policy) if run.sft.is_dir() else None
     gold = None
+    gold_pool = None
     if experiment.evaluation.gold:
-        gold = gold_scorer(load_function(experiment.evaluation.gold, "evaluation.gold"), tokenizer)
+        gold_pool = gold_function(experiment.evaluation.gold)
+        gold = gold_scorer(gold_pool, tokenizer, f"evaluation.gold: {experiment.evaluation.gold}")
     blueprint = Blueprint(experiment.model, experiment.policy, experiment.seed, reference)
     facts = read_facts(run.reward)
     if settings.has_model and "classifier" not in facts:
@@ -81,7 +100,7 @@ def build_scorers(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedT
     stage = RewardStage(settings, facts)
     terms = {name: term.make_scorer(name, stage) for name, term in settings.terms.items()}
     reward = Reward(terms, Composition(settings.terms, settings.constraint), tokenizer)
-    return Scorers(blueprint, reward, gold)
+    return Scorers(blueprint=blueprint, reward=reward, gold=gold, gold_pool=gold_pool)
 
 
 def _reward_roles(experiment: Experiment, run: RunFolder) -> tuple[RewardRole, ...]:

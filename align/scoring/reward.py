@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policies.text.tokenization import decode_response
+from rewards.calls import Batch, Caller, score_batch
+from rewards.children.pool import FunctionPool
+from rewards.children.source import FunctionSource
 from rewards.compose import Composition
-from rewards.terms.base import TermInput, TermScorer
-from rewards.user_functions import ScoreFunction, call_function
+from rewards.terms.base import LONGEST_CALL, FunctionScorer, TermInput, TermScorer
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 Notes = dict[str, Tensor]
@@ -105,6 +107,12 @@ class Reward:
             notes |= scores.notes
         return raw, notes
 
+    def close(self) -> None:
+        """End the processes in which terms call functions."""
+        for scorer in self.terms.values():
+            if isinstance(scorer, FunctionScorer):
+                scorer.close()
+
 
 def term_input(
     trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, outputs: Sequence[RoleOutputs] = ()
@@ -129,19 +137,18 @@ def term_input(
     )
 
 
-def gold_scorer(function: ScoreFunction, tokenizer: PreTrainedTokenizerBase) -> GoldScorer:
+def gold_function(where: str) -> FunctionPool:
+    """The process that calls the user's function `evaluation.gold`, which starts at the first call."""
+    return FunctionPool(FunctionSource(where, "evaluation.gold"), timeout=LONGEST_CALL)
+
+
+def gold_scorer(caller: Caller, tokenizer: PreTrainedTokenizerBase, name: str = "evaluation.gold") -> GoldScorer:
     """Wrap the user's function as a scorer of trajectories."""
 
     def score(trajectories: Sequence[Trajectory]) -> list[float]:
         batch = term_input(trajectories, tokenizer)
-        scores = call_function(
-            function,
-            prompts=batch.prompt_texts,
-            responses=batch.responses,
-            columns=batch.columns,
-            key="evaluation.gold",
-        )
-        return scores.values
+        arguments = Batch(batch.prompt_texts, batch.responses, batch.columns)
+        return score_batch(caller, arguments, name=name).values
 
     return score
 

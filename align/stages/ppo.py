@@ -26,6 +26,7 @@ def run_ppo(context: StageContext) -> None:
     scorers = build_scorers(experiment, context.run, context.tokenizer)
     started = time.perf_counter()
     with ExitStack() as stack:
+        stack.callback(scorers.close)
         stack.enter_context(ray_cluster(experiment.cluster, experiment.rollouts.workers + experiment.learner.ranks))
         parts = assemble(context, scorers, stack)
         progress_bar = stack.enter_context(ProgressBar("ppo", experiment.ppo.steps))

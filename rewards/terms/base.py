@@ -1,21 +1,31 @@
 """The base classes of reward terms: their settings, the batch that they score, and their scorers."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, field_validator
 
+from policies.errors import UserError
 from policies.schema import Settings
-from rewards.user_functions import ScoreFunction, call_function
+from rewards.calls import Batch, Caller, InProcess, Scores, score_batch
+from rewards.children.source import FunctionSource
+from rewards.user_functions import ScoreFunction
 
-if TYPE_CHECKING:  # settings are loaded without torch and transformers
+if TYPE_CHECKING:  # settings are loaded without torch, transformers and multiprocessing
     from torch import Tensor
 
     from policies.text.tokenization import Prompt
+    from rewards.children.pool import FunctionPool
     from rewards.schema import RewardSettings
+
+log = logging.getLogger(__name__)
+
+LONGEST_CALL = 3600.0
+"""Default time limit of a call in seconds: far above what a batch takes, so that only a call that hangs meets it."""
 
 
 @dataclass(frozen=True)
@@ -153,56 +163,116 @@ class TextTermSettings(TermSettings):
 
     def make_scorer(self, name: str, stage: RewardStage) -> "FunctionScorer":
         """A scorer by the function."""
-        return FunctionScorer(self.make_function(name), name)
+        function = self.make_function(name)
+        return FunctionScorer(InProcess(function), name, getattr(function, "__name__", "the score function"))
 
 
-class CallSettings(TextTermSettings):
-    """The settings of terms that call a function which may fail."""
+class FallbackSettings(TermSettings):
+    """What a term does about a response for which its call fails."""
 
-    timeout: float | None = Field(None, gt=0, description="seconds that one call may take; unset: no limit")
     fallback: float | None = Field(
         None,
         description="score of a response that the call fails for; such responses are counted. Unset: the run stops",
     )
 
-    @property
-    def call_timeout(self) -> float | None:
-        """Seconds that a call on a whole batch may take; None: no limit."""
-        return self.timeout
+
+class CallSettings(TextTermSettings, FallbackSettings):
+    """The settings of terms that call a function which may fail, in this process."""
 
     def make_scorer(self, name: str, stage: RewardStage) -> "FunctionScorer":
-        """A scorer by the function, with its timeout and fallback."""
-        return FunctionScorer(self.make_function(name), name, self.call_timeout, self.fallback)
+        """A scorer by the function, with its fallback."""
+        return replace(super().make_scorer(name, stage), fallback=self.fallback)
+
+
+class ChildSettings(FallbackSettings):
+    """The settings of terms that call a function in processes of its own, which are killed at the timeout."""
+
+    timeout: float | None = Field(
+        LONGEST_CALL, gt=0, description="seconds after which a call fails and its process is killed; null: no limit"
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        description="processes that share a batch; each gets a part, in which responses to one prompt stay together",
+    )
+    memory_gb: float | None = Field(
+        None, gt=0, description="gigabytes that a process may allocate before it gets a MemoryError; unset: no limit"
+    )
+
+    @abstractmethod
+    def source(self, name: str) -> FunctionSource:
+        """What the processes load. Raises UserError where something that the settings name is missing."""
+
+    def make_pool(self, name: str) -> "FunctionPool":
+        """The processes, which start at the first call."""
+        from rewards.children.pool import FunctionPool
+
+        return FunctionPool(self.source(name), self.processes, self.timeout)
+
+    def check(self, name: str) -> None:
+        """Load the function once. Raises UserError where that fails."""
+        self.make_pool(name).check()
+
+    def make_scorer(self, name: str, stage: RewardStage) -> "FunctionScorer":
+        """A scorer by the function; `close` ends its processes."""
+        pool = self.make_pool(name)
+        label = f"{pool.source.key}: {pool.source.where}"
+        return FunctionScorer(pool, name, label, self.fallback, tuple(self.columns))
 
 
 @dataclass(frozen=True)
 class FunctionScorer:
-    """Scores texts by a function. With a fallback, the note `failed/NAME` is 1 where it was used, else 0."""
+    """Scores texts by a function. With a fallback, the note `failed/NAME` is 1 where it was used, else 0.
 
-    function: ScoreFunction
+    Attributes:
+        caller: Calls the function.
+        name: The term's name.
+        label: The setting and the function, for messages.
+        fallback: Score of a response for which the call fails; None: that is an error.
+        columns: The columns that every row must have.
+    """
+
+    caller: Caller
     name: str
-    timeout: float | None = None
+    label: str
     fallback: float | None = None
-    key: str = ""
+    columns: tuple[str, ...] = ()
+    _reported: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, batch: TermInput, /) -> TermScores:
         import torch
 
-        scores = call_function(
-            self.function,
-            prompts=batch.prompt_texts,
-            responses=batch.responses,
-            columns=batch.columns,
-            timeout=self.timeout,
-            fallback=self.fallback,
-            key=self.key,
-        )
+        for row in batch.columns:
+            for column in self.columns:
+                if column not in row:
+                    raise UserError(
+                        f"{self.label}: prompt rows have no column {column!r}; they have {', '.join(row) or 'none'}"
+                    )
+        arguments = Batch(batch.prompt_texts, batch.responses, batch.columns)
+        scores = score_batch(self.caller, arguments, self.fallback, self.label)
         values = torch.tensor(scores.values, dtype=torch.float64)
         if self.fallback is None:
             return TermScores(values)
+        self._report(scores)
         failed = torch.zeros_like(values)
         failed[list(scores.failed)] = 1.0
         return TermScores(values, {f"failed/{self.name}": failed})
+
+    def close(self) -> None:
+        """End the processes in which the function is called; a further call starts new ones."""
+        self.caller.close()
+
+    def _report(self, scores: Scores) -> None:
+        """Say once why a response got the fallback; `reward/failed/NAME` says how often."""
+        if scores.failed and not self._reported:
+            self._reported.add(scores.reason)
+            log.warning(
+                "%s %s; such responses get the fallback, %g, and are counted in reward/failed/%s",
+                self.label,
+                scores.reason,
+                self.fallback,
+                self.name,
+            )
 
 
 class ConstraintSettings(Settings):

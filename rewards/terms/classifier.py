@@ -25,17 +25,22 @@ class ClassifierTerm(TermSettings):
         """Load the model."""
         from rewards.classifier import Classifier
 
-        return ClassifierScorer(Classifier(self.path, key=f"reward.terms.{name}.path"))
+        return ClassifierScorer(Classifier(self.path, key=f"reward.terms.{name}.path"), name)
 
 
 @dataclass(frozen=True)
 class ClassifierScorer:
-    """Scores by a classifier, normalised: (score - mean) / std."""
+    """Scores by a classifier, normalised: (score - mean) / std.
+
+    Where its model has limited positions, the note `shortened/NAME` is 1 for prompts whose start did not fit, else 0.
+    """
 
     classifier: "Classifier"
+    name: str
     mean: float = 0.0
     std: float = 1.0
 
     def __call__(self, batch: TermInput, /) -> TermScores:
-        scores = self.classifier.score(batch.prompts, batch.responses)  # [B] float32
-        return TermScores(((scores - self.mean) / self.std).double())
+        scores, shortened = self.classifier.score_and_flag(batch.prompts, batch.responses)  # [B] float32, [B] float64
+        notes = {} if self.classifier.encoder.room is None else {f"shortened/{self.name}": shortened}
+        return TermScores(((scores - self.mean) / self.std).double(), notes)

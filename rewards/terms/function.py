@@ -1,31 +1,21 @@
 """One of the user's functions as a term."""
 
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
-from rewards.terms.base import CallSettings, FunctionScorer, RewardStage
-from rewards.user_functions import ScoreFunction, load_function
+from rewards.children.source import FunctionSource
+from rewards.terms.base import ChildSettings
 
 
-class FunctionTerm(CallSettings):
+class FunctionTerm(ChildSettings):
     """Score by a function of your own, `FILE.py:function` or `module:function`: it takes prompts, responses and the
-    rows' other columns and returns one number per response; it may be `async`.
+    rows' other columns and returns one number per response; it may be `async`. It runs in a process of its own.
     """
 
     kind: Literal["function"]
     function: str = Field(description="FILE.py:function or module:function")
 
-    def make_function(self, name: str) -> ScoreFunction:
-        """Import the function. Raises UserError where it does not exist."""
-        return load_function(self.function, _key(name))
-
-    def make_scorer(self, name: str, stage: RewardStage) -> FunctionScorer:
-        """A scorer by the function, which names the setting in its messages."""
-        return replace(super().make_scorer(name, stage), key=_key(name))
-
-
-def _key(name: str) -> str:
-    """The setting that names the function of a term."""
-    return f"reward.terms.{name}.function"
+    def source(self, name: str) -> FunctionSource:
+        """The user's function."""
+        return FunctionSource(self.function, f"reward.terms.{name}.function", memory_gb=self.memory_gb)

@@ -18,7 +18,7 @@ class ModelTerm(TermSettings):
         if path := stage.facts.get("classifier"):
             from rewards.classifier import Classifier
 
-            return ClassifierScorer(Classifier(path), mean=stage.facts["mean"], std=stage.facts["std"])
+            return ClassifierScorer(Classifier(path), name, mean=stage.facts["mean"], std=stage.facts["std"])
         ensemble = stage.settings.ensemble
         return RewardHeadsScorer(ensemble.combine, ensemble.penalty or 1.0, tuple(stage.settings.attributes))
 

@@ -7,8 +7,8 @@ import yaml
 
 from align.config.load import dump_experiment, load_experiment
 from policies.errors import UserError
+from rewards.calls import call_function
 from rewards.terms.endpoint import EndpointTerm
-from rewards.user_functions import call_function
 
 KEY = "sk-very-secret"
 

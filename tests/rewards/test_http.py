@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from policies.errors import UserError
+from rewards.calls import call_function
 from rewards.terms.endpoint import EndpointTerm
 from rewards.terms.judge import JudgeTerm
-from rewards.user_functions import call_function
 
 Reply = Callable[[dict[str, Any]], tuple[int, Any]]
 
@@ -91,7 +91,7 @@ def test_a_refused_request_is_not_retried(server: Server) -> None:
     server.reply = lambda body: (401, {})
     with pytest.raises(UserError, match="401"):
         scored(server, count=1)
-    assert len(server.requests) == 2  # the batch, and its row alone
+    assert len(server.requests) == 1
 
 
 def test_responses_that_cannot_be_scored_get_the_fallback(server: Server) -> None:

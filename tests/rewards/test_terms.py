@@ -103,8 +103,33 @@ def test_real_solutions_are_right_where_their_authors_say_so() -> None:
 
 
 def test_equal_expressions_score_1() -> None:
-    columns = {"answer": r"$\frac{1}{2}$"}
-    assert scores([r"it is $0.5$", r"$\frac{2}{4}$", r"$\frac{1}{3}$"], columns, kind="math") == [1.0, 1.0, 0.0]
+    values, failed = math_scores(
+        [r"it is $0.5$", r"$\frac{2}{4}$", r"$\frac{1}{3}$", "none", r"$x > \{1, 2\}$", r"\boxed{("]
+    )
+    assert values == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert not any(failed)
+
+
+def test_expressions_that_take_too_long_or_too_much_memory_get_the_fallback_and_are_counted() -> None:
+    responses = [r"$\frac{1}{2}$", r"$10^{10^{10}}$", r"$0.5$"]
+    assert math_scores(responses, timeout=2) == ([1.0, 0.0, 1.0], [0.0, 1.0, 0.0])
+    assert math_scores(responses, timeout=2, fallback=-1, processes=2) == ([1.0, -1.0, 1.0], [0.0, 1.0, 0.0])
+    with pytest.raises(UserError, match=r"^reward\.terms\.mine: .* took longer than 2 s; response 1 of the batch"):
+        math_scores(responses, timeout=2, fallback=None)
+
+
+def test_an_answer_without_an_expression_is_counted_as_a_failure() -> None:
+    assert math_scores(["$1$"], {"answer": ""}) == ([0.0], [1.0])
+
+
+def math_scores(
+    responses: list[str], columns: dict[str, Any] | None = None, **settings: Any
+) -> tuple[list[float], list[float]]:
+    """The scores of a term of kind math, where the answer is ½, and which of them failed."""
+    count = len(responses)
+    rows = [columns or {"answer": r"$\frac{1}{2}$"}] * count
+    result = score(make_term(kind="math", **settings), prompts=["p"] * count, responses=responses, columns=rows)
+    return result.values.tolist(), result.notes.get("failed/mine", torch.zeros(count)).tolist()
 
 
 def test_repetition_is_the_share_of_ngrams_that_occurred_before() -> None:

@@ -1,0 +1,1 @@
+"""Functions in processes of their own: fresh interpreters with limits on time and memory."""

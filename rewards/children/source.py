@@ -1,0 +1,22 @@
+"""Names a function that child processes load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FunctionSource:
+    """A function that a child process loads.
+
+    Attributes:
+        where: `FILE.py:function` or `module:function`.
+        key: The setting that names it, for messages.
+        arguments: Further arguments of each call, by name.
+        memory_gb: Gigabytes that a process may allocate; None: no limit.
+    """
+
+    where: str
+    key: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    memory_gb: float | None = None
