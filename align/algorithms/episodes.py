@@ -15,7 +15,7 @@ from rollouts.trajectory import RoleOutputs, Trajectory
 
 @dataclass(frozen=True)
 class Episode:
-    """One response of T tokens with its targets. Tensors are `[T]` float32, on the CPU, without padding.
+    """One response of T tokens with its targets. Tensors are `[T]` float32, on the CPU, without padding, and own their storage.
 
     Attributes:
         prompt_ids: Tokens of the prompt.
@@ -73,9 +73,10 @@ def make_episodes(
             response_ids=trajectory.response_ids,
             old_logprobs=outputs.logprobs,
             reference_logprobs=outputs.reference_logprobs,
-            advantages=advantages[i],
-            returns=returns[i],
-            old_values=outputs.values[:-1],
+            # Clones, because a view drags the whole batch along when it is sent to a rank.
+            advantages=advantages[i].clone(),
+            returns=returns[i].clone(),
+            old_values=outputs.values[:-1].clone(),
             weight=1.0 if ppo.loss_aggregation == "token_mean" else 1.0 / trajectory.length,
         )
         episodes.append(episode)
@@ -107,7 +108,7 @@ def _estimate(
     trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings, coefficient: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Advantages and returns of each response, `[T]` each, by the estimator that the settings name."""
-    reward_coefficient = coefficient if ppo.kl.where == "reward" else 0.0
+    reward_coefficient = 0.0 if ppo.kl.where == "loss" else coefficient
     rewards = []
     values = []
     for trajectory, outputs in zip(trajectories, scored, strict=True):
@@ -149,7 +150,7 @@ def _is_bootstrapped(trajectory: Trajectory, ppo: PpoSettings) -> bool:
 
 def _token_rewards(trajectory: Trajectory, outputs: RoleOutputs, ppo: PpoSettings, reward_coefficient: float) -> Tensor:
     """Reward of each token, `[T]`; a bootstrapped response gets no score."""
-    kl = estimate_kl(outputs.logprobs, outputs.reference_logprobs, ppo.kl.estimator)
+    kl = estimate_kl(outputs.logprobs, outputs.reference_logprobs, ppo.kl_estimator)
     score = shaped_score(outputs.score, trajectory.length, truncated=not trajectory.ended, ppo=ppo)
     if _is_bootstrapped(trajectory, ppo):
         score = 0.0

@@ -30,6 +30,9 @@ class Estimator:
         has_critic: Whether it reads the values of a critic, which is then built and trained.
         min_samples: Minimum number of responses per prompt.
         whitens: Whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
+        kl_in_loss: Whether the KL is in the loss (k2) where `ppo.kl` sets neither place nor estimator; otherwise it is
+            in the reward (k1). Within a group of equal scores, an estimator that divides by the standard deviation of
+            the rewards would amplify the KL's noise.
         reads: Which of `READABLE` it reads; setting any other one is an error.
         summary: How it computes the advantage of a token, in a few words for the documentation.
         source: The paper.
@@ -40,6 +43,7 @@ class Estimator:
     has_critic: bool = False
     min_samples: int = 1
     whitens: bool = False
+    kl_in_loss: bool = False
     reads: tuple[str, ...] = ()
     summary: str = ""
     source: str = ""
@@ -66,7 +70,8 @@ BUILT_IN_ESTIMATORS = (
         name="grpo",
         function="align.algorithms.estimators:estimate_grpo",
         min_samples=2,
-        summary="total reward whitened within its prompt; the paper uses 64 samples, "
+        kl_in_loss=True,
+        summary="total reward standardised within its prompt; the paper uses 64 samples, "
         "`loss_aggregation: sequence_mean` and `kl: {where: loss, estimator: k3}`",
         source="Shao et al. 2024",
     ),
@@ -87,7 +92,11 @@ POLICY_LOSSES = {"clip": "align.algorithms.losses:clipped_surrogate"}
 
 
 def advantage_estimator(
-    has_critic: bool = False, min_samples: int = 1, whitens: bool = False, reads: tuple[str, ...] = ()
+    has_critic: bool = False,
+    min_samples: int = 1,
+    whitens: bool = False,
+    reads: tuple[str, ...] = (),
+    kl_in_loss: bool = False,
 ) -> Callable[[AnyFunction], AnyFunction]:
     """Decorate a function of your own, for `ppo.estimator: FILE.py:function`, with what it needs.
 
@@ -98,6 +107,7 @@ def advantage_estimator(
         has_critic: Whether it reads `values`; a critic is then built, and trained on the returns.
         min_samples: Minimum number of responses per prompt.
         whitens: Whether advantages are whitened over the batch where `ppo.whiten_advantages` is not set.
+        kl_in_loss: Whether the KL is in the loss, as k2, where `ppo.kl` sets neither place nor estimator.
         reads: Which of `gamma` and `gae_lambda` it reads; setting one that it does not read is an error.
     """
     unknown = sorted(set(reads) - set(READABLE))
@@ -111,6 +121,7 @@ def advantage_estimator(
             has_critic=has_critic,
             min_samples=min_samples,
             whitens=whitens,
+            kl_in_loss=kl_in_loss,
             reads=tuple(reads),
         )
         return function
@@ -164,19 +175,20 @@ def call_user_function(function: Function, where: str, key: str, *arguments: Any
         arguments: The arguments of the call.
 
     Raises:
-        UserError: The function raised an exception; the message has its file and line.
+        UserError: The function raised an exception or called `sys.exit`; the message has its file and line.
     """
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{key}: {where} {describe_exception(function, error)}") from error
 
 
 def estimators_table() -> str:
     """A Markdown table of the built-in estimators, for docs/ppo.md."""
     lines = [
-        "| `estimator` | advantage of a token | critic | reads | samples per prompt | whitened by default | source |",
-        "|---|---|---|---|---|---|---|",
+        "| `estimator` | advantage of a token | critic | reads | samples per prompt | whitened by default "
+        "| KL by default | source |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for estimator in BUILT_IN_ESTIMATORS:
         reads = ", ".join(f"`{name}`" for name in estimator.reads) or "–"
@@ -187,6 +199,7 @@ def estimators_table() -> str:
             reads,
             f"≥ {estimator.min_samples}",
             "over the batch" if estimator.whitens else "no",
+            "k2 in the loss" if estimator.kl_in_loss else "k1 in the reward",
             estimator.source,
         )
         lines.append(f"| {' | '.join(columns)} |")

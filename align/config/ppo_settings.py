@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from align.config.estimators import ESTIMATORS, POLICY_LOSSES, READABLE, find_estimator, user_function
@@ -28,10 +28,16 @@ def _as_validation_error(key: str) -> Iterator[None]:
 class KlSettings(Settings):
     """The KL penalty to the reference policy."""
 
-    where: Literal["reward", "loss"] = Field(
-        "reward", description="reward: subtracted from the reward of each token; loss: a term of the policy loss"
+    where: Literal["reward", "loss"] | None = Field(
+        None,
+        description="reward: subtracted from the reward of each token; loss: a term of the policy loss; unset: loss "
+        "with the estimator grpo, reward with the others",
     )
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="estimator of the KL per token (Schulman 2020)")
+    estimator: Literal["k1", "k2", "k3"] | None = Field(
+        None,
+        description="estimator of the KL per token (Schulman 2020); unset: k1 in the reward, k2 in the loss, where its "
+        "expected gradient is that of the KL",
+    )
     coefficient: float = Field(0.05, ge=0, description="weight of the penalty; with a target, its initial value")
     target: float | None = Field(
         None,
@@ -45,6 +51,16 @@ class KlSettings(Settings):
         if self.where == "loss" and self.estimator == "k1":
             raise ValueError("k1 in the loss has a gradient of mean zero and would penalize nothing: use k2 or k3")
         return self
+
+    def resolved(self, in_loss: bool) -> "KlSettings":
+        """These settings with `where` and `estimator` set.
+
+        Args:
+            in_loss: Whether the KL is in the loss where neither `where` nor the estimator k1 says otherwise.
+        """
+        where = self.where or ("loss" if in_loss and self.estimator != "k1" else "reward")
+        estimator = self.estimator or ("k2" if where == "loss" else "k1")
+        return self.model_copy(update={"where": where, "estimator": estimator})
 
 
 class CriticSettings(Settings):
@@ -154,7 +170,7 @@ class PpoSettings(Settings):
         0.0, description="subtracted from the score for each response token; negative: a bonus"
     )
     stop: StopSettings | None = Field(None, description="a rule that stops PPO early; unset: none")
-    kl: KlSettings = KlSettings()
+    kl: KlSettings = Field(KlSettings(), validate_default=True)
     critic: CriticSettings = CriticSettings()
 
     @property
@@ -166,6 +182,12 @@ class PpoSettings(Settings):
     def active_critic(self) -> CriticSettings | None:
         """The settings of the critic that is built."""
         return self.critic if self.has_critic else None
+
+    @property
+    def kl_estimator(self) -> str:
+        """The estimator of the KL, which validation has resolved."""
+        assert self.kl.estimator is not None
+        return self.kl.estimator
 
     @property
     def whitens_advantages(self) -> bool:
@@ -183,6 +205,14 @@ class PpoSettings(Settings):
         with _as_validation_error("ppo.estimator"):
             find_estimator(name)
         return name
+
+    @field_validator("kl")
+    @classmethod
+    def _resolved_kl(cls, kl: KlSettings, validated: ValidationInfo) -> KlSettings:
+        """Choose what is unset by the estimator, so that `config.yaml` and all that reads the settings have it."""
+        if "estimator" not in validated.data:  # it is not valid, which is told anyway
+            return kl
+        return kl.resolved(in_loss=find_estimator(validated.data["estimator"]).kl_in_loss)
 
     @field_validator("policy_loss")
     @classmethod

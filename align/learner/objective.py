@@ -127,7 +127,7 @@ def policy_objective(
         learn_entropy=ppo.entropy_coefficient > 0,
     )
     policy_losses, policy_clipped = policy_loss(logprobs, targets.old_logprobs, targets.advantages, ppo)  # [P], [P]
-    kl_losses = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl.estimator)  # [P]
+    kl_losses = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl_estimator)  # [P]
     approximate_kl = estimate_kl(targets.old_logprobs, logprobs, "k3")  # [P]
     value_losses = value_clipped = torch.zeros_like(policy_losses)  # [P]
     if roles.critic is not None and roles.critic_trunk is None:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from align.algorithms.advantages import explained_variance
+from align.algorithms.advantages import explained_variance, has_spread
+from align.algorithms.episodes import shaped_score
+from align.config.estimators import find_estimator
 from align.config.ppo_settings import PpoSettings
 from align.ppo.loop import Step
 from align.ppo.mismatch import sampler_mismatch
 from policies.text.tokenization import decode_response, prompt_text
-from rollouts.trajectory import lengths
+from rollouts.trajectory import RoleOutputs, Trajectory, lengths
 
 LARGE_MISMATCH = 0.1
 """In nats. Tokens on which sampler and learner differ by more count in `rollout/mismatch_share`."""
@@ -34,6 +36,8 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
     metrics["learner/skipped_steps"] = step.statistics["skipped_steps"]
     if ppo.has_critic:
         metrics |= _value_metrics(step)
+    if find_estimator(ppo.estimator).min_samples > 1:
+        metrics["reward/zero_std_share"] = zero_std_share(step.trajectories, step.scored, ppo)
     metrics |= _mean_notes(step)
     if ppo.ptx_coefficient:
         metrics["policy/ptx_loss"] = step.statistics["ptx_loss"]
@@ -56,6 +60,21 @@ def _reward_and_kl_metrics(step: Step) -> dict[str, float]:
         "kl/coefficient": step.kl_coefficient,
         "kl/loss": step.statistics["kl_loss"],
     }
+
+
+def zero_std_share(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings) -> float:
+    """Share of prompts whose responses all score alike, so that a group estimator learns nothing from them.
+
+    Args:
+        trajectories: The trajectories of a step; those of one prompt are adjacent.
+        scored: Their role outputs, with the scores.
+        ppo: The settings of PPO, with penalties for length and truncation, which count here, and the group size.
+    """
+    scores = []
+    for trajectory, outputs in zip(trajectories, scored, strict=True):
+        scores.append(shaped_score(outputs.score, trajectory.length, truncated=not trajectory.ended, ppo=ppo))
+    groups = torch.tensor(scores, dtype=torch.float64).view(-1, ppo.samples_per_prompt)  # [prompts, K]
+    return 1 - float(has_spread(groups).double().mean())
 
 
 def _policy_metrics(step: Step) -> dict[str, float]:

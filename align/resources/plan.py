@@ -100,6 +100,7 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
     return [
         ("ppo", f"{steps} of {ppo.batch_size}: {counted(episodes, 'episode')} from {prompts}"),
         ("updates", f"{minibatches} per step: {counted(updates, 'optimizer step')}"),
+        ("KL", f"{ppo.kl_estimator} in the {ppo.kl.where}, coefficient {ppo.kl.coefficient:g}"),
         ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} per response"),
         ("base model", f"{base}, {_bytes(sizes.base_bytes)} {copies}"),
         ("adapters", f"{adapter} per role; each update sends {_bytes(sizes.adapter * FLOAT32)}"),

@@ -29,7 +29,7 @@ def test_every_kind_of_reward_term_has_a_section(kind: str) -> None:
         "| `seed` | integer ≥ 0 | `0` |",
         "| `heldout_share` | number > 0, < 1 | `0.1` |",
         "| `targets` | text or list of text | unset |",
-        "| `where` | `reward`, `loss` | `reward` |",
+        "| `where` | `reward`, `loss` | unset |",
         "| `path` | text or list of text | required |",
         "| `attributes` | NAME: number | `{}` |",
     ],

@@ -6,6 +6,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from align.config.ppo_settings import KlSettings, PpoSettings
 from align.config.schema import Experiment
 from align.config.stage import stage_names
 from align.data.datasets import Datasets, read_datasets
@@ -89,6 +90,13 @@ def test_updates_and_tokens_of_ppo(experiment: Experiment, datasets: Datasets) -
     lines = planned(experiment, datasets)
     assert lines["updates"] == "2 epochs × 2 minibatches per step: 12 optimizer steps"
     assert lines["tokens"] == "at most 144 generated, 6 per response"
+
+
+def test_the_kl_that_grpo_takes_by_itself_is_named(experiment: Experiment, datasets: Datasets) -> None:
+    assert planned(experiment, datasets)["KL"] == "k1 in the reward, coefficient 0.05"
+    grpo = PpoSettings(estimator="grpo", samples_per_prompt=4, kl=KlSettings(coefficient=0.1))
+    changed = experiment.model_copy(update={"ppo": grpo})
+    assert planned(changed, datasets)["KL"] == "k2 in the loss, coefficient 0.1"
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
