@@ -4,8 +4,11 @@ The names in `__all__` are the stable Python interface, described in docs/python
 first used, so that `import align` and the command start fast.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from align.runtime.shadowing import hidden_package
 
 if TYPE_CHECKING:
     from align.api import PpoSession, build_ppo, plan, resume, run
@@ -45,6 +48,10 @@ _MODULES = {
     "resume": "align.api",
     "run": "align.api",
 }
+
+# While Python looks for the module of `python -m align`, argv begins with -m; then align.__main__ reports it.
+if sys.argv[:1] != ["-m"] and (hidden := hidden_package()):
+    raise ImportError(hidden)
 
 
 def __getattr__(name: str) -> Any:
