@@ -14,7 +14,7 @@ class Batch:
 
     Attributes:
         ids: `[N]` int64.
-        lengths: `[B]` int64, tokens of each sequence.
+        lengths: Tokens of each sequence; on the host, where they are needed to lay out a forward pass.
         predictors: `[P]` int64, index into `ids` of the token that predicts each response token.
         response_ids: `[P]` int64, the response tokens, sequence by sequence.
         last: `[B]` int64, index into `ids` of each sequence's last token.
@@ -22,7 +22,7 @@ class Batch:
     """
 
     ids: Tensor
-    lengths: Tensor
+    lengths: tuple[int, ...]
     predictors: Tensor
     response_ids: Tensor
     last: Tensor
@@ -32,7 +32,7 @@ class Batch:
         """The same batch on another device."""
         return Batch(
             ids=self.ids.to(device),
-            lengths=self.lengths.to(device),
+            lengths=self.lengths,
             predictors=self.predictors.to(device),
             response_ids=self.response_ids.to(device),
             last=self.last.to(device),
@@ -95,7 +95,7 @@ def collate_turns(sequences: Sequence[Sequence[int]], turns: Sequence[Sequence[t
         response_lengths.append(sum(end - start for start, end in spans))
     return Batch(
         ids=torch.tensor(ids, dtype=torch.long),
-        lengths=torch.tensor(lengths, dtype=torch.long),
+        lengths=tuple(lengths),
         predictors=torch.tensor(predictors, dtype=torch.long),
         response_ids=torch.tensor(response_ids, dtype=torch.long),
         last=torch.tensor(ends, dtype=torch.long) - 1,

@@ -1,5 +1,6 @@
 """Probes what a model supports, by forward passes on a few tokens."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ class ProbedTrunk(Protocol):
 
     def switch(self, role: str) -> None: ...
     def hidden(self, ids: Tensor, role: str) -> Tensor: ...
-    def hidden_packed(self, ids: Tensor, lengths: Tensor, role: str) -> Tensor: ...
+    def hidden_packed(self, ids: Tensor, lengths: Sequence[int], role: str) -> Tensor: ...
     def packed_states(self, ids: Tensor, packed: PackedSequences) -> Tensor: ...
     def hidden_shared_prompts(self, ids: Tensor, positions: Tensor, attention_mask: Tensor, role: str) -> Tensor: ...
     def head(self, hidden: Tensor, role: str) -> Tensor: ...
@@ -84,7 +85,7 @@ def supports_shared_prompts(trunk: ProbedTrunk, role: str) -> bool:
         states = trunk.hidden_shared_prompts(ids, positions, mask, role).flatten(0, 1)[shared.last]  # [2, H]
     except (TypeError, ValueError, RuntimeError):
         return False
-    expected = trunk.hidden_packed(alone.ids.to(device), alone.lengths.to(device), role)[alone.last]  # [2, H]
+    expected = trunk.hidden_packed(alone.ids.to(device), alone.lengths, role)[alone.last]  # [2, H]
     return torch.allclose(states, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -110,20 +110,20 @@ class Trunk(nn.Module, ABC):
         self.switch(role)
         return self.states(input_ids=ids, use_cache=False)
 
-    def hidden_packed(self, ids: Tensor, lengths: Tensor, role: str) -> Tensor:
+    def hidden_packed(self, ids: Tensor, lengths: Sequence[int], role: str) -> Tensor:
         """Last hidden states of packed sequences under a role's adapter.
 
         Computed without padding where the model can (`supports_packing`).
 
         Args:
             ids: `[N]` int64, the tokens of all sequences, one sequence after another.
-            lengths: `[B]` int64, tokens of each sequence.
+            lengths: B numbers, tokens of each sequence.
             role: The role whose adapter is used.
 
         Returns:
             `[N, H]` in the base's dtype.
         """
-        sizes = lengths.tolist()
+        sizes = list(lengths)
         if not self.supports_packing:
             block = PaddedBlock.of(sizes, ids.device)
             return block.unpad(self.hidden(block.pad(ids), role))

@@ -70,7 +70,7 @@ class RewardModel(nn.Module):
         """Scores by attribute `[B, A]` float32 of the sequences of a batch."""
         return self.scores_packed(batch.ids, batch.lengths, batch.last)
 
-    def scores_packed(self, ids: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    def scores_packed(self, ids: Tensor, lengths: Sequence[int], last: Tensor) -> Tensor:
         """Scores by attribute `[B, A]` float32 of packed sequences; arguments as in `Batch`."""
         return self._scores(self.trunk.hidden_packed(ids, lengths, self.role)[last])
 

@@ -38,7 +38,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A request and its response of T tokens. Tensors are on the CPU and not padded.
+    """A request and its response of T tokens. Tensors are on the CPU, not padded, and own their
+    storage.
 
     Args:
         request: The request.
@@ -103,7 +104,8 @@ class Trajectory:
 
 @dataclass
 class RoleOutputs:
-    """What the learner's four roles compute for a trajectory of T tokens. Tensors are float32, on the CPU.
+    """What the learner's four roles compute for a trajectory of T tokens. Tensors are float32, on the CPU, and
+    own their storage.
 
     Args:
         logprobs: `[T]`, in nats: each response token under the policy.

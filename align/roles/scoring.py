@@ -105,7 +105,10 @@ def score_microbatch(
 
 
 def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
-    """The outputs of a batch as one record per trajectory, on the CPU."""
+    """The outputs of a batch as one record per trajectory, on the CPU.
+
+    The tensors are clones, because a view drags the whole batch along when a rank sends it.
+    """
     count = len(batch.response_lengths)
     empty: list[Tensor] = [torch.empty(0)] * count
 
@@ -125,12 +128,12 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
     records = []
     for i in range(count):
         record = RoleOutputs(
-            logprobs=logprobs[i],
-            reference_logprobs=reference_logprobs[i],
+            logprobs=logprobs[i].clone(),
+            reference_logprobs=reference_logprobs[i].clone(),
             values=torch.cat([values[i], last_values[i]]),  # [T + 1], or empty
             score=float(reward_outputs[i][0]) if len(reward_outputs[i]) else math.nan,
-            reward_outputs=reward_outputs[i],
-            shortfalls=shortfalls[i],
+            reward_outputs=reward_outputs[i].clone(),
+            shortfalls=shortfalls[i].clone(),
         )
         records.append(record)
     return records

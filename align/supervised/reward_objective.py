@@ -43,7 +43,7 @@ class RewardObjective(Objective):
             last: `[R]` int64, index into `ids` of the last token of each response.
             labels: `[B]`, only counted: the Trainer passes their number in the whole batch as `num_items_in_batch`.
             num_items_in_batch: Number of examples in the whole batch.
-            layout: The other tensors of the batch: `lengths`, or `positions` and `attention_mask`.
+            layout: The rest of the batch: `lengths`, or `positions` and `attention_mask`.
 
         Returns:
             The scalar `loss`.
@@ -61,7 +61,7 @@ class RewardObjective(Objective):
         self,
         ids: Tensor,
         last: Tensor,
-        lengths: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:

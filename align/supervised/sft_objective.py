@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.data.examples import TokenizedDemonstration, pack_demonstrations
 from align.supervised.trainer import Objective
+from policies.batching import Batch
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
 
@@ -23,13 +25,13 @@ class Likelihood(Objective):
         self.trunk = trunk
 
     def forward(
-        self, ids: Tensor, lengths: Tensor, predictors: Tensor, labels: Tensor, num_items_in_batch: Tensor
+        self, ids: Tensor, lengths: Sequence[int], predictors: Tensor, labels: Tensor, num_items_in_batch: Tensor
     ) -> dict[str, Tensor]:
         """Compute this microbatch's part of the batch's loss.
 
         Args:
             ids: `[N]` int64, tokens of the packed sequences, see `policies.batching.Batch`.
-            lengths: `[B]` int64, tokens of each sequence.
+            lengths: B numbers, tokens of each sequence.
             predictors: `[P]` int64, index into `ids` of the token that predicts each trained token.
             labels: `[P]` int64, the trained tokens.
             num_items_in_batch: Number of trained tokens in the whole batch.
@@ -51,15 +53,17 @@ def heldout_loss(objective: Likelihood, demonstrations: Sequence[TokenizedDemons
     total = 0.0
     lengths = [demonstration.length for demonstration in demonstrations]
     for indices in objective.trunk.microbatches(lengths):
-        batch = collate_demonstrations([demonstrations[i] for i in indices])
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        total += float(objective(**inputs, num_items_in_batch=one)["loss"])
+        batch = pack_demonstrations([demonstrations[i] for i in indices]).to(device)
+        total += float(objective(**_inputs(batch), num_items_in_batch=one)["loss"])
     return total / sum(demonstration.trained_tokens for demonstration in demonstrations)
 
 
-def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration]) -> dict[str, Tensor]:
+def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration]) -> dict[str, Any]:
     """The arguments of `Likelihood` for a microbatch, but for `num_items_in_batch`."""
-    batch = pack_demonstrations(demonstrations)
+    return _inputs(pack_demonstrations(demonstrations))
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
     return {
         "ids": batch.ids,
         "lengths": batch.lengths,

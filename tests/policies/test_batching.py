@@ -21,7 +21,7 @@ def test_indices_point_at_their_own_sequence(rows: list[tuple[list[int], list[in
     expected = [token for prompt, response in rows for token in [*prompt, *response][len(prompt) - 1 : -1]]
     assert [flat[place] for place in places] == expected
     assert batch.response_ids.tolist() == [token for response in responses for token in response]
-    assert [row.tolist() for row in batch.ids.split(batch.lengths.tolist())] == [[*p, *r] for p, r in rows]
+    assert [row.tolist() for row in batch.ids.split(list(batch.lengths))] == [[*p, *r] for p, r in rows]
     assert batch.last.tolist() == [sum(len(p) + len(r) for p, r in rows[: i + 1]) - 1 for i in range(len(rows))]
     assert batch.response_lengths == tuple(map(len, responses))
 

@@ -1,7 +1,8 @@
 """Every kind of critic and method of the policy: the learner's gradient against single responses, losses by hand."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.algorithms.episodes import Episode
+from align.algorithms.episodes import Episode, make_episodes
 from align.config.ppo_settings import CriticSettings, PpoSettings
 from align.config.schema import LearnerSettings
 from align.data.examples import TokenizedDemonstration
@@ -17,7 +18,9 @@ from align.learner.learner import Learner, StepCoefficients
 from align.roles.build import Blueprint, build_roles
 from align.roles.roles import Roles
 from policies.schema import ModelSettings, PolicySettings
-from rollouts.trajectory import Request, Trajectory
+from rollouts.engine import Sampling
+from rollouts.trajectory import Request, RoleOutputs, Trajectory
+from rollouts.transformers_engine import TransformersEngine
 
 LORA = PolicySettings(rank=4, alpha=8.0)
 FULL = PolicySettings(method="full")
@@ -283,7 +286,7 @@ def test_one_roles_activations_are_kept_at_a_time(
     hidden = learner.roles.trunk.hidden_packed
     backward = learner.engine.backward
 
-    def note_forward(ids: Tensor, lengths: Tensor, role: str) -> Tensor:
+    def note_forward(ids: Tensor, lengths: Sequence[int], role: str) -> Tensor:
         seen.append(role)
         return hidden(ids, lengths, role)
 
@@ -295,3 +298,63 @@ def test_one_roles_activations_are_kept_at_a_time(
     monkeypatch.setattr(learner.engine, "backward", note_backward)
     learner.update(batch, ALL, RATES)
     assert seen == ["policy", "backward"] + ["critic", "backward"] * (kind == "adapter")
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in records, mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def assert_owned(record: object) -> None:
+    """Each tensor has a storage of its own that is as large as it is: pickled, it takes nothing else along."""
+    tensors = [tensor for tensor in tensors_in(record) if tensor.numel()]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    assert tensors
+    assert len(storages) == len(tensors)
+    for tensor in tensors:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero", [0, 2])
+def test_every_record_that_travels_owns_its_storage(new_learner: Factory, kind: str | None, zero: int) -> None:
+    ppo = settings(kind, whiten_advantages=True)
+    learner = new_learner(LORA, ppo, LearnerSettings(tokens_per_microbatch=40, zero=zero))
+    engine = TransformersEngine(learner.roles.trunk, frozenset(), max_num_seqs=4, merge=False)
+    requests = [trajectory.request for trajectory in trajectories()]
+    sampled = engine.generate(requests, Sampling(1.0, 5), role="policy")
+    resumed = [replace(trajectory.request, partial_response=trajectory) for trajectory in sampled]
+    sampled = engine.generate(resumed, Sampling(1.0, 9), role="policy")
+    outputs = learner.score(sampled, ("policy", "reference", "critic", "greedy"))
+    scored = [replace(output, score=float(index)) for index, output in enumerate(outputs)]
+    batch = make_episodes(sampled, scored, ppo, 0.1)
+    learner.update(batch, ALL, RATES)
+    assert_owned(sampled)
+    assert_owned(outputs)
+    assert_owned(batch)
+    assert_owned(learner.state())
+
+
+def test_episodes_take_bytes_in_proportion_to_their_tokens() -> None:
+    count, tokens = 64, 256
+    pick = torch.Generator().manual_seed(0)
+    rows = []
+    outputs = []
+    for _ in range(count):
+        ids = torch.randint(0, 30000, (tokens,), generator=pick).tolist()
+        rows.append(Trajectory.from_tokens(Request("", tuple(ids[:32]), 0), ids, torch.zeros(tokens), True, 0))
+        noise = torch.randn(3, tokens + 1, generator=pick)
+        outputs.append(RoleOutputs(noise[0, 1:].clone(), noise[1, 1:].clone(), values=noise[2].clone(), score=1.0))
+    batch = make_episodes(rows, outputs, settings("adapter"), 0.1)
+    tensors = sum(tensor.nbytes for tensor in tensors_in(batch))
+    assert tensors == count * tokens * 5 * 4  # five float32 per response token
+    assert len(pickle.dumps(batch)) < 1.5 * tensors

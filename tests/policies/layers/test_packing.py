@@ -84,7 +84,7 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(
 
     apart = [trunk.hidden(row.unsqueeze(0), "policy").squeeze(0) for row in ids.split(lengths)]
     expected, expected_gradient = gradients(torch.cat(apart))
-    made, gradient = gradients(trunk.hidden_packed(ids, torch.tensor(lengths), "policy"))
+    made, gradient = gradients(trunk.hidden_packed(ids, lengths, "policy"))
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert float((made - expected).norm()) <= bound * float(expected.norm())
     assert float((gradient - expected_gradient).norm()) <= bound * float(expected_gradient.norm())
@@ -93,11 +93,11 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(
 def test_no_layer_sees_padding(trunk: Trunk) -> None:
     sizes = []
     trunk.causal.base_model.layers[0].mlp.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape[:2]))
-    trunk.hidden_packed(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
+    trunk.hidden_packed(torch.arange(12), [2, 7, 3], "policy")
     assert sizes == [(1, 12)]
     assert trunk.microbatches([2, 7, 3], 12) == [[0, 2, 1]]
     trunk.supports_packing = False
-    trunk.hidden_packed(torch.arange(12), torch.tensor([2, 7, 3]), "policy")
+    trunk.hidden_packed(torch.arange(12), [2, 7, 3], "policy")
     assert sizes[1:] == [(3, 7)]
     assert trunk.microbatches([2, 7, 3], 12) == [[0, 2], [1]]
 
@@ -108,7 +108,7 @@ def test_in_bfloat16_microbatches_have_few_numbers_of_tokens(trunk: Trunk) -> No
         lambda _, given, __: sizes.append(given[0].shape[1])
     )
     for lengths in ([2, 7, 3], [30], [30, 2], [30, 3]):
-        states = trunk.hidden_packed(torch.arange(sum(lengths)), torch.tensor(lengths), "policy")
+        states = trunk.hidden_packed(torch.arange(sum(lengths)), lengths, "policy")
         assert len(states) == sum(lengths)
     assert sizes == [32, 32, 32, 64]
 
