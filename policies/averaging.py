@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from policies.errors import UserError
-from policies.files.adapters import CONFIG, MODEL, WEIGHTS
+from policies.files.adapters import CONFIG, MODEL, WEIGHTS, check_base_unchanged
 from policies.files.safe_reading import check_names_and_shapes, read_object, read_tensors
 from policies.files.writing import save_tensors
 
@@ -32,7 +32,8 @@ def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path)
         to: The folder that the mean is written to; it is created if it does not exist.
 
     Raises:
-        UserError: A folder is not an adapter, or the adapters are of different kinds.
+        UserError: A folder is not an adapter, the adapters are of different kinds, or they are for a base that their
+            initialisation has changed.
     """
     first = folders[0]
     config_file = CONFIG if (first / CONFIG).is_file() else MODEL_CONFIG
@@ -42,6 +43,7 @@ def average_adapters(folders: Sequence[Path], shares: Sequence[float], to: Path)
         raise UserError(f"{first} has neither {WEIGHTS} nor {MODEL}: it is not an adapter")
     for folder in folders[1:]:
         _check_same_kind(read_object(folder / config_file), config, folder / config_file, first)
+    check_base_unchanged(config, first / config_file)
     means: dict[str, dict[str, Tensor]] = {}
     for name in files:
         means[name] = _mean([folder / name for folder in folders], shares)

@@ -54,6 +54,22 @@ class SftSettings(FitSettings):
     """Supervised fine-tuning on demonstrations."""
 
     adapter: str | None = Field(None, description="an adapter in PEFT layout, used as is instead of training one")
+    adapter_base: Literal["original", "residual"] = Field(
+        "original",
+        description="the base that sft.adapter is for: the original model; or residual, what PEFT's PiSSA, "
+        "OLoRA, CorDA, LoftQ or LoRA-GA left of it, which model.path must then be",
+    )
+
+    @property
+    def residual_base(self) -> bool:
+        """Whether the base is what the initialisation of `adapter` left of the original model."""
+        return self.adapter_base == "residual"
+
+    @model_validator(mode="after")
+    def _base_is_of_an_adapter(self) -> "SftSettings":
+        if self.residual_base and self.adapter is None:
+            raise ValueError("adapter_base: residual is for an adapter: set adapter, or remove adapter_base")
+        return self
     turns: Literal["all", "last"] = Field(
         "all", description="the assistant's turns in `messages` that are trained; a `completion` is one turn"
     )

@@ -16,9 +16,10 @@ def run_sft(context: StageContext) -> None:
     """Train the adapter of role `reference` on the demonstrations, or adopt a ready-made one; write it to `sft/`."""
     started = time.perf_counter()
     trunk = context.new_trunk("sft")
-    ready_made = context.experiment.sft.adapter
+    settings = context.experiment.sft
+    ready_made = settings.adapter
     if ready_made:
-        trunk.write_adapter(SFT_ROLE, load_adapter(ready_made, context.experiment.policy))
+        trunk.write_adapter(SFT_ROLE, load_adapter(ready_made, context.experiment.policy, settings.residual_base))
         facts: dict[str, Any] = {"adapter": ready_made}
     else:
         facts = _train(context, trunk)

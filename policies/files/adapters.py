@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from policies.errors import UserError
+from policies.files.complete_weights import is_finite
 from policies.files.prompt_table import MARK, read_task
 from policies.files.safe_reading import NO_CODE, read_object, read_tensors
 from policies.files.writing import save_tensors
@@ -26,8 +27,12 @@ PREFIX = "base_model.model."
 """What PEFT prepends to a name in the base."""
 PROMPT = "prompt_embeddings"
 """PEFT's name for the tensor of a soft prompt."""
-PATTERNS = ("rank_pattern", "alpha_pattern")
-"""PEFT's settings for ranks and scales that differ from layer to layer."""
+UNSUPPORTED = ("rank_pattern", "alpha_pattern", "alora_invocation_tokens")
+"""PEFT's settings that change what an adapter computes, and not the names and shapes of its tensors."""
+INIT = "init_lora_weights"
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of the values of `init_lora_weights` with which PEFT changes the base's weights, though it saves only the
+adapter. The others leave the base as it is: true, false, gaussian, eva, orthogonal and mica."""
 
 
 def save_adapter(folder: Path, weights: Mapping[str, Tensor], settings: PolicySettings, base: str) -> None:
@@ -79,19 +84,22 @@ def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
     save_tensors({name: tensor.detach().cpu() for name, tensor in weights.items()}, folder / HEAD)
 
 
-def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tensor]:
+def load_adapter(folder: str | Path, settings: PolicySettings, residual_base: bool = False) -> dict[str, Tensor]:
     """Read what `save_adapter` has written.
 
     Args:
         folder: The adapter's folder; with `method: full` a model's; with a soft prompt also FILE#TASK, a task of a
             prompt table.
         settings: The settings that it must agree with.
+        residual_base: Whether the base model is what PEFT's initialisation left of the original one, so that an
+            adapter that started from such an initialisation fits it.
 
     Returns:
         The tensors by name in the file, on the CPU.
 
     Raises:
-        UserError: A file is missing, or does not match `policy`.
+        UserError: A file is missing or does not match `policy`, a number is not finite, or the adapter is for a base
+            that its initialisation has changed.
     """
     spec = settings.spec
     if spec.prompt_kind is not None and MARK in str(folder):
@@ -100,12 +108,30 @@ def load_adapter(folder: str | Path, settings: PolicySettings) -> dict[str, Tens
         kind = f"a model in Hugging Face layout, which policy.method {spec.name!r} trains"
         return _read_weights(Path(folder), MODEL, kind)
     weights = _read_weights(Path(folder), WEIGHTS, "an adapter in PEFT layout")
-    _check_adapter_config(Path(folder), settings)
+    saved = _read_adapter_config(Path(folder), settings)
+    if not residual_base:
+        check_base_unchanged(saved, Path(folder) / CONFIG)
     return weights
 
 
-def _check_adapter_config(folder: Path, settings: PolicySettings) -> None:
-    """Raise UserError where `adapter_config.json` is missing or does not agree with the settings."""
+def check_base_unchanged(config: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where an adapter is for a base that its initialisation has changed.
+
+    Args:
+        config: The content of its `adapter_config.json`.
+        path: Path of that file, for the message.
+    """
+    init = config.get(INIT)
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        raise UserError(
+            f"{path}: {INIT} is {init!r}, with which PEFT changed the base: the adapter does not fit the base model "
+            "itself. Convert it by PEFT, model.save_pretrained(..., path_initial_model_for_weight_conversion=...); or, "
+            "where model.path is the changed base, set sft.adapter_base: residual"
+        )
+
+
+def _read_adapter_config(folder: Path, settings: PolicySettings) -> dict[str, Any]:
+    """The content of `adapter_config.json`. Raises UserError where it does not agree with the settings."""
     spec = settings.spec
     try:
         saved = read_object(folder / CONFIG)
@@ -116,7 +142,7 @@ def _check_adapter_config(folder: Path, settings: PolicySettings) -> None:
             f"{folder}/{CONFIG}: peft_type is {saved.get('peft_type')!r}, but policy.method {spec.name!r} "
             f"reads {spec.peft_type!r}"
         )
-    for name in PATTERNS:
+    for name in UNSUPPORTED:
         if saved.get(name):
             raise UserError(f"{folder}/{CONFIG}: {name} is set, which policy.method {spec.name!r} does not support")
     for name, name_in_file in spec.saved_settings.items():
@@ -126,6 +152,7 @@ def _check_adapter_config(folder: Path, settings: PolicySettings) -> None:
                 f"{folder}/{CONFIG}: {name_in_file} is {saved.get(name_in_file)}, but policy."
                 f"{name.removeprefix('full_')} is {expected}: set both to the same value"
             )
+    return saved
 
 
 def load_head(folder: str | Path) -> dict[str, Tensor]:
@@ -165,4 +192,8 @@ def _read_weights(folder: Path, name: str, kind: str) -> dict[str, Tensor]:
         raise UserError(f"folder {folder} does not exist: it should be {kind}")
     if not (folder / name).is_file():
         raise UserError(f"folder {folder} has no {name}: it is not {kind}")
-    return read_tensors(folder / name)
+    weights = read_tensors(folder / name)
+    for tensor_name, tensor in weights.items():
+        if not is_finite(tensor):
+            raise UserError(f"{folder / name}: {tensor_name} holds NaN or infinite numbers")
+    return weights

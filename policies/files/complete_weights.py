@@ -127,7 +127,7 @@ def _examples(names: Collection[str]) -> str:
 
 def check_finite(model: nn.Module, what: str) -> None:
     """Raise UserError where a weight holds NaN or infinite numbers. what: the model, for the message."""
-    for name, tensor in _floats(model):
+    for name, tensor in _tensors(model):
         if not is_finite(tensor):
             raise UserError(
                 f"{what}: {name} holds NaN or infinite numbers in {str(tensor.dtype).removeprefix('torch.')}; "
@@ -135,19 +135,19 @@ def check_finite(model: nn.Module, what: str) -> None:
             )
 
 
-def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that are floats, and the scales of those in four bits, by the parameter's name."""
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, and the scales of those in four bits, by the parameter's name."""
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         scales = () if state is None else (state.absmax, state.offset, getattr(state.state2, "absmax", None))
         for tensor in (parameter, *scales):
-            if tensor is not None and tensor.is_floating_point():
+            if tensor is not None:
                 yield name, tensor.detach()
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinite number, in one pass and without memory of its size."""
-    if not tensor.numel():
+    if not tensor.numel() or not tensor.is_floating_point():
         return True
     least, greatest = tensor.aminmax()
     return bool(least.isfinite() and greatest.isfinite())
