@@ -97,7 +97,7 @@ def _check_prompt_styles(
 def _check_ready_made(experiment: Experiment) -> None:
     """The adapter, models and functions that the experiment names must be usable."""
     if experiment.sft.adapter:
-        load_adapter(experiment.sft.adapter, experiment.policy)
+        load_adapter(experiment.sft.adapter, experiment.policy, experiment.sft.residual_base)
     if experiment.reward.model:
         _check_reward_folder(experiment, experiment.reward.model)
     if experiment.reward.classifier:
