@@ -1,7 +1,7 @@
 """A pretrained sequence-classification model as a reward model, with its own tokenizer and chat template."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -101,10 +101,10 @@ class Classifier:
             scores[members] = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         return scores, shortened
 
-    def _microbatches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _microbatches(self, lengths: Sequence[int]) -> Iterable[list[int]]:
         """The indices of the sequences that share a microbatch."""
         if not self._takes_padding:
-            return iter([i] for i in range(len(lengths)))
+            return [[i] for i in range(len(lengths))]
         return length_buckets(lengths, self.tokens)
 
     def _padding_changes_no_score(self) -> bool:
@@ -132,7 +132,8 @@ class Classifier:
         mask = torch.arange(ids.shape[1]) < lengths[:, None]  # [B, T]
         device = self.model.device
         with _pad_token_id(config, pad):
-            return self.model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits.float().cpu()
+            logits: Tensor = self.model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits
+        return logits.float().cpu()
 
 
 @contextmanager

@@ -66,4 +66,6 @@ def position_room(model: PreTrainedModel) -> int | None:
     if tables.room is not None:
         return tables.room
     limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 and not getattr(config, "alibi", False) else None
+    if not isinstance(limit, int) or limit <= 0 or getattr(config, "alibi", False):
+        return None
+    return limit

@@ -42,7 +42,7 @@ def test_families_that_find_positions_or_ends_in_their_own_ways(
 ) -> None:
     path = make(tmp_path, with_changes(tiny_tokenizer, TURNS), family)
     prompts = [prompt for prompt in PROMPTS if "<pad>" not in prompt]
-    responses = RESPONSES[: len(prompts) - 1] + [" blue</s> red"]
+    responses = [*RESPONSES[: len(prompts) - 1], " blue</s> red"]
     sequences = [encoded(path, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
     scores = Classifier(path).score(prompts, responses)
     torch.testing.assert_close(scores, alone(path, sequences), rtol=1e-4, atol=1e-4)
