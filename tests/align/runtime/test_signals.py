@@ -80,3 +80,39 @@ def test_a_process_finishes_its_step_before_it_stops() -> None:
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, timeout=50)
     assert done.returncode == 0
     assert done.stdout.split() == ["1", "2"]
+
+
+FORKS = """
+import multiprocessing, os, signal, threading, time
+from align.runtime.signals import graceful_stop
+
+def handlers(_):
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+def fork_and_terminate():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    child.terminate()
+    child.join()
+    print(child.exitcode, flush=True)
+
+with graceful_stop() as stop:
+    fork_and_terminate()
+    thread = threading.Thread(target=fork_and_terminate)
+    thread.start()
+    thread.join()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        seen = pool.map(handlers, range(4))
+    print(seen == 4 * [[signal.default_int_handler, signal.SIG_DFL]], stop.requested, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        print(pool.map(handlers, [0])[0][1] == signal.SIG_IGN, flush=True)
+        pool.close()
+        pool.join()
+"""
+
+
+def test_forked_children_have_the_default_handlers_but_keep_others() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=50)
+    assert done.stdout.split() == ["-15", "-15", "True", "False", "True"]
+    assert done.returncode == 0
