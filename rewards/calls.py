@@ -16,7 +16,7 @@ SEARCH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Batch:
+class Arguments:
     """The arguments of a score function.
 
     Attributes:
@@ -32,10 +32,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.responses)
 
-    def part(self, rows: range) -> "Batch":
+    def part(self, rows: range) -> "Arguments":
         """The arguments of these responses, which are adjacent."""
         rows_of = slice(rows.start, rows.stop)
-        return Batch(self.prompts[rows_of], self.responses[rows_of], self.columns[rows_of])
+        return Arguments(self.prompts[rows_of], self.responses[rows_of], self.columns[rows_of])
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Caller(Protocol):
         """How many calls run at the same time."""
         ...
 
-    def parts(self, batch: Batch) -> list[range]:
+    def parts(self, batch: Arguments) -> list[range]:
         """Split a batch into the parts that have a call of their own."""
         ...
 
-    def call(self, batches: Sequence[Batch]) -> list[list[float] | Failure]:
+    def call(self, batches: Sequence[Arguments]) -> list[list[float] | Failure]:
         """Call the function on each of these batches. Returns one finite score per response, or why there are none."""
         ...
 
@@ -81,17 +81,17 @@ class InProcess:
     function: ScoreFunction
     parallel: int = 1
 
-    def parts(self, batch: Batch) -> list[range]:
+    def parts(self, batch: Arguments) -> list[range]:
         return [range(len(batch))]
 
-    def call(self, batches: Sequence[Batch]) -> list[list[float] | Failure]:
+    def call(self, batches: Sequence[Arguments]) -> list[list[float] | Failure]:
         return [score_once(self.function, batch.prompts, batch.responses, batch.columns) for batch in batches]
 
     def close(self) -> None:
         pass
 
 
-def score_batch(caller: Caller, batch: Batch, fallback: float | None = None, name: str = "the function") -> Scores:
+def score_batch(caller: Caller, batch: Arguments, fallback: float | None = None, name: str = "the function") -> Scores:
     """Score a batch by a function, which must return one finite number per response.
 
     A call fails by an error, a result that is not one finite number per response, the time limit, or the end of its
@@ -126,13 +126,13 @@ def call_function(
 ) -> Scores:
     """Score a batch by a function in this process; see `score_batch`."""
     name = getattr(function, "__name__", "the score function")
-    return score_batch(InProcess(function), Batch(prompts, responses, columns), fallback, name)
+    return score_batch(InProcess(function), Arguments(prompts, responses, columns), fallback, name)
 
 
 class _Search:
     """Finds the responses that make a call fail, and collects them in `failed`."""
 
-    def __init__(self, caller: Caller, batch: Batch, fallback: float | None, name: str) -> None:
+    def __init__(self, caller: Caller, batch: Arguments, fallback: float | None, name: str) -> None:
         self.caller = caller
         self.batch = batch
         self.fallback = fallback

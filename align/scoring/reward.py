@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policies.text.tokenization import decode_response
-from rewards.calls import Batch, Caller, score_batch
+from rewards.calls import Arguments, Caller, score_batch
 from rewards.children.pool import FunctionPool
 from rewards.children.source import FunctionSource
 from rewards.compose import Composition
@@ -147,7 +147,7 @@ def gold_scorer(caller: Caller, tokenizer: PreTrainedTokenizerBase, name: str = 
 
     def score(trajectories: Sequence[Trajectory]) -> list[float]:
         batch = term_input(trajectories, tokenizer)
-        arguments = Batch(batch.prompt_texts, batch.responses, batch.columns)
+        arguments = Arguments(batch.prompt_texts, batch.responses, batch.columns)
         return score_batch(caller, arguments, name=name).values
 
     return score

@@ -4,7 +4,7 @@ import socket
 import struct
 import time
 
-HEADER = struct.Struct("!Q")
+LENGTH = struct.Struct("!Q")
 
 
 class Closed(Exception):
@@ -25,7 +25,7 @@ class Channel:
         """Send a message. Raises Closed, or TimeoutError where it takes longer than `seconds`."""
         self.end.settimeout(seconds)
         try:
-            self.end.sendall(HEADER.pack(len(message)) + message)
+            self.end.sendall(LENGTH.pack(len(message)) + message)
         except TimeoutError:
             raise
         except OSError as error:
@@ -34,7 +34,7 @@ class Channel:
     def receive(self, seconds: float | None = None) -> bytes:
         """Wait for a message. Raises Closed, or TimeoutError where it takes longer than `seconds`."""
         end = None if seconds is None else time.monotonic() + seconds
-        (length,) = HEADER.unpack(self._read(HEADER.size, end))
+        (length,) = LENGTH.unpack(self._read(LENGTH.size, end))
         return self._read(length, end)
 
     def close(self) -> None:

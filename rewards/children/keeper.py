@@ -21,14 +21,14 @@ from typing import Any
 PR_SET_CHILD_SUBREAPER = 36
 """From `linux/prctl.h`: orphans among the descendants become children of this process."""
 
-POLL_SECONDS = 1.0
+DRIVER_POLL_SECONDS = 1.0
 """How often the keeper looks whether the driver lives. The end of the pipe tells it at once, unless another process
 has inherited the pipe."""
 SWEEP_SECONDS = 10.0
 """How long the keeper tries to kill what is left. A process that waits for a disk cannot be killed."""
 
 
-def main() -> None:
+def keep_worker() -> None:
     """Fork the worker, and wait for its end. The first argument is the setup as JSON."""
     setup = json.loads(sys.argv[1])
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -71,7 +71,7 @@ def _work(setup: dict[str, Any]) -> None:
 def _kill_when_ordered(driver: int) -> None:
     """Kill all descendants, again and again, once the driver writes to the pipe, closes it or dies."""
     while os.getppid() == driver:
-        readable, _, _ = select.select([0], [], [], POLL_SECONDS)
+        readable, _, _ = select.select([0], [], [], DRIVER_POLL_SECONDS)
         if readable:
             break
     while True:
@@ -106,4 +106,4 @@ def _kill_descendants() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    keep_worker()

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from policies.errors import UserError
-from rewards.calls import Batch
+from rewards.calls import Arguments
 from rewards.children.process import GRACE_SECONDS, ChildProcess
 from rewards.children.source import FunctionSource
 from rewards.user_functions import Failure
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
+CHILD_POLL_SECONDS = 1.0
 """How often the pool looks whether a child that says nothing has ended."""
 WARN_SECONDS = 60.0
 """After this time a running call is reported, and again whenever the time has doubled."""
@@ -60,7 +60,7 @@ class FunctionPool:
         finally:
             self.close()
 
-    def parts(self, batch: Batch) -> list[range]:
+    def parts(self, batch: Arguments) -> list[range]:
         """Split a batch into one part per process; responses to one prompt, which are adjacent, stay together."""
         count = len(batch)
         if self.one_by_one:
@@ -75,7 +75,7 @@ class FunctionPool:
                 start = i
         return parts
 
-    def call(self, batches: Sequence[Batch]) -> list[list[float] | Failure]:
+    def call(self, batches: Sequence[Arguments]) -> list[list[float] | Failure]:
         """Call the function on each of these batches, as many at a time as there are processes.
 
         Raises:
@@ -140,9 +140,9 @@ class FunctionPool:
 
     def _seconds_to_wait(self, running: dict[ChildProcess, _Running]) -> float:
         if self.timeout is None:
-            return POLL_SECONDS
+            return CHILD_POLL_SECONDS
         first = min(call.start for call in running.values())
-        return min(POLL_SECONDS, max(0.0, first + self.timeout - time.monotonic()))
+        return min(CHILD_POLL_SECONDS, max(0.0, first + self.timeout - time.monotonic()))
 
     def _report(self, call: _Running, seconds: float) -> None:
         if seconds >= call.report_after:
@@ -154,7 +154,7 @@ class FunctionPool:
         child.close()
         self._children.remove(child)
 
-    def _pickled(self, batch: Batch) -> bytes:
+    def _pickled(self, batch: Arguments) -> bytes:
         try:
             return pickle.dumps((list(batch.prompts), list(batch.responses), list(batch.columns)))
         except Exception as error:

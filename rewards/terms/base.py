@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from policies.errors import UserError
 from policies.schema import Settings
-from rewards.calls import Batch, Caller, InProcess, Scores, score_batch
+from rewards.calls import Arguments, Caller, InProcess, Scores, score_batch
 from rewards.children.source import FunctionSource
 from rewards.user_functions import ScoreFunction
 
@@ -248,7 +248,7 @@ class FunctionScorer:
                     raise UserError(
                         f"{self.label}: prompt rows have no column {column!r}; they have {', '.join(row) or 'none'}"
                     )
-        arguments = Batch(batch.prompt_texts, batch.responses, batch.columns)
+        arguments = Arguments(batch.prompt_texts, batch.responses, batch.columns)
         scores = score_batch(self.caller, arguments, self.fallback, self.label)
         values = torch.tensor(scores.values, dtype=torch.float64)
         if self.fallback is None:

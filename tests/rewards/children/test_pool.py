@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from policies.errors import UserError
-from rewards.calls import Batch, Scores, score_batch
+from rewards.calls import Arguments, Scores, score_batch
 from rewards.children.pool import FunctionPool
 from rewards.children.source import FunctionSource
 
@@ -36,12 +36,12 @@ def make_pool(folder: Path, text: str, memory_gb: float | None = None, **setting
     return FunctionPool(FunctionSource(f"{path}:f", KEY, memory_gb=memory_gb), **settings)
 
 
-def make_batch(count: int = 3, columns: dict[str, Any] | None = None) -> Batch:
+def make_batch(count: int = 3, columns: dict[str, Any] | None = None) -> Arguments:
     rows = [columns or {}] * count
-    return Batch([f"p{i}" for i in range(count)], [f"r{i}" for i in range(count)], rows)
+    return Arguments([f"p{i}" for i in range(count)], [f"r{i}" for i in range(count)], rows)
 
 
-def scored(pool: FunctionPool, batch: Batch, fallback: float | None = None) -> Scores:
+def scored(pool: FunctionPool, batch: Arguments, fallback: float | None = None) -> Scores:
     try:
         return score_batch(pool, batch, fallback, f"{KEY}: {pool.source.where}")
     finally:
@@ -220,7 +220,7 @@ def f(p, r, c):
     return [float(os.getpid() + (x == best[q]) / 2) for q, x in zip(p, r)]
 """
     pool = make_pool(tmp_path, text, parallel=3)
-    batch = Batch([f"p{i // 4}" for i in range(24)], [f"r{i:02}" for i in range(24)], [{}] * 24)
+    batch = Arguments([f"p{i // 4}" for i in range(24)], [f"r{i:02}" for i in range(24)], [{}] * 24)
     assert pool.parts(batch) == [range(0, 8), range(8, 16), range(16, 24)]
     scores = scored(pool, batch).values
     processes = [int(score) for score in scores]
@@ -234,7 +234,7 @@ def f(p, r, c):
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_parts_cover_a_batch_in_order(count: int, parallel: int, samples: int) -> None:
     pool = FunctionPool(FunctionSource("nothing.py:f", KEY), parallel)
-    batch = Batch([f"p{i // samples}" for i in range(count)], ["r"] * count, [{}] * count)
+    batch = Arguments([f"p{i // samples}" for i in range(count)], ["r"] * count, [{}] * count)
     parts = pool.parts(batch)
     assert [i for part in parts for i in part] == list(range(count))
     assert 1 <= len(parts) <= parallel
@@ -259,7 +259,7 @@ def test_one_slow_response_does_not_delay_the_verdict_on_the_others(tmp_path: Pa
 
 
 def test_an_empty_batch_starts_no_process(tmp_path: Path) -> None:
-    assert scored(make_pool(tmp_path, "1 / 0\n"), Batch([], [], [])) == Scores([])
+    assert scored(make_pool(tmp_path, "1 / 0\n"), Arguments([], [], [])) == Scores([])
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_long_call_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("rewards.children.pool._Running.__init__.__defaults__", (0.1,))
-    monkeypatch.setattr("rewards.children.pool.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("rewards.children.pool.CHILD_POLL_SECONDS", 0.05)
     pool = make_pool(tmp_path, "import time\ndef f(p, r, c):\n    time.sleep(0.6)\n    return [0.0]\n")
     scored(pool, make_batch(1))
     assert f"{KEY}: a call of {tmp_path}/score.py:f has taken 0 s; no time limit is set" in caplog.text
@@ -319,17 +319,17 @@ def test_a_long_call_is_reported(
 
 DRIVER = """
 import os, sys, time
-from rewards.calls import Batch
+from rewards.calls import Arguments
 from rewards.children.pool import FunctionPool
 from rewards.children.source import FunctionSource
 
 pool = FunctionPool(FunctionSource(sys.argv[1], "key"))
-pool.call([Batch(["p"], ["r"], [{"file": sys.argv[2]}])])
+pool.call([Arguments(["p"], ["r"], [{"file": sys.argv[2]}])])
 if os.fork() == 0:
     time.sleep(5)  # a copy that has inherited all pipes
     os._exit(0)
 print("called", flush=True)
-pool.call([Batch(["p"], ["hang"], [{"file": sys.argv[2]}])])
+pool.call([Arguments(["p"], ["hang"], [{"file": sys.argv[2]}])])
 """
 
 
