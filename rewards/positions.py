@@ -65,7 +65,7 @@ def position_room(model: PreTrainedModel) -> int | None:
         model(torch.tensor([ids], device=model.device))
     if tables.room is not None:
         return tables.room
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0 or getattr(config, "alibi", False):
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0 or getattr(config, "alibi", False):
         return None
     return limit
