@@ -256,3 +256,15 @@ def test_saved_adapter_loads_in_peft_with_equal_logits(trunk: Trunk, tiny_model:
     theirs = PeftModel.from_pretrained(base_of(tiny_model), str(tmp_path / "a")).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=IDS).logits, logits_of(trunk, "policy"))
+
+
+def test_a_packed_forward_pass_reads_nothing_back_from_its_device(tiny_model: Path) -> None:
+    """Tensors on the meta device have no content: whatever waits for one to read it on the host fails."""
+    trunk = make_trunk(base_of(tiny_model), POLICY, ROLES)
+    assert trunk.supports_packing
+    trunk.causal.to("meta")
+    batch = collate([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]).to(torch.device("meta"))
+    states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]
+    logprobs = token_logprobs(states, batch.response_ids, partial(trunk.head, role="policy"), temperature=1.0)
+    assert logprobs.shape == (5,)
+    assert [part.device.type for part in batch.split(logprobs)] == ["meta", "meta"]
