@@ -61,7 +61,8 @@ def position_room(model: PreTrainedModel) -> int | None:
     ordinary = next(token for token in range(config.vocab_size) if token not in special)
     end = special[-1] if isinstance(special[-1], int) else ordinary
     ids = [ordinary] * (PROBE_TOKENS - 1) + [end]  # encoder-decoders read the score off at EOS
-    with PositionTables() as tables:
+    tables = PositionTables()
+    with tables:
         model(torch.tensor([ids], device=model.device))
     if tables.room is not None:
         return tables.room
