@@ -9,8 +9,19 @@ from transformers import PreTrainedModel
 
 from policies.batching import collate, collate_shared_prompts
 from policies.errors import UserError
+from policies.files.complete_weights import check_finite
 from policies.layers.attention import ATTENTION_NAME
 from policies.layers.packing import PackedSequences
+
+PROBED_IDS = 32
+"""Tokens, from the whole vocabulary, whose logits are compared with the model's."""
+PROBED_SEQUENCES = 4
+LARGE_LOGIT = 100.0
+"""The largest output of the LM head in the second comparison: above the soft caps in use, which are 15 to 50."""
+LARGE_STATE = 1e4
+"""The largest number in the hidden states of the second comparison, which float16 can hold."""
+LOGIT_ROUNDING = 8
+"""Units in the last place of the largest logit by which logits may differ."""
 
 
 class ProbedTrunk(Protocol):
@@ -30,17 +41,46 @@ class ProbedTrunk(Protocol):
 def check_head(trunk: ProbedTrunk) -> None:
     """Check that `Trunk.head` gives the model's own logits; otherwise log-probabilities would be silently wrong.
 
-    Raises UserError where it does not.
+    They are compared as they are, and with hidden states so large that a soft cap bends them: the logits of a model
+    that is hardly trained are far below any cap.
+
+    Raises UserError where they differ, or are not finite.
     """
     model = trunk.causal
-    ids = torch.arange(4).unsqueeze(0).to(model.device)  # [1, T]
+    size = model.config.get_text_config().vocab_size
+    ids = torch.linspace(0, size - 1, PROBED_IDS).long().view(PROBED_SEQUENCES, -1).to(model.device)  # [B, T]
     trunk.switch("")
-    expected = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
-    logits = trunk.head(trunk.hidden(ids, ""), "").float()  # [1, T, V]
-    if not torch.allclose(expected, logits, rtol=1e-2, atol=1e-2):
+    expected = model(input_ids=ids, use_cache=False).logits  # [B, T, V]
+    if not expected.isfinite().all():
+        check_finite(model, f"model {model.config.name_or_path}")
+        dtype = str(expected.dtype).removeprefix("torch.")
+        raise UserError(f"{type(model).__name__}: its logits are not finite in {dtype}: set another model.dtype")
+    hidden = trunk.hidden(ids, "")  # [B, T, H]
+    _check_logits(trunk, expected, trunk.head(hidden, ""))
+    head = model.get_output_embeddings()
+    factor = min(LARGE_LOGIT / _largest(head(hidden)), LARGE_STATE / _largest(hidden))
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits  # [B, T, V]
+        _check_logits(trunk, expected, trunk.head(hidden, ""))
+    finally:
+        hook.remove()
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute number in a tensor; not zero, to divide by it."""
+    return max(float(tensor.abs().max()), 1e-9)
+
+
+def _check_logits(trunk: ProbedTrunk, expected: Tensor, logits: Tensor) -> None:
+    """Raise UserError where logits differ from the model's by more than the rounding of their dtype."""
+    rounding = LOGIT_ROUNDING * max(torch.finfo(expected.dtype).eps, torch.finfo(logits.dtype).eps)
+    expected = expected.float()
+    difference = (logits.float() - expected).abs().max()
+    if not difference <= rounding * expected.abs().max():
         raise UserError(
-            f"{type(model).__name__} does more to its logits than its LM head and soft cap: "
-            "this model family is not supported"
+            f"{type(trunk.causal).__name__} does more to its logits than its LM head, a factor and a soft cap under "
+            "the names that policies.logits has: this model family is not supported"
         )
 
 

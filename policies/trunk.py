@@ -20,6 +20,7 @@ from policies.layers.packing import PackedSequences, PaddedBlock
 from policies.layers.rms_norm import RmsNormForward
 from policies.layers.rotary import install_rotary
 from policies.layers.swiglu import SwigluForward
+from policies.logits import LogitTransform
 from policies.microbatches import default_microbatch_tokens, packed_multiple
 from policies.schema import PolicySettings
 
@@ -58,7 +59,7 @@ class Trunk(nn.Module, ABC):
 
         Raises:
             UserError: The method finds nothing to train in this model, or the model computes its logits by more than
-                its LM head and soft cap.
+                its LM head and `LogitTransform`.
         """
         super().__init__()
         self.width: int = base.get_input_embeddings().weight.shape[1]
@@ -67,7 +68,7 @@ class Trunk(nn.Module, ABC):
         self.base = base.config.name_or_path
         self._role = roles[0]
         self._recomputed: list[nn.Module] = []
-        self._softcap: float | None = getattr(base.config, "final_logit_softcapping", None)
+        self._transform_logits = LogitTransform(base.config)
         self.causal = base
         _install_forwards(base)
         self._build(base)
@@ -210,8 +211,8 @@ class Trunk(nn.Module, ABC):
 
     def head(self, hidden: Tensor, role: str) -> Tensor:
         """Logits `[..., V]` of a role's hidden states `[..., H]`, in their dtype."""
-        logits = self._model_of(role).get_output_embeddings()(hidden)  # [..., V]
-        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+        outputs = self._model_of(role).get_output_embeddings()(hidden)  # [..., V]
+        return self._transform_logits(outputs)
 
     def _model_of(self, role: str) -> PreTrainedModel:
         return self.causal
