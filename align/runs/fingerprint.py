@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,15 @@ CHANGEABLE = (
     "learner.restarts",
     "sft.tokens_per_microbatch",
     "reward.tokens_per_microbatch",
+    "reward.terms.*.timeout",
+    "reward.terms.*.processes",
+    "reward.terms.*.memory_gb",
     "model.gradient_checkpointing",
     "ppo.steps",
     "ppo.stop",
 )
 """Settings, and sections of settings, that may change before a run is resumed: they decide how long, where and in how
-many processes it computes, not what it computes."""
+many processes it computes, not what it computes. A `*` stands for any name."""
 
 MODEL_KEYS = ("model.path", "ppo.critic.model", "reward.classifier")
 """Settings that name a model. The content of the model is compared, not its location."""
@@ -161,8 +165,9 @@ def _function_digest(where: str, key: str) -> str:
     if not source.endswith(".py"):
         try:
             spec = importlib.util.find_spec(source)
-        except ImportError as error:
-            raise UserError(f"{key}: module {source} cannot be imported: {error}") from error
+        except (Exception, SystemExit) as error:  # of the package that the module is in, which is imported here
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{key}: module {source} cannot be imported: {reason}") from error
         source = spec.origin if spec and spec.origin else source
     file = Path(source)
     if file.is_file():
@@ -193,7 +198,7 @@ def _check_settings(run: RunFolder, started: Mapping[str, Any], current: Mapping
 
 def _may_change(name: str) -> bool:
     """Whether a setting, or the section that it is in, may change."""
-    return any(name == key or name.startswith(f"{key}.") for key in CHANGEABLE)
+    return any(fnmatchcase(name, key) or fnmatchcase(name, f"{key}.*") for key in CHANGEABLE)
 
 
 def _is_location(name: str) -> bool:

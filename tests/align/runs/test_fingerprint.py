@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
-from align.runs.fingerprint import check_fingerprint, write_fingerprint
+from align.runs.fingerprint import check_fingerprint, run_fingerprint, write_fingerprint
 from align.runs.folder import RunFolder, locked
 from align.stages.pipeline import load_datasets
 from policies.errors import UserError
@@ -43,6 +43,31 @@ def test_duration_and_number_of_processes_may_change(settings: dict[str, Any], t
     settings["learner"]["ranks"] = 2
     settings["checkpoint"]["every"] = 2
     check_fingerprint(run, *experiment_and_data(settings))
+
+
+def test_the_limits_of_a_function_may_change_but_not_its_fallback(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text("def f(p, r, c): return [0.0] * len(r)\n")
+    term = {"kind": "function", "function": f"{tmp_path}/score.py:f", "timeout": 1}
+    settings["reward"]["terms"] = {"own": term}
+    run = start_run(settings, tmp_path)
+    term |= {"timeout": 60, "processes": 2, "memory_gb": 3}
+    check_fingerprint(run, *experiment_and_data(settings))
+    term["fallback"] = 0
+    with pytest.raises(UserError, match=r"was started with reward\.terms\.own\.fallback None, and it is 0\.0 now"):
+        check_fingerprint(run, *experiment_and_data(settings))
+
+
+def test_a_package_that_exits_when_it_is_imported_is_named(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exiting_package").mkdir()
+    (tmp_path / "exiting_package" / "__init__.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    experiment, datasets = experiment_and_data(settings)
+    gold = experiment.evaluation.model_copy(update={"gold": "exiting_package.score:f"})
+    experiment = experiment.model_copy(update={"evaluation": gold})
+    with pytest.raises(UserError, match=r"gold: module exiting_package\.score cannot be imported: SystemExit: 3"):
+        run_fingerprint(experiment, datasets)
 
 
 @pytest.mark.parametrize(
