@@ -5,15 +5,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from statistics import fmean, pstdev
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from rewards.losses import bradley_terry_loss, ordinal_loss, regression_loss
-from rewards.preferences import OVERALL, Pair, PreferenceExample, Ranking, Rating
-from rewards.rankings import davidson_luce_loss, open_ranking_loss, plackett_luce_loss
+from rewards.preferences import OVERALL, Pair, Preference, PreferenceExample, Ranking, Rating
+from rewards.rankings import (
+    choices,
+    davidson_luce_loss,
+    open_ranking_loss,
+    plackett_luce_loss,
+    ties_of_equal_worths,
+)
 
 Ratings = Literal["regression", "ordinal"]
 
@@ -25,21 +31,30 @@ class PreferenceLoss(nn.Module):
     for each rated attribute). They are trained with the model, and are not part of it afterwards.
     """
 
-    def __init__(self, examples: Sequence[PreferenceExample], weights: Mapping[str, float], ratings: Ratings) -> None:
-        """Initialise the links from the training data.
+    def __init__(
+        self,
+        examples: Sequence[PreferenceExample],
+        weights: Mapping[str, float],
+        ratings: Ratings,
+        heldout: Sequence[PreferenceExample] = (),
+    ) -> None:
+        """Initialise the links from the data.
 
         Args:
             examples: All training examples.
             weights: The weights of the attributes in the overall score, in the order of the model's heads;
                 `{"": 1.0}` for a model without named attributes.
             ratings: `regression`: ratings are numbers; `ordinal`: they are ordered levels.
+            heldout: Further examples whose loss will be computed.
         """
         super().__init__()
         self.attribute_index = {name: i for i, name in enumerate(weights)}
         self.weights: Tensor
         self.register_buffer("weights", torch.tensor([*weights.values()]), persistent=False)
-        preferences = [example.preference for example in examples]
-        self.ties = TieParameters([preference for preference in preferences if isinstance(preference, Ranking)])
+        rankings = [example.preference for example in examples if isinstance(example.preference, Ranking)]
+        preferences = [example.preference for example in (*examples, *heldout)]
+        largest = max((largest_tie(preference) for preference in preferences), default=1)
+        self.ties = TieParameters(rankings, len(examples), largest)
         rated: dict[str, list[float]] = {}
         for preference in preferences:
             if isinstance(preference, Rating):
@@ -48,6 +63,11 @@ class PreferenceLoss(nn.Module):
         link = {"regression": LinearRatingLink, "ordinal": OrdinalRatingLink}[ratings]
         self._names = {name: f"of {name}" if name else "overall" for name in rated}  # a module's name is not empty
         self.links = nn.ModuleDict({self._names[name]: link(values) for name, values in rated.items()})
+
+    @property
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters that need settings of AdamW of their own, as its parameter groups."""
+        return [{"params": [self.ties.free], **TieParameters.OPTIMIZER}] if len(self.ties.free) else []
 
     def forward(self, scores: Tensor, examples: Sequence[PreferenceExample], smoothing: float = 0.0) -> Tensor:
         """Compute the loss of each example.
@@ -102,6 +122,8 @@ class PreferenceLoss(nn.Module):
     def _smoothed_ranking_losses(self, scores: Tensor, ranking: Ranking, smoothing: float) -> Tensor:
         """Losses `[G]` of equal rankings; scores `[G, K]`, best first."""
         losses = self._ranking_losses(scores, ranking.sizes, ranking.open)
+        if not ranking.open:
+            losses = losses + self.ties.control_variate(ranking.sizes)
         if not smoothing:
             return losses
         reverse = self._ranking_losses(scores.flip(-1), ranking.sizes[::-1], ranking.open)
@@ -140,30 +162,62 @@ def _loss_key(example: PreferenceExample) -> tuple[object, ...]:
     return (example.attribute, Pair if isinstance(preference, Pair) else preference)
 
 
-class TieParameters(nn.Module):
-    """log δ of Davidson and Luce's model, for ties of 2 and more; initialised from how often the data has ties."""
+def largest_tie(preference: Preference) -> int:
+    """The largest number of responses that a preference judges equally good; 1 if it has no such ties."""
+    return max(preference.sizes) if isinstance(preference, Ranking) and not preference.open else 1
 
-    def __init__(self, rankings: Sequence[Ranking]) -> None:
-        """Solve for δ as if all worths were equal: sets of t are then chosen with odds δ_t · (number of such sets)."""
+
+class TieParameters(nn.Module):
+    """log δ of Davidson and Luce's model, for ties of 2 and more; initialised from how often the data has ties.
+
+    Their gradient is per choice, a difference between two shares of ties: those that the model expects and those of the
+    whole training data, instead of the batch, since the number of ties in a batch would say more about the batch than
+    about δ. Over all examples, it adds up to a multiple of the likelihood's.
+    """
+
+    OPTIMIZER: ClassVar[Mapping[str, Any]] = {"lr": 0.5, "betas": (0.0, 0.99), "eps": 0.05, "weight_decay": 0.0}
+    """AdamW's settings for them. Whatever the model and its learning rate, the gradient is a difference of shares, and
+    the curvature at most ¼. So, without momentum and with such an epsilon, a step is about Newton's near the optimum,
+    and at most `lr` far from it."""
+
+    def __init__(self, rankings: Sequence[Ranking], examples: int, largest: int = 1) -> None:
+        """Initialise δ as if all worths were equal.
+
+        Args:
+            rankings: Those of the training data.
+            examples: Number of training examples of all kinds.
+            largest: Size of the largest tie whose loss will be computed.
+        """
         super().__init__()
-        closed = [ranking for ranking in rankings if not ranking.open]  # ties mean equally good
-        largest = max((max(ranking.sizes) for ranking in closed), default=1)
-        chosen = Counter[int]()
-        available = Counter[int]()
-        for ranking in closed:
-            remaining = sum(ranking.sizes)
-            for size in ranking.sizes:
-                chosen[size] += 1
-                for t in range(1, largest + 1):
-                    available[t] += math.comb(remaining, t)
-                remaining -= size
-        # Half an observation is added, which keeps the logarithm finite where a size never occurs.
-        odds = [(chosen[t] + 0.5) / max(available[t], 1) for t in range(1, largest + 1)]
-        self.free = nn.Parameter(torch.tensor([math.log(value / odds[0]) for value in odds[1:]]))
+        made: list[tuple[int, int]] = []
+        for ranking in rankings:
+            if not ranking.open:
+                made += choices(ranking.sizes)
+            largest = max(largest, largest_tie(ranking))
+        chosen = Counter(size for _, size in made)
+        remaining = Counter(available for available, _ in made)
+        most = max(remaining, default=1)
+        # Half an observation stands for none, which keeps log δ finite where a size never occurs.
+        counts = [max(chosen[size], 0.5) if size <= most else 0.0 for size in range(1, largest + 1)]
+        delta = ties_of_equal_worths(counts, remaining)
+        self.free = nn.Parameter(torch.tensor([math.log(value) for value in delta[1:]]))
+        self.shares: Tensor
+        self.register_buffer("shares", torch.tensor(counts[1:]) / sum(counts), persistent=False)
+        self.scale = examples / max(len(made), 1)
 
     def forward(self) -> Tensor:
         """log δ `[D]`; the first is 0."""
-        return torch.cat([self.free.new_zeros(1), self.free])
+        fixed = self.free.detach()
+        free = fixed + self.scale * (self.free - fixed)  # scales the gradient alone
+        return torch.cat([free.new_zeros(1), free])
+
+    def control_variate(self, sizes: Sequence[int]) -> Tensor:
+        """Zero, with the gradient that replaces the ties of a ranking by those of as many choices in the data."""
+        made = choices(sizes)
+        chosen = Counter(size for _, size in made)
+        counts = self.shares.new_tensor([chosen[size] for size in range(2, len(self.free) + 2)])  # [D - 1]
+        excess = counts - len(made) * self.shares
+        return (excess * (self()[1:] - self.free.detach())).sum()
 
 
 class LinearRatingLink(nn.Module):

@@ -4,7 +4,8 @@ The worth of a response is exp(score). Scores `[N, K]` are in rank order, best f
 equal rank, in the same order: (1, 2, 1) is a first, two tied for the second rank, and a last. Losses `[N]` are in nats.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate, combinations
 
@@ -13,6 +14,9 @@ from torch import Tensor
 
 LOG_ZERO = -1e30
 """Log of a weight of zero; finite, since the gradients of -inf are NaN."""
+
+MAX_ITERATIONS = 10_000
+"""Far more than the tie parameters need to converge."""
 
 MAX_OPEN_TIE = 10
 """Largest group of unknown order: the sum over its subsets has 2 to the power of its size terms."""
@@ -53,6 +57,50 @@ def davidson_luce_loss(scores: Tensor, sizes: Sequence[int], log_ties: Tensor) -
         chosen = log_ties[size - 1] + scores[:, start : start + size].mean(-1)  # [N]
         loss = loss + normalisers[:, start] - chosen
     return loss
+
+
+def choices(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The choices of which a ranking consists: how many responses there were, and how many of them were chosen.
+
+    The last response alone, which is left over, is no choice.
+    """
+    made: list[tuple[int, int]] = []
+    remaining = sum(sizes)
+    for size in sizes:
+        if remaining > 1:
+            made.append((remaining, size))
+        remaining -= size
+    return made
+
+
+def ties_of_equal_worths(chosen: Sequence[float], remaining: Mapping[int, int]) -> list[float]:
+    """The most likely δ if all worths are equal: of n responses, sets of t are then chosen with odds δ_t · C(n, t).
+
+    Iterates δ_t = chosen_t / Σ_n remaining_n · C(n, t) / Σ_s δ_s · C(n, s), scaled to δ_1 = 1, to convergence, which is
+    minorization-maximization as in Hunter 2004, "MM algorithms for generalized Bradley-Terry models".
+
+    Args:
+        chosen: How often a set of 1 to D responses was chosen `[D]`; positive where a set of this size was possible.
+        remaining: How often there were n responses to choose from, by n.
+
+    Returns:
+        δ `[D]`; the first is 1, as are those of sizes that were never possible.
+    """
+    largest = len(chosen)
+    delta = [1.0] * largest
+    for _ in range(MAX_ITERATIONS):
+        expected = [0.0] * largest  # over δ
+        for available, count in remaining.items():
+            sets = [math.comb(available, size) for size in range(1, largest + 1)]
+            total = sum(weight * count_of_sets for weight, count_of_sets in zip(delta, sets, strict=True))
+            for i in range(largest):
+                expected[i] += count * sets[i] / total
+        previous = delta
+        updated = [chosen[i] / expected[i] if expected[i] else 0.0 for i in range(largest)]
+        delta = [value / updated[0] if value else 1.0 for value in updated]
+        if all(math.isclose(new, old, rel_tol=1e-9) for new, old in zip(delta, previous, strict=True)):
+            break
+    return delta
 
 
 def _log_sum_of_sets(scores: Tensor, log_ties: Tensor) -> Tensor:

@@ -76,12 +76,80 @@ def test_rankings_without_ties_are_plackett_and_luces() -> None:
     torch.testing.assert_close(loss(scores, examples), plackett_luce_loss(scores[None, :, 0]))
 
 
-def test_tie_parameters_start_from_the_data() -> None:
-    """Were all responses equally good, three rankings of two with one tie would come out as they did."""
-    ties = TieParameters([Ranking((1, 1)), Ranking((1, 1)), Ranking((2,))])
-    tie = ties()[1].exp().item()
-    share = tie / (2 + tie)  # of three sets, two of one and one of two
-    assert share == pytest.approx(1 / 3, abs=0.08)
+@pytest.mark.parametrize(
+    ("rankings", "delta"),
+    [
+        ([Ranking((1, 1))] * 60 + [Ranking((2,))] * 40, [4 / 3]),  # of two, δ / (2 + δ) = 0.4
+        # Of three, a tie of two has 3δ : 3; of the two that are left after a first, δ : 2.
+        ([Ranking((2, 1))] * 12 + [Ranking((1, 2))] * 2 + [Ranking((1, 1, 1))], [4.0]),
+        ([Ranking((1, 1))] * 60 + [Ranking((2,))] * 40 + [Ranking((1, 2), open=True)] * 99, [4 / 3]),
+        ([Ranking((3,))] * 4 + [Ranking((2, 1))] * 3 + [Ranking((1, 2))] * 3, [2.5615528, 7.1231056]),
+    ],
+    ids=["two", "three", "others of unknown order", "ties of three"],
+)
+def test_tie_parameters_start_where_equal_worths_make_the_rankings_most_likely(
+    rankings: list[Ranking], delta: list[float]
+) -> None:
+    ties = TieParameters(rankings, examples=len(rankings))
+    assert ties()[1:].exp().tolist() == pytest.approx(delta, rel=1e-5)
+    closed = [ranking for ranking in rankings if not ranking.open]
+
+    def loss(log_ties: torch.Tensor) -> torch.Tensor:
+        losses = []
+        for ranking in closed:
+            scores = torch.zeros(1, sum(ranking.sizes), dtype=torch.float64)
+            losses.append(davidson_luce_loss(scores, ranking.sizes, log_ties))
+        return torch.cat(losses).sum()
+
+    free = torch.tensor([delta], dtype=torch.float64).log()[0].requires_grad_()
+    loss(torch.cat([torch.zeros(1, dtype=torch.float64), free])).backward()
+    torch.testing.assert_close(free.grad, torch.zeros_like(free), rtol=0, atol=1e-5)
+
+
+def test_tie_parameters_are_finite_where_a_size_never_occurs() -> None:
+    assert TieParameters([Ranking((2,))] * 9, examples=9)()[1].exp().item() == pytest.approx(2 * 9 / 0.5)
+    ties = TieParameters([Ranking((3,))] * 9, examples=9, largest=4)
+    assert ties().isfinite().all()
+    assert ties()[3] == 0  # no ranking has four responses
+
+
+def test_tie_parameters_start_from_the_training_data_alone() -> None:
+    def of(sizes: tuple[int, ...], count: int) -> list[PreferenceExample]:
+        return [example(*"abc"[: sum(sizes)], preference=Ranking(sizes))] * count
+
+    loss = PreferenceLoss(of((1, 1), 60) + of((2,), 40), {"": 1.0}, "regression", of((2,), 500) + of((3,), 1))
+    assert loss.ties()[1].exp().item() == pytest.approx(4 / 3)
+    assert len(loss.ties()) == 3  # enough for the held-out examples
+
+
+def test_gradients_of_tie_parameters_add_up_to_those_of_the_likelihood() -> None:
+    """They are per choice instead of per example, and only their sum over all examples is the likelihood's."""
+    rankings = [Ranking((1, 1)), Ranking((2,)), Ranking((2, 1)), Ranking((1, 2)), Ranking((1, 1, 1)), Ranking((1, 2))]
+    examples = [example(*"abc"[: sum(ranking.sizes)], preference=ranking) for ranking in rankings]
+    loss, scores = PreferenceLoss(examples, {"": 1.0}, "regression").double(), scores_of(examples, 1)
+    loss(scores, examples).sum().backward()
+    log_ties = loss.ties().detach().requires_grad_()
+    start = 0
+    for ranking in rankings:
+        end = start + sum(ranking.sizes)
+        davidson_luce_loss(scores[None, start:end, 0], ranking.sizes, log_ties).sum().backward()
+        start = end
+    choices = 9  # places with two and more responses left
+    assert log_ties.grad is not None
+    torch.testing.assert_close(loss.ties.free.grad, log_ties.grad[1:] * len(examples) / choices)
+
+
+def test_gradients_of_tie_parameters_do_not_depend_on_how_many_ties_a_batch_has() -> None:
+    rankings = [Ranking((1, 1))] * 60 + [Ranking((2,))] * 40
+    examples = [example("a", "b", preference=ranking) for ranking in rankings]
+    loss = PreferenceLoss(examples, {"": 1.0}, "regression")
+    gradients = []
+    for batch in (examples[:20], examples[50:70], examples[-20:]):
+        loss.ties.free.grad = None
+        loss(torch.zeros(40, 1), batch).mean().backward()
+        assert loss.ties.free.grad is not None
+        gradients.append(loss.ties.free.grad.item())
+    assert gradients == pytest.approx([0.0] * 3, abs=1e-6)
 
 
 def test_the_links_of_scores_and_annotations_are_trained() -> None:
