@@ -3,14 +3,13 @@
 import hashlib
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from align.runtime.atomic_files import new_folder, write_json
+from align.runtime.atomic_files import new_folder, remove_folder, write_json
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
 
@@ -37,10 +36,19 @@ def new_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
     prune(folder, keep)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all checkpoints of a stage but the last `keep`."""
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+def prune(folder: Path, keep: int, last: Path | None = None) -> None:
+    """Remove the older checkpoints of a stage.
+
+    Args:
+        folder: The folder of the stage's checkpoints.
+        keep: How many are kept.
+        last: The last one that counts, where newer ones are damaged; None: the newest.
+    """
+    found = checkpoints(folder)
+    if last is not None:
+        found = [checkpoint for checkpoint in found if step_of(checkpoint) <= step_of(last)]
+    for old in found[:-keep]:
+        remove_folder(old)
 
 
 def seal(folder: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from align.config.load import dump_experiment, load_experiment
 from align.config.schema import Experiment
 from align.config.stage import find_stage, stage_names, stages_from
-from align.runtime.atomic_files import write_json
+from align.runs.tracking import drop_stages
+from align.runtime.atomic_files import clean_up, write_json
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
 
@@ -20,13 +21,14 @@ WRITTEN = (
     "config.yaml",
     "metrics.jsonl",
     "samples.jsonl",
-    "evaluation.json",
     "checkpoints",
     "faults",
-    "report",
     "wandb",
 )
 """What a run writes besides the products of its stages. Other files in its folder belong to the user."""
+
+DERIVED = ("evaluation.json", "report")
+"""What it makes of the products of all stages at its end."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def refuse_stage(run: RunFolder, stage: str) -> None:
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Lock a run for writing within the block.
+    """Lock a run for writing within the block, and clean up what a killed process left half done in its folder.
 
     Raises:
         UserError: Another process has locked it.
@@ -135,6 +137,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        clean_up(run.path)
         yield
 
 
@@ -144,14 +147,17 @@ def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | No
     Args:
         run: The folder, which may contain an earlier run.
         experiment: The run's settings, which are written to `config.yaml`.
-        stages: The stages whose files are removed; None: all stages, and everything else that the run wrote.
+        stages: The stages whose files and metrics are removed; None: all stages, and everything else that the run
+            wrote.
     """
     names = stage_names() if stages is None else list(stages)
-    written: list[str] = []
+    written = list(DERIVED)
     for stage in map(find_stage, names):
         written += [stage.folder, *stage.scratch]
     if names == stage_names():
         written += WRITTEN
+    else:
+        drop_stages(run.path, names)
     for name in written:
         path = run.path / name
         if path.is_dir():

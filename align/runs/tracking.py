@@ -1,30 +1,30 @@
 """The record of a run's steps: `metrics.jsonl`, `samples.jsonl`, and the same metrics in Weights & Biases."""
 
 import json
-import logging
 import math
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from align.config.schema import TrackingSettings
-from align.config.stage import all_stages, find_stage, stage_names
+from align.config.stage import stage_names
+from align.runs.logged_figures import LoggedFigures
+from align.runs.wandb_run import WandbRun, forget_wandb_run, start_wandb
+from align.runtime.atomic_files import sync
 from policies.errors import UserError
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
-log = logging.getLogger(__name__)
-
 
 class Tracker:
-    """Writes each step to the run's files at once, and to W&B if there is a W&B run."""
+    """Writes each step to the run's files at once, and to W&B if there is a W&B run.
 
-    def __init__(self, run: Path, wandb_run: Any | None) -> None:
+    Each figure stands once: stage, step and name identify it, and one that is logged again replaces the earlier one.
+    """
+
+    def __init__(self, run: Path, wandb_run: WandbRun | None) -> None:
         """Create a tracker; `open_tracker` also starts the W&B run.
 
         Args:
@@ -33,37 +33,41 @@ class Tracker:
         """
         self.run = run
         self.wandb_run = wandb_run
+        self._read_files()
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line to `metrics.jsonl`, and log the metrics to W&B.
+        """Write a line to `metrics.jsonl`, and log the metrics to W&B.
 
         Args:
             stage: The stage's name.
             step: The step, counted from 1.
             metrics: The metrics by name; one that is not finite becomes null in the file.
         """
-        _append(self.run / METRICS, [{"stage": stage, "step": step, **metrics}])
+        path = self.run / METRICS
+        if any(self._logged.has(stage, step, name) for name in metrics):
+            _rewrite(path, _without_figures(read_lines(path), stage, step, metrics.keys()))
+        _append(path, [{"stage": stage, "step": step, **metrics}])
+        self._logged.add(stage, step, metrics)
         if self.wandb_run is not None:
-            try:
-                self.wandb_run.log({**metrics, find_stage(stage).axis: step})
-            except Exception as error:  # losing the W&B process must not end hours of training
-                log.warning("W&B is lost; the run continues without it: %s", error)
-                self.wandb_run = None
+            self.wandb_run.log(stage, step, metrics)
 
     def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append samples of a step, each a mapping of JSON values, to `samples.jsonl`."""
-        _append(self.run / SAMPLES, [{"stage": stage, "step": step, **row} for row in rows])
+        """Write the samples of a step, each a mapping of JSON values, to `samples.jsonl`."""
+        path = self.run / SAMPLES
+        if self._sampled.has(stage, step, SAMPLES):
+            _rewrite(path, [row for row in read_lines(path) if (row["stage"], row["step"]) != (stage, step)])
+        _append(path, [{"stage": stage, "step": step, **row} for row in rows])
+        self._sampled.add(stage, step, [SAMPLES])
+
+    def drop_after(self, stage: str, step: int) -> None:
+        """Drop the lines of steps that will run again, see `truncate_after`."""
+        truncate_after(self.run, stage, step)
+        self._read_files()
 
     def close(self, failed: bool = False) -> None:
         """End the W&B run, once everything logged is on disk or sent. A second call does nothing."""
-        wandb_run = self.wandb_run
-        self.wandb_run = None
-        if wandb_run is not None:
-            try:
-                wandb_run.finish(exit_code=int(failed))
-            except Exception as error:
-                log.warning("W&B did not end cleanly: %s", error)
-            _stop_wandb()
+        if self.wandb_run is not None:
+            self.wandb_run.close(failed)
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +76,19 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+    def _read_files(self) -> None:
+        """Find out which figures and samples the files hold, and end a last line that was only partly written."""
+        for name in (METRICS, SAMPLES):
+            path = self.run / name
+            if path.exists() and not path.read_bytes().endswith(b"\n"):
+                _rewrite(path, read_lines(path))
+        self._logged = LoggedFigures()
+        for row in read_lines(self.run / METRICS):
+            self._logged.add(row["stage"], row["step"], row)
+        self._sampled = LoggedFigures()
+        for row in read_lines(self.run / SAMPLES):
+            self._sampled.add(row["stage"], row["step"], [SAMPLES])
 
 
 def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> Tracker:
@@ -90,10 +107,10 @@ def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[
         UserError: W&B cannot start.
     """
     run.mkdir(parents=True, exist_ok=True)
-    if settings.wandb == "disabled":
-        return Tracker(run, None)
-    with _wandb_environment(run):
-        return Tracker(run, _start_wandb(run, settings, name, config))
+    tracker = Tracker(run, start_wandb(run, settings, name, config))
+    if tracker.wandb_run is not None:
+        tracker.wandb_run.catch_up(read_lines(run / METRICS))
+    return tracker
 
 
 def truncate_after(run: Path, stage: str, step: int) -> None:
@@ -102,17 +119,27 @@ def truncate_after(run: Path, stage: str, step: int) -> None:
     Args:
         run: The run's folder.
         stage: The stage that is resumed; the lines of later stages are dropped too.
-        step: The last step whose lines are kept.
+        step: The last step whose lines are kept; -1: none of the stage.
     """
     for name in (METRICS, SAMPLES):
         path = run / name
         if path.exists():
-            temporary = path.with_name(f".{name}.writing")
-            temporary.unlink(missing_ok=True)
-            _append(temporary, [row for row in read_lines(path) if _is_up_to(row, stage, step)])
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            _rewrite(path, [row for row in read_lines(path) if _is_up_to(row, stage, step)])
+
+
+def drop_stages(run: Path, stages: Collection[str]) -> None:
+    """Drop all lines of stages whose products are removed. What they have logged to W&B stays in an earlier W&B run.
+
+    Args:
+        run: The run's folder.
+        stages: The names of the stages.
+    """
+    for name in (METRICS, SAMPLES):
+        rows = read_lines(run / name)
+        kept = [row for row in rows if row["stage"] not in stages]
+        if len(kept) < len(rows):
+            forget_wandb_run(run)
+            _rewrite(run / name, kept)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -144,6 +171,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file by one with these rows, completely or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.unlink(missing_ok=True)
+    _append(temporary, rows)
+    sync(temporary)
+    temporary.replace(path)
+
+
+def _without_figures(
+    rows: Iterable[Mapping[str, Any]], stage: str, step: int, names: Collection[str]
+) -> Iterator[Mapping[str, Any]]:
+    """The rows without these metrics of a step; a row that has no others is dropped."""
+    for row in rows:
+        kept = row
+        if (row["stage"], row["step"]) == (stage, step):
+            kept = {name: value for name, value in row.items() if name not in names}
+        if kept.keys() > {"stage", "step"}:
+            yield kept
+
+
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     lines = [json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     # backslashreplace: a lone surrogate, which a tokenizer can produce, becomes its JSON escape.
@@ -172,81 +220,3 @@ def _position(stage: str) -> int:
     """The position of a stage in the order of a run; unknown stages come last."""
     names = stage_names()
     return names.index(stage) if stage in names else len(names)
-
-
-def _start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> Any | None:
-    import wandb
-
-    try:
-        mode = _mode(settings)
-        if mode == "disabled":
-            return None
-        wandb_run = wandb.init(
-            dir=run,
-            project=settings.project,
-            name=name,
-            id=_run_id(run),
-            resume="allow",
-            mode=mode,
-            config=config,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    except (wandb.Error, ValueError) as error:
-        _stop_wandb()
-        raise UserError(
-            f"W&B cannot start: {error}. Set tracking.wandb to offline (kept in {run / 'wandb'}, `wandb sync` sends it "
-            "later) or disabled; for online, log in with `wandb login` and check that the server can be reached"
-        ) from error
-    for stage in all_stages():
-        wandb_run.define_metric(stage.axis, hidden=True)
-        for group in stage.metric_groups:
-            wandb_run.define_metric(f"{group}/*", step_metric=stage.axis)
-    return wandb_run
-
-
-def _mode(settings: TrackingSettings) -> Any:
-    if settings.wandb != "auto":
-        return settings.wandb
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    import wandb
-
-    return "online" if wandb.login(prompt=False, verify=False) else "offline"
-
-
-def _run_id(run: Path) -> str:
-    """The id of the W&B run, created once per folder."""
-    path = run / "wandb" / "id"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(".id.writing")
-        temporary.write_text(secrets.token_hex(4))
-        temporary.replace(path)
-    return path.read_text()
-
-
-@contextmanager
-def _wandb_environment(run: Path) -> Iterator[None]:
-    """Make W&B quiet, and have its process write logs to the run's folder instead of the user's home.
-
-    That process takes both from the environment in which it starts.
-    """
-    before = {name: os.environ.get(name) for name in ("WANDB_SILENT", "WANDB_CACHE_DIR")}
-    os.environ["WANDB_SILENT"] = "true"
-    os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").absolute()))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _stop_wandb() -> None:
-    """End W&B's process, which would otherwise live as long as this one."""
-    import wandb
-
-    with suppress(Exception):
-        wandb.teardown()

@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+WRITING = ".writing"
+OLD = ".replaced"
+REMOVING = ".removed"
+"""Ends of the hidden names of files and folders that are being written, replaced and removed: `.NAME.writing`."""
+
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
@@ -20,7 +25,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         A temporary folder in the same parent, to fill. When the block ends without an error, its files are synced to
         disk and it is renamed to `folder`; after an error it is removed, and an existing `folder` stays as it was.
     """
-    temporary = folder.with_name(f".{folder.name}.writing")
+    temporary = _hidden(folder, WRITING)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -28,15 +33,49 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    publish_folder(temporary, folder)
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Sync a complete folder to disk and give it its name in the same parent, in place of an earlier folder."""
     for path in temporary.rglob("*"):
         sync(path)
-    old = folder.with_name(f".{folder.name}.old")
+    old = _hidden(folder, OLD)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that it is never seen with some of its files gone."""
+    removing = _hidden(folder, REMOVING)
+    shutil.rmtree(removing, ignore_errors=True)
+    folder.rename(removing)
+    shutil.rmtree(removing)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process was writing or removing below a folder, and restore what it was replacing."""
+    for path in sorted(folder.rglob(".*")):
+        replaced = path.with_name(path.name[1:].removesuffix(OLD))
+        if path.suffix == OLD and path.is_dir() and not replaced.exists():
+            path.rename(replaced)
+        elif path.suffix in (WRITING, OLD, REMOVING):
+            _remove(path)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,7 +85,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file through a temporary one that is renamed, so that readers never see half of it."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = _hidden(path, WRITING)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

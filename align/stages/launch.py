@@ -36,6 +36,7 @@ def new_run(experiment: Experiment, stages: Sequence[str] | None = None) -> Iter
     folder = folder_of(experiment)
     datasets = load_datasets(experiment)
     with locked(folder):
+        folder.config.unlink(missing_ok=True)  # a run of which only parts are removed must not be resumed
         write_fingerprint(folder, experiment, datasets)
         begin_run(folder, experiment, stage_names() if stages is None else stages)
         yield Launch(experiment, folder, datasets)

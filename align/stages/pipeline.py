@@ -11,7 +11,7 @@ from align.config.stage import all_stages, find_stage, stage_names
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.ray_cluster import compute_settings
-from align.runs.checkpoint import latest, step_of
+from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
@@ -137,17 +137,18 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
         Interrupted: A stop was requested; the step is finished and a checkpoint written.
         Fault: Training cannot continue, for example because gradients are not finite.
     """
-    remaining = remaining_stages(experiment, run)
     compute_settings(experiment, 1).apply()
-    if remaining:
-        _drop_metrics_after_checkpoint(run, remaining[0])
-    tokenizer = load_tokenizer(experiment.model.path)
-    with open_tracker(run.path, experiment.tracking, experiment.name, experiment.model_dump(mode="json")) as tracker:
-        context = StageContext(
-            experiment=experiment, run=run, tokenizer=tokenizer, datasets=datasets, tracker=tracker, stop=stop
-        )
-        for stage in remaining:
-            _run_stage(context, stage)
+    if remaining := remaining_stages(experiment, run):
+        last = _return_to_checkpoint(run, remaining[0], experiment.checkpoint.keep)
+        truncate_after(run.path, remaining[0], last)
+        tokenizer = load_tokenizer(experiment.model.path)
+        config = experiment.model_dump(mode="json")
+        with open_tracker(run.path, experiment.tracking, experiment.name, config) as tracker:
+            context = StageContext(
+                experiment=experiment, run=run, tokenizer=tokenizer, datasets=datasets, tracker=tracker, stop=stop
+            )
+            for stage in remaining:
+                _run_stage(context, stage)
     evaluation = _evaluation(run)
     write_json(run.evaluation, evaluation)
     return evaluation
@@ -170,13 +171,22 @@ def _run_stage(context: StageContext, stage: str) -> None:
             if not restarts:
                 raise
             log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, restarts - 1)
-            _drop_metrics_after_checkpoint(context.run, stage)
+            last = _return_to_checkpoint(context.run, stage, context.experiment.checkpoint.keep)
+            context.tracker.drop_after(stage, last)
 
 
-def _drop_metrics_after_checkpoint(run: RunFolder, stage: str) -> None:
-    """Drop the metrics of steps that will run again."""
-    last = latest(run.checkpoints(stage))
-    truncate_after(run.path, stage, step_of(last) if last else 0)
+def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:
+    """Remove what a stage that was killed had not removed of its older checkpoints.
+
+    Returns:
+        The step after which it is resumed; -1: from its beginning.
+    """
+    checkpoints = run.checkpoints(stage)
+    last = latest(checkpoints)
+    if last is None:
+        return -1
+    prune(checkpoints, keep, last)
+    return step_of(last)
 
 
 def _evaluation(run: RunFolder) -> dict[str, Any]:

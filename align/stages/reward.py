@@ -72,8 +72,8 @@ def run_reward(context: StageContext) -> None:
         outcome = _train_or_load(context)
     accuracy = {name: outcome.figures[name] for name in ACCURACY if name in outcome.figures}
     if accuracy:
-        steps = _total_steps(outcome.facts)
-        context.tracker.log("reward", steps, {"reward_model/heldout_accuracy": accuracy["accuracy"]})
+        step = _last_step(context, outcome.facts)
+        context.tracker.log("reward", step, {"reward_model/heldout_accuracy": accuracy["accuracy"]})
     with context.new_product(context.run.reward, outcome.facts | accuracy, started) as folder:
         outcome.save(folder)
         write_diagnostics(folder, outcome.figures, outcome.worst_errors)
@@ -254,9 +254,13 @@ def load_models(experiment: Experiment, folder: Path) -> list[RewardModel]:
     return models
 
 
-def _total_steps(facts: dict[str, Any]) -> int:
-    steps = facts.get("steps", 0)
-    return sum(steps) if isinstance(steps, list) else steps
+def _last_step(context: StageContext, facts: dict[str, Any]) -> int:
+    """The step of the stage at which training ended; 0 for a ready-made model."""
+    steps: list[int] | int = facts.get("steps", 0)
+    if isinstance(steps, int):
+        return steps
+    last_member = len(steps) - 1
+    return context.fit_context("reward", last_member).first + steps[last_member]
 
 
 def _save_members(models: Sequence[RewardModel], to_fold: Sequence[Moments], folder: Path) -> None:

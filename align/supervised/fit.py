@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState, Trainin
 from align.learner.schedules import warmed
 from align.runs.checkpoint import latest, prune, seal, step_of
 from align.runs.tracking import Tracker
-from align.runtime.atomic_files import new_folder, write_json
+from align.runtime.atomic_files import new_folder, publish_folder, write_json
 from align.runtime.progress import ProgressBar
 from align.runtime.seeds import seed_for
 from align.runtime.signals import Interrupted, StopRequest
@@ -138,6 +138,8 @@ def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
 
 def _train(task: FitTask, settings: FitSettings, context: FitContext) -> TrainerState:
     """Train to the end. Raises Interrupted if a stop is requested before."""
+    for unsealed in context.checkpoints.glob("checkpoint-*"):  # the Trainer was killed while it wrote this one
+        shutil.rmtree(unsealed)
     task.objective.eval()  # brings all submodules into one mode, or `Objective.train` would skip some
     task.objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # makes the Trainer pass num_items_in_batch
     steps = settings.optimizer_steps(len(task.examples))
@@ -271,7 +273,5 @@ class _Monitor(TrainerCallback):
         """Seal the Trainer's checkpoint, under the name that align's checkpoints have."""
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         seal(written)
-        target = written.with_name(f"step-{self.context.first + state.global_step}")
-        shutil.rmtree(target, ignore_errors=True)
-        written.rename(target)
+        publish_folder(written, written.with_name(f"step-{self.context.first + state.global_step}"))
         prune(self.context.checkpoints, self.context.keep)

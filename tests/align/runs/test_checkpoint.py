@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.runs.checkpoint import checkpoints, latest, new_checkpoint, verify
+from align.runs.checkpoint import checkpoints, latest, new_checkpoint, prune, verify
 from policies.errors import UserError
 
 KILLED = """
@@ -115,3 +115,12 @@ def test_a_kill_while_writing_leaves_the_earlier_one(tmp_path: Path) -> None:
     assert latest(tmp_path) == tmp_path / "step-1"
     write_steps(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
+def test_older_ones_are_counted_from_the_last_complete_one(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2, 3, 4)
+    flip_byte(tmp_path / "step-4")
+    prune(tmp_path, keep=2, last=latest(tmp_path))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-2", "step-3", "step-4"]
+    prune(tmp_path, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-4"]

@@ -1,6 +1,9 @@
 import json
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,8 @@ import psutil
 import pytest
 
 from align.config.schema import TrackingSettings
-from align.runs.tracking import open_tracker, read_lines, truncate_after
+from align.runs import wandb_run
+from align.runs.tracking import drop_stages, open_tracker, read_lines, truncate_after
 from policies.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -18,8 +22,10 @@ OPEN = """
 import sys
 from pathlib import Path
 from align.config.schema import TrackingSettings
+from align.runs import wandb_run
 from align.runs.tracking import open_tracker
 from policies.errors import UserError
+wandb_run.INIT_SECONDS = 1.0
 try:
     with open_tracker(Path(sys.argv[1]), TrackingSettings(wandb=sys.argv[2]), "tiny", {}) as tracker:
         tracker.log("ppo", 1, {"reward/mean": 0.5})
@@ -42,6 +48,18 @@ with open_tracker(Path(sys.argv[1]), TrackingSettings(wandb="offline"), "tiny", 
     psutil.wait_procs(started, timeout=10)
     tracker.log("ppo", 2, {"reward/mean": 0.5})
     tracker.log("ppo", 3, {"reward/mean": 0.5})
+"""
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from align.config.schema import TrackingSettings
+from align.runs.tracking import open_tracker
+tracker = open_tracker(Path(sys.argv[1]), TrackingSettings(wandb="offline"), "tiny", {})
+for step in (1, 2):
+    tracker.log("ppo", step, {"reward/mean": float(step)})
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -129,6 +147,65 @@ def test_truncating_drops_a_half_written_line(tmp_path: Path, half: str | bytes)
     assert steps(tmp_path) == [("ppo", 1), ("ppo", 2)]
 
 
+def test_a_figure_that_is_logged_again_stands_once(tmp_path: Path) -> None:
+    for value in (0.5, 0.75):
+        with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+            tracker.log("reward", 2, {"reward_model/heldout_accuracy": value})
+    assert strict_lines(tmp_path / "metrics.jsonl") == [
+        {"stage": "reward", "step": 2, "reward_model/heldout_accuracy": 0.75}
+    ]
+
+
+def test_the_other_figures_of_a_step_stay_when_one_is_logged_again(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        tracker.log("reward", 1, {"reward_model/loss": 1.0})
+        tracker.log("reward", 2, {"reward_model/loss": 2.0, "reward_model/heldout_loss": 3.0})
+        tracker.log("reward", 2, {"reward_model/loss": 4.0})
+        tracker.log("reward", 1, {"reward_model/loss": 5.0})
+    assert strict_lines(tmp_path / "metrics.jsonl") == [
+        {"stage": "reward", "step": 2, "reward_model/heldout_loss": 3.0},
+        {"stage": "reward", "step": 2, "reward_model/loss": 4.0},
+        {"stage": "reward", "step": 1, "reward_model/loss": 5.0},
+    ]
+
+
+def test_samples_that_are_written_again_stand_once(tmp_path: Path) -> None:
+    for response in ("old", "new"):
+        with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+            tracker.samples("ppo", 1, [{"response": response}, {"response": response}])
+    assert [row["response"] for row in strict_lines(tmp_path / "samples.jsonl")] == ["new", "new"]
+
+
+def test_steps_are_logged_once_when_a_stage_returns_to_its_checkpoint(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log("ppo", step, {"x": 1.0})
+        tracker.drop_after("ppo", 1)
+        for step in (2, 3):
+            tracker.log("ppo", step, {"x": 2.0})
+    assert steps(tmp_path) == [("ppo", 1), ("ppo", 2), ("ppo", 3)]
+
+
+@pytest.mark.parametrize("last", ['{"stage": "ppo", "st', '{"stage": "ppo", "step": 2, "x": 1.0}'])
+def test_a_line_without_its_end_is_ended_or_dropped_before_the_next(tmp_path: Path, last: str) -> None:
+    write_steps(tmp_path, ("ppo", 1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(last)
+    write_steps(tmp_path, ("ppo", 2))
+    assert steps(tmp_path) == [("ppo", 1), ("ppo", 2)]
+
+
+def test_removed_stages_leave_no_lines_and_end_the_wandb_run(tmp_path: Path) -> None:
+    write_steps(tmp_path, ("sft", 1), ("reward", 1), ("ppo", 1))
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "id").write_text("abc")
+    drop_stages(tmp_path, ["dpo"])
+    assert (tmp_path / "wandb" / "id").exists()
+    drop_stages(tmp_path, ["reward", "ppo"])
+    assert steps(tmp_path) == steps(tmp_path, "samples.jsonl") == [("sft", 1)]
+    assert not (tmp_path / "wandb" / "id").exists()
+
+
 def test_truncating_a_run_without_files_does_nothing(tmp_path: Path) -> None:
     truncate_after(tmp_path, "sft", 0)
     assert list(tmp_path.iterdir()) == []
@@ -159,6 +236,67 @@ def test_a_reopened_run_is_the_same_wandb_run_in_its_own_folder(
     assert all(b"reward/mean" in path.read_bytes() for path in records)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert capfd.readouterr() == ("", "")
+
+
+def logged_to_wandb(run: Path) -> list[tuple[int, float]]:
+    """Step and value of a metric of PPO, as often as W&B's files hold it."""
+    figures = []
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        for record in map(json.loads, lines):
+            if record["type"] == "history":
+                figures.append((record["history"]["item"]["ppo/step"], record["history"]["item"]["reward/mean"]))
+    return figures
+
+
+def test_steps_that_run_again_are_in_wandb_once(tmp_path: Path) -> None:
+    for first, last in ((1, 4), (3, 5)):
+        truncate_after(tmp_path, "ppo", first - 1)
+        with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+            for step in range(first, last + 1):
+                tracker.log("ppo", step, {"reward/mean": float(step)})
+    assert logged_to_wandb(tmp_path) == [(step, float(step)) for step in range(1, 6)]
+
+
+def test_steps_that_wandb_loses_when_the_run_is_killed_are_logged_when_it_is_resumed(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+        tracker.log("ppo", 3, {"reward/mean": 3.0})
+    assert logged_to_wandb(tmp_path) == [(step, float(step)) for step in (1, 2, 3)]
+
+
+class Recorder:
+    """A W&B run that the server knows up to step 3."""
+
+    def __init__(self) -> None:
+        self.summary = {"ppo/step": 3, "reward/mean": 3.0}
+        self.logged: list[dict[str, float]] = []
+
+    def define_metric(self, name: str, **settings: Any) -> None:
+        """W&B's own has no effect on what is logged."""
+
+    def log(self, metrics: dict[str, float]) -> None:
+        self.logged.append(metrics)
+
+    def finish(self, exit_code: int) -> None:
+        raise TimeoutError
+
+    dir = "wandb/run-1"
+
+
+def test_steps_that_only_the_server_has_are_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(wandb_run, "_init", lambda *arguments: recorder)
+    write_steps(tmp_path, ("ppo", 1), ("ppo", 2))
+    with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+        for step in (3, 4):
+            tracker.log("ppo", step, {"reward/mean": float(step)})
+    assert recorder.logged == [{"reward/mean": 4.0, "ppo/step": 4}]
+    assert "W&B has not taken all metrics in 60 s; `wandb sync wandb/run-1` sends them" in caplog.text
 
 
 def test_a_closed_tracker_leaves_no_wandb_process(tmp_path: Path) -> None:
@@ -196,9 +334,29 @@ def test_a_wandb_mode_that_does_not_exist_is_a_user_error(tmp_path: Path) -> Non
     assert "tracking.wandb" in open_in_subprocess(tmp_path / "run", "auto", tmp_path, WANDB_MODE="sometimes")
 
 
-def test_auto_is_online_with_a_key_and_says_what_to_set_where_the_server_cannot_be_reached(tmp_path: Path) -> None:
-    nowhere = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
-    output = open_in_subprocess(tmp_path / "run", "auto", tmp_path, **nowhere)
+@pytest.fixture(params=["nobody listens", "nobody answers"])
+def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a server that cannot be reached."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if request.param == "nobody answers":
+            server.listen()  # connections are taken by the kernel, and nothing is ever said on them
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+LOGIN = {"WANDB_API_KEY": "a" * 40}
+
+
+def test_auto_goes_offline_with_a_word_where_the_server_does_not_answer_in_time(
+    tmp_path: Path, unreachable: str
+) -> None:
+    output = open_in_subprocess(tmp_path / "run", "auto", tmp_path, **LOGIN, WANDB_BASE_URL=unreachable)
+    assert output.startswith("W&B's server cannot be reached, so the run is tracked offline; `wandb sync`")
+    assert logged_to_wandb(tmp_path / "run") == [(1, 0.5)]
+
+
+def test_online_says_what_to_set_where_the_server_does_not_answer_in_time(tmp_path: Path, unreachable: str) -> None:
+    output = open_in_subprocess(tmp_path / "run", "online", tmp_path, **LOGIN, WANDB_BASE_URL=unreachable)
     assert output.startswith("W&B cannot start")
     assert "Set tracking.wandb to offline" in output
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.runtime.atomic_files import new_folder, write_json
+from align.runtime.atomic_files import clean_up, new_folder, remove_folder, write_json
 
 KILLED = """
 import os, signal, sys
@@ -73,7 +73,7 @@ def test_a_kill_leaves_the_old_folder(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_not_in_the_next_folder(tmp_path: Path) -> None:
-    for name in (".a.writing", ".a.old"):
+    for name in (".a.writing", ".a.replaced"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").touch()
     fill(tmp_path / "a", "new")
@@ -100,3 +100,40 @@ def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(tmp_path: Path)
         write_json(tmp_path / "f.json", {"a": 2})
         assert json.load(reader) == {"a": 1}
     assert json.loads((tmp_path / "f.json").read_text()) == {"a": 2}
+
+
+def test_a_removed_folder_is_never_seen_half_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "a", "x")
+
+    def kill(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("align.runtime.atomic_files.shutil.rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(tmp_path / "a")
+    assert files(tmp_path) == [".a.removed", ".a.removed/x"]
+
+
+@pytest.mark.parametrize("name", [".a.writing", ".a.replaced", ".a.removed"])
+def test_cleaning_up_removes_what_a_kill_left_beside_a_complete_folder(tmp_path: Path, name: str) -> None:
+    fill(tmp_path / "a", "x")
+    fill(tmp_path / name, "y")
+    clean_up(tmp_path)
+    assert files(tmp_path) == ["a", "a/x"]
+
+
+def test_cleaning_up_removes_half_written_files_and_folders_at_any_depth(tmp_path: Path) -> None:
+    fill(tmp_path / "a" / ".b.writing", "x")
+    fill(tmp_path / "a" / ".c.removed", "x")
+    (tmp_path / ".d.json.writing").write_text("{")
+    (tmp_path / ".notes").write_text("mine")
+    clean_up(tmp_path)
+    assert files(tmp_path) == [".notes", "a"]
+
+
+def test_cleaning_up_restores_a_folder_that_was_being_replaced(tmp_path: Path) -> None:
+    fill(tmp_path / ".a.replaced", "old")
+    fill(tmp_path / ".a.writing", "new")
+    clean_up(tmp_path)
+    assert files(tmp_path) == ["a", "a/old"]
