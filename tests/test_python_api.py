@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import align
 from align.runs.tracking import METRICS, read_lines
 from align.stages.reward import load_models
-from policies.text.tokenization import encode_prompt, encode_response
+from policies.text.encoder import TextEncoder
 from tests.integration.tiny_run import make_settings
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "python.md"
@@ -79,8 +79,10 @@ def test_scores_are_those_of_the_trained_reward_model(
     trained = align.run(align.load_experiment("experiment.yaml", ["stages=[sft, reward]"]))
     prompts, responses = ["User: red cat Assistant:", "User: two"], [" blue door.", " three short dogs."]
     (model,) = load_models(trained.experiment, trained.folder.reward)
-    prompt_ids = [encode_prompt(tiny_tokenizer, prompt) for prompt in prompts]
-    response_ids = [encode_response(tiny_tokenizer, response) for response in responses]
+    encoder = TextEncoder(tiny_tokenizer)
+    exchanges = [encoder.exchange(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    prompt_ids = [exchange.prompt_ids for exchange in exchanges]
+    response_ids = [exchange.response_ids for exchange in exchanges]
     expected = model.score(prompt_ids, response_ids, 256).tolist()
     assert trained.score(prompts, responses) == pytest.approx(expected, abs=1e-5)
 

@@ -146,7 +146,7 @@ def context_length(experiment: Experiment) -> int | None:
         models.append(experiment.ppo.critic.model)
     configs = [load_model_config(model) for model in models]
     positions = [getattr(config, "max_position_embeddings", None) for config in configs]
-    known = [count for count in positions if count is not None]
+    known: list[int] = [count for count in positions if count is not None]
     if not known:
         return None
     return min(known) - (experiment.policy.virtual_tokens if experiment.policy.spec.prompt_kind else 0)

@@ -33,7 +33,7 @@ class RewardObjective(Objective):
         last: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor,
-        **layout: Tensor,
+        **layout: Any,
     ) -> dict[str, Tensor]:
         """Compute this microbatch's part of the batch's loss.
 

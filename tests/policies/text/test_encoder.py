@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from policies.text.encoder import TextEncoder
+from policies.text.encoder import TextEncoder, Turns
 from policies.text.tokenization import Message, decode_response
 from tests.policies.text.layouts import CHATML, LAYOUTS, QWEN_3, make_tokenizer
 
@@ -77,7 +77,7 @@ def test_only_the_last_turn_is_trained_where_that_is_asked_for(layout: str, enco
 
 def test_a_response_is_sampled_from_the_tokens_that_it_was_trained_after(layout: str, encoder: TextEncoder) -> None:
     messages = conversation(*REPLIES)
-    turns = "last" if layout == "qwen 3" else "all"
+    turns: Turns = "last" if layout == "qwen 3" else "all"
     trained = encoder.conversation(messages, turns)
     asked = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     for index, (start, _) in zip(asked[-len(trained.turns) :], trained.turns, strict=True):
