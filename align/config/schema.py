@@ -166,7 +166,8 @@ class TrackingSettings(Settings):
     """Where metrics and samples go besides the run's folder."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online where the user is logged in, offline otherwise"
+        "auto",
+        description="auto: online where the user is logged in and the server answers, offline otherwise",
     )
     project: str = Field("align", description="project in W&B")
     samples: int = Field(4, ge=0, description="episodes per step that are written to samples.jsonl")
