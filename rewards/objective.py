@@ -217,7 +217,8 @@ class TieParameters(nn.Module):
         chosen = Counter(size for _, size in made)
         counts = self.shares.new_tensor([chosen[size] for size in range(2, len(self.free) + 2)])  # [D - 1]
         excess = counts - len(made) * self.shares
-        return (excess * (self()[1:] - self.free.detach())).sum()
+        log_ties: Tensor = self()
+        return (excess * (log_ties[1:] - self.free.detach())).sum()
 
 
 class LinearRatingLink(nn.Module):

@@ -195,8 +195,9 @@ def _train(context: StageContext, model: RewardModel, member: int) -> dict[str, 
         if not context.run.sft.is_dir():
             trunk.start_training(model.role)
         trunk.train_only(model.role)
-    all_examples = [preference.example for preference in (*datasets.preferences, *datasets.preferences_heldout)]
-    loss = PreferenceLoss(all_examples, settings.weights, settings.ratings)
+    examples = [preference.example for preference in datasets.preferences]
+    heldout = [preference.example for preference in datasets.preferences_heldout]
+    loss = PreferenceLoss(examples, settings.weights, settings.ratings, heldout)
     objective = RewardObjective(model, loss.to(trunk.causal.device), settings.label_smoothing, settings.centering)
     shares_prompt = should_share_prompts(trunk, model.role, datasets.preferences)
     task = FitTask(
@@ -207,6 +208,7 @@ def _train(context: StageContext, model: RewardModel, member: int) -> dict[str, 
         heldout_loss=partial(objective.heldout_loss, datasets.preferences_heldout, trunk.default_microbatch_tokens()),
         metric_group="reward_model",
         lora_plus=context.experiment.policy.lora_plus,
+        parameter_groups=loss.parameter_groups,
     )
     return asdict(fit(task, settings, context.fit_context("reward", member)))
 

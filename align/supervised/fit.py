@@ -1,7 +1,7 @@
 """Supervised training on transformers' Trainer, with align's own checkpoints and metrics."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ class FitTask:
         heldout_loss: Computes the loss of the objective on held-out examples.
         metric_group: First part of the names of the logged metrics.
         lora_plus: `policy.lora_plus`.
+        parameter_groups: Parameters with settings of AdamW of their own, as its parameter groups.
     """
 
     objective: Objective
@@ -65,6 +66,7 @@ class FitTask:
     heldout_loss: Callable[[], float]
     metric_group: str
     lora_plus: float | None = None
+    parameter_groups: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def _train(task: FitTask, settings: FitSettings, context: FitContext) -> Trainer
             callbacks=[monitor],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.create_optimizer().register_step_pre_hook(SkipNonFinite(settings.max_skipped, context.stage))
+        optimizer = trainer.create_optimizer()
+        _move_to_own_groups(optimizer, task.parameter_groups)
+        optimizer.register_step_pre_hook(SkipNonFinite(settings.max_skipped, context.stage))
         last = latest(context.checkpoints)
         if last is None or step_of(last) <= context.first:  # none, or one of an earlier training run of this stage
             trainer.train()
@@ -212,6 +216,17 @@ def _optimizer(task: FitTask, settings: FitSettings) -> Optimizer | None:
     for factor, parameters in parameter_groups_by_rate(trained, task.lora_plus):
         groups.append({"params": parameters, "lr": settings.learning_rate * factor})
     return AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+
+
+def _move_to_own_groups(optimizer: Optimizer, own_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give parameters groups of their own instead of those that they are in."""
+    moved: set[int] = set()
+    for group in own_groups:
+        moved.update(id(parameter) for parameter in group["params"])
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    for group in own_groups:
+        optimizer.add_param_group(dict(group))
 
 
 class _Monitor(TrainerCallback):

@@ -78,6 +78,7 @@ def main() -> None:
         split=partial(trunk.microbatches, padded=shares_prompt),
         heldout_loss=lambda: 0.0,
         metric_group="reward_model",
+        parameter_groups=loss.parameter_groups,
     )
     with tempfile.TemporaryDirectory() as folder:
         context = FitContext(
