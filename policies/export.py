@@ -1,7 +1,7 @@
 """Exports a trained policy or reward model for other programs, and checks the export against the live model."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from policies.files.generation import write_generation_config
 from policies.files.safe_reading import NO_CODE, SAFE
 from policies.files.writing import save_model
 from policies.schema import ModelSettings, PolicySettings
+from policies.text.encoder import TextEncoder
+from policies.text.scoring import scoring_tokenizer
 from policies.trunk import Trunk
 
 EXPORT_ROLE = "policy"
@@ -35,6 +37,8 @@ MAX_SCORE_DIFFERENCE = 1e-3
 """Largest difference of reward scores that rounding explains, relative to the largest score or to 1."""
 PROBE_SHAPE = (4, 16)
 """Sequences, and tokens of each, that an export is compared on."""
+PROBE_TEXTS = (("Is it late?", " No."), ("What is it that you do there?", " I read."))
+"""Prompts and responses that an exported reward model is compared on besides, padded in one batch."""
 
 
 def export_adapter(
@@ -160,8 +164,8 @@ def export_reward(
         folder: The folder to write to.
 
     Returns:
-        The largest difference of scores, on short sequences; and the head's bias, which such a classifier does not
-        have: its scores are the reward model's minus this bias.
+        The largest difference of scores, on short sequences in one padded batch; and the head's bias, which such a
+        classifier does not have: its scores are the reward model's minus this bias.
 
     Raises:
         UserError: The method cannot be merged, or the model family has no parameters for what the method adds.
@@ -169,18 +173,23 @@ def export_reward(
     """
     live = _load_live(model, policy, source, "reward")
     head = load_head(source)
-    ids = _probe(live)
-    with torch.no_grad():
-        scores = live.hidden(ids, "reward")[:, -1].float() @ head["weight"].to(ids.device)  # [B]
+    scoring = scoring_tokenizer(tokenizer)
+    sequences = [*_probe(live).tolist(), *_probe_texts(tokenizer)]
+    scores = _live_scores(live, head["weight"], sequences)
     write_model(model, live.merged_weights("reward"), folder, "float32")
-    tokenizer.save_pretrained(folder)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=pad, **SAFE)
+    scoring.save_pretrained(folder)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **SAFE)
+    classifier.config.pad_token_id = scoring.pad_token_id
+    classifier.config.get_text_config().pad_token_id = scoring.pad_token_id
+    if scoring.pad_token_id >= classifier.get_input_embeddings().num_embeddings:
+        classifier.resize_token_embeddings(scoring.pad_token_id + 1, mean_resizing=False)
     classifier.score.weight.data.copy_(head["weight"].unsqueeze(0))  # [1, H]
     save_model(classifier, folder)
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder, **SAFE).to(default_device()).eval()
+    padded = scoring.pad({"input_ids": sequences}, return_tensors="pt").to(reloaded.device)
     with torch.no_grad():
-        difference = float((reloaded(input_ids=ids).logits.squeeze(-1) - scores).abs().max())
+        logits = reloaded(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits  # [B, 1]
+    difference = float((logits.squeeze(-1).cpu() - scores).abs().max())
     if not difference <= MAX_SCORE_DIFFERENCE * max(1.0, float(scores.abs().max())):  # NaN too
         raise RuntimeError(
             f"the exported reward model differs from the live one by {difference:.2g}, more than rounding explains"
@@ -234,6 +243,24 @@ def _probe(trunk: Trunk) -> Tensor:
     sequences, tokens = PROBE_SHAPE
     chosen = torch.linspace(0, len(ids) - 1, sequences * tokens).long()
     return ids[chosen].view(PROBE_SHAPE).to(trunk.causal.device)
+
+
+def _probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of two texts of different lengths that end as responses end."""
+    encoder = TextEncoder(tokenizer)
+    exchanges = [encoder.exchange(*texts) for texts in PROBE_TEXTS]
+    return [exchange.prompt_ids + exchange.response_ids for exchange in exchanges]
+
+
+@torch.no_grad()
+def _live_scores(trunk: Trunk, weight: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The scores `[B]` of sequences, each alone, by the weight `[H]` of the reward's head, on the CPU."""
+    scores: list[Tensor] = []
+    for sequence in sequences:
+        ids = torch.tensor([sequence], device=trunk.causal.device)
+        hidden = trunk.hidden(ids, "reward")[0, -1].float()  # [H]
+        scores.append(hidden @ weight.to(hidden.device))
+    return torch.stack(scores).cpu()
 
 
 @torch.no_grad()
