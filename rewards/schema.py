@@ -15,7 +15,7 @@ class FitSettings(Settings):
     """How a supervised stage (SFT or the reward model) is trained. Batch sizes count rows of data."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
-    batch_size: int = Field(32, ge=1, description="samples per optimizer step")
+    batch_size: int = Field(32, ge=1, description="most samples per optimizer step; an epoch has batches of even size")
     tokens_per_microbatch: int | None = Field(
         None,
         ge=1,

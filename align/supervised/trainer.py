@@ -1,18 +1,17 @@
 """A Trainer that splits batches into microbatches without padding, and writes no pickles."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.runtime.failures import Fault
-from align.runtime.seeds import seed_for
+from align.supervised.batches import LengthBatches
 from align.supervised.trainer_state import read_optimizer, read_random, write_optimizer, write_random
 from policies.files.safe_reading import check_names_and_shapes, read_tensors
 from policies.files.writing import save_tensors
@@ -44,33 +43,20 @@ class Objective(nn.Module):
         return self if self.training == mode else super().train(mode)
 
 
-class LengthGroups(Sampler[int]):
-    """Samples in random order, but so that each batch has examples of similar length, and thus little padding."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch. The order depends on seed and epoch alone, so a resumed stage continues in the same order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", self.epoch))
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
 class FitTrainer(Trainer):
     """A Trainer that groups examples by length, and leaves the frozen base model out of its checkpoints."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of an epoch; the Trainer's own sampler would leave a small one over."""
         lengths = [example.length for example in self.train_dataset]
-        return LengthGroups(lengths, self.args.train_batch_size, self.args.seed)
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=LengthBatches(lengths, self.args.train_batch_size, self.args.seed),
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
