@@ -14,9 +14,11 @@ from align.evaluation.policy import build_evaluator
 from align.evaluation.reward_model import compute_diagnostics
 from align.outputs.artifacts import policy_weights
 from align.outputs.export import Exported, Product, export_run
+from align.outputs.response_stream import ResponseStream
 from align.roles.build import build_roles
 from align.roles.scoring import score_microbatches
 from align.runs.folder import RunFolder, find_run, read_facts
+from align.runs.products import missing_product
 from align.runtime.atomic_files import write_json
 from align.runtime.seeds import seed_for
 from align.scoring.build import REWARD_STATE, build_scorers
@@ -26,14 +28,14 @@ from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
-from policies.text.encoder import TextEncoder
-from policies.text.tokenization import Prompt, decode_response
+from policies.text.encoder import TextEncoder, Tools
+from policies.text.tokenization import Prompt, decode_response, prompt_text
 from rewards.classifier import Classifier
 from rewards.preferences import OVERALL
-from rollouts.engine import Engine, Sampling
+from rollouts.engine import Sampling
 from rollouts.pool import LocalPool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
-from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
+from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, make_transformers_engine
 
 
 def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
@@ -84,14 +86,17 @@ class TrainedRun:
         temperature: float | None = None,
         max_new_tokens: int | None = None,
         seed: int = 0,
+        tools: Sequence[Tools | None] | None = None,
     ) -> list[str]:
         """Sample responses of the policy, or of the SFT model if PPO has not finished.
 
         Args:
-            prompts: Texts, or lists of messages with `role` and `content`.
+            prompts: Texts, which are continued as they are; or lists of messages with `role` and `content`, which the
+                chat template renders.
             temperature: Sampling temperature, 0 for greedy; None: `rollouts.temperature`.
             max_new_tokens: Length of the longest response, in tokens; None: `rollouts.max_new_tokens`.
             seed: Seed of the sampling; the same seed gives the same responses.
+            tools: Per prompt, the functions that the assistant may call, for the chat template; None: none.
 
         Returns:
             One response per prompt, without special tokens.
@@ -100,17 +105,50 @@ class TrainedRun:
             UserError: The run has neither policy nor SFT model yet; or a prompt contains special tokens, is refused by
                 the chat template, or leaves no room for the response.
         """
-        rollouts = self.experiment.rollouts
-        sampling = Sampling(
-            rollouts.temperature if temperature is None else temperature,
-            max_new_tokens or rollouts.max_new_tokens,
-        )
+        sampling = self._sampling(temperature, max_new_tokens)
         requests = []
         for index, prompt in enumerate(prompts):
-            prompt_ids = self._prompt_ids(prompt, f"prompt {index + 1}", sampling.max_new_tokens)
+            functions = tools[index] if tools else None
+            prompt_ids = self._prompt_ids(prompt, functions, f"prompt {index + 1}", sampling.max_new_tokens)
             requests.append(Request(prompt, prompt_ids, seed_for(seed, "generate", index)))
         trajectories = self._engine.generate(requests, sampling)
         return [decode_response(self.tokenizer, trajectory.response_ids) for trajectory in trajectories]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> ResponseStream:
+        """Sample one response piece by piece: the text that `generate` gives for this prompt alone.
+
+        Args:
+            prompt: As for `generate`.
+            temperature: As for `generate`.
+            max_new_tokens: As for `generate`.
+            seed: As for `generate`.
+
+        Returns:
+            An iterable of pieces of text, each generated when it is asked for. Afterwards, its attribute `truncated`
+            tells whether the response reached `max_new_tokens` before it ended.
+
+        Raises:
+            UserError: As for `generate`.
+        """
+        sampling = self._sampling(temperature, max_new_tokens)
+        prompt_ids = self._prompt_ids(prompt, None, "the prompt", sampling.max_new_tokens)
+        request = Request(prompt, prompt_ids, seed_for(seed, "generate", 0))
+        return ResponseStream(self.tokenizer, self._engine.stream(request, sampling))
+
+    def load(self) -> None:
+        """Load the policy now instead of at its first use.
+
+        Raises:
+            UserError: The run has neither policy nor SFT model yet.
+        """
+        _ = self._engine
 
     def score(
         self,
@@ -157,7 +195,7 @@ class TrainedRun:
             UserError: PPO has not finished.
         """
         if not self.folder.done("ppo"):
-            raise UserError(f"run {self.path} has no policy/ yet: `align resume {self.path}` resumes it")
+            raise missing_product(self.experiment, self.folder, "ppo")
         datasets = load_datasets(self.experiment)
         evaluation = self.evaluation | evaluate_run(self.experiment, self.folder, datasets)
         write_json(self.folder.evaluation, evaluation)
@@ -183,21 +221,29 @@ class TrainedRun:
         product: Product = "model" if merge else "adapter"
         return export_run(self.experiment, self.folder, Path(to), product, dtype=dtype)
 
-    def _prompt_ids(self, prompt: Prompt, name: str, max_new_tokens: int) -> tuple[int, ...]:
+    def _sampling(self, temperature: float | None, max_new_tokens: int | None) -> Sampling:
+        rollouts = self.experiment.rollouts
+        return Sampling(
+            temperature=rollouts.temperature if temperature is None else temperature,
+            max_new_tokens=max_new_tokens or rollouts.max_new_tokens,
+        )
+
+    def _prompt_ids(self, prompt: Prompt, tools: Tools | None, name: str, max_new_tokens: int) -> tuple[int, ...]:
         try:
-            ids = tuple(self.encoder.prompt(prompt))
+            prompt_text(prompt).encode()  # what was read from bytes that are not UTF-8 raises ValueError
+            ids = tuple(self.encoder.prompt(prompt, tools))
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
         positions = context_length(self.experiment)
         if positions is not None and len(ids) + max_new_tokens > positions:
             raise UserError(
-                f"{name} has {len(ids)} tokens, which leaves no room for {max_new_tokens} new ones in the model's context "
-                f"length, {positions}: shorten it, or set max_new_tokens to at most {positions - len(ids)}"
+                f"{name} has {len(ids)} tokens, which leaves no room for {max_new_tokens} new ones in the model's "
+                f"context length, {positions}: shorten it, or set max_new_tokens to at most {positions - len(ids)}"
             )
         return ids
 
     @cached_property
-    def _engine(self) -> Engine:
+    def _engine(self) -> TransformersEngine:
         trunk = build_trunk(self.experiment.model, self.experiment.policy, (SAMPLER_ROLE,))
         engine = make_transformers_engine(trunk, self.tokenizer, self.experiment.rollouts)
         engine.load_adapter(0, policy_weights(self.experiment, self.folder))
@@ -206,7 +252,7 @@ class TrainedRun:
     @cached_property
     def _reward(self) -> "_LoadedReward":
         if self.experiment.reward.has_model and not self.folder.done("reward"):
-            raise UserError(f"run {self.path} has no reward/ yet: `align resume {self.path}` resumes it")
+            raise missing_product(self.experiment, self.folder, "reward")
         return _LoadedReward(self.experiment, self.folder)
 
 
