@@ -19,7 +19,7 @@ from align.runtime.atomic_files import new_folder
 from align.runtime.signals import StopRequest
 from align.scoring.build import build_scorers
 from align.stages.context import StageContext
-from align.stages.launch import Launch, new_run, resumed_run
+from align.stages.launch import Launch, new_run, planned_stages, resumed_run
 from align.stages.pipeline import load_datasets, remaining_stages, run_stages
 from align.stages.ppo_parts import PpoParts, assemble
 from policies.errors import UserError
@@ -39,9 +39,9 @@ def plan(experiment: Experiment) -> list[tuple[str, str]]:
     Raises:
         UserError: A model, adapter, function or row of data cannot be used.
     """
-    stages = remaining_stages(experiment, folder_of(experiment))
     datasets = load_datasets(experiment)
-    return plan_lines(experiment, datasets, stages, measure(experiment.model, experiment.policy))
+    stages, note = planned_stages(experiment, datasets)
+    return plan_lines(experiment, datasets, stages, measure(experiment.model, experiment.policy), note)
 
 
 def run(experiment: Experiment, replace: bool = False) -> TrainedRun:

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,11 +94,12 @@ def plan_command(experiment: File, overrides: Overrides = None) -> None:
     """Show what a run would do and need, without starting it."""
     settings = _load(experiment, overrides)
     from align.resources.plan import plan_table
-    from align.runs.folder import folder_of
-    from align.stages.pipeline import load_datasets, remaining_stages
+    from align.stages.launch import planned_stages
+    from align.stages.pipeline import load_datasets
 
-    stages = remaining_stages(settings, folder_of(settings))
-    console.print(plan_table(settings, load_datasets(settings), stages))
+    datasets = load_datasets(settings)
+    stages, note = planned_stages(settings, datasets)
+    console.print(plan_table(settings, datasets, stages, note))
 
 
 @app.command(name="eval")
@@ -127,10 +127,20 @@ def evaluate(
 
 
 @app.command()
-def generate(
+def generate(  # noqa: PLR0913 - one parameter per option
     run: Run,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="a prompt; may be repeated")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="a JSONL file with the column `prompt`")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="a message, if the tokenizer has a chat template, or a text; may be repeated"),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="a JSONL file with the column `prompt`; texts are continued, messages rendered"),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="system prompt of --prompt and of the chat")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="continue --prompt, or lines, as text, without the chat template")
+    ] = False,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="sampling temperature, 0 for greedy; unset: that of the run")
     ] = None,
@@ -139,18 +149,23 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
 ) -> None:
-    """Generate responses with a run's policy: to prompts, to those of a file, or in a chat line by line."""
+    """Generate responses with a run's policy: to prompts, to those of a file, or, without either, in a chat.
+
+    Where the tokenizer has a chat template, --prompt and the lines of the chat are messages of the user; elsewhere,
+    and with --raw, the model continues them as text. In the chat, /help lists the commands.
+    """
+    if (raw or system) and file and not prompt:
+        raise UserError("--raw and --system are for --prompt and the chat; the rows of --file are used as they are")
     with redirect_stdout(sys.stderr):  # on import, transformers prints there that W&B is offline
+        from align.outputs.generation import Options, chat_on_standard_input, print_responses
         from align.outputs.trained_run import open_run
 
-    generate_responses = partial(open_run(run).generate, temperature=temperature, max_new_tokens=max_new_tokens)
-    prompts = list(prompt or []) + _read_prompts(file)
-    if prompts:
-        for response in generate_responses(prompts, seed=seed):
-            print(response)
-        return
-    for turn, line in enumerate(iter(_read_line, "")):
-        print(generate_responses([line], seed=seed + turn)[0])
+    options = Options(raw, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    trained = open_run(run)
+    if prompt or file:
+        print_responses(trained, prompt or [], file, options, _tell)
+    else:
+        chat_on_standard_input(trained, options, _tell)
 
 
 @app.command()
@@ -327,9 +342,10 @@ def _evaluate_reward_model(
     from align.evaluation.reward_model import write_diagnostics
     from align.evaluation.tables import diagnostics_table
     from align.outputs.trained_run import evaluate_reward_model
+    from align.runs.products import missing_product
 
     if not classifier and not folder.done("reward"):
-        raise UserError(f"run {folder.path} has no reward/ yet: `align resume {folder.path}` resumes it")
+        raise missing_product(settings, folder, "reward")
     facts, worst_errors = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
     console.print(diagnostics_table(facts))
     if to:
@@ -338,22 +354,9 @@ def _evaluate_reward_model(
         console.print(f"written to {to}")
 
 
-def _read_prompts(file: Path | None) -> list[Any]:
-    if file is None:
-        return []
-    from align.config.schema import SourceSettings
-    from align.data.parsing import parse_prompt, parse_rows
-    from align.data.readers import read_rows
-
-    rows = read_rows(SourceSettings(path=str(file)))
-    return [row.prompt for row in parse_rows(rows, parse_prompt, "error").items]
-
-
-def _read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+def _tell(note: str) -> None:
+    """Print a note on standard error."""
+    errors.print(_escaped(note), soft_wrap=True, highlight=False)
 
 
 def _escaped(error: Exception | str) -> str:

@@ -19,18 +19,18 @@ from rewards.schema import FitSettings
 from rewards.terms.function import FunctionTerm
 
 
-def plan_table(experiment: Experiment, datasets: Datasets, stages: list[str]) -> Table:
-    """The plan as a table for the terminal."""
+def plan_table(experiment: Experiment, datasets: Datasets, stages: list[str], note: str | None = None) -> Table:
+    """The plan as a table for the terminal; the note is on what the run's folder holds."""
     table = Table(title=f"plan of {experiment.name}", title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for name, text in plan_lines(experiment, datasets, stages, measure(experiment.model, experiment.policy)):
+    for name, text in plan_lines(experiment, datasets, stages, measure(experiment.model, experiment.policy), note):
         table.add_row(name, text)
     return table
 
 
 def plan_lines(
-    experiment: Experiment, datasets: Datasets, stages: list[str], sizes: ModelSizes
+    experiment: Experiment, datasets: Datasets, stages: list[str], sizes: ModelSizes, note: str | None = None
 ) -> list[tuple[str, str]]:
     """What the stages will do and need: data, steps, tokens, memory, processes, files.
 
@@ -39,12 +39,15 @@ def plan_lines(
         datasets: The data that the stages read.
         stages: The stages that will run, in order.
         sizes: Sizes of the experiment's model and policy, from `measure`.
+        note: On what the run's folder holds; None: nothing to say.
 
     Returns:
         Name and text of each line.
     """
     method = experiment.policy.spec
     lines = [("stages", " → ".join(stages) or "nothing is left to do")]
+    if note:
+        lines.append(("earlier run", note))
     lines.append(("method", f"{method.name}: {method.trains}"))
     if trains_sft(experiment) and "sft" in stages:
         lines.append(("sft", _fit(len(datasets.demonstrations), "demonstration", experiment.sft)))

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -105,22 +106,46 @@ def check_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets
     Raises:
         UserError: Something differs; the message names the first such setting, model or source.
     """
+    if difference := find_difference(run, experiment, datasets):
+        raise UserError(difference.text + difference.advice)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that is not as it was when a run was started: what, and what to do before the run is resumed."""
+
+    text: str
+    advice: str = ""
+
+
+def find_difference(run: RunFolder, experiment: Experiment, datasets: Datasets) -> Difference | None:
+    """The first setting, model, function or source that differs from what a run was started with, and must not.
+
+    Args:
+        run: The run, with its `fingerprint.json`.
+        experiment: The settings to compare.
+        datasets: The data to compare.
+    """
     started = read_object(run.fingerprint)
     current = run_fingerprint(experiment, datasets)
-    _check_settings(run, started["settings"], current["settings"])
+    if difference := _setting_difference(run, started["settings"], current["settings"]):
+        return difference
     for key, digest in current["models"].items():
         if started["models"].get(key) != digest:
             location = current["settings"][key]
-            raise UserError(f"{key}: {location} is not the model that {run.path} was started with")
+            return Difference(f"{key}: {location} is not the model that {run.path} was started with")
     for key, digest in current["functions"].items():
         if started["functions"].get(key) != digest:
             file = user_functions(experiment)[key].rpartition(":")[0]
-            raise UserError(f"{key}: {file} has changed since {run.path} was started: restore it, or start another run")
+            return Difference(
+                f"{key}: {file} has changed since {run.path} was started", ": restore it, or start another run"
+            )
     for field, digest in current["rows"].items():
         if started["rows"].get(field) != digest:
-            raise UserError(
+            return Difference(
                 f"{DATASET_KEYS[field]}: the rows, or their tokens, are not those that {run.path} was started with"
             )
+    return None
 
 
 def product_digests(run: RunFolder) -> dict[str, str]:
@@ -186,14 +211,16 @@ def files_digest(paths: Iterable[Path]) -> str:
     return hashlib.blake2b(repr(named).encode(), digest_size=32).hexdigest()
 
 
-def _check_settings(run: RunFolder, started: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raise UserError for the first setting that differs and must not."""
+def _setting_difference(run: RunFolder, started: Mapping[str, Any], current: Mapping[str, Any]) -> Difference | None:
+    """The first setting that differs and must not."""
     for name, value in current.items():
         if started.get(name) != value and not _may_change(name) and not _is_location(name):
-            raise UserError(
-                f"{run.path} was started with {name} {started.get(name)!r}, and it is {value!r} now: set it back, or "
-                "start another run. Before a run is resumed, these may change: " + ", ".join(CHANGEABLE)
+            return Difference(
+                f"{run.path} was started with {name} {started.get(name)!r}, and it is {value!r} now",
+                ": set it back, or start another run. Before a run is resumed, these may change: "
+                + ", ".join(CHANGEABLE),
             )
+    return None
 
 
 def _may_change(name: str) -> bool:

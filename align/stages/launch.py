@@ -8,9 +8,10 @@ from align.config.load import dump_experiment
 from align.config.schema import Experiment
 from align.config.stage import stage_names
 from align.data.datasets import Datasets
-from align.runs.fingerprint import check_fingerprint, write_fingerprint
+from align.runs.fingerprint import check_fingerprint, find_difference, write_fingerprint
 from align.runs.folder import RunFolder, begin_run, find_run, folder_of, locked
-from align.stages.pipeline import load_datasets, reopen
+from align.runs.products import wanted_stages
+from align.stages.pipeline import can_reopen, load_datasets, remaining_stages, reopen
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,29 @@ def resumed_run(name_or_path: str, overrides: Sequence[str] = ()) -> Iterator[La
         dump_experiment(experiment, folder.config)
         reopen(experiment, folder)
         yield Launch(experiment, folder, datasets)
+
+
+def planned_stages(experiment: Experiment, datasets: Datasets) -> tuple[list[str], str | None]:
+    """The stages that a run of this experiment has to go through, in view of what its folder holds.
+
+    Args:
+        experiment: The settings.
+        datasets: The data that they name.
+
+    Returns:
+        The stages, in order; and a note on the folder where it holds a run of other settings, models or data, so that
+        all stages have to run.
+
+    Raises:
+        UserError: PPO has no reward.
+    """
+    run = folder_of(experiment)
+    remaining = remaining_stages(experiment, run)
+    if not run.config.is_file() or not run.fingerprint.is_file():
+        return remaining, None
+    if difference := find_difference(run, experiment, datasets):
+        note = f"{difference.text}; --replace runs all stages again, name=… runs them in another folder"
+        return wanted_stages(experiment), note
+    if can_reopen(experiment, run):
+        return [*remaining, "ppo"], None
+    return remaining, None

@@ -7,12 +7,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
-from align.config.stage import all_stages, find_stage, stage_names
+from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.ray_cluster import compute_settings
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
+from align.runs.products import wanted_stages
 from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
@@ -35,16 +36,10 @@ def remaining_stages(experiment: Experiment, run: RunFolder) -> list[str]:
     Raises:
         UserError: PPO has no reward: neither this run nor a ready-made model provides it.
     """
-    wanted = set(experiment.stages)
-    if experiment.sft.adapter:
-        wanted.add("sft")
-    if experiment.reward.model or experiment.reward.classifier:
-        wanted.add("reward")
-    if not experiment.reward.has_model:
-        wanted.discard("reward")
-    elif "ppo" in wanted and "reward" not in wanted and not run.done("reward"):
+    wanted = wanted_stages(experiment)
+    if experiment.reward.has_model and "ppo" in wanted and "reward" not in wanted and not run.done("reward"):
         raise UserError("ppo needs a reward: add `reward` to `stages`, or set reward.model or reward.classifier")
-    return [stage for stage in stage_names() if stage in wanted and not run.done(stage)]
+    return [stage for stage in wanted if not run.done(stage)]
 
 
 @no_collections()
@@ -158,9 +153,16 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
 
 def reopen(experiment: Experiment, run: RunFolder) -> None:
     """Reopen a finished PPO stage where the settings now request more steps."""
-    last = latest(run.checkpoints("ppo"))
-    if last and run.done("ppo") and step_of(last) < experiment.ppo.steps and "stopped" not in read_facts(run.policy):
+    if can_reopen(experiment, run):
         run.policy.rename(run.best)
+
+
+def can_reopen(experiment: Experiment, run: RunFolder) -> bool:
+    """Whether PPO is done, and the settings now request more steps than it has run."""
+    last = latest(run.checkpoints("ppo"))
+    if last is None or not run.done("ppo"):
+        return False
+    return step_of(last) < experiment.ppo.steps and "stopped" not in read_facts(run.policy)
 
 
 def _run_stage(context: StageContext, stage: str) -> None:
