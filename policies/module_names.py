@@ -15,6 +15,8 @@ SUBLAYER_OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense
 """Last linear layers of attention and of the MLP, as model families name them."""
 FEEDFORWARD_OUTPUTS = ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2")
 """Last linear layers of the MLP."""
+TRAIN_OUTSIDE = "The LM head is trained by policy.method top_layers, and the embeddings by full"
+"""Advice for targets outside the decoder layers. Reward model and critic have no LM head whose adapter they could train."""
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -51,6 +53,28 @@ def names_ending_in(names: Iterable[str], endings: Sequence[str]) -> list[str]:
     return [name for name in names if f".{name}".endswith(suffixes)]
 
 
+def find_targets(names: Iterable[str], targets: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """The layers that `policy.targets` names.
+
+    Args:
+        names: Names in the model of the layers that can be adapted.
+        targets: The last parts of the names of those to adapt.
+        model: The model, for messages.
+
+    Raises:
+        UserError: One of the targets is the name of no layer.
+    """
+    adaptable = list(names)
+    for target in targets:
+        if not names_ending_in(adaptable, [target]):
+            known = sorted({name.rpartition(".")[2] for name in adaptable})
+            raise UserError(
+                f"policy.targets: no layer of {type(model).__name__} that can be adapted is named {target}; "
+                f"there are {', '.join(known)}. {TRAIN_OUTSIDE}"
+            )
+    return names_ending_in(adaptable, targets)
+
+
 def ia3_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Names of the layers that (IA)³ scales: those of keys, values and the MLP's output; and of the MLP's alone."""
     names = linears(model)
@@ -63,14 +87,14 @@ def sublayer_outputs(model: PreTrainedModel, targets: str | Sequence[str] | None
 
     Raises UserError where no layer of the model has such a name.
     """
-    endings = [targets] if isinstance(targets, str) else list(targets or SUBLAYER_OUTPUTS)
     layers = linears(model)
-    names = names_ending_in(layers, endings)
+    if targets:
+        names = find_targets(layers, [targets] if isinstance(targets, str) else targets, model)
+    else:
+        names = names_ending_in(layers, SUBLAYER_OUTPUTS)
     if not names:
-        known = sorted({name.rpartition(".")[2] for name in layers})
         raise UserError(
-            f"policy.targets: no linear layer of {type(model).__name__} is named {' or '.join(endings)}; "
-            f"it has {', '.join(known)}"
+            f"{type(model).__name__} has no layer named {' or '.join(SUBLAYER_OUTPUTS)}: set policy.targets"
         )
     outputs: list[tuple[nn.Module, str]] = []
     for full_name in names:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from policies.files.adapters import adapted_modules
 from policies.methods.layer_adapter_trunk import PeftTrunk
-from policies.module_names import FEEDFORWARD_OUTPUTS, ia3_layers, linears, names_ending_in
+from policies.module_names import FEEDFORWARD_OUTPUTS, find_targets, ia3_layers, linears, names_ending_in
 from policies.schema import PolicySettings
 
 
@@ -18,7 +18,7 @@ class Ia3Trunk(PeftTrunk):
     def _peft_config(self, base: PreTrainedModel) -> IA3Config:
         targets, feedforward = ia3_layers(base)
         if self.settings.targets is not None:
-            targets = names_ending_in(linears(base), self.settings.target_names)
+            targets = find_targets(linears(base), self.settings.target_names, base)
             feedforward = names_ending_in(targets, FEEDFORWARD_OUTPUTS)
         return _ia3_config(targets, feedforward, base.config.name_or_path)
 

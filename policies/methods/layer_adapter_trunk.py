@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from policies.errors import UserError
 from policies.files.adapters import PREFIX
 from policies.files.quantization import is_packed
+from policies.module_names import TRAIN_OUTSIDE, find_targets, linears, names_ending_in
 from policies.trunk import Trunk
 
 
@@ -65,6 +66,8 @@ class PeftTrunk(LayerAdapterTrunk):
                 model.add_adapter(role, config)
         except ValueError as error:
             raise UserError(f"policy.targets: {error}") from error
+        _refuse_embeddings(base)
+        _check_all_targets_found(base, model.peft_config[self.roles[0]].target_modules)
         return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
 
     @torch.no_grad()
@@ -81,6 +84,28 @@ class PeftTrunk(LayerAdapterTrunk):
             if not set(name.split(".")) & {*self.roles}:
                 weights.setdefault(name.replace(".base_layer", ""), parameter.detach())
         return weights
+
+
+def _refuse_embeddings(base: PreTrainedModel) -> None:
+    """Raise UserError where the LM head, or an embedding, got an adapter."""
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and (module is head or isinstance(module.get_base_layer(), nn.Embedding)):
+            raise UserError(f"policy.targets: {name} is not in a decoder layer and cannot be adapted. {TRAIN_OUTSIDE}")
+
+
+def _check_all_targets_found(base: PreTrainedModel, targets: str | Iterable[str] | None) -> None:
+    """Raise UserError where a name found no layer; PEFT only reports it if none of the names did.
+
+    targets: Names, or a pattern, without those that PEFT translates to stacked weights, such as the experts'.
+    """
+    if isinstance(targets, str) or not targets:
+        return
+    adapted = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = [name.removesuffix(".base_layer") for name in linears(base) if ".lora_" not in name]
+    for target in targets:
+        if not names_ending_in(adapted, [target]):
+            find_targets(layers, [target], base)
 
 
 def _unpacked_weight(layer: nn.Module) -> Tensor:

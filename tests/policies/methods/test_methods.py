@@ -367,7 +367,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
     [
         (
             PolicySettings(method="bottleneck", targets=["nowhere"]),
-            "no linear layer of LlamaForCausalLM is named nowhere",
+            "no layer of LlamaForCausalLM that can be adapted is named nowhere",
         ),
         (
             PolicySettings(method="top_layers", layers=9),

@@ -1,0 +1,67 @@
+"""What `policy.targets` may name, for every method that reads it."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from policies.build import make_trunk
+from policies.errors import UserError
+from policies.method_spec import methods
+from policies.schema import PolicySettings
+
+METHODS = [name for name, spec in methods().items() if "targets" in spec.reads and not spec.four_bits]
+"""qlora has the trunk of lora."""
+
+
+def llama(tied: bool = False) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, tie_word_embeddings=tied, **sizes)).eval()
+
+
+def gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)).eval()
+
+
+def test_the_methods_that_read_targets_are_these() -> None:
+    assert METHODS == ["bottleneck", "ia3", "lora"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["o_proj", "lm_head"], ["o_proj", "embed_tokens"]])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_lm_head_and_the_embeddings_are_refused(method: str, targets: list[str], tied: bool) -> None:
+    with pytest.raises(UserError, match=rf"policy\.targets: .*{targets[-1]}.* top_layers, and the embeddings by full"):
+        make_trunk(llama(tied), PolicySettings(method=method, targets=targets), ("reference", "policy"))
+
+
+@pytest.mark.parametrize("targets", [".*lm_head", ".*(o_proj|embed_tokens)"])
+def test_a_pattern_that_matches_them_is_refused(targets: str) -> None:
+    with pytest.raises(UserError, match=r"policy\.targets: .*(lm_head|embed_tokens).*top_layers"):
+        make_trunk(llama(), PolicySettings(targets=targets), ("reference", "policy"))
+
+
+def test_position_embeddings_are_refused() -> None:
+    with pytest.raises(UserError, match=r"policy\.targets: transformer\.wpe"):
+        make_trunk(gpt2(), PolicySettings(targets=["c_attn", "wpe"]), ("policy",))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_name_without_a_layer_is_refused_beside_one_that_has_layers(method: str) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"policy\.targets: no layer .* is named q_porj; there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+    ):
+        make_trunk(llama(), PolicySettings(method=method, targets=["o_proj", "q_porj"]), ("policy",))
+
+
+@pytest.mark.parametrize("targets", [["o_proj"], ["self_attn.o_proj"], ["o_proj", "mlp.down_proj"]])
+@pytest.mark.parametrize("method", METHODS)
+def test_names_of_layers_are_the_only_ones_adapted(method: str, targets: list[str]) -> None:
+    trunk = make_trunk(llama(), PolicySettings(method=method, targets=targets), ("policy",))
+    endings = tuple(f".{target}" for target in targets)
+    adapted = {name.rpartition(".lora_")[0] or name.rpartition(".")[0] for name in trunk.adapter("policy")}
+    layers = {name.partition(".bottleneck_")[0] for name in adapted}
+    assert len(layers) == 2 * len(targets)
+    assert all(layer.endswith(endings) for layer in layers)
