@@ -4,13 +4,14 @@ from pathlib import Path
 
 from align.config.schema import Experiment
 from align.runs.folder import RunFolder, read_facts
+from align.runs.products import missing_product, wanted_stages
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.trunk import AdapterWeights
 from rewards.model import member_folder, members_in
 
 
-def policy_folder(run: RunFolder) -> Path:
+def policy_folder(experiment: Experiment, run: RunFolder) -> Path:
     """The folder of the run's policy, or of its SFT model if PPO has not finished.
 
     Raises:
@@ -19,22 +20,22 @@ def policy_folder(run: RunFolder) -> Path:
     for folder in (run.policy, run.sft):
         if folder.is_dir():
             return folder
-    raise UserError(f"run {run.path} has no policy/ and no sft/ yet: `align resume {run.path}` resumes it")
+    raise missing_product(experiment, run, "sft" if "sft" in wanted_stages(experiment) else "ppo")
 
 
 def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
     """The adapter in `policy_folder`."""
-    return load_adapter(policy_folder(run), experiment.policy)
+    return load_adapter(policy_folder(experiment, run), experiment.policy)
 
 
-def reward_folder(run: RunFolder, member: int | None) -> Path:
+def reward_folder(experiment: Experiment, run: RunFolder, member: int | None) -> Path:
     """The folder of the run's reward model, or of one member of an ensemble.
 
     Raises:
         UserError: The run has no reward model of its own, or no such member, or several and none was chosen.
     """
     if not run.reward.is_dir():
-        raise UserError(f"run {run.path} has no reward/ yet: `align resume {run.path}` resumes it")
+        raise missing_product(experiment, run, "reward")
     if classifier := read_facts(run.reward).get("classifier"):
         raise UserError(f"the reward of run {run.path} is the model {classifier} itself: there is nothing to export")
     members = members_in(run.reward)

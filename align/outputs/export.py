@@ -69,14 +69,14 @@ def export_run(
         changes = valid_generation(model.path).changes
     with new_folder(to) as folder:
         if product == "reward model":
-            source = reward_folder(run, member)
+            source = reward_folder(experiment, run, member)
             difference, bias = export_reward(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             notes = ["", f"Its scores are the run's minus {bias:.6g}: a sequence classifier has no bias."]
         elif product == "model":
-            source = policy_folder(run)
+            source = policy_folder(experiment, run)
             difference = export_merged(model, policy, source=source, tokenizer=tokenizer, folder=folder, dtype=dtype)
         else:
-            source = policy_folder(run)
+            source = policy_folder(experiment, run)
             difference = export_adapter(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             if not policy.spec.in_peft:
                 notes = ["", "PEFT does not have this method: `policies.build.build_trunk` loads the adapter."]
