@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from align.config.stage import Stage, all_stages, stages_from
+from align.runtime.garbage import no_collections
 from align.runtime.quiet import quiet_libraries
 from align.runtime.streams import lasting_streams
 from align.runtime.wording import counted
@@ -90,6 +91,7 @@ def resume_command(run: Run, overrides: RunOverrides = None) -> None:
 
 
 @app.command(name="plan")
+@no_collections()
 def plan_command(experiment: File, overrides: Overrides = None) -> None:
     """Show what a run would do and need, without starting it."""
     settings = _load(experiment, overrides)
