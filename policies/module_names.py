@@ -16,7 +16,7 @@ SUBLAYER_OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense
 FEEDFORWARD_OUTPUTS = ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2")
 """Last linear layers of the MLP."""
 TRAIN_OUTSIDE = "The LM head is trained by policy.method top_layers, and the embeddings by full"
-"""Advice for targets outside the decoder layers: reward model and critic have no LM head that an adapter could change."""
+"""Advice for targets outside the decoder layers: reward model and critic have no LM head for an adapter."""
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
