@@ -105,9 +105,9 @@ class PolicySettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: on the adapter's input, in SFT and reward training only")
     targets: str | list[str] | None = Field(
         None,
-        description="LoRA, (IA)³, bottleneck: names of the layers to adapt, not LM head or embeddings; unset: all linear "
-        "layers; key and value projections and the MLP's last layer; the last layers of attention and MLP, in this "
-        "order",
+        description="LoRA, (IA)³, bottleneck: names of the layers to adapt, not LM head or embeddings; unset: all "
+        "linear layers; key and value projections and the MLP's last layer; the last layers of attention and MLP, in "
+        "this order",
     )
     rslora: bool = Field(False, description="LoRA: scale by alpha / √rank instead")
     dora: bool = Field(False, description="LoRA: train magnitudes of the weights' columns too")
