@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 
 from align.config.schema import ClusterSettings, Experiment
 from policies.device import ComputeSettings
+from policies.errors import UserError
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,6 +23,16 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 """Defaults for Ray's environment variables; values that the user has set take precedence."""
+PREFIX = "align-ray-"
+"""What the name of the folder of a cluster's files begins with."""
+SOCKET = f"/{PREFIX}12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.0"
+"""The longest path of a socket that Ray makes within TMPDIR."""
+LONGEST_TMPDIR = (107 if sys.platform == "linux" else 103) - len(SOCKET)
+"""Largest number of bytes in TMPDIR's path: the kernel allows only so many in the path of a socket."""
+SHORT_FOLDERS = ("/tmp", "/var/tmp")
+"""Folders for temporary files that every system has."""
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -34,6 +46,9 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
     Args:
         settings: Section `cluster` of the experiment.
         actors: Number of actors that the stage starts; 0: nothing is started.
+
+    Raises:
+        UserError: The path of every folder for temporary files is too long for Ray's sockets.
     """
     if not actors:
         yield
@@ -51,7 +66,7 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         if settings.address:
             ray.init(address=settings.address, **options)
         else:
-            folder = tempfile.mkdtemp(prefix="align-ray-")
+            folder = tempfile.mkdtemp(prefix=PREFIX, dir=_folder_for_sockets())
             options |= {"num_cpus": max(cores(), actors), "include_dashboard": False, "_temp_dir": folder}
             ray.init(address="local", **options)
     try:
@@ -60,6 +75,24 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder_for_sockets() -> str:
+    """TMPDIR or, where its path is too long for sockets within it, another folder for temporary files.
+
+    Raises:
+        UserError: All paths are too long, or nothing can be written there.
+    """
+    tmpdir = tempfile.gettempdir()
+    for folder in (tmpdir, *SHORT_FOLDERS):
+        if len(os.fsencode(folder)) <= LONGEST_TMPDIR and os.access(folder, os.W_OK | os.X_OK):
+            if folder != tmpdir:
+                log.warning("TMPDIR %s is too long a path for Ray's sockets: Ray's files go to %s", tmpdir, folder)
+            return folder
+    raise UserError(
+        f"TMPDIR {tmpdir} is too long a path for Ray's sockets, and {' and '.join(SHORT_FOLDERS)} cannot be written: "
+        f"set TMPDIR to a folder whose path has at most {LONGEST_TMPDIR} bytes"
+    )
 
 
 @contextmanager

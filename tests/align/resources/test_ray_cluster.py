@@ -1,9 +1,16 @@
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
+import ray
 import torch
 
-from align.config.schema import Experiment
-from align.resources.ray_cluster import compute_settings, cores
+from align.config.schema import ClusterSettings, Experiment
+from align.resources import ray_cluster as module
+from align.resources.ray_cluster import compute_settings, cores, ray_cluster
 from policies.device import ComputeSettings
+from policies.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -19,3 +26,51 @@ def test_processes_share_the_cores_and_compute_as_the_experiment_says(
 ) -> None:
     experiment = Experiment.model_validate({"name": "x", "model": {"path": "x"}} | settings)
     assert compute_settings(experiment, processes) == expected
+
+
+def temporary_folder(within: Path, length: int) -> str:
+    """A new folder whose path has this many bytes."""
+    folder = within
+    while (missing := length - len(os.fsencode(folder))) > 1:
+        folder /= "x" * min(missing - 1, 200)
+    folder.mkdir(parents=True)
+    return str(folder)
+
+
+def started_in(folder: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Start a cluster with this folder as TMPDIR. Gives the folder of its files, which are gone again."""
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with ray_cluster(ClusterSettings(), 1):
+        files = Path(ray._private.worker._global_node.get_session_dir_path())
+        pid = ray.get(ray.remote(lambda: os.getpid()).remote())
+        assert pid != os.getpid()
+    assert not files.parent.exists()
+    return files.parent
+
+
+def test_a_tmpdir_that_is_too_long_for_sockets_is_replaced_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = temporary_folder(tmp_path, 150)
+    assert started_in(folder, monkeypatch).parent == Path("/tmp")
+    message = caplog.messages[0]
+    assert message == f"TMPDIR {folder} is too long a path for Ray's sockets: Ray's files go to /tmp"
+
+
+def test_the_longest_tmpdir_that_sockets_allow_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="x") as short:
+        folder = temporary_folder(Path(short), module.LONGEST_TMPDIR)
+        assert started_in(folder, monkeypatch).parent == Path(folder)
+    assert not caplog.messages
+
+
+def test_without_a_short_folder_the_message_says_what_would_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", temporary_folder(tmp_path, 150))
+    monkeypatch.setattr(module, "SHORT_FOLDERS", (str(tmp_path / "nowhere"),))
+    with pytest.raises(UserError, match=f"set TMPDIR to a folder whose path has at most {module.LONGEST_TMPDIR} bytes"):
+        ray_cluster(ClusterSettings(), 1).__enter__()
