@@ -37,16 +37,23 @@ class WandbRun:
         self.run: Any | None = run
         self.logged = logged
 
+    def define_axes(self) -> None:
+        """Have W&B plot the metrics of each stage over its own steps."""
+        for stage in all_stages():
+            if self.run is None:
+                return
+            with self._surviving():
+                self.run.define_metric(stage.axis, hidden=True)
+                for group in stage.metric_groups:
+                    self.run.define_metric(f"{group}/*", step_metric=stage.axis)
+
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Log those metrics of a step that have not been logged yet."""
         new = {name: value for name, value in metrics.items() if not self.logged.has(stage, step, name)}
         if self.run is None or not new:
             return
-        try:
+        with self._surviving():
             self.run.log({**new, find_stage(stage).axis: step})
-        except Exception as error:  # losing the W&B process must not end hours of training
-            log.warning("W&B is lost; the run continues without it: %s", error)
-            self.run = None
         self.logged.add(stage, step, new)
 
     def catch_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -55,6 +62,15 @@ class WandbRun:
             metrics = {name: _number(value) for name, value in row.items() if name not in ("stage", "step")}
             if row["stage"] in stage_names():
                 self.log(row["stage"], row["step"], metrics)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Continue without W&B where the block fails: losing its process must not end hours of training."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("W&B is lost; the run continues without it: %s", error)
+            self.run = None
 
     def close(self, failed: bool) -> None:
         """End the run, once everything logged is on disk or sent. A second call does nothing."""
@@ -104,11 +120,9 @@ def start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[s
                 "reached"
             ) from error
         logged = _logged_figures(run, dict(wandb_run.summary))
-    for stage in all_stages():
-        wandb_run.define_metric(stage.axis, hidden=True)
-        for group in stage.metric_groups:
-            wandb_run.define_metric(f"{group}/*", step_metric=stage.axis)
-    return WandbRun(wandb_run, logged)
+    started = WandbRun(wandb_run, logged)
+    started.define_axes()
+    return started
 
 
 def forget_wandb_run(run: Path) -> None:
