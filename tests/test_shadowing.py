@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from align.config.schema import Experiment
+from align.runtime.shadowing import package_hidden_from_workers
+from align.stages.pipeline import load_datasets
+from policies.errors import UserError
+from tests.integration.tiny_run import make_settings
+
 PACKAGES = ("policies", "rewards", "rollouts")
 
 
@@ -53,3 +59,36 @@ def test_a_folder_of_data_hides_nothing(tmp_path: Path) -> None:
 def test_packages_elsewhere_on_the_path_hide_nothing(tmp_path: Path) -> None:
     (tmp_path / "rewards.py").touch()
     assert python(tmp_path.parent, "-m", "align", "--help").returncode == 0
+
+
+@pytest.mark.parametrize(("section", "key"), [("rollouts", "workers"), ("learner", "ranks")])
+def test_a_file_that_hides_a_package_from_rays_workers_is_named_before_anything_is_trained(
+    section: str, key: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tiny_model, tmp_path)
+    file = tmp_path / "rewards.py"
+    file.touch()
+    monkeypatch.chdir(tmp_path)
+    load_datasets(Experiment.model_validate(settings))  # this process has align's own package
+    settings[section][key] = 1
+    with pytest.raises(UserError, match=f"{file} hides the package `rewards` of align"):
+        load_datasets(Experiment.model_validate(settings))
+
+
+def test_rays_workers_look_in_the_current_folder_first(tmp_path: Path) -> None:
+    program = tmp_path / "program" / "main.py"
+    program.parent.mkdir()
+    program.write_text(
+        "import ray\n"
+        "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "@ray.remote\ndef first():\n    import sys\n    return sys.path[0]\n"
+        "print(ray.get(first.remote()))\n"
+    )
+    ended = python(tmp_path, str(program))
+    assert ended.stdout.split()[-1] == str(tmp_path), ended.stderr
+
+
+def test_alike_folders_hide_nothing_from_rays_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert package_hidden_from_workers() is None

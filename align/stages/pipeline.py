@@ -18,6 +18,7 @@ from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
 from align.runtime.garbage import no_collections
+from align.runtime.shadowing import package_hidden_from_workers
 from align.runtime.signals import StopRequest
 from align.scoring.reward import gold_function
 from align.stages.context import StageContext
@@ -54,6 +55,7 @@ def load_datasets(experiment: Experiment) -> Datasets:
     check_weights(experiment.model.path)
     remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)
+    _check_workers(experiment)
     max_positions = context_length(experiment)
     datasets = read_datasets(experiment, tokenizer, max_positions)
     _check_prompt_styles(experiment, tokenizer, datasets, max_positions)
@@ -105,6 +107,13 @@ def _check_ready_made(experiment: Experiment) -> None:
             term.check(name)
     if experiment.evaluation.gold:
         gold_function(experiment.evaluation.gold).check()
+
+
+def _check_workers(experiment: Experiment) -> None:
+    """Ray's workers must find align's packages, and not files of the user by their names."""
+    hidden = package_hidden_from_workers()
+    if hidden and (experiment.rollouts.workers or experiment.learner.ranks):
+        raise UserError(f"{hidden}; rollout workers and learner ranks start in the current folder")
 
 
 def _check_reward_folder(experiment: Experiment, folder: str) -> None:
