@@ -67,8 +67,12 @@ def token_logprobs_and_entropy(
     return logprobs, entropies
 
 
-def shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
-    """How much less likely each token is than the most likely one.
+TF32_EPSILON = 2.0**-10
+"""Spacing of TF32 numbers from 1 to 2, in which float32 products are computed where that is allowed."""
+
+
+def shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """How much less likely each token is than the most likely one, and how finely this can be told.
 
     Args:
         hidden: `[P, H]`, the states that predict the tokens.
@@ -76,9 +80,12 @@ def shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
         head: The LM head.
 
     Returns:
-        `[P]` float32, in nats; 0 for the greedy choice.
+        Shortfalls, 0 for the greedy choice, and the unit in the last place of the position's logits: the spacing, at
+        the larger of the likeliest token's logit and the token's own, of the numbers in which they are computed. That
+        is the dtype of the states, but TF32 for float32. Both `[P]` float32, in nats.
     """
-    return _by_chunks(partial(_shortfalls, head=head), hidden, tokens)[0]
+    all_shortfalls, spacings = _by_chunks(partial(_shortfalls, head=head), hidden, tokens)
+    return all_shortfalls, spacings
 
 
 def _by_chunks(
@@ -138,9 +145,13 @@ def _logprobs(hidden: Tensor, tokens: Tensor, head: Head, temperature: float) ->
     return (_from_logits(head(hidden), tokens, temperature, with_gradient=False)[0],)
 
 
-def _shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor]:
+def _shortfalls(hidden: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     logits = head(hidden).float()  # [P, V]
-    return (logits.amax(-1) - _select(logits, tokens),)
+    largest = logits.amax(-1)  # [P]
+    own = _select(logits, tokens)  # [P]
+    exponents = torch.frexp(torch.maximum(largest.abs(), own.abs())).exponent  # [P], of numbers in [0.5, 1)
+    step = max(torch.finfo(hidden.dtype).eps, TF32_EPSILON)
+    return largest - own, torch.ldexp(torch.full_like(own, step / 2), exponents)
 
 
 def _logprobs_and_entropy(

@@ -116,6 +116,8 @@ class RoleOutputs:
         notes: Further figures of the response by name, for logging.
         shortfalls: `[T]`, in nats: how much less likely the policy finds each token than its most likely one; empty
             where it was not requested.
+        logit_spacings: `[T]`, in nats: the unit in the last place of the logits that predict each token; empty where
+            it was not requested.
     """
 
     logprobs: Tensor
@@ -125,6 +127,7 @@ class RoleOutputs:
     reward_outputs: Tensor = field(default_factory=lambda: torch.empty(0))
     notes: dict[str, float] = field(default_factory=dict)
     shortfalls: Tensor = field(default_factory=lambda: torch.empty(0))
+    logit_spacings: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def kl(self) -> float:

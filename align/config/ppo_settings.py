@@ -152,7 +152,10 @@ class PpoSettings(Settings):
         "capped at this value; unset: no weights",
     )
     max_mismatch: float | None = Field(
-        None, gt=0, description="the run stops when sampler and learner differ by more nats per token on average"
+        None,
+        gt=0,
+        description="the run stops when sampler and learner differ by more nats per token on average; unset: by more "
+        "than the rounding of the model's dtype can explain",
     )
     ptx_coefficient: float = Field(
         0.0, ge=0, description="weight of the likelihood of demonstrations, mixed into each update"

@@ -46,6 +46,7 @@ class PpoProgress:
         zero: ZeRO stage of these ranks.
         pending: Versions of the weights with which the batches of the next steps are being generated.
         products: Hashes of the reference and the reward model.
+        logit_spacing: Unit of the sampler's mismatch, in nats, see `MismatchCheck`; None before it is measured.
     """
 
     step: Count
@@ -60,6 +61,7 @@ class PpoProgress:
     zero: Count
     pending: list[Count]
     products: dict[str, str]
+    logit_spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 _PROGRESS = TypeAdapter(PpoProgress)

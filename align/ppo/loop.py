@@ -17,7 +17,7 @@ from align.data.examples import TokenizedDemonstration
 from align.learner.group import Learners
 from align.learner.learner import StepCoefficients
 from align.learner.schedules import schedule_factor
-from align.ppo.mismatch import check_mismatch
+from align.ppo.mismatch import MismatchCheck
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from policies.trunk import AdapterWeights
 from rollouts.async_rollouts import RolloutSource, TrajectoriesFuture
@@ -36,6 +36,7 @@ class Step:
         episodes: The episodes that were trained on.
         coefficients: Learning rates, and the weight of the KL in the loss.
         kl_coefficient: Weight of the KL, in the reward or in the loss.
+        logit_spacing: Unit of the mismatch, in nats, see `MismatchCheck`.
         statistics: Statistics of the update, see `Learner.update`.
         seconds: Seconds by part of the step, see `Clock`.
     """
@@ -46,6 +47,7 @@ class Step:
     episodes: list[Episode]
     coefficients: StepCoefficients
     kl_coefficient: float
+    logit_spacing: float
     statistics: dict[str, float]
     seconds: dict[str, float]
 
@@ -77,6 +79,7 @@ class Ppo:
         learners: Train the policy and the critic.
         score: Computes role outputs and scores of a batch.
         kl: The KL coefficient.
+        mismatch: Checks the sampler against the learner at every step.
         sampling: How responses are sampled.
         ppo: The settings of PPO.
         learner: The settings of the learner.
@@ -92,6 +95,7 @@ class Ppo:
     learners: Learners
     score: Callable[[Sequence[Trajectory]], list[RoleOutputs]]
     kl: KlCoefficient
+    mismatch: MismatchCheck
     sampling: Sampling
     ppo: PpoSettings
     learner: LearnerSettings
@@ -118,7 +122,7 @@ class Ppo:
                 trajectories = self.pending.popleft().trajectories()
             with clock("score"):
                 scored = self.score(trajectories)
-                check_mismatch(trajectories, scored, ppo.max_mismatch)
+                self.mismatch(trajectories, scored)
                 episodes = make_episodes(trajectories, scored, ppo, kl_coefficient)
             with clock("update"):
                 statistics = self.learners.update(episodes, orders, coefficients, demonstrations)
@@ -135,6 +139,7 @@ class Ppo:
                 episodes=episodes,
                 coefficients=coefficients,
                 kl_coefficient=kl_coefficient,
+                logit_spacing=self.mismatch.logit_spacing,
                 statistics=statistics,
                 seconds=seconds,
             )

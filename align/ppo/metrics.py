@@ -12,12 +12,9 @@ from align.algorithms.episodes import shaped_score
 from align.config.estimators import find_estimator
 from align.config.ppo_settings import PpoSettings
 from align.ppo.loop import Step
-from align.ppo.mismatch import sampler_mismatch
+from align.ppo.mismatch import Mismatch, sampler_mismatch
 from policies.text.tokenization import decode_response, prompt_text
 from rollouts.trajectory import RoleOutputs, Trajectory, lengths
-
-LARGE_MISMATCH = 0.1
-"""In nats. Tokens on which sampler and learner differ by more count in `rollout/mismatch_share`."""
 
 
 def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> dict[str, float]:
@@ -101,7 +98,7 @@ def _rollout_metrics(step: Step) -> dict[str, float]:
         "rollout/prompt_tokens": sum(len(t.request.prompt_ids) for t in step.trajectories),
         "rollout/mismatch_mean": float(mismatch.mean()),
         "rollout/mismatch_max": float(mismatch.max()),
-        "rollout/mismatch_share": float((mismatch > LARGE_MISMATCH).double().mean()),
+        "rollout/mismatch_share": Mismatch.of(mismatch, step.logit_spacing).large_share,
         "rollout/version": max(versions),
         "rollout/staleness": step.index - fmean(versions),
     }

@@ -20,7 +20,8 @@ from rollouts.trajectory import RoleOutputs, Trajectory
 ALL_ROLES = ("policy", "reference", "critic", "reward")
 """The roles that score by default. The critic can be requested only with the policy, whose states it may read."""
 GREEDY = "greedy"
-"""A further request: how much less likely each token is under the policy than the likeliest one (`shortfalls`)."""
+"""A further request: how much less likely each token is under the policy than the likeliest one (`shortfalls`), and the
+spacing of its logits (`logit_spacings`)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class BatchOutputs:
         last_values: `[B]`, the critic's values after the last token of each response.
         reward_outputs: `[B, C]`, outputs of the reward heads.
         shortfalls: `[P]`, see `RoleOutputs`.
+        logit_spacings: `[P]`, see `RoleOutputs`.
     """
 
     logprobs: Tensor | None = None
@@ -42,6 +44,7 @@ class BatchOutputs:
     last_values: Tensor | None = None
     reward_outputs: Tensor | None = None
     shortfalls: Tensor | None = None
+    logit_spacings: Tensor | None = None
 
 
 def forward_roles(roles: Roles, batch: Batch, temperature: float, requested_roles: Collection[str]) -> BatchOutputs:
@@ -64,7 +67,7 @@ def forward_roles(roles: Roles, batch: Batch, temperature: float, requested_role
     if GREEDY in requested_roles:
         states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]  # [N, H] -> [P, H]
         head = partial(roles.trunk.head, role="policy")
-        outputs["shortfalls"] = shortfalls(states, batch.response_ids, head)
+        outputs["shortfalls"], outputs["logit_spacings"] = shortfalls(states, batch.response_ids, head)
     return BatchOutputs(**outputs)
 
 
@@ -118,6 +121,7 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
     logprobs = per_token(outputs.logprobs)
     reference_logprobs = per_token(outputs.reference_logprobs)
     shortfalls = per_token(outputs.shortfalls)
+    logit_spacings = per_token(outputs.logit_spacings)
     values = per_token(outputs.values)
     last_values: Sequence[Tensor] = empty
     if outputs.last_values is not None:
@@ -134,6 +138,7 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
             score=float(reward_outputs[i][0]) if len(reward_outputs[i]) else math.nan,
             reward_outputs=reward_outputs[i].clone(),
             shortfalls=shortfalls[i].clone(),
+            logit_spacings=logit_spacings[i].clone(),
         )
         records.append(record)
     return records

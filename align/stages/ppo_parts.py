@@ -12,7 +12,7 @@ from align.evaluation.policy import REFERENCE_VERSION, Evaluator, build_evaluato
 from align.learner.group import Learners, LocalLearners
 from align.ppo.checkpoint import PpoProgress, SavedBatch, read_pending, read_progress, read_states
 from align.ppo.loop import Ppo, Step
-from align.ppo.mismatch import check_parity
+from align.ppo.mismatch import MismatchCheck, check_parity
 from align.ppo.prompts import PromptStream
 from align.ppo.stop_rule import NoStopRule, StopCondition, StopRule
 from align.resources.ray_cluster import compute_settings
@@ -89,9 +89,17 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
         scorers.reward.composition.restore(progress.reward)
     else:
         _calibrate(context, scorers, pool, learners.score, reference)
-    loop = _build_loop(context, scorers, learners, pool, progress)
-    pool.load_adapter(loop.step, learners.policy_weights())
-    check_parity(pool, learners.score, loop.prompts.requests(loop.step), loop.sampling)
+    pool.load_adapter(progress.step, learners.policy_weights())
+    requests = _prompt_stream(context).requests(progress.step)
+    spacing = check_parity(pool, learners.score, requests, _sampling(experiment))
+    # Measured once, so that a resumed run has the figures of an uninterrupted one.
+    progress.logit_spacing = progress.logit_spacing or spacing
+    mismatch = MismatchCheck(
+        logit_spacing=progress.logit_spacing,
+        limit=experiment.ppo.max_mismatch,
+        same_weights=experiment.rollouts.max_staleness == 0,
+    )
+    loop = _build_loop(context, scorers, learners, pool, progress, mismatch)
     for batch in saved_batches:
         loop.submit(batch.step, batch.version, batch.weights)
     stop_rule: StopCondition = NoStopRule()
@@ -100,22 +108,39 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
     return PpoParts(loop=loop, scorers=scorers, evaluator=evaluator, stop_rule=stop_rule, progress=progress)
 
 
-def _build_loop(context: StageContext, scorers: Scorers, learners: Learners, pool: Pool, progress: PpoProgress) -> Ppo:
+def _prompt_stream(context: StageContext) -> PromptStream:
+    ppo = context.experiment.ppo
+    return PromptStream(context.datasets.prompts, ppo.batch_size, ppo.samples_per_prompt, context.experiment.seed)
+
+
+def _sampling(experiment: Experiment) -> Sampling:
+    rollouts = experiment.rollouts
+    return Sampling(rollouts.temperature, rollouts.max_new_tokens, rollouts.segment_tokens)
+
+
+def _build_loop(
+    context: StageContext,
+    scorers: Scorers,
+    learners: Learners,
+    pool: Pool,
+    progress: PpoProgress,
+    mismatch: MismatchCheck,
+) -> Ppo:
     experiment = context.experiment
     ppo = experiment.ppo
-    rollouts = experiment.rollouts
     return Ppo(
-        prompts=PromptStream(context.datasets.prompts, ppo.batch_size, ppo.samples_per_prompt, experiment.seed),
+        prompts=_prompt_stream(context),
         rollouts=pool if isinstance(pool, AsyncRollouts) else SynchronousRollouts(pool),
         learners=learners,
         score=scorers.training_scorer(learners.score),
         kl=_kl_coefficient(ppo.kl, progress.kl_coefficient),
-        sampling=Sampling(rollouts.temperature, rollouts.max_new_tokens, rollouts.segment_tokens),
+        mismatch=mismatch,
+        sampling=_sampling(experiment),
         ppo=ppo,
         learner=experiment.learner,
         seed=experiment.seed,
         demonstrations=context.datasets.demonstrations,
-        max_staleness=rollouts.max_staleness,
+        max_staleness=experiment.rollouts.max_staleness,
         step=progress.step,
     )
 

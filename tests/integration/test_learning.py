@@ -15,6 +15,7 @@ from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
 from align.learner.group import LocalLearners
 from align.ppo.loop import Ppo
+from align.ppo.mismatch import MismatchCheck
 from align.ppo.prompts import PromptStream
 from align.roles.build import Blueprint, build_roles
 from policies.schema import ModelSettings, PolicySettings, Schedule
@@ -92,6 +93,7 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
         learners=learners,
         score=score,
         kl=FixedKl(0.0),
+        mismatch=MismatchCheck(logit_spacing=1e-3),
         sampling=Sampling(1.0, length),
         ppo=ppo,
         learner=learner,

@@ -178,7 +178,7 @@ def test_kl_weighs_in_the_reward_or_in_the_loss_and_never_in_both(where: Any) ->
     (episode,) = make_episodes([row], [output], ppo, 0.3)
     in_loss = step_coefficients(LearnerSettings(), ppo, 0, 0.3).kl_in_loss
     assert (float(episode.returns[0]), in_loss) == pytest.approx((1 - 0.3 * 2.5, 0) if where == "reward" else (1, 0.3))
-    assert KlSettings().where == "reward"
+    assert PpoSettings().kl.where == "reward"
 
 
 def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_version() -> None:
@@ -201,6 +201,7 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
             episodes=episodes,
             coefficients=StepCoefficients(0, 0, 0),
             kl_coefficient=0.25,
+            logit_spacing=0.125,
             statistics=dict.fromkeys(names, 3.0),
             seconds={},
         ),

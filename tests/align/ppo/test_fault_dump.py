@@ -34,6 +34,7 @@ def test_a_batch_is_written_for_people(tiny_tokenizer: PreTrainedTokenizerFast, 
         episodes=[good, bad],
         coefficients=StepCoefficients(0, 0, 0),
         kl_coefficient=0.1,
+        logit_spacing=0.125,
         statistics={},
         seconds={},
     )
