@@ -71,7 +71,7 @@ def plan_lines(
 def _fit(examples: int, noun: str, settings: FitSettings) -> str:
     epochs = counted(settings.epochs, "epoch")
     steps = counted(settings.optimizer_steps(examples), "optimizer step")
-    return f"{counted(examples, noun)}, {epochs} in batches of {settings.batch_size}: {steps}"
+    return f"{counted(examples, noun)}, {epochs} in batches of up to {settings.batch_size}: {steps}"
 
 
 def _trained(demonstrations: Sequence[TokenizedDemonstration]) -> str:
