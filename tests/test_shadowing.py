@@ -75,6 +75,7 @@ def test_a_file_that_hides_a_package_from_rays_workers_is_named_before_anything_
         load_datasets(Experiment.model_validate(settings))
 
 
+@pytest.mark.slow
 def test_rays_workers_look_in_the_current_folder_first(tmp_path: Path) -> None:
     program = tmp_path / "program" / "main.py"
     program.parent.mkdir()
