@@ -71,7 +71,7 @@ def data(query: str) -> dict[str, Any]:
     """The answer to a query."""
     if "upsertBucket" in query:
         project = {"id": "p", "name": "align", "entity": {"id": "e", "name": "me"}}
-        bucket = {"id": "b", "name": "run", "displayName": "tiny", "config": "{}", "project": project}
+        bucket: dict[str, Any] = {"id": "b", "name": "run", "displayName": "tiny", "config": "{}", "project": project}
         return {"upsertBucket": {"bucket": bucket, "inserted": False}}
     if "RunResumeStatus" in query:
         known = {"ppo/step": 2, "reward/mean": 2.0, "_step": 1, "_runtime": 1}
