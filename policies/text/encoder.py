@@ -23,6 +23,8 @@ PROBE = "7f3a"
 """A reply without white space, which no template changes, to see what a template writes after it."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a chat template marks what the assistant has generated."""
+MAX_PROMPTS = 4096
+"""Largest number of texts whose tokens an encoder keeps."""
 ANCHORS = ("\n", "a", "0")
 """Texts to put before a continuation, so that the tokenizer does not take it for the beginning of a text."""
 
@@ -71,6 +73,8 @@ class TextEncoder:
         """
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
+        self._prompts: dict[str, list[int]] = {}
+        """The tokens of recent prompts: those of preferences and rollouts come again and again."""
 
     @property
     def has_template(self) -> bool:
@@ -111,8 +115,12 @@ class TextEncoder:
                 chat template, or one that fails on them or does not use `tools`.
         """
         if isinstance(prompt, str):
-            self._check_text(prompt)
-            return self._text_ids(prompt) or [self._start_id]
+            if prompt not in self._prompts:
+                self._check_text(prompt)
+                if len(self._prompts) == MAX_PROMPTS:
+                    self._prompts.clear()
+                self._prompts[prompt] = self._text_ids(prompt) or [self._start_id]
+            return list(self._prompts[prompt])
         self._check_messages(prompt, tools)
         text = self._render(prompt, tools, add_generation_prompt=True)
         return self._rendered_ids(prompt, tools, text)

@@ -121,6 +121,20 @@ def test_the_tokens_of_a_text_do_not_depend_on_what_the_tokenizer_was_used_for(
     assert encoder.prompt(text) == expected
 
 
+def test_the_tokens_of_a_prompt_are_the_same_each_time(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("policies.text.encoder.MAX_PROMPTS", 2)
+    encoder = TextEncoder(tiny_tokenizer)
+    for text in ("a", "b", "a", "", "c", "", "a"):
+        ids = encoder.prompt(text)
+        assert ids == TextEncoder(tiny_tokenizer).prompt(text)
+        ids.append(0)  # what a caller does to its list does not reach the next caller
+    for _ in range(2):
+        with pytest.raises(ValueError, match="special token"):
+            encoder.prompt("a</s>")
+
+
 def test_generation_ends_at_eos_and_at_the_end_of_a_turn(layout: str, encoder: TextEncoder) -> None:
     names = {LAYOUTS[layout].eos, LAYOUTS[layout].end}
     assert encoder.end_ids == set(encoder.tokenizer.convert_tokens_to_ids(sorted(names)))
