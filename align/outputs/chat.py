@@ -17,7 +17,7 @@ HELP = """\
 Ctrl-C stops a reply. A line that begins with a space is a message even if / follows."""
 
 
-class Reply(Protocol):
+class StreamedReply(Protocol):
     """A reply that is being generated.
 
     Attributes:
@@ -41,7 +41,7 @@ class Chat:
 
     def __init__(
         self,
-        respond: Callable[[Prompt, int], Reply],
+        respond: Callable[[Prompt, int], StreamedReply],
         show: Callable[[str], None],
         tell: Callable[[str], None],
         template: bool = True,
@@ -66,7 +66,7 @@ class Chat:
         self._replies = 0
 
     def run(self, read: Callable[[], str | None]) -> None:
-        """Reply to lines until there are no more of them, or /quit.
+        """StreamedReply to lines until there are no more of them, or /quit.
 
         Args:
             read: Gives the next line; None at the end.
