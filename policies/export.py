@@ -69,7 +69,7 @@ def export_adapter(
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(source / name, folder / name)
     tokenizer.save_pretrained(folder)
-    write_generation_config(model.path, folder)
+    write_generation_config(model.path, folder, TextEncoder(tokenizer).end_ids)
     base = load_base(model, policy)
     if policy.spec.in_peft:
         reloaded = _log_probs_of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
@@ -108,7 +108,7 @@ def export_merged(
     expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
     base_log_probs = _log_probs_of_model(load_base(model, policy), ids)
     write_model(model, live.merged_weights(EXPORT_ROLE), folder, dtype)
-    write_generation_config(model.path, folder)
+    write_generation_config(model.path, folder, TextEncoder(tokenizer).end_ids)
     tokenizer.save_pretrained(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE)
     log_probs = _log_probs_of_model(reloaded.to(default_device()).eval(), ids)

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from align.config.schema import Experiment
 from align.outputs.artifacts import policy_folder, policy_weights, reward_folder
+from align.outputs.card_code import policy_code, reward_code
 from align.outputs.model_card import model_card
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import new_folder
@@ -67,21 +68,26 @@ def export_run(
     changes: tuple[str, ...] = ()
     if product != "reward model":
         changes = valid_generation(model.path).changes
+    code = ""
     with new_folder(to) as folder:
         if product == "reward model":
             source = reward_folder(experiment, run, member)
             difference, bias = export_reward(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             notes = ["", f"Its scores are the run's minus {bias:.6g}: a sequence classifier has no bias."]
+            code = reward_code(experiment, tokenizer, bias)
         elif product == "model":
             source = policy_folder(experiment, run)
             difference = export_merged(model, policy, source=source, tokenizer=tokenizer, folder=folder, dtype=dtype)
+            code = policy_code(experiment, tokenizer, is_adapter=False)
         else:
             source = policy_folder(experiment, run)
             difference = export_adapter(model, policy, source=source, tokenizer=tokenizer, folder=folder)
-            if not policy.spec.in_peft:
+            if policy.spec.in_peft:
+                code = policy_code(experiment, tokenizer, is_adapter=True)
+            else:
                 notes = ["", "PEFT does not have this method: `policies.build.build_trunk` loads the adapter."]
         notes += [f"\nGeneration config: {change}." for change in changes]
-        (folder / "README.md").write_text(model_card(experiment, run, product, notes), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(experiment, run, product, notes, code), encoding="utf-8")
     return Exported(product, difference, changes)
 
 

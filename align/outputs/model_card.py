@@ -9,7 +9,7 @@ from align.runs.folder import RunFolder, read_facts
 from align.runtime.wording import counted
 
 
-def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list[str]) -> str:
+def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list[str], code: str = "") -> str:
     """The text of README.md in an exported folder: contents, origin and results.
 
     Args:
@@ -17,6 +17,7 @@ def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list
         run: The run.
         product: `adapter`, `model` or `reward model`.
         notes: Further lines about this export.
+        code: How to use it, in Python.
     """
     lines = [
         "---",
@@ -29,6 +30,7 @@ def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list
         "",
         f"The {product} of run `{experiment.name}`, on `{experiment.model.path}`, by align.",
         *notes,
+        *(["", "```python", *code.splitlines(), "```"] if code else []),
         "",
         "| stage | what | seconds |",
         "|---|---|---|",

@@ -1,0 +1,161 @@
+"""The code of model cards: how plain transformers or PEFT uses an export as the run does."""
+
+from collections.abc import Mapping
+from string import Template
+
+from transformers import PreTrainedTokenizerBase
+
+from align.config.schema import Experiment
+from policies.files.base_model import load_generation_config, stop_ids
+from policies.text.encoder import TextEncoder
+
+TEXT = '"My lamp is broken."'
+MESSAGES = '[{"role": "user", "content": "My lamp is broken."}]'
+
+ENCODE = '''
+def encode(text):
+    return tokenizer(text, add_special_tokens=False$split)["input_ids"]
+
+
+def begun(ids):
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def joined(head_ids, text, ids):
+    """`ids`, or, where one of its tokens spans the end of the head, the head's tokens and those of the text."""
+    if ids[: len(head_ids)] == head_ids:
+        return ids
+    for anchor in ("\\n", "a", "0"):  # a text begins differently where it continues another one
+        anchor_ids, both_ids = encode(anchor), encode(anchor + text)
+        if both_ids[: len(anchor_ids)] == anchor_ids:
+            return head_ids + both_ids[len(anchor_ids) :]
+    return head_ids + encode(text)
+
+'''
+RENDER = """
+def render(messages, **options):
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    ids = encode(text)
+    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not replies:
+        return ids
+    before = messages[: replies[-1]]
+    head = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    head_ids = render(before, add_generation_prompt=True)
+    return joined(head_ids, text[len(head) :], ids) if text.startswith(head) else ids
+
+"""
+SCORE = Template("""\
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+start = $start  # what a text begins with
+ends = $ends  # a response ends with one of these; the score is read off there
+bias = $bias  # of the reward's head, which a sequence classifier does not have
+
+$functions
+def encode_both(prompt, response):
+$both    ids = joined(begun(encode(prompt)), response, begun(encode(prompt + response)))
+    return ids if ids[-1] in ends else [*ids, tokenizer.eos_token_id]
+
+
+def score(prompt, response):
+    with torch.no_grad():
+        return model(torch.tensor([encode_both(prompt, response)])).logits.item() + bias
+
+
+print(score($prompt, " Is the bulb old?"))
+""")
+BOTH_MESSAGES = """\
+    if not isinstance(prompt, str):
+        return render([*prompt, {"role": "assistant", "content": response}])
+"""
+GENERATE = Template("""\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer$imports
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+$load
+start = $start  # what a text begins with
+
+$functions
+def respond(prompt, **options):
+    ids = torch.tensor([$prompt_ids])
+    sampling = $sampling | options
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+print(respond($prompt))
+""")
+LOAD_MODEL = "model = AutoModelForCausalLM.from_pretrained(folder).eval()"
+LOAD_ADAPTER = Template("""\
+base = AutoModelForCausalLM.from_pretrained($base)
+model = PeftModel.from_pretrained(base, folder).eval()""")
+
+
+def reward_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, bias: float) -> str:
+    """Code that scores a response as the run's reward model does, by an exported classifier.
+
+    Args:
+        experiment: The run's settings.
+        tokenizer: The base model's tokenizer.
+        bias: The bias of the reward's head.
+    """
+    encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
+    return SCORE.substitute(
+        _common(experiment, encoder),
+        ends=sorted(encoder.end_ids),
+        bias=bias,
+        both=BOTH_MESSAGES if encoder.has_template else "",
+    )
+
+
+def policy_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, is_adapter: bool) -> str:
+    """Code that samples responses as the run does, from an exported policy.
+
+    Args:
+        experiment: The run's settings.
+        tokenizer: The base model's tokenizer.
+        is_adapter: Whether the export is an adapter in PEFT's layout; otherwise it is a complete model.
+    """
+    path = experiment.model.path
+    prompt_ids = "begun(encode(prompt))"
+    rollouts = experiment.rollouts
+    encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
+    if encoder.has_template:
+        prompt_ids += " if isinstance(prompt, str) else render(prompt, add_generation_prompt=True)"
+    ends = sorted(stop_ids(load_generation_config(path), tokenizer))
+    sampling = [
+        '"do_sample": True',
+        f'"temperature": {rollouts.temperature}',
+        '"top_k": 0',
+        '"top_p": 1.0',
+        f'"max_new_tokens": {rollouts.max_new_tokens}',
+        f'"eos_token_id": {ends}',
+        f'"pad_token_id": {ends[0]}',
+    ]
+    if rollouts.stop:
+        sampling += [f'"stop_strings": {list(rollouts.stop)!r}', '"tokenizer": tokenizer']
+    return GENERATE.substitute(
+        _common(experiment, encoder),
+        imports="\nfrom peft import PeftModel" if is_adapter else "",
+        load=LOAD_ADAPTER.substitute(base=repr(path)) if is_adapter else LOAD_MODEL,
+        prompt_ids=prompt_ids,
+        sampling="{" + ", ".join(sampling) + "}",
+    )
+
+
+def _common(experiment: Experiment, encoder: TextEncoder) -> Mapping[str, object]:
+    """What both kinds of code need to know of the tokenizer."""
+    letter = encoder.tokenizer("a", add_special_tokens=False)["input_ids"]
+    split = ", split_special_tokens=True" if experiment.data.special_tokens == "text" else ""
+    return {
+        "start": encoder.prompt("a")[: -len(letter)],
+        "functions": ENCODE.replace("$split", split) + (RENDER if encoder.has_template else ""),
+        "prompt": MESSAGES if encoder.has_template else TEXT,
+    }
