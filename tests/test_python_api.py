@@ -105,9 +105,9 @@ def test_ppo_by_hand_needs_a_run_that_has_finished_the_other_stages(folder_of_th
 def test_what_a_run_has_not_trained_yet_is_refused(folder_of_the_document: Path) -> None:
     trained = align.run(align.load_experiment("experiment.yaml", ["stages=[sft]"]))
     assert len(trained.generate(["User: name a colour. Assistant:"])) == 1
-    with pytest.raises(align.UserError, match="no reward/ yet"):
+    with pytest.raises(align.UserError, match="has no reward/, because it ends after the stages sft"):
         trained.score(["a"], ["b"])
-    with pytest.raises(align.UserError, match="no policy/ yet"):
+    with pytest.raises(align.UserError, match="has no policy/, because it ends after the stages sft"):
         trained.evaluate()
     (folder_of_the_document / "taken").mkdir()
     with pytest.raises(align.UserError, match="already exists"):

@@ -66,7 +66,7 @@ class Chat:
         self._replies = 0
 
     def run(self, read: Callable[[], str | None]) -> None:
-        """StreamedReply to lines until there are no more of them, or /quit.
+        """Reply to lines until there are no more of them, or /quit.
 
         Args:
             read: Gives the next line; None at the end.
