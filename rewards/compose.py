@@ -10,7 +10,7 @@ from torch import Tensor
 from rewards.terms.base import ConstraintSettings, TermSettings
 
 SMALLEST_STD = 1e-8
-ROUNDING = 1e-6
+SMALLEST_RELATIVE_STD = 1e-6
 """A standard deviation of at most `SMALLEST_STD`, or this share of the mean, is rounding: the values are constant."""
 
 
@@ -64,7 +64,7 @@ class RunningMoments:
     def std(self) -> float:
         """The standard deviation; 1 where there are no values or they are constant."""
         std = (self.squares / self.count) ** 0.5 if self.count else 0.0
-        return std if std > max(SMALLEST_STD, ROUNDING * abs(self.mean)) else 1.0
+        return std if std > max(SMALLEST_STD, SMALLEST_RELATIVE_STD * abs(self.mean)) else 1.0
 
 
 @dataclass
