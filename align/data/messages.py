@@ -68,8 +68,8 @@ def _could_be_messages(value: Any, name: str) -> bool:
 
 
 def _from_json(value: Any) -> Any:
-    """A value; a text is parsed as JSON where possible, even if a key occurs twice, of which `_parsed` tells."""
-    if isinstance(value, str):
+    """A value; a list in text is parsed as JSON where possible, even if a key occurs twice, which `_parsed` reports."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):
             return json.loads(value)
     return value

@@ -81,7 +81,7 @@ class TextEncoder:
         """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    @property
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a response: EOS, and what the chat template ends the assistant's turns with."""
         eos: int = self.tokenizer.eos_token_id
