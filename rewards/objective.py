@@ -262,4 +262,6 @@ class OrdinalRatingLink(nn.Module):
 
     def thresholds(self) -> Tensor:
         """Thresholds `[levels - 1]`, increasing."""
-        return torch.cat([self.first, self.first + softplus(self.gaps).cumsum(0)])
+        # Added one by one, because CUDA has no deterministic cumulative sum of floating-point numbers.
+        offsets = accumulate(softplus(self.gaps).unbind())
+        return torch.cat([self.first, *(self.first + offset for offset in offsets)])

@@ -30,6 +30,10 @@ REMOVE_FRACTION = 1 / 8
 copied."""
 
 
+PROBABILITY_UNITS = 2**53
+"""Units in which probabilities are added: float64 has 53 bits of precision."""
+
+
 class TransformersEngine:
     """Decodes up to `max_num_seqs` requests at a time with continuous batching."""
 
@@ -252,11 +256,12 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     if temperature == 0:
         tokens = logprobs.argmax(-1)  # [B]
     else:
-        cumulative = logprobs.double().exp().cumsum(-1)  # [B, V]
-        # Scaled by the total, so that rounding in the sum cannot take away the last token's share.
-        targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]  # [B, 1]
-        tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)  # [B]
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+        # Integers add up to the same in any order: CUDA has no deterministic cumulative sum of floating-point numbers.
+        cumulative = (logprobs.double().exp() * PROBABILITY_UNITS).long().cumsum(-1)  # [B, V]
+        total = cumulative[:, -1]  # [B]
+        targets = (uniforms * total).long().minimum(total - 1)  # [B], in [0, total)
+        tokens = torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)  # [B]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # reached where logits are not finite
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
