@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,19 @@ OF_FOUR = slice(0, None, 4)
 """One of four: with Ray, each attempt starts two clusters."""
 
 
+StartProcess = Callable[[], WarmProcess]
+
+
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[list[WarmProcess]]:
+def start_process(tmp_path: Path) -> Iterator[StartProcess]:
     library = build_library(tmp_path)
-    started = [WarmProcess(library) for _ in range(PROCESSES)]
-    yield started
+    started = []
+
+    def start() -> WarmProcess:
+        started.append(WarmProcess(library))
+        return started[-1]
+
+    yield start
     for process in started:
         process.close()
 
@@ -59,32 +67,33 @@ def kill_at(sweeps: list[Sweep], operations: slice) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_killed_at_one_write_of_ten_resumes_to_the_same_files(
-    small: dict[str, Any], tmp_path: Path, processes: list[WarmProcess]
+    small: dict[str, Any], tmp_path: Path, start_process: StartProcess
 ) -> None:
-    kill_at([Sweep(small, tmp_path / "sweep", processes[0])], OF_TEN)
+    kill_at([Sweep(small, tmp_path / "sweep", start_process())], OF_TEN)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_run_killed_at_any_write_resumes_to_the_same_files(
-    small: dict[str, Any], tmp_path: Path, processes: list[WarmProcess]
+    small: dict[str, Any], tmp_path: Path, start_process: StartProcess
 ) -> None:
-    sweeps = [Sweep(small, tmp_path / str(index), process) for index, process in enumerate(processes)]
+    sweeps = [Sweep(small, tmp_path / str(number), start_process()) for number in range(PROCESSES)]
     kill_at(sweeps, slice(None))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_run_with_a_worker_and_a_rank_killed_at_writes_of_ppo_resumes_to_the_same_files(
-    small: dict[str, Any], tmp_path: Path, processes: list[WarmProcess]
+    small: dict[str, Any], tmp_path: Path, start_process: StartProcess
 ) -> None:
     """SFT and the reward model do not use Ray: every attempt starts after them."""
     small["rollouts"]["workers"] = 1
     small["learner"]["ranks"] = 1
-    start = until_ppo(Sweep(small, tmp_path / "whole", processes[0]), tmp_path / "start")
-    kill_at([Sweep(small, tmp_path / "sweep", processes[0], start)], OF_FOUR)
+    process = start_process()
+    start = until_ppo(Sweep(small, tmp_path / "whole", process), tmp_path / "start")
+    kill_at([Sweep(small, tmp_path / "sweep", process, start)], OF_FOUR)
 
 
 def until_ppo(sweep: Sweep, folder: Path) -> Path:
