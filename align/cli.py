@@ -95,9 +95,12 @@ def resume_command(run: Run, overrides: RunOverrides = None) -> None:
 def plan_command(experiment: File, overrides: Overrides = None) -> None:
     """Show what a run would do and need, without starting it."""
     settings = _load(experiment, overrides)
-    from align.resources.plan import plan_table
-    from align.stages.launch import planned_stages
-    from align.stages.pipeline import load_datasets
+    from align.runtime.compilation import compiled_on_first_call
+
+    with compiled_on_first_call():
+        from align.resources.plan import plan_table
+        from align.stages.launch import planned_stages
+        from align.stages.pipeline import load_datasets
 
     datasets = load_datasets(settings)
     stages, note = planned_stages(settings, datasets)
