@@ -94,8 +94,15 @@ print(respond($prompt))
 """)
 LOAD_MODEL = "model = AutoModelForCausalLM.from_pretrained(folder).eval()"
 LOAD_ADAPTER = Template("""\
-base = AutoModelForCausalLM.from_pretrained($base)
+base = AutoModelForCausalLM.from_pretrained($base, dtype=torch.$dtype$quantization)
 model = PeftModel.from_pretrained(base, folder).eval()""")
+FOUR_BITS = Template("""\
+, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type=$kind,
+    bnb_4bit_use_double_quant=$twice,
+    bnb_4bit_compute_dtype=torch.$dtype,
+)""")
 
 
 def reward_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, bias: float) -> str:
@@ -141,13 +148,31 @@ def policy_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, is_a
     ]
     if rollouts.stop:
         sampling += [f'"stop_strings": {list(rollouts.stop)!r}', '"tokenizer": tokenizer']
+    imports = ""
+    load = LOAD_MODEL
+    if is_adapter:
+        imports = "\nfrom peft import PeftModel"
+        load = _load_adapter(experiment)
+        if experiment.policy.spec.four_bits:
+            imports = f", BitsAndBytesConfig{imports}"
     return GENERATE.substitute(
         _common(experiment, encoder),
-        imports="\nfrom peft import PeftModel" if is_adapter else "",
-        load=LOAD_ADAPTER.substitute(base=repr(path)) if is_adapter else LOAD_MODEL,
+        imports=imports,
+        load=load,
         prompt_ids=prompt_ids,
         sampling="{" + ", ".join(sampling) + "}",
     )
+
+
+def _load_adapter(experiment: Experiment) -> str:
+    """The lines that load the base model and the adapter in this folder."""
+    model = experiment.model
+    policy = experiment.policy
+    quantization = ""
+    if policy.spec.four_bits:
+        twice = policy.double_quantization
+        quantization = FOUR_BITS.substitute(kind=repr(policy.quant_type), twice=twice, dtype=model.dtype)
+    return LOAD_ADAPTER.substitute(base=repr(model.path), dtype=model.dtype, quantization=quantization)
 
 
 def _common(experiment: Experiment, encoder: TextEncoder) -> Mapping[str, object]:
