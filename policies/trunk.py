@@ -1,5 +1,6 @@
 """One frozen base model that all roles share, with an adapter for each role."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -287,7 +288,16 @@ class Trunk(nn.Module, ABC):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, where gradients flow: less memory, more time."""
-        self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._recompute_contexts})
+        # The model's layers hold the function: a strong reference to this trunk would be a cycle.
+        contexts = weakref.WeakMethod(self._recompute_contexts)
+
+        def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            method = contexts()
+            if method is None:
+                raise RuntimeError("activations are recomputed after their trunk is gone")
+            return method()
+
+        self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_contexts})
         self._recomputed = [m for m in self.causal.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

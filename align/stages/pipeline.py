@@ -1,5 +1,6 @@
 """Runs the stages in order. A stage is done once its folder exists, so running again resumes where a run stopped."""
 
+import gc
 import logging
 import math
 from typing import Any
@@ -186,6 +187,10 @@ def _run_stage(context: StageContext, stage: str) -> None:
             log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, restarts - 1)
             last = _return_to_checkpoint(context.run, stage, context.experiment.checkpoint.keep)
             context.tracker.drop_after(stage, last)
+        finally:
+            # DeepSpeed's engine and the hooks that it leaves in the model refer to each other: without a collection
+            # the model would stay in memory.
+            gc.collect()
 
 
 def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:

@@ -30,8 +30,13 @@ def leave_packed(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking weights in place in forward passes without gradients on a CPU.
 
     Only one kernel reads that layout; passes with gradients, and ZeRO 3, would misread it.
+
+    A quantised weight also forgets its layer, which it needed for quantisation alone: the two would be a cycle, which
+    keeps the model's memory until the next full garbage collection.
     """
     for module in model.modules():
+        if is_packed(module):
+            setattr(module.weight, "module", None)  # noqa: B010  # not an attribute of every tensor
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # not an attribute of every module
 

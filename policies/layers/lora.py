@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from policies.layers.replacement import ForwardReplacement
+
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers that the families of transformers call with the same input, one right after the other."""
 
@@ -35,7 +37,7 @@ def parameter_groups_by_rate(
     return list(groups.items())
 
 
-class LoraForward:
+class LoraForward(ForwardReplacement):
     """Replaces PEFT's forward pass of one layer: the same numbers, up to rounding.
 
     PEFT casts activations to the adapter's dtype and back, and adds the adapter's output in extra passes over memory.
@@ -50,19 +52,25 @@ class LoraForward:
         return type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear and not layer.lora_variant
 
     def __init__(self, layer: lora.Linear) -> None:
-        self.layer = layer
-        self.base = layer.base_layer
-        self.siblings = [self]
+        super().__init__(layer)
+        self.later_siblings: Sequence[LoraForward] = ()
+        """The other layers whose outputs this one computes."""
         self.merged: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         """By role, the buffer to which `merge` writes the weight."""
         self._precomputed: tuple[Tensor, str, Tensor] | None = None
         """What the first sibling computed for this layer: input, role, output."""
 
+    @property
+    def base(self) -> nn.Linear:
+        """The linear layer of the base model."""
+        base: nn.Linear = self.module.base_layer
+        return base
+
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        layer = self.layer
-        base = self.base
+        layer = self.module
+        base = layer.base_layer
         if layer._disable_adapters:
             return linear(x, base.weight, base.bias)
         role = layer._active_adapter[0]
@@ -76,7 +84,7 @@ class LoraForward:
         if precomputed is not None and precomputed[0] is x and precomputed[1] == role:
             return precomputed[2]
         out, *others = self._forward_all(x, role)
-        for sibling, sibling_out in zip(self.siblings[1:], others, strict=True):
+        for sibling, sibling_out in zip(self.later_siblings, others, strict=True):
             sibling._precomputed = x, role, sibling_out
         return out
 
@@ -85,17 +93,17 @@ class LoraForward:
         bases: list[FrozenLayer] = []
         adapters: list[Tensor] = []
         widest = 0
-        for sibling in self.siblings:
-            layer = sibling.layer
-            weight = sibling.base.weight
-            bases.append((weight, sibling.base.bias))
+        for sibling in (self, *self.later_siblings):
+            layer = sibling.module
+            weight = layer.base_layer.weight
+            bases.append((weight, layer.base_layer.bias))
             adapters += [layer.lora_A[role].weight, layer.lora_B[role].weight]
             widest = max(widest, *weight.shape)
         # With few tokens, adding the adapters to the weights costs more than their products with the activations.
         # While gradients flow, the number of tokens must not matter: the result would depend on the microbatches.
         many_tokens = torch.is_grad_enabled() or x.numel() > x.shape[-1] * widest
         into_weights = many_tokens and x.dtype == torch.float32
-        outs: tuple[Tensor, ...] = _LoraLinear.apply(x, bases, self.layer.scaling[role], into_weights, *adapters)
+        outs: tuple[Tensor, ...] = _LoraLinear.apply(x, bases, self.module.scaling[role], into_weights, *adapters)
         return outs
 
     @torch.no_grad()
@@ -105,7 +113,7 @@ class LoraForward:
         It replaces the role's previous copy in place, because the rounding of a matrix product may depend on the
         address of its weight.
         """
-        layer = self.layer
+        layer = self.module
         weight = self.base.weight  # [out, in]
         down = layer.lora_A[role].weight.float()  # [rank, in]
         up = layer.lora_B[role].weight.float()  # [out, rank]
@@ -122,7 +130,8 @@ def join_siblings(base: nn.Module) -> None:
             forwards = [getattr(getattr(module, name, None), "forward", None) for name in names]
             adapted = [forward for forward in forwards if isinstance(forward, LoraForward)]
             if adapted:
-                adapted[0].siblings = adapted
+                first, *later = adapted
+                first.later_siblings = later
 
 
 class _LoraLinear(torch.autograd.Function):

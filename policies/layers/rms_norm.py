@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from policies.layers import kernel_calls, native
+from policies.layers.replacement import ForwardReplacement
 
 RMS_NORM_CLASSES = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "OlmoeRMSNorm")
 """Classes of transformers that compute exactly weight · x / √(mean x² + ε)."""
 
 
-class RmsNormForward:
+class RmsNormForward(ForwardReplacement):
     """Replaces the forward pass of a norm: the same numbers, up to rounding; both compute in float32."""
 
     @classmethod
@@ -20,15 +21,12 @@ class RmsNormForward:
         """Whether the module is of one of these classes."""
         return type(module).__name__ in RMS_NORM_CLASSES
 
-    def __init__(self, norm: Any) -> None:
-        self.norm = norm
-        self.module_forward = norm.forward
-
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.norm.weight
+        norm = self.module
+        weight = norm.weight
         if weight.requires_grad or not native.runs(x, weight):
             return self.module_forward(x)
-        return _RmsNorm.apply(x.contiguous(), weight, float(self.norm.variance_epsilon))
+        return _RmsNorm.apply(x.contiguous(), weight, float(norm.variance_epsilon))
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from policies.layers import kernel_calls, native
+from policies.layers.replacement import ForwardReplacement
 
 FULL_ATTENTION_CLASSES = (
     "ArceeAttention",
@@ -38,7 +39,7 @@ def install_rotary(model: PreTrainedModel) -> None:
             module.forward = RotaryAttentionForward(module)
 
 
-class RotaryAttentionForward:
+class RotaryAttentionForward(ForwardReplacement):
     """Replaces the forward pass of an attention layer: the same numbers, up to the rounding of the rotation."""
 
     @classmethod
@@ -47,7 +48,7 @@ class RotaryAttentionForward:
         return type(module).__name__ in (*FULL_ATTENTION_CLASSES, *SLIDING_ATTENTION_CLASSES)
 
     def __init__(self, layer: Any) -> None:
-        self.layer = layer
+        super().__init__(layer)
         self.has_norms = hasattr(layer, "q_norm")  # Qwen3: each head of queries and keys is normalised
         self.window: dict[str, int | None] = {}
         if type(layer).__name__ in SLIDING_ATTENTION_CLASSES:
@@ -62,7 +63,7 @@ class RotaryAttentionForward:
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: `[B, T, H]`; position_embeddings: cosines and sines `[B, T, D]`; others as in transformers."""
-        layer = self.layer
+        layer = self.module
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, layer.head_dim)
         query = layer.q_proj(hidden_states).view(head_shape)  # [B, T, heads, D]

@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from policies.layers import kernel_calls, native
+from policies.layers.replacement import ForwardReplacement
 
 SWIGLU_CLASSES = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 """Classes of transformers that compute exactly down(act(gate(x)) · up(x)); act is a setting."""
 
 
-class SwigluForward:
+class SwigluForward(ForwardReplacement):
     """Replaces the forward pass of a SwiGLU MLP: the same numbers, up to rounding."""
 
     @classmethod
@@ -20,15 +21,13 @@ class SwigluForward:
         """Whether the module is such an MLP, with SiLU as its activation."""
         return type(module).__name__ in SWIGLU_CLASSES and module.config.hidden_act == "silu"
 
-    def __init__(self, mlp: Any) -> None:
-        self.mlp = mlp
-
     def __call__(self, x: Tensor) -> Tensor:
-        gate = self.mlp.gate_proj(x)  # [..., inner]
-        up = self.mlp.up_proj(x)  # [..., inner]
+        mlp = self.module
+        gate = mlp.gate_proj(x)  # [..., inner]
+        up = mlp.up_proj(x)  # [..., inner]
         if native.runs(gate, up):
-            return self.mlp.down_proj(_Swiglu.apply(gate.contiguous(), up.contiguous()))  # [..., H]
-        return self.mlp.down_proj(self.mlp.act_fn(gate) * up)  # [..., H]
+            return mlp.down_proj(_Swiglu.apply(gate.contiguous(), up.contiguous()))  # [..., H]
+        return mlp.down_proj(mlp.act_fn(gate) * up)  # [..., H]
 
 
 class _Swiglu(torch.autograd.Function):

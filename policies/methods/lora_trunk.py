@@ -24,7 +24,7 @@ class LoraTrunk(PeftTrunk):
         super()._build(base)
         self._forwards = [LoraForward(layer) for layer in self._layers if LoraForward.fits(layer)]
         for forward in self._forwards:
-            forward.layer.forward = forward
+            forward.module.forward = forward
         join_siblings(base)
         self._decode_step = DecodeStep(base) if DecodeStep.fits(base) else None
         self._decode_step_is_checked = False
@@ -87,7 +87,7 @@ class LoraTrunk(PeftTrunk):
     def use_module_forwards(self) -> None:
         """Use PEFT's own forward passes, which call the layers' parts as modules."""
         for forward in self._forwards:
-            del forward.layer.forward
+            del forward.module.forward
         self._forwards = []
         self._decode_step = None
 

@@ -84,8 +84,9 @@ def test_layers_with_the_same_input_are_computed_together_and_only_then(tiny_mod
     trunk = make(tiny_model)
     layer = trunk.causal.base_model.layers[0].self_attn
     query, key, value = (part.forward for part in (layer.q_proj, layer.k_proj, layer.v_proj))
-    assert query.siblings == [query, key, value]
-    assert [part.siblings for part in (key, value)] == [[key], [value]]
+    assert query.later_siblings == [key, value]
+    assert not key.later_siblings
+    assert not value.later_siblings
     x, other = torch.randn(2, 3, trunk.width), torch.randn(2, 3, trunk.width)
     trunk.switch("policy")
     alone = key(x)
