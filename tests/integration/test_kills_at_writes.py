@@ -16,8 +16,8 @@ PROCESSES = min(2, os.cpu_count() or 1)
 """Attempts at the same time."""
 OF_TEN = slice(4, None, 10)
 """One operation of ten, that of `make test`."""
-OF_FOUR = slice(0, None, 4)
-"""One of four: with Ray, each attempt starts two clusters."""
+OF_SIX = slice(0, None, 6)
+"""One of six: with Ray, each attempt starts two clusters."""
 
 
 StartProcess = Callable[[], WarmProcess]
@@ -93,7 +93,7 @@ def test_a_run_with_a_worker_and_a_rank_killed_at_writes_of_ppo_resumes_to_the_s
     small["learner"]["ranks"] = 1
     process = start_process()
     start = until_ppo(Sweep(small, tmp_path / "whole", process), tmp_path / "start")
-    kill_at([Sweep(small, tmp_path / "sweep", process, start)], OF_FOUR)
+    kill_at([Sweep(small, tmp_path / "sweep", process, start)], OF_SIX)
 
 
 def until_ppo(sweep: Sweep, folder: Path) -> Path:
