@@ -15,7 +15,9 @@ from rollouts.trajectory import RoleOutputs, Trajectory
 
 @dataclass(frozen=True)
 class Episode:
-    """One response of T tokens with its targets. Tensors are `[T]` float32, on the CPU, without padding, and own their storage.
+    """One response of T tokens with its targets.
+
+    Tensors are `[T]` float32, on the CPU, without padding, and own their storage.
 
     Attributes:
         prompt_ids: Tokens of the prompt.

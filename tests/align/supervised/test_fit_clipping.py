@@ -28,7 +28,7 @@ class Linear(Objective):
             setattr(self, name, nn.ModuleDict({"policy": part}))
 
     def forward(self, labels: Tensor, num_items_in_batch: Any) -> dict[str, Tensor]:
-        weights = {name: parameter for name, parameter in self.named_parameters()}
+        weights = dict(self.named_parameters())
         return {"loss": weights["lora_A.policy.weight"].sum() + 10 * weights["lora_B.policy.weight"].sum()}
 
 
