@@ -23,9 +23,9 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 """Defaults for Ray's environment variables; values that the user has set take precedence."""
-PREFIX = "align-ray-"
+FOLDER_PREFIX = "align-ray-"
 """What the name of the folder of a cluster's files begins with."""
-SOCKET = f"/{PREFIX}12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.0"
+SOCKET = f"/{FOLDER_PREFIX}12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.0"
 """The longest path of a socket that Ray makes within TMPDIR."""
 LONGEST_TMPDIR = (107 if sys.platform == "linux" else 103) - len(SOCKET)
 """Largest number of bytes in TMPDIR's path: the kernel allows only so many in the path of a socket."""
@@ -66,7 +66,7 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         if settings.address:
             ray.init(address=settings.address, **options)
         else:
-            folder = tempfile.mkdtemp(prefix=PREFIX, dir=_folder_for_sockets())
+            folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_for_sockets())
             options |= {"num_cpus": max(cores(), actors), "include_dashboard": False, "_temp_dir": folder}
             ray.init(address="local", **options)
     try:
