@@ -1,0 +1,23 @@
+"""Commands print what align has to say, and nothing of the libraries that they use."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from align.config.load import dump_experiment
+from align.config.schema import Experiment
+from tests.integration.conftest import Command
+
+PROGRESS = re.compile(r"(sft|reward|ppo) \d+/\d+  ")
+"""How the lines of our own progress bar begin."""
+
+
+def test_nothing_but_our_own_lines_is_printed(settings: dict[str, Any], align: Command, tmp_path: Path) -> None:
+    """Standard error has no loading bars, warnings or notices of libraries."""
+    file = tmp_path / "experiment.yaml"
+    dump_experiment(Experiment.model_validate(settings), file)
+    planned = align("plan", file)
+    assert (planned.returncode, planned.stderr) == (0, "")
+    ended = align("run", file)
+    assert ended.returncode == 0, ended.stderr
+    assert [line for line in ended.stderr.splitlines() if not PROGRESS.match(line)] == []
