@@ -1,5 +1,6 @@
 """The objective of the reward stage: the loss of preference examples."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from policies.trunk import Trunk
 from rewards.model import RewardModel
 from rewards.objective import PreferenceLoss
 from rewards.preferences import OVERALL, PreferenceExample
+
+log = logging.getLogger(__name__)
 
 
 class RewardObjective(Objective):
@@ -119,7 +122,16 @@ def should_share_prompts(trunk: Trunk, role: str, preferences: Sequence[Tokenize
         shared = sum(separate) - saved_tokens
         saved_pairs = sum(length * length for length in separate) - shared**2
         saved += saved_tokens * linear_cost + saved_pairs * attention_cost
-    return saved > 0 and trunk.supports_shared_prompts(role)
+    if saved <= 0:
+        return False
+    supported = trunk.supports_shared_prompts(role)
+    if not supported:
+        log.warning(
+            "%s gives other states to responses that share a prompt, in %s: each is computed with a prompt of its own",
+            type(trunk.causal).__name__,
+            str(trunk.causal.dtype).removeprefix("torch."),
+        )
+    return supported
 
 
 def collate_shared(preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:

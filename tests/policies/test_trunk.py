@@ -25,6 +25,7 @@ from policies.build import make_trunk
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
 from policies.logprobs import token_logprobs
+from policies.probes import supports_packing, supports_shared_prompts
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from tests.policies.gradients import flat_gradients
@@ -255,3 +256,55 @@ def test_a_packed_forward_pass_reads_nothing_back_from_its_device(tiny_model: Pa
     logprobs = token_logprobs(states, batch.response_ids, partial(trunk.head, role="policy"), temperature=1.0)
     assert logprobs.shape == (5,)
     assert [part.device.type for part in batch.split(logprobs)] == ["meta", "meta"]
+
+
+@pytest.fixture
+def bfloat16_trunk(tiny_model: Path) -> Trunk:
+    return make_trunk(base_of(tiny_model).bfloat16(), POLICY, ROLES)
+
+
+def test_responses_share_a_prompt_in_bfloat16_too(bfloat16_trunk: Trunk) -> None:
+    assert bfloat16_trunk.supports_shared_prompts("policy")
+
+
+def test_a_model_that_lets_responses_see_each_other_does_not_share_prompts(
+    bfloat16_trunk: Trunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = bfloat16_trunk.hidden_shared_prompts
+
+    def without_mask(ids: Tensor, positions: Tensor, attention_mask: Tensor, role: str) -> Tensor:
+        causal = torch.ones_like(attention_mask).tril()
+        return shared(ids, positions, causal, role)
+
+    def without_positions(ids: Tensor, positions: Tensor, attention_mask: Tensor, role: str) -> Tensor:
+        return shared(ids, torch.zeros_like(positions), attention_mask, role)
+
+    for broken in (without_mask, without_positions):
+        monkeypatch.setattr(bfloat16_trunk, "hidden_shared_prompts", broken)
+        assert not bfloat16_trunk.supports_shared_prompts("policy")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (TypeError("forward() got an unexpected keyword argument"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+    ],
+)
+def test_a_lack_of_memory_is_not_taken_for_a_model_that_cannot_pack(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: bool
+) -> None:
+    def fail(self: Trunk, *arguments: object) -> Tensor:
+        raise error
+
+    trunk = make_trunk(base_of(tiny_model), POLICY, ROLES)
+    monkeypatch.setattr(Trunk, "packed_states", fail)
+    monkeypatch.setattr(Trunk, "hidden_shared_prompts", fail)
+    for probe in (partial(supports_packing, trunk), partial(supports_shared_prompts, trunk, "policy")):
+        if raised:
+            with pytest.raises(type(error), match="memory"):
+                probe()
+        else:
+            assert probe() is False
