@@ -42,6 +42,7 @@ class Datasets:
         prompts: What PPO samples responses to.
         prompts_heldout: What the policy and the reference are evaluated on.
         skipped: For each source, the location and problem of each invalid row.
+        notes: For each source, what is to be known of how its columns are read.
     """
 
     demonstrations: list[TokenizedDemonstration] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Datasets:
     prompts: list[Request] = field(default_factory=list)
     prompts_heldout: list[Request] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def trains_sft(experiment: Experiment) -> bool:
@@ -80,7 +82,7 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
             invalid rows, or the key of the missing source.
     """
     reader = _Reader(experiment)
-    datasets = Datasets(skipped=reader.skipped)
+    datasets = Datasets(skipped=reader.skipped, notes=reader.notes)
     needed = _needed_sources(experiment)
     encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
     if "demonstrations" in needed:
@@ -193,17 +195,21 @@ class _Reader:
         self.data = experiment.data
         self.seed = experiment.seed
         self.skipped: dict[str, list[str]] = {}
+        self.notes: dict[str, list[str]] = {}
 
     def read(self, name: str, parse: Parser[Example]) -> list[Example]:
         source: SourceSettings | None = getattr(self.data, name)
         if source is None:
             raise UserError(f"data.{name} is not set, and a stage of this experiment needs it")
+        notes: list[str] = []
         try:
-            parsed = parse_rows(read_rows(source), parse, self.data.on_bad_row)
+            parsed = parse_rows(read_rows(source, notes.append), parse, self.data.on_bad_row)
         except UserError as error:
             raise UserError(f"data.{name}: {error}") from None
         if parsed.skipped:
             self.skipped[name] = parsed.skipped
+        if notes:
+            self.notes[name] = notes
         return parsed.items
 
     def read_and_split(self, name: str, parse: Parser[Example]) -> tuple[list[Example], list[Example]]:

@@ -63,6 +63,8 @@ def plan_lines(
         lines.append(
             ("kernels", "none: no C++ compiler (c++, or the one that CXX names); every stage is slower without")
         )
+    for source, notes in datasets.notes.items():
+        lines += [(f"data.{source}", note) for note in notes]
     for source, reasons in datasets.skipped.items():
         lines.append(("skipped rows", f"{len(reasons)} of data.{source}"))
     return [*lines, ("written to", str(Path(experiment.runs) / experiment.name))]

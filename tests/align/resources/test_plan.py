@@ -1,3 +1,5 @@
+import copy
+import json
 from io import StringIO
 from pathlib import Path
 
@@ -7,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from align.config.ppo_settings import KlSettings, PpoSettings
-from align.config.schema import Experiment
+from align.config.schema import Experiment, SourceSettings
 from align.config.stage import stage_names
 from align.data.datasets import Datasets, read_datasets
 from align.resources.memory import measure
@@ -18,7 +20,7 @@ from policies.files.base_model import load_base
 from policies.heads import ScalarHead
 from policies.layers import native
 from policies.schema import ModelSettings, PolicySettings
-from tests.integration.tiny_run import make_settings
+from tests.integration.tiny_run import make_settings, write_rows
 
 
 @pytest.fixture
@@ -75,6 +77,20 @@ def test_the_examples_are_those_that_train(experiment: Experiment, datasets: Dat
     assert lines["reward"] == "36 preference examples, 1 epoch in batches of up to 12: 3 optimizer steps"
     assert lines["ppo"] == "3 steps of 8: 24 episodes from 36 prompts"
     assert lines["evaluation"] == "4 held-out prompts"
+
+
+def test_columns_of_json_text_that_are_read_as_messages_are_named(
+    experiment: Experiment, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    prompts = [[{"role": "user", "content": f"Hi {number}"}] for number in range(20)]
+    path = write_rows(tmp_path / "chat.jsonl", [{"prompt": json.dumps(prompt)} for prompt in prompts])
+    data = experiment.data.model_copy(update={"prompts": SourceSettings(path=path)})
+    changed = experiment.model_copy(update={"data": data})
+    datasets = read_datasets(changed, tokenizer, max_positions=2048)
+    assert planned(changed, datasets)["data.prompts"] == "`prompt`, JSON text, is read as messages"
+    assert not any(name.startswith("data.") for name in planned(experiment, Datasets()))
 
 
 @pytest.mark.parametrize(("batch", "epochs", "steps"), [(36, 1, 1), (35, 1, 2), (12, 1.5, 5), (12, 0.1, 1), (10, 2, 8)])
