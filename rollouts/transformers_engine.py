@@ -58,7 +58,8 @@ class TransformersEngine:
         self.merge = merge
         self.stop_ids = stop_ids
         self.stop_strings = stop_strings
-        self.max_num_seqs = max_num_seqs
+        # A recurrent state goes through the padding of a batch, which no mask hides from it.
+        self.max_num_seqs = 1 if trunk.causal._is_stateful else max_num_seqs
         self.version = 0
         self._must_merge = False
 

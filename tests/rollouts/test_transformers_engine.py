@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from policies.build import make_trunk
 from policies.files.adapters import tensor_digests, weights_digest
@@ -283,3 +290,32 @@ def test_a_stream_draws_a_token_only_when_the_next_one_is_taken(
     stream.close()
     assert len(steps) == 2
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_recurrent_model_samples_as_it_scores() -> None:
+    """Prompts of several lengths: a recurrent state would go through the padding of the shorter ones."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "recurrent_gemma",
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        lru_width=32,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    trunk = make_trunk(model, PolicySettings(rank=4, alpha=8.0), (SAMPLER_ROLE,))
+    engine = TransformersEngine(trunk, frozenset(), max_num_seqs=4)
+    engine.load_adapter(0, trunk.read_adapter(SAMPLER_ROLE))
+    requests = [Request("", tuple(range(5, 5 + length)), seed=length) for length in (2, 5, 9)]
+    for trajectory in engine.generate(requests, Sampling(1.0, 6)):
+        ids = torch.tensor([[*trajectory.request.prompt_ids, *trajectory.response_ids]])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0], -1)
+        start = len(trajectory.request.prompt_ids)
+        scored = [float(logprobs[start + index - 1, token]) for index, token in enumerate(trajectory.response_ids)]
+        assert trajectory.sampler_logprobs.tolist() == pytest.approx(scored, abs=1e-4)
