@@ -120,7 +120,7 @@ def test_overrides_of_a_run_remove_keys_and_replace_sections(tmp_path: Path) -> 
     )
     begin_run(folder_of(experiment), experiment, stage_names())
     _, resumed = find_run("tiny", str(tmp_path), ["~ppo.kl.coefficient", "ppo.steps=9"])
-    assert (resumed.ppo.steps, resumed.ppo.kl) == (9, KlSettings())
+    assert (resumed.ppo.steps, resumed.ppo.kl.coefficient) == (9, KlSettings().coefficient)
     _, resumed = find_run("tiny", str(tmp_path), ["ppo:={steps: 9}"])
     assert resumed.ppo == PpoSettings(steps=9)
     with pytest.raises(UserError, match=r"^override '~ppo\.klx': nothing to remove: ppo\.klx is not set; did you mean"):
