@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import time
@@ -180,33 +181,41 @@ def test_a_system_prompt_needs_a_template(plain_run: Path, chatting: TrainedRun)
         Options(system="b").uses_template(library.open_run(plain_run))
 
 
-def read_until(terminal: int, text: str) -> str:
-    """Read from a pseudo-terminal until a text has appeared."""
-    seen = ""
-    end = time.monotonic() + 120
-    while text not in seen:
-        assert time.monotonic() < end, seen
-        seen += os.read(terminal, 4096).decode(errors="replace")
-    return seen
+class Terminal:
+    """Our end of a pseudo-terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.unread = ""
+
+    def read_until(self, text: str) -> None:
+        """Read up to the next place where a text appears."""
+        end = time.monotonic() + 120
+        while text not in self.unread:
+            ready, _, _ = select.select([self.descriptor], [], [], max(end - time.monotonic(), 0))
+            assert ready, self.unread
+            self.unread += os.read(self.descriptor, 4096).decode(errors="replace")
+        self.unread = self.unread.partition(text)[2]
 
 
 def test_on_a_terminal_control_c_stops_a_reply_and_control_d_ends_the_chat(chat_run: Path) -> None:
-    terminal, theirs = pty.openpty()
-    command = [*COMMAND, "generate", str(chat_run), "--max-new-tokens", "1900", "--temperature", "3"]
+    ours, theirs = pty.openpty()
+    terminal = Terminal(ours)
+    command = [*COMMAND, "generate", str(chat_run), "--max-new-tokens", "1900", "--temperature", "0"]
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT | {"TERM": "dumb"}, start_new_session=True
     ) as process:
         os.close(theirs)
-        read_until(terminal, "> ")
-        os.write(terminal, b"two dogs\n")
-        read_until(terminal, "two dogs")
-        read_until(terminal, "a")
+        terminal.read_until("> ")
+        os.write(ours, b"a\n")  # to which the greedy reply does not end
+        terminal.read_until("\n")  # the terminal's echo; then the reply
+        select.select([ours], [], [], 60)
         process.send_signal(signal.SIGINT)
-        read_until(terminal, "(stopped)")
-        read_until(terminal, "> ")
+        terminal.read_until("(stopped)")
+        terminal.read_until("> ")
         process.send_signal(signal.SIGINT)
-        read_until(terminal, "/quit or Ctrl-D ends the chat")
-        read_until(terminal, "> ")
-        os.write(terminal, b"\x04")
+        terminal.read_until("/quit or Ctrl-D ends the chat")
+        terminal.read_until("> ")
+        os.write(ours, b"\x04")
         assert process.wait(60) == 0
-    os.close(terminal)
+    os.close(ours)
