@@ -199,9 +199,9 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "train_file": ("data.demonstrations", "data.preferences", "data.prompts"),
     "train_files": ("data.demonstrations", "data.preferences", "data.prompts"),
     "prompt_data": ("data.prompts",),
-    "assistant_only_loss": "set `sft.turns`: `all` turns of the assistant in `messages`, or the `last` one",
-    "completion_only_loss": "the loss is never over the prompt; `sft.turns` says which turns of `messages` are trained",
-    "train_on_inputs": "the loss is never over the prompt; `sft.turns` says which turns of `messages` are trained",
+    "assistant_only_loss": ("sft.turns",),
+    "completion_only_loss": "the loss is never over the prompt; `sft.turns` says which turns of a conversation are trained",
+    "train_on_inputs": "the loss is never over the prompt; `sft.turns` says which turns of a conversation are trained",
     "split_special_tokens": ("data.special_tokens",),
     "eval_dataset": ("data.prompts_heldout", "data.preferences_heldout", "data.demonstrations_heldout"),
     # The run
