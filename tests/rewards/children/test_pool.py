@@ -318,11 +318,12 @@ def test_a_long_call_is_reported(
 
 
 DRIVER = """
-import os, sys, time
+import os, signal, sys, time
 from rewards.calls import Arguments
 from rewards.children.pool import FunctionPool
 from rewards.children.source import FunctionSource
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have processes in the background ignore it
 pool = FunctionPool(FunctionSource(sys.argv[1], "key"))
 pool.call([Arguments(["p"], ["r"], [{"file": sys.argv[2]}])])
 if os.fork() == 0:
