@@ -10,9 +10,11 @@ from align.outputs.report import write_report
 from align.outputs.trained_run import TrainedRun
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics
+from align.resources.dtype import settle_dtype
 from align.resources.memory import measure
 from align.resources.plan import plan_lines
 from align.resources.ray_cluster import compute_settings, ray_cluster
+from align.runs.fingerprint import recorded_dtype
 from align.runs.folder import RunFolder, folder_of, refuse_run
 from align.runs.tracking import Tracker
 from align.runtime.atomic_files import new_folder
@@ -40,8 +42,9 @@ def plan(experiment: Experiment) -> list[tuple[str, str]]:
         UserError: A model, adapter, function or row of data cannot be used.
     """
     datasets = load_datasets(experiment)
-    stages, note = planned_stages(experiment, datasets)
-    return plan_lines(experiment, datasets, stages, measure(experiment.model, experiment.policy), note)
+    planned = planned_stages(experiment, datasets)
+    sizes = measure(planned.experiment.model, experiment.policy)
+    return plan_lines(planned.experiment, datasets, planned.stages, sizes, dtype=planned.dtype, note=planned.note)
 
 
 def run(experiment: Experiment, replace: bool = False) -> TrainedRun:
@@ -155,6 +158,7 @@ def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
     run = folder_of(experiment)
     _refuse_unless_ppo_is_next(experiment, run)
     datasets = load_datasets(experiment)
+    experiment = settle_dtype(experiment, recorded_dtype(run)).experiment
     compute_settings(experiment, 1).apply()
     tokenizer = load_tokenizer(experiment.model.path)
     context = StageContext(

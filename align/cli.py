@@ -20,8 +20,8 @@ from policies.errors import UserError
 
 if TYPE_CHECKING:
     from align.config.schema import Experiment
-    from align.data.datasets import Datasets
     from align.runs.folder import RunFolder
+    from align.stages.launch import Launch
 
 app = typer.Typer(
     add_completion=False,
@@ -87,7 +87,7 @@ def resume_command(run: Run, overrides: RunOverrides = None) -> None:
     with resumed_run(run, overrides or []) as launch:
         if not remaining_stages(launch.experiment, launch.folder):
             console.print(_nothing_to_resume(launch.experiment, launch.folder), soft_wrap=True)
-        _run(launch.experiment, launch.folder, launch.datasets)
+        _run(launch)
 
 
 @app.command(name="plan")
@@ -103,8 +103,8 @@ def plan_command(experiment: File, overrides: Overrides = None) -> None:
         from align.stages.pipeline import load_datasets
 
     datasets = load_datasets(settings)
-    stages, note = planned_stages(settings, datasets)
-    console.print(plan_table(settings, datasets, stages, note))
+    planned = planned_stages(settings, datasets)
+    console.print(plan_table(planned.experiment, datasets, planned.stages, planned.dtype, planned.note))
 
 
 @app.command(name="eval")
@@ -292,10 +292,10 @@ def _begin(settings: "Experiment", stages: Sequence[Stage]) -> None:
     from align.stages.launch import new_run
 
     with new_run(settings, [stage.name for stage in stages]) as launch:
-        _run(launch.experiment, launch.folder, launch.datasets)
+        _run(launch)
 
 
-def _run(settings: "Experiment", folder: "RunFolder", datasets: "Datasets") -> None:
+def _run(launch: "Launch") -> None:
     """Print the plan, run the remaining stages, show the evaluation and write the report."""
     from align.outputs.report import write_report
     from align.resources.plan import plan_table
@@ -304,11 +304,13 @@ def _run(settings: "Experiment", folder: "RunFolder", datasets: "Datasets") -> N
     from align.runtime.signals import Interrupted, graceful_stop
     from align.stages.pipeline import remaining_stages, run_stages
 
-    console.print(plan_table(settings, datasets, remaining_stages(settings, folder)))
+    settings = launch.experiment
+    folder = launch.folder
+    console.print(plan_table(settings, launch.datasets, remaining_stages(settings, folder), launch.dtype))
     how_to_resume = f"`align resume {folder.path}` resumes from the last checkpoint"
     with graceful_stop() as stop, last_words(f"the run was killed from outside, without a message; {how_to_resume}"):
         try:
-            evaluation = run_stages(settings, folder, datasets, stop)
+            evaluation = run_stages(settings, folder, launch.datasets, stop)
         except Interrupted:
             raise Interrupted(folder.path) from None
         except Fault as fault:

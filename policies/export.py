@@ -75,7 +75,7 @@ def export_adapter(
         reloaded = _log_probs_of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
     else:
         reloaded = _log_probs_of_role(_load_live(model, policy, folder), EXPORT_ROLE, ids)
-    return compare(reloaded, expected, base_log_probs, model.dtype)
+    return compare(reloaded, expected, base_log_probs, model.dtype_for(policy))
 
 
 def export_merged(
@@ -112,7 +112,7 @@ def export_merged(
     tokenizer.save_pretrained(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **SAFE)
     log_probs = _log_probs_of_model(reloaded.to(default_device()).eval(), ids)
-    exact = dtype == model.dtype == "float32"
+    exact = dtype == model.dtype_for(policy) == "float32"
     return compare(log_probs, expected, base_log_probs, "float32" if exact else "bfloat16")
 
 

@@ -76,21 +76,36 @@ class ModelSettings(Settings):
     """The frozen base model that all roles share."""
 
     path: str = Field(description="folder or hub name of a causal language model with its tokenizer")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32",
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
         description="precision of the frozen weights and of products with them; adapters and heads are float32. auto: "
-        "bfloat16 where the device computes natively in it",
+        "bfloat16 if the devices that compute multiply in it natively (GPUs since Ampere, CPUs with AMX) and the "
+        "method does not train the weights themselves, else float32",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
 
-    @field_validator("dtype")
+    @field_validator("dtype", mode="before")
     @classmethod
-    def _resolve_auto(cls, dtype: str) -> str:
-        """Replace `auto` by the dtype that it stands for on this machine, so that a run's `config.yaml` names it."""
-        if dtype != "auto":
-            return dtype
+    def _refuse_float16(cls, dtype: Any) -> Any:
+        if dtype == "float16":
+            raise ValueError(
+                "in float16, gradients below 6e-8 vanish and states above 65,504 overflow: use bfloat16, or float32 "
+                "where the device has no bfloat16 (`align export --merge --dtype float16` writes float16)"
+            )
+        return dtype
+
+    def dtype_for(self, policy: "PolicySettings | None") -> str:
+        """The dtype that this process computes in: `auto` stands for the dtype that suits its device and the method.
+
+        Args:
+            policy: The adaptation method; None: no weights of the model are trained.
+        """
+        if self.dtype != "auto":
+            return self.dtype
+        if policy is not None and not policy.spec.below_float32:
+            return "float32"
         from policies.device import fast_dtype  # torch is slow to import, and needed here only
 
         return fast_dtype()

@@ -60,7 +60,7 @@ class VllmEngine:
         self.stop = rollouts.stop
         self.llm = vllm.LLM(
             model=model.path,
-            dtype=model.dtype,
+            dtype=model.dtype_for(policy),
             enable_lora=True,
             max_lora_rank=min(rank for rank in VLLM_RANKS if rank >= policy.full_rank),
             max_loras=1,

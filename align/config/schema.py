@@ -70,6 +70,7 @@ class SftSettings(FitSettings):
         if self.residual_base and self.adapter is None:
             raise ValueError("adapter_base: residual is for an adapter: set adapter, or remove adapter_base")
         return self
+
     turns: Literal["all", "last"] = Field(
         "all", description="the assistant's turns in `messages` that are trained; a `completion` is one turn"
     )
@@ -194,7 +195,8 @@ class Experiment(Settings):
     deterministic: bool | None = Field(
         None,
         description="use only operations that give the same results every time, bit for bit, on the same machine; "
-        "unset: true on CPUs, false on GPUs, where it is slower",
+        "unset: true for each process on a CPU, false on a GPU, where it is slower; without it, a GPU multiplies "
+        "float32 in TF32",
     )
     runs: str = Field("runs", description="folder of all runs")
     stages: list[Annotated[str, AfterValidator(_known_stage)]] = Field(
@@ -217,10 +219,10 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _trains_in_float32(self) -> "Experiment":
-        if self.model.dtype != "float32" and not self.policy.spec.below_float32:
+        if self.model.dtype == "bfloat16" and not self.policy.spec.below_float32:
             raise ValueError(
                 f"policy.method {self.policy.method} trains the weights themselves, which model.dtype "
-                f"{self.model.dtype} is too coarse for: use float32"
+                f"{self.model.dtype} is too coarse for: use float32 or auto"
             )
         return self
 

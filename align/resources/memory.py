@@ -17,7 +17,7 @@ from policies.schema import ModelSettings, PolicySettings
 from rewards.model import members_in
 from rewards.terms.classifier import ClassifierTerm
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes per element."""
 FLOAT32 = BYTES["float32"]
 """Adapters and heads are float32 whatever `model.dtype` is."""
@@ -76,7 +76,7 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
         UserError: The model cannot be read.
     """
     config = copy.deepcopy(load_model_config(model.path))
-    itemsize = BYTES[model.dtype]
+    itemsize = BYTES[model.dtype_for(policy)]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         parameters = _parameter_count(base)

@@ -19,18 +19,26 @@ from rewards.schema import FitSettings
 from rewards.terms.function import FunctionTerm
 
 
-def plan_table(experiment: Experiment, datasets: Datasets, stages: list[str], note: str | None = None) -> Table:
-    """The plan as a table for the terminal; the note is on what the run's folder holds."""
+def plan_table(
+    experiment: Experiment, datasets: Datasets, stages: list[str], dtype: str | None = None, note: str | None = None
+) -> Table:
+    """The plan as a table for the terminal; for the arguments, see `plan_lines`."""
     table = Table(title=f"plan of {experiment.name}", title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for name, text in plan_lines(experiment, datasets, stages, measure(experiment.model, experiment.policy), note):
+    sizes = measure(experiment.model, experiment.policy)
+    for name, text in plan_lines(experiment, datasets, stages, sizes, dtype=dtype, note=note):
         table.add_row(name, text)
     return table
 
 
 def plan_lines(
-    experiment: Experiment, datasets: Datasets, stages: list[str], sizes: ModelSizes, note: str | None = None
+    experiment: Experiment,
+    datasets: Datasets,
+    stages: list[str],
+    sizes: ModelSizes,
+    dtype: str | None = None,
+    note: str | None = None,
 ) -> list[tuple[str, str]]:
     """What the stages will do and need: data, steps, tokens, memory, processes, files.
 
@@ -39,6 +47,7 @@ def plan_lines(
         datasets: The data that the stages read.
         stages: The stages that will run, in order.
         sizes: Sizes of the experiment's model and policy, from `measure`.
+        dtype: The dtype and what has settled it; None: `model.dtype`.
         note: On what the run's folder holds; None: nothing to say.
 
     Returns:
@@ -49,6 +58,7 @@ def plan_lines(
     if note:
         lines.append(("earlier run", note))
     lines.append(("method", f"{method.name}: {method.trains}"))
+    lines.append(("dtype", dtype or experiment.model.dtype))
     if trains_sft(experiment) and "sft" in stages:
         lines.append(("sft", _fit(len(datasets.demonstrations), "demonstration", experiment.sft)))
         lines.append(("sft loss", _trained(datasets.demonstrations)))

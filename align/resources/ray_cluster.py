@@ -4,17 +4,16 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from align.config.schema import ClusterSettings, Experiment
 from policies.device import ComputeSettings
-from policies.errors import UserError
+from policies.errors import UserError, first_line
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,6 +30,8 @@ LONGEST_TMPDIR = (107 if sys.platform == "linux" else 103) - len(SOCKET)
 """Largest number of bytes in TMPDIR's path: the kernel allows only so many in the path of a socket."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp")
 """Folders for temporary files that every system has."""
+CONNECT_SECONDS = 10.0
+"""Seconds in which the head of a cluster must accept a connection."""
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,14 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         actors: Number of actors that the stage starts; 0: nothing is started.
 
     Raises:
-        UserError: The path of every folder for temporary files is too long for Ray's sockets.
+        UserError: Nothing listens at `cluster.address`; or the path of every folder for temporary files is too long
+            for Ray's sockets.
     """
     if not actors:
         yield
         return
+    if settings.address:
+        _check_address(settings.address)
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not settings.address:
@@ -75,6 +79,17 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_address(address: str) -> None:
+    """Raise UserError where nothing listens at `HOST:PORT`, for which Ray would wait minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "://" in host:
+        return  # `auto`, `local` and the addresses of Ray clients are for Ray to find
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"cluster.address {address} cannot be reached: {first_line(error)}") from error
 
 
 def _folder_for_sockets() -> str:
@@ -111,10 +126,7 @@ def threads_per_process(settings: ClusterSettings, processes: int) -> int:
 
 def compute_settings(experiment: Experiment, processes: int) -> ComputeSettings:
     """Threads and determinism of each of several processes that compute at the same time."""
-    deterministic = experiment.deterministic
-    if deterministic is None:
-        deterministic = not torch.cuda.is_available()
-    return ComputeSettings(threads_per_process(experiment.cluster, processes), deterministic)
+    return ComputeSettings(threads_per_process(experiment.cluster, processes), experiment.deterministic)
 
 
 def cores() -> int:

@@ -95,6 +95,13 @@ def write_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets
     write_json(run.fingerprint, run_fingerprint(experiment, datasets))
 
 
+def recorded_dtype(run: RunFolder) -> str | None:
+    """The dtype that a run was started with; None: there is no such run."""
+    if not run.fingerprint.is_file():
+        return None
+    return str(read_object(run.fingerprint)["settings"]["model.dtype"])
+
+
 def check_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets) -> None:
     """Check that a run is resumed with the settings, models and data that it was started with.
 

@@ -8,7 +8,8 @@ from align.config.load import dump_experiment
 from align.config.schema import Experiment
 from align.config.stage import stage_names
 from align.data.datasets import Datasets
-from align.runs.fingerprint import check_fingerprint, find_difference, write_fingerprint
+from align.resources.dtype import settle_dtype
+from align.runs.fingerprint import check_fingerprint, find_difference, recorded_dtype, write_fingerprint
 from align.runs.folder import RunFolder, begin_run, find_run, folder_of, locked
 from align.runs.products import wanted_stages
 from align.stages.pipeline import can_reopen, load_datasets, remaining_stages, reopen
@@ -16,11 +17,36 @@ from align.stages.pipeline import can_reopen, load_datasets, remaining_stages, r
 
 @dataclass(frozen=True)
 class Launch:
-    """A run that is ready to start or resume, its folder locked by this process."""
+    """A run that is ready to start or resume, its folder locked by this process.
+
+    Attributes:
+        experiment: The settings; `model.dtype` is settled.
+        folder: The folder.
+        datasets: The data.
+        dtype: The dtype and what has settled it, for the plan.
+    """
 
     experiment: Experiment
     folder: RunFolder
     datasets: Datasets
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run would do.
+
+    Attributes:
+        experiment: The settings; `model.dtype` is settled.
+        stages: The stages that have to run, in order.
+        dtype: The dtype and what has settled it.
+        note: On the folder, where it holds a run of other settings, models or data, so that all stages have to run.
+    """
+
+    experiment: Experiment
+    stages: list[str]
+    dtype: str
+    note: str | None = None
 
 
 @contextmanager
@@ -36,11 +62,15 @@ def new_run(experiment: Experiment, stages: Sequence[str] | None = None) -> Iter
     """
     folder = folder_of(experiment)
     datasets = load_datasets(experiment)
+    removed = stage_names() if stages is None else list(stages)
+    keeps_products = any(folder.done(stage) for stage in stage_names() if stage not in removed)
+    settled = settle_dtype(experiment, recorded_dtype(folder) if keeps_products else None)
+    experiment = settled.experiment
     with locked(folder):
         folder.config.unlink(missing_ok=True)  # a run of which only parts are removed must not be resumed
         write_fingerprint(folder, experiment, datasets)
-        begin_run(folder, experiment, stage_names() if stages is None else stages)
-        yield Launch(experiment, folder, datasets)
+        begin_run(folder, experiment, removed)
+        yield Launch(experiment, folder, datasets, settled.text)
 
 
 @contextmanager
@@ -56,34 +86,35 @@ def resumed_run(name_or_path: str, overrides: Sequence[str] = ()) -> Iterator[La
     """
     folder, experiment = find_run(name_or_path, overrides=overrides)
     datasets = load_datasets(experiment)
+    settled = settle_dtype(experiment, recorded_dtype(folder))
+    experiment = settled.experiment
     with locked(folder):
         check_fingerprint(folder, experiment, datasets)
         dump_experiment(experiment, folder.config)
         reopen(experiment, folder)
-        yield Launch(experiment, folder, datasets)
+        yield Launch(experiment, folder, datasets, settled.text)
 
 
-def planned_stages(experiment: Experiment, datasets: Datasets) -> tuple[list[str], str | None]:
+def planned_stages(experiment: Experiment, datasets: Datasets) -> Planned:
     """The stages that a run of this experiment has to go through, in view of what its folder holds.
 
     Args:
         experiment: The settings.
         datasets: The data that they name.
 
-    Returns:
-        The stages, in order; and a note on the folder where it holds a run of other settings, models or data, so that
-        all stages have to run.
-
     Raises:
-        UserError: PPO has no reward.
+        UserError: PPO has no reward; or the dtype cannot be settled.
     """
     run = folder_of(experiment)
     remaining = remaining_stages(experiment, run)
     if not run.config.is_file() or not run.fingerprint.is_file():
-        return remaining, None
-    if difference := find_difference(run, experiment, datasets):
+        settled = settle_dtype(experiment)
+        return Planned(settled.experiment, remaining, settled.text)
+    settled = settle_dtype(experiment, recorded_dtype(run))
+    if difference := find_difference(run, settled.experiment, datasets):
         note = f"{difference.text}; --replace runs all stages again, name=… runs them in another folder"
-        return wanted_stages(experiment), note
+        settled = settle_dtype(experiment)
+        return Planned(settled.experiment, wanted_stages(experiment), settled.text, note)
     if can_reopen(experiment, run):
-        return [*remaining, "ppo"], None
-    return remaining, None
+        remaining.append("ppo")
+    return Planned(settled.experiment, remaining, settled.text)

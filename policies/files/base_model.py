@@ -154,7 +154,7 @@ def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> 
     """
     check_model_folder(settings.path)
     check_weights(settings.path)
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype_for(policy))}
     if policy is not None and policy.spec.four_bits:
         options["quantization_config"] = four_bits(settings, policy)
     try:

@@ -22,7 +22,7 @@ def four_bits(model: ModelSettings, policy: PolicySettings) -> BitsAndBytesConfi
         load_in_4bit=True,
         bnb_4bit_quant_type=policy.quant_type,
         bnb_4bit_use_double_quant=policy.double_quantization,
-        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype_for(policy)),
     )
 
 

@@ -34,7 +34,7 @@ def make_settings(model: Path, folder: Path) -> dict[str, Any]:
     return {
         "name": "tiny",
         "runs": str(folder / "runs"),
-        "model": {"path": str(model)},
+        "model": {"path": str(model), "dtype": "float32"},
         "policy": {"rank": 2, "alpha": 4},
         "data": {
             "demonstrations": write_rows(

@@ -3,14 +3,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from policies.device import ComputeSettings
+from policies.device import ComputeSettings, describe_device
 
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     yield
     ComputeSettings(threads, deterministic).apply()
+    torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def put() -> torch.Tensor:
@@ -30,3 +32,37 @@ def test_threads_are_set() -> None:
     for threads in (2, 1):
         ComputeSettings(threads).apply()
         assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "setting", "deterministic", "tf32"),
+    [
+        (False, None, True, False),
+        (False, True, True, False),
+        (False, False, False, False),
+        (True, None, False, True),
+        (True, True, True, False),
+        (True, False, False, True),
+    ],
+)
+def test_each_process_is_deterministic_or_multiplies_in_tf32_by_its_own_device(
+    on_gpu: bool, setting: bool | None, deterministic: bool, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)  # a GPU is simulated
+    on_cpu = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    ComputeSettings(1, setting).apply()
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.backends.mkldnn.matmul.fp32_precision == on_cpu  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_device_is_described_by_its_name_and_the_dtype_that_it_is_fast_in(
+    native: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    assert (describe_device().name, describe_device().fast_dtype) == ("CPU", dtype)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert (describe_device().name, describe_device().fast_dtype) == ("NVIDIA X", dtype)

@@ -151,6 +151,7 @@ def test_only_the_remaining_stages_are_planned(experiment: Experiment, datasets:
     assert planned(experiment, datasets, "reward").keys() == {
         "stages",
         "method",
+        "dtype",
         "reward",
         "memory, reward: trainer",
         "written to",

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 
 from align.config.schema import ClusterSettings, Experiment
 from align.resources import ray_cluster as module
@@ -16,7 +15,7 @@ from policies.errors import UserError
 @pytest.mark.parametrize(
     ("settings", "processes", "expected"),
     [
-        ({}, 1, ComputeSettings(cores(), not torch.cuda.is_available())),
+        ({}, 1, ComputeSettings(cores(), None)),
         ({"deterministic": False}, cores(), ComputeSettings(1, False)),
         ({"deterministic": True, "cluster": {"threads": 3}}, 2, ComputeSettings(3, True)),
     ],
@@ -67,9 +66,7 @@ def test_the_longest_tmpdir_that_sockets_allow_is_used(
     assert not caplog.messages
 
 
-def test_without_a_short_folder_the_message_says_what_would_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_short_folder_the_message_says_what_would_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", temporary_folder(tmp_path, 150))
     monkeypatch.setattr(module, "SHORT_FOLDERS", (str(tmp_path / "nowhere"),))
     with pytest.raises(UserError, match=f"set TMPDIR to a folder whose path has at most {module.LONGEST_TMPDIR} bytes"):

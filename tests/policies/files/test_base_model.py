@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from policies.errors import UserError
 from policies.files.base_model import check_model_folder, load_base, load_model_config, load_tokenizer, stop_ids
-from policies.schema import ModelSettings
+from policies.files.quantization import four_bits
+from policies.schema import ModelSettings, PolicySettings
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def test_base_is_frozen_and_in_evaluation_mode(tiny_model: Path) -> None:
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_base_has_the_dtype_of_the_settings(tiny_model: Path, dtype: str) -> None:
     assert {p.dtype for p in load_base(settings(tiny_model, dtype)).parameters()} == {getattr(torch, dtype)}
 
@@ -114,8 +116,28 @@ def test_responses_stop_at_the_tokenizer_s_eos_and_at_the_model_s_own(tiny_model
     assert stop_ids(model.generation_config, tokenizer) == {1}
 
 
-def test_auto_dtype_is_resolved_when_the_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for native, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
-        assert ModelSettings(path="m", dtype="auto").dtype == dtype
-    assert ModelSettings(path="m").dtype == "float32"
+@pytest.mark.parametrize(
+    ("native", "policy", "dtype"),
+    [
+        (True, PolicySettings(), torch.bfloat16),
+        (False, PolicySettings(), torch.float32),
+        (True, PolicySettings(method="full"), torch.float32),
+    ],
+)
+def test_the_default_dtype_follows_the_device_and_the_method(
+    tiny_model: Path, native: bool, policy: PolicySettings, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    assert load_base(ModelSettings(path=str(tiny_model)), policy).dtype == dtype
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_four_bit_weights_are_multiplied_in_the_default_dtype(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    computed = four_bits(ModelSettings(path="m"), PolicySettings(method="qlora")).bnb_4bit_compute_dtype
+    assert computed == (torch.bfloat16 if native else torch.float32)
+
+
+def test_training_in_float16_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValidationError, match=r"gradients below 6e-8 vanish .* use bfloat16, or float32"):
+        ModelSettings.model_validate({"path": "m", "dtype": "float16"})
