@@ -167,7 +167,7 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "reward_funcs": "add terms of kind function to `reward.terms`",
     "critic_pretrain": ("ppo.critic.model",),
     "bf16": "set `model.dtype` to bfloat16",
-    "fp16": "set `model.dtype` to float16",
+    "fp16": "training in float16 is not supported: set `model.dtype` to bfloat16, or leave it out",
     "torch_dtype": ("model.dtype",),
     "attn_implementation": "the attention kernel is chosen for the device",
     "flash_attn": "the attention kernel is chosen for the device",
