@@ -141,7 +141,7 @@ def make_model(kind: str, arguments: argparse.Namespace, to: Path) -> Path:
         return arguments.model
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if kind == "sft":
-        export_merged(ModelSettings(path=str(arguments.model)), POLICY, arguments.sft, tokenizer, to)
+        export_merged(ModelSettings(path=str(arguments.model), dtype="float32"), POLICY, arguments.sft, tokenizer, to)
         return to
     width, layers = map(int, kind.split("x"))
     heads = max(8, width // 128)
@@ -235,7 +235,7 @@ def write_experiment(
 
 def write_reward(model: Path, to: Path) -> None:
     """Write a reward model with random weights on the same base model, which is what TRL's side has too."""
-    base = load_base(ModelSettings(path=str(model)))
+    base = load_base(ModelSettings(path=str(model), dtype="float32"))
     trunk = make_trunk(base, POLICY, (REWARD_ROLE,))
     generator = torch.Generator().manual_seed(seed_for(0, "reward head"))
     RewardModel(trunk, [ScalarHead(trunk.width, generator)]).save(to)

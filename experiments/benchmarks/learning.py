@@ -59,7 +59,7 @@ class Evaluator:
 
     def __init__(self, base: Path, reference: Path | None, reward: RewardModel, prompts: list[Request]) -> None:
         """reference: folder of an adapter on the base model, or None for the base model itself."""
-        self.trunk = build_trunk(ModelSettings(path=str(base)), POLICY, (SAMPLER_ROLE, REFERENCE))
+        self.trunk = build_trunk(ModelSettings(path=str(base), dtype="float32"), POLICY, (SAMPLER_ROLE, REFERENCE))
         if reference is not None:
             self.trunk.write_adapter(REFERENCE, load_adapter(reference, POLICY))
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -106,7 +106,7 @@ def main() -> None:
     require_paths(parser, arguments.run / "sft", arguments.run / "reward")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(arguments.threads)
-    model = ModelSettings(path=str(arguments.model))
+    model = ModelSettings(path=str(arguments.model), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -184,7 +184,7 @@ def train_align(arguments: argparse.Namespace, folder: Path, seed: int) -> Path:
         "seed": seed,
         "runs": str(folder),
         "stages": ["ppo"],
-        "model": {"path": str(arguments.model)},
+        "model": {"path": str(arguments.model), "dtype": "float32"},
         "sft": {"adapter": str(arguments.run / "sft")},
         "policy": {"rank": POLICY.rank, "alpha": POLICY.alpha},
         "data": {"prompts": str(arguments.run / "data" / "prompts.jsonl")},

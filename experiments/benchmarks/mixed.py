@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     require_model(parser, arguments.model)
     torch.set_num_threads(arguments.threads)
-    settings = ModelSettings(path=str(arguments.model))
+    settings = ModelSettings(path=str(arguments.model), dtype="float32")
     trunk = build_trunk(settings, POLICY, ROLES)
     config = lora_config(POLICY, settings.path)
     peft = get_peft_model(load_base(settings), config, adapter_name=ROLES[0])

@@ -50,7 +50,7 @@ def main() -> None:
 
 def measure(model: Path, updates: int) -> dict[str, float]:
     """Bytes per update, and the time until both workers have confirmed it."""
-    settings = ModelSettings(path=str(model))
+    settings = ModelSettings(path=str(model), dtype="float32")
     weights = build_trunk(settings, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
     build = partial(build_engine, settings, POLICY, RolloutSettings())
     pool_settings = PoolSettings(workers=WORKERS, chunk_size=64, timeout=600.0, straggler_factor=4.0)

@@ -65,7 +65,7 @@ def main() -> None:
     parse = preference_parser(TextEncoder(load_tokenizer(arguments.model)), settings, max_positions=None)
     examples = [parse(json.loads(line)) for line in arguments.preferences.read_text().splitlines()]
     policy = PolicySettings(rank=arguments.rank, alpha=2 * arguments.rank)
-    trunk = build_trunk(ModelSettings(path=arguments.model), policy, (REWARD_ROLE,))
+    trunk = build_trunk(ModelSettings(path=arguments.model, dtype="float32"), policy, (REWARD_ROLE,))
     trunk.train_only(REWARD_ROLE)
     model = RewardModel(trunk, [ScalarHead(trunk.width, torch.Generator().manual_seed(0))])
     loss = PreferenceLoss([example.example for example in examples], settings.weights, settings.ratings)
