@@ -89,7 +89,7 @@ def test_another_base_model_is_refused_and_the_same_one_elsewhere_is_not(
     run = start_run(settings, tmp_path)
     moved = tmp_path / "moved"
     shutil.copytree(settings["model"]["path"], moved)
-    settings["model"] = {"path": str(moved)}
+    settings["model"]["path"] = str(moved)
     check_fingerprint(run, *experiment_and_data(settings))
     weights = load_file(moved / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1e-6
