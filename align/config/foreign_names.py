@@ -200,8 +200,8 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "train_files": ("data.demonstrations", "data.preferences", "data.prompts"),
     "prompt_data": ("data.prompts",),
     "assistant_only_loss": ("sft.turns",),
-    "completion_only_loss": "the loss is never over the prompt; `sft.turns` says which turns of a conversation are trained",
-    "train_on_inputs": "the loss is never over the prompt; `sft.turns` says which turns of a conversation are trained",
+    "completion_only_loss": "the loss is never over the prompt; `sft.turns` says which turns are trained",
+    "train_on_inputs": "the loss is never over the prompt; `sft.turns` says which turns are trained",
     "split_special_tokens": ("data.special_tokens",),
     "eval_dataset": ("data.prompts_heldout", "data.preferences_heldout", "data.demonstrations_heldout"),
     # The run

@@ -63,9 +63,7 @@ def test_an_adapter_for_a_changed_base_is_refused(tiny_model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga", "PiSSA"])
-def test_inits_that_cannot_be_made_here_are_refused_too(
-    tiny_model: Path, tmp_path: Path, init: str
-) -> None:
+def test_inits_that_cannot_be_made_here_are_refused_too(tiny_model: Path, tmp_path: Path, init: str) -> None:
     saved_by_peft(tiny_model, tmp_path, True)
     path = tmp_path / "adapter" / CONFIG
     path.write_text(path.read_text().replace('"init_lora_weights": true', f'"init_lora_weights": "{init}"'))
