@@ -21,6 +21,9 @@ def explain(problem: Any, source: Source) -> str:
     """Turn one of `ValidationError.errors()` into a message: file and line, key, and what would be valid."""
     path = tuple(str(key) for key in problem["loc"])
     keys = _written_keys(path, source)
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        keys = keys[:-1]
+        return f"{source.place(keys)}: {'.'.join(keys)}: {PAIR}, not {_as_written(problem['input'])}"
     if problem["type"] == "missing":
         return f"{source.place(keys)}: {'.'.join(keys)} is missing"
     if problem["type"] == "extra_forbidden":
@@ -57,6 +60,8 @@ def _how_to_remove(section: Keys, names: Sequence[str], source: Source) -> str:
     return f"; on the command line: {' '.join(removals)}" if removals else ""
 
 
+PAIR = "expected a list of two numbers, such as [0, 1]"
+"""What is expected of every setting that is a tuple."""
 PLAIN_ENGLISH = {
     "string_type": "expected text",
     "string_too_short": "expected text that is not empty",
@@ -69,6 +74,7 @@ PLAIN_ENGLISH = {
     "finite_number": "expected a finite number",
     "bool_type": "expected true or false",
     "bool_parsing": "expected true or false",
+    "tuple_type": PAIR,
 }
 """Pydantic's types of errors in the words of a user. The only setting with a pattern is `name`."""
 TEXT_OR_LIST = ("string_type", "list_type")
@@ -87,6 +93,8 @@ def _in_words(problem: Any, path: Keys, value: object, is_secret: bool) -> str:
     if kind == "list_type":
         is_example = isinstance(value, str) and not is_secret
         return f"expected a list, such as [{value}]" if is_example else "expected a list"
+    if kind == "too_long" and problem["ctx"]["field_type"] == "Tuple":
+        return PAIR
     if kind == "too_short" and problem["ctx"]["min_length"] == 1:
         return "expected at least one item"
     if kind == "literal_error":
@@ -156,7 +164,9 @@ def _new_value(keys: Keys, value: object) -> str | None:
 
 
 def _written_keys(path: Keys, source: Source) -> Keys:
-    """The keys as the user wrote them, without the kinds of unions that pydantic adds to its path."""
+    """The keys as the user wrote them, without the kinds and members of unions that pydantic adds to its path."""
+    # A kind may have the name of a setting, as in a term of kind `function`: only the types tell them apart.
+    path = tuple(key for index, key in enumerate(path) if not _is_kind(path[:index]))
     if path[:-1] in source.places or path in source.places:
         return path
     for index in range(1, len(path) - 1):
@@ -164,6 +174,12 @@ def _written_keys(path: Keys, source: Source) -> Keys:
         if shorter in source.places or shorter[:-1] in source.places:
             return shorter
     return path
+
+
+def _is_kind(path: Keys) -> bool:
+    """Whether the key that follows this part of pydantic's path is the kind of a section."""
+    annotation, _ = _annotation_at(path)
+    return len(settings_classes(annotation)) > 1
 
 
 def _valid_keys(path: Keys) -> list[str]:

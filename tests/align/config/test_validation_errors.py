@@ -209,6 +209,25 @@ def test_a_value_of_the_wrong_type_is_refused_in_plain_english(tmp_path: Path, l
     assert problem(tmp_path, line) == f"exp.yaml:3: {expected}"
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("timeout: -1", "timeout: expected a number greater than 0, not -1"),
+        ("weight: x", "weight: expected a number, not 'x'"),
+        ("timout: 3", "timout: unknown key; did you mean timeout?"),
+        ("clip: 3", "clip: expected a list of two numbers, such as [0, 1], not 3"),
+        ("clip: [1]", "clip: expected a list of two numbers, such as [0, 1], not [1]"),
+        ("clip: [1, 2, 3]", "clip: expected a list of two numbers, such as [0, 1], not [1, 2, 3]"),
+        ("clip: [a, 2]", "clip: expected a number, not 'a'"),
+    ],
+)
+def test_a_wrong_value_in_a_term_is_told_from_the_setting_that_its_kind_is_named_like(
+    tmp_path: Path, line: str, expected: str
+) -> None:
+    term = ["reward:", "  terms:", "    m:", "      kind: function", "      function: 'f.py:f'"]
+    assert problem(tmp_path, *term, f"      {line}") == f"exp.yaml:8: reward.terms.m.{expected}"
+
+
 def test_an_invalid_name_says_which_characters_are_valid(tmp_path: Path) -> None:
     (tmp_path / "exp.yaml").write_text("name: a b\nmodel: {path: m}\n")
     with pytest.raises(
