@@ -1,5 +1,6 @@
 """Messages in rows: JSON text of messages is read as messages, and keys without a value are dropped from them."""
 
+import ast
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -7,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from align.data.source_row import SourceRow
-from policies.text.columns import parse_json
+from policies.text.columns import RepeatedKey, has, parse_json
 
 COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "response", "responses")
 """The columns that contain text or messages; `responses` is a list of these."""
@@ -19,8 +20,10 @@ def read_messages(rows: Sequence[SourceRow], note: Callable[[str], None]) -> lis
     """Read the messages of all rows.
 
     A column whose texts are all JSON lists of messages is read as messages, since CSV and other files of plain text
-    cannot hold them otherwise. Keys without a value are dropped from messages and tools: Parquet has the same keys in
-    all objects of a column, and chat templates test whether a message has a key.
+    cannot hold them otherwise. The column `messages` of demonstrations holds nothing else: there each text is read by
+    itself, and one that is not JSON is the problem of its row alone. Keys without a value are dropped from messages
+    and tools: Parquet has the same keys in all objects of a column, and chat templates test whether a message has a
+    key.
 
     Args:
         rows: All rows of a source.
@@ -39,6 +42,8 @@ def read_messages(rows: Sequence[SourceRow], note: Callable[[str], None]) -> lis
 
 def _is_messages_in_json(rows: Sequence[SourceRow], name: str, note: Callable[[str], None]) -> bool:
     """Whether a column has JSON text of messages, and nothing but messages otherwise."""
+    if name == "messages" and _are_demonstrations(rows):
+        return any(isinstance(row.values.get(name), str) for row in rows)
     texts = 0
     messages = 0
     other: SourceRow | None = None
@@ -55,6 +60,11 @@ def _is_messages_in_json(rows: Sequence[SourceRow], name: str, note: Callable[[s
         filled = sum(row.values.get(name) is not None for row in rows)
         note(f"`{name}` is read as text: {messages} of its {filled} rows are messages in JSON, {other.where} is not")
     return texts > 0 and other is None
+
+
+def _are_demonstrations(rows: Sequence[SourceRow]) -> bool:
+    """Whether `messages`, where a row has it, is its conversation, and not a further column of a prompt or a pair."""
+    return not any(has(row.values, "prompt") or has(row.values, "chosen") for row in rows)
 
 
 def _could_be_messages(value: Any, name: str) -> bool:
@@ -95,12 +105,25 @@ def _read_row(row: SourceRow, in_json: Sequence[str]) -> SourceRow:
 
 
 def _parsed(value: Any, name: str) -> Any:
-    """A value of a column with JSON text. Raises ValueError where a key occurs twice in an object."""
+    """A value of a column with JSON text. Raises ValueError where it is not JSON or has a key twice in an object."""
     if isinstance(value, str) and value.strip():
-        value = parse_json(value)
+        try:
+            value = parse_json(value)
+        except RepeatedKey:
+            raise
+        except ValueError as error:
+            notation = "Python's notation, and " if _is_python(value) else ""
+            raise ValueError(f"the text is {notation}not JSON: {error}") from None
     if name == "responses" and value is not None:
         return [_parsed(item, "response") for item in value]
     return value
+
+
+def _is_python(text: str) -> bool:
+    """Whether a text is a list as Python prints it, in single quotes, and as pandas writes it to CSV."""
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        return isinstance(ast.literal_eval(text), list)
+    return False
 
 
 def _without_nulls(value: Any) -> Any:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from align.config.schema import SourceSettings
-from align.data.parsing import parse_demonstration, parse_prompt
+from align.data.parsing import parse_demonstration, parse_prompt, parse_rows
 from align.data.readers import SourceRow, read_rows
 from rewards.preferences import parse_preference
 
@@ -112,6 +112,23 @@ def test_a_column_with_one_row_of_another_kind_stays_text_and_a_note_says_so(tmp
     assert notes == [
         f"`prompt` is read as text: 2 of its 3 rows are messages in JSON, {tmp_path / 'rows.csv'}:3 is not"
     ]
+
+
+def test_one_bad_text_in_messages_is_the_problem_of_its_row_alone(tmp_path: Path) -> None:
+    good = json.dumps([USER, YES])
+    rows = [{"messages": text} for text in (good, good[:-1], str([USER, YES]), "Hello", good)]
+    path = write(tmp_path, "csv", rows)
+    parsed = parse_rows(read(path), parse_demonstration, on_bad_row="skip")
+    assert parsed.items == [parse_demonstration({"messages": [USER, YES]})] * 2
+    unfinished, python, words = parsed.skipped
+    assert unfinished.startswith(f"{path}:3: `messages`: the text is not JSON: Expecting ',' delimiter")
+    assert python.startswith(f"{path}:4: `messages`: the text is Python's notation, and not JSON: Expecting property")
+    assert words.startswith(f"{path}:5: `messages`: the text is not JSON: Expecting value")
+
+
+def test_messages_beside_a_prompt_are_a_further_column_that_stays_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "messages": "3 messages"}, {"prompt": "b", "messages": json.dumps([USER])}]
+    assert [row.values for row in read(write(tmp_path, "csv", rows))] == rows
 
 
 def test_a_note_says_which_columns_are_read_as_messages(tmp_path: Path) -> None:
