@@ -94,8 +94,21 @@ class RunFolder:
 
 
 def folder_of(experiment: Experiment) -> RunFolder:
-    """The folder of an experiment's run, which may not exist yet."""
-    return RunFolder(Path(experiment.runs) / experiment.name)
+    """The folder of an experiment's run, which may not exist yet. Raises UserError where it could not be made."""
+    path = Path(experiment.runs) / experiment.name
+    try:
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    except OSError as error:
+        raise _unusable(path, error) from None
+    if not nearest.is_dir():
+        raise UserError(f"runs: {path} cannot be made, because {nearest} is not a folder: choose another folder")
+    if nearest != path and not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"runs: {path} cannot be made: no permission to write in {nearest}: choose another folder")
+    return RunFolder(path)
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    return UserError(f"runs: {path} cannot be written: {error.strerror}: choose another folder")
 
 
 def refuse_run(run: RunFolder) -> None:
@@ -121,10 +134,14 @@ def locked(run: RunFolder) -> Iterator[None]:
     """Lock a run for writing within the block, and clean up what a killed process left half done in its folder.
 
     Raises:
-        UserError: Another process has locked it.
+        UserError: Another process has locked it, or it cannot be made.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("a+") as file:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = (run.path / ".lock").open("a+")
+    except OSError as error:
+        raise _unusable(run.path, error) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,6 +11,7 @@ from align.runs.folder import (
     begin_run,
     find_run,
     folder_of,
+    locked,
     read_facts,
     refuse_run,
     refuse_stage,
@@ -46,6 +47,20 @@ def files(run: RunFolder) -> set[str]:
 
 def test_a_run_is_in_a_folder_of_its_name(tmp_path: Path) -> None:
     assert folder_of(make(tmp_path, "a.b-c")).path == tmp_path / "a.b-c"
+
+
+def test_runs_that_cannot_hold_a_folder_are_refused_with_their_key(tmp_path: Path) -> None:
+    file = tmp_path / "base.yaml"
+    file.touch()
+    with pytest.raises(UserError, match=rf"^runs: {file}/tiny cannot be made, because {file} is not a folder"):
+        folder_of(make(file))
+    with pytest.raises(UserError, match=r"^runs: .* cannot be written: File name too long"):
+        folder_of(make(tmp_path / ("x" * 300)))
+    with (
+        pytest.raises(UserError, match=r"^runs: /proc/x/tiny cannot be written: No such file or directory"),
+        locked(RunFolder(Path("/proc/x/tiny"))),
+    ):
+        pass
 
 
 def test_starting_writes_the_settings(tmp_path: Path) -> None:
