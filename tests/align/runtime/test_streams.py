@@ -61,3 +61,14 @@ def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
         ["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, PROGRAM], cwd=tmp_path, capture_output=True, check=False
     )
     assert ended.returncode == 5
+
+
+def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path: Path) -> None:
+    program = PROGRAM.replace("sys.exit(5)", "")
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.returncode == 1
+    assert (tmp_path / "end").exists()
+    assert ended.stderr.endswith(" 19999\nerror: the output cannot be written: No space left on device\n")
