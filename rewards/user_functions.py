@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from policies.errors import UserError
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
 """From prompts, responses and the other columns of the prompts' rows to one score per response; may be `async`."""
+SCORE_ARGUMENTS = ("prompts", "responses", "columns")
+"""The names of a score function's arguments."""
 
 
 def load_function(where: str, key: str) -> ScoreFunction:
@@ -40,6 +42,35 @@ def load_function(where: str, key: str) -> ScoreFunction:
     if not callable(function):
         raise UserError(f"{key}: {name} in {source} is not a function")
     return function
+
+
+def check_parameters(
+    function: Callable[..., Any], arguments: Sequence[str], where: str, key: str, keywords: Collection[str] = ()
+) -> None:
+    """Check that a function can be called with these arguments. What has no signature, as some built-ins, passes.
+
+    Args:
+        function: The function that `load_function` returned.
+        arguments: The names of its positional arguments in the documentation.
+        where: `FILE.py:function` or `module:function`, for messages.
+        key: The setting that names it, for messages.
+        keywords: The names of further arguments, which are passed by name.
+
+    Raises:
+        UserError: It takes others.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments, **dict.fromkeys(keywords))
+    except TypeError as error:
+        name = where.rpartition(":")[2]
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        call = ", ".join(arguments)
+        raise UserError(f"{key}: {where} must take ({call}), and it is {name}{signature}: {error}{place}") from None
 
 
 def describe_exception(function: Callable[..., Any], error: BaseException) -> str:

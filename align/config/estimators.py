@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from policies.errors import UserError
-from rewards.user_functions import describe_exception, load_function
+from rewards.user_functions import check_parameters, describe_exception, load_function
 
 Function = Callable[..., Any]
 AnyFunction = TypeVar("AnyFunction", bound=Function)
@@ -90,6 +90,12 @@ ESTIMATORS = {estimator.name: estimator for estimator in BUILT_IN_ESTIMATORS}
 POLICY_LOSSES = {"clip": "align.algorithms.losses:clipped_surrogate"}
 """Built-in values of `ppo.policy_loss`, each with its function."""
 
+USER_ARGUMENTS = {
+    "ppo.estimator": ("batch",),
+    "ppo.policy_loss": ("logprobs", "old_logprobs", "advantages", "ppo"),
+}
+"""The names of the arguments that a user's function gets, by the setting that names it."""
+
 
 def advantage_estimator(
     has_critic: bool = False,
@@ -156,12 +162,13 @@ def user_function(where: str, key: str) -> Function:
 
     Args:
         where: `FILE.py:function` or `module:function`.
-        key: The setting that names it, for messages.
+        key: The setting that names it, `ppo.estimator` or `ppo.policy_loss`.
 
     Raises:
-        UserError: The file or the function does not exist or cannot be imported.
+        UserError: The file or the function does not exist or cannot be imported, or the function takes other arguments.
     """
     function: Function = load_function(where, key)
+    check_parameters(function, USER_ARGUMENTS[key], where, key)
     return function
 
 

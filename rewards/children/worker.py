@@ -18,7 +18,15 @@ from typing import Any
 
 from policies.errors import UserError
 from rewards.children.channel import Channel, Closed
-from rewards.user_functions import Failure, ScoreFunction, describe_exception, load_function, score_once
+from rewards.user_functions import (
+    SCORE_ARGUMENTS,
+    Failure,
+    ScoreFunction,
+    check_parameters,
+    describe_exception,
+    load_function,
+    score_once,
+)
 
 OUR_PACKAGES = ("policies", "rewards", "rollouts", "align")
 
@@ -43,7 +51,7 @@ def serve(setup: dict[str, Any]) -> None:
 
 
 def _load(setup: dict[str, Any]) -> tuple[ScoreFunction | None, str]:
-    """The function, or None and why it cannot be loaded."""
+    """The function, or None and why it cannot be loaded or called."""
     where = setup["where"]
     for name in OUR_PACKAGES:  # before the user's folder precedes them on the path
         importlib.import_module(name)
@@ -52,6 +60,7 @@ def _load(setup: dict[str, Any]) -> tuple[ScoreFunction | None, str]:
         sys.path.insert(0, str(Path(source).resolve().parent))
     try:
         function = load_function(where, setup["key"])
+        check_parameters(function, SCORE_ARGUMENTS, where, setup["key"], keywords=setup["arguments"])
     except UserError as error:
         return None, str(error)
     except BaseException as error:

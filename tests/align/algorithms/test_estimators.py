@@ -226,10 +226,11 @@ def test_a_policy_loss_that_raises_is_named_with_the_last_line_in_its_file(tmp_p
         load_policy_loss(name)(torch.zeros(4), torch.zeros(4), torch.ones(4), PpoSettings())
 
 
-def test_a_wrong_signature_is_located_at_the_definition(tmp_path: Path) -> None:
+def test_a_wrong_signature_is_refused_before_a_call_and_located_at_the_definition(tmp_path: Path) -> None:
     name = own_function(tmp_path, "return None", "")
-    message = r"raised TypeError: own\(\) takes 0 positional arguments but {} given \(.*/est\.py:4\)$"
-    with pytest.raises(UserError, match=rf"^ppo\.estimator: {name} {message.format('1 was')}"):
-        load_estimator(name)(batch_of(2))
-    with pytest.raises(UserError, match=rf"^ppo\.policy_loss: {name} {message.format('4 were')}"):
-        load_policy_loss(name)(torch.zeros(4), torch.zeros(4), torch.ones(4), PpoSettings())
+    found = r"and it is own\(\): too many positional arguments \(.*/est\.py:4\)$"
+    with pytest.raises(UserError, match=rf"^ppo\.estimator: {name} must take \(batch\), {found}"):
+        find_estimator(name)
+    arguments = r"\(logprobs, old_logprobs, advantages, ppo\)"
+    with pytest.raises(ValidationError, match=rf"{name} must take {arguments}, {found[:-1]}"):
+        PpoSettings(policy_loss=name)

@@ -278,6 +278,38 @@ def test_a_function_that_cannot_be_loaded_is_refused_by_name(tmp_path: Path, tex
         pool.check()
 
 
+@pytest.mark.parametrize(
+    ("signature", "reason"),
+    [
+        ("prompts, responses", "too many positional arguments"),
+        ("prompts, responses, columns, tokenizer", "missing a required argument: 'tokenizer'"),
+        ("prompts, responses, *, columns", "too many positional arguments"),
+    ],
+)
+def test_a_function_that_takes_other_arguments_is_refused_when_it_is_loaded(
+    tmp_path: Path, signature: str, reason: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_pool(tmp_path, f"\ndef f({signature}): ...\n").check()
+    path = tmp_path / "score.py"
+    must = "must take (prompts, responses, columns), and it is"
+    assert str(caught.value) == f"{KEY}: {path}:f {must} f({signature}): {reason} ({path}:2)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(*batch): ...",
+        "def f(p, r, c=(), scale=1.0): ...",
+        "async def f(p, r, c): ...",
+        "class F:\n    def __call__(self, p, r, c): ...\nf = F()",
+        "f = type",  # has no signature
+    ],
+)
+def test_whatever_can_be_called_with_the_arguments_passes(tmp_path: Path, text: str) -> None:
+    make_pool(tmp_path, text).check()
+
+
 def test_a_file_imports_what_is_beside_it_and_shadows_no_package_of_ours(tmp_path: Path) -> None:
     (tmp_path / "helper_beside_it.py").write_text("SCORE = 7.0\n")
     (tmp_path / "rewards.py").write_text("1 / 0\n")
