@@ -56,6 +56,12 @@ def test_a_folder_of_data_hides_nothing(tmp_path: Path) -> None:
     assert python(tmp_path, "-m", "align", "--help").returncode == 0
 
 
+def test_the_installed_command_does_not_look_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").touch()
+    command = Path(sys.executable).parent / "align"
+    assert subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True).returncode == 0
+
+
 def test_packages_elsewhere_on_the_path_hide_nothing(tmp_path: Path) -> None:
     (tmp_path / "rewards.py").touch()
     assert python(tmp_path.parent, "-m", "align", "--help").returncode == 0
