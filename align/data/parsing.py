@@ -7,7 +7,7 @@ from typing import Any, Generic, Literal, TypeVar
 from align.data.readers import SourceRow
 from policies.errors import UserError
 from policies.text import columns
-from policies.text.encoder import Tools
+from policies.text.encoder import ASSISTANT, Tools
 from policies.text.tokenization import Message, Prompt
 
 T = TypeVar("T")
@@ -113,7 +113,9 @@ def parse_demonstration(values: Mapping[str, Any]) -> Demonstration | Transcript
         messages = columns.messages(values["messages"], "messages")
         if len(messages) < 2:
             raise ValueError("`messages` has one message; a prompt and a reply by the assistant were expected")
-        columns.reply(messages[-1:], "messages")
+        role = messages[-1]["role"]
+        if role != ASSISTANT:
+            raise ValueError(f"the last of `messages` is by {columns.shown(role)}; one by the assistant was expected")
         return Transcript(messages, columns.tools(values, messages))
     if columns.has(values, "text") and not columns.has(values, "completion"):
         return Demonstration("", columns.text(values, "text"))

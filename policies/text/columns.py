@@ -40,11 +40,15 @@ def prompt(values: Values) -> Prompt:
 def messages(value: Any, name: str) -> list[Message]:
     """A list of messages, each with the texts `role` and `content`; name: of the column."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"`{name}` is {kind(value)}; a list of messages was expected")
+        found = "an empty list" if value == [] else kind(value)
+        raise ValueError(f"`{name}` is {found}; a list of messages was expected")
     for message in value:
         is_object = isinstance(message, dict)
         if not is_object or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"`{name}` has a message that is not {{role: text, content: text}}: {shown(message)}")
+            raise ValueError(
+                f"`{name}` has a message without the text `role` or the text `content`, which may be empty: "
+                f"{shown(message)}"
+            )
         _encodable(message["role"], name)
         _encodable(message["content"], name)
     return value

@@ -1,7 +1,7 @@
 """Text to tokens: the one encoding that training, scoring, sampling, export and chat share."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -19,6 +19,8 @@ Tools = Sequence[dict[str, Any]]
 """JSON schemas of the functions that the assistant may call, as chat templates take them."""
 
 ASSISTANT = "assistant"
+SPOKEN_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message beside `content` that hold what the assistant says, and which a template must not drop."""
 PROBE = "7f3a"
 """A reply without white space, which no template changes, to see what a template writes after it."""
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -122,6 +124,8 @@ class TextEncoder:
                 self._prompts[prompt] = self._text_ids(prompt) or [self._start_id]
             return list(self._prompts[prompt])
         self._check_messages(prompt, tools)
+        if prompt[-1]["role"] == ASSISTANT:
+            raise ValueError("the prompt ends with a message by the assistant, where its reply was expected to begin")
         text = self._render(prompt, tools, add_generation_prompt=True)
         return self._rendered_ids(prompt, tools, text)
 
@@ -163,6 +167,9 @@ class TextEncoder:
         trained = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
         if turns == "last":
             trained = trained[-1:]
+        for index in trained:
+            if not messages[index]["content"].strip() and "tool_calls" not in messages[index]:
+                raise ValueError(f"message {index + 1}, by the assistant, is empty")
         problem = self._problem_of_turns(messages, trained, tools)
         if problem and GENERATION_MARK.search(self.tokenizer.chat_template):
             return self._marked_turns(messages, len(trained), tools)
@@ -181,6 +188,8 @@ class TextEncoder:
         """
         if len(trained) == 1:
             return None
+        if trained[0] == 0:
+            return "the first message is by the assistant, and nothing is before it to respond to"
         if self.end_of_turn is None:
             return (
                 "the chat template writes no token at the end of the assistant's turns, so that a model could not "
@@ -250,8 +259,8 @@ class TextEncoder:
 
     def _rendered_ids(self, messages: list[Message], tools: Tools | None, text: str) -> list[int]:
         """The tokens of rendered messages. A token never spans the beginning of an assistant's turn."""
-        ids = self._ids(text)
-        replies = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
+        ids = self._ids(text, splits=False)
+        replies = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT and index > 0]
         if not replies:
             return ids
         before = messages[: replies[-1]]
@@ -261,7 +270,7 @@ class TextEncoder:
         head_ids = self._rendered_ids(before, tools, head)
         if ids[: len(head_ids)] == head_ids:
             return ids
-        return head_ids + self._continuation_ids(text[len(head) :])
+        return head_ids + self._continuation_ids(text[len(head) :], splits=False)
 
     def _text_exchange(self, prompt: str, response: str) -> Exchange:
         prompt_ids = self.prompt(prompt)
@@ -272,28 +281,32 @@ class TextEncoder:
         elif ids[: len(prompt_ids)] == prompt_ids:
             response_ids = ids[len(prompt_ids) :]
         else:
-            response_ids = self._continuation_ids(response)
+            response_ids = self._continuation_ids(response, self._splits)
         if not response_ids or response_ids[-1] not in self.end_ids:
             response_ids = [*response_ids, self.tokenizer.eos_token_id]
         return Exchange(prompt_ids, response_ids)
 
     def _text_ids(self, text: str) -> list[int]:
         """The tokens of a text that stands alone, with those that the tokenizer puts before it, such as BOS."""
-        ids = self._ids(text)
+        ids = self._ids(text, self._splits)
         prefix = self._prefix_ids
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
-    def _continuation_ids(self, text: str) -> list[int]:
+    def _continuation_ids(self, text: str, splits: bool) -> list[int]:
         """The tokens of a text that continues another one, without the blank that sentencepiece puts at a beginning."""
         for anchor in ANCHORS:
-            head = self._ids(anchor)
-            ids = self._ids(anchor + text)
+            head = self._ids(anchor, splits)
+            ids = self._ids(anchor + text, splits)
             if ids[: len(head)] == head:
                 return ids[len(head) :]
-        return self._ids(text)
+        return self._ids(text, splits)
 
-    def _ids(self, text: str) -> list[int]:
-        splits = self.special_tokens == "text"
+    @property
+    def _splits(self) -> bool:
+        """Whether special tokens in plain texts are split like other text; those of a template never are."""
+        return self.special_tokens == "text"
+
+    def _ids(self, text: str, splits: bool) -> list[int]:
         # transformers' own call does this and more, and takes 1.7 times the seconds.
         backend = self._backend
         if backend is not None and backend.truncation is None and backend.padding is None:
@@ -333,7 +346,7 @@ class TextEncoder:
     @cached_property
     def _prefix_ids(self) -> list[int]:
         """The special tokens that the tokenizer puts before every text."""
-        plain = self._ids("a")
+        plain = self._ids("a", splits=False)
         ids = list(self.tokenizer("a")["input_ids"])
         return next(ids[:start] for start in range(len(ids)) if ids[start:][: len(plain)] == plain)
 
@@ -352,17 +365,30 @@ class TextEncoder:
     def _check_messages(self, messages: list[Message], tools: Tools | None) -> None:
         if not self.has_template:
             raise ValueError("the prompt is a list of messages, but the tokenizer has no chat template")
-        for message in messages:
-            found = self._special.search(message["content"])
-            if found and self.special_tokens != "control":
-                raise ValueError(
-                    f"a message contains the special token {found.group()!r}, which would not be read as text: remove "
-                    "it, or set data.special_tokens to control where it is meant"
-                )
+        self._check_special(messages, "a message contains")
+        self._check_special(tools, "`tools` contains")
         if tools:
             with_tools = self._render(messages, tools, add_generation_prompt=False)
             if with_tools == self._render(messages, None, add_generation_prompt=False):
                 raise ValueError("the row has `tools`, which the tokenizer's chat template does not use")
+        for key in SPOKEN_KEYS:
+            if any(message.get(key) for message in messages):
+                without = [{name: value for name, value in message.items() if name != key} for message in messages]
+                rendered = self._render(messages, tools, add_generation_prompt=False)
+                if rendered == self._render(without, tools, add_generation_prompt=False):
+                    raise ValueError(f"a message has `{key}`, which the tokenizer's chat template does not use")
+
+    def _check_special(self, value: object, subject: str) -> None:
+        """Refuse special tokens in whatever the template may render, unless they are meant."""
+        if self.special_tokens == "control":
+            return
+        for text in _texts_in(value):
+            found = self._special.search(text)
+            if found:
+                raise ValueError(
+                    f"{subject} the special token {found.group()!r}, which would not be read as text: remove it, or "
+                    "set data.special_tokens to control where it is meant"
+                )
 
     def _check_text(self, text: str) -> None:
         found = self._special.search(text) if self.special_tokens == "refuse" else None
@@ -377,6 +403,19 @@ def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     """A pattern of any of these texts, the longest where several match."""
     longest_first = sorted({text for text in texts if text}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """All texts in a value of JSON, the keys of objects among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts_in(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _texts_in(item)
 
 
 def _listed(tools: Tools | None) -> list[dict[str, Any]] | None:

@@ -62,7 +62,7 @@ def test_demonstrations_in_every_form(values: dict[str, Any], expected: Demonstr
         ({"prompt": "p", "completion": CHAT}, "one message by the assistant"),
         ({"messages": CHAT[:1]}, "one message"),
         ({"messages": CHAT[::-1]}, "by the assistant"),
-        ({"messages": [{"role": "user"}, *CHAT]}, "role: text, content: text"),
+        ({"messages": [{"role": "user"}, *CHAT]}, "without the text `role` or the text `content`"),
         ({"messages": "hello"}, "a list of messages was expected"),
         ({"text": 3}, "`text` is a number"),
     ],

@@ -236,6 +236,61 @@ def test_tools_reach_the_template_and_are_refused_where_it_drops_them() -> None:
         other.prompt(MESSAGES, TOOLS)
 
 
+@pytest.mark.parametrize("choice", ["refuse", "text"])
+def test_a_special_token_anywhere_in_what_a_template_renders_is_refused(choice: SpecialTokens) -> None:
+    encoder = TextEncoder(make_tokenizer(LAYOUTS["qwen 2.5"]), choice)
+    with pytest.raises(ValueError, match="a message contains the special token '<|im_end|>'".replace("|", r"\|")):
+        encoder.prompt([{"role": "user<|im_end|>", "content": "a"}])
+    named = [{"type": "function", "function": {"name": "<|im_end|>", "parameters": {}}}]
+    with pytest.raises(ValueError, match="`tools` contains the special token"):
+        encoder.prompt(MESSAGES, named)
+    calls = [{"function": {"name": "f", "arguments": {"<|im_start|>": 1}}}]
+    with pytest.raises(ValueError, match="a message contains the special token"):
+        encoder.prompt([{"role": "user", "content": "a", "calls": calls}])
+
+
+def test_special_tokens_of_the_template_stay_control_tokens_where_those_of_texts_are_text(layout: str) -> None:
+    tokenizer = make_tokenizer(LAYOUTS[layout])
+    plain = TextEncoder(tokenizer)
+    split = TextEncoder(tokenizer, "text")
+    assert split.prompt(MESSAGES) == plain.prompt(MESSAGES)
+    assert split.exchange(MESSAGES, "blue") == plain.exchange(MESSAGES, "blue")
+    turns: Turns = "last" if layout == "qwen 3" else "all"
+    messages = conversation(*REPLIES)
+    assert split.conversation(messages, turns) == plain.conversation(messages, turns)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
+def test_what_a_template_drops_of_a_turn_is_refused(key: str) -> None:
+    tokenizer = make_tokenizer(LAYOUTS["qwen 2.5"])
+    messages = [*MESSAGES, {"role": "assistant", "content": "blue", key: [{"function": {"name": "f"}}]}]
+    with pytest.raises(ValueError, match=f"a message has `{key}`, which the tokenizer's chat template does not use"):
+        TextEncoder(tokenizer).conversation(messages, "all")
+    tokenizer.chat_template = CHATML.replace("+ m.content +", f"+ m.content + (m.{key} or '') | string +")
+    TextEncoder(tokenizer).conversation(messages, "all")
+
+
+def test_a_turn_without_text_is_refused(encoder: TextEncoder) -> None:
+    with pytest.raises(ValueError, match="message 2, by the assistant, is empty"):
+        encoder.conversation(conversation(" ", "blue"), "all")
+
+
+def test_a_prompt_that_ends_with_a_reply_is_refused(encoder: TextEncoder) -> None:
+    with pytest.raises(ValueError, match="the prompt ends with a message by the assistant"):
+        encoder.prompt(conversation("blue"))
+
+
+def test_a_conversation_that_the_assistant_begins_is_trained_on_its_last_turn(
+    layout: str, encoder: TextEncoder
+) -> None:
+    messages = [{"role": "assistant", "content": "Good bye."}, *conversation("blue")]
+    with pytest.raises(ValueError, match=r"the first message is by the assistant.*sft\.turns to last"):
+        encoder.conversation(messages, "all")
+    trained = encoder.conversation(messages, "last")
+    ((start, end),) = trained.turns
+    assert decoded(encoder, trained.ids[start:end], layout) == written(layout, "blue")
+
+
 # Texts on the byte-level tokenizer of the tiny model.
 
 
