@@ -263,7 +263,7 @@ def test_special_tokens_of_the_template_stay_control_tokens_where_those_of_texts
 @pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
 def test_what_a_template_drops_of_a_turn_is_refused(key: str) -> None:
     tokenizer = make_tokenizer(LAYOUTS["qwen 2.5"])
-    messages = [*MESSAGES, {"role": "assistant", "content": "blue", key: [{"function": {"name": "f"}}]}]
+    messages: list[Message] = [*MESSAGES, {"role": "assistant", "content": "blue", key: [{"function": {"name": "f"}}]}]
     with pytest.raises(ValueError, match=f"a message has `{key}`, which the tokenizer's chat template does not use"):
         TextEncoder(tokenizer).conversation(messages, "all")
     tokenizer.chat_template = CHATML.replace("+ m.content +", f"+ m.content + (m.{key} or '') | string +")
