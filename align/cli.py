@@ -161,6 +161,9 @@ def generate(  # noqa: PLR0913 - one parameter per option
     """
     if (raw or system) and file and not prompt:
         raise UserError("--raw and --system are for --prompt and the chat; the rows of --file are used as they are")
+    from align.outputs.prompt_checks import check_text
+
+    check_text(system or "", "--system")
     with redirect_stdout(sys.stderr):  # on import, transformers prints there that W&B is offline
         from align.outputs.generation import Options, chat_on_standard_input, print_responses
         from align.outputs.trained_run import open_run

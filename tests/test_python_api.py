@@ -85,6 +85,18 @@ def test_scores_are_those_of_the_trained_reward_model(
     response_ids = [exchange.response_ids for exchange in exchanges]
     expected = model.score(prompt_ids, response_ids, 256).tolist()
     assert trained.score(prompts, responses) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(align.UserError, match="not 2 prompts, 1 responses"):
+        trained.score(prompts, responses[:1])
+    with pytest.raises(align.UserError, match="no responses to score"):
+        trained.score([], [])
+    with pytest.raises(align.UserError, match="response 1 is nothing; text was expected"):
+        trained.score(["a"], [None])  # type: ignore[list-item]
+    with pytest.raises(align.UserError, match="prompt 2: `prompt` has a message"):
+        trained.score(["a", [{"role": "user"}]], ["b", "c"])
+    with pytest.raises(align.UserError, match=r"response 1 and its prompt have \d+ tokens, .* length is 2048"):
+        trained.score(["a"], ["two " * 2500])
+    with pytest.raises(TypeError, match=r"prompts is one text; a list was expected: \['abc'\]"):
+        trained.generate("abc")
 
 
 def test_stepping_ppo_by_hand_gives_the_metrics_of_a_run(folder_of_the_document: Path) -> None:

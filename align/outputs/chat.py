@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from align.outputs.prompt_checks import check_text
 from policies.errors import UserError
 from policies.text.tokenization import Message, Prompt
 
@@ -97,6 +98,11 @@ class Chat:
     def _set_system(self, text: str) -> None:
         if not self.template:
             self.tell("a system prompt needs a chat template: here, each line is continued as text")
+            return
+        try:
+            check_text(text, "the system prompt")
+        except UserError as error:
+            self.tell(str(error))
             return
         self.system = text or None
         change = "set" if text else "removed"

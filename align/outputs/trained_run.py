@@ -14,6 +14,7 @@ from align.evaluation.policy import build_evaluator
 from align.evaluation.reward_model import compute_diagnostics
 from align.outputs.artifacts import policy_weights
 from align.outputs.export import Exported, Product, export_run
+from align.outputs.prompt_checks import check_fits, check_lists, check_prompt, check_room, check_text
 from align.outputs.response_stream import ResponseStream
 from align.roles.build import build_roles
 from align.roles.scoring import score_microbatches
@@ -28,8 +29,8 @@ from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
-from policies.text.encoder import TextEncoder, Tools
-from policies.text.tokenization import Prompt, decode_response, prompt_text
+from policies.text.encoder import Exchange, TextEncoder, Tools
+from policies.text.tokenization import Prompt, decode_response
 from rewards.classifier import Classifier
 from rewards.preferences import OVERALL
 from rollouts.engine import Sampling
@@ -102,9 +103,11 @@ class TrainedRun:
             One response per prompt, without special tokens.
 
         Raises:
-            UserError: The run has neither policy nor SFT model yet; or a prompt contains special tokens, is refused by
-                the chat template, or leaves no room for the response.
+            UserError: The run has neither policy nor SFT model yet; or a prompt is not text or messages, contains
+                special tokens, is refused by the chat template, or leaves no room for the response.
+            TypeError: A text is given instead of a list of prompts.
         """
+        check_lists(prompts=prompts, tools=tools or None)
         sampling = self._sampling(temperature, max_new_tokens)
         requests = []
         for index, prompt in enumerate(prompts):
@@ -167,16 +170,18 @@ class TrainedRun:
             One score per response.
 
         Raises:
-            UserError: The run has no reward yet.
+            UserError: The run has no reward yet; there are no responses, or not one per prompt; or a prompt or a
+                response is not text, contains special tokens, or does not fit the model's context.
+            TypeError: A text is given instead of a list.
         """
+        check_lists(prompts=prompts, responses=responses, columns=columns)
+        if not prompts:
+            raise UserError("there are no responses to score")
         if columns is None:
             columns = [{}] * len(prompts)
         trajectories: list[Trajectory] = []
         for prompt, response, prompt_columns in zip(prompts, responses, columns, strict=True):
-            try:
-                exchange = self.encoder.exchange(prompt, response)
-            except ValueError as error:
-                raise UserError(f"response {len(trajectories) + 1} or its prompt: {error}") from error
+            exchange = self._exchange(prompt, response, len(trajectories) + 1)
             request = Request(prompt, tuple(exchange.prompt_ids), seed=0, columns=dict(prompt_columns))
             ids = exchange.response_ids
             # Nothing was sampled: the sampler's log-probabilities and the version are not read.
@@ -229,18 +234,24 @@ class TrainedRun:
         )
 
     def _prompt_ids(self, prompt: Prompt, tools: Tools | None, name: str, max_new_tokens: int) -> tuple[int, ...]:
+        check_prompt(prompt, name)
         try:
-            prompt_text(prompt).encode()  # what was read from bytes that are not UTF-8 raises ValueError
             ids = tuple(self.encoder.prompt(prompt, tools))
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
-        positions = context_length(self.experiment)
-        if positions is not None and len(ids) + max_new_tokens > positions:
-            raise UserError(
-                f"{name} has {len(ids)} tokens, which leaves no room for {max_new_tokens} new ones in the model's "
-                f"context length, {positions}: shorten it, or set max_new_tokens to at most {positions - len(ids)}"
-            )
+        check_room(name, len(ids), max_new_tokens, context_length(self.experiment))
         return ids
+
+    def _exchange(self, prompt: Prompt, response: str, number: int) -> Exchange:
+        check_prompt(prompt, f"prompt {number}")
+        check_text(response, f"response {number}")
+        try:
+            exchange = self.encoder.exchange(prompt, response)
+        except ValueError as error:
+            raise UserError(f"response {number} or its prompt: {error}") from error
+        tokens = len(exchange.prompt_ids) + len(exchange.response_ids)
+        check_fits(f"response {number} and its prompt have", tokens, context_length(self.experiment))
+        return exchange
 
     @cached_property
     def _engine(self) -> TransformersEngine:

@@ -83,8 +83,10 @@ def test_a_refused_prompt_is_told_before_anything_is_generated(chatting: Trained
         chatting.stream([user("a </s>")])
     with pytest.raises(library.UserError, match="leaves no room for 5000 new ones in the model's context length, 2048"):
         chatting.stream("a", max_new_tokens=5000)
-    with pytest.raises(library.UserError, match="surrogates not allowed"):
+    with pytest.raises(library.UserError, match=r"^the prompt is not UTF-8: it has the byte 0xff$"):
         chatting.stream([user("a \udcff")])
+    with pytest.raises(library.UserError, match=r"10000 tokens, which leaves no room .* 2048: shorten it$"):
+        chatting.stream("word " * 2500, max_new_tokens=5)
 
 
 def printed(run: TrainedRun, texts: list[str], file: Path | None, options: Options) -> tuple[list[str], str]:
