@@ -33,15 +33,15 @@ def joined(head_ids, text, ids):
 
 '''
 RENDER = """
-def render(messages, **options):
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+def render(messages, tools=None, **options):
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
     ids = encode(text)
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
         return ids
     before = messages[: replies[-1]]
-    head = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-    head_ids = render(before, add_generation_prompt=True)
+    head = tokenizer.apply_chat_template(before, tools=tools, tokenize=False, add_generation_prompt=True)
+    head_ids = render(before, tools, add_generation_prompt=True)
     return joined(head_ids, text[len(head) :], ids) if text.startswith(head) else ids
 
 """
@@ -83,7 +83,7 @@ $load
 start = $start  # what a text begins with
 
 $functions
-def respond(prompt, **options):
+def respond(prompt$tools, **options):
     ids = torch.tensor([$prompt_ids])
     sampling = $sampling | options
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling)
@@ -134,8 +134,10 @@ def policy_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, is_a
     prompt_ids = "begun(encode(prompt))"
     rollouts = experiment.rollouts
     encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
+    tools = ""
     if encoder.has_template:
-        prompt_ids += " if isinstance(prompt, str) else render(prompt, add_generation_prompt=True)"
+        prompt_ids += " if isinstance(prompt, str) else render(prompt, tools, add_generation_prompt=True)"
+        tools = ", tools=None"
     ends = sorted(stop_ids(load_generation_config(path), tokenizer))
     sampling = [
         '"do_sample": True',
@@ -160,6 +162,7 @@ def policy_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, is_a
         imports=imports,
         load=load,
         prompt_ids=prompt_ids,
+        tools=tools,
         sampling="{" + ", ".join(sampling) + "}",
     )
 

@@ -27,6 +27,7 @@ TEXTS: list[tuple[Prompt, str]] = [
 FIRST = [{"role": "user", "content": "My lamp is broken."}]
 LONGER = [*FIRST, {"role": "assistant", "content": "Is the bulb old?"}, {"role": "user", "content": "No, it is new."}]
 CONVERSATIONS: list[tuple[Prompt, str]] = [(FIRST, "Is the bulb old?"), (LONGER, "Then check the fuse."), (LONGER, "a")]
+TOOLS = [{"type": "function", "function": {"name": "order_a_bulb", "parameters": {"type": "object"}}}]
 FAST = ("no template", "qwen 2.5", "pad is eos")
 SLOW = ("llama 2", "mistral", "gpt 2")
 
@@ -131,6 +132,19 @@ def test_a_policys_card_responds_as_the_run_does(
     assert responses == expected
     ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
     assert set(ends if isinstance(ends, list) else [ends]) == TextEncoder(trained.tokenizer).end_ids
+
+
+@pytest.mark.parametrize("trained", ["qwen 2.5"], indirect=True)
+def test_a_policys_card_renders_tools_as_the_run_does(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[Prompt] = [FIRST, LONGER]
+    expected = trained.generate(prompts, temperature=0.0, max_new_tokens=12, tools=[TOOLS, TOOLS])
+    assert expected != trained.generate(prompts, temperature=0.0, max_new_tokens=12)
+    code = export(trained, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    arguments = [(prompt, TOOLS) for prompt in prompts]
+    assert call(code, "respond", arguments, do_sample=False, max_new_tokens=12) == expected
 
 
 @pytest.mark.slow
