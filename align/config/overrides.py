@@ -37,7 +37,7 @@ def apply_override(source: Source, text: str) -> None:
         sign = ":=" if replaces else "="
         raise UserError(f"{where}: nothing follows the `{sign}`: expected a value, or ~{'.'.join(keys)} to remove it")
     values = _parse(value, where)
-    places = dict.fromkeys((keys, *_keys_within(values, keys)), where)
+    places = dict.fromkeys((*_sections_made(source, keys), keys, *_keys_within(values, keys)), where)
     for name in reversed(keys):
         values = {name: values}
     if replaces:
@@ -98,6 +98,15 @@ def _parse(value: str, where: str) -> Any:
     except yaml.YAMLError as error:
         cause = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{where}: the value is not valid YAML: {cause}") from None
+
+
+def _sections_made(source: Source, keys: Keys) -> Iterator[Keys]:
+    """The paths of the sections around a key that do not exist yet."""
+    section: Any = source.values
+    for depth, name in enumerate(keys[:-1], start=1):
+        section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            yield keys[:depth]
 
 
 def _keys_within(value: Any, above: Keys) -> Iterator[Keys]:

@@ -1,6 +1,7 @@
 """Explains to the user what pydantic finds wrong with an experiment."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -46,8 +47,21 @@ def explain(problem: Any, source: Source) -> str:
         message = "expected text or a list of texts"
     if problem["type"] == UNREAD:
         return f"{where}: {message}{_how_to_remove(keys, problem['ctx']['names'], source)}"
+    if override := _override_in(message, keys, source):
+        where = f"{override}: {'.'.join(keys) or 'experiment'}"
     is_hidden = is_secret or isinstance(value, dict | BaseModel) or problem["type"] == USER_FUNCTION
     return f"{where}: {message}" if is_hidden else f"{where}: {message}, not {_as_written(value)}"
+
+
+def _override_in(message: str, section: Keys, source: Source) -> str | None:
+    """The override of the first setting within a section that a message names and that one has set; None without."""
+    for word in re.findall(r"\w+(?:\.\w+)*", message):
+        keys = (*section, *word.split("."))
+        place = source.places.get(keys, "")
+        # Without a section, a word alone could be prose, such as "model".
+        if len(keys) > 1 and place.startswith(OVERRIDE):
+            return place
+    return None
 
 
 def _how_to_remove(section: Keys, names: Sequence[str], source: Source) -> str:

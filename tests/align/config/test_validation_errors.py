@@ -257,3 +257,34 @@ def test_an_invalid_name_says_which_characters_are_valid(tmp_path: Path) -> None
 )
 def test_an_old_name_is_refused_with_the_new_one(tmp_path: Path, lines: list[str], expected: str) -> None:
     assert problem(tmp_path, *lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pppo.steps=3", "pppo: unknown key; did you mean ppo?"),
+        ("evaluation.golden.path=x", "evaluation.golden: unknown key; did you mean gold?"),
+        ("reward.terms.n.weight=3", f"reward.terms.n: kind is missing; expected one of {KINDS}"),
+        (
+            "reward.constraint={term: x, at_most: 1}",
+            "reward: constraint.term: unknown term 'x'; the terms are m",
+        ),
+        ("ppo.batch_size=10", "ppo: minibatches 4 does not divide batch_size 10"),
+        ("ppo.minibatches=5", "ppo: minibatches 5 does not divide batch_size 8"),
+    ],
+)
+def test_what_an_override_gets_wrong_is_not_blamed_on_the_file(tmp_path: Path, override: str, expected: str) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_text(
+        "name: x\nmodel: {path: m}\nreward: {terms: {m: {kind: model}}}\nppo: {batch_size: 8, minibatches: 4}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_experiment(path, [override])
+    assert str(caught.value) == f"override {override!r}: {expected}"
+
+
+def test_a_section_that_the_file_takes_from_an_anchor_is_not_blamed_on_an_override(tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_text("name: x\nmodel: {path: m}\nppo: {<<: {kll: {where: reward}}}\n")
+    with pytest.raises(UserError, match=rf"^{path}:3: ppo\.kll: unknown key"):
+        load_experiment(path, ["ppo.kll.target=3"])
