@@ -57,21 +57,22 @@ ends = $ends  # a response ends with one of these; the score is read off there
 bias = $bias  # of the reward's head, which a sequence classifier does not have
 
 $functions
-def encode_both(prompt, response):
+def encode_both(prompt, response$tools):
 $both    ids = joined(begun(encode(prompt)), response, begun(encode(prompt + response)))
     return ids if ids[-1] in ends else [*ids, tokenizer.eos_token_id]
 
 
-def score(prompt, response):
+def score(prompt, response$tools):
+    ids = torch.tensor([encode_both(prompt, response$passed)])
     with torch.no_grad():
-        return model(torch.tensor([encode_both(prompt, response)])).logits.item() + bias
+        return model(ids).logits.item() + bias
 
 
 print(score($prompt, " Is the bulb old?"))
 """)
 BOTH_MESSAGES = """\
     if not isinstance(prompt, str):
-        return render([*prompt, {"role": "assistant", "content": response}])
+        return render([*prompt, {"role": "assistant", "content": response}], tools)
 """
 GENERATE = Template("""\
 import torch
@@ -119,6 +120,7 @@ def reward_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, bias
         ends=sorted(encoder.end_ids),
         bias=bias,
         both=BOTH_MESSAGES if encoder.has_template else "",
+        passed=", tools" if encoder.has_template else "",
     )
 
 
@@ -134,10 +136,8 @@ def policy_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, is_a
     prompt_ids = "begun(encode(prompt))"
     rollouts = experiment.rollouts
     encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
-    tools = ""
     if encoder.has_template:
         prompt_ids += " if isinstance(prompt, str) else render(prompt, tools, add_generation_prompt=True)"
-        tools = ", tools=None"
     ends = sorted(stop_ids(load_generation_config(path), tokenizer))
     sampling = [
         '"do_sample": True',
@@ -162,7 +162,6 @@ def policy_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, is_a
         imports=imports,
         load=load,
         prompt_ids=prompt_ids,
-        tools=tools,
         sampling="{" + ", ".join(sampling) + "}",
     )
 
@@ -186,4 +185,5 @@ def _common(experiment: Experiment, encoder: TextEncoder) -> Mapping[str, object
         "start": encoder.prompt("a")[: -len(letter)],
         "functions": ENCODE.replace("$split", split) + (RENDER if encoder.has_template else ""),
         "prompt": MESSAGES if encoder.has_template else TEXT,
+        "tools": ", tools=None" if encoder.has_template else "",
     }

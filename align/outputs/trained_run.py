@@ -29,6 +29,7 @@ from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
+from policies.text.columns import tools as tools_in
 from policies.text.encoder import Exchange, TextEncoder, Tools
 from policies.text.tokenization import Prompt, decode_response
 from rewards.classifier import Classifier
@@ -164,7 +165,7 @@ class TrainedRun:
         Args:
             prompts: One per response.
             responses: Complete responses, without EOS.
-            columns: Columns that the reward's terms read, per prompt; None: no columns.
+            columns: Columns per prompt, for the reward's terms, and `tools` for the chat template; None: no columns.
 
         Returns:
             One score per response.
@@ -181,7 +182,7 @@ class TrainedRun:
             columns = [{}] * len(prompts)
         trajectories: list[Trajectory] = []
         for prompt, response, prompt_columns in zip(prompts, responses, columns, strict=True):
-            exchange = self._exchange(prompt, response, len(trajectories) + 1)
+            exchange = self._exchange(prompt, response, prompt_columns, len(trajectories) + 1)
             request = Request(prompt, tuple(exchange.prompt_ids), seed=0, columns=dict(prompt_columns))
             ids = exchange.response_ids
             # Nothing was sampled: the sampler's log-probabilities and the version are not read.
@@ -242,11 +243,12 @@ class TrainedRun:
         check_room(name, len(ids), max_new_tokens, context_length(self.experiment))
         return ids
 
-    def _exchange(self, prompt: Prompt, response: str, number: int) -> Exchange:
+    def _exchange(self, prompt: Prompt, response: str, columns: Mapping[str, Any], number: int) -> Exchange:
         check_prompt(prompt, f"prompt {number}")
         check_text(response, f"response {number}")
         try:
-            exchange = self.encoder.exchange(prompt, response)
+            functions = None if isinstance(prompt, str) else tools_in(columns, prompt)
+            exchange = self.encoder.exchange(prompt, response, functions)
         except ValueError as error:
             raise UserError(f"response {number} or its prompt: {error}") from error
         tokens = len(exchange.prompt_ids) + len(exchange.response_ids)

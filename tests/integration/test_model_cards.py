@@ -147,6 +147,20 @@ def test_a_policys_card_renders_tools_as_the_run_does(
     assert call(code, "respond", arguments, do_sample=False, max_new_tokens=12) == expected
 
 
+@pytest.mark.parametrize("trained", ["qwen 2.5"], indirect=True)
+def test_a_reward_models_card_renders_tools_as_the_run_does(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [prompt for prompt, _ in CONVERSATIONS]
+    responses = [response for _, response in CONVERSATIONS]
+    expected = trained.score(prompts, responses, [{"tools": TOOLS}] * len(prompts))
+    assert expected != pytest.approx(trained.score(prompts, responses), abs=1e-3)
+    code = export(trained, tmp_path / "out", "--reward")
+    monkeypatch.chdir(tmp_path / "out")
+    arguments = [(prompt, response, TOOLS) for prompt, response in CONVERSATIONS]
+    assert call(code, "score", arguments) == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
