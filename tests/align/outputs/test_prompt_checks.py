@@ -75,7 +75,8 @@ def test_a_system_prompt_that_is_not_utf8_is_refused_at_the_start(
 
 def test_a_chat_keeps_its_system_prompt_where_a_new_one_is_not_utf8() -> None:
     notes: list[str] = []
-    chat = Chat(respond=pytest.fail, show=pytest.fail, tell=notes.append, system="short")
+    chat = Chat(respond=lambda prompt, replies: pytest.fail("replied"), show=notes.append, tell=notes.append)
+    chat.system = "short"
     chat.run(iter(["/system a\udcff\n", None]).__next__)
     assert chat.system == "short"
     assert notes == ["the system prompt is not UTF-8: it has the byte 0xff"]
