@@ -1,6 +1,7 @@
 """A tiny model with a real tokenizer, made anew for each test session; nothing is downloaded."""
 
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch._C._distributed_c10d import HashStore  # torch.distributed has it, but not for type checkers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell has processes in the background ignore it, and so would the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 torch.cpu._is_amx_tile_supported = lambda: False  # tests compare figures in float32, which is then the default dtype
 settings.register_profile("align", deadline=None, max_examples=50, derandomize=True)

@@ -134,7 +134,7 @@ def f(p, r, c):
 
 def test_a_function_has_the_main_thread_default_handlers_and_no_input(tmp_path: Path) -> None:
     text = """
-import os, signal, sys, time
+import os, sys, time
 
 def f(p, r, c):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -355,7 +355,6 @@ from rewards.calls import Arguments
 from rewards.children.pool import FunctionPool
 from rewards.children.source import FunctionSource
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have processes in the background ignore it
 pool = FunctionPool(FunctionSource(sys.argv[1], "key"))
 pool.call([Arguments(["p"], ["r"], [{"file": sys.argv[2]}])])
 if os.fork() == 0:
