@@ -373,9 +373,8 @@ class TextEncoder:
                 raise ValueError("the row has `tools`, which the tokenizer's chat template does not use")
         for key in SPOKEN_KEYS:
             if any(message.get(key) for message in messages):
-                without = [{name: value for name, value in message.items() if name != key} for message in messages]
                 rendered = self._render(messages, tools, add_generation_prompt=False)
-                if rendered == self._render(without, tools, add_generation_prompt=False):
+                if rendered == self._render(_without(messages, key), tools, add_generation_prompt=False):
                     raise ValueError(f"a message has `{key}`, which the tokenizer's chat template does not use")
 
     def _check_special(self, value: object, subject: str) -> None:
@@ -416,6 +415,14 @@ def _texts_in(value: object) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for item in value:
             yield from _texts_in(item)
+
+
+def _without(messages: list[Message], key: str) -> list[Message]:
+    """The messages without one of their keys."""
+    copies = [dict(message) for message in messages]
+    for message in copies:
+        message.pop(key, None)
+    return copies
 
 
 def _listed(tools: Tools | None) -> list[dict[str, Any]] | None:
