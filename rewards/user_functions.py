@@ -14,6 +14,8 @@ from policies.errors import UserError
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
 """From prompts, responses and the other columns of the prompts' rows to one score per response; may be `async`."""
+OUR_FOLDER = str(Path(__file__).resolve().parents[1])
+"""The folder of our packages. An editable install has none on the path, and folders on it would come first."""
 SCORE_ARGUMENTS = ("prompts", "responses", "columns")
 """The names of a score function's arguments."""
 
@@ -174,9 +176,9 @@ def _load_file(path: Path, key: str) -> Any:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    for folder in (OUR_FOLDER, str(path.resolve().parent)):
+        if folder not in sys.path:
+            sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
