@@ -1,5 +1,6 @@
 """The command `align`."""
 
+import gc
 import math
 import os
 import sys
@@ -279,6 +280,8 @@ def main() -> None:
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # the process ends: looking through a million objects for cycles would take half a second
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Experiment":
