@@ -134,7 +134,7 @@ def f(p, r, c):
 
 def test_a_function_has_the_main_thread_default_handlers_and_no_input(tmp_path: Path) -> None:
     text = """
-import os, sys, time
+import os, signal, sys, time
 
 def f(p, r, c):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -350,7 +350,7 @@ def test_a_long_call_is_reported(
 
 
 DRIVER = """
-import os, signal, sys, time
+import os, sys, time
 from rewards.calls import Arguments
 from rewards.children.pool import FunctionPool
 from rewards.children.source import FunctionSource
