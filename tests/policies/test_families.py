@@ -32,7 +32,7 @@ LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2}
 FAMILIES = {
     "llama": LLAMA | {"tie_word_embeddings": True},
     "mistral": LLAMA | {"sliding_window": 6},
-    "qwen2": LLAMA,
+    "qwen2": LLAMA | {"vocab_size": 304},  # transformers adds a token to the tokenizers of this family
     "qwen3": LLAMA | {"head_dim": 16},
     "gemma3_text": LLAMA | {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
     "gemma2": LLAMA
@@ -74,7 +74,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tokenizer = request.getfixturevalue("tiny_tokenizer")
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, vocab_size=len(tokenizer), eos_token_id=1, **FAMILIES[request.param])
+    sizes = {"vocab_size": len(tokenizer)} | FAMILIES[request.param]
+    config = AutoConfig.for_model(request.param, eos_token_id=1, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():  # biases and gains that are not all alike, so that a lost one shows
         for parameter in model.parameters():
