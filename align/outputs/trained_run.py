@@ -240,7 +240,7 @@ class TrainedRun:
             ids = tuple(self.encoder.prompt(prompt, tools))
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
-        check_room(name, len(ids), max_new_tokens, context_length(self.experiment))
+        check_room(name, len(ids), max_new_tokens, self._context_length)
         return ids
 
     def _exchange(self, prompt: Prompt, response: str, columns: Mapping[str, Any], number: int) -> Exchange:
@@ -252,8 +252,12 @@ class TrainedRun:
         except ValueError as error:
             raise UserError(f"response {number} or its prompt: {error}") from error
         tokens = len(exchange.prompt_ids) + len(exchange.response_ids)
-        check_fits(f"response {number} and its prompt have", tokens, context_length(self.experiment))
+        check_fits(f"response {number} and its prompt have", tokens, self._context_length)
         return exchange
+
+    @cached_property
+    def _context_length(self) -> int | None:
+        return context_length(self.experiment)
 
     @cached_property
     def _engine(self) -> TransformersEngine:
