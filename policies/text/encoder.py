@@ -101,6 +101,12 @@ class TextEncoder:
         found = _any_of([*names, *self.tokenizer.all_special_tokens]).search(tail)
         return found.group() if found else None
 
+    @property
+    def turn_separator(self) -> str:
+        """White space that the chat template writes after an assistant's turn which no token ends."""
+        tail = self._turn_tail
+        return tail if tail.isspace() else ""
+
     def prompt(self, prompt: Prompt, tools: Tools | None = None) -> list[int]:
         """The tokens that a response continues.
 
@@ -250,8 +256,7 @@ class TextEncoder:
                 "from: change the template, or render the prompts beforehand and set data.special_tokens to control"
             )
         if self.end_of_turn is None:
-            tail = self._turn_tail
-            return text.removesuffix(tail) if tail.isspace() else text
+            return text.removesuffix(self.turn_separator)
         end = text.rfind(self.end_of_turn, len(head))
         if end < 0:
             raise ValueError(f"the chat template does not end the assistant's turn by {self.end_of_turn!r} here")

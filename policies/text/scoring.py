@@ -7,7 +7,7 @@ from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from policies.text.encoder import ASSISTANT, PROBE, TextEncoder
+from policies.text.encoder import ASSISTANT, TextEncoder
 
 PAD = "<|pad|>"
 """A pad token for tokenizers that have no special token besides those that end a response."""
@@ -53,11 +53,9 @@ def _end_texts_with_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 def _ending_with_the_turn(template: str, encoder: TextEncoder) -> str:
     """A template that renders what another one does; after an assistant's turn, nothing but the end of the turn."""
     if encoder.end_of_turn is None:
-        messages = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": PROBE}]
-        tail = str(encoder.tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(PROBE)[2]
-        tail = tail if tail.isspace() else ""
-        ended = f"rendered[:rendered | length - {len(tail)}] ~ eos_token"
-        condition = f"rendered.endswith({json.dumps(tail)})"
+        separator = encoder.turn_separator
+        ended = f"rendered[:rendered | length - {len(separator)}] ~ eos_token"
+        condition = f"rendered.endswith({json.dumps(separator)})"
     else:
         end = json.dumps(encoder.end_of_turn, ensure_ascii=False)
         ended = f"rendered.rpartition({end})[0] ~ {end}"
