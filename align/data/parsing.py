@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from align.data.readers import SourceRow
+from align.data.source_row import SourceRow
 from policies.errors import UserError
 from policies.text import columns
 from policies.text.encoder import ASSISTANT, Tools

@@ -14,7 +14,7 @@ from typing import Any
 
 from align.config.schema import SourceSettings
 from align.data.messages import read_messages
-from align.data.source_row import SourceRow as SourceRow  # for whoever reads rows
+from align.data.source_row import SourceRow
 from policies.errors import UserError, first_line
 from policies.text.columns import RepeatedKey, kind, parse_json, unique_keys
 

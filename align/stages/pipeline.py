@@ -25,7 +25,7 @@ from align.scoring.reward import gold_function
 from align.stages.context import StageContext
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
-from policies.files.base_model import check_model_folder, check_weights, load_model_config, load_tokenizer
+from policies.files.base_model import check_model_folder, check_weights, load_tokenizer
 from policies.text.encoder import TextEncoder
 from rewards.model import member_folder, members_in, read_heads
 
@@ -52,7 +52,6 @@ def load_datasets(experiment: Experiment) -> Datasets:
         UserError: A model, adapter, function, source or row cannot be used.
     """
     tokenizer = load_tokenizer(experiment.model.path)
-    load_model_config(experiment.model.path)
     check_weights(experiment.model.path)
     remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from align.config.schema import SourceSettings
 from align.data.parsing import parse_demonstration, parse_prompt, parse_rows
-from align.data.readers import SourceRow, read_rows
+from align.data.readers import read_rows
+from align.data.source_row import SourceRow
 from rewards.preferences import parse_preference
 
 USER = {"role": "user", "content": "Hi, you"}
