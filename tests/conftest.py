@@ -20,7 +20,9 @@ import torch.distributed as dist
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch._C._distributed_c10d import HashStore  # torch.distributed has it, but not for type checkers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from tests.random_models import save_llama
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell has processes in the background ignore it, and so would the commands that tests interrupt.
@@ -57,24 +59,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The folder of a random Llama of two layers, 32 wide, in float32, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
+    return save_llama(
+        tmp_path_factory.mktemp("tiny-model"),
+        tiny_tokenizer,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
         initializer_range=0.2,  # far from uniform, so that a wrong position or mask shows in the logits
         pad_token_id=tiny_tokenizer.pad_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

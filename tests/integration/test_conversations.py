@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.outputs.trained_run import open_run
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
 from tests.integration.tiny_run import make_settings, run_in_process, write_rows
 from tests.policies.text.layouts import LAYOUTS, make_tokenizer
+from tests.random_models import save_llama
 
 REPLIES = {"My lamp is broken.": "Is the bulb old?", "No, it is new.": "Then check the fuse.", "Thanks!": "Good bye."}
 
@@ -29,23 +28,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of all stages on conversations, with a tokenizer whose EOS is not what its template ends turns with."""
     folder = tmp_path_factory.mktemp("conversations")
     tokenizer = make_tokenizer(LAYOUTS["gemma"])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    model = save_llama(folder / "model", tokenizer, hidden_size=48, intermediate_size=96, num_attention_heads=2)
     orders = [tuple(REPLIES), ("Thanks!",), ("No, it is new.", "Thanks!"), ("My lamp is broken.",)]
     rows: list[dict[str, Any]] = [{"messages": messages(*order)} for order in orders]
     prompts = [{"prompt": row["messages"][:-1]} for row in rows]
     pairs = [{"prompt": row["messages"][:-1], "chosen": "Good bye.", "rejected": "No."} for row in rows]
-    settings = make_settings(folder / "model", folder)
+    settings = make_settings(model, folder)
     sources = {"demonstrations": rows * 4, "demonstrations_heldout": rows, "preferences": pairs, "prompts": prompts}
     for name, examples in sources.items():
         settings["data"][name] = write_rows(folder / f"{name}-chat.jsonl", examples)

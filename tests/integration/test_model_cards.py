@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from align.cli import app
@@ -17,6 +16,7 @@ from policies.text.encoder import TextEncoder
 from policies.text.tokenization import Prompt
 from tests.integration.tiny_run import make_settings, run_in_process
 from tests.policies.text.layouts import LAYOUTS, make_tokenizer
+from tests.random_models import save_llama
 
 TEXTS: list[tuple[Prompt, str]] = [
     ("My lamp is broken.", " Is the bulb old?"),
@@ -40,21 +40,15 @@ def base_of(kind: str, folder: Path) -> Path:
         tokenizer.chat_template = None
     if kind == "pad is eos":
         tokenizer.pad_token = tokenizer.eos_token
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return save_llama(
+        folder,
+        tokenizer,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
         initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=[*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])

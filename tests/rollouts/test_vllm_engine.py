@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("vllm")
 
@@ -19,6 +19,7 @@ from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, build_transformers_engine
 from rollouts.vllm_engine import VllmEngine
+from tests.random_models import save_llama
 
 POLICY = PolicySettings(rank=4, alpha=8)
 STOP = [".", " dog"]
@@ -28,22 +29,16 @@ REQUESTS = [Request("x", (5 + i, 6, 7, *range(8, 8 + i % 5)), i) for i in range(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> ModelSettings:
     """A random Llama with a head dimension that vLLM's kernels support."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
+    folder = save_llama(
+        tmp_path_factory.mktemp("model"),
+        tiny_tokenizer,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=512,
         initializer_range=0.2,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        bos_token_id=tiny_tokenizer.bos_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
     return ModelSettings(path=str(folder))
 
 

@@ -1,0 +1,21 @@
+"""Small random models."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **sizes: float | None) -> Path:
+    """Save a random Llama of two layers in float32, the same each time, with its tokenizer. Returns the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
