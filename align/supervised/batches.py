@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Sampler
 
 from align.runtime.seeds import seed_for
+from policies.batching import shares
 
 POOL = 50
 """Batches whose examples are drawn together and then sorted by length. More would be of more similar lengths, fewer
@@ -29,7 +30,7 @@ class LengthBatches(Sampler[list[int]]):
             seed: Seed of all epochs.
         """
         self.lengths = lengths
-        self.sizes = _even_sizes(len(lengths), math.ceil(len(lengths) / batch_size))
+        self.sizes = [len(share) for share in shares(len(lengths), math.ceil(len(lengths) / batch_size))]
         self.seed = seed
         self.set_epoch(0)
 
@@ -45,8 +46,8 @@ class LengthBatches(Sampler[list[int]]):
         order = iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         sizes = iter(self.sizes)
         batches: list[list[int]] = []
-        for count in _even_sizes(len(self.sizes), math.ceil(len(self.sizes) / POOL)):
-            pool_sizes = [next(sizes) for _ in range(count)]
+        for share in shares(len(self.sizes), math.ceil(len(self.sizes) / POOL)):
+            pool_sizes = [next(sizes) for _ in share]
             pool = sorted([next(order) for _ in range(sum(pool_sizes))], key=lambda index: self.lengths[index])
             start = 0
             for size in pool_sizes:
@@ -54,8 +55,3 @@ class LengthBatches(Sampler[list[int]]):
                 start += size
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
-
-
-def _even_sizes(total: int, parts: int) -> list[int]:
-    """Sizes of parts of a total that differ by one at most."""
-    return [total // parts + (part < total % parts) for part in range(parts)]
