@@ -7,7 +7,8 @@ import select
 import signal
 import subprocess
 import time
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -190,24 +191,56 @@ class Terminal:
         self.descriptor = descriptor
         self.unread = ""
 
-    def read_until(self, text: str) -> None:
-        """Read up to the next place where a text appears."""
-        end = time.monotonic() + 120
+    def appears(self, text: str, seconds: float) -> bool:
+        """Read up to the next place where a text appears, for some seconds. Returns whether it did."""
+        end = time.monotonic() + seconds
         while text not in self.unread:
             ready, _, _ = select.select([self.descriptor], [], [], max(end - time.monotonic(), 0))
-            assert ready, self.unread
+            if not ready:
+                return False
             self.unread += os.read(self.descriptor, 4096).decode(errors="replace")
         self.unread = self.unread.partition(text)[2]
+        return True
+
+    def read_until(self, text: str) -> None:
+        """Read up to the next place where a text appears."""
+        assert self.appears(text, seconds=60), self.unread
+
+    def interrupt_until(self, text: str, process: subprocess.Popen[bytes]) -> None:
+        """Interrupt a process until a text appears.
+
+        Python's `input` notices a signal that comes just before it begins to wait for a key with that key alone.
+        """
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            if self.appears(text, seconds=10):
+                return
+        raise AssertionError(self.unread)
+
+
+@contextmanager
+def started(command: list[str], terminal: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A command on a terminal, which is killed at the end if it is still there."""
+    with subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=ENVIRONMENT | {"TERM": "dumb"},
+        start_new_session=True,
+    ) as process:
+        os.close(terminal)
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_on_a_terminal_control_c_stops_a_reply_and_control_d_ends_the_chat(chat_run: Path) -> None:
     ours, theirs = pty.openpty()
     terminal = Terminal(ours)
     command = [*COMMAND, "generate", str(chat_run), "--max-new-tokens", "1900", "--temperature", "0"]
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT | {"TERM": "dumb"}, start_new_session=True
-    ) as process:
-        os.close(theirs)
+    with started(command, theirs) as process:
         terminal.read_until("> ")
         os.write(ours, b"a\n")  # to which the greedy reply does not end
         terminal.read_until("\n")  # the terminal's echo; then the reply
@@ -215,8 +248,7 @@ def test_on_a_terminal_control_c_stops_a_reply_and_control_d_ends_the_chat(chat_
         process.send_signal(signal.SIGINT)
         terminal.read_until("(stopped)")
         terminal.read_until("> ")
-        process.send_signal(signal.SIGINT)
-        terminal.read_until("/quit or Ctrl-D ends the chat")
+        terminal.interrupt_until("/quit or Ctrl-D ends the chat", process)
         terminal.read_until("> ")
         os.write(ours, b"\x04")
         assert process.wait(60) == 0
