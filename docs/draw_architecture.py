@@ -58,7 +58,7 @@ DATA_FLOW = (
     Step("scores, composed of the reward's terms", "align.scoring.reward"),
     Step("advantages and returns", "align.algorithms.estimators"),
     Step("episodes, sharded over the learner's ranks", "align.algorithms.episodes"),
-    Step("gradients and optimizer steps", "align.learner.learner"),
+    Step("gradients and optimizer steps", "align.ppo.learner"),
     Step("adapter weights of the next version, sent to the workers", "rollouts.weight_transfer"),
 )
 

@@ -205,3 +205,28 @@ class PolicySettings(Settings):
         if self.init != "zero" and self.dora:
             raise unread_settings(f"init {self.init} and dora do not go together: remove one of them", "init", "dora")
         return self
+
+
+class OptimizerSettings(Settings):
+    """The optimizer of a stage, and the microbatches over which its gradient is accumulated."""
+
+    optimizer: Literal["adamw", "paged_adamw", "sgd"] = Field(
+        "adamw", description="paged_adamw: of bitsandbytes; its state moves to host memory when the GPU is full"
+    )
+    schedule: Schedule = Field("constant", description="decay of the learning rate after warmup, as in transformers")
+    warmup: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, of all but biases and normalisation layers")
+    adam_epsilon: float = Field(1e-8, gt=0, description="ε of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    max_skipped: int = Field(
+        10,
+        ge=1,
+        description="the run stops after this many consecutive steps skipped for a gradient that is not finite",
+    )
+    tokens_per_microbatch: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of one microbatch, any padding included; unset: chosen for the device",
+    )

@@ -5,27 +5,28 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from policies.schema import Schedule, Settings, unread_settings
+from policies.schema import OptimizerSettings, Schedule, Settings, unread_settings
 from rewards.terms.base import ConstraintSettings
 from rewards.terms.model import ModelTerm
 from rewards.terms.registry import Term
 
 
-class FitSettings(Settings):
+class FitSettings(OptimizerSettings):
     """How a supervised stage (SFT or the reward model) is trained. Batch sizes count rows of data."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch_size: int = Field(32, ge=1, description="most samples per optimizer step; an epoch has batches of even size")
-    tokens_per_microbatch: int | None = Field(
-        None,
-        ge=1,
-        description="tokens of one forward pass, including any padding; unset: a size that suits the device",
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    schedule: Schedule = Field("cosine", description="decay of the learning rate after warmup, as in transformers")
+    warmup: float = Field(
+        0.03, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero"
     )
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    schedule: Schedule = Field("cosine", description="how the learning rate changes after its peak, as in transformers")
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises from zero")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    ranks: int | None = Field(
+        None,
+        ge=0,
+        description="Ray actors, one per rank; 0: one rank in the controller's process; unset: as learner.ranks",
+    )
+    zero: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage; unset: as learner.zero")
     evaluate_every: int = Field(
         0,
         ge=0,
@@ -35,9 +36,6 @@ class FitSettings(Settings):
         None,
         ge=1,
         description="evaluations without a better held-out loss after which training ends early; unset: never",
-    )
-    max_skipped: int = Field(
-        10, ge=1, description="consecutive steps skipped for a gradient that is not finite, after which the run stops"
     )
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     max_tokens: int = Field(

@@ -8,7 +8,14 @@ from pydantic import AfterValidator, Field, model_validator
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
 from policies.method_spec import supporting
-from policies.schema import ModelSettings, PolicySettings, Schedule, Settings, SpecialTokens, unread_settings
+from policies.schema import (
+    ModelSettings,
+    OptimizerSettings,
+    PolicySettings,
+    Settings,
+    SpecialTokens,
+    unread_settings,
+)
 from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import LARGEST_VLLM_RANK, RolloutSettings
 
@@ -76,7 +83,7 @@ class SftSettings(FitSettings):
     )
 
 
-class LearnerSettings(Settings):
+class LearnerSettings(OptimizerSettings):
     """The DeepSpeed learner that trains policy and critic together."""
 
     ranks: int = Field(0, ge=0, description="Ray actors, one per rank; 0: one rank in the controller's process")
@@ -85,26 +92,14 @@ class LearnerSettings(Settings):
         3, ge=0, description="how often a run resumes by itself from its last checkpoint after a rank has died"
     )
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
-    optimizer: Literal["adamw", "paged_adamw", "sgd"] = Field(
-        "adamw", description="paged_adamw: of bitsandbytes; its state moves to host memory when the GPU is full"
-    )
     policy_learning_rate: float = Field(1e-4, ge=0, description="peak learning rate of the policy")
     critic_learning_rate: float = Field(1e-4, ge=0, description="peak learning rate of the critic")
-    schedule: Schedule = Field("constant", description="decay of the learning rates after warmup, as in transformers")
-    warmup: float = Field(
-        0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of the optimizer")
+    adam_epsilon: float = Field(1e-5, gt=0, description="ε of AdamW, as large as in PPO's reference implementations")
     max_grad_norm: float = Field(
         1.0, gt=0, description="largest norm of the gradient, for the policy and the critic separately"
     )
     max_skipped: int = Field(
-        3, ge=1, description="PPO stops after this many consecutive steps skipped for a non-finite gradient"
-    )
-    tokens_per_microbatch: int | None = Field(
-        None,
-        ge=1,
-        description="tokens of one microbatch, any padding included; unset: chosen for the device",
+        3, ge=1, description="PPO stops after this many consecutive steps skipped for a gradient that is not finite"
     )
 
 

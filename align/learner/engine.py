@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the roles."""
+"""The DeepSpeed engine around what is trained."""
 
 import os
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 import torch.distributed as dist
 
 from align.learner.optimizer import RoleClip
-from align.roles.roles import Roles
+from align.roles.trained import TrainedModule
 
 
-def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage: int, clip: RoleClip) -> Any:
+def make_deepspeed_engine(module: TrainedModule, optimizer: torch.optim.Optimizer, stage: int, clip: RoleClip) -> Any:
     """Build the engine.
 
     The library itself clips gradients, schedules learning rates and counts microbatches.
 
     Args:
-        roles: The modules to wrap.
+        module: The module to wrap.
         optimizer: The optimizer of the trained parameters.
         stage: The ZeRO stage, 0 to 3.
         clip: Clips the gradients before each step.
@@ -26,8 +26,8 @@ def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Each rank is a process that sees one device. ZeRO 3 reads this at every step. `Learner.close` removes it, or
-    # transformers' Trainer would believe that a launcher started this process.
+    # Each rank is a process that sees one device. ZeRO 3 reads this at every step. `Rank.close` removes it, or
+    # accelerate would believe that a launcher started this process.
     os.environ["LOCAL_RANK"] = "0"
     import deepspeed
 
@@ -36,7 +36,7 @@ def make_deepspeed_engine(roles: Roles, optimizer: torch.optim.Optimizer, stage:
     for group in optimizer.param_groups:
         trainable += group["params"]
     engine, *_ = deepspeed.initialize(
-        model=roles,
+        model=module,
         optimizer=optimizer,
         model_parameters=trainable,
         config={

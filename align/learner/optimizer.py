@@ -1,7 +1,7 @@
 """The optimizer under DeepSpeed: each role is clipped by its own norm, and non-finite gradients skip a step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,46 +10,39 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from align.config.schema import LearnerSettings
+from align.roles.trained import ParameterGroup, role_of_group
 from policies.errors import UserError
-
-ADAM_EPSILON = 1e-5
-"""As in PPO's reference implementations."""
+from policies.schema import OptimizerSettings
 
 
-def make_optimizer(
-    settings: LearnerSettings, groups: Mapping[str, list[nn.Parameter]], factors: Mapping[str, float] | None = None
-) -> Optimizer:
-    """Build the optimizer: AdamW, paged AdamW or SGD over named groups, with learning rates of 0.
+def make_optimizer(settings: OptimizerSettings, groups: Sequence[ParameterGroup]) -> Optimizer:
+    """Build the optimizer: AdamW, paged AdamW or SGD, with learning rates of 0.
 
     Args:
-        settings: The settings of the learner.
-        groups: Parameters by name: ROLE, or ROLE.PART.
-        factors: Multiplier of each group's learning rate, relative to its role's; 1 where a group has none.
+        settings: The settings of the optimizer.
+        groups: What it steps.
 
     Raises:
         UserError: There is no GPU for a paged optimizer.
     """
-    factors = factors or {}
     named: list[dict[str, Any]] = []
-    for name, parameters in groups.items():
-        named.append({"params": parameters, "role": name, "factor": factors.get(name, 1.0)})
+    for group in groups:
+        named.append({"params": group.parameters, "role": group.name, "factor": group.factor, **group.options})
     if settings.optimizer == "sgd":
         return SGD(named, lr=0.0, weight_decay=settings.weight_decay)
     if settings.optimizer == "paged_adamw":
-        return _paged_adamw(named, settings.weight_decay)
-    return AdamW(named, lr=0.0, eps=ADAM_EPSILON, weight_decay=settings.weight_decay, fused=True)
+        return _paged_adamw(named, settings)
+    return AdamW(named, lr=0.0, eps=settings.adam_epsilon, weight_decay=settings.weight_decay, fused=True)
 
 
-def _paged_adamw(named: list[dict[str, Any]], weight_decay: float) -> Optimizer:
+def _paged_adamw(named: list[dict[str, Any]], settings: OptimizerSettings) -> Optimizer:
     if not torch.cuda.is_available():
         raise UserError(
-            "learner.optimizer paged_adamw moves its state between GPU and host memory, and there is no GPU here: "
-            "use adamw"
+            "`optimizer: paged_adamw` moves its state between GPU and host memory, and there is no GPU here: use adamw"
         )
     from bitsandbytes.optim import PagedAdamW32bit
 
-    optimizer: Optimizer = PagedAdamW32bit(named, lr=0.0, eps=ADAM_EPSILON, weight_decay=weight_decay)
+    optimizer: Optimizer = PagedAdamW32bit(named, lr=0.0, eps=settings.adam_epsilon, weight_decay=settings.weight_decay)
     return optimizer
 
 
@@ -127,11 +120,6 @@ class GroupGradient:
     group: str
     tensors: list[Tensor]
     squared_norm: Tensor
-
-
-def role_of_group(name: str) -> str:
-    """The role of a parameter group, which is named ROLE or ROLE.PART."""
-    return name.partition(".")[0]
 
 
 def partitions(zero: Any) -> list[Tensor]:

@@ -1,14 +1,13 @@
-"""The ranks of the learner as Ray actors.
+"""The ranks of a learner as Ray actors.
 
-    controller                            actors
-    RayLearners.score(trajectories)   →   rank r scores every R-th trajectory by length
-    RayLearners.update(episodes)      →   every rank gets all episodes and trains on its share of each minibatch
-    RayLearners.state()               →   each rank returns its own part
+    controller                        actors
+    RayRanks.call(method, …)      →   every rank gets the same arguments and works on its share
+    RayRanks.scatter(method, …)   →   each rank gets its own arguments
 
 The ranks form one process group and reduce gradients between themselves.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -16,96 +15,53 @@ import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
-from align.algorithms.episodes import Episode
-from align.config.ppo_settings import PpoSettings
-from align.config.schema import LearnerSettings
-from align.learner.group import collective_backend
-from align.learner.learner import DemonstrationBatches, Learner, MinibatchOrders, StepCoefficients
-from align.learner.state import LearnerState
-from align.roles.build import Blueprint, build_roles
-from align.roles.scoring import ALL_ROLES
+from align.learner.group import AnyLearner, Arguments, Ranks, Result, collective_backend
 from align.runtime.failures import RankLost
 from policies.device import ComputeSettings
 from policies.errors import first_line
-from policies.trunk import AdapterWeights
-from rollouts.trajectory import RoleOutputs, Trajectory
 
 GRACE = 5.0
 """Seconds in which a rank must respond to count as alive."""
 
 
-class RayLearners:
-    """`learner.ranks` Ray actors that form one process group."""
+class RayRanks(Ranks[AnyLearner]):
+    """Ray actors that form one process group."""
 
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        ppo: PpoSettings,
-        learner: LearnerSettings,
-        temperature: float,
-        compute: ComputeSettings,
-    ) -> None:
-        """Start the actors, build the roles in each of them, and connect them.
+    def __init__(self, build: Callable[[], AnyLearner], ranks: int, gpus: float, compute: ComputeSettings) -> None:
+        """Start the actors, connect them, and build the rank in each of them.
 
         Args:
-            blueprint: The blueprint from which each rank builds the roles.
-            ppo: The settings of PPO.
-            learner: The settings of the learner.
-            temperature: Sampling temperature, by which logits are divided.
-            compute: Threads and determinism of each rank.
+            build: Builds the learner of a rank; it is sent to the actors.
+            ranks: Number of actors.
+            gpus: GPUs of the Ray cluster that each actor reserves.
+            compute: Threads and determinism of each actor.
         """
-        self.ranks = learner.ranks
-        options = {"num_cpus": 1, "num_gpus": learner.gpus, "max_restarts": 0}
-        self.actors = [ray.remote(_Rank).options(**options).remote(rank, compute) for rank in range(self.ranks)]
-        (address,) = self._results([self.actors[0].open_store.remote(self.ranks)])
-        self._call_all("join", address, self.ranks)
-        self._call_all("build", ray.put(blueprint), ppo, learner, temperature)
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0}
+        self.actors = [ray.remote(_Rank).options(**options).remote(rank, compute) for rank in range(ranks)]
+        (address,) = self._results([self.actors[0].open_store.remote(ranks)])
+        self._results([actor.join.remote(address, ranks) for actor in self.actors])
+        shared = ray.put(build)
+        self._results([actor.build.remote(shared) for actor in self.actors])
 
-    def score(
-        self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
-    ) -> list[RoleOutputs]:
-        by_length = sorted(range(len(trajectories)), key=lambda i: trajectories[i].total_length)
-        shares = []
+    @property
+    def count(self) -> int:
+        return len(self.actors)
+
+    def call(self, method: Callable[[AnyLearner, *Arguments], Result], *arguments: *Arguments) -> list[Result]:
+        shared = ray.put(arguments)
+        return self._results([actor.call.remote(method.__name__, shared) for actor in self.actors])
+
+    def scatter(
+        self, method: Callable[[AnyLearner, *Arguments], Result], arguments: Sequence[tuple[*Arguments]]
+    ) -> list[Result]:
         calls = []
-        for rank, actor in enumerate(self.actors):
-            # Every rank must take part: one without a trajectory scores the shortest, which another rank scores too.
-            share = by_length[rank :: self.ranks] or by_length[:1]
-            shares.append(share)
-            calls.append(actor.score.remote([trajectories[i] for i in share], requested_roles))
-        scored: dict[int, RoleOutputs] = {}
-        for share, outputs in zip(shares, self._results(calls), strict=True):
-            scored |= zip(share, outputs, strict=True)
-        return [scored[i] for i in range(len(trajectories))]
-
-    def update(
-        self,
-        episodes: Sequence[Episode],
-        orders: MinibatchOrders,
-        coefficients: StepCoefficients,
-        demonstrations: DemonstrationBatches = (),
-    ) -> dict[str, float]:
-        statistics: list[dict[str, float]] = self._call_all(
-            "update", ray.put(list(episodes)), orders, coefficients, demonstrations
-        )
-        return statistics[0]  # they are the same on every rank
-
-    def policy_weights(self) -> AdapterWeights:
-        weights: list[AdapterWeights] = self._call_all("policy_weights")
-        return weights[0]  # they are the same on every rank
-
-    def state(self) -> list[LearnerState]:
-        return self._call_all("state")
-
-    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
-        self._call_all("restore", ray.put(list(states)), zero)
+        for actor, own in zip(self.actors, arguments, strict=True):
+            calls.append(actor.call.remote(method.__name__, own))
+        return self._results(calls)
 
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
-
-    def _call_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of all ranks with the same arguments; the results by rank."""
-        return self._results([getattr(actor, method).remote(*arguments) for actor in self.actors])
 
     def _results(self, calls: list[Any]) -> list[Any]:
         """Wait for the results of calls.
@@ -152,28 +108,10 @@ class _Rank:
         store = self.store if self.rank == 0 else TCPStore(host, port, ranks, is_master=False)
         dist.init_process_group(collective_backend(), store=store, rank=self.rank, world_size=ranks)
 
-    def build(self, blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float) -> None:
-        """Build the roles and the learner."""
-        roles = build_roles(blueprint, ppo.active_critic)
-        self.learner = Learner(roles, ppo, learner, temperature, blueprint.model.gradient_checkpointing)
+    def build(self, build: Callable[[], Any]) -> None:
+        """Build the learner."""
+        self.learner = build()
 
-    def score(self, trajectories: list[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
-        return self.learner.score(trajectories, requested_roles)
-
-    def update(
-        self,
-        episodes: list[Episode],
-        orders: MinibatchOrders,
-        coefficients: StepCoefficients,
-        demonstrations: DemonstrationBatches,
-    ) -> dict[str, float]:
-        return self.learner.update(episodes, orders, coefficients, demonstrations)
-
-    def policy_weights(self) -> AdapterWeights:
-        return self.learner.policy_weights()
-
-    def state(self) -> LearnerState:
-        return self.learner.state()
-
-    def restore(self, states: list[LearnerState], zero: int) -> None:
-        self.learner.restore(states, zero)
+    def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Call a method of the learner."""
+        return getattr(self.learner, method)(*arguments)

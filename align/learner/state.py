@@ -1,10 +1,8 @@
-"""The trained state of one rank of the learner: read for a checkpoint and restored from one, bit for bit.
+"""The trained state of one rank: read for a checkpoint and restored from one, bit for bit.
 
 A rank's state in a checkpoint:
 
-    policy        the policy's adapter, complete (the same on every rank)
-    critic        the critic's adapter, complete; empty where it has none
-    critic_head   the critic's head, complete; empty where there is no critic
+    weights       the trained adapters and heads, complete; only of the first rank
     optimizer     N.master, N.state.exp_avg, …: this rank's part, in the layout of its ZeRO stage (see `reshard`)
 
 It can be restored with another number of ranks or ZeRO stage: the parts of all ranks are joined and divided again.
@@ -12,7 +10,7 @@ It can be restored with another number of ranks or ZeRO stage: the parts of all 
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +19,23 @@ from torch import Tensor, nn
 
 from align.learner.optimizer import partitions
 from align.learner.reshard import Layout, shard, unshard
-from align.roles.roles import Roles
+from align.roles.trained import TrainedModule
 from policies.errors import UserError
 from policies.files.safe_reading import check_names_and_shapes
-from policies.trunk import AdapterWeights, Trunk
+from policies.trunk import AdapterWeights
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """Complete copies of what is trained, on the CPU.
+
+    Attributes:
+        adapters: The adapters by role.
+        heads: The state of the other trained modules, by role.
+    """
+
+    adapters: dict[str, AdapterWeights] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,55 +43,67 @@ class LearnerState:
     """The state of one rank in a checkpoint, on the CPU.
 
     Attributes:
-        policy: The policy's adapter.
-        critic: The critic's adapter; empty where it has none.
-        critic_head: The critic's head; empty where there is no critic.
+        weights: What is trained; empty on ranks other than the first.
         optimizer: This rank's part of the optimizer's state, under the names of `reshard`.
     """
 
-    policy: AdapterWeights
-    critic: AdapterWeights
-    critic_head: dict[str, Tensor]
+    weights: TrainedWeights
     optimizer: dict[str, Tensor]
 
 
 class RankState:
-    """Everything that updates change on one rank: adapters, critic head, and its part of the optimizer's state."""
+    """Everything that steps change on one rank: adapters, heads, and its part of the optimizer's state."""
 
     def __init__(
-        self, roles: Roles, sizes: Sequence[Sequence[int]], engine: Any, optimizer: torch.optim.Optimizer, zero: int
+        self,
+        module: TrainedModule,
+        sizes: Sequence[Sequence[int]],
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        zero: int,
     ) -> None:
         """Refer to what is trained; the default process group must exist.
 
         Args:
-            roles: The policy and the critic.
+            module: What is trained.
             sizes: Number of elements of each complete parameter of each of the optimizer's groups.
-            engine: DeepSpeed's engine around the roles.
+            engine: DeepSpeed's engine around the module.
             optimizer: The optimizer that the engine steps.
             zero: The engine's ZeRO stage.
         """
-        self.roles = roles
+        self.module = module
         self.engine = engine
         self.optimizer = optimizer
         self.layout = Layout(sizes, zero, ranks=dist.get_world_size())
 
-    def policy_weights(self) -> AdapterWeights:
-        """A complete copy of the policy's adapter, on the CPU."""
-        return self._read_adapter(self.roles.trunk, "policy")
+    def adapter(self, role: str) -> AdapterWeights:
+        """A complete copy of a trained adapter, on the CPU."""
+        trunk = self.module.trained_adapters[role]
+        with self._gathered(list(trunk.adapter(role).values())):
+            return {name: tensor.cpu() for name, tensor in trunk.read_adapter(role).items()}
+
+    def weights(self) -> TrainedWeights:
+        """A complete copy of what is trained, on the CPU; empty on ranks other than the first, which take part."""
+        weights = TrainedWeights()
+        for role in self.module.trained_adapters:
+            weights.adapters[role] = self.adapter(role)
+        for role, head in self.module.trained_heads.items():
+            weights.heads[role] = self._head(head)
+        return weights if dist.get_rank() == 0 else TrainedWeights()
+
+    def _head(self, head: nn.Module) -> dict[str, Tensor]:
+        with self._gathered(list(head.parameters())):
+            return {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
 
     def state(self) -> LearnerState:
-        """A copy of everything that updates change, on the CPU."""
+        """A copy of everything that steps change, on the CPU."""
         optimizer = {}
         for number, master in enumerate(self._masters()):
             optimizer[f"{number}.master"] = master.detach()
             for name, value in self.optimizer.state.get(master, {}).items():
                 optimizer[f"{number}.state.{name}"] = _at_least_one_dimension(torch.as_tensor(value))
-        return LearnerState(
-            policy=self._read_adapter(self.roles.trunk, "policy"),
-            critic=self._read_adapter(self.roles.critic_trunk, "critic"),
-            critic_head=self._read_critic_head(),
-            optimizer={name: tensor.cpu().contiguous().clone() for name, tensor in optimizer.items()},
-        )
+        part = {name: tensor.cpu().contiguous().clone() for name, tensor in optimizer.items()}
+        return LearnerState(self.weights(), part)
 
     @torch.no_grad()
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
@@ -93,39 +116,42 @@ class RankState:
         Raises:
             UserError: The state is of another model or was saved with other settings.
         """
-        state = self._in_this_layout(states, zero)
-        self._check(state)
-        self._write_adapter(self.roles.trunk, "policy", state.policy)
-        self._write_adapter(self.roles.critic_trunk, "critic", state.critic)
-        self._write_critic_head(state.critic_head)
-        self._write_optimizer(state.optimizer)
+        weights = states[0].weights
+        optimizer = self._in_this_layout([state.optimizer for state in states], zero)
+        self._check(weights, optimizer)
+        for role, trunk in self.module.trained_adapters.items():
+            with self._gathered(list(trunk.adapter(role).values()), write=True):
+                trunk.write_adapter(role, weights.adapters[role])
+        for role, head in self.module.trained_heads.items():
+            with self._gathered(list(head.parameters()), write=True):
+                head.load_state_dict(weights.heads[role])
+        self._write_optimizer(optimizer)
 
-    def _in_this_layout(self, states: Sequence[LearnerState], zero: int) -> LearnerState:
-        """This rank's state, with its part of the optimizer's state in the current layout."""
+    def _in_this_layout(self, parts: Sequence[dict[str, Tensor]], zero: int) -> dict[str, Tensor]:
+        """This rank's part of the optimizer's state in the current layout."""
         rank = dist.get_rank()
-        saved_layout = Layout(self.layout.sizes, zero, ranks=len(states))
+        saved_layout = Layout(self.layout.sizes, zero, ranks=len(parts))
         if saved_layout == self.layout:
-            return states[rank]
-        full = unshard([state.optimizer for state in states], saved_layout)
+            return parts[rank]
         shapes = [master.shape for master in self._masters()]
-        return replace(states[0], optimizer=shard(full, self.layout, rank, shapes))
+        return shard(unshard(parts, saved_layout), self.layout, rank, shapes)
 
-    def _check(self, state: LearnerState) -> None:
-        """Raise UserError unless the optimizer's tensors and the critic's head fit this model."""
+    def _check(self, weights: TrainedWeights, optimizer: Mapping[str, Tensor]) -> None:
+        """Raise UserError unless the optimizer's tensors and the heads fit this model."""
         source = "the checkpoint's optimizer"
         masters = self._masters()
         expected = {f"{number}.master": master for number, master in enumerate(masters)}
-        saved = {name: tensor for name, tensor in state.optimizer.items() if name.endswith(".master")}
+        saved = {name: tensor for name, tensor in optimizer.items() if name.endswith(".master")}
         check_names_and_shapes(saved, expected, source)
-        for name, tensor in state.optimizer.items():
+        for name, tensor in optimizer.items():
             number, _, kind = name.partition(".")
             is_known = kind == "master" or kind.startswith("state.")
             if f"{number}.master" not in expected or not is_known:
                 raise UserError(f"{source} is not of this model: it has {name}")
             if tensor.numel() not in (1, masters[int(number)].numel()):
                 raise UserError(f"{source} is not of this model: {name} is {list(tensor.shape)}")
-        if self.roles.critic is not None:
-            check_names_and_shapes(state.critic_head, self._read_critic_head(), "the checkpoint's critic head")
+        for role, head in self.module.trained_heads.items():
+            check_names_and_shapes(weights.heads[role], self._head(head), f"the checkpoint's {role} head")
 
     def _masters(self) -> list[Tensor]:
         """What the optimizer steps: complete parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""
@@ -159,30 +185,6 @@ class RankState:
 
         context: AbstractContextManager[Any] = GatheredParameters(parameters, modifier_rank=0 if write else None)
         return context
-
-    def _read_adapter(self, trunk: Trunk | None, role: str) -> AdapterWeights:
-        if trunk is None:
-            return {}
-        with self._gathered(list(trunk.adapter(role).values())):
-            return {name: tensor.cpu() for name, tensor in trunk.read_adapter(role).items()}
-
-    def _write_adapter(self, trunk: Trunk | None, role: str, weights: AdapterWeights) -> None:
-        if trunk is not None:
-            with self._gathered(list(trunk.adapter(role).values()), write=True):
-                trunk.write_adapter(role, weights)
-
-    def _read_critic_head(self) -> dict[str, Tensor]:
-        if self.roles.critic is None:
-            return {}
-        head = self.roles.critic.head
-        with self._gathered(list(head.parameters())):
-            return {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
-
-    def _write_critic_head(self, weights: Mapping[str, Tensor]) -> None:
-        if self.roles.critic is not None:
-            head = self.roles.critic.head
-            with self._gathered(list(head.parameters()), write=True):
-                head.load_state_dict(dict(weights))
 
 
 def _at_least_one_dimension(tensor: Tensor) -> Tensor:

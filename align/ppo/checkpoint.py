@@ -1,10 +1,8 @@
 """A PPO checkpoint in files.
 
-policy/                    the policy's adapter
-critic/                    the critic's adapter and head, where there is a critic
-optimizer-R.safetensors    the part of the optimizer's state of each rank R
-state.json                 `PpoProgress`
-pending/STEP/              the policy's adapter that the batch of a later step is being generated with
+policy/, critic/, optimizer-R.safetensors    the learner's state, see `align.learner.files`
+state.json                                   `PpoProgress`
+pending/STEP/                                the policy's adapter that the batch of a later step is being generated with
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,13 +13,13 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from align.config.ppo_settings import CriticSettings
+from align.learner.files import write_states
 from align.learner.state import LearnerState
 from align.ppo.loop import PendingBatch
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
-from policies.files.adapters import load_adapter, load_head, save_adapter, save_head
-from policies.files.safe_reading import read_object, read_tensors
-from policies.files.writing import save_tensors
+from policies.files.adapters import load_adapter, save_adapter
+from policies.files.safe_reading import read_object
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 
@@ -84,7 +82,7 @@ class SavedBatch:
     weights: AdapterWeights
 
 
-def write_state(
+def write_checkpoint(
     folder: Path,
     states: Sequence[LearnerState],
     policy: PolicySettings,
@@ -102,15 +100,9 @@ def write_state(
         progress: The progress of PPO.
         pending: The batches that are being generated.
     """
-    save_adapter(folder / "policy", states[0].policy, policy, base)
+    write_states(folder, states, policy, base)
     for batch in pending:
         save_adapter(folder / PENDING / str(batch.step), batch.weights, policy, base)
-    if states[0].critic:
-        save_adapter(folder / "critic", states[0].critic, policy, base)
-    if states[0].critic_head:
-        save_head(folder / "critic", states[0].critic_head)
-    for rank, state in enumerate(states):
-        save_tensors(state.optimizer, folder / f"optimizer-{rank}.safetensors")
     write_json(folder / "state.json", asdict(progress))
 
 
@@ -149,28 +141,12 @@ def read_pending(folder: Path, policy: PolicySettings, progress: PpoProgress) ->
     return batches
 
 
-def read_states(folder: Path, policy: PolicySettings, critic: CriticSettings | None, ranks: int) -> list[LearnerState]:
-    """Read the learner's state.
+def trained_roles(critic: CriticSettings | None) -> tuple[list[str], list[str]]:
+    """The roles whose adapters, and those whose heads PPO trains.
 
     Args:
-        folder: The folder of the checkpoint.
-        policy: Settings of the adapters.
         critic: Settings of the critic; None: no critic.
-        ranks: `PpoProgress.ranks` of the checkpoint.
-
-    Returns:
-        One state per rank.
-
-    Raises:
-        UserError: The checkpoint has another kind of critic.
     """
-    policy_weights = load_adapter(folder / "policy", policy)
-    critic_weights: AdapterWeights = {}
-    if critic and critic.kind != "head":
-        critic_weights = load_adapter(folder / "critic", policy)
-    critic_head = load_head(folder / "critic") if critic else {}
-    states = []
-    for rank in range(max(1, ranks)):
-        optimizer = read_tensors(folder / f"optimizer-{rank}.safetensors")
-        states.append(LearnerState(policy_weights, critic_weights, critic_head, optimizer))
-    return states
+    if critic is None:
+        return ["policy"], []
+    return ["policy"] if critic.kind == "head" else ["policy", "critic"], ["critic"]

@@ -14,9 +14,9 @@ from align.algorithms.kl import KlCoefficient
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
 from align.data.examples import TokenizedDemonstration
-from align.learner.group import Learners
-from align.learner.learner import StepCoefficients
 from align.learner.schedules import schedule_factor
+from align.ppo.learner import StepCoefficients
+from align.ppo.learners import PpoLearners
 from align.ppo.mismatch import MismatchCheck
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
 from policies.trunk import AdapterWeights
@@ -37,7 +37,7 @@ class Step:
         coefficients: Learning rates, and the weight of the KL in the loss.
         kl_coefficient: Weight of the KL, in the reward or in the loss.
         logit_spacing: Unit of the mismatch, in nats, see `MismatchCheck`.
-        statistics: Statistics of the update, see `Learner.update`.
+        statistics: Statistics of the update, see `PpoLearner.update`.
         seconds: Seconds by part of the step, see `Clock`.
     """
 
@@ -92,7 +92,7 @@ class Ppo:
 
     prompts: PromptStream
     rollouts: RolloutSource
-    learners: Learners
+    learners: PpoLearners
     score: Callable[[Sequence[Trajectory]], list[RoleOutputs]]
     kl: KlCoefficient
     mismatch: MismatchCheck

@@ -9,17 +9,16 @@
 Shapes: B sequences of a batch, N their packed tokens, P their response tokens, H hidden size, C reward heads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from align.roles.trained import TrainedModule
 from policies.batching import Batch
 from policies.heads import ScalarHead
-from policies.layers.lora import parameter_groups_by_rate
 from policies.logprobs import token_logprobs
 from policies.trunk import Trunk
 
@@ -41,17 +40,13 @@ class Critic(nn.Module):
         self.trunk = trunk
 
 
-class Roles(nn.Module):
-    """All modules of the learner, in one module for DeepSpeed to wrap.
-
-    `forward` calls a function with these roles, so that everything that reads weights runs under DeepSpeed's hooks,
-    which gather sharded parameters.
-    """
+class Roles(TrainedModule):
+    """All modules of PPO's learner, of which the policy and the critic are trained."""
 
     def __init__(
         self, trunk: Trunk, critic: Critic | None, rewards: Mapping[str, Sequence[ScalarHead]] = MappingProxyType({})
     ) -> None:
-        """Put the modules together; only the policy and the critic are trained.
+        """Put the modules together.
 
         Args:
             trunk: The shared base model with its adapters.
@@ -67,18 +62,6 @@ class Roles(nn.Module):
         if critic is not None and critic.trunk is not None:
             critic.trunk.train_only("critic")
         self.reward_heads.requires_grad_(False)
-        self._named_parameters: dict[tuple[Any, ...], list[tuple[str, nn.Parameter]]] = {}
-
-    def named_parameters(self, *options: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `nn.Module.named_parameters`, but cached: DeepSpeed calls it several times per step."""
-        key = options, *sorted(named.items())
-        if key not in self._named_parameters:
-            self._named_parameters[key] = list(super().named_parameters(*options, **named))
-        return iter(self._named_parameters[key])
-
-    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function with these roles and the other arguments."""
-        return function(self, *arguments)
 
     @property
     def critic_trunk(self) -> Trunk | None:
@@ -94,40 +77,16 @@ class Roles(nn.Module):
             return [self.trunk]
         return [self.trunk, self.critic.trunk]
 
-    def microbatches(self, lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
-        """Group sequences into microbatches for the forward passes of every role.
+    @property
+    def trained_adapters(self) -> dict[str, Trunk]:
+        """The policy's trunk, and the critic's where it has an adapter."""
+        critic_trunk = self.critic_trunk
+        return {"policy": self.trunk} if critic_trunk is None else {"policy": self.trunk, "critic": critic_trunk}
 
-        Args:
-            lengths: Tokens of each sequence.
-            tokens: Largest number of tokens per microbatch, padding included; None: chosen for the device.
-
-        Returns:
-            The indices of the sequences of each microbatch.
-        """
-        is_padded = not all(trunk.supports_packing for trunk in self.trunks)
-        return self.trunk.microbatches(lengths, tokens, padded=is_padded)
-
-    def groups(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
-        """The parameter groups of the optimizer.
-
-        Returns:
-            The trained parameters by the name of their group, ROLE or ROLE.PART, and the multiplier of each group's
-            learning rate, relative to its role's.
-        """
-        groups: dict[str, list[nn.Parameter]] = {"policy": []}
-        if self.critic is not None:
-            groups["critic"] = []
-        factors: dict[str, float] = {}
-        for role, trunk in (("policy", self.trunk), ("critic", self.critic_trunk)):
-            if trunk is None:
-                continue
-            for factor, parameters in parameter_groups_by_rate(trunk.adapter(role).items(), trunk.settings.lora_plus):
-                name = role if factor == 1.0 else f"{role}.up"
-                groups.setdefault(name, []).extend(parameters)
-                factors[name] = factor
-        if self.critic is not None:
-            groups["critic"].extend(self.critic.head.parameters())
-        return groups, factors
+    @property
+    def trained_heads(self) -> dict[str, nn.Module]:
+        """The critic's head."""
+        return {} if self.critic is None else {"critic": self.critic.head}
 
     def logprobs(self, role: str, states: Tensor, batch: Batch, temperature: float) -> Tensor:
         """Log-probabilities `[P]` of a batch's response tokens, in nats, from a role's hidden states `[N, H]`."""

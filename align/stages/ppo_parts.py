@@ -9,8 +9,9 @@ from align.algorithms.kl import AdaptiveKl, FixedKl, KlCoefficient
 from align.config.ppo_settings import KlSettings
 from align.config.schema import Experiment
 from align.evaluation.policy import REFERENCE_VERSION, Evaluator, build_evaluator
-from align.learner.group import Learners, LocalLearners
-from align.ppo.checkpoint import PpoProgress, SavedBatch, read_pending, read_progress, read_states
+from align.learner.files import read_states
+from align.ppo.checkpoint import PpoProgress, SavedBatch, read_pending, read_progress, trained_roles
+from align.ppo.learners import PpoLearners, local_learners, ray_learners
 from align.ppo.loop import Ppo, Step
 from align.ppo.mismatch import MismatchCheck, check_parity
 from align.ppo.prompts import PromptStream
@@ -121,7 +122,7 @@ def _sampling(experiment: Experiment) -> Sampling:
 def _build_loop(
     context: StageContext,
     scorers: Scorers,
-    learners: Learners,
+    learners: PpoLearners,
     pool: Pool,
     progress: PpoProgress,
     mismatch: MismatchCheck,
@@ -149,14 +150,14 @@ def _kl_coefficient(kl: KlSettings, value: float) -> KlCoefficient:
     return FixedKl(value) if kl.target is None else AdaptiveKl(value, kl.target, kl.horizon)
 
 
-def _build_learners_and_pool(context: StageContext, blueprint: Blueprint, stack: ExitStack) -> tuple[Learners, Pool]:
+def _build_learners_and_pool(context: StageContext, blueprint: Blueprint, stack: ExitStack) -> tuple[PpoLearners, Pool]:
     """Learners and pool, each in this process or in Ray actors.
 
     In one process they share the base model, but not at ZeRO 3, which gathers weights for the learner's forward passes
     only.
     """
     experiment = context.experiment
-    learners: Learners
+    learners: PpoLearners
     pool: Pool
     if experiment.rollouts.workers == 0 and experiment.learner.ranks == 0 and experiment.learner.zero < 3:
         learners, pool = _shared_learners_and_pool(context, blueprint)
@@ -167,12 +168,12 @@ def _build_learners_and_pool(context: StageContext, blueprint: Blueprint, stack:
     return learners, pool
 
 
-def _shared_learners_and_pool(context: StageContext, blueprint: Blueprint) -> tuple[LocalLearners, LocalPool]:
+def _shared_learners_and_pool(context: StageContext, blueprint: Blueprint) -> tuple[PpoLearners, LocalPool]:
     experiment = context.experiment
     roles = build_roles(blueprint, experiment.ppo.active_critic, (SAMPLER_ROLE,))
     engine = make_transformers_engine(roles.trunk, context.tokenizer, experiment.rollouts)
     pool = LocalPool(engine, experiment.rollouts.effective_chunk_size)
-    learners = LocalLearners(
+    learners = local_learners(
         roles=roles,
         ppo=experiment.ppo,
         learner=experiment.learner,
@@ -212,20 +213,18 @@ def _build_pool(experiment: Experiment, stack: ExitStack) -> Pool:
     return pool
 
 
-def _build_learners(experiment: Experiment, blueprint: Blueprint) -> Learners:
+def _build_learners(experiment: Experiment, blueprint: Blueprint) -> PpoLearners:
     """Learners with their own base model."""
     temperature = experiment.rollouts.temperature
     if not experiment.learner.ranks:
-        return LocalLearners(
+        return local_learners(
             roles=build_roles(blueprint, experiment.ppo.active_critic),
             ppo=experiment.ppo,
             learner=experiment.learner,
             temperature=temperature,
             gradient_checkpointing=experiment.model.gradient_checkpointing,
         )
-    from align.learner.ray_ranks import RayLearners  # Ray is slow to import
-
-    return RayLearners(
+    return ray_learners(
         blueprint=blueprint,
         ppo=experiment.ppo,
         learner=experiment.learner,
@@ -234,7 +233,7 @@ def _build_learners(experiment: Experiment, blueprint: Blueprint) -> Learners:
     )
 
 
-def _resume(context: StageContext, learners: Learners) -> tuple[PpoProgress, list[SavedBatch]]:
+def _resume(context: StageContext, learners: PpoLearners) -> tuple[PpoProgress, list[SavedBatch]]:
     """Restore the last checkpoint, if there is one.
 
     Returns:
@@ -246,7 +245,8 @@ def _resume(context: StageContext, learners: Learners) -> tuple[PpoProgress, lis
     if checkpoint is None:
         return _progress_at_start(experiment, products), []
     progress = read_progress(checkpoint, products)
-    states = read_states(checkpoint, experiment.policy, experiment.ppo.active_critic, progress.ranks)
+    adapters, heads = trained_roles(experiment.ppo.active_critic)
+    states = read_states(checkpoint, experiment.policy, adapters, heads, progress.ranks)
     learners.restore(states, progress.zero)
     progress.ranks = experiment.learner.ranks
     progress.zero = experiment.learner.zero

@@ -2,7 +2,7 @@
 
 import time
 
-from align.ppo.checkpoint import write_state
+from align.ppo.checkpoint import write_checkpoint
 from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics, step_samples
@@ -116,7 +116,7 @@ class PpoRecord:
         states = loop.learners.state()
         checkpoints = self.context.run.checkpoints("ppo")
         with new_checkpoint(checkpoints, progress.step, experiment.checkpoint.keep) as folder:
-            write_state(
+            write_checkpoint(
                 folder=folder,
                 states=states,
                 policy=experiment.policy,

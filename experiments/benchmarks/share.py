@@ -23,7 +23,7 @@ from operations import Shape, matrix_rate, shape_of, update_operations
 from align import cli
 from align.algorithms.episodes import Episode
 from align.config.load import load_experiment
-from align.learner.learner import Learner, StepCoefficients
+from align.ppo.learner import PpoLearner, StepCoefficients
 
 ROUNDS = 5
 """Rounds of eight products per measurement, which takes 20 to 200 ms."""
@@ -37,11 +37,11 @@ class Meter:
         self.critic_forward = critic_forward
         self.dtype = dtype
         self.updates: list[list[dict[str, float]]] = []
-        self.update = Learner.update
+        self.update = PpoLearner.update
 
     def __call__(
         self,
-        learner: Learner,
+        learner: PpoLearner,
         episodes: Sequence[Episode],
         orders: Any,
         coefficients: StepCoefficients,
@@ -71,7 +71,7 @@ def main() -> None:
         critic_forward=settings.ppo.critic.kind == "adapter",
         dtype=getattr(torch, settings.model.dtype),
     )
-    Learner.update = lambda *args: meter(*args)  # a plain function, so that Python binds it to the learner
+    PpoLearner.update = lambda *args: meter(*args)  # a plain function, so that Python binds it to the learner
     sys.argv = ["align", "run", str(arguments.experiment), "--replace"]
     try:
         cli.main()

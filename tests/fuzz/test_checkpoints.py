@@ -19,7 +19,8 @@ from torch.optim import AdamW
 from transformers import get_scheduler
 
 from align.config.ppo_settings import CriticSettings
-from align.ppo.checkpoint import read_pending, read_progress, read_states
+from align.learner.files import read_states
+from align.ppo.checkpoint import read_pending, read_progress, trained_roles
 from align.runs.checkpoint import MANIFEST, checkpoints, latest, seal
 from align.supervised.trainer import TRAINED_WEIGHTS
 from align.supervised.trainer_state import HYPERPARAMETERS, OPTIMIZER, read_optimizer, read_random, read_state
@@ -35,7 +36,7 @@ Read = Callable[[Path], None]
 def read_ppo(checkpoint: Path) -> None:
     """Read everything that PPO reads from a checkpoint."""
     progress = read_progress(checkpoint, {})
-    read_states(checkpoint, POLICY, CriticSettings(), 0)
+    read_states(checkpoint, POLICY, *trained_roles(CriticSettings()), ranks=0)
     if len(progress.pending) < 9:
         read_pending(checkpoint, POLICY, progress)
 

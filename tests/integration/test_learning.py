@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from align.algorithms.kl import FixedKl
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
-from align.learner.group import LocalLearners
+from align.ppo.learners import local_learners
 from align.ppo.loop import Ppo
 from align.ppo.mismatch import MismatchCheck
 from align.ppo.prompts import PromptStream
@@ -77,7 +77,7 @@ def learned(model: Path, estimator: str, reward: Reward, length: int, steps: int
     learner = LearnerSettings(policy_learning_rate=6e-3, critic_learning_rate=6e-3, schedule=schedule)
     blueprint = Blueprint(ModelSettings(path=str(model)), PolicySettings(rank=8, alpha=16), 0, None)
     roles = build_roles(blueprint, ppo.active_critic, (SAMPLER_ROLE,))
-    learners = LocalLearners(roles, ppo, learner, 1.0, False)
+    learners = local_learners(roles, ppo, learner, 1.0, False)
 
     def score(trajectories: Sequence[Trajectory]) -> list[RoleOutputs]:
         outputs = zip(trajectories, learners.score(trajectories), strict=True)

@@ -10,9 +10,8 @@ import torch
 from align.algorithms.episodes import Episode
 from align.config.ppo_settings import CriticSettings, PpoSettings
 from align.config.schema import ClusterSettings, LearnerSettings
-from align.learner.group import Learners, LocalLearners
-from align.learner.learner import StepCoefficients
-from align.learner.ray_ranks import RayLearners
+from align.ppo.learner import StepCoefficients
+from align.ppo.learners import PpoLearners, local_learners, ray_learners
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint
 from policies.device import ComputeSettings
@@ -61,7 +60,7 @@ def episodes() -> list[Episode]:
     return drawn_episodes
 
 
-def gradient(learners: Learners) -> torch.Tensor:
+def gradient(learners: PpoLearners) -> torch.Tensor:
     """The policy's complete gradient, read off one step of plain gradient descent."""
     before = learners.policy_weights()
     learners.update(episodes(), [[list(range(13))]], STEEP)
@@ -69,7 +68,7 @@ def gradient(learners: Learners) -> torch.Tensor:
     return torch.cat([(before[name] - after[name]).flatten().double() for name in before]) / STEEP.policy_lr
 
 
-def losses(learners: Learners) -> list[float]:
+def losses(learners: PpoLearners) -> list[float]:
     """Losses of the first three updates under plain gradient descent."""
     coefficients = StepCoefficients(1e-1, 1e-1, 0.0)
     updates = [learners.update(episodes(), [[list(range(13))]], coefficients) for _ in range(3)]
@@ -81,7 +80,7 @@ def alone(tiny_model: Path) -> tuple[torch.Tensor, list[float]]:
     """Gradient and losses of one process without sharding."""
     results: list[Any] = []
     for measure in (gradient, losses):
-        learners = LocalLearners(build(tiny_model), PPO, SGD, 1.0, False)
+        learners = local_learners(build(tiny_model), PPO, SGD, 1.0, False)
         results.append(measure(learners))
         learners.close()
     return results[0], results[1]
@@ -108,12 +107,12 @@ def test_ranks_and_zero_stages_give_one_gradient(
 ) -> None:
     split = SGD.model_copy(update={"ranks": ranks, "zero": zero})
     expected_gradient, expected_losses = alone
-    learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+    learners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
     measured_gradient = gradient(learners)
     learners.close()
     assert expected_gradient.norm() > 0.1
     assert float((measured_gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-6
-    learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+    learners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
     measured_losses = losses(learners)
     learners.close()
     assert measured_losses == pytest.approx(expected_losses, abs=1e-5)
@@ -125,9 +124,9 @@ def test_there_may_be_fewer_sequences_than_ranks(tiny_model: Path, cluster: None
     results = []
     for split in (SGD, SGD.model_copy(update={"ranks": 2})):
         if split.ranks:
-            learners: Learners = RayLearners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+            learners: PpoLearners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
         else:
-            learners = LocalLearners(build(tiny_model), PPO, split, 1.0, False)
+            learners = local_learners(build(tiny_model), PPO, split, 1.0, False)
         (scored,) = learners.score([trajectory])
         update = learners.update(episodes()[:1], [[[0]]], STEEP)
         results.append([*scored.logprobs.tolist(), update["policy_loss"], update["policy_gradient_norm"]])
@@ -143,12 +142,12 @@ def test_a_state_continues_in_another_layout(
     settings = LearnerSettings(tokens_per_microbatch=100)
     coefficients, order = StepCoefficients(1e-2, 1e-2, 0.0), [[list(range(13))]]
 
-    def learners(split: tuple[int, int]) -> Learners:
+    def learners(split: tuple[int, int]) -> PpoLearners:
         ranks, zero = split
         chosen = settings.model_copy(update={"ranks": ranks, "zero": zero})
         if ranks:
-            return RayLearners(blueprint(tiny_model), PPO, chosen, 1.0, ComputeSettings(1))
-        return LocalLearners(build(tiny_model), PPO, chosen, 1.0, False)
+            return ray_learners(blueprint(tiny_model), PPO, chosen, 1.0, ComputeSettings(1))
+        return local_learners(build(tiny_model), PPO, chosen, 1.0, False)
 
     first = learners(old)
     first.update(episodes(), order, coefficients)

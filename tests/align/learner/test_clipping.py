@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from align.algorithms.episodes import Episode
 from align.config.ppo_settings import CriticSettings, PpoSettings
 from align.config.schema import ClusterSettings, LearnerSettings
-from align.learner.group import Learners, LocalLearners
-from align.learner.learner import StepCoefficients
 from align.learner.optimizer import RoleClip, make_optimizer
-from align.learner.ray_ranks import RayLearners
+from align.ppo.learner import StepCoefficients
+from align.ppo.learners import PpoLearners, local_learners, ray_learners
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint, RewardRole, build_roles
+from align.roles.trained import ParameterGroup
 from policies.build import build_trunk
 from policies.device import ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
@@ -35,7 +35,7 @@ def test_both_groups_of_a_role_are_scaled_by_one_factor() -> None:
     """The gradients of A and B have the norms 3 and 40, the critic's 0.5; the limit is 1."""
     groups = {"policy": [nn.Parameter(torch.zeros(9))], "critic": [nn.Parameter(torch.zeros(4))]}
     groups["policy.up"] = [nn.Parameter(torch.zeros(16))]
-    optimizer = make_optimizer(SGD, groups)
+    optimizer = make_optimizer(SGD, [ParameterGroup(name, parameters) for name, parameters in groups.items()])
     for (parameter,), value in zip(groups.values(), (1.0, 0.25, 10.0)):
         parameter.grad = torch.full_like(parameter, value)
     clip = RoleClip(1.0)
@@ -84,13 +84,14 @@ ORDER = [[list(range(6))]]
 Weights = dict[str, Tensor]
 
 
-def read(learners: Learners) -> tuple[Weights, Weights]:
+def read(learners: PpoLearners) -> tuple[Weights, Weights]:
     """The complete weights of policy and critic."""
-    state = learners.state()[0]
-    return state.policy, state.critic | {f"head.{name}": value for name, value in state.critic_head.items()}
+    weights = learners.state()[0].weights
+    head = {f"head.{name}": value for name, value in weights.heads["critic"].items()}
+    return weights.adapters["policy"], weights.adapters["critic"] | head
 
 
-def gradients(learners: Learners) -> tuple[list[Weights], dict[str, float]]:
+def gradients(learners: PpoLearners) -> tuple[list[Weights], dict[str, float]]:
     """What one step of plain gradient descent subtracts, divided by each parameter's rate, and its statistics."""
     before = read(learners)
     statistics = learners.update(episodes(), ORDER, STEEP)
@@ -111,7 +112,7 @@ def norm_of(weights: Weights) -> float:
 @pytest.fixture(scope="module")
 def unclipped(tiny_model: Path) -> list[Weights]:
     """The gradients of policy and critic, by one process without sharding."""
-    learners = LocalLearners(build_roles(blueprint(tiny_model), CriticSettings()), PPO, SGD, 1.0, False)
+    learners = local_learners(build_roles(blueprint(tiny_model), CriticSettings()), PPO, SGD, 1.0, False)
     measured, _ = gradients(learners)
     learners.close()
     return measured
@@ -123,17 +124,17 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def one_rank(model: Path, zero: int) -> Learners:
+def one_rank(model: Path, zero: int) -> PpoLearners:
     settings = SGD.model_copy(update={"zero": zero, "max_grad_norm": LIMIT})
-    return LocalLearners(build_roles(blueprint(model), CriticSettings()), PPO, settings, 1.0, False)
+    return local_learners(build_roles(blueprint(model), CriticSettings()), PPO, settings, 1.0, False)
 
 
-def two_ranks(model: Path, zero: int) -> Learners:
+def two_ranks(model: Path, zero: int) -> PpoLearners:
     settings = SGD.model_copy(update={"zero": zero, "max_grad_norm": LIMIT, "ranks": 2})
-    return RayLearners(blueprint(model), PPO, settings, 1.0, ComputeSettings(1))
+    return ray_learners(blueprint(model), PPO, settings, 1.0, ComputeSettings(1))
 
 
-def check(build: Callable[[Path, int], Learners], model: Path, zero: int, expected: list[Weights]) -> None:
+def check(build: Callable[[Path, int], PpoLearners], model: Path, zero: int, expected: list[Weights]) -> None:
     """Clipped steps have the direction of the whole role's gradient; a step that is not finite changes nothing."""
     learners = build(model, zero)
     measured, statistics = gradients(learners)

@@ -9,15 +9,22 @@ from torch.optim import SGD, AdamW
 
 from align.config.schema import LearnerSettings
 from align.learner.optimizer import RoleClip, make_optimizer
+from align.roles.trained import ParameterGroup
 from policies.errors import UserError
+from policies.schema import OptimizerSettings
+from rewards.schema import FitSettings, RewardSettings
+
+
+def one_group() -> list[ParameterGroup]:
+    return [ParameterGroup("policy", [nn.Parameter(torch.ones(1))])]
 
 
 def two_groups(policy: float, critic: float, **settings: object) -> tuple[torch.optim.Optimizer, RoleClip]:
     """An optimizer at learning rate 1 whose groups have gradients of these norms, and its clip at norm 1."""
-    groups = {
-        "policy": [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(5))],
-        "critic": [nn.Parameter(torch.ones(9))],
-    }
+    groups = [
+        ParameterGroup("policy", [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(5))]),
+        ParameterGroup("critic", [nn.Parameter(torch.ones(9))]),
+    ]
     optimizer = make_optimizer(LearnerSettings(**{"optimizer": "sgd", **settings}), groups)
     for group, norm in zip(optimizer.param_groups, (policy, critic)):
         group["lr"] = 1.0
@@ -36,26 +43,35 @@ def moved(optimizer: torch.optim.Optimizer) -> list[float]:
     ]
 
 
-def test_adamw_is_the_default_with_ppo_epsilon() -> None:
-    optimizer = make_optimizer(LearnerSettings(weight_decay=0.1), {"policy": [nn.Parameter(torch.ones(1))]})
+@pytest.mark.parametrize(
+    ("settings", "epsilon"), [(LearnerSettings, 1e-5), (FitSettings, 1e-8), (RewardSettings, 1e-8)]
+)
+def test_adamw_is_the_default_with_the_epsilon_of_the_stage(settings: type[OptimizerSettings], epsilon: float) -> None:
+    optimizer = make_optimizer(settings(weight_decay=0.1), one_group())
     assert isinstance(optimizer, AdamW)
-    assert optimizer.param_groups[0]["eps"] == 1e-5
+    assert optimizer.param_groups[0]["eps"] == epsilon
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
 def test_sgd_is_plain() -> None:
-    optimizer = make_optimizer(
-        LearnerSettings(optimizer="sgd", weight_decay=0.1), {"policy": [nn.Parameter(torch.ones(1))]}
-    )
+    optimizer = make_optimizer(LearnerSettings(optimizer="sgd", weight_decay=0.1), one_group())
     assert isinstance(optimizer, SGD)
     assert optimizer.param_groups[0]["momentum"] == 0
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
-def test_groups_keep_their_names_and_parameters() -> None:
+def test_groups_keep_their_names_parameters_and_options() -> None:
     policy, critic = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer(LearnerSettings(), {"policy": [policy], "critic": [critic]})
-    assert [group["role"] for group in optimizer.param_groups] == ["policy", "critic"]
+    optimizer = make_optimizer(
+        LearnerSettings(weight_decay=0.1),
+        [
+            ParameterGroup("policy", [policy]),
+            ParameterGroup("critic.own", [critic], 2.0, {"eps": 0.5, "weight_decay": 0}),
+        ],
+    )
+    assert [group["role"] for group in optimizer.param_groups] == ["policy", "critic.own"]
+    assert [group["factor"] for group in optimizer.param_groups] == [1.0, 2.0]
+    assert [(group["eps"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-5, 0.1), (0.5, 0)]
     assert optimizer.param_groups[0]["params"][0] is policy
     assert optimizer.param_groups[1]["params"][0] is critic
 
@@ -101,4 +117,4 @@ def test_only_bad_steps_are_counted() -> None:
 
 def test_a_paged_optimizer_without_a_gpu_says_what_to_use() -> None:
     with pytest.raises(UserError, match="there is no GPU here: use adamw"):
-        make_optimizer(LearnerSettings(optimizer="paged_adamw"), {"policy": [nn.Parameter(torch.ones(1))]})
+        make_optimizer(LearnerSettings(optimizer="paged_adamw"), one_group())

@@ -10,7 +10,7 @@ import torch
 from align.algorithms.episodes import make_episodes
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
-from align.learner.group import LocalLearners
+from align.ppo.learners import local_learners
 from align.ppo.loop import step_coefficients
 from align.ppo.metrics import zero_std_share
 from align.ppo.prompts import minibatch_orders
@@ -37,7 +37,7 @@ def update(model: Path, ppo: PpoSettings) -> dict[str, float]:
     engine.load_adapter(0, roles.trunk.read_adapter("policy"))
     requests = [Request("", (*PROMPT, 60 + i // 4), i) for i in range(16)]
     trajectories = engine.generate(requests, Sampling(1.0, 24))
-    learners = LocalLearners(roles, ppo, LearnerSettings(), 1.0, False)
+    learners = local_learners(roles, ppo, LearnerSettings(), 1.0, False)
     scored = [replace(outputs, score=0.0) for outputs in learners.score(trajectories)]
     assert max(float((o.logprobs - o.reference_logprobs).abs().max()) for o in scored) > 0.01
     coefficient = ppo.kl.coefficient

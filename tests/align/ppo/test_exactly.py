@@ -17,13 +17,12 @@ from align.algorithms.episodes import make_episodes
 from align.algorithms.kl import AdaptiveKl
 from align.config.ppo_settings import CriticSettings, KlSettings, PpoSettings
 from align.config.schema import ClusterSettings, Experiment, LearnerSettings
-from align.learner.group import Learners, LocalLearners
-from align.learner.learner import StepCoefficients
-from align.learner.objective import STATISTICS
-from align.learner.ray_ranks import RayLearners
 from align.ppo.checkpoint import read_progress
+from align.ppo.learner import StepCoefficients
+from align.ppo.learners import PpoLearners, local_learners, ray_learners
 from align.ppo.loop import Step, step_coefficients
 from align.ppo.metrics import step_metrics
+from align.ppo.objective import STATISTICS
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles
@@ -132,7 +131,7 @@ def test_score_and_last_value_are_those_of_the_last_token_where_it_is_eos_and_pa
         )
 
 
-def one_round(learners: Learners, rows: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
+def one_round(learners: PpoLearners, rows: list[Trajectory]) -> tuple[Tensor, dict[str, float]]:
     """Score, whiten and train on a batch; gives its advantages and the statistics of the update."""
     episodes = make_episodes(rows, learners.score(rows), PpoSettings(), 0.1)
     statistics = learners.update(episodes, [[[*range(len(rows))]]], StepCoefficients(0.1, 0.1, 0.0))
@@ -153,10 +152,10 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
     ]
     sgd = LearnerSettings(optimizer="sgd", tokens_per_microbatch=20, ranks=2)
     advantages, statistics = one_round(
-        LocalLearners(build_roles(blueprint, CriticSettings()), PpoSettings(), sgd, 1.0, False), rows
+        local_learners(build_roles(blueprint, CriticSettings()), PpoSettings(), sgd, 1.0, False), rows
     )
     with ray_cluster(ClusterSettings(), 2):
-        split, theirs = one_round(RayLearners(blueprint, PpoSettings(), sgd, 1.0, ComputeSettings(1)), rows)
+        split, theirs = one_round(ray_learners(blueprint, PpoSettings(), sgd, 1.0, ComputeSettings(1)), rows)
     torch.testing.assert_close(split, advantages, **NEAR)
     assert float(advantages.std(correction=0)) == pytest.approx(1, abs=1e-3)
     assert statistics["policy_gradient_norm"] > 0.1

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from align.algorithms.episodes import Episode
-from align.learner.learner import StepCoefficients
 from align.ppo.fault_dump import write_fault_dump
+from align.ppo.learner import StepCoefficients
 from align.ppo.loop import Step
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
 

@@ -9,14 +9,14 @@ import torch
 from torch.optim import Optimizer
 
 from align.config.schema import Experiment
-from align.learner.learner import Learner
+from align.ppo.learner import PpoLearner
 from align.resources.memory import estimate_memory, measure
 from align.roles.build import Blueprint, RewardRole, build_roles
 from policies.files.base_model import load_base
 from policies.module_names import linears
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
-from tests.align.learner.test_learner_kinds import ALL, RATES, episodes
+from tests.align.ppo.test_learner_kinds import ALL, RATES, episodes
 from tests.integration.tiny_run import make_settings
 
 POLICIES = {
@@ -57,7 +57,7 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     blueprint = Blueprint(experiment.model, experiment.policy, 0, weights, (RewardRole(weights, (head,)),))
     roles = build_roles(blueprint, experiment.ppo.critic, (SAMPLER_ROLE,))
     del blueprint
-    learner = Learner(roles, experiment.ppo, experiment.learner, 1.0, gradient_checkpointing=False)
+    learner = PpoLearner(roles, experiment.ppo, experiment.learner, 1.0, gradient_checkpointing=False)
     engine = TransformersEngine(roles.trunk, frozenset(), max_num_seqs=2, merge=experiment.rollouts.merge)
     engine.load_adapter(0, weights)
     del weights, head
@@ -66,8 +66,8 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     def note(*_: Any) -> None:
         measured.append(sum(size for address, size in storages().items() if address not in before))
 
-    assert isinstance(learner.optimizer, Optimizer)
-    learner.optimizer.register_step_pre_hook(note)
+    assert isinstance(learner.rank.optimizer, Optimizer)
+    learner.rank.optimizer.register_step_pre_hook(note)
     batch = episodes(learner)
     learner.update(batch, ALL * 2, RATES)
     learner.close()

@@ -1,9 +1,9 @@
-"""The objectives of an update, as functions of the roles and one microbatch.
+"""The objectives of a PPO update, as functions of the roles and one microbatch (see `MicrobatchObjective`).
 
 Shapes: B sequences and P response tokens of a microbatch, N packed tokens (prompts and responses), H hidden size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,16 +16,13 @@ from align.algorithms.kl import estimate_kl
 from align.algorithms.losses import PolicyLoss, clipped_value_loss
 from align.config.ppo_settings import PpoSettings
 from align.data.examples import TokenizedDemonstration, pack_demonstrations
+from align.learner.rank import MicrobatchObjective
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
 from policies.logprobs import token_logprobs_and_entropy
 
 STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
 """Names of the sums that PPO's objectives return, in order; 0 where an objective has no such term."""
-
-MicrobatchObjective = Callable[..., tuple[Tensor, Tensor]]
-"""Maps the roles and the tensors of a microbatch to the loss `[]`, the weighted sum over its tokens, and to statistics
-without a gradient that are summed in the same way: `[7]` for PPO, see `STATISTICS`."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from align.algorithms.episodes import Episode
 from align.config.ppo_settings import CriticSettings, KlSettings, PpoSettings
 from align.config.schema import LearnerSettings
-from align.learner.learner import Learner, StepCoefficients
+from align.learner.state import LearnerState
+from align.ppo.learner import PpoLearner, StepCoefficients
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles
 from policies.schema import ModelSettings, PolicySettings
@@ -37,7 +38,7 @@ SMALL = StepCoefficients(policy_lr=1e-2, critic_lr=1e-2, kl_in_loss=0.3)
 ROLES = ("reference", "policy", "critic", "reward")
 ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3), (8, 8), (5, 2)]
 
-Factory = Callable[..., Learner]
+Factory = Callable[..., PpoLearner]
 
 
 def random_weights(trunk: Trunk) -> dict[str, AdapterWeights]:
@@ -52,9 +53,9 @@ def random_weights(trunk: Trunk) -> dict[str, AdapterWeights]:
 @pytest.fixture
 def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
     """Makes learners whose roles all differ, the same ones whenever it is called."""
-    made: list[Learner] = []
+    made: list[PpoLearner] = []
 
-    def new(settings: LearnerSettings = SGD, ppo: PpoSettings = PPO, recompute: bool = False) -> Learner:
+    def new(settings: LearnerSettings = SGD, ppo: PpoSettings = PPO, recompute: bool = False) -> PpoLearner:
         model = ModelSettings(path=str(tiny_model))
         probe = build_roles(Blueprint(model, POLICY, 0, None), None).trunk
         reward = probe.read_adapter("policy")
@@ -62,7 +63,7 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
         roles = build_roles(Blueprint(model, POLICY, 0, None, (RewardRole(reward, (head,)),)), ppo.active_critic)
         for role, weights in random_weights(roles.trunk).items():
             roles.trunk.write_adapter(role, weights)
-        made.append(Learner(roles, ppo, settings, TEMPERATURE, gradient_checkpointing=recompute))
+        made.append(PpoLearner(roles, ppo, settings, TEMPERATURE, gradient_checkpointing=recompute))
         return made[-1]
 
     yield new
@@ -115,7 +116,7 @@ def flat(weights: AdapterWeights) -> Tensor:
     return torch.cat([weights[name].detach().flatten() for name in sorted(weights)]).double()
 
 
-def snapshot(learner: Learner) -> dict[str, Tensor]:
+def snapshot(learner: PpoLearner) -> dict[str, Tensor]:
     """Policy and critic, each as one vector."""
     critic = dict(learner.roles.trunk.read_adapter("critic"))
     critic |= {f"~head.{name}": value.clone() for name, value in critic_of(learner.roles).head.state_dict().items()}
@@ -130,7 +131,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 class Oracle:
     """The four roles of a learner, by PEFT's own switching and in float64."""
 
-    def __init__(self, learner: Learner, folder: Path) -> None:
+    def __init__(self, learner: PpoLearner, folder: Path) -> None:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = LoraConfig(r=4, lora_alpha=8.0, target_modules="all-linear", task_type="CAUSAL_LM")
         model: PeftModel = get_peft_model(base, config, adapter_name=ROLES[0])
@@ -291,11 +292,13 @@ def test_recomputing_activations_gives_the_same_gradient(new_learner: Factory) -
 def test_optimizer_steps_are_epochs_times_minibatches(new_learner: Factory) -> None:
     learner = new_learner(ADAM)
     steps = []
-    learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    learner.rank.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     statistics = learner.update(episodes(learner.score(trajectories())), [HALVES] * 3, SMALL)
     assert statistics["optimizer_steps"] == len(steps) == 6
-    assert {float(state["step"]) for state in learner.optimizer.state.values()} == {6.0}
-    assert len(learner.optimizer.state) == sum(len(group["params"]) for group in learner.optimizer.param_groups)
+    assert {float(state["step"]) for state in learner.rank.optimizer.state.values()} == {6.0}
+    assert len(learner.rank.optimizer.state) == sum(
+        len(group["params"]) for group in learner.rank.optimizer.param_groups
+    )
 
 
 def test_updates_start_without_an_old_gradient(new_learner: Factory) -> None:
@@ -386,11 +389,20 @@ def test_a_restored_learner_continues_bit_for_bit(new_learner: Factory, zero: in
     resumed.restore([saved], zero)
     resumed.update(batch, [HALVES], SMALL)
     actual = resumed.state()
-    for part in ("policy", "critic", "critic_head", "optimizer"):
-        one, other = getattr(expected, part), getattr(actual, part)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one), part
-    assert any(not torch.equal(saved.policy[name], expected.policy[name]) for name in saved.policy)
+    one, other = tensors_of(expected), tensors_of(actual)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    before = tensors_of(saved)
+    assert any(not torch.equal(before[name], one[name]) for name in before if name.startswith("policy."))
+
+
+def tensors_of(state: LearnerState) -> dict[str, Tensor]:
+    """All tensors of a state by name."""
+    named = {f"optimizer.{name}": tensor for name, tensor in state.optimizer.items()}
+    for kind in (state.weights.adapters, state.weights.heads):
+        for role, tensors in kind.items():
+            named |= {f"{role}.{name}": tensor for name, tensor in tensors.items()}
+    return named
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -401,10 +413,11 @@ def test_several_steps_are_the_same_at_every_stage(new_learner: Factory, zero: i
         batch, start = episodes(learner.score(trajectories())), learner.state()
         learner.update(batch, [HALVES, HALVES], SMALL)
         after.append(learner.state())
-    for part in ("policy", "critic", "critic_head"):
-        before, one, other = (
-            torch.cat([tensor.flatten() for tensor in getattr(state, part).values()]) for state in (start, *after)
-        )
+    for part in ("policy.", "critic."):
+        vectors = []
+        for state in (start, *after):
+            vectors.append(torch.cat([t.flatten() for n, t in tensors_of(state).items() if n.startswith(part)]))
+        before, one, other = vectors
         assert (one - other).norm() < 1e-3 * (one - before).norm(), part
 
 
@@ -439,7 +452,7 @@ def test_policy_weights_are_a_copy_of_the_policy(new_learner: Factory) -> None:
 
 def test_without_a_reward_head_the_score_is_not_a_number(tiny_model: Path, process_group: None) -> None:
     roles = build_roles(Blueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, None), CriticSettings())
-    learner = Learner(roles, PPO, SGD, TEMPERATURE, gradient_checkpointing=False)
+    learner = PpoLearner(roles, PPO, SGD, TEMPERATURE, gradient_checkpointing=False)
     (outputs,) = learner.score(trajectories()[:1])
     learner.close()
     assert math.isnan(outputs.score)

@@ -14,7 +14,7 @@ from align.algorithms.episodes import Episode, make_episodes
 from align.config.ppo_settings import CriticSettings, PpoSettings
 from align.config.schema import LearnerSettings
 from align.data.examples import TokenizedDemonstration
-from align.learner.learner import Learner, StepCoefficients
+from align.ppo.learner import PpoLearner, StepCoefficients
 from align.roles.build import Blueprint, build_roles
 from align.roles.roles import Roles
 from policies.schema import ModelSettings, PolicySettings
@@ -30,16 +30,16 @@ ROWS = [(2, 5), (9, 1), (3, 12), (6, 6), (4, 9), (1, 3)]
 ALL = [[list(range(len(ROWS)))]]
 KINDS = [None, "head", "adapter", "model"]
 
-Factory = Callable[..., Learner]
+Factory = Callable[..., PpoLearner]
 
 
 @pytest.fixture
 def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
-    made: list[Learner] = []
+    made: list[PpoLearner] = []
 
     def new(
         policy: PolicySettings, ppo: PpoSettings, settings: LearnerSettings = SGD, dtype: str = "float32"
-    ) -> Learner:
+    ) -> PpoLearner:
         roles = build_roles(
             Blueprint(ModelSettings(path=str(tiny_model), dtype=dtype), policy, 0, None), ppo.active_critic
         )
@@ -48,7 +48,7 @@ def new_learner(tiny_model: Path, process_group: None) -> Iterator[Factory]:
             for parameter in roles.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        made.append(Learner(roles, ppo, settings, 1.0, gradient_checkpointing=False))
+        made.append(PpoLearner(roles, ppo, settings, 1.0, gradient_checkpointing=False))
         return made[-1]
 
     yield new
@@ -71,7 +71,7 @@ def trajectories() -> list[Trajectory]:
     ]
 
 
-def episodes(learner: Learner) -> list[Episode]:
+def episodes(learner: PpoLearner) -> list[Episode]:
     generator = torch.Generator().manual_seed(3)
     made = []
     for row, outputs in zip(trajectories(), learner.score(trajectories())):
@@ -116,18 +116,18 @@ def total_loss(roles: Roles, rows: list[Episode], ppo: PpoSettings) -> Tensor:
     return torch.stack([row_loss(roles, row, ppo) for row in rows]).sum()
 
 
-def trained(learner: Learner) -> list[torch.nn.Parameter]:
-    return [p for group in learner.optimizer.param_groups for p in group["params"]]
+def trained(learner: PpoLearner) -> list[torch.nn.Parameter]:
+    return [p for group in learner.rank.optimizer.param_groups for p in group["params"]]
 
 
-def moved(learner: Learner, *arguments: Any) -> Tensor:
+def moved(learner: PpoLearner, *arguments: Any) -> Tensor:
     """What an update subtracts from the parameters, divided by the learning rate."""
     before = [p.detach().clone() for p in trained(learner)]
     learner.update(*arguments)
     return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained(learner))]) / RATES.policy_lr
 
 
-def expected(learner: Learner, loss: Tensor) -> Tensor:
+def expected(learner: PpoLearner, loss: Tensor) -> Tensor:
     # A critic of kind model has an LM head that nothing reads: its gradient is zero.
     gradients = torch.autograd.grad(loss, trained(learner), materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
@@ -206,11 +206,11 @@ def test_forward_passes_over_the_base_model_per_microbatch(
 def test_no_critic_is_built_where_none_is_used(new_learner: Factory, estimator: str) -> None:
     learner = new_learner(LORA, PpoSettings(estimator=estimator, samples_per_prompt=2))
     assert "critic" not in learner.roles.trunk.roles
-    assert [group["role"] for group in learner.optimizer.param_groups] == ["policy"]
+    assert [group["role"] for group in learner.rank.optimizer.param_groups] == ["policy"]
     (outputs,) = learner.score(trajectories()[:1])
     assert len(outputs.values) == 0
     state = learner.state()
-    assert (state.critic, state.critic_head) == ({}, {})
+    assert (list(state.weights.adapters), list(state.weights.heads)) == (["policy"], [])
 
 
 @pytest.mark.parametrize("policy", [LORA, FULL], ids=["lora", "full"])
@@ -284,7 +284,7 @@ def test_one_roles_activations_are_kept_at_a_time(
     batch = episodes(learner)
     seen: list[str] = []
     hidden = learner.roles.trunk.hidden_packed
-    backward = learner.engine.backward
+    backward = learner.rank.engine.backward
 
     def note_forward(ids: Tensor, lengths: Sequence[int], role: str) -> Tensor:
         seen.append(role)
@@ -295,7 +295,7 @@ def test_one_roles_activations_are_kept_at_a_time(
         backward(loss)
 
     monkeypatch.setattr(learner.roles.trunk, "hidden_packed", note_forward)
-    monkeypatch.setattr(learner.engine, "backward", note_backward)
+    monkeypatch.setattr(learner.rank.engine, "backward", note_backward)
     learner.update(batch, ALL, RATES)
     assert seen == ["policy", "backward"] + ["critic", "backward"] * (kind == "adapter")
 

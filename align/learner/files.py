@@ -1,0 +1,72 @@
+"""The states of a learner's ranks in the files of a checkpoint.
+
+ROLE/                      a trained adapter in PEFT's layout, and the head of the role in `head.safetensors`
+optimizer-R.safetensors    the part of the optimizer's state of each rank R
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from align.learner.state import LearnerState, TrainedWeights
+from policies.files.adapters import load_adapter, load_head, save_adapter, save_head
+from policies.files.safe_reading import read_tensors
+from policies.files.writing import save_tensors
+from policies.schema import PolicySettings
+
+
+def write_states(folder: Path, states: Sequence[LearnerState], policy: PolicySettings, base: str) -> None:
+    """Write the state of each rank to a folder, which exists.
+
+    Args:
+        folder: The folder of the checkpoint.
+        states: The state of each rank, in order.
+        policy: Settings of the adapters.
+        base: The base model's folder or hub name.
+    """
+    write_weights(folder, states[0].weights, policy, base)
+    for rank, state in enumerate(states):
+        save_tensors(state.optimizer, folder / f"optimizer-{rank}.safetensors")
+
+
+def write_weights(folder: Path, weights: TrainedWeights, policy: PolicySettings, base: str) -> None:
+    """Write trained weights to a folder; arguments as of `write_states`."""
+    for role, adapter in weights.adapters.items():
+        save_adapter(folder / role, adapter, policy, base)
+    for role, head in weights.heads.items():
+        save_head(folder / role, head)
+
+
+def read_states(
+    folder: Path, policy: PolicySettings, adapters: Collection[str], heads: Collection[str], ranks: int
+) -> list[LearnerState]:
+    """Read what `write_states` has written.
+
+    Args:
+        folder: The folder of the checkpoint.
+        policy: Settings of the adapters.
+        adapters: The roles whose adapters are trained.
+        heads: The roles whose heads are trained.
+        ranks: Number of ranks that wrote it; 0: one in the controller's process.
+
+    Returns:
+        One state per rank.
+
+    Raises:
+        UserError: A file is missing or damaged, or was written with other settings.
+    """
+    weights = read_weights(folder, policy, adapters, heads)
+    states = []
+    for rank in range(max(1, ranks)):
+        optimizer = read_tensors(folder / f"optimizer-{rank}.safetensors")
+        states.append(LearnerState(weights if rank == 0 else TrainedWeights(), optimizer))
+    return states
+
+
+def read_weights(
+    folder: Path, policy: PolicySettings, adapters: Collection[str], heads: Collection[str]
+) -> TrainedWeights:
+    """Read what `write_weights` has written; arguments as of `read_states`."""
+    return TrainedWeights(
+        adapters={role: load_adapter(folder / role, policy) for role in adapters},
+        heads={role: load_head(folder / role) for role in heads},
+    )

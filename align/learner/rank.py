@@ -1,0 +1,215 @@
+"""One rank of a learner: a DeepSpeed engine around what it trains, whatever the objective."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from align.learner.engine import make_deepspeed_engine
+from align.learner.optimizer import RoleClip, make_optimizer
+from align.learner.state import LearnerState, RankState, TrainedWeights
+from align.roles.trained import TrainedModule, role_of_group
+from policies.schema import OptimizerSettings
+from policies.trunk import AdapterWeights
+
+
+class Example(Protocol):
+    """An example that an objective is computed on."""
+
+    @property
+    def length(self) -> int:
+        """Number of its tokens in a forward pass."""
+
+
+AnyExample = TypeVar("AnyExample", bound=Example)
+
+MicrobatchObjective = Callable[..., tuple[Tensor, Tensor]]
+"""Maps the trained module and the tensors of a microbatch to the loss `[]`, the weighted sum over its tokens or
+examples, and to statistics without a gradient that are summed in the same way."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What happened in an optimizer step.
+
+    Attributes:
+        norms: Gradient norm of each role, before clipping.
+        skipped: Whether a gradient was not finite, so that nothing changed.
+    """
+
+    norms: dict[str, float]
+    skipped: bool
+
+
+class Rank:
+    """Accumulates gradients over microbatches and takes optimizer steps, together with all other ranks.
+
+    All ranks make the same calls in the same order.
+
+    Attributes:
+        number: The number of this rank.
+        count: The number of ranks.
+        module: What is trained, in evaluation mode at first.
+        engine: DeepSpeed's engine around it: `engine(function, ...)` calls `function(module, ...)`.
+        device: The device of the module.
+    """
+
+    def __init__(
+        self, module: TrainedModule, settings: OptimizerSettings, zero: int, gradient_checkpointing: bool
+    ) -> None:
+        """Build the optimizer and the engine. The default process group must exist.
+
+        Args:
+            module: What is trained.
+            settings: The settings of the optimizer and the microbatches.
+            zero: The ZeRO stage.
+            gradient_checkpointing: Whether the backward pass recomputes activations.
+        """
+        self.number = dist.get_rank()
+        self.count = dist.get_world_size()
+        self.settings = settings
+        self.zero = zero
+        groups = module.groups()
+        sizes = []  # read before ZeRO 3 partitions the parameters
+        for group in groups:
+            sizes.append([parameter.numel() for parameter in group.parameters])
+        self.optimizer = make_optimizer(settings, groups)
+        if zero == 3:
+            for trunk in module.trunks:
+                trunk.use_module_forwards()
+        self.clip = RoleClip(settings.max_grad_norm)
+        self.engine = make_deepspeed_engine(module, self.optimizer, zero, self.clip)
+        self.device: torch.device = self.engine.device
+        self.module = module.eval()
+        self._state = RankState(module, sizes, self.engine, self.optimizer, zero)
+        if gradient_checkpointing:
+            for trunk in module.trunks:
+                trunk.enable_gradient_checkpointing()
+
+    def backward(
+        self,
+        examples: Sequence[AnyExample],
+        weight: float,
+        objectives: Sequence[MicrobatchObjective],
+        collate: Callable[[Sequence[AnyExample]], tuple[Any, ...]],
+    ) -> Tensor:
+        """Accumulate the gradient of the objectives' sum over all examples of all ranks, divided by `weight`.
+
+        Args:
+            examples: The examples of all ranks, of which this one takes its share.
+            weight: Divisor of the summed losses of all examples.
+            objectives: The objectives, which are differentiated one after another.
+            collate: Turns examples into the tensors of a microbatch that an objective takes.
+
+        Returns:
+            The statistics of the objectives, `[S]` or `[]` float64, summed over microbatches and ranks, on the CPU.
+        """
+        # DeepSpeed averages over ranks, and the loss is a mean over the tokens of all ranks.
+        scale = self.count / weight
+
+        def accumulate(objective: MicrobatchObjective, tensors: tuple[Any, ...], is_filler: bool) -> Tensor:
+            loss, statistics = self._forward(objective, tensors)
+            self.engine.backward(loss * (0.0 if is_filler else scale))
+            return statistics
+
+        return self._sum(examples, objectives, collate, accumulate)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        examples: Sequence[AnyExample],
+        objective: MicrobatchObjective,
+        collate: Callable[[Sequence[AnyExample]], tuple[Any, ...]],
+    ) -> Tensor:
+        """The statistics of an objective over all examples of all ranks, as `backward` returns them."""
+
+        def run(objective: MicrobatchObjective, tensors: tuple[Any, ...], is_filler: bool) -> Tensor:
+            _, statistics = self._forward(objective, tensors)
+            return statistics
+
+        return self._sum(examples, [objective], collate, run)
+
+    def _forward(self, objective: MicrobatchObjective, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Loss and statistics of an objective, under DeepSpeed's hooks."""
+        loss, statistics = self.engine(objective, *tensors)
+        return loss, statistics
+
+    def _sum(
+        self,
+        examples: Sequence[AnyExample],
+        objectives: Sequence[MicrobatchObjective],
+        collate: Callable[[Sequence[AnyExample]], tuple[Any, ...]],
+        run: Callable[[MicrobatchObjective, tuple[Any, ...], bool], Tensor],
+    ) -> Tensor:
+        """Run the objectives on this rank's share of the examples, and sum their statistics over all ranks."""
+        by_length = sorted(examples, key=lambda example: example.length)
+        share = range(self.number, len(by_length), self.count)
+        microbatches = []
+        for positions in self.microbatches([by_length[i].length for i in share]):
+            microbatches.append([share[position] for position in positions])
+        parts = []
+        for number, indices in enumerate(self.same_count_on_all_ranks(microbatches)):
+            tensors = collate([by_length[i] for i in indices])
+            # Fillers keep this rank in step with the others; their weight is 0.
+            is_filler = number >= len(microbatches)
+            for objective in objectives:
+                statistics = run(objective, tensors, is_filler)
+                parts.append(statistics.double() * (not is_filler))
+        sums = torch.stack(parts).sum(0)  # [passes, S] -> [S], or [passes] -> []
+        if self.count > 1:
+            dist.all_reduce(sums)
+        return sums.cpu()
+
+    def step(self, rates: Mapping[str, float]) -> StepOutcome:
+        """Take an optimizer step with the accumulated gradient, unless a part of it is not finite.
+
+        Args:
+            rates: The learning rate of each role; or of a parameter group, ROLE.PART, that has its own.
+        """
+        for group in self.engine.optimizer.param_groups:
+            name = group["role"]
+            group["lr"] = rates[name] if name in rates else rates[role_of_group(name)] * group["factor"]
+        skipped_before = self._skipped()
+        self.engine.step()
+        return StepOutcome(norms=dict(self.clip.norms), skipped=self._skipped() > skipped_before)
+
+    def _skipped(self) -> int:
+        """Number of steps that were skipped, by the clip at ZeRO stage 0 and by DeepSpeed at the others."""
+        return self.clip.skipped + int(self.engine.skipped_steps)
+
+    def microbatches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The indices of the sequences of each microbatch, `tokens_per_microbatch` at most."""
+        return self.module.microbatches(lengths, self.settings.tokens_per_microbatch)
+
+    def same_count_on_all_ranks(self, microbatches: list[list[int]]) -> list[list[int]]:
+        """The microbatches, followed by fillers of sequence 0 up to the largest number on any rank."""
+        if self.count == 1:
+            return microbatches
+        largest_count = torch.tensor(len(microbatches), device=self.device)
+        dist.all_reduce(largest_count, op=dist.ReduceOp.MAX)
+        return microbatches + [[0]] * (int(largest_count) - len(microbatches))
+
+    def adapter(self, role: str) -> AdapterWeights:
+        """A complete copy of a trained adapter, on the CPU."""
+        return self._state.adapter(role)
+
+    def weights(self) -> TrainedWeights:
+        """A complete copy of all trained weights, on the CPU; empty on ranks other than the first."""
+        return self._state.weights()
+
+    def state(self) -> LearnerState:
+        """A copy of everything that steps change, on the CPU; of the optimizer's state, this rank's part."""
+        return self._state.state()
+
+    def restore(self, states: Sequence[LearnerState], zero: int) -> None:
+        """Restore the states that the ranks saved at this ZeRO stage; see `RankState.restore`."""
+        self._state.restore(states, zero)
+
+    def close(self) -> None:
+        """Destroy the engine; without this, ZeRO 3 aborts at exit."""
+        self.engine.destroy()
+        os.environ.pop("LOCAL_RANK", None)
