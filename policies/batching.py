@@ -119,6 +119,12 @@ class SharedPromptBatch:
     attention_mask: Tensor
     last: Tensor
 
+    def to(self, device: torch.device) -> "SharedPromptBatch":
+        """The same batch on a device."""
+        return SharedPromptBatch(
+            self.ids.to(device), self.positions.to(device), self.attention_mask.to(device), self.last.to(device)
+        )
+
 
 PROMPT_PART = 0
 """Responses are parts 1, 2, … of their sequence; padding is part -1."""

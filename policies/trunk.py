@@ -262,6 +262,10 @@ class Trunk(nn.Module, ABC):
     def start_training(self, role: str) -> None:
         """Prepare to train a role from scratch in a supervised stage; called before `train_only`."""
 
+    def encoder(self, role: str) -> nn.Module | None:
+        """The module that is trained in place of a role's adapter, which it makes; None: the adapter itself is."""
+        return None
+
     def merged_parameter_count(self) -> int:
         """The number of parameters of the copies that `merge` makes for one role."""
         return 0

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from statistics import fmean, pstdev
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,15 @@ from rewards.rankings import (
 )
 
 Ratings = Literal["regression", "ordinal"]
+
+
+@dataclass(frozen=True)
+class OwnGroup:
+    """Parameters with a peak learning rate and settings of AdamW of their own."""
+
+    parameters: list[nn.Parameter]
+    learning_rate: float
+    options: Mapping[str, Any]
 
 
 class PreferenceLoss(nn.Module):
@@ -65,9 +75,22 @@ class PreferenceLoss(nn.Module):
         self.links = nn.ModuleDict({self._names[name]: link(values) for name, values in rated.items()})
 
     @property
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters that need settings of AdamW of their own, as its parameter groups."""
-        return [{"params": [self.ties.free], **TieParameters.OPTIMIZER}] if len(self.ties.free) else []
+    def own_groups(self) -> dict[str, OwnGroup]:
+        """Parameters that need settings of AdamW of their own, by name."""
+        if not len(self.ties.free):
+            return {}
+        return {"ties": OwnGroup([self.ties.free], TieParameters.LEARNING_RATE, TieParameters.OPTIMIZER)}
+
+    def nothing(self) -> Tensor:
+        """Zero `[]`, with a gradient of zero for every parameter.
+
+        A microbatch need not use all of them, but all ranks must have a gradient of the same parameters.
+        """
+        none = self.weights.new_zeros(0)
+        total: Tensor = self.ties().sum() * 0.0
+        for link in self.links.values():
+            total = total + link(none, none).sum()
+        return total
 
     def forward(self, scores: Tensor, examples: Sequence[PreferenceExample], smoothing: float = 0.0) -> Tensor:
         """Compute the loss of each example.
@@ -175,10 +198,11 @@ class TieParameters(nn.Module):
     about δ. Over all examples, it adds up to a multiple of the likelihood's.
     """
 
-    OPTIMIZER: ClassVar[Mapping[str, Any]] = {"lr": 0.5, "betas": (0.0, 0.99), "eps": 0.05, "weight_decay": 0.0}
+    LEARNING_RATE: ClassVar[float] = 0.5
+    OPTIMIZER: ClassVar[Mapping[str, Any]] = {"betas": (0.0, 0.99), "eps": 0.05, "weight_decay": 0.0}
     """AdamW's settings for them. Whatever the model and its learning rate, the gradient is a difference of shares, and
     the curvature at most ¼. So, without momentum and with such an epsilon, a step is about Newton's near the optimum,
-    and at most `lr` far from it."""
+    and at most `LEARNING_RATE` far from it."""
 
     def __init__(self, rankings: Sequence[Ranking], examples: int, largest: int = 1) -> None:
         """Initialise δ as if all worths were equal.

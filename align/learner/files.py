@@ -1,17 +1,24 @@
 """The states of a learner's ranks in the files of a checkpoint.
 
-ROLE/                      a trained adapter in PEFT's layout, and the head of the role in `head.safetensors`
+ROLE/                      a trained adapter in PEFT's layout, and the role's heads in `head.safetensors`
+ROLE.PART/                 what else is trained with a role, in `head.safetensors`
 optimizer-R.safetensors    the part of the optimizer's state of each rank R
 """
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from align.learner.state import LearnerState, TrainedWeights
+from policies.errors import UserError
 from policies.files.adapters import load_adapter, load_head, save_adapter, save_head
-from policies.files.safe_reading import read_tensors
+from policies.files.safe_reading import read_object, read_tensors
 from policies.files.writing import save_tensors
 from policies.schema import PolicySettings
+
+Record = TypeVar("Record")
 
 
 def write_states(folder: Path, states: Sequence[LearnerState], policy: PolicySettings, base: str) -> None:
@@ -32,8 +39,8 @@ def write_weights(folder: Path, weights: TrainedWeights, policy: PolicySettings,
     """Write trained weights to a folder; arguments as of `write_states`."""
     for role, adapter in weights.adapters.items():
         save_adapter(folder / role, adapter, policy, base)
-    for role, head in weights.heads.items():
-        save_head(folder / role, head)
+    for name, head in weights.heads.items():
+        save_head(folder / name, head)
 
 
 def read_states(
@@ -45,7 +52,7 @@ def read_states(
         folder: The folder of the checkpoint.
         policy: Settings of the adapters.
         adapters: The roles whose adapters are trained.
-        heads: The roles whose heads are trained.
+        heads: The names of the other trained modules.
         ranks: Number of ranks that wrote it; 0: one in the controller's process.
 
     Returns:
@@ -68,5 +75,15 @@ def read_weights(
     """Read what `write_weights` has written; arguments as of `read_states`."""
     return TrainedWeights(
         adapters={role: load_adapter(folder / role, policy) for role in adapters},
-        heads={role: load_head(folder / role) for role in heads},
+        heads={name: load_head(folder / name) for name in heads},
     )
+
+
+def read_record(path: Path, kind: TypeAdapter[Record]) -> Record:
+    """Read a dataclass that was written as JSON. Raises UserError where the file is damaged."""
+    try:
+        return kind.validate_python(read_object(path), extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is damaged: {key}: {first['msg']}") from error

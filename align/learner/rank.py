@@ -7,14 +7,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.learner.engine import make_deepspeed_engine
 from align.learner.optimizer import RoleClip, make_optimizer
-from align.learner.state import LearnerState, RankState, TrainedWeights
+from align.learner.state import LearnerState, RankState
 from align.roles.trained import TrainedModule, role_of_group
 from policies.schema import OptimizerSettings
-from policies.trunk import AdapterWeights
+from policies.trunk import AdapterWeights, Trunk
 
 
 class Example(Protocol):
@@ -193,13 +193,13 @@ class Rank:
         dist.all_reduce(largest_count, op=dist.ReduceOp.MAX)
         return microbatches + [[0]] * (int(largest_count) - len(microbatches))
 
-    def adapter(self, role: str) -> AdapterWeights:
-        """A complete copy of a trained adapter, on the CPU."""
-        return self._state.adapter(role)
+    def read_adapter(self, trunk: Trunk, role: str) -> AdapterWeights:
+        """A complete copy of a role's adapter, on the CPU."""
+        return self._state.read_adapter(trunk, role)
 
-    def weights(self) -> TrainedWeights:
-        """A complete copy of all trained weights, on the CPU; empty on ranks other than the first."""
-        return self._state.weights()
+    def read_module(self, module: nn.Module) -> dict[str, Tensor]:
+        """A complete copy of the state of a part of the trained module, on the CPU."""
+        return self._state.read_module(module)
 
     def state(self) -> LearnerState:
         """A copy of everything that steps change, on the CPU; of the optimizer's state, this rank's part."""

@@ -22,7 +22,7 @@ from align.learner.reshard import Layout, shard, unshard
 from align.roles.trained import TrainedModule
 from policies.errors import UserError
 from policies.files.safe_reading import check_names_and_shapes
-from policies.trunk import AdapterWeights
+from policies.trunk import AdapterWeights, Trunk
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TrainedWeights:
 
     Attributes:
         adapters: The adapters by role.
-        heads: The state of the other trained modules, by role.
+        heads: The state of the other trained modules by name, ROLE or ROLE.PART.
     """
 
     adapters: dict[str, AdapterWeights] = field(default_factory=dict)
@@ -76,24 +76,24 @@ class RankState:
         self.optimizer = optimizer
         self.layout = Layout(sizes, zero, ranks=dist.get_world_size())
 
-    def adapter(self, role: str) -> AdapterWeights:
-        """A complete copy of a trained adapter, on the CPU."""
-        trunk = self.module.trained_adapters[role]
+    def read_adapter(self, trunk: Trunk, role: str) -> AdapterWeights:
+        """A complete copy of a role's adapter, on the CPU."""
         with self._gathered(list(trunk.adapter(role).values())):
             return {name: tensor.cpu() for name, tensor in trunk.read_adapter(role).items()}
 
     def weights(self) -> TrainedWeights:
         """A complete copy of what is trained, on the CPU; empty on ranks other than the first, which take part."""
         weights = TrainedWeights()
-        for role in self.module.trained_adapters:
-            weights.adapters[role] = self.adapter(role)
-        for role, head in self.module.trained_heads.items():
-            weights.heads[role] = self._head(head)
+        for role, trunk in self.module.trained_adapters.items():
+            weights.adapters[role] = self.read_adapter(trunk, role)
+        for name, head in self.module.trained_heads.items():
+            weights.heads[name] = self.read_module(head)
         return weights if dist.get_rank() == 0 else TrainedWeights()
 
-    def _head(self, head: nn.Module) -> dict[str, Tensor]:
-        with self._gathered(list(head.parameters())):
-            return {name: tensor.cpu().clone() for name, tensor in head.state_dict().items()}
+    def read_module(self, module: nn.Module) -> dict[str, Tensor]:
+        """A complete copy of a module's state, on the CPU."""
+        with self._gathered(list(module.parameters())):
+            return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
 
     def state(self) -> LearnerState:
         """A copy of everything that steps change, on the CPU."""
@@ -122,9 +122,9 @@ class RankState:
         for role, trunk in self.module.trained_adapters.items():
             with self._gathered(list(trunk.adapter(role).values()), write=True):
                 trunk.write_adapter(role, weights.adapters[role])
-        for role, head in self.module.trained_heads.items():
+        for name, head in self.module.trained_heads.items():
             with self._gathered(list(head.parameters()), write=True):
-                head.load_state_dict(weights.heads[role])
+                head.load_state_dict(weights.heads[name])
         self._write_optimizer(optimizer)
 
     def _in_this_layout(self, parts: Sequence[dict[str, Tensor]], zero: int) -> dict[str, Tensor]:
@@ -150,8 +150,8 @@ class RankState:
                 raise UserError(f"{source} is not of this model: it has {name}")
             if tensor.numel() not in (1, masters[int(number)].numel()):
                 raise UserError(f"{source} is not of this model: {name} is {list(tensor.shape)}")
-        for role, head in self.module.trained_heads.items():
-            check_names_and_shapes(weights.heads[role], self._head(head), f"the checkpoint's {role} head")
+        for name, head in self.module.trained_heads.items():
+            check_names_and_shapes(weights.heads[name], self.read_module(head), f"the checkpoint's {name} head")
 
     def _masters(self) -> list[Tensor]:
         """What the optimizer steps: complete parameters at ZeRO 0, this rank's flat float32 partitions otherwise."""

@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from align.config.ppo_settings import CriticSettings
-from align.learner.files import write_states
+from align.learner.files import read_record, write_states
 from align.learner.state import LearnerState
 from align.ppo.loop import PendingBatch
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.adapters import load_adapter, save_adapter
-from policies.files.safe_reading import read_object
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 
@@ -116,20 +115,11 @@ def read_progress(folder: Path, products: Mapping[str, str]) -> PpoProgress:
     Raises:
         UserError: The file is damaged, or the run's reference or reward model has changed.
     """
-    progress = _validated_progress(folder / "state.json")
+    progress = read_record(folder / "state.json", _PROGRESS)
     for name, digest in products.items():
         if progress.products.get(name) != digest:
             raise UserError(f"{name}/ is not what checkpoint {folder} was trained with: restore the original")
     return progress
-
-
-def _validated_progress(path: Path) -> PpoProgress:
-    try:
-        return _PROGRESS.validate_python(read_object(path), extra="forbid")
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is damaged: {key}: {first['msg']}") from error
 
 
 def read_pending(folder: Path, policy: PolicySettings, progress: PpoProgress) -> list[SavedBatch]:

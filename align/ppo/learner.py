@@ -14,13 +14,12 @@ from align.algorithms.losses import load_policy_loss
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
 from align.data.examples import TokenizedDemonstration
+from align.learner.likelihood import collate_demonstrations, likelihood_objective
 from align.learner.rank import Rank, StepOutcome
 from align.learner.state import LearnerState
 from align.ppo.objective import (
     STATISTICS,
     collate_episodes,
-    collate_ptx_batch,
-    likelihood_objective,
     ppo_objectives,
     summed,
 )
@@ -157,7 +156,7 @@ class PpoLearner:
 
     def policy_weights(self) -> AdapterWeights:
         """A complete copy of the policy's adapter, on the CPU."""
-        return self.rank.adapter("policy")
+        return self.rank.read_adapter(self.roles.trunk, "policy")
 
     def state(self) -> LearnerState:
         """A copy of everything that updates change, on the CPU; see `RankState.state`."""
@@ -192,8 +191,9 @@ class PpoLearner:
         """Accumulate the gradient of the demonstrations. Returns their loss in nats per token."""
         tokens = sum(demonstration.trained_tokens for demonstration in demonstrations)
         weight = tokens / self.ppo.ptx_coefficient
-        collate = partial(collate_ptx_batch, device=self.rank.device)
-        return float(self.rank.backward(demonstrations, weight, [likelihood_objective], collate)) / tokens
+        collate = partial(collate_demonstrations, device=self.rank.device)
+        objective = partial(likelihood_objective, role="policy")
+        return float(self.rank.backward(demonstrations, weight, [objective], collate)) / tokens
 
 
 def _mean_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:

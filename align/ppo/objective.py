@@ -15,7 +15,6 @@ from align.algorithms.episodes import Episode
 from align.algorithms.kl import estimate_kl
 from align.algorithms.losses import PolicyLoss, clipped_value_loss
 from align.config.ppo_settings import PpoSettings
-from align.data.examples import TokenizedDemonstration, pack_demonstrations
 from align.learner.rank import MicrobatchObjective
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
@@ -57,11 +56,6 @@ def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple
         weights=cat(torch.full((len(episode.response_ids),), episode.weight) for episode in episodes),
     )
     return collate(prompts, responses).to(device), targets
-
-
-def collate_ptx_batch(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
-    """Collate demonstrations into the tensors of one forward pass."""
-    return (pack_demonstrations(demonstrations).to(device),)
 
 
 def ppo_objectives(
@@ -156,13 +150,3 @@ def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSetti
 def _value_losses(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
     """The value loss of each token and whether its clip is active, both `[P]`, from hidden states `[P, H]`."""
     return clipped_value_loss(critic.head(states), targets.old_values, targets.returns, ppo.critic.value_clip)
-
-
-def likelihood_objective(roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The ptx objective: the negative log-likelihood of the response tokens of demonstrations, in nats, summed.
-
-    Its statistics `[]` are the same sum without a gradient.
-    """
-    states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")  # [N, H]
-    loss = -roles.logprobs("policy", states, batch, temperature=1.0).sum()  # [P] -> []
-    return loss, loss.detach()

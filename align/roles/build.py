@@ -1,6 +1,6 @@
 """Builds the four roles of the learner from the products of the earlier stages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from policies.heads import ScalarHead
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rewards.model import role_of
+
+SFT_ROLE = "reference"
+"""The role of the SFT model in all stages."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,33 @@ class Blueprint:
     seed: int
     reference: AdapterWeights | None
     rewards: tuple[RewardRole, ...] = ()
+
+
+def build_sft_trunk(
+    model: ModelSettings,
+    policy: PolicySettings,
+    seed: int,
+    purpose: str,
+    roles: Sequence[str] = (),
+    sft: AdapterWeights | None = None,
+) -> Trunk:
+    """Load the base model with an adapter for the SFT model and for each of some roles.
+
+    Args:
+        model: Settings of the base model.
+        policy: Settings of the adapters.
+        seed: Seed of the run.
+        purpose: What the trunk is for: it seeds the random initial weights.
+        roles: The further roles.
+        sft: The SFT adapter; None: the base itself is the SFT model, and the adapter changes nothing.
+    """
+    torch.manual_seed(seed_for(seed, purpose, "adapters"))
+    trunk = build_trunk(model, policy, (SFT_ROLE, *roles))
+    if sft:
+        trunk.write_adapter(SFT_ROLE, sft)
+    else:
+        trunk.initialise(SFT_ROLE)
+    return trunk
 
 
 def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles: tuple[str, ...] = ()) -> Roles:

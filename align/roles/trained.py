@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from policies.layers.lora import parameter_groups_by_rate
@@ -57,7 +58,7 @@ class TrainedModule(nn.Module, ABC):
     @property
     @abstractmethod
     def trained_heads(self) -> dict[str, nn.Module]:
-        """The role that each other trained module belongs to."""
+        """The other trained modules by name: ROLE or ROLE.PART."""
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function with this module and the other arguments."""
@@ -94,9 +95,9 @@ class TrainedModule(nn.Module, ABC):
             for factor, parameters in parameter_groups_by_rate(trunk.adapter(role).items(), trunk.settings.lora_plus):
                 for parameter in parameters:
                     groups.setdefault((role, factor, id(parameter) not in fixed), []).append(parameter)
-        for role, head in self.trained_heads.items():
-            for parameter in head.parameters():
-                groups.setdefault((role, 1.0, id(parameter) not in fixed), []).append(parameter)
+        for name, head in self.trained_heads.items():
+            for parameter in filter(torch.numel, head.parameters()):
+                groups.setdefault((name, 1.0, id(parameter) not in fixed), []).append(parameter)
         return [_make_group(*key, parameters) for key, parameters in groups.items()]
 
 

@@ -5,28 +5,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
+from align.roles.build import build_sft_trunk
 from align.runs.folder import RunFolder, write_facts
 from align.runs.tracking import Tracker
 from align.runtime.atomic_files import new_folder
 from align.runtime.seeds import permutation, seed_for
 from align.runtime.signals import StopRequest
-from policies.build import build_trunk
+from align.supervised.fit import FitContext
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.trunk import AdapterWeights, Trunk
+from rewards.schema import FitSettings
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import make_transformers_engine
-
-if TYPE_CHECKING:
-    from align.supervised.fit import FitContext
 
 
 @dataclass(frozen=True)
@@ -54,40 +52,39 @@ class StageContext:
         return load_adapter(self.run.sft, self.experiment.policy) if self.run.sft.is_dir() else None
 
     def new_trunk(self, purpose: str, *roles: str) -> Trunk:
-        """Load the base model with an adapter per role.
+        """Load the base model with an adapter for `reference`, the SFT model, and for each of some roles.
 
         Args:
             purpose: Seeds the random initial weights.
-            roles: The roles besides `reference`, which gets the SFT adapter or, where the base itself is the SFT model,
-                an adapter that changes nothing.
+            roles: The further roles.
         """
-        torch.manual_seed(seed_for(self.experiment.seed, purpose, "adapters"))
-        trunk = build_trunk(self.experiment.model, self.experiment.policy, ("reference", *roles))
-        if weights := self.sft_weights():
-            trunk.write_adapter("reference", weights)
-        else:
-            trunk.initialise("reference")
-        return trunk
+        experiment = self.experiment
+        return build_sft_trunk(experiment.model, experiment.policy, experiment.seed, purpose, roles, self.sft_weights())
 
-    def fit_context(self, stage: str, member: int = 0) -> "FitContext":
+    def fit_context(self, stage: str, settings: FitSettings, member: int = 0) -> FitContext:
         """The context of a supervised training run.
 
         Args:
             stage: Name of the stage.
+            settings: The settings of the stage.
             member: Index of the ensemble member. Members are trained one after another, each with the data in a
                 different order.
         """
-        from align.supervised.fit import FitContext  # transformers' Trainer, which a plan does not need
-
-        seed = self.experiment.seed
+        experiment = self.experiment
+        learner = experiment.learner
         return FitContext(
             stage=stage,
+            metric_group={"sft": "sft", "reward": "reward_model"}[stage],
             checkpoints=self.run.checkpoints(stage),
-            keep=self.experiment.checkpoint.keep,
-            seed=seed_for(seed, "member", member) if member else seed,
+            keep=experiment.checkpoint.keep,
+            seed=seed_for(experiment.seed, "member", member) if member else experiment.seed,
             tracker=self.tracker,
             stop=self.stop,
-            first=member * self.experiment.reward.optimizer_steps(len(self.datasets.preferences)),
+            policy=experiment.policy,
+            base=experiment.model.path,
+            ranks=learner.ranks if settings.ranks is None else settings.ranks,
+            zero=learner.zero if settings.zero is None else settings.zero,
+            first=member * experiment.reward.optimizer_steps(len(self.datasets.preferences)),
         )
 
     @contextmanager

@@ -1,8 +1,8 @@
 """The reward stage: trains a reward model on preferences, or adopts a ready-made one, and evaluates it."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,21 @@ from align.algorithms.advantages import has_spread
 from align.config.schema import Experiment
 from align.data.examples import TokenizedPreference
 from align.evaluation.reward_model import compute_diagnostics, invariance, write_diagnostics
+from align.roles.build import SFT_ROLE
 from align.runs.folder import RunFolder, read_facts
-from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
-from align.supervised.fit import FitTask, fit
-from align.supervised.reward_objective import (
-    RewardObjective,
-    collate_separate,
-    collate_shared,
-    score_preferences,
-    should_share_prompts,
-)
-from align.supervised.sft_objective import SFT_ROLE
+from align.stages.supervised import train
+from align.supervised.fit import FitResult, fitted_weights
+from align.supervised.reward_objective import RewardBlueprint, score_preferences
 from policies.build import build_trunk
 from policies.files.adapters import load_adapter
 from policies.heads import ScalarHead
 from policies.schema import PolicySettings
 from policies.text.tokenization import Prompt, decode_response
-from policies.trunk import Trunk
+from policies.trunk import AdapterWeights
 from rewards.classifier import Classifier
 from rewards.diagnostics import ACCURACY, distribution
 from rewards.model import RewardModel, load_heads, member_folder, members_in, read_heads, role_of
-from rewards.objective import PreferenceLoss
 from rewards.preferences import OVERALL
 from rewards.schema import RewardSettings
 
@@ -63,6 +56,19 @@ class _Outcome:
     save: Callable[[Path], None]
 
 
+@dataclass(frozen=True)
+class _Member:
+    """The weights of a reward model on the shared base model.
+
+    Attributes:
+        adapter: Its adapter; None: the SFT model's.
+        heads: The weights of its heads.
+    """
+
+    adapter: AdapterWeights | None
+    heads: Sequence[Mapping[str, Tensor]]
+
+
 def run_reward(context: StageContext) -> None:
     """Train the reward model on the preferences, or adopt a ready-made one; write it and its figures to `reward/`."""
     started = time.perf_counter()
@@ -80,20 +86,19 @@ def run_reward(context: StageContext) -> None:
 
 
 def _train_or_load(context: StageContext) -> _Outcome:
-    """Train or load reward models on the shared base model, evaluate them, and normalise them on SFT responses."""
+    """Train or load reward models, evaluate them on one base model, and normalise them on SFT responses."""
     settings = context.experiment.reward
-    roles = [role_of(member) for member in range(_member_count(settings))]
-    trunk = context.new_trunk("reward", *roles)
-    models = [_new_model(context, trunk, member) for member in range(len(roles))]
-    facts: dict[str, Any] = {"members": len(models)}
+    count = _member_count(settings)
+    facts: dict[str, Any] = {"members": count}
     if settings.model:
-        for member, model in enumerate(models):
-            load_member(model, context.experiment.policy, member_folder(settings.model, member))
+        members = [_read_member(context, settings.model, member) for member in range(count)]
         facts["model"] = settings.model
-        current = folded_moments(settings, Path(settings.model), len(models))
+        current = folded_moments(settings, Path(settings.model), count)
     else:
-        facts |= _train_members(context, models)
-        current = [IDENTITY] * len(models)
+        members, results = _train_members(context, count)
+        facts |= results
+        current = [IDENTITY] * count
+    models = _build_models(context, members)
     figures: dict[str, Any] = {}
     worst_errors: list[dict[str, Any]] = []
     if heldout := context.datasets.preferences_heldout:
@@ -108,15 +113,68 @@ def _train_or_load(context: StageContext) -> _Outcome:
     return _Outcome(facts, figures, worst_errors, save=partial(_save_members, models, to_fold))
 
 
-def _train_members(context: StageContext, models: Sequence[RewardModel]) -> dict[str, Any]:
+def _train_members(context: StageContext, count: int) -> tuple[list[_Member], dict[str, Any]]:
     """Train the members of an ensemble one after another. Returns their facts, as lists where there are several."""
-    results = [_train(context, model, member) for member, model in enumerate(models)]
+    members = []
+    results = []
+    for number in range(count):
+        member, result = _train(context, number)
+        members.append(member)
+        results.append(asdict(result))
     facts: dict[str, Any] = results[0]
-    if len(results) > 1:
+    if count > 1:
         facts = {}
         for name in results[0]:
             facts[name] = [result[name] for result in results]
-    return facts | {"skipped_rows": len(context.datasets.skipped.get("preferences", []))}
+    return members, facts | {"skipped_rows": len(context.datasets.skipped.get("preferences", []))}
+
+
+def _train(context: StageContext, number: int) -> tuple[_Member, FitResult]:
+    """Train a member, starting from the SFT model."""
+    experiment = context.experiment
+    settings = experiment.reward
+    preferences = context.datasets.preferences
+    blueprint = RewardBlueprint(
+        model=experiment.model,
+        policy=experiment.policy,
+        seed=experiment.seed,
+        member=number,
+        sft=context.sft_weights(),
+        examples=preferences,
+        heldout=context.datasets.preferences_heldout,
+        settings=settings,
+    )
+    role = role_of(number)
+    fit_context = context.fit_context("reward", settings, number)
+    lengths = [preference.length for preference in preferences]
+    result = train(context, blueprint.build, lengths, settings, fit_context)
+    trained = [role] if settings.trains == "adapter" else []
+    weights = fitted_weights(fit_context, trained, [role])
+    heads = []
+    for index in range(len(settings.weights)):
+        heads.append({part: weights.heads[role][f"{index}.{part}"] for part in ("weight", "bias")})
+    return _Member(weights.adapters.get(role), heads), result
+
+
+def _read_member(context: StageContext, folder: str, number: int) -> _Member:
+    """Read a member of a ready-made reward model."""
+    path = member_folder(folder, number)
+    experiment = context.experiment
+    return _Member(load_adapter(path, experiment.policy), read_heads(path, experiment.reward.weights))
+
+
+def _build_models(context: StageContext, members: Sequence[_Member]) -> list[RewardModel]:
+    """The members of an ensemble on one base model, beside the SFT model."""
+    weights = context.experiment.reward.weights
+    roles = [role_of(number) for number in range(len(members))]
+    trunk = context.new_trunk("reward", *roles)
+    models = []
+    for role, member in zip(roles, members, strict=True):
+        trunk.write_adapter(role, member.adapter or trunk.read_adapter(SFT_ROLE))
+        heads = [ScalarHead.zeros(trunk.width).to(trunk.causal.device) for _ in weights]
+        load_heads(heads, member.heads, context.run.reward)
+        models.append(RewardModel(trunk, heads, weights, role))
+    return models
 
 
 def _sft_scores(context: StageContext, models: Sequence[RewardModel]) -> list[Tensor]:
@@ -168,49 +226,10 @@ def _member_count(settings: RewardSettings) -> int:
     return members_in(settings.model) if settings.model else 1
 
 
-def _new_model(context: StageContext, trunk: Trunk, member: int) -> RewardModel:
-    """A reward model whose initial heads depend on the seed and the member."""
-    weights = context.experiment.reward.weights
-    purpose = ("reward head", member) if member else ("reward head",)
-    generator = torch.Generator().manual_seed(seed_for(context.experiment.seed, *purpose))
-    heads = [ScalarHead(trunk.width, generator).to(trunk.causal.device) for _ in weights]
-    return RewardModel(trunk, heads, weights, role_of(member))
-
-
 def load_member(model: RewardModel, policy: PolicySettings, folder: Path) -> None:
     """Load the adapter and heads of a folder into a reward model."""
     model.trunk.write_adapter(model.role, load_adapter(folder, policy))
     load_heads(model.heads, read_heads(folder, model.weights), folder)
-
-
-def _train(context: StageContext, model: RewardModel, member: int) -> dict[str, Any]:
-    """Train a member, starting from the SFT model. Returns the facts of its training."""
-    settings = context.experiment.reward
-    datasets = context.datasets
-    trunk = model.trunk
-    trunk.write_adapter(model.role, trunk.read_adapter(SFT_ROLE))
-    if settings.trains == "head":
-        trunk.train_only()
-    else:
-        if not context.run.sft.is_dir():
-            trunk.start_training(model.role)
-        trunk.train_only(model.role)
-    examples = [preference.example for preference in datasets.preferences]
-    heldout = [preference.example for preference in datasets.preferences_heldout]
-    loss = PreferenceLoss(examples, settings.weights, settings.ratings, heldout)
-    objective = RewardObjective(model, loss.to(trunk.causal.device), settings.label_smoothing, settings.centering)
-    shares_prompt = should_share_prompts(trunk, model.role, datasets.preferences)
-    task = FitTask(
-        objective=objective,
-        examples=[replace(preference, shares_prompt=shares_prompt) for preference in datasets.preferences],
-        collate=collate_shared if shares_prompt else collate_separate,
-        split=partial(trunk.microbatches, padded=shares_prompt),
-        heldout_loss=partial(objective.heldout_loss, datasets.preferences_heldout, trunk.default_microbatch_tokens()),
-        metric_group="reward_model",
-        lora_plus=context.experiment.policy.lora_plus,
-        parameter_groups=loss.parameter_groups,
-    )
-    return asdict(fit(task, settings, context.fit_context("reward", member)))
 
 
 def _adopt_classifier(context: StageContext, path: str) -> _Outcome:
@@ -262,7 +281,7 @@ def _last_step(context: StageContext, facts: dict[str, Any]) -> int:
     if isinstance(steps, int):
         return steps
     last_member = len(steps) - 1
-    return context.fit_context("reward", last_member).first + steps[last_member]
+    return context.fit_context("reward", context.experiment.reward, last_member).first + steps[last_member]
 
 
 def _save_members(models: Sequence[RewardModel], to_fold: Sequence[Moments], folder: Path) -> None:

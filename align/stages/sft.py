@@ -2,45 +2,47 @@
 
 import time
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
+from align.roles.build import SFT_ROLE
 from align.stages.context import StageContext
-from align.supervised.fit import FitTask, fit
-from align.supervised.sft_objective import SFT_ROLE, Likelihood, collate_demonstrations, heldout_loss
-from policies.files.adapters import load_adapter
-from policies.trunk import Trunk
+from align.stages.supervised import train
+from align.supervised.fit import fitted_weights
+from align.supervised.sft_objective import SftBlueprint
+from policies.files.adapters import load_adapter, save_adapter
+from policies.trunk import AdapterWeights
 
 
 def run_sft(context: StageContext) -> None:
     """Train the adapter of role `reference` on the demonstrations, or adopt a ready-made one; write it to `sft/`."""
     started = time.perf_counter()
-    trunk = context.new_trunk("sft")
-    settings = context.experiment.sft
-    ready_made = settings.adapter
+    experiment = context.experiment
+    ready_made = experiment.sft.adapter
     if ready_made:
-        trunk.write_adapter(SFT_ROLE, load_adapter(ready_made, context.experiment.policy, settings.residual_base))
+        adapter = load_adapter(ready_made, experiment.policy, experiment.sft.residual_base)
         facts: dict[str, Any] = {"adapter": ready_made}
     else:
-        facts = _train(context, trunk)
+        adapter, facts = _train(context)
     with context.new_product(context.run.sft, facts, started) as folder:
-        trunk.save(SFT_ROLE, folder)
+        save_adapter(folder, adapter, experiment.policy, experiment.model.path)
 
 
-def _train(context: StageContext, trunk: Trunk) -> dict[str, Any]:
-    """Train the adapter. Returns the facts of `stage.json`."""
-    trunk.start_training(SFT_ROLE)
-    trunk.train_only(SFT_ROLE)
-    objective = Likelihood(trunk)
-    task = FitTask(
-        objective=objective,
-        examples=context.datasets.demonstrations,
-        collate=collate_demonstrations,
-        split=trunk.microbatches,
-        heldout_loss=partial(heldout_loss, objective, context.datasets.demonstrations_heldout),
-        metric_group="sft",
-        lora_plus=context.experiment.policy.lora_plus,
+def _train(context: StageContext) -> tuple[AdapterWeights, dict[str, Any]]:
+    """Train the adapter. Returns it and the facts of `stage.json`."""
+    experiment = context.experiment
+    settings = experiment.sft
+    demonstrations = context.datasets.demonstrations
+    blueprint = SftBlueprint(
+        model=experiment.model,
+        policy=experiment.policy,
+        seed=experiment.seed,
+        examples=demonstrations,
+        heldout=context.datasets.demonstrations_heldout,
+        learning_rate=settings.learning_rate,
     )
-    result = fit(task, context.experiment.sft, context.fit_context("sft"))
+    fit_context = context.fit_context("sft", settings)
+    lengths = [demonstration.length for demonstration in demonstrations]
+    result = train(context, blueprint.build, lengths, settings, fit_context)
+    adapter = fitted_weights(fit_context, [SFT_ROLE], []).adapters[SFT_ROLE]
     skipped = context.datasets.skipped.get("demonstrations", [])
-    return asdict(result) | {"skipped_rows": len(skipped)}
+    return adapter, asdict(result) | {"skipped_rows": len(skipped)}

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import torch
-from torch.utils.data import Sampler
 
 from align.runtime.seeds import seed_for
 from policies.batching import shares
@@ -14,44 +14,40 @@ POOL = 50
 would differ more from epoch to epoch."""
 
 
-class LengthBatches(Sampler[list[int]]):
-    """Batches in random order, each of examples of similar length, and thus with little padding.
+def batches_from(step: int, lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """The batches of a step and of all later ones, epoch after epoch; arguments as of `epoch_batches`."""
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    for epoch in count(step // per_epoch):
+        first = step % per_epoch if epoch == step // per_epoch else 0
+        yield from epoch_batches(lengths, batch_size, seed, epoch)[first:]
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of an epoch in random order, each of examples of similar length, and thus with little padding.
 
     An epoch has as few batches as the batch size allows, and their sizes differ by one at most: a small one left over
-    would take a step as large as the others, on a noisy gradient.
+    would take a step as large as the others, on a noisy gradient. The order depends on seed and epoch alone, so a
+    resumed stage continues in the same order.
+
+    Args:
+        lengths: The length of each example, in tokens.
+        batch_size: Largest number of examples in a batch.
+        seed: Seed of all epochs.
+        epoch: The epoch, from 0.
+
+    Returns:
+        The indices of the examples of each batch.
     """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        """Set up the batches.
-
-        Args:
-            lengths: The length of each example, in tokens.
-            batch_size: Largest number of examples in a batch.
-            seed: Seed of all epochs.
-        """
-        self.lengths = lengths
-        self.sizes = [len(share) for share in shares(len(lengths), math.ceil(len(lengths) / batch_size))]
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch. The order depends on seed and epoch alone, so a resumed stage continues in the same order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "epoch", self.epoch))
-        order = iter(torch.randperm(len(self.lengths), generator=generator).tolist())
-        sizes = iter(self.sizes)
-        batches: list[list[int]] = []
-        for share in shares(len(self.sizes), math.ceil(len(self.sizes) / POOL)):
-            pool_sizes = [next(sizes) for _ in share]
-            pool = sorted([next(order) for _ in range(sum(pool_sizes))], key=lambda index: self.lengths[index])
-            start = 0
-            for size in pool_sizes:
-                batches.append(pool[start : start + size])
-                start += size
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[index]
+    sizes = [len(share) for share in shares(len(lengths), math.ceil(len(lengths) / batch_size))]
+    generator = torch.Generator().manual_seed(seed_for(seed, "epoch", epoch))
+    order = iter(torch.randperm(len(lengths), generator=generator).tolist())
+    remaining_sizes = iter(sizes)
+    batches: list[list[int]] = []
+    for share in shares(len(sizes), math.ceil(len(sizes) / POOL)):
+        pool_sizes = [next(remaining_sizes) for _ in share]
+        pool = sorted([next(order) for _ in range(sum(pool_sizes))], key=lambda index: lengths[index])
+        start = 0
+        for size in pool_sizes:
+            batches.append(pool[start : start + size])
+            start += size
+    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,72 +1,33 @@
-"""Supervised training on transformers' Trainer, with align's own checkpoints and metrics."""
+"""The loop of a supervised stage: batches, optimizer steps, evaluations and checkpoints."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
-from torch import nn
-from torch.optim import AdamW, Optimizer
-from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from pydantic import Field, TypeAdapter
 
-from align.learner.schedules import warmed
-from align.runs.checkpoint import latest, prune, seal, step_of
+from align.learner.files import read_record, read_states, read_weights, write_states, write_weights
+from align.learner.schedules import schedule_factor
+from align.learner.state import TrainedWeights
+from align.runs.checkpoint import latest, new_checkpoint, step_of
 from align.runs.tracking import Tracker
-from align.runtime.atomic_files import new_folder, publish_folder, write_json
+from align.runtime.atomic_files import new_folder, write_json
+from align.runtime.failures import Fault
 from align.runtime.progress import ProgressBar
 from align.runtime.seeds import seed_for
 from align.runtime.signals import Interrupted, StopRequest
-from align.supervised.trainer import (
-    TRAINED_WEIGHTS,
-    Collate,
-    FitTrainer,
-    Objective,
-    SkipNonFinite,
-    SplitByLength,
-    TrainingExample,
-    read_trained_weights,
-    split_microbatches,
-    trained_weights,
-)
-from align.supervised.trainer_state import read_state
-from policies.errors import UserError
-from policies.files.safe_reading import read_object
-from policies.files.writing import save_tensors
-from policies.layers.lora import parameter_groups_by_rate
+from align.supervised.batches import batches_from
+from align.supervised.learner import StepResult, SupervisedLearners
+from policies.schema import PolicySettings
 from rewards.schema import FitSettings
 
 BEST = "best"
 RESULT = "fitted.json"
-
-
-@dataclass(frozen=True)
-class FitTask:
-    """What is trained, and on which examples.
-
-    Attributes:
-        objective: The module whose parameters that require gradients are trained. Its forward pass returns
-            `{"loss": …}`: the summed losses of a microbatch divided by `num_items_in_batch`, the number of `labels` in
-            the whole batch.
-        examples: The training examples.
-        collate: Turns the examples of a microbatch into the objective's arguments.
-        split: Splits a batch into microbatches, see `Trunk.microbatches`.
-        heldout_loss: Computes the loss of the objective on held-out examples.
-        metric_group: First part of the names of the logged metrics.
-        lora_plus: `policy.lora_plus`.
-        parameter_groups: Parameters with settings of AdamW of their own, as its parameter groups.
-    """
-
-    objective: Objective
-    examples: Sequence[TrainingExample]
-    collate: Collate
-    split: SplitByLength
-    heldout_loss: Callable[[], float]
-    metric_group: str
-    lora_plus: float | None = None
-    parameter_groups: Sequence[Mapping[str, Any]] = ()
+STATE = "state.json"
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -75,20 +36,30 @@ class FitContext:
 
     Attributes:
         stage: Name of the stage.
+        metric_group: First part of the names of the logged metrics.
         checkpoints: Folder of the stage's checkpoints.
         keep: How many of the latest checkpoints are kept.
         seed: Seed of the order of the examples.
         tracker: Logs the metrics.
         stop: Checked after every step.
+        policy: Settings of the adapter.
+        base: Folder or hub name of the base model.
+        ranks: Number of ranks; 0: one in this process.
+        zero: The ZeRO stage.
         first: Number of steps of the stage before this training run.
     """
 
     stage: str
+    metric_group: str
     checkpoints: Path
     keep: int
     seed: int
     tracker: Tracker
     stop: StopRequest
+    policy: PolicySettings
+    base: str
+    ranks: int = 0
+    zero: int = 0
     first: int = 0
 
 
@@ -97,24 +68,69 @@ class FitResult:
     """The outcome of a training run.
 
     Attributes:
-        steps: Number of optimizer steps taken.
+        steps: Number of optimizer steps, skipped ones included.
         best_step: Step of the weights that were kept.
         heldout_loss: Held-out loss of the weights that were kept.
     """
 
-    steps: int
-    best_step: int
+    steps: Count
+    best_step: Count
     heldout_loss: float
 
 
-def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
-    """Train an objective, or resume its training from the last checkpoint.
+@dataclass
+class FitProgress:
+    """The progress of a training run: everything in a checkpoint besides the learner's state.
 
-    Afterwards the objective holds the weights with the best held-out loss, which is evaluated every `evaluate_every`
-    steps and at the end. Batches are made of examples of similar length.
+    Attributes:
+        step: Number of completed steps, skipped ones included.
+        skipped: Number of skipped steps.
+        skipped_in_a_row: Number of steps skipped since the last that was not.
+        best_step: Step of the best held-out loss so far.
+        best_loss: The best held-out loss so far; None before the first evaluation.
+        ranks: Number of ranks that saved the optimizer's state; 0: one rank in the controller's process.
+        zero: ZeRO stage of these ranks.
+    """
+
+    step: Count = 0
+    skipped: Count = 0
+    skipped_in_a_row: Count = 0
+    best_step: Count = 0
+    best_loss: float | None = None
+    ranks: Count = 0
+    zero: Count = 0
+
+
+_PROGRESS = TypeAdapter(FitProgress)
+_RESULT = TypeAdapter(FitResult)
+
+
+def finished(context: FitContext) -> FitResult | None:
+    """The result of a training run that has ended; None before."""
+    path = _done(context) / RESULT
+    return read_record(path, _RESULT) if path.is_file() else None
+
+
+def fitted_weights(context: FitContext, adapters: Sequence[str], heads: Sequence[str]) -> TrainedWeights:
+    """The weights of a training run that has ended, those with the best held-out loss.
 
     Args:
-        task: What is trained.
+        context: Its context.
+        adapters: The roles whose adapters were trained.
+        heads: The roles whose heads were trained.
+    """
+    return read_weights(_done(context), context.policy, adapters, heads)
+
+
+def fit(learners: SupervisedLearners, lengths: Sequence[int], settings: FitSettings, context: FitContext) -> FitResult:
+    """Train to the end, from the last checkpoint if there is one.
+
+    The weights with the best held-out loss, which is evaluated every `evaluate_every` steps and at the end, are kept
+    (see `fitted_weights`).
+
+    Args:
+        learners: The learner, whose objective has not been trained.
+        lengths: The length of each training example, in tokens. Batches are made of examples of similar length.
         settings: The settings of the training run.
         context: Its folder, seed, tracker and stop request.
 
@@ -122,171 +138,130 @@ def fit(task: FitTask, settings: FitSettings, context: FitContext) -> FitResult:
         Interrupted: A stop was requested; a checkpoint has been written.
         Fault: The gradient was not finite in too many consecutive steps.
     """
-    done = context.checkpoints / f"done-{context.first}"
-    if done.is_dir():
-        read_trained_weights(task.objective, done / TRAINED_WEIGHTS)
-        return _read_result(done / RESULT)
-    state = _train(task, settings, context)
-    assert state.best_metric is not None  # the last step is always evaluated
-    read_trained_weights(task.objective, context.checkpoints / BEST / TRAINED_WEIGHTS)
-    result = FitResult(state.global_step, state.best_global_step, state.best_metric)
-    with new_folder(done) as folder:
-        save_tensors(trained_weights(task.objective), folder / TRAINED_WEIGHTS)
+    run = _Run(learners, lengths, settings, context)
+    run.resume()
+    run.train()
+    assert run.progress.best_loss is not None  # the last step is always evaluated
+    result = FitResult(run.progress.step, run.progress.best_step, run.progress.best_loss)
+    with new_folder(_done(context)) as folder:
+        shutil.copytree(context.checkpoints / BEST, folder, dirs_exist_ok=True)
         write_json(folder / RESULT, asdict(result))
     if context.stop.requested:
         raise Interrupted
     return result
 
 
-def _train(task: FitTask, settings: FitSettings, context: FitContext) -> TrainerState:
-    """Train to the end. Raises Interrupted if a stop is requested before."""
-    for unsealed in context.checkpoints.glob("checkpoint-*"):  # the Trainer was killed while it wrote this one
-        shutil.rmtree(unsealed)
-    task.objective.eval()  # brings all submodules into one mode, or `Objective.train` would skip some
-    task.objective.accepts_loss_kwargs = True  # type: ignore[assignment]  # makes the Trainer pass num_items_in_batch
-    steps = settings.optimizer_steps(len(task.examples))
-    arguments = _training_arguments(settings, context, steps)
-    with ProgressBar(context.stage, steps) as progress:
-        monitor = _Monitor(task, settings, context, steps, progress)
-        trainer = FitTrainer(
-            model=task.objective,
-            args=arguments,
-            train_dataset=task.examples,
-            data_collator=partial(split_microbatches, task.collate, task.split, settings.tokens_per_microbatch),
-            optimizers=(_optimizer(task, settings), None),
-            callbacks=[monitor],
+def _done(context: FitContext) -> Path:
+    return context.checkpoints / f"done-{context.first}"
+
+
+@dataclass
+class _Run:
+    """A training run between two steps."""
+
+    learners: SupervisedLearners
+    lengths: Sequence[int]
+    settings: FitSettings
+    context: FitContext
+    progress: FitProgress = field(default_factory=FitProgress)
+
+    @property
+    def steps(self) -> int:
+        return self.settings.optimizer_steps(len(self.lengths))
+
+    def resume(self) -> None:
+        """Restore the last checkpoint of this training run, if there is one."""
+        last = latest(self.context.checkpoints)
+        if last is not None and step_of(last) > self.context.first:  # not one of an earlier training run of the stage
+            self.progress = read_record(last / STATE, _PROGRESS)
+            adapters, heads = self.learners.trained_names()
+            states = read_states(last, self.context.policy, adapters, heads, self.progress.ranks)
+            self.learners.restore(states, self.progress.zero)
+        self.progress.ranks = self.context.ranks
+        self.progress.zero = self.context.zero
+
+    def train(self) -> None:
+        """Take the remaining steps. Raises Interrupted if a stop is requested before the last."""
+        batches = batches_from(
+            step=self.progress.step,
+            lengths=self.lengths,
+            batch_size=self.settings.batch_size,
+            seed=seed_for(self.context.seed, self.context.stage),
         )
-        trainer.remove_callback(PrinterCallback)
-        optimizer = trainer.create_optimizer()
-        _move_to_own_groups(optimizer, task.parameter_groups)
-        optimizer.register_step_pre_hook(SkipNonFinite(settings.max_skipped, context.stage))
-        last = latest(context.checkpoints)
-        if last is None or step_of(last) <= context.first:  # none, or one of an earlier training run of this stage
-            trainer.train()
-            state = trainer.state
-        else:
-            state = read_state(last)
-            if not monitor.is_over(state):
-                trainer.train(resume_from_checkpoint=str(last))
-                state = trainer.state
-    task.objective.eval()
-    if not monitor.is_over(state):
-        raise Interrupted
-    return state
+        with ProgressBar(self.context.stage, self.steps) as progress_bar:
+            while not self.is_over():
+                result = self._step(next(batches))
+                progress_bar.advance(self.progress.step, **_shown(result))
+                if self.progress.step == self.steps or _is_due(self.progress.step, self.settings.evaluate_every):
+                    self._evaluate()
+                stops = self.is_over() or self.context.stop.requested
+                if stops or _is_due(self.progress.step, self.settings.checkpoint_every):
+                    self._save()
+                if stops and not self.is_over():
+                    raise Interrupted
 
-
-def _training_arguments(settings: FitSettings, context: FitContext, steps: int) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(context.checkpoints),
-        per_device_train_batch_size=settings.batch_size,
-        max_steps=steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=warmed(settings.schedule),
-        warmup_steps=round(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch_fused",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=settings.checkpoint_every,
-        seed=seed_for(context.seed, context.stage) % 2**32,  # NumPy takes 32 bits
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # the objective is one module on one device; no DataParallel
-    return arguments
-
-
-def _read_result(path: Path) -> FitResult:
-    values = read_object(path)
-    try:
-        return FitResult(int(values["steps"]), int(values["best_step"]), float(values["heldout_loss"]))
-    except (LookupError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _optimizer(task: FitTask, settings: FitSettings) -> Optimizer | None:
-    """AdamW with the learning rates of LoRA+; None leaves the optimizer to the Trainer."""
-    if task.lora_plus is None:
-        return None
-    trained = [(name, p) for name, p in task.objective.named_parameters() if p.requires_grad]
-    groups = []
-    for factor, parameters in parameter_groups_by_rate(trained, task.lora_plus):
-        groups.append({"params": parameters, "lr": settings.learning_rate * factor})
-    return AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-
-
-def _move_to_own_groups(optimizer: Optimizer, own_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Give parameters groups of their own instead of those that they are in."""
-    moved: set[int] = set()
-    for group in own_groups:
-        moved.update(id(parameter) for parameter in group["params"])
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-    for group in own_groups:
-        optimizer.add_param_group(dict(group))
-
-
-class _Monitor(TrainerCallback):
-    """Logs every step, evaluates the held-out loss, seals checkpoints, and decides when training is over."""
-
-    def __init__(
-        self, task: FitTask, settings: FitSettings, context: FitContext, steps: int, progress: ProgressBar
-    ) -> None:
-        self.task = task
-        self.settings = settings
-        self.context = context
-        self.steps = steps
-        self.progress = progress
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            metrics = {
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "gradient_norm": logs["grad_norm"],
-            }
-            self._log(state, metrics)
-            self.progress.advance(state.global_step, loss=logs["loss"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        every = self.settings.evaluate_every
-        if state.global_step == self.steps or (every and state.global_step % every == 0):
-            self._evaluate(state, model)
-        if self.is_over(state) or self.context.stop.requested:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def _evaluate(self, state: Any, model: nn.Module) -> None:
-        model.eval()
-        loss = self.task.heldout_loss()
-        self._log(state, {"heldout_loss": loss})
-        if state.best_metric is None or loss < state.best_metric:
-            state.best_metric = loss  # in the Trainer's state, so that checkpoints have it
-            state.best_global_step = state.global_step
-            with new_folder(self.context.checkpoints / BEST) as folder:
-                save_tensors(trained_weights(model), folder / TRAINED_WEIGHTS)
-
-    def is_over(self, state: TrainerState) -> bool:
+    def is_over(self) -> bool:
         """Whether the last step is evaluated, or `patience` evaluations have brought no better held-out loss."""
-        if state.best_metric is None:
+        progress = self.progress
+        if progress.best_loss is None:
             return False
-        if state.global_step == self.steps:
+        if progress.step == self.steps:
             return True
         if self.settings.patience is None:
             return False
-        steps_since_best = state.global_step - (state.best_global_step or 0)
-        return steps_since_best >= self.settings.patience * self.settings.evaluate_every
+        return progress.step - progress.best_step >= self.settings.patience * self.settings.evaluate_every
 
-    def _log(self, state: Any, metrics: dict[str, float]) -> None:
-        named = {f"{self.task.metric_group}/{name}": value for name, value in metrics.items()}
-        self.context.tracker.log(self.context.stage, self.context.first + state.global_step, named)
+    def _step(self, numbers: Sequence[int]) -> StepResult:
+        """Take an optimizer step, and log it."""
+        settings = self.settings
+        progress = self.progress
+        started = time.perf_counter()
+        # The schedule does not advance on skipped steps.
+        taken = progress.step - progress.skipped
+        factor = schedule_factor(settings.schedule, taken, self.steps, settings.warmup)
+        result = self.learners.train(numbers, progress.step, factor)
+        progress.step += 1
+        seconds = time.perf_counter() - started
+        rates = {"learning_rate": settings.learning_rate * factor}
+        speed = {"tokens_per_second": sum(self.lengths[number] for number in numbers) / seconds}
+        self._log(result.metrics | rates | speed)
+        progress.skipped += result.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        if progress.skipped_in_a_row == settings.max_skipped:
+            raise Fault(
+                f"the gradient was not finite in {settings.max_skipped} consecutive steps "
+                f"({self.context.stage}.max_skipped)"
+            )
+        return result
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Seal the Trainer's checkpoint, under the name that align's checkpoints have."""
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        seal(written)
-        publish_folder(written, written.with_name(f"step-{self.context.first + state.global_step}"))
-        prune(self.context.checkpoints, self.context.keep)
+    def _evaluate(self) -> None:
+        """Compute the held-out loss, and keep the weights where it is the best so far."""
+        loss = self.learners.heldout_loss()
+        self._log({"heldout_loss": loss})
+        if self.progress.best_loss is None or loss < self.progress.best_loss:
+            self.progress.best_loss = loss
+            self.progress.best_step = self.progress.step
+            product = self.learners.product()
+            with new_folder(self.context.checkpoints / BEST) as folder:
+                write_weights(folder, product, self.context.policy, self.context.base)
+
+    def _save(self) -> None:
+        """Write a checkpoint."""
+        context = self.context
+        states = self.learners.state()
+        with new_checkpoint(context.checkpoints, context.first + self.progress.step, context.keep) as folder:
+            write_states(folder, states, context.policy, context.base)
+            write_json(folder / STATE, asdict(self.progress))
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        named = {f"{self.context.metric_group}/{name}": value for name, value in metrics.items()}
+        self.context.tracker.log(self.context.stage, self.context.first + self.progress.step, named)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _shown(result: StepResult) -> dict[str, float]:
+    """The figures of the progress line."""
+    return {name: result.metrics[name] for name in ("loss", "accuracy") if name in result.metrics}

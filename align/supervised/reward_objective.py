@@ -2,83 +2,214 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.data.examples import TokenizedPreference
-from align.supervised.trainer import Objective
-from policies.batching import collate, collate_shared_prompts
+from align.roles.build import SFT_ROLE, build_sft_trunk
+from align.roles.trained import ParameterGroup
+from align.runtime.seeds import seed_for
+from align.supervised.objective import Objective, SupervisedModule
+from policies.batching import Batch, SharedPromptBatch, collate, collate_shared_prompts
+from policies.heads import ScalarHead
 from policies.module_names import linears
-from policies.trunk import Trunk
-from rewards.model import RewardModel
+from policies.schema import ModelSettings, PolicySettings
+from policies.trunk import AdapterWeights, Trunk
+from rewards.diagnostics import comparisons
+from rewards.model import RewardModel, role_of
 from rewards.objective import PreferenceLoss
 from rewards.preferences import OVERALL, PreferenceExample
+from rewards.schema import RewardSettings
 
 log = logging.getLogger(__name__)
 
+Examples = Sequence[PreferenceExample]
 
-class RewardObjective(Objective):
+
+class RewardModule(SupervisedModule):
+    """The module of the reward stage: the role's adapter, its heads, and the parameters of the loss.
+
+    Attributes:
+        loss: The loss of preference examples.
+        shares_prompts: Whether all responses to a prompt follow one copy of it while the module is trained.
+    """
+
+    loss_parameters: PreferenceLoss
+
+    def __init__(self, model: RewardModel, loss: PreferenceLoss, trains_adapter: bool, shares_prompts: bool) -> None:
+        super().__init__(model.trunk, model.role, trains_adapter, model.heads, loss)
+        self.shares_prompts = shares_prompts
+
+    def microbatches(self, lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
+        """As `TrainedModule.microbatches`; examples that share a prompt are padded."""
+        return self.trunk.microbatches(lengths, tokens, padded=self.shares_prompts and self.training)
+
+    def groups(self) -> list[ParameterGroup]:
+        """As `TrainedModule.groups`, and groups of their own for parameters of the loss that need other settings."""
+        own: list[ParameterGroup] = []
+        moved: set[int] = set()
+        for name, settings in self.loss_parameters.own_groups.items():
+            own.append(ParameterGroup(f"{self.role}.{name}", settings.parameters, options=settings.options))
+            moved.update(map(id, settings.parameters))
+        rest = []
+        for group in super().groups():
+            parameters = [parameter for parameter in group.parameters if id(parameter) not in moved]
+            if parameters:
+                rest.append(replace(group, parameters=parameters))
+        return [*rest, *own]
+
+
+class RewardObjective(Objective[TokenizedPreference]):
     """The mean loss over a batch of preference examples, in nats."""
 
-    def __init__(self, model: RewardModel, loss: PreferenceLoss, label_smoothing: float, centering: float) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.label_smoothing = label_smoothing
-        self.centering = centering
-
-    def forward(
+    def __init__(
         self,
-        examples: Sequence[PreferenceExample],
-        ids: Tensor,
-        last: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor,
-        **layout: Any,
-    ) -> dict[str, Tensor]:
-        """Compute this microbatch's part of the batch's loss.
+        model: RewardModel,
+        module: RewardModule,
+        examples: Sequence[TokenizedPreference],
+        heldout: Sequence[TokenizedPreference],
+        settings: RewardSettings,
+    ) -> None:
+        """Put the parts together.
 
         Args:
-            examples: `[B]`, the preference examples.
-            ids: Token ids, of a `Batch` or a `SharedPromptBatch`.
-            last: `[R]` int64, index into `ids` of the last token of each response.
-            labels: `[B]`, only counted: the Trainer passes their number in the whole batch as `num_items_in_batch`.
-            num_items_in_batch: Number of examples in the whole batch.
-            layout: The rest of the batch: `lengths`, or `positions` and `attention_mask`.
+            model: The reward model.
+            module: What is trained of it.
+            examples: The training examples.
+            heldout: The held-out examples.
+            settings: The settings of the reward stage.
+        """
+        self.model = model
+        self.module = module
+        self.preference_loss = module.loss_parameters
+        self.examples = [replace(example, shares_prompt=module.shares_prompts) for example in examples]
+        self.heldout = heldout
+        self.label_smoothing = settings.label_smoothing
+        self.centering = settings.centering
+        self.peak_rates = {model.role: settings.learning_rate}
+        for name, group in self.preference_loss.own_groups.items():
+            self.peak_rates[f"{model.role}.{name}"] = group.learning_rate
+        self._collate = _collate_shared if module.shares_prompts else _collate_separate
+
+    def weight(self, examples: Sequence[TokenizedPreference]) -> float:
+        return len(examples)
+
+    def collate(self, examples: Sequence[TokenizedPreference], device: torch.device) -> tuple[Any, Examples]:
+        return self._collate(examples, device)
+
+    def loss(self, module: RewardModule, batch: Batch | SharedPromptBatch, examples: Examples) -> tuple[Tensor, Tensor]:
+        """The summed loss of a microbatch of B examples with R responses in all.
 
         Returns:
-            The scalar `loss`.
+            The loss `[]`; and `[4]`: its sum, and over the comparisons within the examples, the number ranked right,
+            the sum of the score differences, and the number of comparisons.
         """
-        scores = self._scores(ids, last, **layout)  # [R, A]
-        loss = self.loss(scores, examples, self.label_smoothing).sum()
+        scores = self._scores(batch)  # [R, A]
+        loss = self.preference_loss(scores, examples, self.label_smoothing).sum()
         if self.centering:
             counts = [len(example.responses) for example in examples]
-            scores_by_example = self.loss.score(scores, OVERALL).split(counts)
+            scores_by_example = self.preference_loss.score(scores, OVERALL).split(counts)
             means = torch.stack([example_scores.mean() for example_scores in scores_by_example])  # [B]
             loss = loss + self.centering * means.square().sum()
-        return {"loss": loss / num_items_in_batch}
+        differences = self._differences(scores.detach(), examples)  # [C]
+        right = (differences > 0).sum() + 0.5 * (differences == 0).sum()
+        count = differences.new_tensor(len(differences))
+        return loss + self.preference_loss.nothing(), torch.stack([loss.detach(), right, differences.sum(), count])
 
-    def _scores(
-        self,
-        ids: Tensor,
-        last: Tensor,
-        lengths: Sequence[int] | None = None,
-        positions: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        if lengths is not None:
-            return self.model.scores_packed(ids, lengths, last)
-        assert positions is not None
-        assert attention_mask is not None
-        return self.model.scores_shared_prompts(ids, positions, attention_mask, last)
+    def collate_heldout(self, examples: Sequence[TokenizedPreference], device: torch.device) -> tuple[Any, Examples]:
+        """As `collate`, each response with its own copy of the prompt, as in PPO."""
+        return _collate_separate(examples, device)
 
-    @torch.no_grad()
-    def heldout_loss(self, preferences: Sequence[TokenizedPreference], tokens: int) -> float:
-        """Mean loss over held-out examples, in nats, without smoothing or centering, in microbatches of `tokens`."""
-        scores = score_preferences(self.model, preferences, tokens).to(self.model.trunk.causal.device)
-        return float(self.loss(scores, [preference.example for preference in preferences]).mean())
+    def heldout_loss(self, module: RewardModule, batch: Batch, examples: Examples) -> tuple[Tensor, Tensor]:
+        """The summed loss of held-out examples, without smoothing and centering."""
+        loss = self.preference_loss(self._scores(batch), examples).sum()
+        return loss, loss
+
+    def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:
+        """The loss, and the accuracy and the mean score difference of the comparisons where there are any."""
+        loss, right, margin, count = sums.tolist()
+        metrics = {"loss": loss / weight}
+        if count:
+            metrics |= {"accuracy": right / count, "margin": margin / count}
+        return metrics
+
+    def _scores(self, batch: Batch | SharedPromptBatch) -> Tensor:
+        """Scores `[R, A]` of all responses of a microbatch."""
+        if isinstance(batch, SharedPromptBatch):
+            return self.model.scores_shared_prompts(batch.ids, batch.positions, batch.attention_mask, batch.last)
+        return self.model(batch)
+
+    def _differences(self, scores: Tensor, examples: Examples) -> Tensor:
+        """Score differences `[C]` of the comparisons within examples, better minus worse; scores `[R, A]`."""
+        starts = [0, *accumulate(len(example.responses) for example in examples)]
+        better: dict[str, list[int]] = {}
+        worse: dict[str, list[int]] = {}
+        for comparison in comparisons(examples):
+            (example, first), (other, second) = comparison.better, comparison.worse
+            if example == other:
+                better.setdefault(comparison.attribute, []).append(starts[example] + first)
+                worse.setdefault(comparison.attribute, []).append(starts[example] + second)
+        parts = [scores.new_zeros(0)]
+        for attribute, indices in better.items():
+            attribute_scores = self.preference_loss.score(scores, attribute)  # [R]
+            parts.append(attribute_scores[indices] - attribute_scores[worse[attribute]])
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class RewardBlueprint:
+    """Everything that a process needs to build the objective of a reward model.
+
+    Attributes:
+        model: Settings of the base model.
+        policy: Settings of the adapters.
+        seed: Seed of the run.
+        member: The index of the ensemble's member.
+        sft: The SFT adapter, from which the reward model starts; None: the base itself is the SFT model.
+        examples: The preference examples.
+        heldout: The held-out preference examples.
+        settings: The settings of the reward stage.
+    """
+
+    model: ModelSettings
+    policy: PolicySettings
+    seed: int
+    member: int
+    sft: AdapterWeights | None
+    examples: Sequence[TokenizedPreference]
+    heldout: Sequence[TokenizedPreference]
+    settings: RewardSettings
+
+    def build(self) -> RewardObjective:
+        """Load the base model, and build the objective around a reward model that starts from the SFT model."""
+        role = role_of(self.member)
+        trunk = build_sft_trunk(self.model, self.policy, self.seed, "reward", (role,), self.sft)
+        model = RewardModel(trunk, new_heads(trunk, self.settings, self.seed, self.member), self.settings.weights, role)
+        trunk.write_adapter(role, trunk.read_adapter(SFT_ROLE))
+        trains_adapter = self.settings.trains == "adapter"
+        if trains_adapter and not self.sft:
+            trunk.start_training(role)
+        trunk.train_only(*[role] * trains_adapter)
+        loss = PreferenceLoss(
+            examples=[preference.example for preference in self.examples],
+            weights=self.settings.weights,
+            ratings=self.settings.ratings,
+            heldout=[preference.example for preference in self.heldout],
+        )
+        shares_prompts = should_share_prompts(trunk, role, self.examples)
+        module = RewardModule(model, loss.to(trunk.causal.device), trains_adapter, shares_prompts)
+        return RewardObjective(model, module, self.examples, self.heldout, self.settings)
+
+
+def new_heads(trunk: Trunk, settings: RewardSettings, seed: int, member: int) -> list[ScalarHead]:
+    """A head for each attribute, whose initial weights depend on the seed and the ensemble's member."""
+    purpose = ("reward head", member) if member else ("reward head",)
+    generator = torch.Generator().manual_seed(seed_for(seed, *purpose))
+    return [ScalarHead(trunk.width, generator).to(trunk.causal.device) for _ in settings.weights]
 
 
 def score_preferences(model: RewardModel, preferences: Sequence[TokenizedPreference], tokens: int) -> Tensor:
@@ -134,26 +265,17 @@ def should_share_prompts(trunk: Trunk, role: str, preferences: Sequence[Tokenize
     return supported
 
 
-def collate_shared(preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
-    """The arguments of `RewardObjective` for a microbatch in which all responses follow one copy of their prompt."""
+def _collate_shared(
+    preferences: Sequence[TokenizedPreference], device: torch.device
+) -> tuple[SharedPromptBatch, Examples]:
+    """The tensors of a microbatch in which all responses follow one copy of their prompt."""
     prompts = [preference.prompt_ids for preference in preferences]
     responses = [preference.responses_ids for preference in preferences]
-    batch = collate_shared_prompts(prompts, responses)
-    return {
-        "ids": batch.ids,
-        "last": batch.last,
-        "positions": batch.positions,
-        "attention_mask": batch.attention_mask,
-        **_examples_and_labels(preferences),
-    }
+    batch = collate_shared_prompts(prompts, responses).to(device)
+    return batch, [preference.example for preference in preferences]
 
 
-def collate_separate(preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
-    """The arguments of `RewardObjective` for a microbatch with one sequence per response."""
-    batch = collate(*flatten_responses(preferences))
-    return {"ids": batch.ids, "last": batch.last, "lengths": batch.lengths, **_examples_and_labels(preferences)}
-
-
-def _examples_and_labels(preferences: Sequence[TokenizedPreference]) -> dict[str, Any]:
-    examples = [preference.example for preference in preferences]
-    return {"examples": examples, "labels": torch.ones(len(examples))}
+def _collate_separate(preferences: Sequence[TokenizedPreference], device: torch.device) -> tuple[Batch, Examples]:
+    """The tensors of a microbatch with one sequence per response."""
+    batch = collate(*flatten_responses(preferences)).to(device)
+    return batch, [preference.example for preference in preferences]

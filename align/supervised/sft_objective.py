@@ -1,72 +1,79 @@
 """The objective of supervised fine-tuning: the likelihood of demonstrations."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.data.examples import TokenizedDemonstration, pack_demonstrations
-from align.supervised.trainer import Objective
+from align.data.examples import TokenizedDemonstration
+from align.learner.likelihood import collate_demonstrations, likelihood_objective
+from align.roles.build import SFT_ROLE, build_sft_trunk
+from align.supervised.objective import Objective, SupervisedModule
 from policies.batching import Batch
-from policies.logprobs import token_logprobs
-from policies.trunk import Trunk
-
-SFT_ROLE = "reference"
-"""The role of the SFT model in all later stages."""
+from policies.schema import ModelSettings, PolicySettings
 
 
-class Likelihood(Objective):
+class SftObjective(Objective[TokenizedDemonstration]):
     """Negative log-likelihood of the trained turns, in nats per trained token of the whole batch."""
 
-    def __init__(self, trunk: Trunk) -> None:
-        super().__init__()
-        self.trunk = trunk
+    def __init__(
+        self,
+        module: SupervisedModule,
+        examples: Sequence[TokenizedDemonstration],
+        heldout: Sequence[TokenizedDemonstration],
+        learning_rate: float,
+    ) -> None:
+        self.module = module
+        self.examples = examples
+        self.heldout = heldout
+        self.peak_rates = {module.role: learning_rate}
+        self.likelihood = partial(likelihood_objective, role=module.role)
 
-    def forward(
-        self, ids: Tensor, lengths: Sequence[int], predictors: Tensor, labels: Tensor, num_items_in_batch: Tensor
-    ) -> dict[str, Tensor]:
-        """Compute this microbatch's part of the batch's loss.
+    def weight(self, examples: Sequence[TokenizedDemonstration]) -> float:
+        return sum(example.trained_tokens for example in examples)
 
-        Args:
-            ids: `[N]` int64, tokens of the packed sequences, see `policies.batching.Batch`.
-            lengths: B numbers, tokens of each sequence.
-            predictors: `[P]` int64, index into `ids` of the token that predicts each trained token.
-            labels: `[P]` int64, the trained tokens.
-            num_items_in_batch: Number of trained tokens in the whole batch.
+    def collate(self, examples: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
+        return collate_demonstrations(examples, device)
 
-        Returns:
-            The scalar `loss`.
-        """
-        hidden = self.trunk.hidden_packed(ids, lengths, SFT_ROLE)  # [N, H]
-        lm_head = partial(self.trunk.head, role=SFT_ROLE)
-        logprobs = token_logprobs(hidden[predictors], labels, lm_head, temperature=1.0)  # [P]
-        return {"loss": -logprobs.sum() / num_items_in_batch}
+    def loss(self, module: SupervisedModule, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.likelihood(module, batch)
 
+    def collate_heldout(self, examples: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
+        return collate_demonstrations(examples, device)
 
-@torch.no_grad()
-def heldout_loss(objective: Likelihood, demonstrations: Sequence[TokenizedDemonstration]) -> float:
-    """Mean negative log-likelihood over all trained tokens, in nats."""
-    device = objective.trunk.causal.device
-    one = torch.ones((), device=device)
-    total = 0.0
-    lengths = [demonstration.length for demonstration in demonstrations]
-    for indices in objective.trunk.microbatches(lengths):
-        batch = pack_demonstrations([demonstrations[i] for i in indices]).to(device)
-        total += float(objective(**_inputs(batch), num_items_in_batch=one)["loss"])
-    return total / sum(demonstration.trained_tokens for demonstration in demonstrations)
+    def heldout_loss(self, module: SupervisedModule, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.likelihood(module, batch)
+
+    def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:
+        return {"loss": float(sums) / weight}
 
 
-def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration]) -> dict[str, Any]:
-    """The arguments of `Likelihood` for a microbatch, but for `num_items_in_batch`."""
-    return _inputs(pack_demonstrations(demonstrations))
+@dataclass(frozen=True)
+class SftBlueprint:
+    """Everything that a process needs to build the objective of SFT.
 
+    Attributes:
+        model: Settings of the base model.
+        policy: Settings of the adapter.
+        seed: Seed of the run.
+        examples: The demonstrations.
+        heldout: The held-out demonstrations.
+        learning_rate: Peak learning rate.
+    """
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {
-        "ids": batch.ids,
-        "lengths": batch.lengths,
-        "predictors": batch.predictors,
-        "labels": batch.response_ids,
-    }
+    model: ModelSettings
+    policy: PolicySettings
+    seed: int
+    examples: Sequence[TokenizedDemonstration]
+    heldout: Sequence[TokenizedDemonstration]
+    learning_rate: float
+
+    def build(self) -> SftObjective:
+        """Load the base model, and build the objective around a new adapter."""
+        trunk = build_sft_trunk(self.model, self.policy, self.seed, "sft")
+        trunk.start_training(SFT_ROLE)
+        trunk.train_only(SFT_ROLE)
+        module = SupervisedModule(trunk, SFT_ROLE)
+        return SftObjective(module, self.examples, self.heldout, self.learning_rate)

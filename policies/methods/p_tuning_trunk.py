@@ -44,6 +44,9 @@ class PTuningTrunk(SoftPromptTrunk):
         encoder.embedding.weight.data.copy_(self.tokens[role])
         self.encoders[role] = encoder
 
+    def encoder(self, role: str) -> nn.Module | None:
+        return dict(self.encoders.items()).get(role)
+
     def _virtual_tokens(self, role: str) -> Tensor:
         if role in self.encoders:
             return self.encoders[role](torch.arange(self.virtual_token_count, device=self.causal.device))

@@ -173,7 +173,7 @@ def _without_clock(value: Any) -> Any:
     if isinstance(value, dict):
         kept = {}
         for name, item in value.items():
-            if name not in CLOCK and not name.startswith("time/"):
+            if name not in CLOCK and not is_timed(name):
                 kept[name] = _without_clock(item)
         return kept
     return [_without_clock(item) for item in value] if isinstance(value, list) else value

@@ -85,4 +85,9 @@ def run_a_step_at_a_time(settings: dict[str, Any]) -> Path:
 def figures(run: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` without what the clock says."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+    return [{name: value for name, value in row.items() if not is_timed(name)} for row in rows]
+
+
+def is_timed(name: str) -> bool:
+    """Whether the clock decides a metric."""
+    return name.startswith("time/") or name.endswith("/tokens_per_second")

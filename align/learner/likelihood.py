@@ -1,0 +1,36 @@
+"""The objective of demonstrations: of SFT, and of PPO where they are mixed in."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from align.data.examples import TokenizedDemonstration, pack_demonstrations
+from align.roles.trained import TrainedModule
+from policies.batching import Batch
+from policies.logprobs import token_logprobs
+
+
+def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
+    """Collate demonstrations into the tensors of one forward pass."""
+    return (pack_demonstrations(demonstrations).to(device),)
+
+
+def likelihood_objective(module: TrainedModule, batch: Batch, role: str) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of the trained tokens of demonstrations, in nats, summed.
+
+    Args:
+        module: The module whose first trunk computes it.
+        batch: The demonstrations; its response tokens are those that are trained.
+        role: The role whose adapter is used.
+
+    Returns:
+        The loss `[]`, and the same without a gradient.
+    """
+    trunk = module.trunks[0]
+    states = trunk.hidden_packed(batch.ids, batch.lengths, role)  # [N, H]
+    head = partial(trunk.head, role=role)
+    logprobs = token_logprobs(states[batch.predictors], batch.response_ids, head, temperature=1.0)  # [P]
+    loss = -logprobs.sum()
+    return loss, loss.detach()

@@ -1,0 +1,63 @@
+"""Trains the objective of a supervised stage on its ranks."""
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from align.learner.group import LocalRank, Ranks
+from align.resources.ray_cluster import compute_settings, ray_cluster
+from align.runtime.seeds import seed_for
+from align.stages.context import StageContext
+from align.supervised.fit import FitContext, FitResult, finished, fit
+from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
+from align.supervised.objective import Objective
+from rewards.schema import FitSettings
+
+
+def train(
+    context: StageContext,
+    build_objective: Callable[[], Objective[Any]],
+    lengths: Sequence[int],
+    settings: FitSettings,
+    fit_context: FitContext,
+) -> FitResult:
+    """Train an objective, or resume its training; nothing is loaded where it has ended.
+
+    Args:
+        context: The run in progress.
+        build_objective: Loads the base model and builds the objective, in the process of each rank.
+        lengths: The length of each training example, in tokens.
+        settings: The settings of the training run.
+        fit_context: Its context.
+
+    Returns:
+        The result; the weights are those of `fitted_weights`.
+    """
+    if result := finished(fit_context):
+        return result
+    build = partial(
+        build_learner,
+        build_objective=build_objective,
+        settings=settings,
+        zero=fit_context.zero,
+        seed=seed_for(fit_context.seed, fit_context.stage),
+        gradient_checkpointing=context.experiment.model.gradient_checkpointing,
+    )
+    with ExitStack() as stack:
+        stack.callback(gc.collect)  # the base model goes, to which DeepSpeed's hooks refer in cycles
+        stack.enter_context(ray_cluster(context.experiment.cluster, fit_context.ranks))
+        learners = SupervisedLearners(_start(context, build, fit_context.ranks))
+        stack.callback(learners.close)
+        return fit(learners, lengths, settings, fit_context)
+
+
+def _start(context: StageContext, build: Callable[[], SupervisedLearner], ranks: int) -> Ranks[SupervisedLearner]:
+    """Start the ranks, in Ray actors or one in this process."""
+    if not ranks:
+        return LocalRank(build)
+    from align.learner.ray_ranks import RayRanks  # Ray is slow to import
+
+    experiment = context.experiment
+    return RayRanks(build, ranks, experiment.learner.gpus, compute_settings(experiment, ranks))
