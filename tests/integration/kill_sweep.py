@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from tests.integration.tiny_run import ENVIRONMENT
+from tests.integration.tiny_run import ENVIRONMENT, is_timed
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
