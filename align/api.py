@@ -10,6 +10,7 @@ from align.outputs.report import write_report
 from align.outputs.trained_run import TrainedRun
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics
+from align.resources.actors import actors_by_stage
 from align.resources.dtype import settle_dtype
 from align.resources.memory import measure
 from align.resources.plan import plan_lines
@@ -172,7 +173,7 @@ def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
     scorers = build_scorers(experiment, run, tokenizer)
     with ExitStack() as stack:
         stack.callback(scorers.close)
-        stack.enter_context(ray_cluster(experiment.cluster, experiment.rollouts.workers + experiment.learner.ranks))
+        stack.enter_context(ray_cluster(experiment.cluster, sum(actors_by_stage(experiment)["ppo"].values())))
         yield PpoSession(experiment, assemble(context, scorers, stack))
 
 

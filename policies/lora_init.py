@@ -45,7 +45,7 @@ def write_loftq(layers: Mapping[str, LoraLayer], roles: Sequence[str], rank: int
         rank: The rank of the approximation.
         base: Folder or hub name of the base model, which is loaded once more, unquantised.
     """
-    unquantised = load_complete(AutoModelForCausalLM, base, dtype=torch.float32)
+    unquantised = load_complete(AutoModelForCausalLM, base, torch.device("cpu"), dtype=torch.float32)
     for name, layer in layers.items():
         quantised = dequantise(layer.get_base_layer()).float().cpu()  # [out, in]
         error = unquantised.get_submodule(name).weight - quantised

@@ -41,7 +41,7 @@ class Classifier:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
             check_token_ids(self.tokenizer, path)
-            model = load_complete(AutoModelForSequenceClassification, path)
+            model = load_complete(AutoModelForSequenceClassification, path, default_device())
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
         except Exception as error:  # the tokenizers library raises plain ones
@@ -52,7 +52,6 @@ class Classifier:
             )
         self.model = model.float().requires_grad_(False).eval()
         self.encoder = ClassifierEncoder(self.tokenizer, position_room(self.model), key)
-        self.model.to(default_device())
         self.tokens = tokens
         self.key = key
         self._takes_padding = self._padding_changes_no_score()

@@ -212,6 +212,14 @@ class Experiment(Settings):
     tracking: TrackingSettings = TrackingSettings()
     cluster: ClusterSettings = ClusterSettings()
 
+    def ranks_of(self, stage: FitSettings) -> int:
+        """Number of ranks of a supervised stage; 0: one in the controller's process."""
+        return self.learner.ranks if stage.ranks is None else stage.ranks
+
+    def zero_of(self, stage: FitSettings) -> int:
+        """The ZeRO stage of a supervised stage."""
+        return self.learner.zero if stage.zero is None else stage.zero
+
     @model_validator(mode="after")
     def _trains_in_float32(self) -> "Experiment":
         if self.model.dtype == "bfloat16" and not self.policy.spec.below_float32:

@@ -8,6 +8,7 @@ from typing import Any
 
 from align.config.schema import Experiment
 from align.data.datasets import trains_sft
+from align.resources.actors import RANK, WORKER, most_actors
 from align.resources.ray_cluster import ray_cluster
 from align.runs.products import wanted_stages
 from align.runtime.wording import counted
@@ -75,10 +76,7 @@ def _settled(experiment: Experiment, dtype: str, reason: str) -> SettledDtype:
 
 def _devices(experiment: Experiment) -> Devices:
     """The processes that will load the base model, with their devices."""
-    actors = {}
-    if "ppo" in experiment.stages:
-        counts = {"rollout worker": experiment.rollouts.workers, "learner rank": experiment.learner.ranks}
-        actors = {kind: count for kind, count in counts.items() if count}
+    actors = most_actors(experiment)
     devices: Devices = {}
     if _controller_computes(experiment) or not actors:
         devices[CONTROLLER, describe_device()] = None
@@ -94,7 +92,7 @@ def _controller_computes(experiment: Experiment) -> bool:
     ppo_in_actors = experiment.rollouts.workers > 0 and experiment.learner.ranks > 0
     reward = experiment.reward
     return (
-        trains_sft(experiment)
+        (trains_sft(experiment) and not experiment.ranks_of(experiment.sft))
         or ("reward" in wanted_stages(experiment) and (reward.classifier is None or reward.normalise > 0))
         or ("ppo" in experiment.stages and not ppo_in_actors)
     )
@@ -118,7 +116,7 @@ def _devices_of_cluster(experiment: Experiment, actors: dict[str, int]) -> Devic
         UserError: The cluster cannot be reached, or it does not start the actors.
     """
     address = experiment.cluster.address
-    gpus = {"rollout worker": experiment.rollouts.gpus, "learner rank": experiment.learner.gpus}
+    gpus = {WORKER: experiment.rollouts.gpus, RANK: experiment.learner.gpus}
     try:
         with ray_cluster(experiment.cluster, sum(actors.values())):
             import ray  # slow to import, and only after its environment variables are set
@@ -135,5 +133,5 @@ def _devices_of_cluster(experiment: Experiment, actors: dict[str, int]) -> Devic
         processes = listed([counted(count, kind) for kind, count in actors.items()])
         raise UserError(
             f"cluster.address {address}: the cluster has not started {processes} within {START_SECONDS:g} seconds: set "
-            "rollouts.workers, rollouts.gpus, learner.ranks and learner.gpus to what it has"
+            "rollouts.workers, rollouts.gpus, learner.gpus and the `ranks` of learner, sft and reward to what it has"
         ) from error

@@ -1,4 +1,4 @@
-"""A Ray cluster that lives as long as a stage needs it."""
+"""A Ray cluster that lives as long as a run needs it."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
 
     Args:
         settings: Section `cluster` of the experiment.
-        actors: Number of actors that the stage starts; 0: nothing is started.
+        actors: Largest number of actors at the same time; 0: nothing is started.
 
     Raises:
         UserError: Nothing listens at `cluster.address`; or the path of every folder for temporary files is too long
@@ -79,6 +79,12 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def ray_is_running() -> bool:
+    """Whether this process is connected to a cluster."""
+    ray = sys.modules.get("ray")  # slow to import
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _check_address(address: str) -> None:

@@ -71,7 +71,6 @@ class StageContext:
                 different order.
         """
         experiment = self.experiment
-        learner = experiment.learner
         return FitContext(
             stage=stage,
             metric_group={"sft": "sft", "reward": "reward_model"}[stage],
@@ -82,8 +81,8 @@ class StageContext:
             stop=self.stop,
             policy=experiment.policy,
             base=experiment.model.path,
-            ranks=learner.ranks if settings.ranks is None else settings.ranks,
-            zero=learner.zero if settings.zero is None else settings.zero,
+            ranks=experiment.ranks_of(settings),
+            zero=experiment.zero_of(settings),
             first=member * experiment.reward.optimizer_steps(len(self.datasets.preferences)),
         )
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,8 @@ from align.config.schema import Experiment
 from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
-from align.resources.ray_cluster import compute_settings
+from align.resources.actors import actors_by_stage, most_actors
+from align.resources.ray_cluster import compute_settings, ray_cluster, ray_is_running
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.products import wanted_stages
@@ -112,7 +114,7 @@ def _check_ready_made(experiment: Experiment) -> None:
 def _check_workers(experiment: Experiment) -> None:
     """Ray's workers must find align's packages, and not files of the user by their names."""
     hidden = package_hidden_from_workers()
-    if hidden and (experiment.rollouts.workers or experiment.learner.ranks):
+    if hidden and most_actors(experiment):
         raise UserError(f"{hidden}; rollout workers and learner ranks start in the current folder")
 
 
@@ -153,11 +155,24 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
             context = StageContext(
                 experiment=experiment, run=run, tokenizer=tokenizer, datasets=datasets, tracker=tracker, stop=stop
             )
-            for stage in remaining:
-                _run_stage(context, stage)
+            with ExitStack() as stack:
+                for stage in remaining:
+                    _ensure_cluster(experiment, stage, stack)
+                    _run_stage(context, stage)
     evaluation = _evaluation(run)
     write_json(run.evaluation, evaluation)
     return evaluation
+
+
+def _ensure_cluster(experiment: Experiment, stage: str, stack: ExitStack) -> None:
+    """Join the cluster, or start one, unless the stage needs none or an earlier one has; it lasts until the stack ends.
+
+    Stages after it find as many CPUs as the largest of them needs.
+    """
+    actors = actors_by_stage(experiment)
+    if actors.get(stage) and not ray_is_running():
+        most = max(sum(counts.values()) for counts in actors.values())
+        stack.enter_context(ray_cluster(experiment.cluster, most))
 
 
 def reopen(experiment: Experiment, run: RunFolder) -> None:

@@ -5,7 +5,6 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from align.resources.ray_cluster import ray_cluster
 from align.runs.folder import RunFolder
 from align.runtime.progress import ProgressBar
 from align.runtime.signals import Interrupted
@@ -18,6 +17,8 @@ from align.stages.ppo_record import PpoRecord, publish_best
 def run_ppo(context: StageContext) -> None:
     """Train from the last checkpoint, or from the start, to the end; `policy/` becomes the best evaluated policy.
 
+    Ray must be running where the settings use it.
+
     Raises:
         Interrupted: A stop was requested; a checkpoint has been written.
         Fault: Sampler and learner disagree, or gradients are not finite in too many consecutive steps.
@@ -27,7 +28,6 @@ def run_ppo(context: StageContext) -> None:
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.callback(scorers.close)
-        stack.enter_context(ray_cluster(experiment.cluster, experiment.rollouts.workers + experiment.learner.ranks))
         parts = assemble(context, scorers, stack)
         progress_bar = stack.enter_context(ProgressBar("ppo", experiment.ppo.steps))
         record = PpoRecord(context, parts, progress_bar, started)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from align.learner.group import LocalRank, Ranks
-from align.resources.ray_cluster import compute_settings, ray_cluster
+from align.resources.ray_cluster import compute_settings
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
 from align.supervised.fit import FitContext, FitResult, finished, fit
@@ -24,6 +24,8 @@ def train(
     fit_context: FitContext,
 ) -> FitResult:
     """Train an objective, or resume its training; nothing is loaded where it has ended.
+
+    Ray must be running where there are ranks.
 
     Args:
         context: The run in progress.
@@ -47,7 +49,6 @@ def train(
     )
     with ExitStack() as stack:
         stack.callback(gc.collect)  # the base model goes, to which DeepSpeed's hooks refer in cycles
-        stack.enter_context(ray_cluster(context.experiment.cluster, fit_context.ranks))
         learners = SupervisedLearners(_start(context, build, fit_context.ranks))
         stack.callback(learners.close)
         return fit(learners, lengths, settings, fit_context)

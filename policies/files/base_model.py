@@ -158,14 +158,13 @@ def load_base(settings: ModelSettings, policy: PolicySettings | None = None) -> 
     if policy is not None and policy.spec.four_bits:
         options["quantization_config"] = four_bits(settings, policy)
     try:
-        model = load_complete(AutoModelForCausalLM, settings.path, **options)
+        model = load_complete(AutoModelForCausalLM, settings.path, default_device(), **options)
     except LOADING_ERRORS as error:
         raise UserError(f"model {settings.path} cannot be loaded: {reason(error)}") from error
     model.requires_grad_(False)
     if "quantization_config" in options:
         leave_packed(model)
-        return model.eval()
-    return model.eval().to(default_device())
+    return model.eval()
 
 
 def load_model_config(path: str) -> AutoConfig:

@@ -21,12 +21,15 @@ ADAPTER_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lo
 """Parts of the names of PEFT's tensors."""
 
 
-def load_complete(loader: Any, path: str, **options: Any) -> PreTrainedModel:
+def load_complete(loader: Any, path: str, device: torch.device, **options: Any) -> PreTrainedModel:
     """Load a model, and check that each of its weights was in its files, with the right shape, and is finite.
+
+    accelerate makes it on the meta device and places each weight as it is read: no copy of the model is ever elsewhere.
 
     Args:
         loader: An auto class of transformers.
         path: Folder or hub name of the model.
+        device: The device to load it to.
         **options: More arguments of `from_pretrained`.
 
     Raises:
@@ -34,7 +37,7 @@ def load_complete(loader: Any, path: str, **options: Any) -> PreTrainedModel:
             model's.
     """
     # transformers itself refuses a weight of another shape, but does not say which.
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": device}}
     model, loading = loader.from_pretrained(path, **options, **SAFE)
     unused = sorted(loading["unexpected_keys"])
     if loading["missing_keys"]:

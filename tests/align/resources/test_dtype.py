@@ -137,26 +137,27 @@ def test_workers_and_ranks_must_agree(only_ppo: dict[str, Any], monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("stages", "reward", "computes"),
+    ("stages", "changes", "computes"),
     [
-        (["sft", "ppo"], {}, True),
+        (["sft", "ppo"], {}, False),
+        (["sft", "ppo"], {"sft": {"ranks": 0}}, True),
         (["ppo"], {}, False),
-        (["ppo"], {"classifier": "x", "normalise": 8}, True),
-        (["ppo"], {"classifier": "x", "normalise": 0}, False),
-        (["reward", "ppo"], {"terms": {"model": {"kind": "model"}}}, True),
+        (["ppo"], {"reward": {"classifier": "x", "normalise": 8}}, True),
+        (["ppo"], {"reward": {"classifier": "x", "normalise": 0}}, False),
+        (["reward", "ppo"], {"reward": {"terms": {"model": {"kind": "model"}}}}, True),
     ],
 )
 def test_the_controller_computes_what_it_trains_or_normalises(
     only_ppo: dict[str, Any],
     stages: list[str],
-    reward: dict[str, Any],
+    changes: dict[str, Any],
     computes: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     simulate(CPU, monkeypatch)
     in_cluster({"rollout worker": CPU, "learner rank": CPU}, monkeypatch)
     only_ppo["cluster"]["address"] = "10.0.0.1:6379"
-    settings = only_ppo | {"stages": stages, "reward": reward or only_ppo["reward"]}
+    settings = only_ppo | {"stages": stages} | changes
     assert ("the controller" in settle_dtype(validate(settings)).text) == computes
 
 
@@ -219,7 +220,7 @@ def test_the_actors_of_a_cluster_settle_the_dtype(only_ppo: dict[str, Any], gpu_
     only_ppo["cluster"]["address"] = gpu_cluster
     with new_run(validate(only_ppo)) as launch:
         assert launch.dtype == "bfloat16, which suits NVIDIA H100 of the rollout workers and the learner ranks"
-    only_ppo["stages"] = ["sft", "ppo"]
+    only_ppo |= {"stages": ["sft", "ppo"], "sft": {"ranks": 0}}
     with pytest.raises(UserError, match=r"the controller in float32 \(CPU\), the rollout workers in bfloat16 "):
         settle_dtype(validate(only_ppo))
 

@@ -109,7 +109,7 @@ def test_weights_of_a_float16_base_that_overflow_are_refused(folder: Path) -> No
 
 def test_a_classifier_is_read_by_the_same_rules(folder: Path) -> None:
     with pytest.raises(UserError, match=r"lack 1 of the weights of LlamaForSequenceClassification: score\.weight"):
-        load_complete(AutoModelForSequenceClassification, str(folder), num_labels=1)
+        load_complete(AutoModelForSequenceClassification, str(folder), torch.device("cpu"), num_labels=1)
 
 
 def test_a_token_beyond_the_embeddings_is_refused(folder: Path) -> None:

@@ -1,0 +1,31 @@
+"""The Ray actors that a run starts."""
+
+from align.config.schema import Experiment
+from align.data.datasets import trains_reward, trains_sft
+
+RANK = "learner rank"
+WORKER = "rollout worker"
+
+
+def actors_by_stage(experiment: Experiment) -> dict[str, dict[str, int]]:
+    """The number of actors of each kind that each stage starts, without kinds of which it starts none."""
+    wanted: dict[str, dict[str, int]] = {}
+    if trains_sft(experiment):
+        wanted["sft"] = {RANK: experiment.ranks_of(experiment.sft)}
+    if trains_reward(experiment):
+        wanted["reward"] = {RANK: experiment.ranks_of(experiment.reward)}
+    if "ppo" in experiment.stages:
+        wanted["ppo"] = {WORKER: experiment.rollouts.workers, RANK: experiment.learner.ranks}
+    by_stage = {}
+    for stage, counts in wanted.items():
+        by_stage[stage] = {kind: count for kind, count in counts.items() if count}
+    return by_stage
+
+
+def most_actors(experiment: Experiment) -> dict[str, int]:
+    """The largest number of actors of each kind that a stage starts."""
+    most: dict[str, int] = {}
+    for counts in actors_by_stage(experiment).values():
+        for kind, count in counts.items():
+            most[kind] = max(count, most.get(kind, 0))
+    return most
