@@ -21,6 +21,7 @@ from align.runtime.seeds import seed_for
 from align.runtime.signals import Interrupted, StopRequest
 from align.supervised.batches import batches_from
 from align.supervised.learner import StepResult, SupervisedLearners
+from policies.errors import UserError
 from policies.schema import PolicySettings
 from rewards.schema import FitSettings
 
@@ -151,6 +152,27 @@ def fit(learners: SupervisedLearners, lengths: Sequence[int], settings: FitSetti
     return result
 
 
+def restore(learners: SupervisedLearners, checkpoint: Path, policy: PolicySettings) -> FitProgress:
+    """Restore a checkpoint.
+
+    Args:
+        learners: The learner.
+        checkpoint: The folder of the checkpoint.
+        policy: Settings of the adapter.
+
+    Raises:
+        UserError: A file is missing or damaged, or is of another model.
+    """
+    progress = read_record(checkpoint / STATE, _PROGRESS)
+    adapters, heads = learners.trained_names()
+    states = read_states(checkpoint, policy, adapters, heads, progress.ranks)
+    try:
+        learners.restore(states, progress.zero)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    return progress
+
+
 def _done(context: FitContext) -> Path:
     return context.checkpoints / f"done-{context.first}"
 
@@ -173,10 +195,7 @@ class _Run:
         """Restore the last checkpoint of this training run, if there is one."""
         last = latest(self.context.checkpoints)
         if last is not None and step_of(last) > self.context.first:  # not one of an earlier training run of the stage
-            self.progress = read_record(last / STATE, _PROGRESS)
-            adapters, heads = self.learners.trained_names()
-            states = read_states(last, self.context.policy, adapters, heads, self.progress.ranks)
-            self.learners.restore(states, self.progress.zero)
+            self.progress = restore(self.learners, last, self.context.policy)
         self.progress.ranks = self.context.ranks
         self.progress.zero = self.context.zero
 

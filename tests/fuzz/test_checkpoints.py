@@ -4,29 +4,25 @@ import json
 import logging
 import os
 import pickle
-import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch.optim import AdamW
-from transformers import get_scheduler
 
 from align.config.ppo_settings import CriticSettings
 from align.learner.files import read_states
+from align.learner.group import LocalRank
 from align.ppo.checkpoint import read_pending, read_progress, trained_roles
 from align.runs.checkpoint import MANIFEST, checkpoints, latest, seal
-from align.supervised.trainer import TRAINED_WEIGHTS
-from align.supervised.trainer_state import HYPERPARAMETERS, OPTIMIZER, read_optimizer, read_random, read_state
+from align.supervised.fit import restore
+from align.supervised.learner import SupervisedLearner, SupervisedLearners
+from align.supervised.sft_objective import SftBlueprint
 from policies.errors import UserError
-from policies.files.safe_reading import check_names_and_shapes, read_tensors
-from policies.schema import PolicySettings
+from policies.schema import ModelSettings, PolicySettings
+from rewards.schema import FitSettings
 from tests.fuzz.harm import altered, confined, damaged, odd_value, refusal, run
 
 POLICY = PolicySettings(rank=2, alpha=4)
@@ -41,25 +37,18 @@ def read_ppo(checkpoint: Path) -> None:
         read_pending(checkpoint, POLICY, progress)
 
 
-def make_fit_reader(real: Path) -> Read:
-    """A function that reads everything a supervised stage reads from a checkpoint, with the optimizer of a real one."""
-    weights = load_file(real / TRAINED_WEIGHTS)
-    moments = load_file(real / OPTIMIZER)
-    groups = json.loads((real / HYPERPARAMETERS).read_text())["groups"]
+@pytest.fixture(scope="module")
+def read_sft(tiny_model: Path) -> Iterator[Read]:
+    """Reads everything that SFT reads from a checkpoint, into a learner."""
+    objective = SftBlueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, [], [], learning_rate=1.0)
+    ranks = LocalRank(lambda: SupervisedLearner(objective.build(), FitSettings(), zero=0, seed=0))
+    learners = SupervisedLearners(ranks)
 
     def read(checkpoint: Path) -> None:
-        parameter_groups: list[dict[str, Any]] = []
-        for group in groups:
-            parameters = [torch.zeros_like(moments[f"{number}.exp_avg"]) for number in group["params"]]
-            parameter_groups.append({"params": parameters})
-        optimizer = AdamW(parameter_groups, lr=1.0, fused=True)
-        scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=9)
-        read_state(checkpoint)
-        check_names_and_shapes(read_tensors(checkpoint / TRAINED_WEIGHTS), weights, checkpoint / TRAINED_WEIGHTS)
-        read_optimizer(checkpoint, optimizer, scheduler)
-        read_random(checkpoint)
+        restore(learners, checkpoint, POLICY)
 
-    return read
+    yield read
+    ranks.close()
 
 
 class Planted:
@@ -156,31 +145,19 @@ def contents_of(checkpoint: Path) -> dict[str, bytes]:
     return {str(p.relative_to(checkpoint)): p.read_bytes() for p in sorted(checkpoint.rglob("*")) if p.is_file()}
 
 
-@pytest.fixture
-def restored_random() -> Any:
-    """Restore the random states afterwards, as if no checkpoint had been read."""
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    torch_state = torch.get_rng_state()
-    yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(torch_state)
-
-
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("examples", [60, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
 def test_a_damaged_checkpoint_is_skipped_or_refused(
     finished: Path,
     tmp_path: Path,
-    restored_random: None,
+    read_sft: Read,
     caplog: pytest.LogCaptureFixture,
     stage: str,
     examples: int,
 ) -> None:
     older, newer = checkpoints(finished / "checkpoints" / stage)
     before = contents_of(newer)
-    read = read_ppo if stage == "ppo" else make_fit_reader(newer)
+    read = read_ppo if stage == "ppo" else read_sft
     read(newer)
     marker = tmp_path / "marker"
     copy = tmp_path / "copy"

@@ -10,13 +10,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from align.config.schema import Experiment, SftSettings, SourceSettings
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.data.examples import TokenizedDemonstration, demonstration_parser, preference_parser, request_parser
-from align.supervised.sft_objective import SFT_ROLE, Likelihood, collate_demonstrations, heldout_loss
+from align.roles.build import SFT_ROLE
+from align.supervised.objective import SupervisedModule
+from align.supervised.sft_objective import SftObjective
 from policies.build import build_trunk
 from policies.errors import UserError
 from policies.schema import ModelSettings, PolicySettings
 from policies.text.encoder import TextEncoder
-from rewards.schema import RewardSettings
+from rewards.schema import FitSettings, RewardSettings
 from rollouts.schema import RolloutSettings
+from tests.align.supervised.toy import local_learners
 from tests.integration.tiny_run import make_settings, write_rows
 from tests.policies.text.layouts import LAYOUTS, make_tokenizer
 
@@ -91,17 +94,18 @@ def test_tools_beside_a_plain_text_are_refused_where_they_would_be_dropped(chat:
 
 def test_the_loss_is_over_every_turn_and_nothing_else(tiny_model: Path) -> None:
     trunk = build_trunk(ModelSettings(path=str(tiny_model)), PolicySettings(), (SFT_ROLE,))
-    objective = Likelihood(trunk)
     ids = torch.randint(2, 300, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     demonstrations = [TokenizedDemonstration(ids, [(2, 4), (7, 12)]), TokenizedDemonstration(ids[:5], [(1, 5)])]
     logprobs = torch.log_softmax(trunk.causal(torch.tensor([ids])).logits[0].double(), -1)
     expected = 0.0
     for token in (2, 3, 7, 8, 9, 10, 11, 1, 2, 3, 4):
         expected -= float(logprobs[token - 1, ids[token]])
-    batch = collate_demonstrations(demonstrations)
-    loss = objective(**batch, num_items_in_batch=torch.tensor(11.0))["loss"]
-    assert float(loss) == pytest.approx(expected / 11, rel=1e-5)
-    assert heldout_loss(objective, demonstrations) == pytest.approx(expected / 11, rel=1e-5)
+    trunk.train_only(SFT_ROLE)
+    objective = SftObjective(SupervisedModule(trunk, SFT_ROLE), demonstrations, demonstrations, learning_rate=1e-3)
+    with local_learners(lambda: objective, FitSettings()) as learners:
+        assert learners.heldout_loss() == pytest.approx(expected / 11, rel=1e-5)
+        assert learners.train([0, 1], 0, factor=1.0).metrics["loss"] == pytest.approx(expected / 11, rel=1e-5)
+        assert learners.heldout_loss() < expected / 11
 
 
 # Length

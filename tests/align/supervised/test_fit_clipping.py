@@ -1,68 +1,59 @@
 """In supervised stages one norm, over all parameter groups, clips the gradient."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from align.runs.tracking import Tracker, read_lines
-from align.runtime.signals import StopRequest
-from align.supervised.fit import FitContext, FitTask, fit
-from align.supervised.trainer import Objective, SkipNonFinite
-from rewards.schema import FitSettings
+from align.runs.tracking import read_lines
+from align.supervised.fit import fit
+from align.supervised.learner import SupervisedLearner
+from tests.align.supervised.small import LORA, random_adapter, reward_blueprint
+from tests.align.supervised.toy import context_in, local_learners
+
+LIMIT = 0.001
 
 
-class Linear(Objective):
-    """A loss that is linear in A and B, with gradients of norm 3 and 40."""
+def gradient_norms(
+    model: Path, folder: Path, lora_plus: float | None, zero: int, limit: float
+) -> tuple[dict[str, float], float]:
+    """The norm of each parameter group's gradient as the optimizer takes it, and the norm that is logged."""
+    policy = LORA.model_copy(update={"lora_plus": lora_plus})
+    adapter = random_adapter(model, policy)
+    blueprint = reward_blueprint(model, "rankings", policy, adapter, batch_size=10, centering=1.0, max_grad_norm=limit)
+    settings = blueprint.settings
+    seen: dict[str, float] = {}
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name, size in (("lora_A", 9), ("lora_B", 16)):
-            part = nn.Module()
-            part.weight = nn.Parameter(torch.zeros(size))
-            setattr(self, name, nn.ModuleDict({"policy": part}))
-
-    def forward(self, labels: Tensor, num_items_in_batch: Any) -> dict[str, Tensor]:
-        weights = dict(self.named_parameters())
-        return {"loss": weights["lora_A.policy.weight"].sum() + 10 * weights["lora_B.policy.weight"].sum()}
-
-
-@dataclass(frozen=True)
-class Example:
-    length: int = 1
-
-
-@pytest.mark.parametrize("lora_plus", [None, 16.0])
-def test_a_and_b_are_scaled_by_one_factor(
-    lora_plus: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[float, float] = {}
-    skip = SkipNonFinite.__call__
-
-    def note(self: SkipNonFinite, optimizer: Optimizer, *arguments: Any) -> None:
+    def note(optimizer: Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                seen[parameter.numel()] = float(parameter.grad.norm())
-        skip(self, optimizer, *arguments)
+            parts = [parameter.grad.norm() for parameter in group["params"] if parameter.grad is not None]
+            if parts:
+                seen[group["role"]] = math.hypot(*map(float, parts))
 
-    monkeypatch.setattr(SkipNonFinite, "__call__", note)
-    task = FitTask(
-        objective=Linear(),
-        examples=[Example()],
-        collate=lambda examples: {"labels": torch.zeros(len(examples))},
-        split=lambda lengths, tokens: [list(range(len(lengths)))],
-        heldout_loss=lambda: 0.0,
-        metric_group="sft",
-        lora_plus=lora_plus,
-    )
-    context = FitContext("sft", tmp_path / "checkpoints", 1, 0, Tracker(tmp_path, None), StopRequest())
-    fit(task, FitSettings(batch_size=1, max_grad_norm=1.0), context)
-    norm = math.hypot(3, 40)
-    assert seen == pytest.approx({9: 3 / norm, 16: 40 / norm}, rel=1e-4)
-    logged = [row["sft/gradient_norm"] for row in read_lines(tmp_path / "metrics.jsonl") if "sft/gradient_norm" in row]
-    assert logged == pytest.approx([norm], rel=1e-5)
+    def watch(learner: SupervisedLearner) -> None:
+        learner.rank.optimizer.register_step_pre_hook(note)
+
+    context = context_in(folder, zero=zero)
+    with local_learners(blueprint.build, settings, zero) as learners:
+        learners.ranks.call(watch)
+        fit(learners, [example.length for example in blueprint.examples], settings, context)
+    (logged,) = (row["sft/gradient_norm"] for row in read_lines(folder / "metrics.jsonl") if "sft/loss" in row)
+    return seen, logged
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("lora_plus", [None, 16.0])
+def test_all_groups_are_scaled_by_one_factor(
+    lora_plus: float | None, zero: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A, B, the head's weight and bias, and the δ of ties."""
+    expected, _ = gradient_norms(tiny_model, tmp_path / "free", lora_plus, zero=0, limit=1e9)
+    norm = math.hypot(*expected.values())
+    groups = {"reward", "reward.undecayed", "reward.ties"} | ({"reward.up"} if lora_plus else set())
+    assert expected.keys() == groups
+    assert min(expected.values()) > 10 * LIMIT
+    clipped, logged = gradient_norms(tiny_model, tmp_path / "clipped", lora_plus, zero, LIMIT)
+    assert clipped == pytest.approx({name: LIMIT * part / norm for name, part in expected.items()}, rel=1e-3)
+    assert logged == pytest.approx(norm, rel=1e-5)
