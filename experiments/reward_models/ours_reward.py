@@ -17,18 +17,16 @@ from pathlib import Path
 import torch
 
 from align.data.examples import preference_parser
+from align.learner.group import LocalRank
 from align.runs.tracking import Tracker
 from align.runtime.quiet import quiet_libraries
 from align.runtime.signals import StopRequest
-from align.supervised.fit import FitContext, FitTask, fit
-from align.supervised.reward_objective import RewardObjective, collate_separate, collate_shared, should_share_prompts
-from policies.build import build_trunk
+from align.supervised.fit import FitContext, fit
+from align.supervised.learner import SupervisedLearners, build_learner
+from align.supervised.reward_objective import RewardBlueprint
 from policies.files.base_model import load_tokenizer
-from policies.heads import ScalarHead
 from policies.schema import ModelSettings, PolicySettings
 from policies.text.encoder import TextEncoder
-from rewards.model import REWARD_ROLE, RewardModel
-from rewards.objective import PreferenceLoss
 from rewards.schema import RewardSettings
 
 
@@ -64,27 +62,40 @@ def main() -> None:
     )
     parse = preference_parser(TextEncoder(load_tokenizer(arguments.model)), settings, max_positions=None)
     examples = [parse(json.loads(line)) for line in arguments.preferences.read_text().splitlines()]
-    policy = PolicySettings(rank=arguments.rank, alpha=2 * arguments.rank)
-    trunk = build_trunk(ModelSettings(path=arguments.model, dtype="float32"), policy, (REWARD_ROLE,))
-    trunk.train_only(REWARD_ROLE)
-    model = RewardModel(trunk, [ScalarHead(trunk.width, torch.Generator().manual_seed(0))])
-    loss = PreferenceLoss([example.example for example in examples], settings.weights, settings.ratings)
-    clock = Clock()
-    shares_prompt = should_share_prompts(trunk, REWARD_ROLE, examples)
-    task = FitTask(
-        objective=RewardObjective(model, loss, label_smoothing=0.0, centering=0.0),
+    blueprint = RewardBlueprint(
+        model=ModelSettings(path=arguments.model, dtype="float32"),
+        policy=PolicySettings(rank=arguments.rank, alpha=2 * arguments.rank),
+        seed=0,
+        member=0,
+        sft=None,
         examples=examples,
-        collate=collate_shared if shares_prompt else collate_separate,
-        split=partial(trunk.microbatches, padded=shares_prompt),
-        heldout_loss=lambda: 0.0,
-        metric_group="reward_model",
-        parameter_groups=loss.parameter_groups,
+        heldout=examples[:1],
+        settings=settings,
     )
+    build = partial(
+        build_learner,
+        build_objective=blueprint.build,
+        settings=settings,
+        zero=0,
+        seed=0,
+        gradient_checkpointing=False,
+    )
+    clock = Clock()
+    learners = SupervisedLearners(LocalRank(build))
     with tempfile.TemporaryDirectory() as folder:
         context = FitContext(
-            stage="reward", checkpoints=Path(folder), keep=1, seed=0, tracker=clock, stop=StopRequest()
+            stage="reward",
+            metric_group="reward_model",
+            checkpoints=Path(folder),
+            keep=1,
+            seed=0,
+            tracker=clock,
+            stop=StopRequest(),
+            policy=blueprint.policy,
+            base=arguments.model,
         )
-        fit(task, settings, context)
+        fit(learners, [example.length for example in examples], settings, context)
+    learners.close()
     print(json.dumps({"seconds": [b - a for a, b in pairwise(clock.ends)]}))
 
 
