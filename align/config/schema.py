@@ -289,11 +289,13 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _method_fits(self) -> "Experiment":
         spec = self.policy.spec
-        if self.learner.zero == 3 and not spec.zero3.allows(self.policy):
-            raise ValueError(
-                f"learner.zero 3 shards weights by the layers that use them, which policy.method {spec.name} as it is "
-                f"set does not allow: use learner.zero 0, 1 or 2, or policy.method {supporting('zero3')}"
-            )
+        zeros = {"learner": self.learner.zero, "sft": self.sft.zero, "reward": self.reward.zero}
+        for name, zero in zeros.items():
+            if zero == 3 and not spec.zero3.allows(self.policy):
+                raise ValueError(
+                    f"{name}.zero 3 shards weights by the layers that use them, which policy.method {spec.name} as it "
+                    f"is set does not allow: use {name}.zero 0, 1 or 2, or policy.method {supporting('zero3')}"
+                )
         if self.model.gradient_checkpointing and spec.checkpointing_conflict:
             raise ValueError(f"model.gradient_checkpointing {spec.checkpointing_conflict}")
         decays: dict[str, FitSettings | LearnerSettings] = {

@@ -408,6 +408,8 @@ def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFacto
         (["policy.method=bitfit", "model.dtype=bfloat16"], "too coarse for: use float32"),
         (["policy.method=qlora", "learner.zero=3"], "use learner.zero 0, 1 or 2"),
         (["policy.dora=true", "learner.zero=3"], "lora without dora"),
+        (["policy.method=qlora", "sft.zero=3"], "use sft.zero 0, 1 or 2"),
+        (["policy.method=qlora", "reward.zero=3"], "use reward.zero 0, 1 or 2"),
         (["policy.method=prefix_tuning", "model.gradient_checkpointing=true"], "use policy.method prompt_tuning"),
         (["policy.init=pissa", "learner.weight_decay=0.1"], "set learner.weight_decay to 0"),
     ],
