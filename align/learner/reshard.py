@@ -20,6 +20,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from policies.errors import UserError
+
 Part = Mapping[str, Tensor]
 """The optimizer's state of one rank: `N.master` and `N.state.NAME`."""
 
@@ -48,6 +50,14 @@ class Layout:
         """Stage 3: the number of elements of each parameter of a group on one rank, padding included."""
         return [ceil(size / self.ranks) for size in self.sizes[group]]
 
+    def tensor_sizes(self, group: int) -> list[int]:
+        """The number of elements of each tensor of a group on one rank, without padding at the end."""
+        if self.zero == 0:
+            return list(self.sizes[group])
+        if self.zero < 3:
+            return [ceil(sum(self.sizes[group]) / self.ranks)]
+        return [sum(self.slice_sizes(group))]
+
 
 def unshard(parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
     """Join the parts of all ranks to full vectors.
@@ -59,7 +69,11 @@ def unshard(parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
     Returns:
         `G.master` and `G.state.NAME` of each group G, `[elements of the group]`. Step counts, of one element, stay as
         they are.
+
+    Raises:
+        UserError: The parts are not of this layout.
     """
+    _check(parts, layout)
     full = {}
     for group in range(len(layout.sizes)):
         first = layout.first_tensor(group)
@@ -98,6 +112,29 @@ def shard(full: Part, layout: Layout, rank: int, shapes: Sequence[torch.Size]) -
         else:
             part[name] = _padded(_slices_of_parameters(vector, layout, group, rank), shapes[group].numel())
     return {name: tensor.clone() for name, tensor in part.items()}
+
+
+def _check(parts: Sequence[Part], layout: Layout) -> None:
+    """Raise UserError unless the tensors of all parts have the names and sizes of a layout."""
+    mistake = f"is not of {layout.ranks} ranks at ZeRO stage {layout.zero}"
+    count = layout.first_tensor(len(layout.sizes))
+    masters = {f"{number}.master" for number in range(count)}
+    for part in parts:
+        if {name for name in part if name.endswith(".master")} != masters:
+            raise UserError(f"the optimizer's state {mistake}")
+    for group in range(len(layout.sizes)):
+        first = layout.first_tensor(group)
+        for number, size in enumerate(layout.tensor_sizes(group), start=first):
+            for kind in _kinds(parts[0], first):
+                name = f"{number}.{kind}"
+                if not all(name in part and _fits(kind, part[name], size, layout) for part in parts):
+                    raise UserError(f"the optimizer's {name} {mistake}")
+
+
+def _fits(kind: str, tensor: Tensor, size: int, layout: Layout) -> bool:
+    if _is_count(kind):
+        return tensor.numel() == 1
+    return tensor.numel() == size if layout.zero == 0 else tensor.dim() == 1 and len(tensor) >= size
 
 
 def _full_vector(parts: Sequence[Part], layout: Layout, group: int, kind: str) -> Tensor:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.learner.reshard import Layout, shard, unshard
+from policies.errors import UserError
 
 SIZES = [[6, 5, 1], [7]]
 
@@ -54,6 +55,21 @@ def test_unshard_undoes_shard(sizes: list[list[int]], zero: int, ranks: int) -> 
     after = unshard(parts, layout)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(("saved_zero", "claimed_zero"), [(0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0), (2, 3)])
+def test_parts_of_another_layout_are_refused(saved_zero: int, claimed_zero: int) -> None:
+    parts = all_parts(full_vectors(SIZES), Layout(SIZES, saved_zero, ranks=2))
+    with pytest.raises(UserError, match=rf"is not of 2 ranks at ZeRO stage {claimed_zero}"):
+        unshard(parts, Layout(SIZES, claimed_zero, ranks=2))
+
+
+def test_a_rank_that_lacks_a_tensor_is_refused() -> None:
+    layout = Layout(SIZES, zero=2, ranks=2)
+    first, second = all_parts(full_vectors(SIZES), layout)
+    second.pop("1.state.exp_avg")
+    with pytest.raises(UserError, match=r"the optimizer's 1\.state\.exp_avg is not of 2 ranks"):
+        unshard([first, second], layout)
 
 
 @pytest.mark.parametrize(("old", "new"), itertools.permutations([(1, 0), (2, 2), (3, 3)], 2))
