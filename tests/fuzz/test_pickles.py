@@ -192,7 +192,7 @@ def test_code_in_a_models_folder_is_never_run(
     assert not marker.exists()
 
 
-STAGES = {"sft": 1, "ppo": 2}
+STAGES = ("sft", "reward", "ppo")
 
 
 @pytest.fixture(scope="session")
@@ -225,22 +225,27 @@ def resume(stopped: tuple[Path, dict[str, Any]], tmp_path: Path, harm: Callable[
     run_stages(experiment, folder_of(experiment), load_datasets(experiment), stop)
 
 
-TRAINER_PICKLES = (
+PICKLES = (
+    "optimizer-0.pt",
     "optimizer.pt",
     "scheduler.pt",
     "rng_state.pth",
-    "scaler.pt",
-    "training_args.bin",
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
     "pytorch_model.bin",
+    "reference/adapter_model.bin",
+    "reference/head.bin",
 )
+"""The names under which Torch, transformers, PEFT and DeepSpeed keep pickles."""
 
 
-def test_the_trainers_own_pickles_are_neither_written_nor_read(
+def test_the_libraries_own_pickles_are_neither_written_nor_read(
     stopped: dict[str, Any], tmp_path: Path, marker: Path
 ) -> None:
     def harm(checkpoint: Path) -> None:
-        assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
-        for name in (*TRAINER_PICKLES, "optimizer.bin", "adapter_model.bin"):
+        files = [path for path in checkpoint.rglob("*") if path.is_file()]
+        assert {path.suffix for path in files} == {".json", ".safetensors"}
+        for name in PICKLES:
             plant(checkpoint / name, marker)
 
     with pytest.raises(Interrupted):
@@ -257,11 +262,12 @@ def _other_names(path: Path) -> None:
 
 
 CHECKPOINT_FILES = [
-    ("sft", "model.safetensors"),
-    ("sft", "optimizer.safetensors"),
-    ("sft", "rates.json"),
-    ("sft", "random.json"),
-    ("sft", "trainer_state.json"),
+    ("sft", "optimizer-0.safetensors"),
+    ("sft", "state.json"),
+    ("sft", "reference/adapter_model.safetensors"),
+    ("sft", "reference/adapter_config.json"),
+    ("reward", "optimizer-0.safetensors"),
+    ("reward", "reward/head.safetensors"),
     ("ppo", "optimizer-0.safetensors"),
     ("ppo", "state.json"),
     ("ppo", "policy/adapter_model.safetensors"),
