@@ -57,9 +57,9 @@ class Runs:
         assert process.returncode == 0, errors
         return self.path(name)
 
-    def until_a_step_of_ppo(self, process: subprocess.Popen[str], name: str) -> None:
+    def until_logged(self, metric: str, process: subprocess.Popen[str], name: str) -> None:
         metrics = self.path(name) / "metrics.jsonl"
-        while not (metrics.exists() and '"policy/loss"' in metrics.read_text()):
+        while not (metrics.exists() and f'"{metric}"' in metrics.read_text()):
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.01)
 
@@ -113,11 +113,16 @@ def test_kills_at_random_moments_change_nothing(split: dict[str, Any], runs: Run
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_rank_that_dies_is_replaced_and_the_run_resumes_by_itself(settings: dict[str, Any], runs: Runs) -> None:
+@pytest.mark.parametrize("metric", ["sft/loss", "reward_model/loss", "policy/loss"])
+def test_a_rank_that_dies_is_replaced_and_the_run_resumes_by_itself(
+    metric: str, settings: dict[str, Any], runs: Runs
+) -> None:
     settings["learner"] |= {"ranks": 2, "zero": 2}
+    for stage in ("sft", "reward"):
+        settings[stage] |= {"batch_size": 4, "epochs": 4, "checkpoint_every": 5}
     whole = runs.finish("whole")
     process = runs.start("hurt")
-    runs.until_a_step_of_ppo(process, "hurt")
+    runs.until_logged(metric, process, "hurt")
     children(process, "ray::_Rank")[-1].kill()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -135,7 +140,7 @@ def test_a_run_that_is_stopped_or_loses_ray_says_so_and_can_be_resumed(
     settings["learner"]["ranks"] = 1
     whole = runs.finish("whole")
     process = runs.start("hurt")
-    runs.until_a_step_of_ppo(process, "hurt")
+    runs.until_logged("policy/loss", process, "hurt")
     if stop == "raylet":
         children(process, "raylet")[0].kill()
     else:

@@ -88,7 +88,9 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_files(
 def test_a_run_with_a_worker_and_a_rank_killed_at_writes_of_ppo_resumes_to_the_same_files(
     small: dict[str, Any], tmp_path: Path, start_process: StartProcess
 ) -> None:
-    """SFT and the reward model do not use Ray: every attempt starts after them."""
+    """SFT and the reward model are trained in process: every attempt starts after them."""
+    for stage in ("sft", "reward"):
+        small[stage]["ranks"] = 0
     small["rollouts"]["workers"] = 1
     small["learner"]["ranks"] = 1
     process = start_process()
