@@ -1,6 +1,7 @@
 """The training objective of a reward model: the negative log-likelihood of preference examples given its scores."""
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,20 +78,9 @@ class PreferenceLoss(nn.Module):
     @property
     def own_groups(self) -> dict[str, OwnGroup]:
         """Parameters that need settings of AdamW of their own, by name."""
-        if not len(self.ties.free):
+        if self.ties.largest == 1:
             return {}
-        return {"ties": OwnGroup([self.ties.free], TieParameters.LEARNING_RATE, TieParameters.OPTIMIZER)}
-
-    def nothing(self) -> Tensor:
-        """Zero `[]`, with a gradient of zero for every parameter.
-
-        A microbatch need not use all of them, but all ranks must have a gradient of the same parameters.
-        """
-        none = self.weights.new_zeros(0)
-        total: Tensor = self.ties().sum() * 0.0
-        for link in self.links.values():
-            total = total + link(none, none).sum()
-        return total
+        return {"ties": OwnGroup([*self.ties.parameters()], TieParameters.LEARNING_RATE, TieParameters.OPTIMIZER)}
 
     def forward(self, scores: Tensor, examples: Sequence[PreferenceExample], smoothing: float = 0.0) -> Tensor:
         """Compute the loss of each example.
@@ -103,6 +93,7 @@ class PreferenceLoss(nn.Module):
         Returns:
             Losses `[B]`, in nats.
         """
+        parameters = self._read_parameters()
         groups: dict[tuple[object, ...], list[int]] = {}
         for i, example in enumerate(examples):
             groups.setdefault(_loss_key(example), []).append(i)
@@ -113,9 +104,17 @@ class PreferenceLoss(nn.Module):
             count = len(group[0].responses)
             responses = [range(starts[i], starts[i] + count) for i in members]
             index = torch.tensor(responses, device=scores.device)  # [G, K]
-            group_losses = self._group_losses(scores[index], group, smoothing)  # [G]
+            group_losses = self._group_losses(scores[index], group, parameters, smoothing)  # [G]
             losses = losses.index_add(0, torch.tensor(members, device=scores.device), group_losses)
-        return losses
+        return losses + parameters.nothing()
+
+    def _read_parameters(self) -> "_LossParameters":
+        """All parameters; each module that holds some is called once, in the same order whatever the examples.
+
+        In this order ZeRO gathers parameters and reduces gradients, on all ranks together.
+        """
+        links = {name: self.links[module_name]() for name, module_name in self._names.items()}
+        return _LossParameters(self.ties(), links)
 
     def score(self, scores: Tensor, attribute: str) -> Tensor:
         """Select one attribute's scores, or compute the overall ones.
@@ -129,44 +128,67 @@ class PreferenceLoss(nn.Module):
         """
         return scores @ self.weights if attribute == OVERALL else scores[..., self.attribute_index[attribute]]
 
-    def _group_losses(self, scores: Tensor, group: Sequence[PreferenceExample], smoothing: float) -> Tensor:
+    def _group_losses(
+        self, scores: Tensor, group: Sequence[PreferenceExample], parameters: "_LossParameters", smoothing: float
+    ) -> Tensor:
         """Losses `[G]` of examples with the same key; scores `[G, K, A]`."""
         preferences = [example.preference for example in group]
         ratings = [preference for preference in preferences if isinstance(preference, Rating)]
         if ratings:
-            return self._rating_losses(scores[:, 0], ratings)
+            return self._rating_losses(scores[:, 0], ratings, parameters.links)
         attribute_scores = self.score(scores, group[0].attribute)  # [G, K]
         pairs = [preference for preference in preferences if isinstance(preference, Pair)]
         if pairs:
             return _pair_losses(attribute_scores, pairs, smoothing)
         (ranking,) = {preference for preference in preferences if isinstance(preference, Ranking)}
-        return self._smoothed_ranking_losses(attribute_scores, ranking, smoothing)
+        return self._smoothed_ranking_losses(attribute_scores, ranking, parameters.log_ties, smoothing)
 
-    def _smoothed_ranking_losses(self, scores: Tensor, ranking: Ranking, smoothing: float) -> Tensor:
+    def _smoothed_ranking_losses(self, scores: Tensor, ranking: Ranking, log_ties: Tensor, smoothing: float) -> Tensor:
         """Losses `[G]` of equal rankings; scores `[G, K]`, best first."""
-        losses = self._ranking_losses(scores, ranking.sizes, ranking.open)
+        losses = _ranking_losses(scores, ranking.sizes, ranking.open, log_ties)
         if not ranking.open:
-            losses = losses + self.ties.control_variate(ranking.sizes)
+            losses = losses + self.ties.control_variate(ranking.sizes, log_ties)
         if not smoothing:
             return losses
-        reverse = self._ranking_losses(scores.flip(-1), ranking.sizes[::-1], ranking.open)
+        reverse = _ranking_losses(scores.flip(-1), ranking.sizes[::-1], ranking.open, log_ties)
         return (1 - smoothing) * losses + smoothing * reverse
 
-    def _ranking_losses(self, scores: Tensor, sizes: tuple[int, ...], open_ties: bool) -> Tensor:
-        if open_ties:
-            return open_ranking_loss(scores, sizes)
-        if len(self.ties.free) == 0:
-            return plackett_luce_loss(scores)
-        return davidson_luce_loss(scores, sizes, self.ties())
-
-    def _rating_losses(self, scores: Tensor, ratings: Sequence[Rating]) -> Tensor:
+    def _rating_losses(self, scores: Tensor, ratings: Sequence[Rating], links: Mapping[str, Tensor]) -> Tensor:
         """Losses `[G]`, summed over the rated attributes, which all ratings share; scores `[G, A]`."""
         losses = scores.new_zeros(len(ratings))
         for name in ratings[0].values:
             values = scores.new_tensor([rating.values[name] for rating in ratings])
             link = self.links[self._names[name]]
-            losses = losses + link(self.score(scores, name), values)
+            assert isinstance(link, RatingLink)
+            losses = losses + link.losses(self.score(scores, name), values, links[name])
         return losses
+
+
+@dataclass(frozen=True)
+class _LossParameters:
+    """The parameters of the loss in a forward pass: log δ `[D]`, and those of each rated attribute's link."""
+
+    log_ties: Tensor
+    links: Mapping[str, Tensor]
+
+    def nothing(self) -> Tensor:
+        """Zero `[]`, with a gradient of zero for every parameter.
+
+        A microbatch need not use all of them, but all ranks must have a gradient of the same parameters.
+        """
+        total: Tensor = self.log_ties.sum() * 0.0
+        for parameters in self.links.values():
+            total = total + parameters.sum() * 0.0
+        return total
+
+
+def _ranking_losses(scores: Tensor, sizes: tuple[int, ...], open_ties: bool, log_ties: Tensor) -> Tensor:
+    """Losses `[G]` of equal rankings; scores `[G, K]`, best first."""
+    if open_ties:
+        return open_ranking_loss(scores, sizes)
+    if len(log_ties) == 1:
+        return plackett_luce_loss(scores)
+    return davidson_luce_loss(scores, sizes, log_ties)
 
 
 def _pair_losses(scores: Tensor, pairs: Sequence[Pair], smoothing: float) -> Tensor:
@@ -224,7 +246,9 @@ class TieParameters(nn.Module):
         # Half an observation stands for none, which keeps log δ finite where a size never occurs.
         counts = [max(chosen[size], 0.5) if size <= most else 0.0 for size in range(1, largest + 1)]
         delta = ties_of_equal_worths(counts, remaining)
-        self.free = nn.Parameter(torch.tensor([math.log(value) for value in delta[1:]]))
+        self.largest = largest
+        self.free: Tensor
+        _add_parameter(self, "free", [math.log(value) for value in delta[1:]])
         self.shares: Tensor
         self.register_buffer("shares", torch.tensor(counts[1:]) / sum(counts), persistent=False)
         self.scale = examples / max(len(made), 1)
@@ -235,33 +259,43 @@ class TieParameters(nn.Module):
         free = fixed + self.scale * (self.free - fixed)  # scales the gradient alone
         return torch.cat([free.new_zeros(1), free])
 
-    def control_variate(self, sizes: Sequence[int]) -> Tensor:
+    def control_variate(self, sizes: Sequence[int], log_ties: Tensor) -> Tensor:
         """Zero, with the gradient that replaces the ties of a ranking by those of as many choices in the data."""
         made = choices(sizes)
         chosen = Counter(size for _, size in made)
-        counts = self.shares.new_tensor([chosen[size] for size in range(2, len(self.free) + 2)])  # [D - 1]
+        counts = self.shares.new_tensor([chosen[size] for size in range(2, self.largest + 1)])  # [D - 1]
         excess = counts - len(made) * self.shares
-        log_ties: Tensor = self()
-        return (excess * (log_ties[1:] - self.free.detach())).sum()
+        return (excess * (log_ties - log_ties.detach())[1:]).sum()
 
 
-class LinearRatingLink(nn.Module):
+class RatingLink(nn.Module, ABC):
+    """How the ratings of an attribute depend on the score. Calling it gives its parameters, in one tensor."""
+
+    @abstractmethod
+    def losses(self, scores: Tensor, ratings: Tensor, parameters: Tensor) -> Tensor:
+        """Losses `[N]`, in nats, of scores `[N]` and ratings `[N]`, with the parameters that calling it gave."""
+
+
+class LinearRatingLink(RatingLink):
     """A standardised rating is an increasing linear function of the score plus noise; the slope starts at 1."""
 
     def __init__(self, ratings: Sequence[float]) -> None:
         super().__init__()
         self.mean = fmean(ratings)
         self.std = pstdev(ratings) or 1.0
-        self.log_slope = nn.Parameter(torch.zeros(()))
-        self.intercept = nn.Parameter(torch.zeros(()))
+        self.log_slope = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast a parameter without dimensions
+        self.intercept = nn.Parameter(torch.zeros(1))
 
-    def forward(self, scores: Tensor, ratings: Tensor) -> Tensor:
-        """Losses `[N]`, in nats, of scores `[N]` and ratings `[N]`."""
-        expected = self.log_slope.exp() * scores + self.intercept
-        return regression_loss(expected, (ratings - self.mean) / self.std)
+    def forward(self) -> Tensor:
+        """Slope and intercept, `[2]`."""
+        return torch.cat([self.log_slope.exp(), self.intercept])
+
+    def losses(self, scores: Tensor, ratings: Tensor, parameters: Tensor) -> Tensor:
+        slope, intercept = parameters
+        return regression_loss(slope * scores + intercept, (ratings - self.mean) / self.std)
 
 
-class OrdinalRatingLink(nn.Module):
+class OrdinalRatingLink(RatingLink):
     """A rating is one of a few ordered levels; there is a threshold on the score between each two neighbours."""
 
     def __init__(self, ratings: Sequence[float]) -> None:
@@ -275,17 +309,27 @@ class OrdinalRatingLink(nn.Module):
             below += counts[level]
             thresholds.append(math.log(below / (len(ratings) - below)))
         gaps = [math.log(math.expm1(upper - lower)) for lower, upper in pairwise(thresholds)]  # inverse of softplus
-        self.first = nn.Parameter(torch.tensor(thresholds[:1]))
-        self.gaps = nn.Parameter(torch.tensor(gaps))
+        self.first: Tensor
+        self.gaps: Tensor
+        _add_parameter(self, "first", thresholds[:1])
+        _add_parameter(self, "gaps", gaps)
 
-    def forward(self, scores: Tensor, ratings: Tensor) -> Tensor:
-        """Losses `[N]`, in nats. A rating that did not occur in training counts as the nearest level."""
-        levels = ratings.new_tensor(self.levels)
-        level = (ratings[:, None] - levels).abs().argmin(-1)  # [N]
-        return ordinal_loss(scores, level, self.thresholds())
-
-    def thresholds(self) -> Tensor:
+    def forward(self) -> Tensor:
         """Thresholds `[levels - 1]`, increasing."""
         # Added one by one, because CUDA has no deterministic cumulative sum of floating-point numbers.
         offsets = accumulate(softplus(self.gaps).unbind())
         return torch.cat([self.first, *(self.first + offset for offset in offsets)])
+
+    def losses(self, scores: Tensor, ratings: Tensor, parameters: Tensor) -> Tensor:
+        """As of `RatingLink`. A rating that did not occur in training counts as the nearest level."""
+        levels = ratings.new_tensor(self.levels)
+        level = (ratings[:, None] - levels).abs().argmin(-1)  # [N]
+        return ordinal_loss(scores, level, parameters)
+
+
+def _add_parameter(module: nn.Module, name: str, values: Sequence[float]) -> None:
+    """Give a module a trained vector; without values it is a buffer: ZeRO 3 cannot gather an empty parameter."""
+    if values:
+        module.register_parameter(name, nn.Parameter(torch.tensor(values)))
+    else:
+        module.register_buffer(name, torch.zeros(0), persistent=False)

@@ -98,5 +98,5 @@ class SupervisedModule(TrainedModule):
 
 
 def has_parameters(module: nn.Module) -> bool:
-    """Whether a module has a parameter that is not empty."""
-    return any(parameter.numel() for parameter in module.parameters())
+    """Whether a module has a parameter. Its size does not matter: at ZeRO 3 a partitioned one has no elements."""
+    return next(module.parameters(), None) is not None

@@ -118,7 +118,7 @@ class RewardObjective(Objective[TokenizedPreference]):
         differences = self._differences(scores.detach(), examples)  # [C]
         right = (differences > 0).sum() + 0.5 * (differences == 0).sum()
         count = differences.new_tensor(len(differences))
-        return loss + self.preference_loss.nothing(), torch.stack([loss.detach(), right, differences.sum(), count])
+        return loss, torch.stack([loss.detach(), right, differences.sum(), count])
 
     def collate_heldout(self, examples: Sequence[TokenizedPreference], device: torch.device) -> tuple[Any, Examples]:
         """As `collate`, each response with its own copy of the prompt, as in PPO."""

@@ -162,7 +162,7 @@ def test_the_links_of_scores_and_annotations_are_trained() -> None:
 def test_levels_start_with_their_shares_of_the_data(ratings: list[int]) -> None:
     link = OrdinalRatingLink([float(rating) for rating in ratings]).double()
     values = torch.tensor(sorted(set(ratings)), dtype=torch.float64)
-    probabilities = torch.exp(-link(torch.zeros(len(values), dtype=torch.float64), values))
+    probabilities = torch.exp(-link.losses(torch.zeros(len(values), dtype=torch.float64), values, link()))
     expected = torch.tensor([ratings.count(int(v)) / len(ratings) for v in values], dtype=torch.float64)
     torch.testing.assert_close(probabilities, expected, rtol=1e-5, atol=1e-6)
 
