@@ -47,6 +47,21 @@ def norms(model: PreTrainedModel) -> dict[str, nn.Module]:
     return layers
 
 
+def undecayed_names(module: nn.Module) -> set[str]:
+    """The names of the parameters that weight decay spares: biases, and those of normalisation layers."""
+    names: set[str] = set()
+    for path, part in module.named_modules():
+        for name, _ in part.named_parameters(recurse=False):
+            if is_undecayed(part, name):
+                names.add(f"{path}.{name}" if path else name)
+    return names
+
+
+def is_undecayed(module: nn.Module, name: str) -> bool:
+    """Whether weight decay spares a module's own parameter."""
+    return "bias" in name or "Norm" in type(module).__name__
+
+
 def names_ending_in(names: Iterable[str], endings: Sequence[str]) -> list[str]:
     """The dotted names whose last parts are one of the endings."""
     suffixes = tuple(f".{ending}" for ending in endings)

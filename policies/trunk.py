@@ -91,6 +91,10 @@ class Trunk(nn.Module, ABC):
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
         """The live parameters of a role's adapter by their name in its file."""
 
+    def undecayed(self, role: str) -> set[str]:
+        """The names in `adapter` of what weight decay spares: biases and the parameters of normalisation layers."""
+        return {name for name in self.adapter(role) if "bias" in name.rpartition(".")[2]}
+
     def train_only(self, *roles: str) -> None:
         """Let gradients flow to the adapters of these roles and to no other parameter."""
         self.requires_grad_(False)

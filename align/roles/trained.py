@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
-from policies.layers.lora import parameter_groups_by_rate
+from policies.layers.lora import rate_factor
+from policies.module_names import undecayed_names
 from policies.trunk import Trunk
 
 
@@ -89,15 +89,17 @@ class TrainedModule(nn.Module, ABC):
 
         Biases and the weights of normalisation layers do not decay.
         """
-        fixed = _undecayed(self)
         groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
         for role, trunk in self.trained_adapters.items():
-            for factor, parameters in parameter_groups_by_rate(trunk.adapter(role).items(), trunk.settings.lora_plus):
-                for parameter in parameters:
-                    groups.setdefault((role, factor, id(parameter) not in fixed), []).append(parameter)
-        for name, head in self.trained_heads.items():
-            for parameter in filter(torch.numel, head.parameters()):
-                groups.setdefault((name, 1.0, id(parameter) not in fixed), []).append(parameter)
+            undecayed = trunk.undecayed(role)
+            for name, parameter in trunk.adapter(role).items():
+                key = (role, rate_factor(name, trunk.settings.lora_plus), name not in undecayed)
+                groups.setdefault(key, []).append(parameter)
+        for role, head in self.trained_heads.items():
+            undecayed = undecayed_names(head)
+            for name, parameter in head.named_parameters():
+                if parameter.numel():
+                    groups.setdefault((role, 1.0, name not in undecayed), []).append(parameter)
         return [_make_group(*key, parameters) for key, parameters in groups.items()]
 
 
@@ -106,14 +108,3 @@ def _make_group(role: str, factor: float, decays: bool, parameters: list[nn.Para
     if decays:
         return ParameterGroup(name, parameters, factor)
     return ParameterGroup(f"{name}.undecayed", parameters, factor, {"weight_decay": 0.0})
-
-
-def _undecayed(module: nn.Module) -> set[int]:
-    """The ids of the biases and of the parameters of normalisation layers."""
-    ids: set[int] = set()
-    for part in module.modules():
-        is_norm = "Norm" in type(part).__name__
-        for name, parameter in part.named_parameters(recurse=False):
-            if is_norm or name.endswith("bias"):
-                ids.add(id(parameter))
-    return ids

@@ -1,6 +1,6 @@
 """The forward pass of a linear layer with LoRA, in as few passes over memory as it needs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,23 +18,14 @@ FrozenLayer = tuple[Tensor, Tensor | None]
 """Weight `[out, in]` and bias `[out]`, if it has one, of a linear layer without gradients."""
 
 
-def parameter_groups_by_rate(
-    named: Iterable[tuple[str, nn.Parameter]], ratio: float | None
-) -> list[tuple[float, list[nn.Parameter]]]:
-    """Group parameters by the factor on their learning rate.
+def rate_factor(name: str, ratio: float | None) -> float:
+    """The factor on the learning rate of a parameter.
 
     Args:
-        named: Parameters with their names in the adapter's file.
-        ratio: LoRA+'s ratio of the rate of B to the rate of A (Hayou et al. 2024); None: one group with factor 1.
-
-    Returns:
-        (factor, parameters) of each group, the parameters in the order in which they came.
+        name: Its name in the adapter's file.
+        ratio: LoRA+'s ratio of the rate of B to the rate of A (Hayou et al. 2024); None: 1.
     """
-    groups: dict[float, list[nn.Parameter]] = {1.0: []}
-    for name, parameter in named:
-        factor = ratio if ratio and ".lora_B." in name else 1.0
-        groups.setdefault(factor, []).append(parameter)
-    return list(groups.items())
+    return ratio if ratio and ".lora_B." in name else 1.0
 
 
 class LoraForward(ForwardReplacement):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from policies.module_names import undecayed_names
 from policies.trunk import Trunk
 
 
@@ -26,6 +27,9 @@ class FullTrunk(Trunk):
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
         """The live weights of a role by their names in the base; tied weights once."""
         return dict(self._model_of(role).named_parameters())
+
+    def undecayed(self, role: str) -> set[str]:
+        return undecayed_names(self._model_of(role))
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:
         return dict(self.read_adapter(role))

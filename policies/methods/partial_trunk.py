@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from policies.errors import UserError
 from policies.files.adapters import PREFIX
+from policies.module_names import is_undecayed
 from policies.trunk import Trunk
 
 SCALAR_ROLES = ("reward", "critic")
@@ -80,6 +81,9 @@ class PartialTrunk(Trunk):
 
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
         return {slot.name: parameter for slot, parameter in self._slots_and_parameters(role)}
+
+    def undecayed(self, role: str) -> set[str]:
+        return {slot.name for slot in self._slots_of[role] if is_undecayed(slot.module, slot.attribute)}
 
     def merged_weights(self, role: str) -> dict[str, Tensor]:
         names = {id(module): name for name, module in self.causal.named_modules()}
