@@ -119,7 +119,7 @@ class SupervisedLearner:
 
     def _collate(self, step: int, rows: Sequence[Row[Any]]) -> tuple[Any, ...]:
         """The tensors of a microbatch; what is dropped in it depends on the step and its first row."""
-        torch.manual_seed(seed_for(self.seed, "dropout", step, rows[0].number))
+        seed_dropout(seed_for(self.seed, "dropout", step, rows[0].number), self.rank.device)
         return self.objective.collate([row.example for row in rows], self.rank.device)
 
     def _set_training(self, training: bool) -> None:
@@ -165,6 +165,18 @@ class SupervisedLearners:
     def close(self) -> None:
         """Free the resources of all ranks."""
         self.ranks.close()
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed what modules on a device draw; `torch.manual_seed` also formats the call stack for each absent accelerator.
+
+    Args:
+        seed: The seed.
+        device: The device, a CPU or a GPU.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def build_learner(
