@@ -1,5 +1,6 @@
 """The loop of a supervised stage: batches, optimizer steps, evaluations and checkpoints."""
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -257,7 +258,8 @@ class _Run:
         """Compute the held-out loss, and keep the weights where it is the best so far."""
         loss = self.learners.heldout_loss()
         self._log({"heldout_loss": loss})
-        if self.progress.best_loss is None or loss < self.progress.best_loss:
+        best = self.progress.best_loss
+        if best is None or math.isnan(best) or loss < best:
             self.progress.best_loss = loss
             self.progress.best_step = self.progress.step
             product = self.learners.product()
