@@ -9,12 +9,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.config.schema import Experiment
+from align.config.schema import Experiment, LearnerSettings
 from align.data.datasets import trains_reward, trains_sft
 from policies.build import make_trunk
 from policies.files.base_model import load_model_config
 from policies.schema import ModelSettings, PolicySettings
 from rewards.model import members_in
+from rewards.schema import FitSettings
 from rewards.terms.classifier import ClassifierTerm
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -46,6 +47,46 @@ class ModelSizes:
     head: int
     merged_bytes: int
     kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How what a stage trains is divided over its ranks.
+
+    Attributes:
+        ranks: Number of ranks; 0: one in the controller's process.
+        zero: The ZeRO stage.
+        optimizer: Name of the optimizer.
+    """
+
+    ranks: int
+    zero: int
+    optimizer: str
+
+    @property
+    def process(self) -> str:
+        """The kind of process."""
+        return "learner" if self.ranks < 2 else f"each of {self.ranks} ranks"
+
+    @property
+    def shards(self) -> int:
+        """Number of parts of weights that are not trained."""
+        return max(1, self.ranks) if self.zero == 3 else 1
+
+    def trained_bytes(self, parameters: int) -> float:
+        """Bytes of trained parameters on one rank.
+
+        ZeRO 1 to 3 shard the optimizer, which then has its own copy of the weights; 2 and 3 shard the gradient as well,
+        and 3 the weights.
+        """
+        ranks = max(1, self.ranks)
+        unsharded = TRAINED[self.optimizer]
+        if self.zero == 0:
+            return parameters * unsharded
+        optimizer = unsharded - 2 * FLOAT32 + FLOAT32  # the moments and the optimizer's copy of the weights
+        gradient = FLOAT32 / ranks if self.zero >= 2 else FLOAT32
+        weight = FLOAT32 / ranks if self.zero >= 3 else FLOAT32
+        return parameters * (weight + gradient + optimizer / ranks)
 
 
 @dataclass(frozen=True)
@@ -131,15 +172,25 @@ def estimate_memory(experiment: Experiment, stages: list[str], sizes: ModelSizes
     """
     uses: list[TensorUse] = []
     if trains_sft(experiment) and "sft" in stages:
-        uses += [TensorUse("sft", "trainer", role, size) for role, size in _sft(experiment, sizes)]
+        process = sharding_of(experiment, experiment.sft).process
+        uses += [TensorUse("sft", process, role, size) for role, size in _sft(experiment, sizes)]
     if trains_reward(experiment) and "reward" in stages:
-        uses += [TensorUse("reward", "trainer", role, size) for role, size in _reward(experiment, sizes)]
+        process = sharding_of(experiment, experiment.reward).process
+        uses += [TensorUse("reward", process, role, size) for role, size in _reward(experiment, sizes)]
+        uses += [TensorUse("reward", "evaluation", role, size) for role, size in _evaluated_reward(experiment, sizes)]
     if "ppo" in stages:
-        learner = "learner" if experiment.learner.ranks < 2 else f"each of {experiment.learner.ranks} ranks"
-        uses += [TensorUse("ppo", learner, role, size) for role, size in _learner(experiment, sizes)]
+        process = sharding_of(experiment, experiment.learner).process
+        uses += [TensorUse("ppo", process, role, size) for role, size in _learner(experiment, sizes)]
         if experiment.rollouts.workers:
             uses += _workers(experiment, sizes)
     return uses
+
+
+def sharding_of(experiment: Experiment, stage: FitSettings | LearnerSettings) -> Sharding:
+    """How what a stage trains is divided, from the settings of the stage."""
+    if isinstance(stage, LearnerSettings):
+        return Sharding(stage.ranks, stage.zero, stage.optimizer)
+    return Sharding(experiment.ranks_of(stage), experiment.zero_of(stage), stage.optimizer)
 
 
 def _workers(experiment: Experiment, sizes: ModelSizes) -> list[TensorUse]:
@@ -155,30 +206,42 @@ def _base_bytes(experiment: Experiment, sizes: ModelSizes) -> int:
 
 
 def _sft(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
-    yield "base model", _base_bytes(experiment, sizes)
-    yield "reference, trained", sizes.adapter * TRAINED["adamw"]
+    sharding = sharding_of(experiment, experiment.sft)
+    yield "base model", _base_bytes(experiment, sizes) / sharding.shards
+    yield "reference, trained", sharding.trained_bytes(sizes.adapter)
 
 
 def _reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
-    yield "base model", _base_bytes(experiment, sizes)
-    yield "reference", sizes.adapter * FLOAT32
+    """The members of an ensemble are trained one after another."""
+    sharding = sharding_of(experiment, experiment.reward)
+    yield "base model", _base_bytes(experiment, sizes) / sharding.shards
+    yield "reference", sizes.adapter * FLOAT32 / sharding.shards
     heads = sizes.head * len(experiment.reward.weights)
-    model = sizes.scalar_adapter + heads
-    trained = heads if experiment.reward.trains == "head" else model
-    yield "reward, trained", trained * TRAINED["adamw"] + (model - trained) * FLOAT32
-    if others := (experiment.reward.ensemble.members or 1) - 1:
-        yield "reward's other members", model * FLOAT32 * others
+    frozen = sizes.scalar_adapter if experiment.reward.trains == "head" else 0
+    trained = sizes.scalar_adapter + heads - frozen
+    yield "reward, trained", sharding.trained_bytes(trained) + frozen * FLOAT32 / sharding.shards
+
+
+def _evaluated_reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    """The controller evaluates all members at once; a single one that it has trained takes less than before."""
+    members = experiment.reward.ensemble.members or 1
+    if members > 1 or experiment.ranks_of(experiment.reward):
+        yield "base model", _base_bytes(experiment, sizes)
+        yield "reference", sizes.adapter * FLOAT32
+        heads = sizes.head * len(experiment.reward.weights)
+        yield "reward", (sizes.scalar_adapter + heads) * members * FLOAT32
 
 
 def _learner(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
     learner = experiment.learner
-    shards = max(1, learner.ranks) if learner.zero == 3 else 1
+    sharding = sharding_of(experiment, learner)
+    shards = sharding.shards
     yield "base model", _base_bytes(experiment, sizes) / shards
     yield "reference", sizes.adapter * FLOAT32 / shards
     yield from _reward_models(experiment, sizes, shards)
-    yield "policy, trained", _trained_bytes(experiment, sizes.adapter)
+    yield "policy, trained", sharding.trained_bytes(sizes.adapter)
     if experiment.ppo.has_critic:
-        yield from _critic(experiment, sizes, shards)
+        yield from _critic(experiment, sizes, sharding)
     if not experiment.rollouts.workers:
         if learner.ranks or learner.zero == 3:
             yield "sampler's base model", _base_bytes(experiment, sizes)
@@ -198,34 +261,17 @@ def _reward_models(experiment: Experiment, sizes: ModelSizes, shards: int) -> It
         yield "reward", (sizes.scalar_adapter + heads) * members * FLOAT32 / shards
 
 
-def _critic(experiment: Experiment, sizes: ModelSizes, shards: int) -> Iterator[tuple[str, float]]:
+def _critic(experiment: Experiment, sizes: ModelSizes, sharding: Sharding) -> Iterator[tuple[str, float]]:
     critic = experiment.ppo.critic
     if critic.kind == "head":
-        yield "critic, trained", _trained_bytes(experiment, sizes.head)
+        yield "critic, trained", sharding.trained_bytes(sizes.head)
         return
     if critic.model is not None:
         base = experiment.model.model_copy(update={"path": critic.model})
         sizes = measure(base, experiment.policy)
     if critic.kind == "model":
-        yield "critic's base model", _base_bytes(experiment, sizes) / shards
-    yield "critic, trained", _trained_bytes(experiment, sizes.scalar_adapter + sizes.head)
-
-
-def _trained_bytes(experiment: Experiment, parameters: int) -> float:
-    """Bytes of trained parameters on one rank.
-
-    ZeRO 1 to 3 shard the optimizer, which then has its own copy of the weights; 2 and 3 shard the gradient as well, and
-    3 the weights.
-    """
-    learner = experiment.learner
-    ranks = max(1, learner.ranks)
-    unsharded = TRAINED[learner.optimizer]
-    if learner.zero == 0:
-        return parameters * unsharded
-    optimizer = unsharded - 2 * FLOAT32 + FLOAT32  # the moments and the optimizer's copy of the weights
-    gradient = FLOAT32 / ranks if learner.zero >= 2 else FLOAT32
-    weight = FLOAT32 / ranks if learner.zero >= 3 else FLOAT32
-    return parameters * (weight + gradient + optimizer / ranks)
+        yield "critic's base model", _base_bytes(experiment, sizes) / sharding.shards
+    yield "critic, trained", sharding.trained_bytes(sizes.scalar_adapter + sizes.head)
 
 
 def _sampler(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:

@@ -60,10 +60,10 @@ def plan_lines(
     lines.append(("method", f"{method.name}: {method.trains}"))
     lines.append(("dtype", dtype or experiment.model.dtype))
     if trains_sft(experiment) and "sft" in stages:
-        lines.append(("sft", _fit(len(datasets.demonstrations), "demonstration", experiment.sft)))
+        lines.append(("sft", _fit(experiment, experiment.sft, len(datasets.demonstrations), "demonstration")))
         lines.append(("sft loss", _trained(datasets.demonstrations)))
     if trains_reward(experiment) and "reward" in stages:
-        lines.append(("reward", _fit(len(datasets.preferences), "preference example", experiment.reward)))
+        lines.append(("reward", _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")))
     if "ppo" in stages:
         lines += _ppo(experiment, datasets, sizes)
         lines.append(("reward terms", _terms(experiment)))
@@ -80,10 +80,12 @@ def plan_lines(
     return [*lines, ("written to", str(Path(experiment.runs) / experiment.name))]
 
 
-def _fit(examples: int, noun: str, settings: FitSettings) -> str:
+def _fit(experiment: Experiment, settings: FitSettings, examples: int, noun: str) -> str:
     epochs = counted(settings.epochs, "epoch")
     steps = counted(settings.optimizer_steps(examples), "optimizer step")
-    return f"{counted(examples, noun)}, {epochs} in batches of up to {settings.batch_size}: {steps}"
+    ranks = experiment.ranks_of(settings)
+    where = f" on {counted(ranks, 'learner rank')}" if ranks else ""
+    return f"{counted(examples, noun)}, {epochs} in batches of up to {settings.batch_size}: {steps}{where}"
 
 
 def _trained(demonstrations: Sequence[TokenizedDemonstration]) -> str:

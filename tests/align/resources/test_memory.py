@@ -12,11 +12,13 @@ from align.config.schema import Experiment
 from align.ppo.learner import PpoLearner
 from align.resources.memory import estimate_memory, measure
 from align.roles.build import Blueprint, RewardRole, build_roles
+from align.supervised.learner import SupervisedLearner
 from policies.files.base_model import load_base
 from policies.module_names import linears
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 from tests.align.ppo.test_learner_kinds import ALL, RATES, episodes
+from tests.align.supervised.small import random_adapter, reward_blueprint, sft_blueprint
 from tests.integration.tiny_run import make_settings
 
 POLICIES = {
@@ -72,6 +74,54 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     learner.update(batch, ALL * 2, RATES)
     learner.close()
     assert measured[-1] == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_supervised_learner_holds_what_the_plan_says(
+    stage: str, tiny_model: Path, tmp_path: Path, process_group: None
+) -> None:
+    experiment = Experiment.model_validate(make_settings(tiny_model, tmp_path) | {"policy": POLICIES["lora"]})
+    uses = estimate_memory(experiment, [stage], measure(experiment.model, experiment.policy))
+    planned = sum(use.bytes for use in uses)
+    blueprint = sft_blueprint(tiny_model, experiment.policy)
+    adapter = random_adapter(tiny_model, experiment.policy)
+    of_reward = reward_blueprint(tiny_model, "pairs", experiment.policy, adapter)
+
+    before = storages()
+    objective = blueprint.build() if stage == "sft" else of_reward.build()
+    learner = SupervisedLearner(objective, experiment.sft, zero=0, seed=0)
+    measured: list[int] = []
+
+    def note(*_: Any) -> None:
+        measured.append(sum(size for address, size in storages().items() if address not in before))
+
+    assert isinstance(learner.rank.optimizer, Optimizer)
+    learner.rank.optimizer.register_step_pre_hook(note)
+    learner.train([0, 1], 0, 1.0)
+    learner.train([2, 3], 1, 1.0)
+    learner.close()
+    assert measured[-1] == pytest.approx(planned, rel=0.1)
+
+
+def test_zero_3_divides_everything_in_a_supervised_learner_by_its_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path) | {"learner": {"ranks": 2, "zero": 3}}
+    experiment = Experiment.model_validate(settings)
+    sizes = measure(experiment.model, experiment.policy)
+    uses = {use.role: use.bytes for use in estimate_memory(experiment, ["sft"], sizes)}
+    weight, gradient, moments, copy = 4, 4, 8, 4
+    shard = (weight + gradient + moments + copy) / 2
+    assert uses == {"base model": sizes.base_bytes / 2, "reference, trained": sizes.adapter * shard}
+
+
+def test_the_controller_holds_all_members_of_an_ensemble_to_evaluate_them(tiny_model: Path, tmp_path: Path) -> None:
+    experiment = Experiment.model_validate(make_settings(tiny_model, tmp_path))
+    ensemble = experiment.reward.ensemble.model_copy(update={"members": 5})
+    reward = experiment.reward.model_copy(update={"ensemble": ensemble})
+    sizes = measure(experiment.model, experiment.policy)
+    uses = estimate_memory(experiment.model_copy(update={"reward": reward}), ["reward"], sizes)
+    evaluated = {use.role: use.bytes for use in uses if use.process == "evaluation"}
+    assert evaluated["reward"] == 5 * 4 * (sizes.scalar_adapter + sizes.head)
+    assert evaluated["base model"] == sizes.base_bytes
 
 
 @pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])

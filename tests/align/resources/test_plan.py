@@ -147,13 +147,27 @@ def test_processes(
     assert lines["processes"].startswith(f"{processes}, ")
 
 
+def test_ranks_and_memory_of_a_supervised_stage(experiment: Experiment, datasets: Datasets) -> None:
+    update = {
+        "learner": experiment.learner.model_copy(update={"ranks": 2}),
+        "sft": experiment.sft.model_copy(update={"zero": 3}),
+        "reward": experiment.reward.model_copy(update={"ranks": 0}),
+    }
+    lines = planned(experiment.model_copy(update=update), datasets)
+    one = planned(experiment, datasets)
+    assert lines["sft"] == f"{one['sft']} on 2 learner ranks"
+    assert lines["reward"] == one["reward"]
+    assert lines["memory, reward: learner"] == one["memory, reward: learner"]
+    assert "memory, sft: each of 2 ranks" in lines
+
+
 def test_only_the_remaining_stages_are_planned(experiment: Experiment, datasets: Datasets) -> None:
     assert planned(experiment, datasets, "reward").keys() == {
         "stages",
         "method",
         "dtype",
         "reward",
-        "memory, reward: trainer",
+        "memory, reward: learner",
         "written to",
     }
 
