@@ -73,10 +73,12 @@ def read_weights(
     folder: Path, policy: PolicySettings, adapters: Collection[str], heads: Collection[str]
 ) -> TrainedWeights:
     """Read what `write_weights` has written; arguments as of `read_states`."""
-    return TrainedWeights(
-        adapters={role: load_adapter(folder / role, policy) for role in adapters},
-        heads={name: load_head(folder / name) for name in heads},
-    )
+    weights = TrainedWeights()
+    for role in adapters:
+        weights.adapters[role] = load_adapter(folder / role, policy)
+    for name in heads:
+        weights.heads[name] = load_head(folder / name)
+    return weights
 
 
 def read_record(path: Path, kind: TypeAdapter[Record]) -> Record:

@@ -17,7 +17,7 @@ class Closable(Protocol):
 
 
 AnyLearner = TypeVar("AnyLearner", bound=Closable)
-Arguments = TypeVarTuple("Arguments")
+Inputs = TypeVarTuple("Inputs")
 Result = TypeVar("Result")
 
 
@@ -30,12 +30,12 @@ class Ranks(ABC, Generic[AnyLearner]):
         """Number of ranks."""
 
     @abstractmethod
-    def call(self, method: Callable[[AnyLearner, *Arguments], Result], *arguments: *Arguments) -> list[Result]:
+    def call(self, method: Callable[[AnyLearner, *Inputs], Result], *arguments: *Inputs) -> list[Result]:
         """Call a method on all ranks with the same arguments; the results by rank."""
 
     @abstractmethod
     def scatter(
-        self, method: Callable[[AnyLearner, *Arguments], Result], arguments: Sequence[tuple[*Arguments]]
+        self, method: Callable[[AnyLearner, *Inputs], Result], arguments: Sequence[tuple[*Inputs]]
     ) -> list[Result]:
         """Call a method on all ranks, on each with its own arguments; the results by rank."""
 
@@ -56,11 +56,11 @@ class LocalRank(Ranks[AnyLearner]):
     def count(self) -> int:
         return 1
 
-    def call(self, method: Callable[[AnyLearner, *Arguments], Result], *arguments: *Arguments) -> list[Result]:
+    def call(self, method: Callable[[AnyLearner, *Inputs], Result], *arguments: *Inputs) -> list[Result]:
         return [method(self.learner, *arguments)]
 
     def scatter(
-        self, method: Callable[[AnyLearner, *Arguments], Result], arguments: Sequence[tuple[*Arguments]]
+        self, method: Callable[[AnyLearner, *Inputs], Result], arguments: Sequence[tuple[*Inputs]]
     ) -> list[Result]:
         return [method(self.learner, *own) for own in arguments]
 

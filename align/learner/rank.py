@@ -17,7 +17,7 @@ from policies.schema import OptimizerSettings
 from policies.trunk import AdapterWeights, Trunk
 
 
-class Example(Protocol):
+class TrainingExample(Protocol):
     """An example that an objective is computed on."""
 
     @property
@@ -25,7 +25,7 @@ class Example(Protocol):
         """Number of its tokens in a forward pass."""
 
 
-AnyExample = TypeVar("AnyExample", bound=Example)
+AnyExample = TypeVar("AnyExample", bound=TrainingExample)
 
 MicrobatchObjective = Callable[..., tuple[Tensor, Tensor]]
 """Maps the trained module and the tensors of a microbatch to the loss `[]`, the weighted sum over its tokens or

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
-from align.learner.group import AnyLearner, Arguments, Ranks, Result, collective_backend
+from align.learner.group import AnyLearner, Inputs, Ranks, Result, collective_backend
 from align.runtime.failures import RankLost
 from policies.device import ComputeSettings
 from policies.errors import first_line
@@ -47,12 +47,12 @@ class RayRanks(Ranks[AnyLearner]):
     def count(self) -> int:
         return len(self.actors)
 
-    def call(self, method: Callable[[AnyLearner, *Arguments], Result], *arguments: *Arguments) -> list[Result]:
+    def call(self, method: Callable[[AnyLearner, *Inputs], Result], *arguments: *Inputs) -> list[Result]:
         shared = ray.put(arguments)
         return self._results([actor.call.remote(method.__name__, shared) for actor in self.actors])
 
     def scatter(
-        self, method: Callable[[AnyLearner, *Arguments], Result], arguments: Sequence[tuple[*Arguments]]
+        self, method: Callable[[AnyLearner, *Inputs], Result], arguments: Sequence[tuple[*Inputs]]
     ) -> list[Result]:
         calls = []
         for actor, own in zip(self.actors, arguments, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, NonNegativeInt, TypeAdapter
 
 from align.config.ppo_settings import CriticSettings
 from align.learner.files import read_record, write_states
@@ -23,7 +23,6 @@ from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 
 PENDING = "pending"
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass
@@ -46,17 +45,17 @@ class PpoProgress:
         logit_spacing: Unit of the sampler's mismatch, in nats, see `MismatchCheck`; None before it is measured.
     """
 
-    step: Count
+    step: NonNegativeInt
     kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    best_step: Count
+    best_step: NonNegativeInt
     best: float | None
     reward: dict[str, Any]
     stop: list[float]
     stopped: str | None
     seconds: float
-    ranks: Count
-    zero: Count
-    pending: list[Count]
+    ranks: NonNegativeInt
+    zero: NonNegativeInt
+    pending: list[NonNegativeInt]
     products: dict[str, str]
     logit_spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 

@@ -99,11 +99,13 @@ def ray_learners(
     """
     from align.learner.ray_ranks import RayRanks  # Ray is slow to import
 
-    build = partial(build_learner, blueprint, ppo, learner, temperature)
+    build = partial(build_ppo_learner, blueprint, ppo, learner, temperature)
     return PpoLearners(RayRanks(build, learner.ranks, learner.gpus, compute))
 
 
-def build_learner(blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float) -> PpoLearner:
+def build_ppo_learner(
+    blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float
+) -> PpoLearner:
     """Build the roles and a rank around them."""
     roles = build_roles(blueprint, ppo.active_critic)
     return PpoLearner(roles, ppo, learner, temperature, blueprint.model.gradient_checkpointing)

@@ -6,9 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import NonNegativeInt, TypeAdapter
 
 from align.learner.files import read_record, read_states, read_weights, write_states, write_weights
 from align.learner.schedules import schedule_factor
@@ -29,7 +28,6 @@ from rewards.schema import FitSettings
 BEST = "best"
 RESULT = "fitted.json"
 STATE = "state.json"
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ class FitResult:
         heldout_loss: Held-out loss of the weights that were kept.
     """
 
-    steps: Count
-    best_step: Count
+    steps: NonNegativeInt
+    best_step: NonNegativeInt
     heldout_loss: float
 
 
@@ -94,13 +92,13 @@ class FitProgress:
         zero: ZeRO stage of these ranks.
     """
 
-    step: Count = 0
-    skipped: Count = 0
-    skipped_in_a_row: Count = 0
-    best_step: Count = 0
+    step: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
+    skipped_in_a_row: NonNegativeInt = 0
+    best_step: NonNegativeInt = 0
     best_loss: float | None = None
-    ranks: Count = 0
-    zero: Count = 0
+    ranks: NonNegativeInt = 0
+    zero: NonNegativeInt = 0
 
 
 _PROGRESS = TypeAdapter(FitProgress)

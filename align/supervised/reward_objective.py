@@ -194,11 +194,12 @@ class RewardBlueprint:
         if trains_adapter and not self.sft:
             trunk.start_training(role)
         trunk.train_only(*[role] * trains_adapter)
+        heldout = [preference.example for preference in self.heldout]
         loss = PreferenceLoss(
             examples=[preference.example for preference in self.examples],
             weights=self.settings.weights,
             ratings=self.settings.ratings,
-            heldout=[preference.example for preference in self.heldout],
+            heldout=heldout,
         )
         shares_prompts = should_share_prompts(trunk, role, self.examples)
         module = RewardModule(model, loss.to(trunk.causal.device), trains_adapter, shares_prompts)
