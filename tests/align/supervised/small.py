@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.data.examples import TokenizedDemonstration, TokenizedPreference
+from align.learner.state import TrainedWeights
 from align.supervised.reward_objective import RewardBlueprint
 from align.supervised.sft_objective import SftBlueprint
 from policies.build import build_trunk
@@ -104,3 +106,11 @@ def reward_blueprint(
         heldout=preferences(kind, 5, seed=1),
         settings=RewardSettings(**{"batch_size": 4, "learning_rate": 1e-2, **settings}),
     )
+
+
+def flat(weights: TrainedWeights) -> Tensor:
+    """All weights as one vector."""
+    parts = []
+    for named in (*weights.adapters.values(), *weights.heads.values()):
+        parts += [named[name].flatten().double() for name in sorted(named)]
+    return torch.cat(parts)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-from torch import Tensor
 
 from align.config.schema import ClusterSettings
 from align.learner.files import read_weights
@@ -28,7 +27,7 @@ from align.supervised.sft_objective import SftBlueprint
 from policies.device import ComputeSettings
 from policies.schema import PolicySettings
 from rewards.schema import FitSettings
-from tests.align.supervised.small import LORA, random_adapter, reward_blueprint, sft_blueprint
+from tests.align.supervised.small import LORA, flat, random_adapter, reward_blueprint, sft_blueprint
 from tests.align.supervised.toy import context_in
 from tests.integration.tiny_run import is_timed
 
@@ -264,13 +263,6 @@ def last_weights(case: Case, folder: Path) -> TrainedWeights:
     return read_weights(
         folder / f"checkpoints/step-{case.steps}", case.blueprint.policy, ["reward"], ["reward", "reward.loss"]
     )
-
-
-def flat(weights: TrainedWeights) -> Tensor:
-    parts = []
-    for named in (*weights.adapters.values(), *weights.heads.values()):
-        parts += [named[name].flatten().double() for name in sorted(named)]
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

@@ -108,10 +108,10 @@ class ToyObjective(Objective[ToyExample]):
 
 @contextmanager
 def local_learners(
-    build: Callable[[], Objective[Any]], settings: FitSettings, zero: int = 0, seed: int = 0
+    build: Callable[[], Objective[Any]], settings: FitSettings, zero: int = 0, seed: int = 0, recompute: bool = False
 ) -> Iterator[SupervisedLearners]:
     """The learner of an objective, with one rank in this process."""
-    ranks = LocalRank(lambda: SupervisedLearner(build(), settings, zero, seed))
+    ranks = LocalRank(lambda: SupervisedLearner(build(), settings, zero, seed, recompute))
     try:
         yield SupervisedLearners(ranks)
     finally:
