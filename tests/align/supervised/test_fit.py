@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from align.learner.schedules import schedule_factor
 from align.runs.tracking import read_lines
@@ -56,6 +57,21 @@ def test_steps_with_non_finite_gradients_are_skipped_and_several_in_a_row_end_tr
     assert moved == skipped_again == last
     assert moved[0] < -0.01
     assert moved[1] < -0.01
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_skipped_step_leaves_the_optimizer_as_it_is(zero: int) -> None:
+    objective = ToyObjective([ToyExample(0)], gradients=iter([1.0, NAN, 1.0]))
+    states = []
+    with local_learners(lambda: objective, FitSettings(), zero) as learners:
+        for step in range(3):
+            assert learners.train([0], step, 1.0).skipped == (step == 1)
+            states.append(learners.state()[0].optimizer)
+    before, skipped, after = states
+    assert "0.state.step" in before
+    assert before.keys() == skipped.keys() == after.keys()
+    assert all(torch.equal(before[name], skipped[name]) for name in before)
+    assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_message_of_too_many_skipped_steps_names_the_setting_of_the_stage(tmp_path: Path) -> None:
