@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,31 @@ def test_the_rate_is_measured_around_each_epoch_except_in_the_first_update(
     epochs = json.loads(ended.stdout.splitlines()[-1])
     assert len(epochs) == (settings["ppo"]["steps"] - 1) * settings["ppo"]["epochs"]
     assert all(0 < epoch["update_per_s"] < epoch["matrix_per_s"] for epoch in epochs)
+
+
+def test_this_librarys_side_of_the_benchmark_of_reward_models_times_each_step(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "a b", "chosen": "c d", "rejected": "e"}
+    file.write_text((json.dumps(pair) + "\n") * 6)
+    script = BENCHMARKS.parent / "reward_models" / "ours_reward.py"
+    command = [sys.executable, str(script), "--model", str(tiny_model), "--preferences", str(file), "--batch", "2"]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=200)
+    seconds = json.loads(ended.stdout.splitlines()[-1])["seconds"]
+    assert len(seconds) == 3 - 1
+    assert all(second > 0 for second in seconds)
+
+
+@pytest.mark.slow
+def test_supervised_steps_of_a_checkout_are_compared_with_themselves() -> None:
+    root = BENCHMARKS.parents[1]
+    command = [sys.executable, str(BENCHMARKS / "supervised_steps.py"), "--other", str(root)]
+    command += ["--only", "sft-1m", "--epochs", "1"]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=600)
+    line = ended.stdout.splitlines()[-1]
+    found = re.search(r"^sft-1m: ratio (\S+) .* mean loss of the last epoch (\S+), other (\S+)$", line)
+    assert found is not None
+    assert float(found[1]) > 0
+    assert found[2] == found[3]
 
 
 @pytest.mark.parametrize(("model", "reason"), [("", "a model is needed: give"), ("missing", "missing does not exist")])
