@@ -1,13 +1,20 @@
 """The DeepSpeed engine around what is trained."""
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from align.learner.optimizer import RoleClip
+from align.learner.partitions import hold_once
 from align.roles.trained import TrainedModule
+
+BUCKET = 2**22
+"""Elements of the gradient that the ranks reduce together, 16 MB in float32, and most elements of weights that ZeRO 3
+gathers ahead or keeps gathered. DeepSpeed's own limits, 2 GB and more, would undo the savings of stages 2 and 3 for
+models below a billion parameters."""
 
 
 def make_deepspeed_engine(module: TrainedModule, optimizer: torch.optim.Optimizer, stage: int, clip: RoleClip) -> Any:
@@ -44,21 +51,32 @@ def make_deepspeed_engine(module: TrainedModule, optimizer: torch.optim.Optimize
             "managed_gradient_accumulation": False,
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 0.0,
-            "zero_optimization": {
-                "stage": stage,
-                "overlap_comm": False,
-                "sub_group_size": 10**12,  # one per parameter group, as the optimizer's state is saved
-                "stage3_param_persistence_threshold": 0,
-            },
+            "zero_optimization": _zero_settings(stage, sum(parameter.numel() for parameter in trainable)),
         },
     )
     # The complete gradients of a single rank need no averaging, for which DeepSpeed would copy them twice.
     engine.enable_backward_allreduce = stage > 0 or dist.get_world_size() > 1
     if stage == 0:
+        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=BUCKET)
         optimizer.register_step_pre_hook(clip)
     else:
+        hold_once(engine.optimizer)
         _clip_before_step(engine.optimizer, clip)
     return engine
+
+
+def _zero_settings(stage: int, trained: int) -> dict[str, Any]:
+    """DeepSpeed's settings of ZeRO for a number of trained parameters."""
+    return {
+        "stage": stage,
+        "overlap_comm": False,
+        "sub_group_size": 10**12,  # one per parameter group, as the optimizer's state is saved
+        "reduce_bucket_size": min(BUCKET, trained),
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_live_parameters": BUCKET,
+        "stage3_max_reuse_distance": BUCKET,
+    }
 
 
 def _clip_before_step(zero: Any, clip: RoleClip) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from align.learner.partitions import gradient_partitions
 from align.roles.trained import ParameterGroup, role_of_group
 from policies.errors import UserError
 from policies.schema import OptimizerSettings
@@ -82,11 +83,10 @@ class RoleClip:
                 finite.
         """
         gradients = []
-        for number, (group, master) in enumerate(zip(zero.optimizer.param_groups, partitions(zero), strict=True)):
-            tensors = zero.averaged_gradients[number]
-            square = _squared_norm([_flat(tensors, master.numel())])
+        for group, gradient in zip(zero.optimizer.param_groups, gradient_partitions(zero), strict=True):
+            square = _squared_norm([gradient])
             dist.all_reduce(square)
-            gradients.append(GroupGradient(group["role"], tensors, square))
+            gradients.append(GroupGradient(group["role"], [gradient], square))
         self._clip(gradients)
 
     def _clip(self, gradients: Sequence["GroupGradient"]) -> bool:
@@ -120,18 +120,6 @@ class GroupGradient:
     group: str
     tensors: list[Tensor]
     squared_norm: Tensor
-
-
-def partitions(zero: Any) -> list[Tensor]:
-    """This rank's flat float32 partition of each parameter group, from DeepSpeed's ZeRO optimizer (stages 1 to 3)."""
-    stage_3 = getattr(zero, "fp32_partitioned_groups_flat", None)
-    return list(zero.single_partition_of_fp32_groups if stage_3 is None else stage_3)
-
-
-def _flat(tensors: Sequence[Tensor], size: int) -> Tensor:
-    """One vector of this size, padded with zeros, as DeepSpeed hands it to the optimizer."""
-    vector = torch.cat([tensor.flatten() for tensor in tensors])
-    return nn.functional.pad(vector, (0, size - len(vector)))
 
 
 def _squared_norm(tensors: list[Tensor]) -> Tensor:

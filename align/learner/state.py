@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from align.learner.optimizer import partitions
+from align.learner.partitions import partitions
 from align.learner.reshard import Layout, shard, unshard
 from align.roles.trained import TrainedModule
 from policies.errors import UserError
