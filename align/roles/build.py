@@ -56,25 +56,25 @@ def build_sft_trunk(
     policy: PolicySettings,
     seed: int,
     purpose: str,
-    roles: Sequence[str] = (),
+    roles: Sequence[str] = (SFT_ROLE,),
     sft: AdapterWeights | None = None,
 ) -> Trunk:
-    """Load the base model with an adapter for the SFT model and for each of some roles.
+    """Load the base model with an adapter for each of some roles, the first of which is the SFT model's.
 
     Args:
         model: Settings of the base model.
         policy: Settings of the adapters.
         seed: Seed of the run.
         purpose: What the trunk is for: it seeds the random initial weights.
-        roles: The further roles.
+        roles: The roles.
         sft: The SFT adapter; None: the base itself is the SFT model, and the adapter changes nothing.
     """
     torch.manual_seed(seed_for(seed, purpose, "adapters"))
-    trunk = build_trunk(model, policy, (SFT_ROLE, *roles))
+    trunk = build_trunk(model, policy, tuple(roles))
     if sft:
-        trunk.write_adapter(SFT_ROLE, sft)
+        trunk.write_adapter(roles[0], sft)
     else:
-        trunk.initialise(SFT_ROLE)
+        trunk.initialise(roles[0])
     return trunk
 
 

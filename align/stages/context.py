@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
-from align.roles.build import build_sft_trunk
+from align.roles.build import SFT_ROLE, build_sft_trunk
 from align.runs.folder import RunFolder, write_facts
 from align.runs.tracking import Tracker
 from align.runtime.atomic_files import new_folder
@@ -59,7 +59,14 @@ class StageContext:
             roles: The further roles.
         """
         experiment = self.experiment
-        return build_sft_trunk(experiment.model, experiment.policy, experiment.seed, purpose, roles, self.sft_weights())
+        return build_sft_trunk(
+            model=experiment.model,
+            policy=experiment.policy,
+            seed=experiment.seed,
+            purpose=purpose,
+            roles=(SFT_ROLE, *roles),
+            sft=self.sft_weights(),
+        )
 
     def fit_context(self, stage: str, settings: FitSettings, member: int = 0) -> FitContext:
         """The context of a supervised training run.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align.data.examples import TokenizedPreference
-from align.roles.build import SFT_ROLE, build_sft_trunk
+from align.roles.build import build_sft_trunk
 from align.roles.trained import ParameterGroup
 from align.runtime.seeds import seed_for
 from align.supervised.objective import Objective, SupervisedModule
@@ -189,7 +189,6 @@ class RewardBlueprint:
         role = role_of(self.member)
         trunk = build_sft_trunk(self.model, self.policy, self.seed, "reward", (role,), self.sft)
         model = RewardModel(trunk, new_heads(trunk, self.settings, self.seed, self.member), self.settings.weights, role)
-        trunk.write_adapter(role, trunk.read_adapter(SFT_ROLE))
         trains_adapter = self.settings.trains == "adapter"
         if trains_adapter and not self.sft:
             trunk.start_training(role)
