@@ -155,7 +155,6 @@ STAGES = "settings of each stage: `sft`, `reward`, `ppo`, `learner`"
         ("ppo.kl.type", "align calls it ppo.kl.estimator"),
         ("reward.center_rewards_coefficient", "align calls it reward.centering"),
         ("ppo.optimizer", "align calls it learner.optimizer"),
-        ("sft.optimizer", "SFT always uses AdamW"),
         ("output_dir", "align calls it runs and name"),
     ],
 )
