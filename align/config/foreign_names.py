@@ -31,7 +31,6 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "critic_learning_rate": ("learner.critic_learning_rate",),
     "optim": ("learner.optimizer", "sft.optimizer", "reward.optimizer"),
     "optimizer": ("learner.optimizer", "sft.optimizer", "reward.optimizer"),
-    "reward.optimizer": "the reward model is always trained with AdamW",
     "lr_scheduler_type": ("learner.schedule", "sft.schedule", "reward.schedule"),
     "lr_scheduler": ("learner.schedule", "sft.schedule", "reward.schedule"),
     "warmup_ratio": ("learner.warmup", "sft.warmup", "reward.warmup"),
