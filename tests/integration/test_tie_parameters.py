@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import align.stages.reward
+import align.supervised.reward_objective
 from rewards.objective import PreferenceLoss
 from rewards.preferences import PreferenceExample, Ranking
 from tests.integration.tiny_run import figures, make_settings, run_a_step_at_a_time, run_in_process, write_rows
@@ -72,8 +72,8 @@ def test_one_epoch_brings_the_tie_parameter_to_its_optimum(
     ties: list[bool] = []
 
     class Loss(PreferenceLoss):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
             if start is not None:
                 torch.nn.init.constant_(self.ties.free, math.log(start))
             losses.append(self)
@@ -84,7 +84,7 @@ def test_one_epoch_brings_the_tie_parameter_to_its_optimum(
                 ties.extend(example.preference != STRICT for example in examples)
             return super().forward(scores, examples, smoothing)
 
-    monkeypatch.setattr(align.stages.reward, "PreferenceLoss", Loss)
+    monkeypatch.setattr(align.supervised.reward_objective, "PreferenceLoss", Loss)
     run_in_process(stage_settings(tiny_model, tmp_path, rankings, responses))
     (loss,) = losses
     best = optimum(torch.cat(differences), torch.tensor(ties).float())
