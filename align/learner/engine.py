@@ -65,6 +65,22 @@ def make_deepspeed_engine(module: TrainedModule, optimizer: torch.optim.Optimize
     return engine
 
 
+def destroy_engine(engine: Any) -> None:
+    """Free what an engine holds; without this, ZeRO 3 aborts at exit, and keeps the model in memory until then."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    engine.destroy()
+    # ZeRO 3 leaves modules in two places that last as long as the process: a stack, and the cache of a method, which
+    # its decorator hides.
+    modules = parameter_offload.FWD_MODULE_STACK
+    modules[:] = [module for module in modules if module is not engine.module]
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    method = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(method, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
 def _zero_settings(stage: int, trained: int) -> dict[str, Any]:
     """DeepSpeed's settings of ZeRO for a number of trained parameters."""
     return {

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from align.learner.engine import make_deepspeed_engine
+from align.learner.engine import destroy_engine, make_deepspeed_engine
 from align.learner.optimizer import RoleClip, make_optimizer
 from align.learner.state import LearnerState, RankState
 from align.roles.trained import TrainedModule, role_of_group
@@ -210,6 +210,6 @@ class Rank:
         self._state.restore(states, zero)
 
     def close(self) -> None:
-        """Destroy the engine; without this, ZeRO 3 aborts at exit."""
-        self.engine.destroy()
+        """Destroy the engine."""
+        destroy_engine(self.engine)
         os.environ.pop("LOCAL_RANK", None)

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -47,11 +46,19 @@ def train(
         seed=seed_for(fit_context.seed, fit_context.stage),
         gradient_checkpointing=context.experiment.model.gradient_checkpointing,
     )
-    with ExitStack() as stack:
-        stack.callback(gc.collect)  # the base model goes, to which DeepSpeed's hooks refer in cycles
-        learners = SupervisedLearners(_start(context, build, fit_context.ranks))
-        stack.callback(learners.close)
-        return fit(learners, lengths, settings, fit_context)
+    result = _fit_and_close(_start(context, build, fit_context.ranks), lengths, settings, fit_context)
+    gc.collect()  # nothing here refers to the base model any more, but DeepSpeed's hooks do in cycles
+    return result
+
+
+def _fit_and_close(
+    ranks: Ranks[SupervisedLearner], lengths: Sequence[int], settings: FitSettings, context: FitContext
+) -> FitResult:
+    learners = SupervisedLearners(ranks)
+    try:
+        return fit(learners, lengths, settings, context)
+    finally:
+        learners.close()
 
 
 def _start(context: StageContext, build: Callable[[], SupervisedLearner], ranks: int) -> Ranks[SupervisedLearner]:

@@ -19,6 +19,8 @@ from tests.integration.tiny_run import make_settings, run_in_process
 
 loaded: list[weakref.ref[nn.Module]] = []
 """Every module of every base that was loaded."""
+alive_at_load: list[list[str]] = []
+"""For every base that was loaded, what was alive of the earlier ones."""
 
 
 @pytest.fixture
@@ -26,12 +28,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Record the bases that are loaded, and leave cycles where they are, so that a test sees them."""
 
     def load(*inputs: Any) -> PreTrainedModel:
+        alive_at_load.append(alive())
         model = load_base(*inputs)
         loaded.extend(weakref.ref(module) for module in model.modules())
         return model
 
     monkeypatch.setattr(policies.build, "load_base", load)
     loaded.clear()
+    alive_at_load.clear()
     gc.collect()
     gc.disable()
     yield
@@ -42,8 +46,9 @@ def alive() -> list[str]:
     return [type(module).__name__ for reference in loaded if (module := reference()) is not None]
 
 
+@pytest.mark.parametrize("zero", [0, 3])
 def test_nothing_of_a_base_is_left_after_any_stage(
-    recorded: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recorded: None, tiny_model: Path, tmp_path: Path, zero: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: dict[str, list[str]] = {}
     run_stage = pipeline._run_stage
@@ -55,7 +60,9 @@ def test_nothing_of_a_base_is_left_after_any_stage(
         left[stage] = alive()
 
     monkeypatch.setattr(pipeline, "_run_stage", run_and_look)
-    run = run_in_process(make_settings(tiny_model, tmp_path))
+    settings = make_settings(tiny_model, tmp_path)
+    settings["learner"]["zero"] = zero
+    run = run_in_process(settings)
     assert left == {"sft": [], "reward": [], "ppo": []}
 
     trained = open_run(run)
@@ -65,3 +72,15 @@ def test_nothing_of_a_base_is_left_after_any_stage(
     assert alive()
     del trained
     assert alive() == []
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_process_holds_one_base_at_a_time(recorded: None, tiny_model: Path, tmp_path: Path, zero: int) -> None:
+    """Each stage loads the base once to train, and the reward stage once more to evaluate, after training."""
+    settings = make_settings(tiny_model, tmp_path)
+    settings["stages"] = ["sft", "reward"]
+    settings["learner"]["zero"] = zero
+    settings["reward"]["ensemble"] = {"members": 2}
+    run_in_process(settings)
+    sft, members, evaluation = 1, 2, 1
+    assert [len(names) for names in alive_at_load] == [0] * (sft + members + evaluation)
