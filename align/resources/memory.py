@@ -76,17 +76,16 @@ class Sharding:
     def trained_bytes(self, parameters: int) -> float:
         """Bytes of trained parameters on one rank.
 
-        ZeRO 1 to 3 shard the optimizer, which then has its own copy of the weights; 2 and 3 shard the gradient as well,
-        and 3 the weights.
+        ZeRO 1 to 3 shard the optimizer's state, 2 and 3 the gradient as well, and 3 the weights.
         """
         ranks = max(1, self.ranks)
         unsharded = TRAINED[self.optimizer]
         if self.zero == 0:
             return parameters * unsharded
-        optimizer = unsharded - 2 * FLOAT32 + FLOAT32  # the moments and the optimizer's copy of the weights
+        moments = unsharded - 2 * FLOAT32
         gradient = FLOAT32 / ranks if self.zero >= 2 else FLOAT32
         weight = FLOAT32 / ranks if self.zero >= 3 else FLOAT32
-        return parameters * (weight + gradient + optimizer / ranks)
+        return parameters * (weight + gradient + moments / ranks)
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,6 @@ def _reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, fl
     """The members of an ensemble are trained one after another."""
     sharding = sharding_of(experiment, experiment.reward)
     yield "base model", _base_bytes(experiment, sizes) / sharding.shards
-    yield "reference", sizes.adapter * FLOAT32 / sharding.shards
     heads = sizes.head * len(experiment.reward.weights)
     frozen = sizes.scalar_adapter if experiment.reward.trains == "head" else 0
     trained = sizes.scalar_adapter + heads - frozen

@@ -82,7 +82,7 @@ def test_a_supervised_learner_holds_what_the_plan_says(
 ) -> None:
     experiment = Experiment.model_validate(make_settings(tiny_model, tmp_path) | {"policy": POLICIES["lora"]})
     uses = estimate_memory(experiment, [stage], measure(experiment.model, experiment.policy))
-    planned = sum(use.bytes for use in uses)
+    planned = sum(use.bytes for use in uses if use.process == "learner")
     blueprint = sft_blueprint(tiny_model, experiment.policy)
     adapter = random_adapter(tiny_model, experiment.policy)
     of_reward = reward_blueprint(tiny_model, "pairs", experiment.policy, adapter)
@@ -108,8 +108,8 @@ def test_zero_3_divides_everything_in_a_supervised_learner_by_its_ranks(tiny_mod
     experiment = Experiment.model_validate(settings)
     sizes = measure(experiment.model, experiment.policy)
     uses = {use.role: use.bytes for use in estimate_memory(experiment, ["sft"], sizes)}
-    weight, gradient, moments, copy = 4, 4, 8, 4
-    shard = (weight + gradient + moments + copy) / 2
+    weight, gradient, moments = 4, 4, 8
+    shard = (weight + gradient + moments) / 2
     assert uses == {"base model": sizes.base_bytes / 2, "reference, trained": sizes.adapter * shard}
 
 
