@@ -23,9 +23,8 @@ from align.supervised.reward_objective import RewardBlueprint, score_preferences
 from policies.build import build_trunk
 from policies.files.adapters import load_adapter
 from policies.heads import ScalarHead
-from policies.schema import PolicySettings
 from policies.text.tokenization import Prompt, decode_response
-from policies.trunk import AdapterWeights
+from policies.trunk import AdapterWeights, Trunk
 from rewards.classifier import Classifier
 from rewards.diagnostics import ACCURACY, distribution
 from rewards.model import RewardModel, load_heads, member_folder, members_in, read_heads, role_of
@@ -63,10 +62,12 @@ class _Member:
     Attributes:
         adapter: Its adapter; None: the SFT model's.
         heads: The weights of its heads.
+        source: The folder that they are from, for messages.
     """
 
     adapter: AdapterWeights | None
     heads: Sequence[Mapping[str, Tensor]]
+    source: Path
 
 
 def run_reward(context: StageContext) -> None:
@@ -91,14 +92,15 @@ def _train_or_load(context: StageContext) -> _Outcome:
     count = _member_count(settings)
     facts: dict[str, Any] = {"members": count}
     if settings.model:
-        members = [_read_member(context, settings.model, member) for member in range(count)]
+        members = [_read_member(context.experiment, settings.model, number) for number in range(count)]
         facts["model"] = settings.model
         current = folded_moments(settings, Path(settings.model), count)
     else:
         members, results = _train_members(context, count)
         facts |= results
         current = [IDENTITY] * count
-    models = _build_models(context, members)
+    trunk = context.new_trunk("reward", *_roles(members))
+    models = _put_on(trunk, members, settings)
     figures: dict[str, Any] = {}
     worst_errors: list[dict[str, Any]] = []
     if heldout := context.datasets.preferences_heldout:
@@ -153,27 +155,28 @@ def _train(context: StageContext, number: int) -> tuple[_Member, FitResult]:
     heads = []
     for index in range(len(settings.weights)):
         heads.append({part: weights.heads[role][f"{index}.{part}"] for part in ("weight", "bias")})
-    return _Member(weights.adapters.get(role), heads), result
+    return _Member(weights.adapters.get(role), heads, context.run.reward), result
 
 
-def _read_member(context: StageContext, folder: str, number: int) -> _Member:
-    """Read a member of a ready-made reward model."""
+def _read_member(experiment: Experiment, folder: str | Path, number: int) -> _Member:
+    """Read a member of a saved reward model."""
     path = member_folder(folder, number)
-    experiment = context.experiment
-    return _Member(load_adapter(path, experiment.policy), read_heads(path, experiment.reward.weights))
+    return _Member(load_adapter(path, experiment.policy), read_heads(path, experiment.reward.weights), path)
 
 
-def _build_models(context: StageContext, members: Sequence[_Member]) -> list[RewardModel]:
-    """The members of an ensemble on one base model, beside the SFT model."""
-    weights = context.experiment.reward.weights
-    roles = [role_of(number) for number in range(len(members))]
-    trunk = context.new_trunk("reward", *roles)
+def _roles(members: Sequence[_Member]) -> tuple[str, ...]:
+    """The roles of the members of an ensemble."""
+    return tuple(role_of(number) for number in range(len(members)))
+
+
+def _put_on(trunk: Trunk, members: Sequence[_Member], settings: RewardSettings) -> list[RewardModel]:
+    """The members of an ensemble on a trunk that has their roles, and the SFT model's where a member has no adapter."""
     models = []
-    for role, member in zip(roles, members, strict=True):
+    for role, member in zip(_roles(members), members, strict=True):
         trunk.write_adapter(role, member.adapter or trunk.read_adapter(SFT_ROLE))
-        heads = [ScalarHead.zeros(trunk.width).to(trunk.causal.device) for _ in weights]
-        load_heads(heads, member.heads, context.run.reward)
-        models.append(RewardModel(trunk, heads, weights, role))
+        heads = [ScalarHead.zeros(trunk.width).to(trunk.causal.device) for _ in settings.weights]
+        load_heads(heads, member.heads, member.source)
+        models.append(RewardModel(trunk, heads, settings.weights, role))
     return models
 
 
@@ -226,12 +229,6 @@ def _member_count(settings: RewardSettings) -> int:
     return members_in(settings.model) if settings.model else 1
 
 
-def load_member(model: RewardModel, policy: PolicySettings, folder: Path) -> None:
-    """Load the adapter and heads of a folder into a reward model."""
-    model.trunk.write_adapter(model.role, load_adapter(folder, policy))
-    load_heads(model.heads, read_heads(folder, model.weights), folder)
-
-
 def _adopt_classifier(context: StageContext, path: str) -> _Outcome:
     """Evaluate a ready-made classifier, and normalise it on SFT responses."""
     settings = context.experiment.reward
@@ -263,16 +260,9 @@ def classifier_scores(classifier: Classifier, preferences: Sequence[TokenizedPre
 
 def load_models(experiment: Experiment, folder: Path) -> list[RewardModel]:
     """Load the members of a folder's reward model on one shared base model."""
-    settings = experiment.reward
-    roles = tuple(role_of(member) for member in range(members_in(folder)))
-    trunk = build_trunk(experiment.model, experiment.policy, roles)
-    models = []
-    for member, role in enumerate(roles):
-        heads = [ScalarHead.zeros(trunk.width).to(trunk.causal.device) for _ in settings.weights]
-        model = RewardModel(trunk, heads, settings.weights, role)
-        load_member(model, experiment.policy, member_folder(folder, member))
-        models.append(model)
-    return models
+    members = [_read_member(experiment, folder, number) for number in range(members_in(folder))]
+    trunk = build_trunk(experiment.model, experiment.policy, _roles(members))
+    return _put_on(trunk, members, experiment.reward)
 
 
 def _last_step(context: StageContext, facts: dict[str, Any]) -> int:

@@ -39,13 +39,13 @@ class Objective(ABC, Generic[AnyExample]):
     def loss(self, module: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
         """The summed loss `[]` of a microbatch and its statistics, see `MicrobatchObjective`."""
 
-    @abstractmethod
     def collate_heldout(self, examples: Sequence[AnyExample], device: torch.device) -> tuple[Any, ...]:
         """The tensors of a microbatch of held-out examples."""
+        return self.collate(examples, device)
 
-    @abstractmethod
     def heldout_loss(self, module: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
         """As `loss`, of held-out examples; the only statistic `[]` is the summed loss."""
+        return self.loss(module, *tensors)
 
     @abstractmethod
     def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:

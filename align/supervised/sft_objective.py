@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ class SftObjective(Objective[TokenizedDemonstration]):
         self.examples = examples
         self.heldout = heldout
         self.peak_rates = {module.role: learning_rate}
-        self.likelihood = partial(likelihood_objective, role=module.role)
 
     def weight(self, examples: Sequence[TokenizedDemonstration]) -> float:
         return sum(example.trained_tokens for example in examples)
@@ -38,13 +36,8 @@ class SftObjective(Objective[TokenizedDemonstration]):
         return collate_demonstrations(examples, device)
 
     def loss(self, module: SupervisedModule, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.likelihood(module, batch)
-
-    def collate_heldout(self, examples: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
-        return collate_demonstrations(examples, device)
-
-    def heldout_loss(self, module: SupervisedModule, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.likelihood(module, batch)
+        """The summed loss `[]` of a microbatch, which is also its only statistic."""
+        return likelihood_objective(module, batch, role=module.role)
 
     def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:
         return {"loss": float(sums) / weight}

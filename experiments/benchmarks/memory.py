@@ -99,13 +99,22 @@ def measured(model: Path) -> tuple[float, float]:
 
 def live_tensor_bytes() -> int:
     """Bytes of the storages of all live tensors."""
+    return sum(live_tensors().values())
+
+
+def live_tensors() -> dict[int, int]:
+    """Bytes of the storage of each live tensor, by address."""
     gc.collect()
     storages: dict[int, int] = {}
     for candidate in gc.get_objects():
         if isinstance(candidate, torch.Tensor):
-            storage = candidate.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+            tensors = [candidate]
+            if candidate.is_leaf and candidate.grad is not None:  # which may have no object in Python
+                tensors.append(candidate.grad)
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return storages
 
 
 if __name__ == "__main__":
