@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/rank_memory.py --model MODEL
 
-Trains all weights of a random Llama of about 30 M parameters in float32 with Adam, at every ZeRO stage. A rank counts
+Trains all weights of a random Llama of about 25 M parameters in float32 with Adam, at every ZeRO stage. A rank counts
 the bytes of all tensors in its process just before its second optimizer step, when it holds the weights, the complete
 gradient and the optimizer's state. Of the ranks, the largest counts.
 """

@@ -103,6 +103,34 @@ def test_a_supervised_learner_holds_what_the_plan_says(
     assert measured[-1] == pytest.approx(planned, rel=0.1)
 
 
+@pytest.mark.parametrize(("zero", "buffers"), [(1, 0), (2, 0), (3, 1)])
+def test_a_rank_holds_what_the_plan_says_beside_the_buffer_of_its_gradients(
+    zero: int, buffers: int, tiny_model: Path, tmp_path: Path, process_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a small model, at ZeRO 1 and 2, is freed before the step."""
+    settings = make_settings(tiny_model, tmp_path) | {"policy": POLICIES["full"], "learner": {"zero": zero}}
+    experiment = Experiment.model_validate(settings)
+    sizes = measure(experiment.model, experiment.policy)
+    planned = sum(use.bytes for use in estimate_memory(experiment, ["sft"], sizes))
+    planned += 4 * sizes.adapter * buffers
+
+    before = storages()
+    learner = SupervisedLearner(sft_blueprint(tiny_model, experiment.policy).build(), experiment.sft, zero, seed=0)
+    measured: list[int] = []
+    step = learner.rank.step
+
+    def note(*rates: Any) -> Any:
+        measured.append(sum(size for address, size in storages().items() if address not in before))
+        return step(*rates)
+
+    monkeypatch.setattr(learner.rank, "step", note)
+    learner.train([0, 1], 0, 1.0)
+    learner.train([2, 3], 1, 1.0)
+    monkeypatch.undo()
+    learner.close()
+    assert measured[-1] == pytest.approx(planned, rel=0.1)
+
+
 def test_zero_3_divides_everything_in_a_supervised_learner_by_its_ranks(tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path) | {"learner": {"ranks": 2, "zero": 3}}
     experiment = Experiment.model_validate(settings)
