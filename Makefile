@@ -46,7 +46,7 @@ coverage: $(STAMP)  ## run the same tests and report the lines that none of them
 		--cov align --cov policies --cov rewards --cov rollouts --cov-report term-missing:skip-covered
 
 nightly: $(STAMP)  ## run the slow tests, and PPO for twenty minutes, during which no process may grow
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests -m slow --timeout 1800
 	$(BIN)/python experiments/benchmarks/soak.py
 
 bench: $(STAMP) model-given runs/reviews/sft  ## compare PPO with TRL's, in half an hour or more (MODEL=…, and the Hugging Face hub or SENTENCES=…)
