@@ -152,10 +152,19 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """How often PPO writes a checkpoint, and how many it keeps."""
+    """How often a checkpoint is written, how many are kept, and how long a run that is stopped may take."""
 
     every: int = Field(10, ge=1, description="PPO steps between checkpoints")
+    minutes: float = Field(
+        30.0, gt=0, description="in every stage, minutes after which a step that ends writes a checkpoint, too"
+    )
     keep: int = Field(2, ge=1, description="how many of the latest checkpoints to keep")
+    grace: float | None = Field(
+        None,
+        gt=0,
+        le=86400,
+        description="seconds after Ctrl-C or SIGTERM at which the run ends with its last checkpoint; unset: no limit",
+    )
 
 
 class TrackingSettings(Settings):
