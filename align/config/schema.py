@@ -89,7 +89,9 @@ class LearnerSettings(OptimizerSettings):
     ranks: int = Field(0, ge=0, description="Ray actors, one per rank; 0: one rank in the controller's process")
     gpus: float = Field(0.0, ge=0, description="GPUs of the Ray cluster that each actor reserves")
     restarts: int = Field(
-        3, ge=0, description="how often a run resumes by itself from its last checkpoint after a rank has died"
+        3,
+        ge=0,
+        description="how often a run resumes by itself after a rank has died before it has reached another checkpoint",
     )
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     policy_learning_rate: float = Field(1e-4, ge=0, description="peak learning rate of the policy")

@@ -94,7 +94,10 @@ def finish_like(runs: Runs, whole: Path) -> None:
 LAYOUTS: dict[str, dict[str, Any]] = {
     "here": {},
     "actors": {"rollouts": {"workers": 1, "chunk_size": 8}, "learner": {"ranks": 1}},
-    "asynchronous": {"rollouts": {"workers": 1, "chunk_size": 8, "max_staleness": 1}},
+    "asynchronous": {
+        "rollouts": {"workers": 1, "chunk_size": 8, "max_staleness": 1},
+        "ppo": {"importance_ratio_cap": 2.0},
+    },
 }
 
 
