@@ -317,7 +317,8 @@ def _run(launch: "Launch") -> None:
     folder = launch.folder
     console.print(plan_table(settings, launch.datasets, remaining_stages(settings, folder), launch.dtype))
     how_to_resume = f"`align resume {folder.path}` resumes from the last checkpoint"
-    with graceful_stop() as stop, last_words(f"the run was killed from outside, without a message; {how_to_resume}"):
+    killed = f"the run was killed from outside, without a message; {how_to_resume}"
+    with graceful_stop(settings.checkpoint.grace, how_to_resume) as stop, last_words(killed):
         try:
             evaluation = run_stages(settings, folder, launch.datasets, stop)
         except Interrupted:

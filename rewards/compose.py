@@ -1,7 +1,7 @@
 """Composes the scores of several terms: normalised, clipped, weighted, and subject to a bound on a cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -142,8 +142,8 @@ class Composition:
         return total, parts
 
     def state(self) -> dict[str, Any]:
-        """The moments and the multiplier, for JSON."""
-        moments = {name: vars(values) for name, values in self.moments.items()}
+        """The moments and the multiplier as they are now, for JSON."""
+        moments = {name: asdict(values) for name, values in self.moments.items()}
         return {"moments": moments, "multiplier": self.multiplier}
 
     def restore(self, state: Mapping[str, Any]) -> None:

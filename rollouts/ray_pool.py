@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from policies.device import ComputeSettings
-from policies.errors import UserError
+from policies.errors import ActorError, UserError, actor_failure, first_line
 from policies.files.adapters import tensor_digests, weights_digest
 from policies.trunk import AdapterWeights
 from rollouts.engine import Engine, Sampling
@@ -125,7 +126,8 @@ class RayPool:
 
         Raises:
             UserError: A worker failed because of the user's settings or files.
-            RuntimeError: Too many workers were lost in a row, or the pool is closed.
+            ActorError: Too many workers were lost in a row.
+            RuntimeError: The pool is closed.
         """
         batch = _Batch(requests, sampling, self.settings.chunk_size)
         self.roster.start_batch(len(batch.chunks))
@@ -189,13 +191,15 @@ class RayPool:
 
     def _replace(self, worker: int, error: Exception) -> None:
         """Start a new worker in place of a lost one. A UserError is raised instead: it would occur again."""
+        if isinstance(error, RayTaskError):
+            error = actor_failure(error, "a rollout worker")
         if isinstance(error, UserError):
             raise error
         ray.kill(self._manager.remove_actor(worker))
         self._losses += 1
         if self._losses > LOSSES_PER_WORKER * self.settings.workers:
-            raise RuntimeError(
-                f"{self._losses} rollout workers were lost without a reply in between: {error}"
+            raise ActorError(
+                f"{self._losses} rollout workers were lost without a reply in between: {first_line(error)}"
             ) from error
         self._start_worker()
 

@@ -27,13 +27,19 @@ class Worker:
 
     def __init__(self, build: Callable[[], Engine], compute: ComputeSettings) -> None:
         compute.apply()
-        self.engine = build()
+        self.failure: Exception | None = None
+        try:
+            self.engine = build()
+        except Exception as error:  # raised by the first call: of an actor that never started, Ray hides the cause
+            self.failure = error
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The method that RLlib's actor manager calls.
 
         An exception is returned to the manager, whereas RLlib's own actors would end their process.
         """
+        if self.failure:
+            raise self.failure
         return func(self, *args, **kwargs)
 
     def load_adapter(self, version: int, bundles: Sequence[ObjectRef]) -> Reply:

@@ -89,7 +89,9 @@ class LearnerSettings(OptimizerSettings):
     ranks: int = Field(0, ge=0, description="Ray actors, one per rank; 0: one rank in the controller's process")
     gpus: float = Field(0.0, ge=0, description="GPUs of the Ray cluster that each actor reserves")
     restarts: int = Field(
-        3, ge=0, description="how often a run resumes by itself from its last checkpoint after a rank has died"
+        3,
+        ge=0,
+        description="how often a run resumes by itself after a rank has died before it has reached another checkpoint",
     )
     zero: Literal[0, 1, 2, 3] = Field(0, description="ZeRO stage")
     policy_learning_rate: float = Field(1e-4, ge=0, description="peak learning rate of the policy")
@@ -152,10 +154,19 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """How often PPO writes a checkpoint, and how many it keeps."""
+    """How often a checkpoint is written, how many are kept, and how long a run that is stopped may take."""
 
     every: int = Field(10, ge=1, description="PPO steps between checkpoints")
+    minutes: float = Field(
+        30.0, gt=0, description="in every stage, minutes after which a step that ends writes a checkpoint, too"
+    )
     keep: int = Field(2, ge=1, description="how many of the latest checkpoints to keep")
+    grace: float | None = Field(
+        None,
+        gt=0,
+        le=86400,
+        description="seconds after Ctrl-C or SIGTERM at which the run ends with its last checkpoint; unset: no limit",
+    )
 
 
 class TrackingSettings(Settings):

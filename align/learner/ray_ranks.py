@@ -7,18 +7,20 @@
 The ranks form one process group and reduce gradients between themselves.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import ray
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
 from align.learner.group import AnyLearner, Inputs, Ranks, Result, collective_backend
 from align.runtime.failures import RankLost
 from policies.device import ComputeSettings
-from policies.errors import first_line
+from policies.errors import actor_failure, first_line
 
 GRACE = 5.0
 """Seconds in which a rank must respond to count as alive."""
@@ -68,11 +70,15 @@ class RayRanks(Ranks[AnyLearner]):
 
         Raises:
             RankLost: A rank has died, even if another rank failed first because of it.
+            UserError: A rank has raised it.
+            ActorError: A rank has raised another exception.
         """
         try:
             results: list[Any] = ray.get(calls)
         except RayError as error:
             self._raise_if_a_rank_died(error)
+            if isinstance(error, RayTaskError):
+                raise actor_failure(error, "a learner rank") from error
             raise
         return results
 
@@ -105,6 +111,7 @@ class _Rank:
     def join(self, address: tuple[str, int], ranks: int) -> None:
         """Connect to the other ranks. Rank 0 has opened the store itself."""
         host, port = address
+        _use_interface_of(ray.util.get_node_ip_address())
         store = self.store if self.rank == 0 else TCPStore(host, port, ranks, is_master=False)
         dist.init_process_group(collective_backend(), store=store, rank=self.rank, world_size=ranks)
 
@@ -115,3 +122,15 @@ class _Rank:
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call a method of the learner."""
         return getattr(self.learner, method)(*arguments)
+
+
+def _use_interface_of(address: str) -> None:
+    """Let gloo and NCCL use the network interface that has this address, unless the user has chosen one.
+
+    By default gloo uses the address of the host name, which on Debian is 127.0.1.1, unreachable from other nodes.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without `=` every name that begins so
+            return

@@ -19,6 +19,7 @@ from align.ppo.learner import StepCoefficients
 from align.ppo.learners import PpoLearners
 from align.ppo.mismatch import MismatchCheck
 from align.ppo.prompts import PromptStream, demonstration_batches, minibatch_orders
+from align.runtime.signals import StopRequest
 from policies.trunk import AdapterWeights
 from rollouts.async_rollouts import RolloutSource, TrajectoriesFuture
 from rollouts.engine import Sampling
@@ -86,6 +87,7 @@ class Ppo:
         seed: Seed of the run.
         demonstrations: The demonstrations for ptx.
         max_staleness: How many steps ahead of the update batches are submitted.
+        stop: Interrupts a step whose update has not begun.
         step: The next step, from 0.
         pending: Batches of later steps that are being generated; `max_staleness` of them when a step ends.
     """
@@ -102,11 +104,16 @@ class Ppo:
     seed: int
     demonstrations: Sequence[TokenizedDemonstration] = ()
     max_staleness: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
     step: int = 0
     pending: deque[PendingBatch] = field(default_factory=deque)
 
     def steps(self) -> Iterator[Step]:
-        """Run the remaining steps, one at a time."""
+        """Run the remaining steps, one at a time.
+
+        Raises:
+            KeyboardInterrupt: A signal requested a stop before the update of a step had begun, see `StopRequest`.
+        """
         ppo = self.ppo
         weights = self.learners.policy_weights()
         previous_end = time.perf_counter()
@@ -117,13 +124,14 @@ class Ppo:
             coefficients = step_coefficients(self.learner, ppo, index, kl_coefficient)
             orders = minibatch_orders(ppo, self.seed, index)
             demonstrations = demonstration_batches(self.demonstrations, ppo, self.seed, index)
-            with clock("rollout"):
-                self._submit_upcoming(index, weights)
-                trajectories = self.pending.popleft().trajectories()
-            with clock("score"):
-                scored = self.score(trajectories)
-                self.mismatch(trajectories, scored)
-                episodes = make_episodes(trajectories, scored, ppo, kl_coefficient)
+            with self.stop.droppable():
+                with clock("rollout"):
+                    self._submit_upcoming(index, weights)
+                    trajectories = self.pending.popleft().trajectories()
+                with clock("score"):
+                    scored = self.score(trajectories)
+                    self.mismatch(trajectories, scored)
+                    episodes = make_episodes(trajectories, scored, ppo, kl_coefficient)
             with clock("update"):
                 statistics = self.learners.update(episodes, orders, coefficients, demonstrations)
             with clock("sync"):

@@ -49,8 +49,8 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         actors: Largest number of actors at the same time; 0: nothing is started.
 
     Raises:
-        UserError: Nothing listens at `cluster.address`; or the path of every folder for temporary files is too long
-            for Ray's sockets.
+        UserError: The cluster at `cluster.address` cannot be joined; or the path of every folder for temporary files is
+            too long for Ray's sockets.
     """
     if not actors:
         yield
@@ -68,7 +68,7 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
     folder = None
     with _keep_signal_handlers():
         if settings.address:
-            ray.init(address=settings.address, **options)
+            _join(settings.address, options)
         else:
             folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_for_sockets())
             options |= {"num_cpus": max(cores(), actors), "include_dashboard": False, "_temp_dir": folder}
@@ -79,6 +79,20 @@ def ray_cluster(settings: ClusterSettings, actors: int) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    """Connect to the cluster at an address.
+
+    Raises:
+        UserError: It cannot be joined; there is no cluster, or the token is missing or wrong.
+    """
+    import ray
+
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(f"cluster.address {address} cannot be joined: {first_line(error)}") from error
 
 
 def ray_is_running() -> bool:

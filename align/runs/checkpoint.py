@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,6 +17,29 @@ from policies.files.safe_reading import read_object
 MANIFEST = "manifest.json"
 
 log = logging.getLogger(__name__)
+
+
+class CheckpointTimer:
+    """When the next checkpoint is due: every so many steps, and so many minutes after the last."""
+
+    def __init__(self, every: int, minutes: float) -> None:
+        """Start to count the minutes.
+
+        Args:
+            every: Steps between checkpoints.
+            minutes: Minutes after the last checkpoint, or after the start, from which the next is due.
+        """
+        self.every = every
+        self.seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Count the minutes from now: a checkpoint has been written."""
+        self.started = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due at the end of this step, counted from 1."""
+        return step % self.every == 0 or time.monotonic() - self.started >= self.seconds
 
 
 @contextmanager

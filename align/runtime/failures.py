@@ -4,7 +4,7 @@ import errno
 
 from safetensors import SafetensorError
 
-from policies.errors import first_line
+from policies.errors import ActorError, first_line
 
 
 class Fault(RuntimeError):
@@ -25,13 +25,13 @@ def describe_outside_failure(error: BaseException) -> str | None:
         error: The exception that ended the run.
 
     Returns:
-        A sentence for the user where storage or the Ray cluster failed, or a learner rank died; otherwise None.
+        A sentence for the user where storage, the Ray cluster or a process in it failed; otherwise None.
     """
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
     if isinstance(error, SafetensorError) and "os error" in str(error):
         return f"weights cannot be written: {error}"
-    if isinstance(error, RankLost):
+    if isinstance(error, RankLost | ActorError):
         return str(error)
     if type(error).__module__.startswith("ray."):
         return f"Ray is lost: {type(error).__name__}: {first_line(error)}"

@@ -91,6 +91,7 @@ class StageContext:
             ranks=experiment.ranks_of(settings),
             zero=experiment.zero_of(settings),
             first=member * experiment.reward.optimizer_steps(len(self.datasets.preferences)),
+            checkpoint_minutes=experiment.checkpoint.minutes,
         )
 
     @contextmanager

@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -156,12 +157,24 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
                 experiment=experiment, run=run, tokenizer=tokenizer, datasets=datasets, tracker=tracker, stop=stop
             )
             with ExitStack() as stack:
+                if experiment.cluster.address:
+                    _join_cluster(experiment, remaining, stack)
                 for stage in remaining:
                     _ensure_cluster(experiment, stage, stack)
                     _run_stage(context, stage)
     evaluation = _evaluation(run)
     write_json(run.evaluation, evaluation)
     return evaluation
+
+
+def _join_cluster(experiment: Experiment, stages: Sequence[str], stack: ExitStack) -> None:
+    """Join the cluster before anything is trained, unless no stage needs it: it may lack what the run needs."""
+    for stage in stages:
+        _ensure_cluster(experiment, stage, stack)
+    if ray_is_running():
+        from align.resources.node_files import check_model_on_nodes  # Ray is slow to import
+
+        check_model_on_nodes(experiment)
 
 
 def _ensure_cluster(experiment: Experiment, stage: str, stack: ExitStack) -> None:
@@ -190,16 +203,26 @@ def can_reopen(experiment: Experiment, run: RunFolder) -> bool:
 
 
 def _run_stage(context: StageContext, stage: str) -> None:
-    """Run a stage to its end. If a rank of the learner dies, resume from the last checkpoint with new ranks."""
+    """Run a stage to its end. If a rank of the learner dies, resume from the last checkpoint with new ranks.
+
+    `learner.restarts` limits how often it resumes without having got as far as the next checkpoint.
+    """
     runner = find_stage(stage).load_runner()
-    for restarts in reversed(range(context.experiment.learner.restarts + 1)):
+    restarts = 0
+    resumed_from: int | None = None
+    while True:
         try:
             return runner(context)
         except RankLost as error:
-            if not restarts:
-                raise
-            log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, restarts - 1)
             last = _return_to_checkpoint(context.run, stage, context.experiment.checkpoint.keep)
+            if last != resumed_from:
+                restarts = 0
+            if restarts == context.experiment.learner.restarts:
+                raise
+            restarts += 1
+            resumed_from = last
+            left = context.experiment.learner.restarts - restarts
+            log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, left)
             context.tracker.drop_after(stage, last)
         finally:
             # DeepSpeed's engine and the hooks that it leaves in the model refer to each other: without a collection

@@ -10,7 +10,7 @@ from align.runtime.progress import ProgressBar
 from align.runtime.signals import Interrupted
 from align.scoring.build import build_scorers
 from align.stages.context import StageContext
-from align.stages.ppo_parts import assemble
+from align.stages.ppo_parts import PpoParts, assemble
 from align.stages.ppo_record import PpoRecord, publish_best
 
 
@@ -20,7 +20,7 @@ def run_ppo(context: StageContext) -> None:
     Ray must be running where the settings use it.
 
     Raises:
-        Interrupted: A stop was requested; a checkpoint has been written.
+        Interrupted: A stop was requested; the state of the last completed step is in a checkpoint.
         Fault: Sampler and learner disagree, or gradients are not finite in too many consecutive steps.
     """
     experiment = context.experiment
@@ -28,22 +28,40 @@ def run_ppo(context: StageContext) -> None:
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.callback(scorers.close)
-        parts = assemble(context, scorers, stack)
-        progress_bar = stack.enter_context(ProgressBar("ppo", experiment.ppo.steps))
-        record = PpoRecord(context, parts, progress_bar, started)
+        try:
+            with context.stop.droppable():  # nothing that it builds would be saved
+                parts = assemble(context, scorers, stack)
+            progress_bar = stack.enter_context(ProgressBar("ppo", experiment.ppo.steps))
+            record = PpoRecord(context, parts, progress_bar, started)
+            _run_steps(context, parts, record)
+        except KeyboardInterrupt:
+            if context.stop.dropped:
+                raise Interrupted from None
+            raise
+    publish_best(context, record.seconds(), parts.progress.stopped)
+
+
+def _run_steps(context: StageContext, parts: PpoParts, record: PpoRecord) -> None:
+    """Run the remaining steps, and save the state of the last one's end where the next is dropped."""
+    every = context.experiment.evaluation.every
+    try:
         for step in parts.remaining_steps():
             metrics = record.log(step)
             record.check_skipped(step, metrics)
             is_last = parts.is_last_step(metrics)
-            if is_last or _is_due(parts.loop.step, experiment.evaluation.every):
+            if is_last or _is_due(parts.loop.step, every):
                 record.evaluate()
-            if is_last or _is_due(parts.loop.step, experiment.checkpoint.every) or context.stop.requested:
+            record.note_state()
+            if is_last or record.is_checkpoint_due() or context.stop.requested:
                 record.save()
             if context.stop.requested:
                 raise Interrupted
             if is_last:
                 break
-    publish_best(context, record.seconds(), parts.progress.stopped)
+    except KeyboardInterrupt:
+        if context.stop.dropped:
+            record.save()
+        raise
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -133,7 +133,8 @@ def _build_loop(
         prompts=_prompt_stream(context),
         rollouts=pool if isinstance(pool, AsyncRollouts) else SynchronousRollouts(pool),
         learners=learners,
-        score=scorers.training_scorer(learners.score),
+        # A forward pass that is interrupted could leave weights gathered, and ranks in a collective operation.
+        score=scorers.training_scorer(context.stop.undroppable(learners.score)),
         kl=_kl_coefficient(ppo.kl, progress.kl_coefficient),
         mismatch=mismatch,
         sampling=_sampling(experiment),
@@ -142,6 +143,7 @@ def _build_loop(
         seed=experiment.seed,
         demonstrations=context.datasets.demonstrations,
         max_staleness=experiment.rollouts.max_staleness,
+        stop=context.stop,
         step=progress.step,
     )
 

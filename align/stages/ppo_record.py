@@ -6,7 +6,7 @@ from align.ppo.checkpoint import write_checkpoint
 from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics, step_samples
-from align.runs.checkpoint import new_checkpoint
+from align.runs.checkpoint import CheckpointTimer, new_checkpoint
 from align.runs.folder import write_facts
 from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.failures import Fault
@@ -39,6 +39,10 @@ class PpoRecord:
         self._started = started
         self._seconds_before = parts.progress.seconds
         self._skipped_in_a_row = 0
+        self._saved_step = parts.progress.step
+        checkpoint = context.experiment.checkpoint
+        self._timer = CheckpointTimer(checkpoint.every, checkpoint.minutes)
+        self.note_state()
 
     def seconds(self) -> float:
         """Seconds spent on PPO so far, including those before the last resumption."""
@@ -102,18 +106,32 @@ class PpoRecord:
                 write_json(folder / "evaluation.json", evaluation)
                 write_json(folder / REWARD_STATE, composition.state())
 
-    def save(self) -> None:
-        """Write a checkpoint."""
-        experiment = self.context.experiment
+    def note_state(self) -> None:
+        """Note, between two steps, what rollouts and scoring change before the update begins."""
         loop = self.parts.loop
         progress = self.progress
         progress.step = loop.step
         progress.kl_coefficient = loop.kl.value
         progress.reward = self.parts.scorers.reward.composition.state()
         progress.stop = self.parts.stop_rule.state()
-        progress.seconds = self.seconds()
         progress.pending = [batch.version for batch in loop.pending]
-        states = loop.learners.state()
+        self._pending = list(loop.pending)
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether a checkpoint is due by the number of steps or by the time since the last."""
+        return self._timer.is_due(self.parts.loop.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of the state that was noted last, unless it has been written.
+
+        The learner must not have been updated since.
+        """
+        progress = self.progress
+        if self._saved_step == progress.step:
+            return
+        experiment = self.context.experiment
+        progress.seconds = self.seconds()
+        states = self.parts.loop.learners.state()
         checkpoints = self.context.run.checkpoints("ppo")
         with new_checkpoint(checkpoints, progress.step, experiment.checkpoint.keep) as folder:
             write_checkpoint(
@@ -122,8 +140,10 @@ class PpoRecord:
                 policy=experiment.policy,
                 base=experiment.model.path,
                 progress=progress,
-                pending=loop.pending,
+                pending=self._pending,
             )
+        self._saved_step = progress.step
+        self._timer.restart()
 
 
 def publish_best(context: StageContext, seconds: float, stopped: str | None) -> None:

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, TypeAdapter
 from align.learner.files import read_record, read_states, read_weights, write_states, write_weights
 from align.learner.schedules import schedule_factor
 from align.learner.state import TrainedWeights
-from align.runs.checkpoint import latest, new_checkpoint, step_of
+from align.runs.checkpoint import CheckpointTimer, latest, new_checkpoint, step_of
 from align.runs.tracking import Tracker
 from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.failures import Fault
@@ -47,6 +47,7 @@ class FitContext:
         ranks: Number of ranks; 0: one in this process.
         zero: The ZeRO stage.
         first: Number of steps of the stage before this training run.
+        checkpoint_minutes: Minutes after the last checkpoint from which the next is due, whatever the step.
     """
 
     stage: str
@@ -61,6 +62,7 @@ class FitContext:
     ranks: int = 0
     zero: int = 0
     first: int = 0
+    checkpoint_minutes: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ class _Run:
             batch_size=self.settings.batch_size,
             seed=seed_for(self.context.seed, self.context.stage),
         )
+        timer = CheckpointTimer(self.settings.checkpoint_every, self.context.checkpoint_minutes)
         with ProgressBar(self.context.stage, self.steps) as progress_bar:
             while not self.is_over():
                 result = self._step(next(batches))
@@ -213,8 +216,9 @@ class _Run:
                 if self.progress.step == self.steps or _is_due(self.progress.step, self.settings.evaluate_every):
                     self._evaluate()
                 stops = self.is_over() or self.context.stop.requested
-                if stops or _is_due(self.progress.step, self.settings.checkpoint_every):
+                if stops or timer.is_due(self.progress.step):
                     self._save()
+                    timer.restart()
                 if stops and not self.is_over():
                     raise Interrupted
 

@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -132,6 +133,28 @@ def test_a_rank_that_dies_is_replaced_and_the_run_resumes_by_itself(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_ranks_may_die_more_often_than_restarts_says_where_checkpoints_lie_between(
+    settings: dict[str, Any], runs: Runs
+) -> None:
+    settings["stages"] = ["sft"]
+    settings["learner"] |= {"ranks": 1, "restarts": 1}
+    settings["sft"] |= {"batch_size": 2, "epochs": 6, "checkpoint_every": 1}
+    whole = runs.finish("whole")
+    process = runs.start("hurt")
+    for step in (5, 15, 25):
+        checkpoint = runs.path("hurt") / "checkpoints" / "sft"
+        while not any(int(path.name.removeprefix("step-")) >= step for path in checkpoint.glob("step-*")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.01)
+        children(process, "ray::_Rank")[-1].kill()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert errors.count("further restarts allowed: 0") == 3
+    assert figures(runs.path("hurt")) == figures(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stop", ["SIGTERM", "raylet"])
 def test_a_run_that_is_stopped_or_loses_ray_says_so_and_can_be_resumed(
     stop: str, settings: dict[str, Any], runs: Runs
@@ -179,3 +202,18 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
         same(runs.finish("full"), tmp_path / "runs" / "whole")
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_wrong_address_of_the_cluster_is_reported_before_anything_is_trained(
+    settings: dict[str, Any], runs: Runs
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        settings["cluster"]["address"] = f"127.0.0.1:{unused.getsockname()[1]}"
+        settings["rollouts"] |= {"workers": 1, "chunk_size": 8}
+        process = runs.start("whole")
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, errors
+    assert f"cluster.address {settings['cluster']['address']} cannot be" in errors
+    assert not (runs.path("whole") / "checkpoints").exists()
+    assert not (runs.path("whole") / "sft").exists()

@@ -67,6 +67,15 @@ def test_scoring_without_an_update_changes_nothing() -> None:
     assert json.dumps(composition.state()) == before
 
 
+def test_a_state_stays_what_it_was_when_it_was_taken() -> None:
+    composition = Composition({"one": term(normalise="running")})
+    composition.score_and_update({"one": doubles(0, 2)})
+    state = composition.state()
+    before = json.dumps(state)
+    composition.score_and_update({"one": doubles(50, 60)})
+    assert json.dumps(state) == before != json.dumps(composition.state())
+
+
 def test_a_term_is_normalised_by_sft_responses_once() -> None:
     composition = Composition({"one": term(normalise="sft"), "two": term()})
     assert composition.calibrated == ["one"]

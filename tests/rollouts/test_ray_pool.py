@@ -10,13 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
 from policies.build import build_trunk
 from policies.device import ComputeSettings
-from policies.errors import UserError
+from policies.errors import ActorError, UserError
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
 from rollouts.async_rollouts import AsyncRollouts, PartialRollouts
@@ -245,5 +246,30 @@ def test_unfinished_and_queued_batches_continue_with_newer_weights(
 
 def test_an_error_for_the_user_to_fix_is_raised_at_once(pool: RayPool, versions: list[AdapterWeights]) -> None:
     pool.load_adapter(1, {name: tensor[:, :1] for name, tensor in versions[0].items()})
-    with pytest.raises(UserError, match="another base, or other sizes"):
+    with pytest.raises(UserError, match="another base, or other sizes") as caught:
         pool.generate(REQUESTS[:8], SAMPLING)
+    assert type(caught.value) is UserError
+    assert "ray::" not in str(caught.value)
+    assert str(caught.value).endswith(f"(in a rollout worker on node {ray.util.get_node_ip_address()})")
+
+
+@pytest.mark.parametrize("cause", [UserError("no such model"), ValueError("seven\neight")])
+def test_an_engine_that_cannot_be_built_is_reported_by_its_cause(cause: Exception, cluster: None) -> None:
+    def build() -> Engine:
+        raise cause
+
+    settings = PoolSettings(workers=1, chunk_size=8, timeout=60.0, straggler_factor=4.0)
+    failing = RayPool(build, settings, ComputeSettings(1, deterministic=True))
+    try:
+        failing.load_adapter(0, {"x": torch.zeros(1)})
+        with pytest.raises((UserError, ActorError)) as caught:
+            failing.generate(REQUESTS[:1], SAMPLING)
+    finally:
+        failing.close()
+    where = f"(in a rollout worker on node {ray.util.get_node_ip_address()})"
+    if isinstance(cause, UserError):
+        assert type(caught.value) is UserError
+        assert str(caught.value) == f"no such model {where}"
+    else:
+        lost = "4 rollout workers were lost without a reply in between"
+        assert str(caught.value) == f"{lost}: ValueError: seven {where}"

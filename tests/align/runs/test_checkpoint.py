@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.runs.checkpoint import checkpoints, latest, new_checkpoint, prune, verify
+from align.runs.checkpoint import CheckpointTimer, checkpoints, latest, new_checkpoint, prune, verify
 from policies.errors import UserError
 
 KILLED = """
@@ -124,3 +124,14 @@ def test_older_ones_are_counted_from_the_last_complete_one(tmp_path: Path) -> No
     assert [path.name for path in checkpoints(tmp_path)] == ["step-2", "step-3", "step-4"]
     prune(tmp_path, keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-4"]
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_minutes_since_the_last() -> None:
+    by_steps = CheckpointTimer(every=3, minutes=1000)
+    assert [step for step in range(1, 10) if by_steps.is_due(step)] == [3, 6, 9]
+    by_minutes = CheckpointTimer(every=1000, minutes=10)
+    assert not by_minutes.is_due(1)
+    by_minutes.started -= 601  # as if so many seconds had passed
+    assert by_minutes.is_due(2)
+    by_minutes.restart()
+    assert not by_minutes.is_due(3)

@@ -2,10 +2,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
-from align.runtime.signals import graceful_stop
+from align.runtime.signals import StopRequest, graceful_stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STEPS = """
@@ -116,3 +119,121 @@ def test_forked_children_have_the_default_handlers_but_keep_others() -> None:
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=50)
     assert done.stdout.split() == ["-15", "-15", "True", "False", "True"]
     assert done.returncode == 0
+
+
+STUCK = """
+import hashlib, os, signal, subprocess, sys
+from align.runtime import signals
+signals.END_SECONDS = 0.2
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+with signals.graceful_stop(float(sys.argv[1]) or None, "resume it"):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # one call for many minutes, in which Python runs no handler
+"""
+
+
+def wait_for_end(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("grace", ["0", "0.1"])
+def test_the_process_ends_though_its_main_thread_never_returns_to_python(grace: str) -> None:
+    command = [sys.executable, "-c", STUCK, grace]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    child = psutil.Process(int(process.stdout.readline()))
+    time.sleep(0.5)
+    process.terminate()
+    if grace == "0":
+        time.sleep(0.1)  # or both signals would be one
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=50)
+    assert process.returncode == 130
+    assert ("checkpoint.grace has passed" in errors) == (grace != "0")
+    assert "resume it" in errors or grace == "0"
+    wait_for_end(child)
+
+
+def test_the_end_of_the_grace_period_interrupts_the_main_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    with graceful_stop(grace=0.1, how_to_resume="resume it") as stop:
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(50)
+        assert stop.repeated
+    assert "checkpoint.grace has passed: the run ends with the last checkpoint; resume it" in capsys.readouterr().err
+
+
+def signalled_in_a_block(stop: StopRequest) -> None:
+    with stop.droppable():
+        send(signal.SIGTERM)
+        raise AssertionError("not interrupted")
+
+
+def test_a_signal_interrupts_what_can_be_dropped() -> None:
+    with graceful_stop() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signalled_in_a_block(stop)
+        assert stop.requested
+        assert stop.dropped
+        assert not stop.drops
+
+
+def test_nothing_that_can_be_dropped_begins_after_a_signal() -> None:
+    with graceful_stop() as stop:
+        with stop.droppable():
+            pass
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), stop.droppable():
+            raise AssertionError("entered after a signal")
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGTERM)
+        assert not stop.dropped
+
+
+def test_a_function_that_must_not_be_interrupted_ends_first() -> None:
+    ended = []
+
+    def work(value: int) -> int:
+        send(signal.SIGTERM)
+        ended.append(value)
+        return value
+
+    with graceful_stop() as stop:
+        with pytest.raises(KeyboardInterrupt), stop.droppable():
+            stop.undroppable(work)(1)
+        assert ended == [1]
+    with graceful_stop() as stop:
+        assert stop.undroppable(work)(2) == 2
+
+
+def test_a_stop_that_no_signal_requested_drops_nothing() -> None:
+    stop = StopRequest(requested=True)
+    with stop.droppable():
+        assert stop.undroppable(abs)(-1) == 1
+
+
+CHILD = """
+import multiprocessing, os, signal, time
+from align.runtime.signals import graceful_stop
+
+def signal_itself():
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+
+with graceful_stop(grace=0.1) as stop:
+    child = multiprocessing.get_context("fork").Process(target=signal_itself)
+    child.start()
+    child.join()
+    time.sleep(0.5)
+    print(child.exitcode, stop.requested, flush=True)
+"""
+
+
+def test_signals_of_a_forked_child_are_not_taken_for_those_of_its_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=50)
+    assert done.stdout.split() == ["0", "False"], done.stderr
+    assert done.stderr == ""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from align.learner.schedules import schedule_factor
+from align.runs.checkpoint import checkpoints, step_of
 from align.runs.tracking import read_lines
 from align.runtime.failures import Fault
 from align.runtime.signals import Interrupted
@@ -153,3 +154,15 @@ def test_the_weights_of_the_best_evaluation_are_kept(
     assert kept != weights[best - 1]
     if best > 1:
         assert weights[best - 1] != weights[best - 2]
+
+
+def test_a_checkpoint_is_written_once_the_minutes_have_passed_and_changes_nothing(tmp_path: Path) -> None:
+    settings = FitSettings(batch_size=1, epochs=3, checkpoint_every=2)
+    outcomes = []
+    for name, minutes, expected in (("steps", math.inf, [2, 3]), ("minutes", 1e-9, [1, 2, 3])):
+        objective = ToyObjective([ToyExample(0)])
+        outcomes.append((train(objective, settings, tmp_path / name, keep=9, checkpoint_minutes=minutes), objective))
+        assert [step_of(path) for path in checkpoints(tmp_path / name / "checkpoints")] == expected
+    (by_steps, first), (by_minutes, second) = outcomes
+    assert by_steps == by_minutes
+    assert first.weights == second.weights

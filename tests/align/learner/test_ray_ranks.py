@@ -1,0 +1,61 @@
+"""Learner ranks in real Ray actors: their network interface, and how they fail."""
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+
+from align.config.schema import ClusterSettings
+from align.learner.ray_ranks import RayRanks
+from align.resources.ray_cluster import ray_cluster
+from align.runtime.failures import describe_outside_failure
+from policies.device import ComputeSettings
+from policies.errors import ActorError, UserError
+
+
+class Learner:
+    """A learner of which every call fails."""
+
+    def fail(self, cause: Exception) -> None:
+        raise cause
+
+    def interface(self) -> tuple[str, str]:
+        return os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RayRanks[Learner]]:
+    with ray_cluster(ClusterSettings(), 2):
+        started = RayRanks(Learner, 2, 0.0, ComputeSettings(1, deterministic=True))
+        yield started
+        started.close()
+
+
+def node() -> str:
+    return str(ray.util.get_node_ip_address())
+
+
+def test_a_mistake_of_the_user_is_reported_as_such(ranks: RayRanks[Learner]) -> None:
+    with pytest.raises(UserError) as caught:
+        ranks.call(Learner.fail, UserError("no such file"))
+    assert type(caught.value) is UserError
+    assert str(caught.value) == f"no such file (in a learner rank on node {node()})"
+
+
+def test_another_exception_is_reported_by_its_class_and_text(ranks: RayRanks[Learner]) -> None:
+    with pytest.raises(ActorError) as caught:
+        ranks.scatter(Learner.fail, [(ZeroDivisionError("by zero"),), (ZeroDivisionError("by zero"),)])
+    expected = f"ZeroDivisionError: by zero (in a learner rank on node {node()})"
+    assert str(caught.value) == expected
+    assert describe_outside_failure(caught.value) == expected
+
+
+def test_ranks_connect_through_the_interface_with_the_nodes_address(ranks: RayRanks[Learner]) -> None:
+    for gloo, nccl in ranks.call(Learner.interface):
+        assert node() in [address.address for address in psutil.net_if_addrs()[gloo]]
+        assert nccl == f"={gloo}"
