@@ -155,8 +155,9 @@ class PpoLearner:
         return _mean_statistics(results)
 
     def policy_weights(self) -> AdapterWeights:
-        """A complete copy of the policy's adapter, on the CPU."""
-        return self.rank.read_adapter(self.roles.trunk, "policy")
+        """A complete copy of the policy's adapter, on the CPU; empty on ranks other than the first, which take part."""
+        weights = self.rank.read_adapter(self.roles.trunk, "policy")
+        return weights if self.rank.number == 0 else {}
 
     def state(self) -> LearnerState:
         """A copy of everything that updates change, on the CPU; see `RankState.state`."""

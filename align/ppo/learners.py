@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 
 from align.algorithms.episodes import Episode
+from align.algorithms.packed_episodes import EpisodeBatch
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
 from align.learner.group import LocalRank, Ranks
@@ -48,7 +49,8 @@ class PpoLearners:
         demonstrations: DemonstrationBatches = (),
     ) -> dict[str, float]:
         """Train on all episodes of a step and return statistics, the same of every rank; see `PpoLearner.update`."""
-        return self.ranks.call(PpoLearner.update, episodes, orders, coefficients, demonstrations)[0]
+        batch = EpisodeBatch(episodes)
+        return self.ranks.call(PpoLearner.update, batch, orders, coefficients, demonstrations)[0]
 
     def policy_weights(self) -> AdapterWeights:
         """A complete copy of the policy's adapter, on the CPU."""
