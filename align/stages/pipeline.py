@@ -14,7 +14,8 @@ from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.actors import actors_by_stage, most_actors
-from align.resources.ray_cluster import compute_settings, ray_cluster, ray_is_running
+from align.resources.head_watch import await_head
+from align.resources.ray_cluster import compute_settings, head_address, ray_cluster, ray_is_running
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.products import wanted_stages
@@ -185,7 +186,7 @@ def _ensure_cluster(experiment: Experiment, stage: str, stack: ExitStack) -> Non
     actors = actors_by_stage(experiment)
     if actors.get(stage) and not ray_is_running():
         most = max(sum(counts.values()) for counts in actors.values())
-        stack.enter_context(ray_cluster(experiment.cluster, most))
+        stack.enter_context(ray_cluster(experiment.cluster, most, folder_of(experiment).how_to_resume))
 
 
 def reopen(experiment: Experiment, run: RunFolder) -> None:
@@ -214,6 +215,7 @@ def _run_stage(context: StageContext, stage: str) -> None:
         try:
             return runner(context)
         except RankLost as error:
+            await_head(head_address(context.experiment.cluster))
             last = _return_to_checkpoint(context.run, stage, context.experiment.checkpoint.keep)
             if last != resumed_from:
                 restarts = 0
