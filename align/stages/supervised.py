@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from align.learner.group import LocalRank, Ranks
-from align.resources.ray_cluster import compute_settings
+from align.resources.actors import RANK
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
 from align.supervised.fit import FitContext, FitResult, finished, fit
@@ -67,5 +67,4 @@ def _start(context: StageContext, build: Callable[[], SupervisedLearner], ranks:
         return LocalRank(build)
     from align.learner.ray_ranks import RayRanks  # Ray is slow to import
 
-    experiment = context.experiment
-    return RayRanks(build, ranks, experiment.learner.gpus, compute_settings(experiment, ranks))
+    return RayRanks(build, context.actors(RANK, ranks))
