@@ -52,7 +52,7 @@ def test_workers_share_the_gpus_that_the_ranks_leave(gpus: int, workers: int, sh
 def test_workers_share_the_gpus_of_the_ranks_where_these_leave_none_or_it_is_set(rollouts: dict[str, Any]) -> None:
     placement = placed(2, experiment(2, 3, rollouts=rollouts))
     (group,) = placement.groups
-    assert group.bundles == ({CPU: 3, GPU: 1}, {CPU: 2, GPU: 1})
+    assert group.bundles == ({CPU: 3.0, GPU: 1.0}, {CPU: 2.0, GPU: 1.0})
     assert [seat.bundle for seat in placement.seats[WORKER]] == [0, 1, 0]
     assert amounts(placement, RANK, GPU) == [0.3333, 0.5]
     assert amounts(placement, WORKER, GPU) == [0.3333, 0.5, 0.3333]
