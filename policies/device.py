@@ -1,5 +1,6 @@
 """The device, dtype and CPU threads that a process computes with."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,11 @@ class ActorOptions:
     compute: ComputeSettings
     options: dict[str, Any] = field(default_factory=lambda: {"num_cpus": 1})
 
+    @property
+    def gpus(self) -> float:
+        """GPUs that it reserves."""
+        return float(self.options.get("num_gpus", 0))
+
 
 def cores() -> int:
     """CPU cores that this process may use."""
@@ -90,6 +96,13 @@ def leave_gpu() -> Iterator[None]:
         yield
     finally:
         _gpu_is_others = previous
+
+
+def free_memory() -> None:
+    """Free what nothing refers to any more but cycles, such as those of DeepSpeed's hooks, on a GPU for others too."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def default_device() -> torch.device:

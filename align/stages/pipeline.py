@@ -1,6 +1,5 @@
 """Runs the stages in order. A stage is done once its folder exists, so running again resumes where a run stopped."""
 
-import gc
 import logging
 import math
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from align.runtime.shadowing import package_hidden_from_workers
 from align.runtime.signals import Interrupted, StopRequest
 from align.scoring.reward import gold_function
 from align.stages.context import StageContext
+from policies.device import free_memory
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.files.base_model import check_model_folder, check_weights, load_tokenizer
@@ -247,9 +247,7 @@ def _run_stage(context: StageContext, stage: str) -> None:
             log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, left)
             context.tracker.drop_after(stage, last)
         finally:
-            # DeepSpeed's engine and the hooks that it leaves in the model refer to each other: without a collection
-            # the model would stay in memory.
-            gc.collect()
+            free_memory()
 
 
 def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:

@@ -30,7 +30,11 @@ from rollouts.async_rollouts import AsyncRollouts, PartialRollouts, SynchronousR
 from rollouts.build import build_engine
 from rollouts.engine import Sampling
 from rollouts.pool import LocalPool, Pool
+from rollouts.schema import RolloutSettings
 from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
+
+VLLM_UTILIZATION = 0.9
+"""The part of a GPU's memory that vLLM uses by default."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,7 @@ def _build_pool(context: StageContext, stack: ExitStack) -> Pool:
     if rollouts.engine == "vllm":
         # torch refuses some of vLLM's kernels, which it does not know to be deterministic.
         actors = [replace(actor, compute=replace(actor.compute, deterministic=False)) for actor in actors]
+        rollouts = vllm_within_share(rollouts, min(actor.gpus for actor in actors))
     workers = RayPool(
         build=partial(build_engine, experiment.model, experiment.policy, rollouts),
         settings=PoolSettings(
@@ -221,6 +226,19 @@ def _build_pool(context: StageContext, stack: ExitStack) -> Pool:
         pool = PartialRollouts(workers) if rollouts.segment_tokens else AsyncRollouts(workers)
     stack.callback(pool.close)
     return pool
+
+
+def vllm_within_share(rollouts: RolloutSettings, gpus: float) -> RolloutSettings:
+    """Limit vLLM's memory by a worker's share of a GPU, unless the user has set it.
+
+    Args:
+        rollouts: The settings.
+        gpus: GPUs of a worker; only a share of one limits anything.
+    """
+    if not 0 < gpus < 1 or "gpu_memory_utilization" in rollouts.vllm:
+        return rollouts
+    arguments = rollouts.vllm | {"gpu_memory_utilization": VLLM_UTILIZATION * gpus}
+    return rollouts.model_copy(update={"vllm": arguments})
 
 
 def _build_learners(context: StageContext, blueprint: Blueprint) -> PpoLearners:

@@ -1,6 +1,5 @@
 """Trains the objective of a supervised stage on its ranks."""
 
-import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from align.stages.context import StageContext
 from align.supervised.fit import FitContext, FitResult, finished, fit
 from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
 from align.supervised.objective import Objective
+from policies.device import free_memory
 from rewards.schema import FitSettings
 
 
@@ -47,7 +47,7 @@ def train(
         gradient_checkpointing=context.experiment.model.gradient_checkpointing,
     )
     result = _fit_and_close(_start(context, build, fit_context.ranks), lengths, settings, fit_context)
-    gc.collect()  # nothing here refers to the base model any more, but DeepSpeed's hooks do in cycles
+    free_memory()
     return result
 
 
