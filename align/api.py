@@ -10,11 +10,10 @@ from align.outputs.report import write_report
 from align.outputs.trained_run import TrainedRun
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics
-from align.resources.actors import actors_by_stage
 from align.resources.dtype import settle_dtype
 from align.resources.memory import measure
 from align.resources.plan import plan_lines
-from align.resources.ray_cluster import compute_settings, ray_cluster
+from align.resources.ray_cluster import compute_settings
 from align.runs.fingerprint import recorded_dtype
 from align.runs.folder import RunFolder, folder_of, refuse_run
 from align.runs.tracking import Tracker
@@ -23,8 +22,8 @@ from align.runtime.signals import StopRequest
 from align.scoring.build import build_scorers
 from align.stages.context import StageContext
 from align.stages.launch import Launch, new_run, planned_stages, resumed_run
-from align.stages.pipeline import load_datasets, remaining_stages, run_stages
-from align.stages.ppo_parts import PpoParts, assemble
+from align.stages.pipeline import load_datasets, remaining_stages, run_stages, with_actors
+from align.stages.ppo_parts import PpoParts, assemble, gpus_left_to_actors
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
 from policies.files.base_model import load_tokenizer
@@ -45,7 +44,15 @@ def plan(experiment: Experiment) -> list[tuple[str, str]]:
     datasets = load_datasets(experiment)
     planned = planned_stages(experiment, datasets)
     sizes = measure(planned.experiment.model, experiment.policy)
-    return plan_lines(planned.experiment, datasets, planned.stages, sizes, dtype=planned.dtype, note=planned.note)
+    return plan_lines(
+        planned.experiment,
+        datasets,
+        planned.stages,
+        sizes,
+        dtype=planned.dtype,
+        placement=planned.placement,
+        note=planned.note,
+    )
 
 
 def run(experiment: Experiment, replace: bool = False) -> TrainedRun:
@@ -160,7 +167,7 @@ def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
     _refuse_unless_ppo_is_next(experiment, run)
     datasets = load_datasets(experiment)
     experiment = settle_dtype(experiment, recorded_dtype(run)).experiment
-    compute_settings(experiment, 1).apply()
+    compute_settings(experiment).apply()
     tokenizer = load_tokenizer(experiment.model.path)
     context = StageContext(
         experiment=experiment,
@@ -170,10 +177,11 @@ def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
         tracker=Tracker(run.path, None),
         stop=StopRequest(),
     )
-    scorers = build_scorers(experiment, run, tokenizer)
     with ExitStack() as stack:
+        context = with_actors(context, ["ppo"], stack)
+        stack.enter_context(gpus_left_to_actors(context))
+        scorers = build_scorers(experiment, run, tokenizer)
         stack.callback(scorers.close)
-        stack.enter_context(ray_cluster(experiment.cluster, sum(actors_by_stage(experiment)["ppo"].values())))
         yield PpoSession(experiment, assemble(context, scorers, stack))
 
 

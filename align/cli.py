@@ -105,7 +105,15 @@ def plan_command(experiment: File, overrides: Overrides = None) -> None:
 
     datasets = load_datasets(settings)
     planned = planned_stages(settings, datasets)
-    console.print(plan_table(planned.experiment, datasets, planned.stages, planned.dtype, planned.note))
+    table = plan_table(
+        planned.experiment,
+        datasets,
+        planned.stages,
+        dtype=planned.dtype,
+        placement=planned.placement,
+        note=planned.note,
+    )
+    console.print(table)
 
 
 @app.command(name="eval")
@@ -315,7 +323,9 @@ def _run(launch: "Launch") -> None:
 
     settings = launch.experiment
     folder = launch.folder
-    console.print(plan_table(settings, launch.datasets, remaining_stages(settings, folder), launch.dtype))
+    stages = remaining_stages(settings, folder)
+    table = plan_table(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
+    console.print(table)
     how_to_resume = folder.how_to_resume
     killed = f"the run was killed from outside, without a message; {how_to_resume}"
     with graceful_stop(settings.checkpoint.grace, how_to_resume) as stop, last_words(killed):

@@ -1,7 +1,7 @@
 """Settings of the base model and of the adaptation method, and the base class of all settings."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -229,4 +229,25 @@ class OptimizerSettings(Settings):
         None,
         ge=1,
         description="tokens of one microbatch, any padding included; unset: chosen for the device",
+    )
+
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+"""How Ray distributes actors over nodes."""
+
+
+class ActorSettings(Settings):
+    """What each Ray actor of a kind reserves, and where it may run."""
+
+    cpus: int | None = Field(
+        None, ge=1, description="CPUs that each actor reserves, and its CPU threads; unset: 1, and a share of its node"
+    )
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="NAME: how much of a custom resource of Ray each actor reserves"
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict, description="NAME: value that this label of an actor's node must have, as in Ray"
+    )
+    strategy: Strategy = Field(
+        "PACK", description="PACK: on as few nodes as possible; SPREAD: on many; STRICT_…: on one, or each on its own"
     )

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-from policies.device import ComputeSettings
+from policies.device import ActorOptions
 from policies.errors import ActorError, UserError, actor_failure, first_line
 from policies.files.adapters import tensor_digests, weights_digest
 from policies.trunk import AdapterWeights
@@ -34,22 +34,18 @@ BundleContent = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """The size of a pool of Ray actors, and when it replaces them.
+    """The size of the chunks of a pool of Ray actors, and when it replaces them.
 
     Args:
-        workers: The number of actors, each with its own engine.
         chunk_size: Requests that a worker is handed at a time.
         timeout: Seconds after which a worker that has not replied is replaced.
         straggler_factor: Multiple of the median duration of recent chunks after which a chunk is also handed to another
             worker.
-        gpus: GPUs that each worker reserves in the Ray cluster.
     """
 
-    workers: int
     chunk_size: int
     timeout: float
     straggler_factor: float
-    gpus: float = 0.0
 
 
 class RayPool:
@@ -61,27 +57,28 @@ class RayPool:
     current by then.
     """
 
-    def __init__(self, build: Callable[[], Engine], settings: PoolSettings, compute: ComputeSettings) -> None:
-        """Start the workers. Ray must be initialized.
+    def __init__(self, build: Callable[[], Engine], settings: PoolSettings, actors: Sequence[ActorOptions]) -> None:
+        """Start the workers, each with its own engine. Ray must be initialized.
 
         Args:
             build: Makes the engine, in the worker's process.
-            settings: How many workers, and when they are replaced.
-            compute: CPU threads and determinism of each worker.
+            settings: The size of chunks, and when workers are replaced.
+            actors: How each worker is started, and how it computes.
         """
         self.settings = settings
         self.roster = Roster(settings.timeout, settings.straggler_factor)
         self.sent_bytes = 0
         """Bytes of the weights that the last `load_adapter` sent."""
         self._build = build
-        self._compute = compute
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
+        self._workers = len(actors)
+        self._options: dict[int, ActorOptions] = {}
         self._losses = 0
         self._bundles: dict[BundleContent, ray.ObjectRef] = {}
         self._update: deque[tuple[int, AdapterWeights]] = deque(maxlen=1)
         self._closed = False
-        for _ in range(settings.workers):
-            self._start_worker()
+        for actor in actors:
+            self._start_worker(actor)
 
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
         """Have every worker use these weights before it serves again.
@@ -197,17 +194,19 @@ class RayPool:
             raise error
         ray.kill(self._manager.remove_actor(worker))
         self._losses += 1
-        if self._losses > LOSSES_PER_WORKER * self.settings.workers:
+        if self._losses > LOSSES_PER_WORKER * self._workers:
             raise ActorError(
                 f"{self._losses} rollout workers were lost without a reply in between: {first_line(error)}"
             ) from error
-        self._start_worker()
+        self._start_worker(self._options.pop(worker))
 
-    def _start_worker(self) -> None:
-        options = {"num_cpus": 1, "num_gpus": self.settings.gpus, "max_restarts": 0}
-        actor = ray.remote(Worker).options(**options).remote(self._build, self._compute)
-        self._manager.add_actors([actor])
-        self.roster.add_worker(self._manager.actor_ids()[-1])
+    def _start_worker(self, actor: ActorOptions) -> None:
+        """Start a worker; one that replaces another has the place of the other."""
+        started = ray.remote(Worker).options(**actor.options, max_restarts=0).remote(self._build, actor.compute)
+        self._manager.add_actors([started])
+        worker = self._manager.actor_ids()[-1]
+        self._options[worker] = actor
+        self.roster.add_worker(worker)
 
 
 @dataclass

@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from policies.schema import BOOLEAN_WORDS, Settings, unread_settings
+from policies.schema import BOOLEAN_WORDS, ActorSettings, Strategy, unread_settings
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for its setting `max_lora_rank`."""
 LARGEST_VLLM_RANK = VLLM_RANKS[-1]
 
 
-class RolloutSettings(Settings):
+class RolloutSettings(ActorSettings):
     """What generates responses, and how they are sampled."""
 
     workers: int = Field(0, ge=0, description="Ray actors that generate; 0: in the controller's process")
@@ -21,7 +21,12 @@ class RolloutSettings(Settings):
     vllm: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of vllm.LLM, such as gpu_memory_utilization"
     )
-    gpus: float = Field(0.0, ge=0, description="GPUs that each worker reserves in the Ray cluster")
+    gpus: float | Literal["shared"] | None = Field(
+        None,
+        description="GPUs of each worker: a whole number, or a share such as 0.5; shared: the GPUs of the learner's "
+        "ranks; unset: those that the ranks leave, or else shared",
+    )
+    strategy: Strategy = Field("SPREAD", description="as `learner.strategy`")
     max_num_seqs: int = Field(32, ge=1, description="sequences that an engine decodes at the same time")
     chunk_size: int | None = Field(
         None, ge=1, description="prompts that an engine is handed at a time; unset: twice `max_num_seqs`"
@@ -60,6 +65,15 @@ class RolloutSettings(Settings):
     def effective_chunk_size(self) -> int:
         """The chunk size in effect."""
         return self.chunk_size or 2 * self.max_num_seqs
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_a_share(cls, gpus: float | str | None) -> float | str | None:
+        if isinstance(gpus, float) and gpus < 0:
+            raise ValueError("expected a number ≥ 0, or shared")
+        if isinstance(gpus, float) and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"a worker has a share of one GPU, or whole GPUs: {int(gpus)} or {int(gpus) + 1}")
+        return gpus
 
     @field_validator("vllm")
     @classmethod

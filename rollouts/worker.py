@@ -26,9 +26,9 @@ class Worker:
     """Runs one engine. Every reply names the weights in use, so that the pool notices a worker with other weights."""
 
     def __init__(self, build: Callable[[], Engine], compute: ComputeSettings) -> None:
-        compute.apply()
         self.failure: Exception | None = None
         try:
+            compute.apply()
             self.engine = build()
         except Exception as error:  # raised by the first call: of an actor that never started, Ray hides the cause
             self.failure = error

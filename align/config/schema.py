@@ -1,14 +1,15 @@
 """The settings of the stages, and `Experiment`, which holds all settings."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
 from policies.method_spec import supporting
 from policies.schema import (
+    ActorSettings,
     ModelSettings,
     OptimizerSettings,
     PolicySettings,
@@ -83,11 +84,13 @@ class SftSettings(FitSettings):
     )
 
 
-class LearnerSettings(OptimizerSettings):
+class LearnerSettings(OptimizerSettings, ActorSettings):
     """The DeepSpeed learner that trains policy and critic together."""
 
     ranks: int = Field(0, ge=0, description="Ray actors, one per rank; 0: one rank in the controller's process")
-    gpus: float = Field(0.0, ge=0, description="GPUs of the Ray cluster that each actor reserves")
+    gpus: Literal[0, 1] | None = Field(
+        None, description="GPUs of each actor, 0 or 1; unset: 1 where the Ray cluster has GPUs"
+    )
     restarts: int = Field(
         3,
         ge=0,
@@ -103,6 +106,13 @@ class LearnerSettings(OptimizerSettings):
     max_skipped: int = Field(
         3, ge=1, description="PPO stops after this many consecutive steps skipped for a gradient that is not finite"
     )
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _at_most_one_gpu(cls, gpus: Any) -> Any:
+        if isinstance(gpus, int | float) and gpus not in (0, 1):
+            raise ValueError("a rank computes on one GPU (1) or on CPUs (0), and NCCL refuses two ranks on one GPU")
+        return gpus
 
 
 class FewShotExample(Settings):
@@ -184,6 +194,9 @@ class ClusterSettings(Settings):
     """The Ray cluster, and the CPU threads of each process."""
 
     address: str | None = Field(None, description="a Ray cluster to join; unset: start one on this machine")
+    wait: float = Field(
+        300.0, gt=0, description="seconds in which the cluster must have room for the run's actors, or the run ends"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads per process; unset: an even share of the cores")
 
 

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but
 
 from align.learner.group import AnyLearner, Inputs, Ranks, Result, collective_backend
 from align.runtime.failures import RankLost
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.errors import actor_failure, first_line
 
 GRACE = 5.0
@@ -29,19 +29,23 @@ GRACE = 5.0
 class RayRanks(Ranks[AnyLearner]):
     """Ray actors that form one process group."""
 
-    def __init__(self, build: Callable[[], AnyLearner], ranks: int, gpus: float, compute: ComputeSettings) -> None:
+    def __init__(self, build: Callable[[], AnyLearner], actors: Sequence[ActorOptions]) -> None:
         """Start the actors, connect them, and build the rank in each of them.
 
         Args:
             build: Builds the learner of a rank; it is sent to the actors.
-            ranks: Number of actors.
-            gpus: GPUs of the Ray cluster that each actor reserves.
-            compute: Threads and determinism of each actor.
+            actors: How each rank's actor is started, and how it computes.
+
+        Raises:
+            UserError: An actor that is to compute on a GPU finds none.
         """
-        options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0}
-        self.actors = [ray.remote(_Rank).options(**options).remote(rank, compute) for rank in range(ranks)]
-        (address,) = self._results([self.actors[0].open_store.remote(ranks)])
-        self._results([actor.join.remote(address, ranks) for actor in self.actors])
+        self.actors = []
+        for rank, actor in enumerate(actors):
+            self.actors.append(ray.remote(_Rank).options(**actor.options, max_restarts=0).remote(rank))
+        settings = [actor.compute for actor in actors]
+        self._results([actor.apply.remote(own) for actor, own in zip(self.actors, settings, strict=True)])
+        (address,) = self._results([self.actors[0].open_store.remote(self.count)])
+        self._results([actor.join.remote(address, self.count) for actor in self.actors])
         shared = ray.put(build)
         self._results([actor.build.remote(shared) for actor in self.actors])
 
@@ -95,9 +99,12 @@ class RayRanks(Ranks[AnyLearner]):
 class _Rank:
     """The actor of one rank."""
 
-    def __init__(self, rank: int, compute: ComputeSettings) -> None:
-        compute.apply()
+    def __init__(self, rank: int) -> None:
         self.rank = rank
+
+    def apply(self, compute: ComputeSettings) -> None:
+        """Settle how the process computes."""
+        compute.apply()
 
     def ready(self) -> None:
         """Return once earlier calls are done, if the process is alive."""

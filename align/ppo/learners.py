@@ -13,7 +13,7 @@ from align.ppo.learner import DemonstrationBatches, MinibatchOrders, PpoLearner,
 from align.roles.build import Blueprint, build_roles
 from align.roles.roles import Roles
 from align.roles.scoring import ALL_ROLES
-from policies.device import ComputeSettings
+from policies.device import ActorOptions
 from policies.trunk import AdapterWeights
 from rollouts.trajectory import RoleOutputs, Trajectory
 
@@ -88,21 +88,25 @@ def local_learners(
 
 
 def ray_learners(
-    blueprint: Blueprint, ppo: PpoSettings, learner: LearnerSettings, temperature: float, compute: ComputeSettings
+    blueprint: Blueprint,
+    ppo: PpoSettings,
+    learner: LearnerSettings,
+    temperature: float,
+    actors: Sequence[ActorOptions],
 ) -> PpoLearners:
-    """`learner.ranks` Ray actors.
+    """Ray actors, one per rank.
 
     Args:
         blueprint: The blueprint from which each rank builds the roles.
         ppo: The settings of PPO.
         learner: The settings of the learner.
         temperature: Sampling temperature, by which logits are divided.
-        compute: Threads and determinism of each rank.
+        actors: How each rank's actor is started, and how it computes.
     """
     from align.learner.ray_ranks import RayRanks  # Ray is slow to import
 
     build = partial(build_ppo_learner, blueprint, ppo, learner, temperature)
-    return PpoLearners(RayRanks(build, learner.ranks, learner.gpus, compute))
+    return PpoLearners(RayRanks(build, actors))
 
 
 def build_ppo_learner(

@@ -1,5 +1,7 @@
 """The Ray actors that a run starts."""
 
+from collections.abc import Collection, Mapping
+
 from align.config.schema import Experiment
 from align.data.datasets import trains_reward, trains_sft
 
@@ -22,10 +24,17 @@ def actors_by_stage(experiment: Experiment) -> dict[str, dict[str, int]]:
     return by_stage
 
 
-def most_actors(experiment: Experiment) -> dict[str, int]:
-    """The largest number of actors of each kind that a stage starts."""
+def most_actors(experiment: Experiment, stages: Collection[str]) -> dict[str, int]:
+    """The largest number of actors of each kind that any of some stages starts."""
     most: dict[str, int] = {}
-    for counts in actors_by_stage(experiment).values():
-        for kind, count in counts.items():
-            most[kind] = max(count, most.get(kind, 0))
+    for stage, counts in actors_by_stage(experiment).items():
+        if stage in stages:
+            for kind, count in counts.items():
+                most[kind] = max(count, most.get(kind, 0))
     return most
+
+
+def reserved_cpus(experiment: Experiment, actors: Mapping[str, int]) -> int:
+    """CPUs that actors, so many of each kind, reserve together."""
+    cpus = {RANK: experiment.learner.cpus or 1, WORKER: experiment.rollouts.cpus or 1}
+    return sum(cpus[kind] * count for kind, count in actors.items())

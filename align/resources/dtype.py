@@ -6,18 +6,16 @@ All processes of a run compute in one dtype. It is recorded in the run's setting
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from align.config.schema import Experiment
 from align.data.datasets import trains_sft
-from align.resources.actors import RANK, WORKER, most_actors
+from align.resources.actors import most_actors, reserved_cpus
 from align.resources.ray_cluster import ray_cluster
 from align.runs.products import wanted_stages
-from align.runtime.wording import counted
-from policies.device import Device, describe_device
-from policies.errors import UserError
+from policies.device import ComputeSettings, Device, describe_device
+from policies.errors import UserError, actor_failure
 from policies.schema import listed
-
-START_SECONDS = 300.0
-"""Seconds in which a cluster must start the processes of a run; it may have to add nodes first."""
 
 CONTROLLER = "the controller"
 
@@ -76,13 +74,13 @@ def _settled(experiment: Experiment, dtype: str, reason: str) -> SettledDtype:
 
 def _devices(experiment: Experiment) -> Devices:
     """The processes that will load the base model, with their devices."""
-    actors = most_actors(experiment)
+    actors = most_actors(experiment, experiment.stages)
     devices: Devices = {}
     if _controller_computes(experiment) or not actors:
         devices[CONTROLLER, describe_device()] = None
-    if actors and experiment.cluster.address:
-        return devices | _devices_of_cluster(experiment, actors)
-    for kind in actors:  # on this machine, where Ray hides no device from them
+    if actors and (experiment.cluster.address or torch.cuda.is_available()):
+        return devices | _devices_of_actors(experiment, actors)
+    for kind in actors:
         devices[f"the {kind}s", describe_device()] = None
     return devices
 
@@ -101,37 +99,36 @@ def _controller_computes(experiment: Experiment) -> bool:
 class _Probe:
     """An actor that is placed as one of the run's own, and reports its device."""
 
-    def device(self) -> Device:
+    def device(self, compute: ComputeSettings) -> Device:
+        compute.apply()
         return describe_device()
 
 
-def _devices_of_cluster(experiment: Experiment, actors: dict[str, int]) -> Devices:
-    """Start as many actors of each kind as the run will, all at the same time, and ask for their devices.
+def _devices_of_actors(experiment: Experiment, actors: dict[str, int]) -> Devices:
+    """Start an actor in the place of each of the run's own, and ask for their devices.
 
     Args:
         experiment: The settings.
         actors: The number of actors by kind.
 
     Raises:
-        UserError: The cluster cannot be reached, or it does not start the actors.
+        UserError: The cluster cannot be reached or has no room for the actors, or one that has a GPU cannot use it.
     """
-    address = experiment.cluster.address
-    gpus = {WORKER: experiment.rollouts.gpus, RANK: experiment.learner.gpus}
-    try:
-        with ray_cluster(experiment.cluster, sum(actors.values())):
-            import ray  # slow to import, and only after its environment variables are set
+    devices: Devices = {}
+    with ray_cluster(experiment.cluster, reserved_cpus(experiment, actors)):
+        import ray  # slow to import, and only after its environment variables are set
 
-            kinds = []
-            probes: list[Any] = []
-            for kind, count in actors.items():
-                remote = ray.remote(_Probe).options(num_cpus=1, num_gpus=gpus[kind])
-                kinds += [f"the {kind}s"] * count
-                probes += [remote.remote() for _ in range(count)]
-            devices = ray.get([probe.device.remote() for probe in probes], timeout=START_SECONDS)
-            return dict.fromkeys(zip(kinds, devices, strict=True))
-    except TimeoutError as error:
-        processes = listed([counted(count, kind) for kind, count in actors.items()])
-        raise UserError(
-            f"cluster.address {address}: the cluster has not started {processes} within {START_SECONDS:g} seconds: set "
-            "rollouts.workers, rollouts.gpus, learner.gpus and the `ranks` of learner, sft and reward to what it has"
-        ) from error
+        from align.resources.reservation import reserve
+
+        reservation = reserve(experiment, actors)
+        for kind in actors:
+            replies = []
+            for actor in reservation.actors(kind):
+                probe: Any = ray.remote(_Probe).options(**actor.options).remote()
+                replies.append(probe.device.remote(actor.compute))
+            try:
+                found = ray.get(replies)
+            except ray.exceptions.RayTaskError as error:
+                raise actor_failure(error, f"a {kind}") from error
+            devices |= {(f"the {kind}s", device): None for device in found}
+    return devices

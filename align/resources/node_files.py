@@ -13,24 +13,23 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """`organisation/name`; not a path that begins with `/` or `.`."""
 
 
-def check_model_on_nodes(experiment: Experiment) -> None:
+def check_model_on_nodes(experiment: Experiment, gpus: bool) -> None:
     """Check that every node on which actors may run has the folder of the base model. Ray must be initialized.
+
+    Args:
+        experiment: The settings.
+        gpus: Whether the actors have GPUs.
 
     Raises:
         UserError: A node lacks it.
     """
     if not is_hub_name(experiment.model.path):
-        check_folder_on_nodes("model.path", experiment.model.path, wants_gpus(experiment))
+        check_folder_on_nodes("model.path", experiment.model.path, gpus)
 
 
 def is_hub_name(name: str) -> bool:
     """Whether this names a model on the hub: it has the form `organisation/name`, and there is no such folder here."""
     return HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
-
-
-def wants_gpus(experiment: Experiment) -> bool:
-    """Whether the run's actors reserve GPUs."""
-    return experiment.learner.gpus > 0 or experiment.rollouts.gpus > 0
 
 
 def check_folder_on_nodes(key: str, folder: str, gpus: bool) -> None:

@@ -4,30 +4,41 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from align.config.estimators import is_user_function
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.data.examples import TokenizedDemonstration
+from align.resources.actors import most_actors, reserved_cpus
 from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
-from align.resources.ray_cluster import cores, threads_per_process
+from align.resources.placement import CPU, GPU, Node, describe_nodes, has_room, no_room, place, total
+from align.resources.ray_cluster import ray_cluster
 from align.runtime.wording import counted
-from policies.device import default_device
+from policies.device import cores, default_device
+from policies.errors import UserError
 from policies.layers import native
 from rewards.schema import FitSettings
 from rewards.terms.function import FunctionTerm
 
 
 def plan_table(
-    experiment: Experiment, datasets: Datasets, stages: list[str], dtype: str | None = None, note: str | None = None
+    experiment: Experiment,
+    datasets: Datasets,
+    stages: list[str],
+    *,
+    dtype: str | None = None,
+    placement: str | None = None,
+    note: str | None = None,
 ) -> Table:
     """The plan as a table for the terminal; for the arguments, see `plan_lines`."""
     table = Table(title=f"plan of {experiment.name}", title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     sizes = measure(experiment.model, experiment.policy)
-    for name, text in plan_lines(experiment, datasets, stages, sizes, dtype=dtype, note=note):
+    lines = plan_lines(experiment, datasets, stages, sizes, dtype=dtype, placement=placement, note=note)
+    for name, text in lines:
         table.add_row(name, text)
     return table
 
@@ -37,7 +48,9 @@ def plan_lines(
     datasets: Datasets,
     stages: list[str],
     sizes: ModelSizes,
+    *,
     dtype: str | None = None,
+    placement: str | None = None,
     note: str | None = None,
 ) -> list[tuple[str, str]]:
     """What the stages will do and need: data, steps, tokens, memory, processes, files.
@@ -48,6 +61,7 @@ def plan_lines(
         stages: The stages that will run, in order.
         sizes: Sizes of the experiment's model and policy, from `measure`.
         dtype: The dtype and what has settled it; None: `model.dtype`.
+        placement: Where the processes of the stages will run; None: nothing to say.
         note: On what the run's folder holds; None: nothing to say.
 
     Returns:
@@ -59,6 +73,8 @@ def plan_lines(
         lines.append(("earlier run", note))
     lines.append(("method", f"{method.name}: {method.trains}"))
     lines.append(("dtype", dtype or experiment.model.dtype))
+    if placement:
+        lines.append(("placement", placement))
     if trains_sft(experiment) and "sft" in stages:
         lines.append(("sft", _fit(experiment, experiment.sft, len(datasets.demonstrations), "demonstration")))
         lines.append(("sft loss", _trained(datasets.demonstrations)))
@@ -78,6 +94,44 @@ def plan_lines(
     for source, reasons in datasets.skipped.items():
         lines.append(("skipped rows", f"{len(reasons)} of data.{source}"))
     return [*lines, ("written to", str(Path(experiment.runs) / experiment.name))]
+
+
+def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:
+    """Where the actors of some stages will run: a line for the plan.
+
+    Args:
+        experiment: The settings.
+        stages: The stages.
+
+    Raises:
+        UserError: The cluster cannot be joined, or this machine has no room for the actors.
+    """
+    actors = most_actors(experiment, stages)
+    if not actors:
+        return f"this process, {counted(experiment.cluster.threads or cores(), 'thread')}"
+    cpus = reserved_cpus(experiment, actors)
+    if experiment.cluster.address:
+        with ray_cluster(experiment.cluster, cpus):
+            from align.resources.reservation import cluster_nodes  # Ray is slow to import
+
+            nodes = cluster_nodes()
+    else:
+        nodes = [Node("this machine", _machine(cpus))]
+    placement = place(experiment, actors, int(total(nodes, GPU)))
+    room = f"on {describe_nodes(nodes)}"
+    if has_room(placement, nodes):
+        return f"{placement.description}; {room}"
+    if not experiment.cluster.address:
+        raise UserError(no_room(experiment, placement, nodes))
+    return f"{placement.description}; they do not fit {room}, and cluster.wait is {experiment.cluster.wait:g} s"
+
+
+def _machine(cpus: int) -> dict[str, float]:
+    """What a Ray cluster on this machine offers, for actors that reserve so many CPUs."""
+    resources: dict[str, float] = {CPU: max(cores(), cpus)}
+    if gpus := torch.cuda.device_count():
+        resources[GPU] = gpus
+    return resources
 
 
 def _fit(experiment: Experiment, settings: FitSettings, examples: int, noun: str) -> str:
@@ -106,12 +160,9 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
     if rollouts.workers or learner.ranks:
         processes = max(1, rollouts.workers) + max(1, learner.ranks)
     copies = "in one process" if processes == 1 else f"in each of {processes} processes"
-    threads = threads_per_process(experiment.cluster, max(rollouts.workers, learner.ranks, 1))
     steps = counted(ppo.steps, "step")
     prompts = counted(len(datasets.prompts), "prompt")
     minibatches = f"{counted(ppo.epochs, 'epoch')} × {counted(ppo.minibatches, 'minibatch', 'minibatches')}"
-    workers = counted(rollouts.workers, "rollout worker")
-    ranks = counted(learner.ranks, "learner rank")
     base = f"{_count(sizes.base)} parameters"
     adapter = f"{_count(sizes.adapter)} parameters"
     return [
@@ -121,7 +172,6 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
         ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} per response"),
         ("base model", f"{base}, {_bytes(sizes.base_bytes)} {copies}"),
         ("adapters", f"{adapter} per role; each update sends {_bytes(sizes.adapter * FLOAT32)}"),
-        ("processes", f"{workers}, {ranks}, {counted(cores(), 'core')}, {counted(threads, 'thread')} each"),
         ("evaluation", counted(len(datasets.prompts_heldout), "held-out prompt")),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config.schema import ClusterSettings, Experiment
 from align.resources.head_watch import connect, head_watched
-from policies.device import ComputeSettings
+from policies.device import ComputeSettings, cores
 from policies.errors import UserError, first_line
 
 RAY_ENVIRONMENT = {
@@ -44,23 +44,23 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_cluster(settings: ClusterSettings, actors: int, advice: str = "") -> Iterator[None]:
+def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Iterator[None]:
     """Join the cluster at `cluster.address`, or start a local one that ends with the block.
 
     The local cluster has no dashboard, picks free ports and keeps its files in a temporary folder, so that runs on one
-    machine do not interfere. It offers at least one CPU per actor; how the actors share the cores is decided by their
-    number of threads. If the head of the cluster is lost within the block, the process ends (see `head_watched`).
+    machine do not interfere. It offers as many CPUs as the actors reserve, even if the machine has fewer cores: the
+    actors share them. If the head of the cluster is lost within the block, the process ends (see `head_watched`).
 
     Args:
         settings: Section `cluster` of the experiment.
-        actors: Largest number of actors at the same time; 0: nothing is started.
+        cpus: CPUs that the actors reserve; 0: nothing is started.
         advice: What the user is told to do where the head of the cluster is lost.
 
     Raises:
         UserError: The cluster at `cluster.address` cannot be joined; or the path of every folder for temporary files is
             too long for Ray's sockets.
     """
-    if not actors:
+    if not cpus:
         yield
         return
     if settings.address:
@@ -79,7 +79,7 @@ def ray_cluster(settings: ClusterSettings, actors: int, advice: str = "") -> Ite
             _join(settings.address, options)
         else:
             folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_for_sockets())
-            options |= {"num_cpus": max(cores(), actors), "include_dashboard": False, "_temp_dir": folder}
+            options |= {"num_cpus": max(cores(), cpus), "include_dashboard": False, "_temp_dir": folder}
             ray.init(address="local", **options)
     name = f"cluster.address {settings.address}" if settings.address else "Ray on this machine"
     try:
@@ -124,12 +124,6 @@ def head_address(settings: ClusterSettings) -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def ray_is_running() -> bool:
-    """Whether this process is connected to a cluster."""
-    ray = sys.modules.get("ray")  # slow to import
-    return ray is not None and bool(ray.is_initialized())
-
-
 def _check_address(address: str) -> None:
     """Raise UserError where nothing listens at `HOST:PORT`, for which Ray would wait minutes."""
     host, _, port = address.rpartition(":")
@@ -168,16 +162,6 @@ def _keep_signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def threads_per_process(settings: ClusterSettings, processes: int) -> int:
-    """CPU threads of each of several processes that compute at the same time."""
-    return settings.threads or max(1, cores() // max(1, processes))
-
-
-def compute_settings(experiment: Experiment, processes: int) -> ComputeSettings:
-    """Threads and determinism of each of several processes that compute at the same time."""
-    return ComputeSettings(threads_per_process(experiment.cluster, processes), experiment.deterministic)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def compute_settings(experiment: Experiment) -> ComputeSettings:
+    """How the controller computes."""
+    return ComputeSettings(experiment.cluster.threads, experiment.deterministic)

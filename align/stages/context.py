@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from align.runtime.atomic_files import new_folder
 from align.runtime.seeds import permutation, seed_for
 from align.runtime.signals import StopRequest
 from align.supervised.fit import FitContext
+from policies.device import ActorOptions
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.trunk import AdapterWeights, Trunk
@@ -25,6 +26,9 @@ from rewards.schema import FitSettings
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import make_transformers_engine
+
+if TYPE_CHECKING:
+    from align.resources.reservation import Reservation  # Ray is slow to import
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class StageContext:
         datasets: The examples of all stages, tokenized.
         tracker: Logs the metrics.
         stop: Checked after every step.
+        reservation: The places of the run's Ray actors; None: it has none.
     """
 
     experiment: Experiment
@@ -46,6 +51,12 @@ class StageContext:
     datasets: Datasets
     tracker: Tracker
     stop: StopRequest
+    reservation: "Reservation | None" = None
+
+    def actors(self, kind: str, count: int) -> list[ActorOptions]:
+        """How Ray actors of a kind are started."""
+        assert self.reservation is not None
+        return self.reservation.actors(kind, count)
 
     def sft_weights(self) -> AdapterWeights | None:
         """The adapter of the SFT stage; None where there is none and the base itself is the SFT model."""

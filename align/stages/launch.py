@@ -9,6 +9,7 @@ from align.config.schema import Experiment
 from align.config.stage import stage_names
 from align.data.datasets import Datasets
 from align.resources.dtype import settle_dtype
+from align.resources.plan import describe_placement
 from align.runs.fingerprint import check_fingerprint, find_difference, recorded_dtype, write_fingerprint
 from align.runs.folder import RunFolder, begin_run, find_run, folder_of, locked
 from align.runs.products import wanted_stages
@@ -24,12 +25,14 @@ class Launch:
         folder: The folder.
         datasets: The data.
         dtype: The dtype and what has settled it, for the plan.
+        placement: Where the processes of its stages will run, for the plan.
     """
 
     experiment: Experiment
     folder: RunFolder
     datasets: Datasets
     dtype: str
+    placement: str
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Planned:
         experiment: The settings; `model.dtype` is settled.
         stages: The stages that have to run, in order.
         dtype: The dtype and what has settled it.
+        placement: Where the processes of the stages will run.
         note: On the folder, where it holds a run of other settings, models or data, so that all stages have to run.
     """
 
     experiment: Experiment
     stages: list[str]
     dtype: str
+    placement: str
     note: str | None = None
 
 
@@ -63,14 +68,15 @@ def new_run(experiment: Experiment, stages: Sequence[str] | None = None) -> Iter
     folder = folder_of(experiment)
     datasets = load_datasets(experiment)
     removed = stage_names() if stages is None else list(stages)
-    keeps_products = any(folder.done(stage) for stage in stage_names() if stage not in removed)
-    settled = settle_dtype(experiment, recorded_dtype(folder) if keeps_products else None)
+    kept = [stage for stage in stage_names() if folder.done(stage) and stage not in removed]
+    settled = settle_dtype(experiment, recorded_dtype(folder) if kept else None)
     experiment = settled.experiment
+    placement = describe_placement(experiment, [stage for stage in wanted_stages(experiment) if stage not in kept])
     with locked(folder):
         folder.config.unlink(missing_ok=True)  # a run of which only parts are removed must not be resumed
         write_fingerprint(folder, experiment, datasets)
         begin_run(folder, experiment, removed)
-        yield Launch(experiment, folder, datasets, settled.text)
+        yield Launch(experiment, folder, datasets, settled.text, placement)
 
 
 @contextmanager
@@ -88,11 +94,12 @@ def resumed_run(name_or_path: str, overrides: Sequence[str] = ()) -> Iterator[La
     datasets = load_datasets(experiment)
     settled = settle_dtype(experiment, recorded_dtype(folder))
     experiment = settled.experiment
+    placement = describe_placement(experiment, _stages_to_run(experiment, folder))
     with locked(folder):
         check_fingerprint(folder, experiment, datasets)
         dump_experiment(experiment, folder.config)
         reopen(experiment, folder)
-        yield Launch(experiment, folder, datasets, settled.text)
+        yield Launch(experiment, folder, datasets, settled.text, placement)
 
 
 def planned_stages(experiment: Experiment, datasets: Datasets) -> Planned:
@@ -103,18 +110,24 @@ def planned_stages(experiment: Experiment, datasets: Datasets) -> Planned:
         datasets: The data that they name.
 
     Raises:
-        UserError: PPO has no reward; or the dtype cannot be settled.
+        UserError: PPO has no reward; the dtype cannot be settled; or there is no room for the actors.
     """
     run = folder_of(experiment)
     remaining = remaining_stages(experiment, run)
     if not run.config.is_file() or not run.fingerprint.is_file():
         settled = settle_dtype(experiment)
-        return Planned(settled.experiment, remaining, settled.text)
+        return Planned(settled.experiment, remaining, settled.text, describe_placement(experiment, remaining))
     settled = settle_dtype(experiment, recorded_dtype(run))
     if difference := find_difference(run, settled.experiment, datasets):
         note = f"{difference.text}; --replace runs all stages again, name=… runs them in another folder"
         settled = settle_dtype(experiment)
-        return Planned(settled.experiment, wanted_stages(experiment), settled.text, note)
-    if can_reopen(experiment, run):
-        remaining.append("ppo")
-    return Planned(settled.experiment, remaining, settled.text)
+        wanted = wanted_stages(experiment)
+        return Planned(settled.experiment, wanted, settled.text, describe_placement(experiment, wanted), note)
+    remaining = _stages_to_run(experiment, run)
+    return Planned(settled.experiment, remaining, settled.text, describe_placement(experiment, remaining))
+
+
+def _stages_to_run(experiment: Experiment, run: RunFolder) -> list[str]:
+    """The remaining stages; and PPO, if the settings now request more steps of it than the run has made."""
+    reopened = ["ppo"] if can_reopen(experiment, run) else []
+    return remaining_stages(experiment, run) + reopened

@@ -1,10 +1,10 @@
 """Runs the stages in order. A stage is done once its folder exists, so running again resumes where a run stopped."""
 
-import gc
 import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +13,9 @@ from align.config.schema import Experiment
 from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
-from align.resources.actors import actors_by_stage, most_actors
+from align.resources.actors import actors_by_stage, most_actors, reserved_cpus
 from align.resources.head_watch import await_head
-from align.resources.ray_cluster import compute_settings, head_address, ray_cluster, ray_is_running
+from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.products import wanted_stages
@@ -24,9 +24,10 @@ from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
 from align.runtime.garbage import no_collections
 from align.runtime.shadowing import package_hidden_from_workers
-from align.runtime.signals import StopRequest
+from align.runtime.signals import Interrupted, StopRequest
 from align.scoring.reward import gold_function
 from align.stages.context import StageContext
+from policies.device import free_memory
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
 from policies.files.base_model import check_model_folder, check_weights, load_tokenizer
@@ -116,7 +117,7 @@ def _check_ready_made(experiment: Experiment) -> None:
 def _check_workers(experiment: Experiment) -> None:
     """Ray's workers must find align's packages, and not files of the user by their names."""
     hidden = package_hidden_from_workers()
-    if hidden and most_actors(experiment):
+    if hidden and any(actors_by_stage(experiment).values()):
         raise UserError(f"{hidden}; rollout workers and learner ranks start in the current folder")
 
 
@@ -147,7 +148,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
         Interrupted: A stop was requested; the step is finished and a checkpoint written.
         Fault: Training cannot continue, for example because gradients are not finite.
     """
-    compute_settings(experiment, 1).apply()
+    compute_settings(experiment).apply()
     if remaining := remaining_stages(experiment, run):
         last = _return_to_checkpoint(run, remaining[0], experiment.checkpoint.keep)
         truncate_after(run.path, remaining[0], last)
@@ -158,35 +159,57 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
                 experiment=experiment, run=run, tokenizer=tokenizer, datasets=datasets, tracker=tracker, stop=stop
             )
             with ExitStack() as stack:
-                if experiment.cluster.address:
-                    _join_cluster(experiment, remaining, stack)
-                for stage in remaining:
-                    _ensure_cluster(experiment, stage, stack)
-                    _run_stage(context, stage)
+                _run_remaining(context, remaining, stack)
     evaluation = _evaluation(run)
     write_json(run.evaluation, evaluation)
     return evaluation
 
 
-def _join_cluster(experiment: Experiment, stages: Sequence[str], stack: ExitStack) -> None:
-    """Join the cluster before anything is trained, unless no stage needs it: it may lack what the run needs."""
-    for stage in stages:
-        _ensure_cluster(experiment, stage, stack)
-    if ray_is_running():
-        from align.resources.node_files import check_model_on_nodes  # Ray is slow to import
+def _run_remaining(context: StageContext, stages: Sequence[str], stack: ExitStack) -> None:
+    """Run stages, with the places of all their actors reserved.
 
-        check_model_on_nodes(experiment)
-
-
-def _ensure_cluster(experiment: Experiment, stage: str, stack: ExitStack) -> None:
-    """Join the cluster, or start one, unless the stage needs none or an earlier one has; it lasts until the stack ends.
-
-    Stages after it find as many CPUs as the largest of them needs.
+    A cluster is joined before anything is trained: it may lack what a later stage needs. One on this machine is started
+    for the first stage that has actors.
     """
-    actors = actors_by_stage(experiment)
-    if actors.get(stage) and not ray_is_running():
-        most = max(sum(counts.values()) for counts in actors.values())
-        stack.enter_context(ray_cluster(experiment.cluster, most, folder_of(experiment).how_to_resume))
+    actors = actors_by_stage(context.experiment)
+    starts_with = next((stage for stage in stages if actors.get(stage)), None)
+    if starts_with and context.experiment.cluster.address:
+        starts_with = stages[0]
+    for stage in stages:
+        if stage == starts_with:
+            context = with_actors(context, stages, stack)
+        _run_stage(context, stage)
+
+
+def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) -> StageContext:
+    """Join the cluster, or start one, until the stack ends, and reserve places for the actors of some stages.
+
+    Returns:
+        The context with the reservation; without, where the stages have no actors.
+
+    Raises:
+        Interrupted: A stop was requested while the cluster had no room.
+        UserError: The cluster cannot be joined or has no room, or a node lacks the model.
+    """
+    experiment = context.experiment
+    actors = most_actors(experiment, stages)
+    if not actors:
+        return context
+    cpus = reserved_cpus(experiment, actors)
+    stack.enter_context(ray_cluster(experiment.cluster, cpus, context.run.how_to_resume))
+    from align.resources.node_files import check_model_on_nodes  # Ray is slow to import
+    from align.resources.reservation import reserve
+
+    try:
+        with context.stop.droppable():
+            reservation = reserve(experiment, actors)
+    except KeyboardInterrupt:
+        if context.stop.dropped:
+            raise Interrupted from None
+        raise
+    if experiment.cluster.address:
+        check_model_on_nodes(experiment, reservation.uses_gpus(actors))
+    return replace(context, reservation=reservation)
 
 
 def reopen(experiment: Experiment, run: RunFolder) -> None:
@@ -227,9 +250,7 @@ def _run_stage(context: StageContext, stage: str) -> None:
             log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, left)
             context.tracker.drop_after(stage, last)
         finally:
-            # DeepSpeed's engine and the hooks that it leaves in the model refer to each other: without a collection
-            # the model would stay in memory.
-            gc.collect()
+            free_memory()
 
 
 def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:

@@ -10,7 +10,7 @@ from align.runtime.progress import ProgressBar
 from align.runtime.signals import Interrupted
 from align.scoring.build import build_scorers
 from align.stages.context import StageContext
-from align.stages.ppo_parts import PpoParts, assemble
+from align.stages.ppo_parts import PpoParts, assemble, gpus_left_to_actors
 from align.stages.ppo_record import PpoRecord, publish_best
 
 
@@ -24,10 +24,11 @@ def run_ppo(context: StageContext) -> None:
         Fault: Sampler and learner disagree, or gradients are not finite in too many consecutive steps.
     """
     experiment = context.experiment
-    scorers = build_scorers(experiment, context.run, context.tokenizer)
-    started = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(gpus_left_to_actors(context))
+        scorers = build_scorers(experiment, context.run, context.tokenizer)
         stack.callback(scorers.close)
+        started = time.perf_counter()
         try:
             with context.stop.droppable():  # nothing that it builds would be saved
                 parts = assemble(context, scorers, stack)

@@ -1,7 +1,7 @@
 """The parts of PPO, chosen by the settings before the loop starts."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from align.ppo.loop import Ppo, Step
 from align.ppo.mismatch import MismatchCheck, check_parity
 from align.ppo.prompts import PromptStream
 from align.ppo.stop_rule import NoStopRule, StopCondition, StopRule
-from align.resources.ray_cluster import compute_settings
+from align.resources.actors import RANK, WORKER, actors_by_stage
 from align.roles.build import Blueprint, build_roles
 from align.runs.checkpoint import latest
 from align.runs.fingerprint import product_digests
@@ -24,12 +24,17 @@ from align.runtime.seeds import permutation, seed_for
 from align.scoring.build import Scorers
 from align.scoring.reward import RoleScorer
 from align.stages.context import StageContext
+from policies.device import leave_gpu
 from policies.trunk import AdapterWeights
 from rollouts.async_rollouts import AsyncRollouts, PartialRollouts, SynchronousRollouts
 from rollouts.build import build_engine
 from rollouts.engine import Sampling
 from rollouts.pool import LocalPool, Pool
+from rollouts.schema import RolloutSettings
 from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
+
+VLLM_UTILIZATION = 0.9
+"""The part of a GPU's memory that vLLM uses by default."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,14 @@ class PpoParts:
         """Apply the stop rule to the metrics of a step. Returns whether PPO ends after it."""
         self.progress.stopped = self.stop_rule.reason(metrics)
         return self.loop.step == self.loop.ppo.steps or self.progress.stopped is not None
+
+
+def gpus_left_to_actors(context: StageContext) -> AbstractContextManager[None]:
+    """Have this process compute on the CPU within the block where PPO's actors compute on GPUs."""
+    actors = actors_by_stage(context.experiment)["ppo"]
+    if context.reservation is not None and context.reservation.uses_gpus(actors):
+        return leave_gpu()
+    return nullcontext()
 
 
 def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoParts:
@@ -164,8 +177,8 @@ def _build_learners_and_pool(context: StageContext, blueprint: Blueprint, stack:
     if experiment.rollouts.workers == 0 and experiment.learner.ranks == 0 and experiment.learner.zero < 3:
         learners, pool = _shared_learners_and_pool(context, blueprint)
     else:
-        pool = _build_pool(experiment, stack)
-        learners = _build_learners(experiment, blueprint)
+        pool = _build_pool(context, stack)
+        learners = _build_learners(context, blueprint)
     stack.callback(learners.close)
     return learners, pool
 
@@ -185,28 +198,28 @@ def _shared_learners_and_pool(context: StageContext, blueprint: Blueprint) -> tu
     return learners, pool
 
 
-def _build_pool(experiment: Experiment, stack: ExitStack) -> Pool:
+def _build_pool(context: StageContext, stack: ExitStack) -> Pool:
     """A pool with its own base model."""
+    experiment = context.experiment
     rollouts = experiment.rollouts
     if not rollouts.workers:
         engine = build_engine(experiment.model, experiment.policy, rollouts)
         return LocalPool(engine, rollouts.effective_chunk_size)
     from rollouts.ray_pool import PoolSettings, RayPool  # Ray is slow to import
 
-    compute = compute_settings(experiment, rollouts.workers)
+    actors = context.actors(WORKER, rollouts.workers)
     if rollouts.engine == "vllm":
         # torch refuses some of vLLM's kernels, which it does not know to be deterministic.
-        compute = replace(compute, deterministic=False)
+        actors = [replace(actor, compute=replace(actor.compute, deterministic=False)) for actor in actors]
+        rollouts = vllm_within_share(rollouts, min(actor.gpus for actor in actors))
     workers = RayPool(
         build=partial(build_engine, experiment.model, experiment.policy, rollouts),
         settings=PoolSettings(
-            workers=rollouts.workers,
             chunk_size=rollouts.effective_chunk_size,
             timeout=rollouts.timeout,
             straggler_factor=rollouts.straggler_factor,
-            gpus=rollouts.gpus,
         ),
-        compute=compute,
+        actors=actors,
     )
     pool: Pool = workers
     if rollouts.max_staleness:
@@ -215,8 +228,22 @@ def _build_pool(experiment: Experiment, stack: ExitStack) -> Pool:
     return pool
 
 
-def _build_learners(experiment: Experiment, blueprint: Blueprint) -> PpoLearners:
+def vllm_within_share(rollouts: RolloutSettings, gpus: float) -> RolloutSettings:
+    """Limit vLLM's memory by a worker's share of a GPU, unless the user has set it.
+
+    Args:
+        rollouts: The settings.
+        gpus: GPUs of a worker; only a share of one limits anything.
+    """
+    if not 0 < gpus < 1 or "gpu_memory_utilization" in rollouts.vllm:
+        return rollouts
+    arguments = rollouts.vllm | {"gpu_memory_utilization": VLLM_UTILIZATION * gpus}
+    return rollouts.model_copy(update={"vllm": arguments})
+
+
+def _build_learners(context: StageContext, blueprint: Blueprint) -> PpoLearners:
     """Learners with their own base model."""
+    experiment = context.experiment
     temperature = experiment.rollouts.temperature
     if not experiment.learner.ranks:
         return local_learners(
@@ -231,7 +258,7 @@ def _build_learners(experiment: Experiment, blueprint: Blueprint) -> PpoLearners
         ppo=experiment.ppo,
         learner=experiment.learner,
         temperature=temperature,
-        compute=compute_settings(experiment, experiment.learner.ranks),
+        actors=context.actors(RANK, experiment.learner.ranks),
     )
 
 

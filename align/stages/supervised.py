@@ -1,17 +1,17 @@
 """Trains the objective of a supervised stage on its ranks."""
 
-import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from align.learner.group import LocalRank, Ranks
-from align.resources.ray_cluster import compute_settings
+from align.resources.actors import RANK
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
 from align.supervised.fit import FitContext, FitResult, finished, fit
 from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
 from align.supervised.objective import Objective
+from policies.device import free_memory
 from rewards.schema import FitSettings
 
 
@@ -47,7 +47,7 @@ def train(
         gradient_checkpointing=context.experiment.model.gradient_checkpointing,
     )
     result = _fit_and_close(_start(context, build, fit_context.ranks), lengths, settings, fit_context)
-    gc.collect()  # nothing here refers to the base model any more, but DeepSpeed's hooks do in cycles
+    free_memory()
     return result
 
 
@@ -67,5 +67,4 @@ def _start(context: StageContext, build: Callable[[], SupervisedLearner], ranks:
         return LocalRank(build)
     from align.learner.ray_ranks import RayRanks  # Ray is slow to import
 
-    experiment = context.experiment
-    return RayRanks(build, ranks, experiment.learner.gpus, compute_settings(experiment, ranks))
+    return RayRanks(build, context.actors(RANK, ranks))

@@ -31,7 +31,7 @@ from align.roles.build import Blueprint, RewardRole, build_roles
 from align.supervised.learner import build_learner
 from align.supervised.reward_objective import RewardBlueprint
 from align.supervised.sft_objective import SftBlueprint
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from rewards.preferences import Pair, PreferenceExample
 
 EXAMPLES = 8
@@ -48,7 +48,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, ray_cluster(ClusterSettings(), 3):
         model = make_small(arguments.model, Path(folder) / "small")
-        ranks = {count: RayRanks(MeasuredRank, count, 0.0, ComputeSettings(1)) for count in (1, 2)}
+        one_thread = ActorOptions(ComputeSettings(1))
+        ranks = {count: RayRanks(MeasuredRank, [one_thread] * count) for count in (1, 2)}
         for stage in STAGES:
             for zero in range(4):
                 cells = []

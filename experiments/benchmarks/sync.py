@@ -21,7 +21,7 @@ from memory import make_small
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
 from policies.build import build_trunk
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.build import build_engine
 from rollouts.ray_pool import PoolSettings, RayPool
@@ -53,8 +53,8 @@ def measure(model: Path, updates: int) -> dict[str, float]:
     settings = ModelSettings(path=str(model), dtype="float32")
     weights = build_trunk(settings, POLICY, (SAMPLER_ROLE,)).read_adapter(SAMPLER_ROLE)
     build = partial(build_engine, settings, POLICY, RolloutSettings())
-    pool_settings = PoolSettings(workers=WORKERS, chunk_size=64, timeout=600.0, straggler_factor=4.0)
-    pool = RayPool(build, pool_settings, ComputeSettings(1))
+    pool_settings = PoolSettings(chunk_size=64, timeout=600.0, straggler_factor=4.0)
+    pool = RayPool(build, pool_settings, [ActorOptions(ComputeSettings(1))] * WORKERS)
     seconds = []
     for version in range(WARMUP_UPDATES + updates):
         changed = {name: tensor + 1e-3 * version for name, tensor in weights.items()}

@@ -14,7 +14,7 @@ from align.ppo.learner import StepCoefficients
 from align.ppo.learners import PpoLearners, local_learners, ray_learners
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.trajectory import Request, Trajectory
 
@@ -92,6 +92,10 @@ def build(model: Path) -> Any:
     return build_roles(blueprint(model), CriticSettings())
 
 
+def one_thread(ranks: int) -> list[ActorOptions]:
+    return [ActorOptions(ComputeSettings(1))] * ranks
+
+
 SPLITS = [
     pytest.param(1, 0, marks=pytest.mark.slow),
     pytest.param(2, 0, marks=pytest.mark.slow),
@@ -107,12 +111,12 @@ def test_ranks_and_zero_stages_give_one_gradient(
 ) -> None:
     split = SGD.model_copy(update={"ranks": ranks, "zero": zero})
     expected_gradient, expected_losses = alone
-    learners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+    learners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, one_thread(ranks))
     measured_gradient = gradient(learners)
     learners.close()
     assert expected_gradient.norm() > 0.1
     assert float((measured_gradient - expected_gradient).norm() / expected_gradient.norm()) < 1e-6
-    learners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+    learners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, one_thread(ranks))
     measured_losses = losses(learners)
     learners.close()
     assert measured_losses == pytest.approx(expected_losses, abs=1e-5)
@@ -124,7 +128,7 @@ def test_there_may_be_fewer_sequences_than_ranks(tiny_model: Path, cluster: None
     results = []
     for split in (SGD, SGD.model_copy(update={"ranks": 2})):
         if split.ranks:
-            learners: PpoLearners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, ComputeSettings(1))
+            learners: PpoLearners = ray_learners(blueprint(tiny_model), PPO, split, 1.0, one_thread(2))
         else:
             learners = local_learners(build(tiny_model), PPO, split, 1.0, False)
         (scored,) = learners.score([trajectory])
@@ -146,7 +150,7 @@ def test_a_state_continues_in_another_layout(
         ranks, zero = split
         chosen = settings.model_copy(update={"ranks": ranks, "zero": zero})
         if ranks:
-            return ray_learners(blueprint(tiny_model), PPO, chosen, 1.0, ComputeSettings(1))
+            return ray_learners(blueprint(tiny_model), PPO, chosen, 1.0, one_thread(ranks))
         return local_learners(build(tiny_model), PPO, chosen, 1.0, False)
 
     first = learners(old)

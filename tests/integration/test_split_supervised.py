@@ -12,7 +12,7 @@ from align.config.schema import ClusterSettings
 from align.learner.group import LocalRank, Ranks
 from align.learner.ray_ranks import RayRanks
 from align.resources.ray_cluster import ray_cluster
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from rewards.objective import largest_tie
 from rewards.preferences import Pair, Ranking, Rating
 from tests.integration.plain_gradients import Plain, parts_of
@@ -66,7 +66,7 @@ def one() -> Iterator[Ranks[SteepRank]]:
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks[SteepRank]]:
     with ray_cluster(ClusterSettings(), 2):
-        ranks = RayRanks(SteepRank, 2, 0.0, ComputeSettings(1))
+        ranks = RayRanks(SteepRank, [ActorOptions(ComputeSettings(1))] * 2)
         yield ranks
         ranks.close()
 

@@ -1,9 +1,11 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from policies.device import ComputeSettings, describe_device
+from policies.device import ComputeSettings, cores, default_device, describe_device, free_memory, leave_gpu
+from policies.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +68,42 @@ def test_a_device_is_described_by_its_name_and_the_dtype_that_it_is_fast_in(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     assert (describe_device().name, describe_device().fast_dtype) == ("NVIDIA X", dtype)
+
+
+def test_an_actor_without_a_gpu_hides_those_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    ComputeSettings(1).apply()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    ComputeSettings(1, gpu=False).apply()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_an_actor_with_a_gpu_that_torch_does_not_find_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES is '3'\), and torch .* finds none"):
+        ComputeSettings(1, gpu=True).apply()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU is simulated
+    ComputeSettings(1, gpu=True).apply()
+
+
+def test_processes_share_the_cores() -> None:
+    for processes in (1, 2, 1000):
+        ComputeSettings(None, processes=processes).apply()
+        assert torch.get_num_threads() == max(1, cores() // processes)
+
+
+def test_a_process_can_leave_the_gpu_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU is simulated
+    with leave_gpu():
+        assert default_device().type == "cpu"
+    assert default_device().type == "cuda"
+
+
+def test_freed_memory_is_free_for_other_processes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    free_memory()
+    assert not emptied  # it would initialise CUDA
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # a GPU is simulated
+    free_memory()
+    assert emptied

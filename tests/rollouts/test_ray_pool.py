@@ -16,7 +16,7 @@ import torch
 from align.config.schema import ClusterSettings
 from align.resources.ray_cluster import ray_cluster
 from policies.build import build_trunk
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.errors import ActorError, UserError
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
@@ -63,8 +63,8 @@ def pool(tiny_model: Path, cluster: None) -> Iterator[RayPool]:
 
 def make_pool(model: Path, workers: int = 2, timeout: float = 60.0) -> RayPool:
     build = partial(build_engine, ModelSettings(path=str(model)), POLICY, ROLLOUTS)
-    settings = PoolSettings(workers=workers, chunk_size=8, timeout=timeout, straggler_factor=4.0)
-    return RayPool(build, settings, ComputeSettings(1, deterministic=True))
+    settings = PoolSettings(chunk_size=8, timeout=timeout, straggler_factor=4.0)
+    return RayPool(build, settings, [ActorOptions(ComputeSettings(1, deterministic=True))] * workers)
 
 
 def shifted(weights: AdapterWeights, by: float) -> AdapterWeights:
@@ -180,8 +180,8 @@ def test_a_worker_with_a_wrong_adapter_never_serves(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None, tmp_path: Path
 ) -> None:
     build = partial(build_forgetful, tiny_model, tmp_path / "forgot")
-    settings = PoolSettings(workers=2, chunk_size=8, timeout=60.0, straggler_factor=4.0)
-    pool = RayPool(build, settings, ComputeSettings(1))
+    settings = PoolSettings(chunk_size=8, timeout=60.0, straggler_factor=4.0)
+    pool = RayPool(build, settings, [ActorOptions(ComputeSettings(1))] * 2)
     for version in (1, 2, 3):
         pool.load_adapter(version, versions[version])
         assert tokens(pool.generate(REQUESTS, SAMPLING)) == expected_tokens(local, version, versions[version])
@@ -258,8 +258,8 @@ def test_an_engine_that_cannot_be_built_is_reported_by_its_cause(cause: Exceptio
     def build() -> Engine:
         raise cause
 
-    settings = PoolSettings(workers=1, chunk_size=8, timeout=60.0, straggler_factor=4.0)
-    failing = RayPool(build, settings, ComputeSettings(1, deterministic=True))
+    settings = PoolSettings(chunk_size=8, timeout=60.0, straggler_factor=4.0)
+    failing = RayPool(build, settings, [ActorOptions(ComputeSettings(1, deterministic=True))])
     try:
         failing.load_adapter(0, {"x": torch.zeros(1)})
         with pytest.raises((UserError, ActorError)) as caught:

@@ -18,7 +18,7 @@ from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.trained import ParameterGroup
 from policies.build import build_trunk
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 
 RATIO = 16.0
@@ -131,7 +131,7 @@ def one_rank(model: Path, zero: int) -> PpoLearners:
 
 def two_ranks(model: Path, zero: int) -> PpoLearners:
     settings = SGD.model_copy(update={"zero": zero, "max_grad_norm": LIMIT, "ranks": 2})
-    return ray_learners(blueprint(model), PPO, settings, 1.0, ComputeSettings(1))
+    return ray_learners(blueprint(model), PPO, settings, 1.0, [ActorOptions(ComputeSettings(1))] * 2)
 
 
 def check(build: Callable[[Path, int], PpoLearners], model: Path, zero: int, expected: list[Weights]) -> None:

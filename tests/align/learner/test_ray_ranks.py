@@ -11,7 +11,7 @@ from align.config.schema import ClusterSettings
 from align.learner.ray_ranks import RayRanks
 from align.resources.ray_cluster import ray_cluster
 from align.runtime.failures import describe_outside_failure
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.errors import ActorError, UserError
 
 
@@ -31,7 +31,7 @@ class Learner:
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RayRanks[Learner]]:
     with ray_cluster(ClusterSettings(), 2):
-        started = RayRanks(Learner, 2, 0.0, ComputeSettings(1, deterministic=True))
+        started = RayRanks(Learner, [ActorOptions(ComputeSettings(1, deterministic=True))] * 2)
         yield started
         started.close()
 

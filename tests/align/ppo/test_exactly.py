@@ -33,7 +33,7 @@ from align.runtime.seeds import seed_for
 from align.scoring.build import build_scorers
 from align.stages.pipeline import load_datasets
 from policies.build import make_trunk
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.files.adapters import load_adapter
 from policies.files.base_model import load_tokenizer, stop_ids
 from policies.heads import ScalarHead
@@ -155,7 +155,8 @@ def test_two_ranks_score_whiten_and_train_as_one_does(tiny_model: Path) -> None:
         local_learners(build_roles(blueprint, CriticSettings()), PpoSettings(), sgd, 1.0, False), rows
     )
     with ray_cluster(ClusterSettings(), 2):
-        split, theirs = one_round(ray_learners(blueprint, PpoSettings(), sgd, 1.0, ComputeSettings(1)), rows)
+        actors = [ActorOptions(ComputeSettings(1))] * 2
+        split, theirs = one_round(ray_learners(blueprint, PpoSettings(), sgd, 1.0, actors), rows)
     torch.testing.assert_close(split, advantages, **NEAR)
     assert float(advantages.std(correction=0)) == pytest.approx(1, abs=1e-3)
     assert statistics["policy_gradient_norm"] > 0.1

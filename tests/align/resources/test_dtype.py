@@ -75,7 +75,7 @@ def in_cluster(device_of: dict[str, Device], monkeypatch: pytest.MonkeyPatch) ->
     def devices(experiment: Experiment, actors: dict[str, int]) -> module.Devices:
         return {(f"the {kind}s", device_of[kind]): None for kind in actors}
 
-    monkeypatch.setattr(module, "_devices_of_cluster", devices)
+    monkeypatch.setattr(module, "_devices_of_actors", devices)
 
 
 @pytest.mark.parametrize("found", [GPU, CPU])
@@ -225,13 +225,11 @@ def test_the_actors_of_a_cluster_settle_the_dtype(only_ppo: dict[str, Any], gpu_
         settle_dtype(validate(only_ppo))
 
 
-def test_actors_that_the_cluster_cannot_start_are_told(
-    only_ppo: dict[str, Any], gpu_cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "START_SECONDS", 2.0)
-    only_ppo["cluster"]["address"] = gpu_cluster
+def test_actors_that_the_cluster_has_no_room_for_are_told(only_ppo: dict[str, Any], gpu_cluster: str) -> None:
+    only_ppo["cluster"] |= {"address": gpu_cluster, "wait": 1.0}
     only_ppo["learner"] |= {"ranks": 2, "gpus": 1}
-    with pytest.raises(UserError, match="has not started 1 rollout worker and 2 learner ranks within 2 seconds"):
+    expected = "for 1 s the cluster has had no room for 2 learner ranks, each with 1 CPU and 1 GPU"
+    with pytest.raises(UserError, match=expected):
         settle_dtype(validate(only_ppo))
 
 

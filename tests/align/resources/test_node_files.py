@@ -23,9 +23,9 @@ def model(path: str) -> Experiment:
 
 
 def test_a_folder_that_a_node_lacks_is_named_with_the_node(tmp_path: Path) -> None:
-    check_model_on_nodes(model(str(tmp_path)))
+    check_model_on_nodes(model(str(tmp_path)), gpus=False)
     with pytest.raises(UserError) as caught:
-        check_model_on_nodes(model(f"{tmp_path}/none"))
+        check_model_on_nodes(model(f"{tmp_path}/none"), gpus=False)
     assert f"model.path: no folder {tmp_path}/none on node {ray.util.get_node_ip_address()}:" in str(caught.value)
 
 
@@ -40,4 +40,4 @@ def test_a_hub_name_is_one_only_where_no_folder_has_it(tmp_path: Path, monkeypat
         assert not is_hub_name(path)
     (tmp_path / "organisation" / "model").mkdir(parents=True)
     assert not is_hub_name("organisation/model")
-    check_model_on_nodes(model("no-such/model"))
+    check_model_on_nodes(model("no-such/model"), gpus=False)

@@ -13,7 +13,7 @@ from align.config.schema import Experiment, SourceSettings
 from align.config.stage import stage_names
 from align.data.datasets import Datasets, read_datasets
 from align.resources.memory import measure
-from align.resources.plan import plan_lines, plan_table
+from align.resources.plan import describe_placement, plan_lines, plan_table
 from policies.build import make_trunk
 from policies.files.adapters import save_adapter
 from policies.files.base_model import load_base
@@ -126,25 +126,29 @@ def test_the_base_model_takes_the_bytes_of_its_dtype(
 
 
 @pytest.mark.parametrize(
-    ("workers", "ranks", "where", "processes"),
+    ("workers", "ranks", "where", "placement"),
     [
-        (0, 0, "in one process", "0 rollout workers, 0 learner ranks"),
-        (3, 0, "in each of 4 processes", "3 rollout workers, 0 learner ranks"),
-        (0, 2, "in each of 3 processes", "0 rollout workers, 2 learner ranks"),
-        (3, 2, "in each of 5 processes", "3 rollout workers, 2 learner ranks"),
-        (1, 1, "in each of 2 processes", "1 rollout worker, 1 learner rank"),
+        (0, 0, "in one process", "this process, 1 thread"),
+        (3, 0, "in each of 4 processes", "3 rollout workers, each with 1 CPU (SPREAD)"),
+        (0, 2, "in each of 3 processes", "2 learner ranks, each with 1 CPU (PACK)"),
+        (
+            3,
+            1,
+            "in each of 4 processes",
+            "1 learner rank with 1 CPU (PACK); 3 rollout workers, each with 1 CPU (SPREAD)",
+        ),
     ],
 )
 def test_processes(
-    experiment: Experiment, datasets: Datasets, workers: int, ranks: int, where: str, processes: str
+    experiment: Experiment, datasets: Datasets, workers: int, ranks: int, where: str, placement: str
 ) -> None:
     update = {
         "rollouts": experiment.rollouts.model_copy(update={"workers": workers}),
         "learner": experiment.learner.model_copy(update={"ranks": ranks}),
     }
-    lines = planned(experiment.model_copy(update=update), datasets)
-    assert lines["base model"].endswith(where)
-    assert lines["processes"].startswith(f"{processes}, ")
+    changed = experiment.model_copy(update=update)
+    assert planned(changed, datasets)["base model"].endswith(where)
+    assert describe_placement(changed, stage_names()).split("; on ")[0] == placement
 
 
 def test_ranks_and_memory_of_a_supervised_stage(experiment: Experiment, datasets: Datasets) -> None:

@@ -8,24 +8,21 @@ from ray.exceptions import AuthenticationError
 
 from align.config.schema import ClusterSettings, Experiment
 from align.resources import ray_cluster as module
-from align.resources.ray_cluster import compute_settings, cores, head_address, ray_cluster
+from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
 from policies.device import ComputeSettings
 from policies.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("settings", "processes", "expected"),
+    ("settings", "expected"),
     [
-        ({}, 1, ComputeSettings(cores(), None)),
-        ({"deterministic": False}, cores(), ComputeSettings(1, False)),
-        ({"deterministic": True, "cluster": {"threads": 3}}, 2, ComputeSettings(3, True)),
+        ({}, ComputeSettings(None, None)),
+        ({"deterministic": True, "cluster": {"threads": 3}}, ComputeSettings(3, True)),
     ],
 )
-def test_processes_share_the_cores_and_compute_as_the_experiment_says(
-    settings: dict[str, object], processes: int, expected: ComputeSettings
-) -> None:
+def test_the_controller_computes_as_the_experiment_says(settings: dict[str, object], expected: ComputeSettings) -> None:
     experiment = Experiment.model_validate({"name": "x", "model": {"path": "x"}} | settings)
-    assert compute_settings(experiment, processes) == expected
+    assert compute_settings(experiment) == expected
 
 
 def temporary_folder(within: Path, length: int) -> str:

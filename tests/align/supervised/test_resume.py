@@ -24,7 +24,7 @@ from align.supervised.fit import FitContext, finished, fit, fitted_weights
 from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
 from align.supervised.reward_objective import RewardBlueprint
 from align.supervised.sft_objective import SftBlueprint
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.schema import PolicySettings
 from rewards.schema import FitSettings
 from tests.align.supervised.small import LORA, flat, random_adapter, reward_blueprint, sft_blueprint
@@ -221,7 +221,7 @@ class KeptRanks(RayRanks[SupervisedLearner]):
 def two_ranks() -> Iterator[KeptRanks]:
     with ray_cluster(ClusterSettings(), 2):
         nothing: Any = dict
-        ranks = KeptRanks(nothing, 2, 0.0, ComputeSettings(1))
+        ranks = KeptRanks(nothing, [ActorOptions(ComputeSettings(1))] * 2)
         yield ranks
         RayRanks.close(ranks)
 
