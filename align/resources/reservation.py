@@ -89,6 +89,10 @@ class Reservation:
             options.append(ActorOptions(compute, self._options(seat)))
         return options
 
+    def nodes(self, kind: str) -> set[str]:
+        """The ids of the nodes of a kind's actors."""
+        return {self._node_of(seat) for seat in self.placement.seats[kind]}
+
     def wait(self, deadline: float) -> None:
         """Wait until all bundles have a node.
 

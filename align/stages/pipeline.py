@@ -197,7 +197,7 @@ def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) 
         return context
     cpus = reserved_cpus(experiment, actors)
     stack.enter_context(ray_cluster(experiment.cluster, cpus, context.run.how_to_resume))
-    from align.resources.node_files import check_model_on_nodes  # Ray is slow to import
+    from align.resources.node_files import check_files_on_nodes  # Ray is slow to import
     from align.resources.reservation import reserve
 
     try:
@@ -208,7 +208,7 @@ def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) 
             raise Interrupted from None
         raise
     if experiment.cluster.address:
-        check_model_on_nodes(experiment, reservation.uses_gpus(actors))
+        check_files_on_nodes(experiment, {kind: reservation.nodes(kind) for kind in actors})
     return replace(context, reservation=reservation)
 
 

@@ -16,6 +16,7 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PORT = 6379
+PORT_TO_OTHER = "port0"
 NAMESPACES = ("--net", "--mount", "--uts", "--pid")
 HOME = "/tmp/home"
 CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -34,10 +35,13 @@ ENVIRONMENT = {
 
 SET_UP = """
 set -e
-name=$1 work=$2
-shift 2
+name=$1 address=$2 work=$3
+shift 3
 hostname "$name"
 ip link set lo up
+ip link add link0 type bridge
+ip address add "$address/24" dev link0
+ip link set link0 up
 mount -t tmpfs tmpfs /mnt
 number=0
 for folder; do
@@ -63,8 +67,9 @@ cat > /dev/null
 """
 """The first process of a machine, as Debian sets one up: the host name resolves to 127.0.1.1. It ends with its input.
 
-Arguments: the host name; the working folder, which is empty on this machine unless it is among the following; and the
-folders that the machine shares with this one, which /tmp may contain.
+Its address is on a bridge, and stays where the other machine is gone. Arguments: the host name; the address; the
+working folder, which is empty on this machine unless it is among the following; and the folders that the machine shares
+with this one, which /tmp may contain.
 """
 
 
@@ -92,20 +97,21 @@ class Machine:
     work: Path
     shared: Sequence[Path]
     first_process: int = field(init=False, default=0)
+    _holder: "subprocess.Popen[str] | None" = field(init=False, default=None)
 
     def start(self) -> None:
         folders = map(str, (REPOSITORY, *self.shared))
         line = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-        self._holder = subprocess.Popen(
-            [*line, "bash", "-c", SET_UP, "bash", self.name, str(self.work), *folders],
+        holder = self._holder = subprocess.Popen(
+            [*line, "bash", "-c", SET_UP, "bash", self.name, self.address, str(self.work), *folders],
             env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self._holder.stdout is not None
-        assert self._holder.stdout.readline() == "ready\n"
-        self.first_process = psutil.Process(self._holder.pid).children()[0].pid
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        self.first_process = psutil.Process(holder.pid).children()[0].pid
 
     def popen(self, *command: object, **environment: str) -> "subprocess.Popen[str]":
         """Start a command on this machine."""
@@ -134,10 +140,12 @@ class Machine:
 
     def set_link(self, state: str) -> None:
         """Set its link to the other machine `up` or `down`."""
-        self.run("ip", "link", "set", "link0", state)
+        self.run("ip", "link", "set", PORT_TO_OTHER, state)
 
     def end(self) -> None:
-        """Kill all its processes, and wait for the last."""
+        """Kill all its processes, and wait for the last. Without effect where it has not been started."""
+        if self._holder is None:
+            return
         self._holder.kill()
         self._holder.communicate()
         with suppress(psutil.NoSuchProcess):
@@ -154,10 +162,10 @@ def _is_in(process: psutil.Process, space: str) -> bool:
 def connect(first: Machine, second: Machine) -> None:
     """Link two machines."""
     enter = ["nsenter", "--target", str(first.first_process), "--net"]
-    add = ["ip", "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", str(second.first_process)]
-    subprocess.run([*enter, *add], check=True)
+    peer = ["peer", "name", PORT_TO_OTHER, "netns", str(second.first_process)]
+    subprocess.run([*enter, "ip", "link", "add", PORT_TO_OTHER, "type", "veth", *peer], check=True)
     for machine in (first, second):
-        machine.run("ip", "address", "add", f"{machine.address}/24", "dev", "link0")
+        machine.run("ip", "link", "set", PORT_TO_OTHER, "master", "link0")
         machine.set_link("up")
 
 
