@@ -68,7 +68,7 @@ class RayRanks(Ranks[AnyLearner]):
         return Stored(calls, get=self._result)
 
     def share(self, values: Sequence[Value]) -> Sequence[Value]:
-        return Stored([ray.put(value) for value in values], get=ray.get)
+        return Stored([ray.put(value) for value in values], get=fetch)
 
     def close(self) -> None:
         for actor in self.actors:
@@ -103,6 +103,11 @@ class RayRanks(Ranks[AnyLearner]):
                 raise RankLost(f"rank {rank} of the learner has died: {first_line(death)}") from error
             except GetTimeoutError:
                 continue  # it is alive, and blocked in a collective with the dead rank
+
+
+def fetch(reference: Any) -> Any:
+    """The value of a reference. Unlike `ray.get` it is pickled by its name, not with its code."""
+    return ray.get(reference)
 
 
 class Stored(Sequence[Value]):
