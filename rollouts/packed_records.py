@@ -3,18 +3,64 @@
 Within a process the batches are lists of the records themselves, and nothing is packed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rollouts.ragged import Ragged
-from rollouts.trajectory import RoleOutputs, ScoredTokens
+from rollouts.trajectory import Request, RoleOutputs, ScoredTokens, Trajectory
 
 OUTPUT_COLUMNS = ("logprobs", "reference_logprobs", "values", "reward_outputs", "shortfalls", "logit_spacings")
 """The tensors of `RoleOutputs`."""
+
+
+class TrajectoryBatch(list[Trajectory]):
+    """Trajectories whose tokens, log-probabilities and versions are pickled as a few large arrays."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        requests = [trajectory.request for trajectory in self]
+        responses = Ragged.from_ids([trajectory.response_ids for trajectory in self])
+        logprobs = Ragged.from_tensors([trajectory.sampler_logprobs for trajectory in self])
+        ended = [trajectory.ended for trajectory in self]
+        versions = [_runs(trajectory.versions) for trajectory in self]
+        return _unpack_trajectories, (requests, responses, logprobs, ended, versions)
+
+
+def _runs(versions: Iterable[int]) -> list[tuple[int, int]]:
+    """Each version and how many tokens in a row have it: few, because tokens are drawn in long segments."""
+    return [(version, len(list(tokens))) for version, tokens in groupby(versions)]
+
+
+def _flat(runs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """The version of each token."""
+    versions: tuple[int, ...] = ()
+    for version, tokens in runs:
+        versions += (version,) * tokens
+    return versions
+
+
+def _unpack_trajectories(
+    requests: Sequence[Request],
+    responses: Ragged,
+    logprobs: Ragged,
+    ended: Sequence[bool],
+    versions: Sequence[Sequence[tuple[int, int]]],
+) -> TrajectoryBatch:
+    trajectories = TrajectoryBatch()
+    for i, request in enumerate(requests):
+        trajectory = Trajectory(
+            request=request,
+            response_ids=responses.ids(i),
+            sampler_logprobs=logprobs.tensor(i),
+            ended=ended[i],
+            versions=_flat(versions[i]),
+        )
+        trajectories.append(trajectory)
+    return trajectories
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from align.algorithms.episodes import Episode, make_episodes
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import ClusterSettings, LearnerSettings
 from align.ppo import learners as ppo_learners
-from align.ppo.episode_shards import EpisodeShards
+from align.ppo.episode_shards import EpisodeShards, make_shards
 from align.ppo.learner import PpoLearner, StepCoefficients
 from align.ppo.learners import PpoLearners, ray_learners
 from align.resources.ray_cluster import ray_cluster
@@ -129,21 +129,21 @@ def test_weights_leave_one_rank_once(learners: PpoLearners) -> None:
 
 def test_a_rank_fetches_the_shards_that_it_trains_on(learners: PpoLearners) -> None:
     episodes = score(learners)
-    replies: list[dict[str, Any]] = []
-    original = learners.ranks.call
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learners.ranks, "call", lambda *arguments: replies.extend(original(*arguments)) or replies)
-        learners.update(episodes, ORDERS[:1], STEP)
-        assert [reply["fetched"] for reply in replies] == [[0], [1]]
-        replies.clear()
-        learners.update(episodes, ORDERS, STEP)
-        assert [reply["fetched"] for reply in replies] == [[0, 1], [0, 1]]
+    for orders, fetched in ((ORDERS[:1], [[0], [1]]), (ORDERS, [[0, 1], [0, 1]])):
+        shards = make_shards(episodes, orders, RANKS, learners.ranks.share)
+        replies: list[dict[str, Any]] = learners.ranks.call(PpoLearner.update, shards, orders, STEP, ())
+        assert [reply["fetched"] for reply in replies] == fetched
 
 
 def test_the_controller_fetches_states_one_by_one(learners: PpoLearners, monkeypatch: pytest.MonkeyPatch) -> None:
     states = learners.state()
-    fetched: list[Any] = []
+    fetched: list[int] = []
     original = ray.get
-    monkeypatch.setattr(ray, "get", lambda *arguments: fetched.append(arguments[0]) or original(*arguments))
+
+    def observed(references: Sequence[Any], **options: Any) -> Any:
+        fetched.append(len(references))
+        return original(references, **options)
+
+    monkeypatch.setattr(ray, "get", observed)
     assert states[1].optimizer.keys() == states[0].optimizer.keys()
-    assert list(map(len, fetched)) == [1, 1]
+    assert fetched == [1, 1]

@@ -1,11 +1,12 @@
 """What scoring sends and returns travels as a few large arrays and arrives bit for bit."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rollouts.packed_records import OutputBatch, PromptAndResponse, TokenBatch
+from rollouts.packed_records import OutputBatch, PromptAndResponse, TokenBatch, TrajectoryBatch
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
 from tests.random_episodes import assert_same_bits
 
@@ -67,6 +68,19 @@ def test_not_a_number_and_signed_zero_survive() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
+def test_trajectories_arrive_bit_for_bit_and_own_their_storage(seed: int) -> None:
+    trajectories = []
+    for trajectory in random_trajectories(seed, 3 + 10 * (seed % 3), seed):
+        continued = replace(trajectory.request, partial_response=trajectory)
+        trajectories += [trajectory, Trajectory.from_tokens(continued, [5, 6], torch.randn(2), False, 4)]
+    arrived = pickle.loads(pickle.dumps(TrajectoryBatch(trajectories), protocol=5))
+    assert_same_bits(arrived, trajectories)
+    for trajectory in arrived:
+        logprobs = trajectory.sampler_logprobs
+        assert logprobs.untyped_storage().nbytes() == logprobs.nbytes
+
+
+@pytest.mark.parametrize("seed", range(10))
 def test_the_tokens_of_trajectories_arrive_and_nothing_else(seed: int) -> None:
     trajectories = random_trajectories(seed, 3 + 10 * (seed % 3), seed)
     pickled = pickle.dumps(TokenBatch(trajectories), protocol=5)
@@ -78,6 +92,7 @@ def test_the_tokens_of_trajectories_arrive_and_nothing_else(seed: int) -> None:
 def test_batches_are_lists_within_a_process() -> None:
     trajectories = random_trajectories(3, 9)
     outputs = random_outputs(3, 9)
+    assert all(mine is other for mine, other in zip(TrajectoryBatch(trajectories), trajectories, strict=True))
     assert all(mine is other for mine, other in zip(TokenBatch(trajectories), trajectories, strict=True))
     assert all(mine is other for mine, other in zip(OutputBatch(outputs), outputs, strict=True))
 
@@ -88,6 +103,9 @@ def test_pickled_size_is_that_of_the_tensors(count: int, tokens: int) -> None:
     trajectories = random_trajectories(count, tokens)
     ids = sum(4 * trajectory.total_length for trajectory in trajectories)
     assert len(pickle.dumps(TokenBatch(trajectories), protocol=5)) <= 1.2 * ids + 4096
+    texts = count * 300
+    with_logprobs = sum(4 * (trajectory.total_length + trajectory.length) for trajectory in trajectories)
+    assert len(pickle.dumps(TrajectoryBatch(trajectories), protocol=5)) <= 1.2 * with_logprobs + texts + 4096
     outputs = random_outputs(count, tokens)
     data = sum(4 * (len(o.logprobs) + len(o.reference_logprobs) + len(o.values) + 2) for o in outputs)
     assert len(pickle.dumps(OutputBatch(outputs), protocol=5)) <= 1.2 * data + 4096
