@@ -20,7 +20,7 @@ from align.ppo.learners import PpoLearners, ray_learners
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint
 from align.roles.scoring import ALL_ROLES
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.trajectory import Request, Trajectory
 from tests.random_episodes import data_bytes
@@ -58,7 +58,9 @@ def learners(tiny_model: Path) -> Iterator[PpoLearners]:
     with ray_cluster(ClusterSettings(), RANKS), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_learners, "build_ppo_learner", build_observed)
         blueprint = Blueprint(ModelSettings(path=str(tiny_model)), PolicySettings(rank=4, alpha=8), 0, None)
-        started = ray_learners(blueprint, PPO, LearnerSettings(ranks=RANKS), 1.0, ComputeSettings(1))
+        started = ray_learners(
+            blueprint, PPO, LearnerSettings(ranks=RANKS), 1.0, [ActorOptions(ComputeSettings(1))] * 2
+        )
         yield started
         started.close()
 
