@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,22 @@ class Request:
     def partial_response_ids(self) -> tuple[int, ...]:
         """The tokens of the response so far."""
         return self.partial_response.response_ids if self.partial_response else ()
+
+
+class ScoredTokens(Protocol):
+    """A prompt and its response, as the learner's roles score them."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        """Token ids of the response."""
+
+    @property
+    def total_length(self) -> int:
+        """The number of prompt and response tokens."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,11 @@ class Trajectory:
         )
 
     @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt."""
+        return self.request.prompt_ids
+
+    @property
     def length(self) -> int:
         """T, the number of response tokens."""
         return len(self.response_ids)
@@ -99,7 +120,7 @@ class Trajectory:
     @property
     def total_length(self) -> int:
         """The number of prompt and response tokens."""
-        return len(self.request.prompt_ids) + self.length
+        return len(self.prompt_ids) + self.length
 
 
 @dataclass

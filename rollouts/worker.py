@@ -9,8 +9,9 @@ from ray import ObjectRef
 
 from policies.device import ComputeSettings
 from rollouts.engine import Engine, Sampling
+from rollouts.packed_records import TrajectoryBatch
 from rollouts.roster import WeightsVersion
-from rollouts.trajectory import Request, Trajectory
+from rollouts.trajectory import Request
 from rollouts.weight_transfer import unpack
 
 
@@ -19,7 +20,7 @@ class Reply:
     """A worker's reply: the weights that it has loaded, and the trajectories of its chunk, if it was given one."""
 
     loaded: WeightsVersion
-    trajectories: list[Trajectory]
+    trajectories: TrajectoryBatch
 
 
 class Worker:
@@ -46,8 +47,8 @@ class Worker:
         """Use the weights in these bundles of Ray's object store."""
         weights = unpack(ray.get(list(bundles)))
         self.loaded = WeightsVersion(version, self.engine.load_adapter(version, weights))
-        return Reply(self.loaded, [])
+        return Reply(self.loaded, TrajectoryBatch())
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Reply:
         """Generate the responses of a chunk."""
-        return Reply(self.loaded, self.engine.generate(requests, sampling))
+        return Reply(self.loaded, TrajectoryBatch(self.engine.generate(requests, sampling)))

@@ -3,8 +3,12 @@
 Shapes: T tokens of one response, N values of a batch (one per token, or one per response).
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 ROUNDING = 1e-6
 """Values whose range is at most this share of the largest one are taken to differ by rounding alone."""
@@ -58,14 +62,21 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tup
     Returns:
         Advantages and returns, both `[T]` float32.
     """
-    deltas = (rewards + gamma * values[1:] - values[:-1]).tolist()  # [T]
-    advantage = 0.0
-    reversed_advantages = []
-    for delta in reversed(deltas):
-        advantage = delta + gamma * gae_lambda * advantage
-        reversed_advantages.append(advantage)
-    advantages = torch.tensor(reversed_advantages[::-1], dtype=torch.float32)  # [T]
-    return advantages, advantages + values[:-1]
+    ((advantages, returns),) = batch_gae([rewards], [values], gamma, gae_lambda)
+    return advantages, returns
+
+
+def batch_gae(
+    rewards: Sequence[Tensor], values: Sequence[Tensor], gamma: float, gae_lambda: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Generalized advantage estimation for several responses at once: for each what `gae` returns."""
+    errors = []
+    for response_rewards, response_values in zip(rewards, values, strict=True):
+        errors.append(response_rewards + gamma * response_values[1:] - response_values[:-1])  # [T]
+    estimates = []
+    for advantages, response_values in zip(discounted_sums(errors, gamma * gae_lambda), values, strict=True):
+        estimates.append((advantages, advantages + response_values[:-1]))
+    return estimates
 
 
 def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -80,9 +91,27 @@ def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
     Returns:
         `[T]` float32.
     """
-    no_values = rewards.new_zeros(len(rewards) + 1)
-    _, returns = gae(rewards, no_values, gamma, gae_lambda=1.0)
-    return returns
+    return discounted_sums([rewards], gamma)[0]
+
+
+def discounted_sums(responses: Sequence[Tensor], discount: float) -> list[Tensor]:
+    """Discounted sums of each value and all later ones: s_t = x_t + c·s_{t+1}, computed in float64.
+
+    Args:
+        responses: B responses, at least one; `[T]` float32 of each.
+        discount: c.
+
+    Returns:
+        `[T]` float32 of each response; views of one tensor.
+    """
+    padded = pad_sequence(list(responses), batch_first=True)  # [B, longest T], with zeros after the end of a response
+    columns = padded.T.contiguous().double()  # [longest T, B]
+    later = np.zeros(len(responses))
+    for row in columns.numpy()[::-1]:  # the same token of all responses: a loop over tokens, not one per response
+        row += discount * later
+        later = row
+    sums = columns.float().T.contiguous()  # [B, longest T]
+    return [sums[i, : len(response)] for i, response in enumerate(responses)]
 
 
 def rloo(totals: Tensor, samples: int) -> Tensor:
@@ -143,9 +172,10 @@ def whiten(advantages: Tensor) -> Tensor:
     if not has_spread(advantages):
         return torch.zeros_like(advantages, dtype=torch.float32)
     # In float32 the mean of nearly equal values may be off by a rounding error, which the division would amplify.
-    exact = advantages.double()
-    centred = exact - exact.mean()
-    return (centred / (centred.square().mean().sqrt() + 1e-8)).float()
+    centred = advantages.to(torch.float64, copy=True)
+    centred -= centred.mean()
+    centred /= centred.square().mean().sqrt() + 1e-8
+    return centred.float()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -45,6 +45,15 @@ class Episode:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
 
+    @property
+    def total_weight(self) -> float:
+        """Weights of all response tokens."""
+        return self.weight * len(self.response_ids)
+
+    def load(self) -> "Episode":
+        """The episode itself, which is in memory; others are in a shard, see `StoredEpisode`."""
+        return self
+
 
 def make_episodes(
     trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings, coefficient: float

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.algorithms.advantages import gae, grpo, rewards_to_go, rloo
+from align.algorithms.advantages import batch_gae, discounted_sums, grpo, rloo
 from align.algorithms.descriptions import describe
 from align.config.estimators import ESTIMATORS, Function, call_user_function, find_estimator, user_function
 from policies.errors import UserError
@@ -48,8 +48,7 @@ def estimate_gae(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
     """Generalized advantage estimation, the only built-in estimator with a critic."""
     advantages = []
     returns = []
-    for rewards, values in zip(batch.rewards, batch.values, strict=True):
-        response_advantages, response_returns = gae(rewards, values, batch.gamma, batch.gae_lambda)
+    for response_advantages, response_returns in batch_gae(batch.rewards, batch.values, batch.gamma, batch.gae_lambda):
         advantages.append(response_advantages)
         returns.append(response_returns)
     return advantages, returns
@@ -69,8 +68,7 @@ def estimate_grpo(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
 
 def estimate_reinforce_plus_plus(batch: EstimatorInput) -> tuple[list[Tensor], list[Tensor]]:
     """REINFORCE++: rewards to go, which `make_episodes` then whitens over the batch."""
-    advantages = [rewards_to_go(rewards, batch.gamma) for rewards in batch.rewards]
-    return advantages, batch.values
+    return discounted_sums(batch.rewards, batch.gamma), batch.values
 
 
 def _totals(rewards: Sequence[Tensor]) -> Tensor:

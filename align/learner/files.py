@@ -26,13 +26,18 @@ def write_states(folder: Path, states: Sequence[LearnerState], policy: PolicySet
 
     Args:
         folder: The folder of the checkpoint.
-        states: The state of each rank, in order.
+        states: The state of each rank, in order. They may be fetched when they are read, so each is read once, and
+            freed before the next one is read.
         policy: Settings of the adapters.
         base: The base model's folder or hub name.
     """
-    write_weights(folder, states[0].weights, policy, base)
-    for rank, state in enumerate(states):
-        save_tensors(state.optimizer, folder / f"optimizer-{rank}.safetensors")
+    for rank in range(len(states)):
+        _write_state(folder, rank, states[rank], policy, base)
+
+
+def _write_state(folder: Path, rank: int, state: LearnerState, policy: PolicySettings, base: str) -> None:
+    write_weights(folder, state.weights, policy, base)
+    save_tensors(state.optimizer, folder / f"optimizer-{rank}.safetensors")
 
 
 def write_weights(folder: Path, weights: TrainedWeights, policy: PolicySettings, base: str) -> None:

@@ -19,6 +19,7 @@ class Closable(Protocol):
 AnyLearner = TypeVar("AnyLearner", bound=Closable)
 Inputs = TypeVarTuple("Inputs")
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 class Ranks(ABC, Generic[AnyLearner]):
@@ -38,6 +39,14 @@ class Ranks(ABC, Generic[AnyLearner]):
         self, method: Callable[[AnyLearner, *Inputs], Result], arguments: Sequence[tuple[*Inputs]]
     ) -> list[Result]:
         """Call a method on all ranks, on each with its own arguments; the results by rank."""
+
+    @abstractmethod
+    def call_and_keep(self, method: Callable[[AnyLearner, *Inputs], Result], *arguments: *Inputs) -> Sequence[Result]:
+        """As `call`, but the result of a rank is fetched whenever it is read."""
+
+    @abstractmethod
+    def share(self, values: Sequence[Value]) -> Sequence[Value]:
+        """Values for the arguments of calls; a rank fetches those that it reads."""
 
     @abstractmethod
     def close(self) -> None:
@@ -64,6 +73,12 @@ class LocalRank(Ranks[AnyLearner]):
     ) -> list[Result]:
         return [method(self.learner, *own) for own in arguments]
 
+    def call_and_keep(self, method: Callable[[AnyLearner, *Inputs], Result], *arguments: *Inputs) -> Sequence[Result]:
+        return self.call(method, *arguments)
+
+    def share(self, values: Sequence[Value]) -> Sequence[Value]:
+        return values
+
     def close(self) -> None:
         import deepspeed
 
@@ -74,3 +89,17 @@ class LocalRank(Ranks[AnyLearner]):
 def collective_backend() -> str:
     """The backend of the collectives: nccl between GPUs, gloo between CPUs."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def deal_by_length(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deal sequences out to ranks in order of length, so that all get about the same work.
+
+    Args:
+        lengths: Tokens of each sequence.
+        ranks: Number of ranks.
+
+    Returns:
+        The indices of each rank's sequences, in order of length; empty where there are fewer sequences than ranks.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [by_length[rank::ranks] for rank in range(ranks)]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from align.learner.engine import destroy_engine, make_deepspeed_engine
+from align.learner.group import deal_by_length
 from align.learner.optimizer import RoleClip, make_optimizer
 from align.learner.state import LearnerState, RankState
 from align.roles.trained import TrainedModule, role_of_group
@@ -146,15 +147,15 @@ class Rank:
         run: Callable[[MicrobatchObjective, tuple[Any, ...], bool], Tensor],
     ) -> Tensor:
         """Run the objectives on this rank's share of the examples, and sum their statistics over all ranks."""
-        by_length = sorted(examples, key=lambda example: example.length)
-        share = range(self.number, len(by_length), self.count)
-        microbatches = []
-        for positions in self.microbatches([by_length[i].length for i in share]):
-            microbatches.append([share[position] for position in positions])
+        lengths = [example.length for example in examples]
+        dealt = deal_by_length(lengths, self.count)
+        share = dealt[self.number]
+        microbatches = self.microbatches([lengths[i] for i in share])
+        # Fillers keep this rank in step with the others; their weight is 0.
+        fillable_share = share or dealt[0][:1]
         parts = []
-        for number, indices in enumerate(self.same_count_on_all_ranks(microbatches)):
-            tensors = collate([by_length[i] for i in indices])
-            # Fillers keep this rank in step with the others; their weight is 0.
+        for number, positions in enumerate(self.same_count_on_all_ranks(microbatches)):
+            tensors = collate([examples[fillable_share[position]] for position in positions])
             is_filler = number >= len(microbatches)
             for objective in objectives:
                 statistics = run(objective, tensors, is_filler)

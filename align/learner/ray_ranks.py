@@ -3,6 +3,7 @@
     controller                        actors
     RayRanks.call(method, …)      →   every rank gets the same arguments and works on its share
     RayRanks.scatter(method, …)   →   each rank gets its own arguments
+    RayRanks.share(values)        →   a rank fetches those that it reads, from Ray's object store
 
 The ranks form one process group and reduce gradients between themselves.
 """
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
-from align.learner.group import AnyLearner, Inputs, Ranks, Result, collective_backend
+from align.learner.group import AnyLearner, Inputs, Ranks, Result, Value, collective_backend
 from align.runtime.failures import RankLost
 from policies.device import ActorOptions, ComputeSettings
 from policies.errors import actor_failure, first_line
@@ -62,8 +63,16 @@ class RayRanks(Ranks[AnyLearner]):
     ) -> list[Result]:
         calls = []
         for actor, own in zip(self.actors, arguments, strict=True):
-            calls.append(actor.call.remote(method.__name__, own))
+            calls.append(actor.call.remote(method.__name__, ray.put(own)))
         return self._results(calls)
+
+    def call_and_keep(self, method: Callable[[AnyLearner, *Inputs], Result], *arguments: *Inputs) -> Sequence[Result]:
+        shared = ray.put(arguments)
+        calls = [actor.call.remote(method.__name__, shared) for actor in self.actors]
+        return Stored(calls, get=self._result)
+
+    def share(self, values: Sequence[Value]) -> Sequence[Value]:
+        return Stored([ray.put(value) for value in values], get=fetch)
 
     def close(self) -> None:
         for actor in self.actors:
@@ -86,6 +95,10 @@ class RayRanks(Ranks[AnyLearner]):
             raise
         return results
 
+    def _result(self, call: Any) -> Any:
+        """Wait for the result of one call, as `_results` does."""
+        return self._results([call])[0]
+
     def _raise_if_a_rank_died(self, error: RayError) -> None:
         for rank, actor in enumerate(self.actors):
             try:
@@ -94,6 +107,31 @@ class RayRanks(Ranks[AnyLearner]):
                 raise RankLost(f"rank {rank} of the learner has died: {first_line(death)}") from error
             except GetTimeoutError:
                 continue  # it is alive, and blocked in a collective with the dead rank
+
+
+def fetch(reference: Any) -> Any:
+    """The value of a reference. Unlike `ray.get` it is pickled by its name, not with its code."""
+    return ray.get(reference)
+
+
+class Stored(Sequence[Value]):
+    """Values in Ray's object store, each of which is fetched whenever it is read."""
+
+    def __init__(self, references: Sequence[Any], get: Callable[[Any], Any]) -> None:
+        """Refer to the values.
+
+        Args:
+            references: The reference of each value.
+            get: Fetches the value of a reference.
+        """
+        self.references = references
+        self.get = get
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.get(self.references[index])
 
 
 class _Rank:

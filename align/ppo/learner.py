@@ -17,19 +17,13 @@ from align.data.examples import TokenizedDemonstration
 from align.learner.likelihood import collate_demonstrations, likelihood_objective
 from align.learner.rank import Rank, StepOutcome
 from align.learner.state import LearnerState
-from align.ppo.objective import (
-    STATISTICS,
-    collate_episodes,
-    ppo_objectives,
-    summed,
-)
+from align.ppo.episode_shards import EpisodeShards, MinibatchOrders, StoredEpisode
+from align.ppo.objective import STATISTICS, collate_episodes, ppo_objectives, summed
 from align.roles.roles import Roles
 from align.roles.scoring import ALL_ROLES, score_microbatches
 from policies.trunk import AdapterWeights
-from rollouts.trajectory import RoleOutputs, Trajectory
-
-MinibatchOrders = Sequence[Sequence[Sequence[int]]]
-"""For each epoch, for each minibatch, the indices of its episodes."""
+from rollouts.packed_records import OutputBatch
+from rollouts.trajectory import ScoredTokens
 
 DemonstrationBatches = Sequence[Sequence[TokenizedDemonstration]]
 """For each optimizer step, the demonstrations that are mixed into it; empty without ptx."""
@@ -100,9 +94,7 @@ class PpoLearner:
         self.rank = Rank(roles, learner, learner.zero, gradient_checkpointing)
 
     @torch.no_grad()
-    def score(
-        self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
-    ) -> list[RoleOutputs]:
+    def score(self, trajectories: Sequence[ScoredTokens], requested_roles: Collection[str] = ALL_ROLES) -> OutputBatch:
         """Compute the outputs of the requested roles.
 
         Args:
@@ -114,7 +106,7 @@ class PpoLearner:
         """
         lengths = [trajectory.total_length for trajectory in trajectories]
         microbatches = self.rank.same_count_on_all_ranks(self.rank.microbatches(lengths))
-        return score_microbatches(
+        outputs = score_microbatches(
             run=self.rank.engine,
             trajectories=trajectories,
             microbatches=microbatches,
@@ -122,10 +114,11 @@ class PpoLearner:
             device=self.rank.device,
             requested_roles=requested_roles,
         )
+        return OutputBatch(outputs)
 
     def update(
         self,
-        episodes: Sequence[Episode],
+        episodes: Sequence[Episode] | EpisodeShards,
         orders: MinibatchOrders,
         coefficients: StepCoefficients,
         demonstrations: DemonstrationBatches = (),
@@ -135,7 +128,7 @@ class PpoLearner:
         It ends early, after an optimizer step, once the approximate KL per token exceeds `ppo.target_kl`.
 
         Args:
-            episodes: All episodes of the step.
+            episodes: All episodes of the step; of shards, those are fetched that this rank trains on.
             orders: For each epoch, for each minibatch, the indices of its episodes.
             coefficients: Learning rates and the weight of the KL in the loss.
             demonstrations: The demonstrations that are mixed into each optimizer step; empty without ptx.
@@ -147,7 +140,7 @@ class PpoLearner:
         results: list[MinibatchResult] = []
         minibatches = chain.from_iterable(orders)
         for indices, mixed_in in zip_longest(minibatches, demonstrations, fillvalue=()):
-            minibatch = [episodes[i] for i in indices]
+            minibatch: list[Episode | StoredEpisode] = [episodes[i] for i in indices]
             result = self._train_minibatch(minibatch, mixed_in, coefficients)
             results.append(result)
             if self.ppo.target_kl is not None and result.approximate_kl > self.ppo.target_kl:
@@ -173,12 +166,12 @@ class PpoLearner:
 
     def _train_minibatch(
         self,
-        minibatch: Sequence[Episode],
+        minibatch: Sequence[Episode | StoredEpisode],
         demonstrations: Sequence[TokenizedDemonstration],
         coefficients: StepCoefficients,
     ) -> MinibatchResult:
         """Take one optimizer step."""
-        weight = math.fsum(episode.weight * len(episode.response_ids) for episode in minibatch)
+        weight = math.fsum(episode.total_weight for episode in minibatch)
         objectives = ppo_objectives(self.roles, self.ppo, self.policy_loss, self.temperature, coefficients.kl_in_loss)
         if self.rank.zero == 3:
             # DeepSpeed expects the first backward pass of a step to reach every trained parameter.

@@ -4,17 +4,18 @@ from collections.abc import Collection, Sequence
 from functools import partial
 
 from align.algorithms.episodes import Episode
-from align.algorithms.packed_episodes import EpisodeBatch
 from align.config.ppo_settings import PpoSettings
 from align.config.schema import LearnerSettings
-from align.learner.group import LocalRank, Ranks
+from align.learner.group import LocalRank, Ranks, deal_by_length
 from align.learner.state import LearnerState
-from align.ppo.learner import DemonstrationBatches, MinibatchOrders, PpoLearner, StepCoefficients
+from align.ppo.episode_shards import MinibatchOrders, make_shards
+from align.ppo.learner import DemonstrationBatches, PpoLearner, StepCoefficients
 from align.roles.build import Blueprint, build_roles
 from align.roles.roles import Roles
 from align.roles.scoring import ALL_ROLES
 from policies.device import ActorOptions
 from policies.trunk import AdapterWeights
+from rollouts.packed_records import TokenBatch
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 
@@ -28,14 +29,12 @@ class PpoLearners:
         self, trajectories: Sequence[Trajectory], requested_roles: Collection[str] = ALL_ROLES
     ) -> list[RoleOutputs]:
         """Compute the outputs of the requested roles, one record per trajectory; see `PpoLearner.score`."""
-        by_length = sorted(range(len(trajectories)), key=lambda i: trajectories[i].total_length)
-        shares = []
+        dealt = deal_by_length([trajectory.total_length for trajectory in trajectories], self.ranks.count)
+        # Every rank must take part: one without a trajectory scores the shortest, which another rank scores too.
+        shares = [share or dealt[0][:1] for share in dealt]
         arguments = []
-        for rank in range(self.ranks.count):
-            # Every rank must take part: one without a trajectory scores the shortest, which another rank scores too.
-            share = by_length[rank :: self.ranks.count] or by_length[:1]
-            shares.append(share)
-            arguments.append(([trajectories[i] for i in share], requested_roles))
+        for share in shares:
+            arguments.append((TokenBatch(trajectories[i] for i in share), requested_roles))
         scored: dict[int, RoleOutputs] = {}
         for share, outputs in zip(shares, self.ranks.scatter(PpoLearner.score, arguments), strict=True):
             scored |= zip(share, outputs, strict=True)
@@ -49,23 +48,23 @@ class PpoLearners:
         demonstrations: DemonstrationBatches = (),
     ) -> dict[str, float]:
         """Train on all episodes of a step and return statistics, the same of every rank; see `PpoLearner.update`."""
-        batch = EpisodeBatch(episodes)
-        return self.ranks.call(PpoLearner.update, batch, orders, coefficients, demonstrations)[0]
+        shards = make_shards(episodes, orders, self.ranks.count, self.ranks.share)
+        return self.ranks.call(PpoLearner.update, shards, orders, coefficients, demonstrations)[0]
 
     def policy_weights(self) -> AdapterWeights:
         """A complete copy of the policy's adapter, on the CPU."""
         return self.ranks.call(PpoLearner.policy_weights)[0]
 
-    def state(self) -> list[LearnerState]:
-        """The state of each rank, for a checkpoint."""
-        return self.ranks.call(PpoLearner.state)
+    def state(self) -> Sequence[LearnerState]:
+        """The state of each rank, for a checkpoint; see `Ranks.call_and_keep`."""
+        return self.ranks.call_and_keep(PpoLearner.state)
 
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
         """Restore the states that the ranks saved at this ZeRO stage.
 
         Bit for bit where the number of ranks and the stage are the same as now.
         """
-        self.ranks.call(PpoLearner.restore, states, zero)
+        self.ranks.call(PpoLearner.restore, list(states), zero)
 
     def close(self) -> None:
         """Free the resources of all ranks."""

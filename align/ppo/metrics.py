@@ -88,9 +88,7 @@ def _policy_metrics(step: Step) -> dict[str, float]:
 def _rollout_metrics(step: Step) -> dict[str, float]:
     tokens = lengths(step.trajectories)
     mismatch = sampler_mismatch(step.trajectories, step.scored)
-    versions: list[int] = []
-    for trajectory in step.trajectories:
-        versions += trajectory.versions
+    version_sum = sum(sum(trajectory.versions) for trajectory in step.trajectories)
     return {
         "rollout/length_mean": float(tokens.double().mean()),
         "rollout/eos_share": sum(t.ended for t in step.trajectories) / len(step.trajectories),
@@ -99,8 +97,8 @@ def _rollout_metrics(step: Step) -> dict[str, float]:
         "rollout/mismatch_mean": float(mismatch.mean()),
         "rollout/mismatch_max": float(mismatch.max()),
         "rollout/mismatch_share": Mismatch.of(mismatch, step.logit_spacing).large_share,
-        "rollout/version": max(versions),
-        "rollout/staleness": step.index - fmean(versions),
+        "rollout/version": max(trajectory.versions[-1] for trajectory in step.trajectories),
+        "rollout/staleness": step.index - version_sum / int(tokens.sum()),
     }
 
 

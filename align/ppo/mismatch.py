@@ -54,7 +54,7 @@ class Mismatch:
     def of(cls, differences: Tensor, spacings: Tensor | float) -> "Mismatch":
         """Measure differences `[N]`, in nats, of logits with these spacings, in nats, one for all or `[N]`."""
         units = differences / spacings  # [N]
-        return cls(float(units.mean()), float((units > LARGE).double().mean()))
+        return cls(float(units.mean()), int((units > LARGE).sum()) / len(units))
 
     @property
     def is_suspicious(self) -> bool:

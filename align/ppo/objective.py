@@ -16,6 +16,7 @@ from align.algorithms.kl import estimate_kl
 from align.algorithms.losses import PolicyLoss, clipped_value_loss
 from align.config.ppo_settings import PpoSettings
 from align.learner.rank import MicrobatchObjective
+from align.ppo.episode_shards import StoredEpisode
 from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
 from policies.logprobs import token_logprobs_and_entropy
@@ -39,8 +40,9 @@ class Targets:
     weights: Tensor
 
 
-def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple[Batch, Targets]:
-    """Collate episodes into the tensors of one forward pass."""
+def collate_episodes(stored: Sequence[Episode | StoredEpisode], device: torch.device) -> tuple[Batch, Targets]:
+    """Load episodes and collate them into the tensors of one forward pass."""
+    episodes = [episode.load() for episode in stored]
     prompts = [episode.prompt_ids for episode in episodes]
     responses = [episode.response_ids for episode in episodes]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from align.roles.roles import Roles
 from policies.batching import Batch, collate
 from policies.logprobs import shortfalls
-from rollouts.trajectory import RoleOutputs, Trajectory
+from rollouts.trajectory import RoleOutputs, ScoredTokens
 
 ALL_ROLES = ("policy", "reference", "critic", "reward")
 """The roles that score by default. The critic can be requested only with the policy, whose states it may read."""
@@ -83,7 +83,7 @@ def _policy_outputs(roles: Roles, batch: Batch, temperature: float, with_critic:
 
 def score_microbatch(
     run: Callable[..., Any],
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[ScoredTokens],
     temperature: float,
     device: torch.device,
     requested_roles: Collection[str] = ALL_ROLES,
@@ -100,7 +100,7 @@ def score_microbatch(
     Returns:
         One record per trajectory, in the same order.
     """
-    prompts = [trajectory.request.prompt_ids for trajectory in trajectories]
+    prompts = [trajectory.prompt_ids for trajectory in trajectories]
     responses = [trajectory.response_ids for trajectory in trajectories]
     batch = collate(prompts, responses).to(device)
     outputs: BatchOutputs = run(forward_roles, batch, temperature, requested_roles)
@@ -146,7 +146,7 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
 
 def score_microbatches(
     run: Callable[..., Any],
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[ScoredTokens],
     microbatches: Iterable[Sequence[int]],
     temperature: float,
     device: torch.device,

@@ -151,16 +151,16 @@ class SupervisedLearners:
         """The names of the adapters and heads in `state`."""
         return self.ranks.call(SupervisedLearner.trained_names)[0]
 
-    def state(self) -> list[LearnerState]:
-        """The state of each rank, for a checkpoint."""
-        return self.ranks.call(SupervisedLearner.state)
+    def state(self) -> Sequence[LearnerState]:
+        """The state of each rank, for a checkpoint; see `Ranks.call_and_keep`."""
+        return self.ranks.call_and_keep(SupervisedLearner.state)
 
     def restore(self, states: Sequence[LearnerState], zero: int) -> None:
         """Restore the states that the ranks saved at this ZeRO stage.
 
         Bit for bit where the number of ranks and the stage are the same as now.
         """
-        self.ranks.call(SupervisedLearner.restore, states, zero)
+        self.ranks.call(SupervisedLearner.restore, list(states), zero)
 
     def close(self) -> None:
         """Free the resources of all ranks."""

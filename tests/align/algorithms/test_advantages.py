@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from align.algorithms.advantages import (
+    batch_gae,
     explained_variance,
     gae,
     grpo,
@@ -66,6 +67,33 @@ def test_gae_by_hand() -> None:
 def test_last_value_enters_the_last_advantage() -> None:
     advantages, _ = gae(torch.tensor([0.0]), torch.tensor([1.0, 3.0]), gamma=0.9, gae_lambda=0.5)
     assert advantages.tolist() == pytest.approx([0.9 * 3 - 1])
+
+
+@given(st.lists(STEPS, min_size=1, max_size=5), NUMBERS, st.floats(0.05, 1), st.floats(0, 1))
+def test_gae_of_a_batch_is_that_of_each_response_bit_for_bit(
+    batch: list[list[tuple[float, float]]], last: float, gamma: float, gae_lambda: float
+) -> None:
+    rewards = [torch.tensor([reward for reward, _ in steps]) for steps in batch]
+    values = [torch.tensor([*(value for _, value in steps), last]) for steps in batch]
+    estimates = batch_gae(rewards, values, gamma, gae_lambda)
+    for (advantages, returns), response_rewards, response_values in zip(estimates, rewards, values, strict=True):
+        expected = gae_token_by_token(response_rewards, response_values, gamma, gae_lambda)
+        assert advantages.tolist() == expected.tolist()
+        assert returns.tolist() == (expected + response_values[:-1]).tolist()
+
+
+def gae_token_by_token(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    deltas = (rewards + gamma * values[1:] - values[:-1]).tolist()
+    advantages = [0.0]
+    for delta in reversed(deltas):
+        advantages.append(delta + gamma * gae_lambda * advantages[-1])
+    return torch.tensor(advantages[:0:-1])
+
+
+def test_whitening_leaves_its_input_as_it_is() -> None:
+    values = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    whiten(values)
+    assert values.tolist() == [1.0, 2.0, 5.0]
 
 
 def test_score_lands_on_the_last_token_alone() -> None:

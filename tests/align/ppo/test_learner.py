@@ -1,7 +1,8 @@
 """The learner against an oracle: plain transformers and PEFT, float64, one response at a time, all logits at once."""
 
 import math
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from transformers import AutoModelForCausalLM
 from align.algorithms.episodes import Episode
 from align.config.ppo_settings import CriticSettings, KlSettings, PpoSettings
 from align.config.schema import LearnerSettings
+from align.learner.group import deal_by_length
 from align.learner.state import LearnerState
+from align.ppo.episode_shards import make_shards
 from align.ppo.learner import PpoLearner, StepCoefficients
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
+from rollouts.packed_records import TokenBatch
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
+from tests.random_episodes import assert_same_bits
 
 TEMPERATURE = 0.7
 POLICY = PolicySettings(rank=4, alpha=8.0, dropout=0.5)  # dropout must be off in every forward of the loop
@@ -419,6 +424,36 @@ def test_several_steps_are_the_same_at_every_stage(new_learner: Factory, zero: i
             vectors.append(torch.cat([t.flatten() for n, t in tensors_of(state).items() if n.startswith(part)]))
         before, one, other = vectors
         assert (one - other).norm() < 1e-3 * (one - before).norm(), part
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_shards_change_no_bit_of_an_update(new_learner: Factory, shards: int) -> None:
+    after = []
+    for is_sharded in (False, True):
+        learner = new_learner(ADAM)
+        batch = episodes(learner.score(trajectories()))
+        orders = [HALVES, [HALVES[1], HALVES[0]]]
+        stored = make_shards(batch, orders, shards, share=sent) if is_sharded else batch
+        statistics = learner.update(stored, orders, SMALL)
+        after.append((statistics, tensors_of(learner.state())))
+    (one, tensors), (other, other_tensors) = after
+    assert one == other
+    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors | other_tensors)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_packed_trajectories_change_no_bit_of_their_scores(new_learner: Factory, shares: int) -> None:
+    learner = new_learner()
+    for share in deal_by_length([row.total_length for row in trajectories()], shares):
+        batch = [trajectories()[i] for i in share]
+        (packed,) = sent([TokenBatch(batch)])
+        (outputs,) = sent([learner.score(packed)])
+        assert_same_bits(outputs, learner.score(batch))
+
+
+def sent(values: Sequence[Any]) -> Sequence[Any]:
+    """Values as they arrive in another process."""
+    return [pickle.loads(pickle.dumps(value, protocol=5)) for value in values]
 
 
 def test_a_saved_state_is_a_copy(new_learner: Factory) -> None:
