@@ -10,6 +10,7 @@ The ranks form one process group and reduce gradients between themselves.
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but
 
 from align.learner.group import AnyLearner, Inputs, Ranks, Result, Value, collective_backend
 from align.runtime.failures import RankLost
+from align.runtime.head_watch import build_watched
 from policies.device import ActorOptions, ComputeSettings
 from policies.errors import actor_failure, first_line
 
@@ -43,11 +45,17 @@ class RayRanks(Ranks[AnyLearner]):
         self.actors = []
         for rank, actor in enumerate(actors):
             self.actors.append(ray.remote(_Rank).options(**actor.options, max_restarts=0).remote(rank))
-        settings = [actor.compute for actor in actors]
+        try:
+            self._connect_and_build(build, [actor.compute for actor in actors])
+        except BaseException:
+            self.close()  # one that waits for the others would keep its place
+            raise
+
+    def _connect_and_build(self, build: Callable[[], AnyLearner], settings: Sequence[ComputeSettings]) -> None:
         self._results([actor.apply.remote(own) for actor, own in zip(self.actors, settings, strict=True)])
         (address,) = self._results([self.actors[0].open_store.remote(self.count)])
         self._results([actor.join.remote(address, self.count) for actor in self.actors])
-        shared = ray.put(build)
+        shared = ray.put(partial(build_watched, build))
         self._results([actor.build.remote(shared) for actor in self.actors])
 
     @property

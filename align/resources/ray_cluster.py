@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from align.config.schema import ClusterSettings, Experiment
-from align.resources.head_watch import connect, head_watched
+from align.runtime.head_watch import connect, head_watched
 from policies.device import ComputeSettings, cores
 from policies.errors import UserError, first_line
 

@@ -14,7 +14,6 @@ from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.actors import actors_by_stage, most_actors, reserved_cpus
-from align.resources.head_watch import await_head
 from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
@@ -23,6 +22,7 @@ from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
 from align.runtime.garbage import no_collections
+from align.runtime.head_watch import await_head
 from align.runtime.shadowing import package_hidden_from_workers
 from align.runtime.signals import Interrupted, StopRequest
 from align.scoring.reward import gold_function

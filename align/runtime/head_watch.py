@@ -8,10 +8,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from align.runtime.signals import end_process
+
+Built = TypeVar("Built")
 
 CHECK_SECONDS = 4.0
 """Seconds between two attempts to connect, and seconds in which one must succeed."""
@@ -34,13 +37,33 @@ def head_watched(address: str, cluster: str, advice: str = "") -> Iterator[None]
     message = f"error: {cluster}: the head of the cluster, {address}, accepts no connections any more"
     if advice:
         message += f"; {advice}"
-    thread = threading.Thread(target=_watch, args=(address, message, ended), daemon=True, name="head")
-    thread.start()
+    thread = _start_watch(address, message, ended)
     try:
         yield
     finally:
         ended.set()
         thread.join()
+
+
+def build_watched(build: Callable[[], Built]) -> Built:
+    """Build something in a Ray actor, and end its process where the head of its cluster is lost.
+
+    The actor has no other way to learn that the run has ended, if it is not on the head's machine.
+
+    Args:
+        build: Builds it.
+    """
+    import ray  # slow to import
+
+    address = ray.get_runtime_context().gcs_address
+    _start_watch(address, f"the head of the cluster, {address}, accepts no connections any more", threading.Event())
+    return build()
+
+
+def _start_watch(address: str, message: str, ended: threading.Event) -> threading.Thread:
+    thread = threading.Thread(target=_watch, args=(address, message, ended), daemon=True, name="head")
+    thread.start()
+    return thread
 
 
 def _watch(address: str, message: str, ended: threading.Event) -> None:
