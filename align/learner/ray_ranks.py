@@ -43,6 +43,8 @@ class RayRanks(Ranks[AnyLearner]):
             UserError: An actor that is to compute on a GPU finds none.
         """
         self.actors = []
+        self.nodes: list[str] = []
+        """The address of each rank's node, once it is known."""
         for rank, actor in enumerate(actors):
             self.actors.append(ray.remote(_Rank).options(**actor.options, max_restarts=0).remote(rank))
         try:
@@ -52,7 +54,7 @@ class RayRanks(Ranks[AnyLearner]):
             raise
 
     def _connect_and_build(self, build: Callable[[], AnyLearner], settings: Sequence[ComputeSettings]) -> None:
-        self._results([actor.apply.remote(own) for actor, own in zip(self.actors, settings, strict=True)])
+        self.nodes = self._results([actor.apply.remote(own) for actor, own in zip(self.actors, settings, strict=True)])
         (address,) = self._results([self.actors[0].open_store.remote(self.count)])
         self._results([actor.join.remote(address, self.count) for actor in self.actors])
         shared = ray.put(partial(build_watched, build))
@@ -112,7 +114,8 @@ class RayRanks(Ranks[AnyLearner]):
             try:
                 ray.get(actor.ready.remote(), timeout=GRACE)
             except RayActorError as death:
-                raise RankLost(f"rank {rank} of the learner has died: {first_line(death)}") from error
+                where = f" on node {self.nodes[rank]}" if self.nodes else ""
+                raise RankLost(f"rank {rank} of the learner has died{where}: {first_line(death)}") from error
             except GetTimeoutError:
                 continue  # it is alive, and blocked in a collective with the dead rank
 
@@ -148,9 +151,10 @@ class _Rank:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def apply(self, compute: ComputeSettings) -> None:
-        """Settle how the process computes."""
+    def apply(self, compute: ComputeSettings) -> str:
+        """Settle how the process computes. Returns the address of its node."""
         compute.apply()
+        return str(ray.util.get_node_ip_address())
 
     def ready(self) -> None:
         """Return once earlier calls are done, if the process is alive."""

@@ -1,6 +1,5 @@
 """Two machines with Ray on them."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.cluster.machines import PORT, Machine, connect, start_ray, why_no_machines
-from tests.cluster.runs import write_outcome
 from tests.integration.tiny_run import make_settings
 
 CPUS = 4
@@ -103,11 +101,13 @@ def whole(cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def record() -> Record:
-    """Note what has come of a scenario, after how many seconds, in the file that CLUSTER_OUTCOMES names."""
+def record(record_property: Callable[[str, object], None]) -> Record:
+    """Note what has come of a scenario, and after how many seconds, in the file of `pytest --junitxml`."""
 
     def note(scenario: str, outcome: str, since: float, message: str = "") -> None:
-        if path := os.environ.get("CLUSTER_OUTCOMES"):
-            write_outcome(path, scenario, outcome, time.monotonic() - since, message)
+        record_property("scenario", scenario)
+        record_property("outcome", outcome)
+        record_property("seconds", round(time.monotonic() - since))
+        record_property("message", message)
 
     return note

@@ -1,6 +1,5 @@
 """Runs whose controller is on one of the machines, and what they say."""
 
-import json
 import threading
 import time
 from pathlib import Path
@@ -83,10 +82,3 @@ def until(condition: Any) -> bool:
 def last_line(text: str) -> str:
     """The last line that says something."""
     return [line for line in text.splitlines() if line.strip()][-1]
-
-
-def write_outcome(path: str, scenario: str, outcome: str, seconds: float, message: str) -> None:
-    """Add a row to the table of docs/cluster.md."""
-    row = {"scenario": scenario, "outcome": outcome, "seconds": round(seconds), "message": message}
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
