@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import ray
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
 from align.learner.group import AnyLearner, Inputs, Ranks, Result, Value, collective_backend
@@ -115,9 +115,16 @@ class RayRanks(Ranks[AnyLearner]):
                 ray.get(actor.ready.remote(), timeout=GRACE)
             except RayActorError as death:
                 where = f" on node {self.nodes[rank]}" if self.nodes else ""
-                raise RankLost(f"rank {rank} of the learner has died{where}: {first_line(death)}") from error
+                raise RankLost(f"rank {rank} of the learner has died{where}: {_cause(death)}") from error
             except GetTimeoutError:
                 continue  # it is alive, and blocked in a collective with the dead rank
+
+
+def _cause(death: RayActorError) -> str:
+    """Why an actor is lost, in one line."""
+    if isinstance(death, ActorUnavailableError):  # its text is that of a network library
+        return "its process cannot be reached"
+    return first_line(death)
 
 
 def fetch(reference: Any) -> Any:

@@ -10,7 +10,7 @@ import yaml
 
 from tests.cluster.machines import Machine
 
-END = 300
+END = 600
 """Seconds after which a run hangs."""
 
 

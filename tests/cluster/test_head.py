@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.conftest import Cluster, Record
 from tests.cluster.runs import Run, last_line, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def assert_ended_for_the_head(run: Run, cluster: Cluster) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.cluster.conftest import CPUS, Cluster, Record
 from tests.cluster.runs import Run, last_line, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LOSSES = {"sft": "sft/loss", "reward": "reward_model/loss", "ppo": "policy/loss"}
 

@@ -12,7 +12,7 @@ from tests.cluster.conftest import Cluster, Record
 from tests.cluster.machines import PORT
 from tests.cluster.runs import Run, last_line, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
 WRONG = TOKEN | {"RAY_AUTH_TOKEN": "fedcba9876543210fedcba9876543210"}
