@@ -9,6 +9,7 @@ The ranks form one process group and reduce gradients between themselves.
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ from align.runtime.head_watch import build_watched
 from policies.device import ActorOptions, ComputeSettings
 from policies.errors import actor_failure, first_line
 
+GLOO_SOURCE = re.compile(r"^\[\S+\] ")
+"""The line of gloo's source with which its messages begin."""
 GRACE = 5.0
 """Seconds in which a rank must respond to count as alive."""
 
@@ -92,7 +95,8 @@ class RayRanks(Ranks[AnyLearner]):
         """Wait for the results of calls.
 
         Raises:
-            RankLost: A rank has died, even if another rank failed first because of it.
+            RankLost: A rank has died, even if another rank failed first because of it; or a rank has lost the
+                connection to another, which Ray may take a minute to notice the end of.
             UserError: A rank has raised it.
             ActorError: A rank has raised another exception.
         """
@@ -101,6 +105,7 @@ class RayRanks(Ranks[AnyLearner]):
         except RayError as error:
             self._raise_if_a_rank_died(error)
             if isinstance(error, RayTaskError):
+                _raise_if_disconnected(error)
                 raise actor_failure(error, "a learner rank") from error
             raise
         return results
@@ -118,6 +123,14 @@ class RayRanks(Ranks[AnyLearner]):
                 raise RankLost(f"rank {rank} of the learner has died{where}: {_cause(death)}") from error
             except GetTimeoutError:
                 continue  # it is alive, and blocked in a collective with the dead rank
+
+
+def _raise_if_disconnected(error: RayTaskError) -> None:
+    """Raise RankLost where gloo or NCCL has failed in a rank: the peer, its node or the link to it is lost."""
+    cause = error.cause
+    if isinstance(cause, dist.DistError) or "gloo" in str(cause).lower():
+        what = GLOO_SOURCE.sub("", first_line(cause)).partition(". ")[0]
+        raise RankLost(f"a rank of the learner has lost the connection to another: {what}") from error
 
 
 def _cause(death: RayActorError) -> str:

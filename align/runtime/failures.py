@@ -12,7 +12,7 @@ class Fault(RuntimeError):
 
 
 class RankLost(RuntimeError):
-    """A rank of the learner has died."""
+    """A rank of the learner has died, or cannot be reached by the others."""
 
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}

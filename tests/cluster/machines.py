@@ -162,6 +162,8 @@ def _is_in(process: psutil.Process, space: str) -> bool:
 def connect(first: Machine, second: Machine) -> None:
     """Link two machines."""
     enter = ["nsenter", "--target", str(first.first_process), "--net"]
+    # The end of a machine removes its link, but not at once.
+    subprocess.run([*enter, "ip", "link", "delete", PORT_TO_OTHER], capture_output=True, check=False)
     peer = ["peer", "name", PORT_TO_OTHER, "netns", str(second.first_process)]
     subprocess.run([*enter, "ip", "link", "add", PORT_TO_OTHER, "type", "veth", *peer], check=True)
     for machine in (first, second):

@@ -100,7 +100,7 @@ def test_a_killed_machine_with_a_worker(whole: Cluster, record: Record) -> None:
     settings["rollouts"] |= {"workers": 2}
     run = Run(whole.first, settings)
     run.until_logged("policy/loss")
-    assert whole.second.processes("ray::Worker")
+    assert until(lambda: whole.second.processes("ray::Worker"))
     assert not whole.second.processes("ray::_Rank")
     whole.second.end()
     since = time.monotonic()
@@ -141,7 +141,7 @@ def test_a_link_to_a_worker_that_is_down(whole: Cluster, record: Record) -> None
     settings["rollouts"] |= {"workers": 2}
     run = Run(whole.first, settings)
     run.until_logged("policy/loss")
-    assert whole.second.processes("ray::Worker")
+    assert until(lambda: whole.second.processes("ray::Worker"))
     whole.second.set_link("down")
     since = time.monotonic()
     assert run.end() == 0, run.message

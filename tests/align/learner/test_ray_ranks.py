@@ -57,6 +57,24 @@ def test_another_exception_is_reported_by_its_class_and_text(ranks: RayRanks[Lea
     assert describe_outside_failure(caught.value) == expected
 
 
+@pytest.mark.parametrize(
+    ("cause", "what"),
+    [
+        (
+            RuntimeError("[/gloo/pair.cc:5] Read error [10.0.0.2]:5289: Connection reset by peer. GLHF!"),
+            "Read error [10",
+        ),
+        (dist.DistBackendError("NCCL error: remote process has exited"), "NCCL error: remote process has exited"),
+    ],
+    ids=["gloo", "NCCL"],
+)
+def test_a_lost_connection_between_ranks_is_a_lost_rank(cause: Exception, what: str, ranks: RayRanks[Learner]) -> None:
+    with pytest.raises(RankLost) as caught:
+        ranks.call(Learner.fail, cause)
+    assert str(caught.value).startswith(f"a rank of the learner has lost the connection to another: {what}")
+    assert "GLHF" not in str(caught.value)
+
+
 def test_ranks_connect_through_the_interface_with_the_nodes_address(ranks: RayRanks[Learner]) -> None:
     for gloo, nccl in ranks.call(Learner.interface):
         assert node() in [address.address for address in psutil.net_if_addrs()[gloo]]
