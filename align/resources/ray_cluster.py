@@ -132,7 +132,10 @@ def _check_address(address: str) -> None:
     try:
         connect(address, CONNECT_SECONDS)
     except OSError as error:
-        raise UserError(f"cluster.address {address} cannot be reached: {first_line(error)}") from error
+        raise UserError(
+            f"cluster.address {address} cannot be reached: {first_line(error)}: set it to the address of the cluster's "
+            "head, which `ray start --head` prints"
+        ) from error
 
 
 def _folder_for_sockets() -> str:

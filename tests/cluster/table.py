@@ -30,7 +30,7 @@ def outcomes(path: str) -> Iterator[dict[str, str]]:
 
 
 def written(row: dict[str, str]) -> str:
-    message = ACTOR.sub("…", FOLDER.sub("", row["message"])).replace("|", "\\|")
+    message = ACTOR.sub("…", FOLDER.sub("…/", row["message"])).replace("|", "\\|")
     return f"| {row['scenario']} | {row['outcome']} | {row['seconds']} | {message} |\n"
 
 
