@@ -326,7 +326,7 @@ def _run(launch: "Launch") -> None:
     stages = remaining_stages(settings, folder)
     table = plan_table(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
     console.print(table)
-    how_to_resume = f"`align resume {folder.path}` resumes from the last checkpoint"
+    how_to_resume = folder.how_to_resume
     killed = f"the run was killed from outside, without a message; {how_to_resume}"
     with graceful_stop(settings.checkpoint.grace, how_to_resume) as stop, last_words(killed):
         try:

@@ -24,6 +24,9 @@ from rollouts.worker import Reply, Worker
 POLL_SECONDS = 0.005
 """How long the pool waits for replies before it looks at the clock again."""
 
+ROOM_SECONDS = 1.0
+"""How often a pool without a running worker asks whether there is room for one."""
+
 LOSSES_PER_WORKER = 3
 """Workers lost per worker of the pool, without a reply in between, before the pool gives up: the fault is then not that
 of a single machine."""
@@ -57,13 +60,21 @@ class RayPool:
     current by then.
     """
 
-    def __init__(self, build: Callable[[], Engine], settings: PoolSettings, actors: Sequence[ActorOptions]) -> None:
+    def __init__(
+        self,
+        build: Callable[[], Engine],
+        settings: PoolSettings,
+        actors: Sequence[ActorOptions],
+        await_room: Callable[[], None] | None = None,
+    ) -> None:
         """Start the workers, each with its own engine. Ray must be initialized.
 
         Args:
             build: Makes the engine, in the worker's process.
             settings: The size of chunks, and when workers are replaced.
             actors: How each worker is started, and how it computes.
+            await_room: Called every second while no worker runs. It returns once the cluster has room for all workers,
+                and raises where it has none for long; None: there is always room.
         """
         self.settings = settings
         self.roster = Roster(settings.timeout, settings.straggler_factor)
@@ -74,6 +85,8 @@ class RayPool:
         self._workers = len(actors)
         self._options: dict[int, ActorOptions] = {}
         self._losses = 0
+        self._await_room = await_room
+        self._looked_for_room = time.monotonic()
         self._bundles: dict[BundleContent, ray.ObjectRef] = {}
         self._update: deque[tuple[int, AdapterWeights]] = deque(maxlen=1)
         self._closed = False
@@ -124,6 +137,7 @@ class RayPool:
         Raises:
             UserError: A worker failed because of the user's settings or files.
             ActorError: Too many workers were lost in a row.
+            Exception: `await_room` has raised it.
             RuntimeError: The pool is closed.
         """
         batch = _Batch(requests, sampling, self.settings.chunk_size)
@@ -147,6 +161,9 @@ class RayPool:
         if self._update:
             version, weights = self._update.pop()
             self.load_adapter(version, weights)
+        if self._await_room and not self.roster.staffed and time.monotonic() - self._looked_for_room > ROOM_SECONDS:
+            self._await_room()
+            self._looked_for_room = time.monotonic()
         for command in self.roster.commands(time.monotonic()):
             self._carry_out(command, batch)
         completed: dict[int, list[Trajectory]] = {}

@@ -171,6 +171,11 @@ class Roster:
         self.chunk_count += 1
 
     @property
+    def staffed(self) -> bool:
+        """Whether a worker is running, with whatever weights."""
+        return any(member.state != State.STARTING for member in self.members.values())
+
+    @property
     def ready(self) -> bool:
         """Whether every worker has confirmed the current weights."""
         return all(member.state == State.HEALTHY for member in self.members.values())

@@ -10,16 +10,18 @@ The ranks form one process group and reduce gradients between themselves.
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
 import ray
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
 from align.learner.group import AnyLearner, Inputs, Ranks, Result, Value, collective_backend
 from align.runtime.failures import RankLost
+from align.runtime.head_watch import build_watched
 from policies.device import ActorOptions, ComputeSettings
 from policies.errors import actor_failure, first_line
 
@@ -41,13 +43,21 @@ class RayRanks(Ranks[AnyLearner]):
             UserError: An actor that is to compute on a GPU finds none.
         """
         self.actors = []
+        self.nodes: list[str] = []
+        """The address of each rank's node, once it is known."""
         for rank, actor in enumerate(actors):
             self.actors.append(ray.remote(_Rank).options(**actor.options, max_restarts=0).remote(rank))
-        settings = [actor.compute for actor in actors]
-        self._results([actor.apply.remote(own) for actor, own in zip(self.actors, settings, strict=True)])
+        try:
+            self._connect_and_build(build, [actor.compute for actor in actors])
+        except BaseException:
+            self.close()  # one that waits for the others would keep its place
+            raise
+
+    def _connect_and_build(self, build: Callable[[], AnyLearner], settings: Sequence[ComputeSettings]) -> None:
+        self.nodes = self._results([actor.apply.remote(own) for actor, own in zip(self.actors, settings, strict=True)])
         (address,) = self._results([self.actors[0].open_store.remote(self.count)])
         self._results([actor.join.remote(address, self.count) for actor in self.actors])
-        shared = ray.put(build)
+        shared = ray.put(partial(build_watched, build))
         self._results([actor.build.remote(shared) for actor in self.actors])
 
     @property
@@ -104,9 +114,17 @@ class RayRanks(Ranks[AnyLearner]):
             try:
                 ray.get(actor.ready.remote(), timeout=GRACE)
             except RayActorError as death:
-                raise RankLost(f"rank {rank} of the learner has died: {first_line(death)}") from error
+                where = f" on node {self.nodes[rank]}" if self.nodes else ""
+                raise RankLost(f"rank {rank} of the learner has died{where}: {_cause(death)}") from error
             except GetTimeoutError:
                 continue  # it is alive, and blocked in a collective with the dead rank
+
+
+def _cause(death: RayActorError) -> str:
+    """Why an actor is lost, in one line."""
+    if isinstance(death, ActorUnavailableError):  # its text is that of a network library
+        return "its process cannot be reached"
+    return first_line(death)
 
 
 def fetch(reference: Any) -> Any:
@@ -140,9 +158,10 @@ class _Rank:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def apply(self, compute: ComputeSettings) -> None:
-        """Settle how the process computes."""
+    def apply(self, compute: ComputeSettings) -> str:
+        """Settle how the process computes. Returns the address of its node."""
         compute.apply()
+        return str(ray.util.get_node_ip_address())
 
     def ready(self) -> None:
         """Return once earlier calls are done, if the process is alive."""

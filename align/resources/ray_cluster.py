@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from align.config.schema import ClusterSettings, Experiment
+from align.runtime.head_watch import connect, head_watched
 from policies.device import ComputeSettings, cores
 from policies.errors import UserError, first_line
 
@@ -32,21 +32,29 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp")
 """Folders for temporary files that every system has."""
 CONNECT_SECONDS = 10.0
 """Seconds in which the head of a cluster must accept a connection."""
+CLIENT = "ray://"
+"""What the addresses of Ray clients begin with."""
+WRONG_TOKEN = (
+    "the token of this process is missing or wrong: set RAY_AUTH_MODE to `token`, and RAY_AUTH_TOKEN or the file "
+    "~/.ray/auth_token to the token that the head of the cluster was started with"
+)
+"""Why a cluster cannot be joined, and what would be right. Ray 2.60 reads a token only where the mode is set."""
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def ray_cluster(settings: ClusterSettings, cpus: int) -> Iterator[None]:
+def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Iterator[None]:
     """Join the cluster at `cluster.address`, or start a local one that ends with the block.
 
     The local cluster has no dashboard, picks free ports and keeps its files in a temporary folder, so that runs on one
     machine do not interfere. It offers as many CPUs as the actors reserve, even if the machine has fewer cores: the
-    actors share them.
+    actors share them. If the head of the cluster is lost within the block, the process ends (see `head_watched`).
 
     Args:
         settings: Section `cluster` of the experiment.
         cpus: CPUs that the actors reserve; 0: nothing is started.
+        advice: What the user is told to do where the head of the cluster is lost.
 
     Raises:
         UserError: The cluster at `cluster.address` cannot be joined; or the path of every folder for temporary files is
@@ -73,10 +81,14 @@ def ray_cluster(settings: ClusterSettings, cpus: int) -> Iterator[None]:
             folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_for_sockets())
             options |= {"num_cpus": max(cores(), cpus), "include_dashboard": False, "_temp_dir": folder}
             ray.init(address="local", **options)
+    name = f"cluster.address {settings.address}" if settings.address else "Ray on this machine"
     try:
-        yield
+        with head_watched(head_address(settings), name, advice):
+            try:
+                yield
+            finally:
+                ray.shutdown()
     finally:
-        ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -92,7 +104,24 @@ def _join(address: str, options: dict[str, Any]) -> None:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(f"cluster.address {address} cannot be joined: {first_line(error)}") from error
+        reason = WRONG_TOKEN if _is_about_token(error) else first_line(error)
+        raise UserError(f"cluster.address {address} cannot be joined: {reason}") from error
+
+
+def _is_about_token(error: Exception) -> bool:
+    """Whether Ray could not connect because a token is missing or wrong."""
+    import ray
+
+    return isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in str(error.__cause__)
+
+
+def head_address(settings: ClusterSettings) -> str:
+    """Host and port through which this process is connected to the head of its cluster."""
+    import ray
+
+    if settings.address and settings.address.startswith(CLIENT):
+        return settings.address.removeprefix(CLIENT)  # the head's other ports may be closed to this machine
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _check_address(address: str) -> None:
@@ -101,7 +130,7 @@ def _check_address(address: str) -> None:
     if not port.isdigit() or "://" in host:
         return  # `auto`, `local` and the addresses of Ray clients are for Ray to find
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        connect(address, CONNECT_SECONDS)
     except OSError as error:
         raise UserError(f"cluster.address {address} cannot be reached: {first_line(error)}") from error
 

@@ -74,7 +74,7 @@ class Reservation:
             UserError: Bundles were on a node that is lost, and no other node has had room for them within
                 `cluster.wait`.
         """
-        self.wait(time.monotonic() + self.experiment.cluster.wait)
+        self.await_room()
         seats = self.placement.seats[kind][:count]
         nodes = [self._node_of(seat) for seat in seats]
         settings = self.experiment.learner if kind == RANK else self.experiment.rollouts
@@ -88,6 +88,18 @@ class Reservation:
             )
             options.append(ActorOptions(compute, self._options(seat)))
         return options
+
+    def nodes(self, kind: str) -> set[str]:
+        """The ids of the nodes of a kind's actors."""
+        return {self._node_of(seat) for seat in self.placement.seats[kind]}
+
+    def await_room(self) -> None:
+        """Wait until all bundles have a node; some have none after theirs was lost.
+
+        Raises:
+            UserError: No node has had room for them within `cluster.wait`.
+        """
+        self.wait(time.monotonic() + self.experiment.cluster.wait)
 
     def wait(self, deadline: float) -> None:
         """Wait until all bundles have a node.

@@ -80,6 +80,11 @@ class RunFolder:
         """The folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
+    @property
+    def how_to_resume(self) -> str:
+        """What the user is told where the run ends before its end."""
+        return f"`align resume {self.path}` resumes from the last checkpoint"
+
     def read_evaluation(self) -> dict[str, Any]:
         """The content of `evaluation.json`; empty where it does not exist yet."""
         return read_object(self.evaluation) if self.evaluation.is_file() else {}

@@ -175,7 +175,7 @@ def _watch(reader: socket.socket, grace: float | None, how_to_resume: str) -> No
         while reader.recv(1):
             pass
     except TimeoutError:
-        _end_process()
+        end_process(INTERRUPTED)
 
 
 def _receives_stop(reader: socket.socket, seconds: float | None) -> bool:
@@ -191,14 +191,18 @@ def _receives_stop(reader: socket.socket, seconds: float | None) -> bool:
     return False
 
 
-def _end_process() -> None:
-    """End this process and its children, the processes of a local Ray cluster for instance, without further ado."""
+def end_process(status: int) -> None:
+    """End this process and its children, the processes of a local Ray cluster for instance, without further ado.
+
+    Args:
+        status: The exit status.
+    """
     for child in psutil.Process().children(recursive=True):
         try:
             child.kill()
         except psutil.NoSuchProcess:
             continue
-    os._exit(INTERRUPTED)
+    os._exit(status)
 
 
 def _hold_signals() -> None:

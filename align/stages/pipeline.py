@@ -14,7 +14,7 @@ from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.actors import actors_by_stage, most_actors, reserved_cpus
-from align.resources.ray_cluster import compute_settings, ray_cluster
+from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.products import wanted_stages
@@ -22,6 +22,7 @@ from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
 from align.runtime.failures import RankLost
 from align.runtime.garbage import no_collections
+from align.runtime.head_watch import await_head
 from align.runtime.shadowing import package_hidden_from_workers
 from align.runtime.signals import Interrupted, StopRequest
 from align.scoring.reward import gold_function
@@ -194,8 +195,9 @@ def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) 
     actors = most_actors(experiment, stages)
     if not actors:
         return context
-    stack.enter_context(ray_cluster(experiment.cluster, reserved_cpus(experiment, actors)))
-    from align.resources.node_files import check_model_on_nodes  # Ray is slow to import
+    cpus = reserved_cpus(experiment, actors)
+    stack.enter_context(ray_cluster(experiment.cluster, cpus, context.run.how_to_resume))
+    from align.resources.node_files import check_files_on_nodes  # Ray is slow to import
     from align.resources.reservation import reserve
 
     try:
@@ -206,7 +208,7 @@ def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) 
             raise Interrupted from None
         raise
     if experiment.cluster.address:
-        check_model_on_nodes(experiment, reservation.uses_gpus(actors))
+        check_files_on_nodes(experiment, {kind: reservation.nodes(kind) for kind in actors})
     return replace(context, reservation=reservation)
 
 
@@ -236,6 +238,7 @@ def _run_stage(context: StageContext, stage: str) -> None:
         try:
             return runner(context)
         except RankLost as error:
+            await_head(head_address(context.experiment.cluster))
             last = _return_to_checkpoint(context.run, stage, context.experiment.checkpoint.keep)
             if last != resumed_from:
                 restarts = 0

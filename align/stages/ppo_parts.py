@@ -20,6 +20,7 @@ from align.resources.actors import RANK, WORKER, actors_by_stage
 from align.roles.build import Blueprint, build_roles
 from align.runs.checkpoint import latest
 from align.runs.fingerprint import product_digests
+from align.runtime.head_watch import build_watched
 from align.runtime.seeds import permutation, seed_for
 from align.scoring.build import Scorers
 from align.scoring.reward import RoleScorer
@@ -213,13 +214,14 @@ def _build_pool(context: StageContext, stack: ExitStack) -> Pool:
         actors = [replace(actor, compute=replace(actor.compute, deterministic=False)) for actor in actors]
         rollouts = vllm_within_share(rollouts, min(actor.gpus for actor in actors))
     workers = RayPool(
-        build=partial(build_engine, experiment.model, experiment.policy, rollouts),
+        build=partial(build_watched, partial(build_engine, experiment.model, experiment.policy, rollouts)),
         settings=PoolSettings(
             chunk_size=rollouts.effective_chunk_size,
             timeout=rollouts.timeout,
             straggler_factor=rollouts.straggler_factor,
         ),
         actors=actors,
+        await_room=context.reservation.await_room if context.reservation else None,
     )
     pool: Pool = workers
     if rollouts.max_staleness:

@@ -171,6 +171,36 @@ class Forgetful:
         return self.engine.generate(requests, sampling)
 
 
+def test_a_pool_for_whose_workers_there_is_no_room_ends(tiny_model: Path, cluster: None) -> None:
+    def await_room() -> None:
+        raise UserError("no room")
+
+    build = partial(build_engine, ModelSettings(path=str(tiny_model)), POLICY, ROLLOUTS)
+    settings = PoolSettings(chunk_size=8, timeout=60.0, straggler_factor=4.0)
+    nowhere = ActorOptions(ComputeSettings(1), {"num_cpus": 1, "resources": {"nowhere": 1}})
+    pool = RayPool(build, settings, [nowhere], await_room)
+    with pytest.raises(UserError, match="no room"):
+        pool.wait()
+    pool.close()
+
+
+def test_a_pool_looks_for_room_only_while_no_worker_runs(
+    tiny_model: Path, versions: list[AdapterWeights], cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollouts.ray_pool.ROOM_SECONDS", 0.0)
+    looked = []
+    build = partial(build_engine, ModelSettings(path=str(tiny_model)), POLICY, ROLLOUTS)
+    settings = PoolSettings(chunk_size=8, timeout=60.0, straggler_factor=4.0)
+    pool = RayPool(build, settings, [ActorOptions(ComputeSettings(1))], lambda: looked.append("for room"))
+    pool.load_adapter(1, versions[1])
+    pool.wait()
+    assert looked
+    looked.clear()
+    pool.generate(REQUESTS[:8], SAMPLING)
+    assert not looked
+    pool.close()
+
+
 def build_forgetful(model: Path, mark: Path) -> Engine:
     return Forgetful(build_engine(ModelSettings(path=str(model)), POLICY, ROLLOUTS), mark)
 

@@ -1,16 +1,18 @@
 """Learner ranks in real Ray actors: their network interface, and how they fail."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
 import ray
+import torch.distributed as dist
 
 from align.config.schema import ClusterSettings
 from align.learner.ray_ranks import RayRanks
 from align.resources.ray_cluster import ray_cluster
-from align.runtime.failures import describe_outside_failure
+from align.runtime.failures import RankLost, describe_outside_failure
 from policies.device import ActorOptions, ComputeSettings
 from policies.errors import ActorError, UserError
 
@@ -30,7 +32,7 @@ class Learner:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RayRanks[Learner]]:
-    with ray_cluster(ClusterSettings(), 2):
+    with ray_cluster(ClusterSettings(), 4):
         started = RayRanks(Learner, [ActorOptions(ComputeSettings(1, deterministic=True))] * 2)
         yield started
         started.close()
@@ -59,3 +61,26 @@ def test_ranks_connect_through_the_interface_with_the_nodes_address(ranks: RayRa
     for gloo, nccl in ranks.call(Learner.interface):
         assert node() in [address.address for address in psutil.net_if_addrs()[gloo]]
         assert nccl == f"={gloo}"
+
+
+def build_in_the_first_rank() -> Learner:
+    """The first rank takes for ever, and the second dies."""
+    if dist.get_rank() == 1:
+        os._exit(1)
+    time.sleep(1000)
+    return Learner()
+
+
+def rank_processes() -> set[int]:
+    every = psutil.Process().children(recursive=True)
+    return {process.pid for process in every if "_Rank" in process.name()}
+
+
+def test_a_rank_that_works_does_not_outlive_one_that_dies_at_the_start(ranks: RayRanks[Learner]) -> None:
+    before = rank_processes()
+    with pytest.raises(RankLost, match=f"rank 1 of the learner has died on node {node()}: "):
+        RayRanks(build_in_the_first_rank, [ActorOptions(ComputeSettings(1, deterministic=True))] * 2)
+    deadline = time.monotonic() + 30
+    while rank_processes() != before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert rank_processes() == before

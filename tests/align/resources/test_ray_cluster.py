@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from align.config.schema import ClusterSettings, Experiment
 from align.resources import ray_cluster as module
-from align.resources.ray_cluster import compute_settings, ray_cluster
+from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
 from policies.device import ComputeSettings
 from policies.errors import UserError
 
@@ -68,3 +69,27 @@ def test_without_a_short_folder_the_message_says_what_would_do(monkeypatch: pyte
     monkeypatch.setattr(module, "SHORT_FOLDERS", (str(tmp_path / "nowhere"),))
     with pytest.raises(UserError, match=f"set TMPDIR to a folder whose path has at most {module.LONGEST_TMPDIR} bytes"):
         ray_cluster(ClusterSettings(), 1).__enter__()
+
+
+def refusal() -> Exception:
+    """What Ray raises where it has sent a wrong token, or none, to the head of a cluster."""
+    error = ConnectionError("Failed to connect to Ray cluster at host:1")
+    error.__cause__ = RuntimeError("Failed to connect to GCS. Last connection error: RPC error: InvalidAuthToken")
+    return error
+
+
+@pytest.mark.parametrize("error", [refusal(), AuthenticationError("no token was found")], ids=["wrong", "none"])
+def test_what_is_to_be_set_is_said_where_a_token_is_missing_or_wrong(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UserError) as caught:
+        ray_cluster(ClusterSettings(address="auto"), 1).__enter__()
+    assert str(caught.value) == f"cluster.address auto cannot be joined: {module.WRONG_TOKEN}"
+
+
+def test_a_client_connects_to_the_head_through_its_own_port() -> None:
+    assert head_address(ClusterSettings(address="ray://host:10001")) == "host:10001"
