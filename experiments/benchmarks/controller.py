@@ -37,7 +37,7 @@ from align.ppo.objective import STATISTICS
 from align.ppo.prompts import PromptStream
 from align.resources.ray_cluster import ray_cluster
 from align.scoring.reward import Reward
-from policies.device import ComputeSettings
+from policies.device import ActorOptions, ComputeSettings
 from policies.trunk import AdapterWeights
 from rewards.compose import Composition
 from rewards.terms.base import TermInput, TermScores
@@ -162,11 +162,7 @@ class StubWorkers:
         (worker,) = remote_actor_ids
         with self.meter(STUBS):
             self.meter.bytes[POOL] += len(sent)
-            loaded = self.pool.roster.weights
-            assert loaded is not None
-            requests = kwargs.get("requests", ())
-            trajectories = TrajectoryBatch(self.respond(request, loaded) for request in requests)
-            reply = self.meter.reply(Reply(loaded, trajectories))
+            reply = self.meter.reply(self.respond(kwargs.get("requests", ())))
         self.replies.append(SimpleNamespace(actor_id=worker, ok=True, get=lambda: ray.get(reply)))
 
     def fetch_ready_async_reqs(self, timeout_seconds: float) -> list[SimpleNamespace]:
@@ -174,7 +170,13 @@ class StubWorkers:
         ready, self.replies = self.replies, []
         return ready
 
-    def respond(self, request: Request, loaded: WeightsVersion) -> Trajectory:
+    def respond(self, requests: Sequence[Request]) -> Reply:
+        """A worker's reply, with random responses."""
+        loaded = self.pool.roster.weights
+        assert loaded is not None
+        return Reply(loaded, TrajectoryBatch(self.random_trajectory(request, loaded) for request in requests))
+
+    def random_trajectory(self, request: Request, loaded: WeightsVersion) -> Trajectory:
         """A random response."""
         ids = np.random.default_rng(request.seed).integers(0, 100_000, self.response_length).tolist()
         return Trajectory.from_tokens(request, ids, torch.randn(len(ids)), True, loaded.version)
@@ -184,11 +186,11 @@ class StubPool(RayPool):
     """A pool whose workers are stubs."""
 
     def __init__(self, meter: Meter, tokens: int) -> None:
-        settings = PoolSettings(workers=WORKERS, chunk_size=CHUNK, timeout=600.0, straggler_factor=1e9)
-        super().__init__(dict, settings, ComputeSettings(1))
+        settings = PoolSettings(chunk_size=CHUNK, timeout=600.0, straggler_factor=1e9)
+        super().__init__(dict, settings, [ActorOptions(ComputeSettings(1))] * WORKERS)
         self._manager = StubWorkers(self, meter, tokens)
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, actor: ActorOptions) -> None:
         self.roster.add_worker(len(self.roster.members))
 
 

@@ -99,6 +99,23 @@ def test_supervised_steps_of_a_checkout_are_compared_with_themselves() -> None:
     assert found[2] == found[3]
 
 
+@pytest.mark.slow
+def test_what_the_controller_sends_and_receives_grows_with_the_batch(tmp_path: Path) -> None:
+    file = tmp_path / "controller.json"
+    command = [sys.executable, str(BENCHMARKS / "controller.py"), "--to", str(file)]
+    command += ["--sizes", "64", "128", "--tokens", "1024", "--repeats", "1"]
+    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True, timeout=200)
+    results = json.loads(file.read_text())
+    prompt, response = 512, 512
+    update = 4 * (prompt + response) + 5 * 4 * response
+    score = 4 * (prompt + response) + 3 * 4 * response
+    for count in (64, 128):
+        sent = results[str(count)]["bytes"]
+        assert count * update <= sent["update packed and sent"] <= 1.1 * count * update + 16 * 4096
+        assert count * score <= sent["scoring sent and received"] <= 1.1 * count * score + 32 * 4096
+        assert all(seconds >= 0 for seconds in results[str(count)]["seconds"].values())
+
+
 @pytest.mark.parametrize(("model", "reason"), [("", "a model is needed: give"), ("missing", "missing does not exist")])
 def test_a_missing_model_is_one_message(model: str, reason: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "mixed.py")]
