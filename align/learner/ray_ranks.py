@@ -26,8 +26,8 @@ from align.runtime.head_watch import build_watched
 from policies.device import ActorOptions, ComputeSettings
 from policies.errors import actor_failure, first_line
 
-GLOO_SOURCE = re.compile(r"^\[\S+\] ")
-"""The line of gloo's source with which its messages begin."""
+GLOO_SOURCE = re.compile(r"\[\S+:\d+\] ")
+"""A line of gloo's source, which its messages name."""
 GRACE = 5.0
 """Seconds in which a rank must respond to count as alive."""
 

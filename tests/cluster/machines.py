@@ -100,7 +100,7 @@ class Machine:
     _holder: "subprocess.Popen[str] | None" = field(init=False, default=None)
 
     def start(self) -> None:
-        folders = map(str, (REPOSITORY, *self.shared))
+        folders = map(str, (REPOSITORY, sys.prefix, *self.shared))
         line = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
         holder = self._holder = subprocess.Popen(
             [*line, "bash", "-c", SET_UP, "bash", self.name, self.address, str(self.work), *folders],

@@ -61,8 +61,8 @@ def test_another_exception_is_reported_by_its_class_and_text(ranks: RayRanks[Lea
     ("cause", "what"),
     [
         (
-            RuntimeError("[/gloo/pair.cc:5] Read error [10.0.0.2]:5289: Connection reset by peer. GLHF!"),
-            "Read error [10",
+            RuntimeError("Gloo failed: [/gloo/pair.cc:5] Read error [10.0.0.2]:5289: Connection reset by peer. GLHF!"),
+            "Gloo failed: Read error [10",
         ),
         (dist.DistBackendError("NCCL error: remote process has exited"), "NCCL error: remote process has exited"),
     ],
