@@ -66,12 +66,13 @@ class RolloutSettings(ActorSettings):
         """The chunk size in effect."""
         return self.chunk_size or 2 * self.max_num_seqs
 
-    @field_validator("gpus")
+    @field_validator("gpus", mode="before")
     @classmethod
-    def _whole_or_a_share(cls, gpus: float | str | None) -> float | str | None:
-        if isinstance(gpus, float) and gpus < 0:
+    def _whole_or_a_share(cls, gpus: Any) -> Any:
+        is_number = isinstance(gpus, int | float)
+        if (is_number and gpus < 0) or (isinstance(gpus, str) and gpus != "shared"):
             raise ValueError("expected a number ≥ 0, or shared")
-        if isinstance(gpus, float) and gpus > 1 and gpus != int(gpus):
+        if is_number and gpus > 1 and gpus != int(gpus):
             raise ValueError(f"a worker has a share of one GPU, or whole GPUs: {int(gpus)} or {int(gpus) + 1}")
         return gpus
 

@@ -109,29 +109,32 @@ def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:
     actors = most_actors(experiment, stages)
     if not actors:
         return f"this process, {counted(experiment.cluster.threads or cores(), 'thread')}"
-    cpus = reserved_cpus(experiment, actors)
     if experiment.cluster.address:
-        with ray_cluster(experiment.cluster, cpus):
-            from align.resources.reservation import cluster_nodes  # Ray is slow to import
-
-            nodes = cluster_nodes()
-    else:
-        nodes = [Node("this machine", _machine(cpus))]
-    placement = place(experiment, actors, int(total(nodes, GPU)))
-    room = f"on {describe_nodes(nodes)}"
-    if has_room(placement, nodes):
-        return f"{placement.description}; {room}"
-    if not experiment.cluster.address:
-        raise UserError(no_room(experiment, placement, nodes))
-    return f"{placement.description}; they do not fit {room}, and cluster.wait is {experiment.cluster.wait:g} s"
+        return _on_cluster(experiment, actors)
+    return _on_this_machine(experiment, actors)
 
 
-def _machine(cpus: int) -> dict[str, float]:
-    """What a Ray cluster on this machine offers, for actors that reserve so many CPUs."""
-    resources: dict[str, float] = {CPU: max(cores(), cpus)}
+def _on_this_machine(experiment: Experiment, actors: dict[str, int]) -> str:
+    resources: dict[str, float] = {CPU: max(cores(), reserved_cpus(experiment, actors))}  # as `ray_cluster` offers
     if gpus := torch.cuda.device_count():
         resources[GPU] = gpus
-    return resources
+    nodes = [Node("this machine", resources)]
+    placement = place(experiment, actors, gpus)
+    if not has_room(placement, nodes):
+        raise UserError(no_room(experiment, placement, nodes))
+    return f"{placement.description}; on this machine, {counted(cores(), 'core')}"
+
+
+def _on_cluster(experiment: Experiment, actors: dict[str, int]) -> str:
+    with ray_cluster(experiment.cluster, reserved_cpus(experiment, actors)):
+        from align.resources.reservation import cluster_nodes  # Ray is slow to import
+
+        nodes = cluster_nodes()
+    placement = place(experiment, actors, int(total(nodes, GPU)))
+    if has_room(placement, nodes):
+        return f"{placement.description}; on {describe_nodes(nodes)}"
+    wait = f"and cluster.wait is {experiment.cluster.wait:g} s"
+    return f"{placement.description}; they do not fit on {describe_nodes(nodes)}, {wait}"
 
 
 def _fit(experiment: Experiment, settings: FitSettings, examples: int, noun: str) -> str:

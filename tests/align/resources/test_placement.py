@@ -117,7 +117,7 @@ def test_a_rank_has_a_whole_gpu_or_none(gpus: float) -> None:
         experiment(1, 1, learner={"gpus": gpus})
 
 
-@pytest.mark.parametrize(("gpus", "message"), [(1.5, "1 or 2"), (-1, "≥ 0"), ("some", "'shared'")])
+@pytest.mark.parametrize(("gpus", "message"), [(1.5, "1 or 2"), (-1, "≥ 0"), ("some", "or shared")])
 def test_a_worker_has_a_share_of_a_gpu_or_whole_ones(gpus: float | str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         experiment(1, 1, rollouts={"gpus": gpus})
