@@ -15,6 +15,7 @@ import align
 from align.config.schema import Experiment
 from align.resources import dtype as module
 from align.resources.dtype import settle_dtype
+from align.resources.plan import describe_placement
 from align.runs.folder import find_run
 from align.stages.launch import Planned, new_run, planned_stages, resumed_run
 from align.stages.pipeline import load_datasets
@@ -231,6 +232,16 @@ def test_actors_that_the_cluster_has_no_room_for_are_told(only_ppo: dict[str, An
     expected = "for 1 s the cluster has had no room for 2 learner ranks, each with 1 CPU and 1 GPU"
     with pytest.raises(UserError, match=expected):
         settle_dtype(validate(only_ppo))
+
+
+def test_the_plan_compares_the_placement_with_the_cluster(only_ppo: dict[str, Any], gpu_cluster: str) -> None:
+    only_ppo["cluster"]["address"] = gpu_cluster
+    actors = "learner rank with 1 CPU (PACK); 1 rollout worker with 1 CPU (SPREAD)"
+    host = gpu_cluster.rpartition(":")[0]
+    assert describe_placement(validate(only_ppo), ["ppo"]) == f"1 {actors}; on 1 node: {host} (4 CPUs)"
+    only_ppo["learner"]["cpus"] = 4
+    placement = describe_placement(validate(only_ppo), ["ppo"])
+    assert placement.endswith(f"; they do not fit on 1 node: {host} (4 CPUs), and cluster.wait is 300 s")
 
 
 def test_an_address_without_a_cluster_is_told(only_ppo: dict[str, Any]) -> None:
