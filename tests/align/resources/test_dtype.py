@@ -16,6 +16,7 @@ from align.config.schema import Experiment
 from align.resources import dtype as module
 from align.resources.dtype import settle_dtype
 from align.resources.plan import describe_placement
+from align.resources.ray_cluster import RAY_ENVIRONMENT
 from align.runs.folder import find_run
 from align.stages.launch import Planned, new_run, planned_stages, resumed_run
 from align.stages.pipeline import load_datasets
@@ -212,6 +213,8 @@ def gpu_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     (site / "sitecustomize.py").write_text(SITE)
     with monkeypatch.context() as environment:
         environment.setenv("PYTHONPATH", str(site))
+        for name, value in RAY_ENVIRONMENT.items():  # or its workers would starve beside busy processes
+            environment.setenv(name, value)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     yield cluster.address
     cluster.shutdown()
