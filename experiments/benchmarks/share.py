@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from inputs import require_paths
 from operations import Shape, matrix_rate, shape_of, update_operations
 
 from align import cli
-from align.algorithms.episodes import Episode
 from align.config.load import load_experiment
+from align.ppo.episode_shards import EpisodeShards
 from align.ppo.learner import PpoLearner, StepCoefficients
 
 ROUNDS = 5
@@ -42,18 +41,19 @@ class Meter:
     def __call__(
         self,
         learner: PpoLearner,
-        episodes: Sequence[Episode],
+        shards: EpisodeShards,
         orders: Any,
         coefficients: StepCoefficients,
         demonstrations: Any = (),
     ) -> dict[str, float]:
+        episodes = [shards.load(index) for index in chain.from_iterable(orders[0])]  # an epoch has each of them once
         lengths = [(len(episode.prompt_ids), len(episode.response_ids)) for episode in episodes]
         operations = update_operations(self.shape, lengths, self.critic_forward)
         self.updates.append([])
         for order in orders:
             before = matrix_rate(self.dtype, rounds=ROUNDS)
             start = time.perf_counter()
-            statistics = self.update(learner, episodes, [order], coefficients, demonstrations)
+            statistics = self.update(learner, shards, [order], coefficients, demonstrations)
             seconds = time.perf_counter() - start
             around = (before + matrix_rate(self.dtype, rounds=ROUNDS)) / 2
             self.updates[-1].append({"update_per_s": operations / seconds, "matrix_per_s": around})

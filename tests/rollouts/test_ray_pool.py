@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -230,7 +231,7 @@ def test_queued_batches_are_each_generated_with_their_own_weights(
         assert tokens(batch()) == expected_tokens(local, version, versions[version])
     unfinished = pool.submit(4, versions[4], REQUESTS, SAMPLING)
     pool.close()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises((RuntimeError, CancelledError)):  # aborted, or dropped before it was begun
         unfinished()
 
 

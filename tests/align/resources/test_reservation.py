@@ -51,10 +51,9 @@ def reserved(settings: Experiment) -> Iterator[Reservation]:
     reservation = reserve(settings, most_actors(settings, settings.stages))
     yield reservation
     reservation.release()  # and with the groups their actors
-    while any(free != ray.cluster_resources()[name] for name, free in ray.available_resources().items()):
-        time.sleep(0.05)
-    while ray.available_resources().get("GPU") != ray.cluster_resources().get("GPU"):
-        time.sleep(0.05)
+    for name in ("CPU", "GPU"):
+        while ray.available_resources().get(name) != ray.cluster_resources().get(name):
+            time.sleep(0.05)
 
 
 def started(actors: list[ActorOptions]) -> list[Any]:
