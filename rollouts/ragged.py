@@ -54,10 +54,6 @@ class Ragged:
         """The token ids of each sequence."""
         return [self.ids(index) for index in range(len(self))]
 
-    def all_tensors(self) -> list[Tensor]:
-        """The values of each sequence; see `tensor`."""
-        return [self.tensor(index) for index in range(len(self))]
-
     def _sequence(self, index: int) -> NDArray[Any]:
         return self.values[self._starts[index] : self._starts[index + 1]]
 

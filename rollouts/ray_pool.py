@@ -82,7 +82,6 @@ class RayPool:
         """Bytes of the weights that the last `load_adapter` sent."""
         self._build = build
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
-        self._workers = len(actors)
         self._options: dict[int, ActorOptions] = {}
         self._losses = 0
         self._await_room = await_room
@@ -211,7 +210,7 @@ class RayPool:
             raise error
         ray.kill(self._manager.remove_actor(worker))
         self._losses += 1
-        if self._losses > LOSSES_PER_WORKER * self._workers:
+        if self._losses > LOSSES_PER_WORKER * len(self._options):
             raise ActorError(
                 f"{self._losses} rollout workers were lost without a reply in between: {first_line(error)}"
             ) from error

@@ -26,7 +26,9 @@ class RolloutSettings(ActorSettings):
         description="GPUs of each worker: a whole number, or a share such as 0.5; shared: the GPUs of the learner's "
         "ranks; unset: those that the ranks leave, or else shared",
     )
-    strategy: Strategy = Field("SPREAD", description="as `learner.strategy`")
+    strategy: Strategy = Field(
+        "SPREAD", description="as `learner.strategy`; workers that share the ranks' GPUs are where the ranks are"
+    )
     max_num_seqs: int = Field(32, ge=1, description="sequences that an engine decodes at the same time")
     chunk_size: int | None = Field(
         None, ge=1, description="prompts that an engine is handed at a time; unset: twice `max_num_seqs`"

@@ -1,6 +1,6 @@
 """Where a run's actors run: what each of them reserves, computed from the settings before anything is loaded.
 
-    groups    bundles of resources that Ray reserves on nodes, one placement group for each strategy
+    groups    bundles of resources that Ray reserves on nodes: a placement group for each kind of actor
     seats     the actors by kind, each with its bundle and its share of it
 
 Ranks have whole GPUs: NCCL refuses two of them on one. Workers have GPUs of their own, shares of GPUs, or shares of the
@@ -89,7 +89,8 @@ def place(experiment: Experiment, actors: Mapping[str, int], gpus: int) -> Place
         gpus: Number of GPUs in the cluster.
 
     Raises:
-        UserError: One half of PPO is to use GPUs in actors, and the other half runs in the controller.
+        UserError: One half of PPO is to use GPUs in actors, and the other half runs in the controller; or workers
+            are to share GPUs that the ranks do not have.
     """
     learner = experiment.learner
     rollouts = experiment.rollouts

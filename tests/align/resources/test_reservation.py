@@ -172,14 +172,22 @@ def test_the_user_is_told_what_a_run_waits_for(
     assert "waiting up to 1 s (cluster.wait) for 1 learner rank with 1 CPU and 1 GPU" in caplog.messages[0]
 
 
+def test_a_run_that_waits_for_its_turn_ends_too(cluster: Cluster) -> None:
+    expected = "another run on this cluster has been waiting for room"
+    with module._lock(time.monotonic()), pytest.raises(UserError, match=expected):
+        reserve(experiment(1, 0, wait=1.0, stages=["sft"]), {RANK: 1})
+    with reserved(experiment(1, 0, stages=["sft"])):
+        pass
+
+
 def run_beside(cluster: Cluster, settings: Experiment) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", OTHER_RUN, cluster.address, settings.model_dump_json()]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_runs_never_hold_half_of_what_each_needs(cluster: Cluster) -> None:
-    """Each needs five of eight GPUs: one gets all of its own, and the other when the first has ended."""
-    settings = experiment(3, 2, wait=120.0)
+    """Each needs six of eight GPUs, three for its ranks: one gets all, and the other when the first has ended."""
+    settings = experiment(3, 3, wait=120.0)
     runs = [run_beside(cluster, settings) for _ in range(2)]
     told: list[int] = []
     readers = []
