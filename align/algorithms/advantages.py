@@ -79,23 +79,10 @@ def batch_gae(
     return estimates
 
 
-def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of the current reward and all later ones: R_t = Σ_k γ^k r_{t+k}.
-
-    Whitened over the batch it is the advantage of REINFORCE++                        Hu 2025, eq. 5 and 6
-
-    Args:
-        rewards: `[T]` float32.
-        gamma: Discount per token.
-
-    Returns:
-        `[T]` float32.
-    """
-    return discounted_sums([rewards], gamma)[0]
-
-
 def discounted_sums(responses: Sequence[Tensor], discount: float) -> list[Tensor]:
     """Discounted sums of each value and all later ones: s_t = x_t + c·s_{t+1}, computed in float64.
+
+    Those of rewards are the rewards to go; whitened, they are the advantage of REINFORCE++      Hu 2025, eq. 5 and 6
 
     Args:
         responses: B responses, at least one; `[T]` float32 of each.

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from align.algorithms.advantages import (
     batch_gae,
+    discounted_sums,
     explained_variance,
     gae,
     grpo,
     has_spread,
-    rewards_to_go,
     rloo,
     scale_rewards,
     token_rewards,
@@ -233,7 +233,7 @@ def test_explained_variance_of_returns_that_differ_by_rounding_is_not_a_number()
 @given(st.lists(NUMBERS, min_size=1, max_size=30), st.floats(0.05, 1))
 def test_rewards_to_go_is_the_discounted_sum(rewards: list[float], gamma: float) -> None:
     oracle = [sum(gamma**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
-    got = rewards_to_go(torch.tensor(rewards), gamma)
+    got = discounted_sums([torch.tensor(rewards)], gamma)[0]
     torch.testing.assert_close(got.double(), torch.tensor(oracle, dtype=torch.float64), rtol=1e-4, atol=1e-3)
 
 
