@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from align.config.stage import Stage, all_stages, stages_from
+from align.jobs import commands as job_commands
+from align.runtime.consoles import console, errors
 from align.runtime.garbage import no_collections
 from align.runtime.quiet import quiet_libraries
 from align.runtime.streams import lasting_streams
@@ -30,9 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The whole RLHF loop: supervised fine-tuning, a reward model, and PPO, from one experiment file.",
 )
-console = Console()
-errors = Console(stderr=True)
-
 OTHERS = "KEY:=VALUE replaces a whole section, and '~KEY' removes a key, so that its default applies"
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="the experiment's YAML file", show_default=False)]
 Overrides = Annotated[
@@ -74,6 +72,10 @@ def _add_stage_command(stage: Stage) -> None:
 
 for _stage in all_stages():
     _add_stage_command(_stage)
+
+
+app.command(name="submit")(job_commands.submit)
+app.add_typer(job_commands.jobs, name="jobs")
 
 
 @app.command(name="resume")

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
+from align.runtime.ray_job import address_of_job
 from policies.method_spec import supporting
 from policies.schema import (
     ActorSettings,
@@ -193,11 +194,20 @@ class TrackingSettings(Settings):
 class ClusterSettings(Settings):
     """The Ray cluster, and the CPU threads of each process."""
 
-    address: str | None = Field(None, description="a Ray cluster to join; unset: start one on this machine")
+    address: str | None = Field(
+        None,
+        description="a Ray cluster to join, HOST:PORT, or auto: the one that this machine belongs to; unset: start one "
+        "on this machine, but in a Ray job join the job's",
+    )
     wait: float = Field(
         300.0, gt=0, description="seconds in which the cluster must have room for the run's actors, or the run ends"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads per process; unset: an even share of the cores")
+
+    @property
+    def address_to_join(self) -> str | None:
+        """The cluster to join; None: one is started on this machine."""
+        return self.address or address_of_job()
 
 
 def _known_stage(name: str) -> str:

@@ -15,11 +15,19 @@ Keys = tuple[str, ...]
 
 @dataclass
 class Source:
-    """Values, and the file and line that set each of them, by the path of its keys."""
+    """Values, and the file and line that set each of them, by the path of its keys.
+
+    Attributes:
+        file: The file.
+        values: The values.
+        places: File and line by the path of a key.
+        included: The files that it includes, and those that they include.
+    """
 
     file: Path
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Keys, str] = field(default_factory=dict)
+    included: list[Path] = field(default_factory=list)
 
     def merge(self, other: "Source") -> None:
         """Override these values by those of `other`: mappings key by key, anything else as a whole."""
@@ -146,7 +154,9 @@ def read_source(path: Path, including: tuple[Path, ...] = (), included_at: str =
     for part in _included_files(contents, path):
         if part.resolve() in {file.resolve() for file in (*including, path)}:
             raise UserError(f"{include_line}: include: {part} includes itself")
-        source.merge(read_source(part, (*including, path), include_line))
+        inner = read_source(part, (*including, path), include_line)
+        source.merge(inner)
+        source.included += [part, *inner.included]
     source.merge(contents)
     return source
 

@@ -78,7 +78,7 @@ def _devices(experiment: Experiment) -> Devices:
     devices: Devices = {}
     if _controller_computes(experiment) or not actors:
         devices[CONTROLLER, describe_device()] = None
-    if actors and (experiment.cluster.address or torch.cuda.is_available()):
+    if actors and (experiment.cluster.address_to_join or torch.cuda.is_available()):
         return devices | _devices_of_actors(experiment, actors)
     for kind in actors:
         devices[f"the {kind}s", describe_device()] = None

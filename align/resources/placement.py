@@ -264,6 +264,17 @@ def _take(bundle: Resources, free: Sequence[Resources]) -> bool:
     return False
 
 
+def describe_fit(experiment: Experiment, actors: Mapping[str, int], nodes: Sequence[Node]) -> str:
+    """Where the actors of a run will be on the nodes of a cluster, or that there is no room for them."""
+    if not actors:
+        return f"no actors; {describe_nodes(nodes)}"
+    placement = place(experiment, actors, int(total(nodes, GPU)))
+    if has_room(placement, nodes):
+        return f"{placement.description}; on {describe_nodes(nodes)}"
+    wait = f"and cluster.wait is {experiment.cluster.wait:g} s"
+    return f"{placement.description}; they do not fit on {describe_nodes(nodes)}, {wait}"
+
+
 def no_room(experiment: Experiment, placement: Placement, nodes: Sequence[Node]) -> str:
     """The message where this machine, which does not grow, has no room for the actors."""
     return f"this machine has no room for {placement.description}: {describe_nodes(nodes)}. {advice(experiment)}"
@@ -271,7 +282,7 @@ def no_room(experiment: Experiment, placement: Placement, nodes: Sequence[Node])
 
 def advice(experiment: Experiment) -> str:
     """What to set where there is no room for the actors."""
-    waiting = ", or raise cluster.wait where nodes join later" if experiment.cluster.address else ""
+    waiting = ", or raise cluster.wait where nodes join later" if experiment.cluster.address_to_join else ""
     return (
         "Set rollouts.workers, the `ranks` of learner, sft and reward, and what each reserves (`cpus`, `gpus`, "
         f"`resources`) to what there is{waiting}"

@@ -13,7 +13,7 @@ from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.data.examples import TokenizedDemonstration
 from align.resources.actors import most_actors, reserved_cpus
 from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
-from align.resources.placement import CPU, GPU, Node, describe_nodes, has_room, no_room, place, total
+from align.resources.placement import CPU, GPU, Node, describe_fit, has_room, no_room, place
 from align.resources.ray_cluster import ray_cluster
 from align.runtime.wording import counted
 from policies.device import cores, default_device
@@ -109,7 +109,7 @@ def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:
     actors = most_actors(experiment, stages)
     if not actors:
         return f"this process, {counted(experiment.cluster.threads or cores(), 'thread')}"
-    if experiment.cluster.address:
+    if experiment.cluster.address_to_join:
         return _on_cluster(experiment, actors)
     return _on_this_machine(experiment, actors)
 
@@ -130,11 +130,7 @@ def _on_cluster(experiment: Experiment, actors: dict[str, int]) -> str:
         from align.resources.reservation import cluster_nodes  # Ray is slow to import
 
         nodes = cluster_nodes()
-    placement = place(experiment, actors, int(total(nodes, GPU)))
-    if has_room(placement, nodes):
-        return f"{placement.description}; on {describe_nodes(nodes)}"
-    wait = f"and cluster.wait is {experiment.cluster.wait:g} s"
-    return f"{placement.description}; they do not fit on {describe_nodes(nodes)}, {wait}"
+    return describe_fit(experiment, actors, nodes)
 
 
 def _fit(experiment: Experiment, settings: FitSettings, examples: int, noun: str) -> str:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from align.config.schema import ClusterSettings, Experiment
@@ -32,6 +33,8 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp")
 """Folders for temporary files that every system has."""
 CONNECT_SECONDS = 10.0
 """Seconds in which the head of a cluster must accept a connection."""
+AUTO = "auto"
+"""The address that has Ray look for a cluster."""
 CLIENT = "ray://"
 """What the addresses of Ray clients begin with."""
 WRONG_TOKEN = (
@@ -63,11 +66,10 @@ def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Itera
     if not cpus:
         yield
         return
-    if settings.address:
-        _check_address(settings.address)
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if not settings.address:
+    address = _find(settings)
+    if not address:
         # Task events, which only a dashboard shows, would accumulate in Ray's store by the 100,000.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     import ray  # reads these variables when it is imported
@@ -75,13 +77,13 @@ def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Itera
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     folder = None
     with _keep_signal_handlers():
-        if settings.address:
-            _join(settings.address, options)
+        if address:
+            _join(address, options)
         else:
             folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_for_sockets())
             options |= {"num_cpus": max(cores(), cpus), "include_dashboard": False, "_temp_dir": folder}
             ray.init(address="local", **options)
-    name = f"cluster.address {settings.address}" if settings.address else "Ray on this machine"
+    name = f"cluster.address {address}" if address else "Ray on this machine"
     try:
         with head_watched(head_address(settings), name, advice):
             try:
@@ -91,6 +93,46 @@ def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Itera
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _find(settings: ClusterSettings) -> str | None:
+    """The address of the cluster to join, where something listens; None: one is to be started on this machine.
+
+    Raises:
+        UserError: There is no such cluster.
+    """
+    address = settings.address_to_join
+    if address == AUTO:
+        address = _found_by_ray()
+        _tell_once(f"cluster.address auto: joining the Ray cluster at {address}")
+    elif address and not settings.address:
+        _tell_once(f"cluster.address is not set: joining the cluster of this Ray job, at {address}")
+    if address:
+        _check_address(address)
+    return address
+
+
+@cache
+def _tell_once(message: str) -> None:
+    """Log a message the first time: a process joins its cluster for the plan, for the dtype and for the run."""
+    log.warning(message)
+
+
+def _found_by_ray() -> str:
+    """The address that Ray finds for `auto`: that in RAY_ADDRESS, or of the node that runs on this machine.
+
+    Raises:
+        UserError: There is none, or more than one.
+    """
+    from ray._private.services import canonicalize_bootstrap_address_or_die  # what `ray.init` calls for `auto`
+
+    try:
+        return str(canonicalize_bootstrap_address_or_die(AUTO))
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"cluster.address auto: {first_line(error)}: start Ray on this machine, set RAY_ADDRESS, or name the "
+            "address of the cluster's head"
+        ) from error
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
@@ -119,8 +161,9 @@ def head_address(settings: ClusterSettings) -> str:
     """Host and port through which this process is connected to the head of its cluster."""
     import ray
 
-    if settings.address and settings.address.startswith(CLIENT):
-        return settings.address.removeprefix(CLIENT)  # the head's other ports may be closed to this machine
+    address = settings.address_to_join
+    if address and address.startswith(CLIENT):
+        return address.removeprefix(CLIENT)  # the head's other ports may be closed to this machine
     return str(ray.get_runtime_context().gcs_address)
 
 

@@ -170,7 +170,7 @@ def reserve(experiment: Experiment, actors: Mapping[str, int]) -> Reservation:
     placement = place(experiment, actors, int(total(nodes, GPU)))
     deadline = time.monotonic() + experiment.cluster.wait
     with ExitStack() as stack:
-        if experiment.cluster.address:
+        if experiment.cluster.address_to_join:
             stack.enter_context(_lock(deadline))
         elif not has_room(placement, nodes):  # and this machine does not grow
             raise UserError(no_room(experiment, placement, nodes))
@@ -225,11 +225,11 @@ def cluster_nodes() -> list[Node]:
     nodes = []
     for node in ray.nodes():
         if node["Alive"]:
-            nodes.append(Node(node["NodeManagerAddress"], _visible(node["Resources"])))
+            nodes.append(Node(node["NodeManagerAddress"], visible(node["Resources"])))
     return nodes
 
 
-def _visible(resources: dict[str, float]) -> dict[str, float]:
+def visible(resources: dict[str, float]) -> dict[str, float]:
     """The resources that a user knows of: without those that Ray adds by itself."""
     return {name: amount for name, amount in resources.items() if not name.startswith(INTERNAL)}
 

@@ -94,7 +94,7 @@ def run_fingerprint(experiment: Experiment, datasets: Datasets) -> dict[str, Any
         setting, a hash of the file with the user's function; `rows`: by field of `Datasets`, a hash of the tokenized
         rows.
     """
-    settings = dict(_flatten(experiment.model_dump(mode="json")))
+    settings = dict(flatten(experiment.model_dump(mode="json")))
     model_locations = {key: settings[key] for key in MODEL_KEYS if settings.get(key)}
     models = {key: model_digest(location) for key, location in model_locations.items()}
     functions = {key: _function_digest(where, key) for key, where in user_functions(experiment).items()}
@@ -266,10 +266,10 @@ def _rows_digest(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Pairs of dotted name and value of nested settings; an empty mapping is a value."""
     for name, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

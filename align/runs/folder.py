@@ -14,6 +14,7 @@ from align.config.schema import Experiment
 from align.config.stage import find_stage, stage_names, stages_from
 from align.runs.tracking import drop_stages
 from align.runtime.atomic_files import clean_up, write_json
+from align.runtime.ray_job import is_in_cache
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
 
@@ -101,6 +102,11 @@ class RunFolder:
 def folder_of(experiment: Experiment) -> RunFolder:
     """The folder of an experiment's run, which may not exist yet. Raises UserError where it could not be made."""
     path = Path(experiment.runs) / experiment.name
+    if is_in_cache(path):
+        raise UserError(
+            f"runs: {path.resolve()} would be in the folder in which Ray keeps a job's working directory, and which it "
+            "deletes: set runs to a folder on storage that lasts, as an absolute path"
+        )
     try:
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     except OSError as error:

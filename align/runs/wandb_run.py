@@ -71,6 +71,7 @@ class WandbRun:
         except Exception as error:
             log.warning("W&B is lost; the run continues without it: %s", error)
             self.run = None
+            _stop_wandb()  # or W&B would try at the end of this process, and fail with a traceback
 
     def close(self, failed: bool) -> None:
         """End the run, once everything logged is on disk or sent. A second call does nothing."""

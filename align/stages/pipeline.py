@@ -173,7 +173,7 @@ def _run_remaining(context: StageContext, stages: Sequence[str], stack: ExitStac
     """
     actors = actors_by_stage(context.experiment)
     starts_with = next((stage for stage in stages if actors.get(stage)), None)
-    if starts_with and context.experiment.cluster.address:
+    if starts_with and context.experiment.cluster.address_to_join:
         starts_with = stages[0]
     for stage in stages:
         if stage == starts_with:
@@ -207,7 +207,7 @@ def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) 
         if context.stop.dropped:
             raise Interrupted from None
         raise
-    if experiment.cluster.address:
+    if experiment.cluster.address_to_join:
         check_files_on_nodes(experiment, {kind: reservation.nodes(kind) for kind in actors})
     return replace(context, reservation=reservation)
 

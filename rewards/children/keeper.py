@@ -46,11 +46,13 @@ def keep_worker() -> None:
 
 
 def _work(setup: dict[str, Any]) -> None:
-    """Become the worker: default signal handlers, no input, the limit on memory, and then the user's function."""
+    """Become the worker: its signal handlers, no input, the limit on memory, and then the user's function."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _leave_to_driver)
+    os.register_at_fork(after_in_child=_restore_default_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -66,6 +68,16 @@ def _work(setup: dict[str, Any]) -> None:
     from rewards.children.worker import serve
 
     serve(setup)
+
+
+def _leave_to_driver(number: int, frame: object) -> None:
+    """Do nothing: Ray, for one, stops a job by a signal to each of its processes, and the driver decides what ends."""
+
+
+def _restore_default_handler() -> None:
+    """After a fork, in the child: a function must be able to terminate processes of its own."""
+    if signal.getsignal(signal.SIGTERM) == _leave_to_driver:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _kill_when_ordered(driver: int) -> None:

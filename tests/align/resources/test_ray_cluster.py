@@ -87,8 +87,25 @@ def test_what_is_to_be_set_is_said_where_a_token_is_missing_or_wrong(
 
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(UserError) as caught:
-        ray_cluster(ClusterSettings(address="auto"), 1).__enter__()
-    assert str(caught.value) == f"cluster.address auto cannot be joined: {module.WRONG_TOKEN}"
+        ray_cluster(ClusterSettings(address="ray://host:10001"), 1).__enter__()
+    assert str(caught.value) == f"cluster.address ray://host:10001 cannot be joined: {module.WRONG_TOKEN}"
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_found_cluster_is_named_before_it_is_joined(
+    address: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    settings = ClusterSettings(address=address)
+    assert settings.address_to_join == address
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert settings.address_to_join == (address or "127.0.0.1:1")
+    module._tell_once.cache_clear()
+    with pytest.raises(UserError, match=r"^cluster\.address \S+:1 cannot be reached"):
+        ray_cluster(settings, 1).__enter__()
+    (message,) = caplog.messages
+    how = "auto: joining the Ray cluster at" if address else "is not set: joining the cluster of this Ray job, at"
+    assert message.startswith(f"cluster.address {how} ")  # Ray replaces a loopback address by that of the node
 
 
 def test_a_client_connects_to_the_head_through_its_own_port() -> None:

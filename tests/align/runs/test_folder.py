@@ -154,3 +154,13 @@ def test_facts_and_evaluation_are_read_back_and_are_empty_before(tmp_path: Path)
     RunFolder(tmp_path).evaluation.write_text('{"prompts": 4}')
     assert read_facts(tmp_path) == {"seconds": 1.5}
     assert RunFolder(tmp_path).read_evaluation() == {"prompts": 4}
+
+
+def test_a_run_in_the_folder_of_a_ray_jobs_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    settings = {"name": "x", "model": {"path": "base"}}
+    with pytest.raises(UserError, match=r"^runs: .*/_ray_pkg_1/runs/x would be in the folder in which Ray keeps"):
+        folder_of(Experiment.model_validate(settings))
+    folder_of(Experiment.model_validate(settings | {"runs": str(tmp_path / "runs")}))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -63,7 +64,7 @@ BAD = {
         "    import os\n    if 'r1' in r: os.kill(os.getpid(), 9)\n",
         "had its process ended by SIGKILL, as the kernel does where memory runs out",
     ),
-    "kills its group": ("    import os\n    if 'r1' in r: os.killpg(0, 15)\n", "had its process ended by SIGTERM"),
+    "kills its group": ("    import os\n    if 'r1' in r: os.killpg(0, 1)\n", "had its process ended by SIGHUP"),
     "is interrupted": (
         "    if 'r1' in r: raise KeyboardInterrupt\n",
         r"raised KeyboardInterrupt \(.*score\.py:2\)",
@@ -132,12 +133,39 @@ def f(p, r, c):
     assert scored(make_pool(tmp_path, text, timeout=20), make_batch()).values == [2.0, 2.0, 2.0]
 
 
+def test_a_stop_that_reaches_every_process_leaves_a_call_to_the_driver(tmp_path: Path) -> None:
+    text = """
+import time
+
+def f(p, r, c):
+    open(c[0]["file"], "w").close()
+    time.sleep(1)
+    return [5.0] * len(r)
+"""
+    file = tmp_path / "called"
+    pool = make_pool(tmp_path, text)
+
+    def stop_all() -> None:
+        while not file.exists():
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            process.terminate()  # as Ray stops a job
+
+    stopper = Thread(target=stop_all)
+    stopper.start()
+    assert scored(pool, make_batch(columns={"file": str(file)})).values == [5.0] * 3
+    stopper.join()
+
+
 def test_a_function_has_the_main_thread_default_handlers_and_no_input(tmp_path: Path) -> None:
     text = """
 import os, signal, sys, time
 
 def f(p, r, c):
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not (forked := os.fork()):
+        os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)
+    assert os.waitpid(forked, 0)[1] == 0
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert sys.stdin.read() == ""
     assert os.environ["OMP_NUM_THREADS"] == c[0]["threads"]
     signal.signal(signal.SIGALRM, lambda *_: None)

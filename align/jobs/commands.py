@@ -1,0 +1,231 @@
+"""The commands `align submit` and `align jobs`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.table import Table
+
+from align.runtime.consoles import console, errors
+from policies.errors import UserError
+
+if TYPE_CHECKING:
+    from align.config.schema import Experiment
+    from align.jobs.client import Job, Jobs
+    from align.jobs.submission import Submission
+
+jobs = typer.Typer(no_args_is_help=True, help="The jobs that `align submit` has started on a Ray cluster.")
+
+Address = Annotated[
+    str,
+    typer.Option(
+        help="the cluster's dashboard, http://HOST:8265; auto: that of the Ray node on this machine",
+        envvar="RAY_API_SERVER_ADDRESS",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id, or its beginning", show_default=False)]
+
+
+def submit(  # noqa: PLR0913 - one parameter per option
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    address: Address = "auto",
+    python: Annotated[str, typer.Option(help="Python on the cluster, such as that of a shared environment")] = "python",
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME[=VALUE]", help="an environment variable of the job; may be repeated"),
+    ] = None,
+    runtime_env: Annotated[
+        Path | None,
+        typer.Option("--runtime-env", help="YAML file with further fields of Ray's runtime environment, such as pip"),
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="CPUs that the controller reserves; 0: it runs on the head")] = 1,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs that it reserves; unset: 1 if it trains and the cluster has any, else 0"),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the job without submitting it")] = False,
+    follow: Annotated[bool, typer.Option(help="show the job's output and pass on its exit status")] = True,
+) -> None:
+    """Run an experiment as a job of a Ray cluster.
+
+    The current folder is sent to the cluster, without the runs, data and models in it: those are read and written where
+    they are, so they must be on storage that the cluster shares.
+    """
+    from align.config.load import load_experiment
+    from align.jobs.submission import JobOptions, submission_of
+
+    settings = load_experiment(experiment, overrides or [])
+    options = JobOptions(
+        python=python,
+        env=_environment(env or []),
+        runtime_env=_read_runtime_env(runtime_env),
+        cpus=cpus,
+        gpus=gpus,
+        replace=replace,
+    )
+    if dry_run:
+        _show(submission_of(settings, experiment, overrides or [], options, cluster_gpus=0))
+        return
+    cluster = _connect(address)
+    cluster_gpus = _show_placement(settings, cluster)
+    job = cluster.submit(submission_of(settings, experiment, overrides or [], options, cluster_gpus))
+    errors.print(f"job {job} submitted; `align jobs stop {job}` stops it after a checkpoint", soft_wrap=True)
+    if follow:
+        _follow(cluster, job)
+
+
+@jobs.command(name="list")
+def list_jobs(address: Address = "auto") -> None:
+    """List the jobs, the latest first."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("job", "state", "submitted", "time", "run"):
+        table.add_column(column, no_wrap=column != "run", overflow="fold")
+    for job in _connect(address).list():
+        state = job.status.lower()
+        if job.exit_status:
+            state += f" ({job.exit_status})"
+        table.add_row(job.id, state, f"{job.started:%m-%d %H:%M}", _clock(job.seconds), job.run.folder)
+    console.print(table)
+
+
+@jobs.command(name="logs")
+def show_logs(
+    job: JobId,
+    address: Address = "auto",
+) -> None:
+    """Show what a job has written, and go on until it ends. Its exit status is passed on."""
+    cluster = _connect(address)
+    _follow(cluster, cluster.find(job).id)
+
+
+@jobs.command(name="stop")
+def stop_job(job: JobId, address: Address = "auto") -> None:
+    """Stop a job: its step ends, a checkpoint is written, and the command waits for that."""
+    cluster = _connect(address)
+    found = cluster.find(job)
+    if found.ended:
+        errors.print(f"job {found.id} has ended before: {found.status.lower()}")
+        return
+    errors.print(f"job {found.id} ends its step and writes a checkpoint …", soft_wrap=True)
+    _guarded(lambda: cluster.stop(found.id))
+    errors.print(f"job {found.id} has stopped; `align jobs resume {found.id}` resumes its run", soft_wrap=True)
+
+
+@jobs.command(name="resume")
+def resume_job(
+    job: JobId,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    address: Address = "auto",
+    follow: Annotated[bool, typer.Option(help="show the job's output and pass on its exit status")] = True,
+) -> None:
+    """Resume the run of a job that has ended, as another job.
+
+    The current folder is sent again: call it where `align submit` was called.
+    """
+    from align.jobs.submission import resumption_of
+
+    cluster = _connect(address)
+    earlier = cluster.find(job)
+    if not earlier.ended:
+        raise UserError(f"job {earlier.id} is still {earlier.status.lower()}: `align jobs stop {earlier.id}` stops it")
+    new = cluster.submit(resumption_of(earlier.run, earlier.runtime_env, overrides or []))
+    errors.print(f"job {new} submitted; it resumes {earlier.run.folder}", soft_wrap=True)
+    if follow:
+        _follow(cluster, new)
+
+
+def _connect(address: str) -> "Jobs":
+    from align.jobs.client import Jobs
+
+    return Jobs(address)
+
+
+def _follow(cluster: "Jobs", job_id: str) -> None:
+    """Show what a job writes, and end this process with its exit status."""
+    from align.jobs.client import exit_status, explanation
+
+    try:
+        job: Job = _guarded(lambda: cluster.follow(job_id, _write))
+    except KeyboardInterrupt:
+        errors.print(f"the job goes on; `align jobs logs {job_id}` follows it, `align jobs stop {job_id}` stops it")
+        raise
+    if reason := explanation(job):
+        errors.print(f"[red]error:[/red] job {job_id}: {reason}", soft_wrap=True)
+    sys.exit(exit_status(job))
+
+
+def _guarded(action: Any) -> Any:
+    """Do something with the cluster. If it is lost meanwhile, end this process with status 1."""
+    from align.jobs.client import ClusterLost
+
+    try:
+        return action()
+    except ClusterLost as lost:
+        errors.print(f"[red]error:[/red] {lost}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _show_placement(settings: "Experiment", cluster: "Jobs") -> int:
+    """Say where the run's actors will be. Returns the number of GPUs of the cluster."""
+    from align.resources.actors import most_actors
+    from align.resources.placement import GPU, describe_fit, total
+
+    nodes = cluster.nodes()
+    actors = most_actors(settings, settings.stages)
+    errors.print(f"placement: {describe_fit(settings, actors, nodes)}", soft_wrap=True, highlight=False)
+    return int(total(nodes, GPU))
+
+
+def _show(submission: "Submission") -> None:
+    """Print a submission as YAML, without the values of environment variables."""
+    from dataclasses import asdict
+
+    from align.jobs.submission import with_secrets_hidden
+
+    shown = asdict(with_secrets_hidden(submission))
+    shown["excludes"] = list(submission.excludes)
+    shown["run"]["excludes"] = list(submission.excludes)
+    _write(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=sys.maxsize))
+
+
+def _environment(given: list[str]) -> dict[str, str]:
+    """The variables that `--env` names, with the values given there or, without one, in this process."""
+    variables = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator and name not in os.environ:
+            raise UserError(f"--env {name}: this environment variable is not set: set it, or give --env {name}=VALUE")
+        variables[name] = value if separator else os.environ[name]
+    return variables
+
+
+def _read_runtime_env(path: Path | None) -> dict[str, Any]:
+    """The fields of Ray's runtime environment in a file."""
+    if path is None:
+        return {}
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--runtime-env {path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"--runtime-env {path}: expected fields of Ray's runtime environment, as `name: value`")
+    for name in ("working_dir", "excludes"):
+        if name in fields:
+            raise UserError(f"--runtime-env {path}: {name}: the current folder is sent; remove this field")
+    return fields
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
