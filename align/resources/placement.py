@@ -187,7 +187,11 @@ def _share_gpus(ranks: Group, seats: Sequence[Seat], workers: int, rollouts: Rol
         seats: Their seats.
         workers: Number of workers.
         rollouts: The settings of the workers.
+
+    Raises:
+        UserError: Ranks and workers must be on nodes with different values of one label.
     """
+    _refuse_other_labels(ranks.label_selector, rollouts.label_selector)
     count = len(seats)
     own = _resources(rollouts, 0)
     bundles = [dict(bundle) for bundle in ranks.bundles]
@@ -211,6 +215,15 @@ def _share_gpus(ranks: Group, seats: Sequence[Seat], workers: int, rollouts: Rol
         f"each with {_amounts(own)}"
     )
     return Placement((group,), {RANK: tuple(shared_ranks), WORKER: tuple(shared_workers)}, description)
+
+
+def _refuse_other_labels(ranks: Mapping[str, str], workers: Mapping[str, str]) -> None:
+    for name in ranks.keys() & workers.keys():
+        if ranks[name] != workers[name]:
+            raise UserError(
+                f"rollouts.label_selector: {name} is {workers[name]!r}, and {ranks[name]!r} in learner.label_selector: "
+                "workers that share the ranks' GPUs are on their nodes: remove one of the two"
+            )
 
 
 def _describe(kind: str, count: int, resources: Resources, strategy: str) -> str:

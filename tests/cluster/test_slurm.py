@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Slurm:
         (self.environment / "bin" / "activate").write_text(f"PATH={srun.parent}:$PATH\n")
 
     def start(self, *arguments: object) -> "subprocess.Popen[str]":
-        """Start the script on the first machine, and its step on the others."""
+        """Start the script on the first machine, and its step on the others, whose output goes to NAME.log."""
         self.step.unlink(missing_ok=True)
         script = REPOSITORY / "configs/cluster/slurm.sh"
         process = self.machines[0].popen(
@@ -64,8 +63,7 @@ class Slurm:
             environment = dict(
                 text.split("=", 1) for text in (self.folder / "step.environment").read_text().split("\0")[:-1]
             )
-            other = machine.popen(*line, **environment)
-            threading.Thread(target=other.communicate, daemon=True).start()
+            machine.popen("bash", "-c", '"$@" &> "$0"', self.folder / f"{machine.name}.log", *line, **environment)
         return process
 
 

@@ -31,6 +31,15 @@ def amounts(placement: Placement, kind: str, name: str) -> list[float]:
     return [seat.resources.get(name, 0) for seat in placement.seats.get(kind, ())]
 
 
+def test_workers_on_the_ranks_gpus_cannot_need_other_nodes() -> None:
+    labels = {"learner": {"label_selector": {"zone": "a", "disk": "fast"}}}
+    both = experiment(1, 1, rollouts={"gpus": "shared", "label_selector": {"zone": "a", "net": "fast"}}, **labels)
+    assert placed(1, both).groups[0].label_selector == {"zone": "a", "disk": "fast", "net": "fast"}
+    other = experiment(1, 1, rollouts={"gpus": "shared", "label_selector": {"zone": "b"}}, **labels)
+    with pytest.raises(UserError, match=r"^rollouts\.label_selector: zone is 'b', and 'a' in learner\.label_selector"):
+        placed(1, other)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_ranks_have_a_gpu_each_and_workers_one_of_the_others(ranks: int, workers: int) -> None:
