@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -108,11 +109,14 @@ class Reservation:
             deadline: When to give up, by the monotonic clock.
 
         Raises:
+            NodeDiedError: The node on this machine has died, of a cluster that has no other.
             UserError: The cluster has had no room for them until then.
         """
         started = time.monotonic()
         told = False
         while any(placement_group_table(group)["state"] != "CREATED" for group in self.groups):
+            if not self.experiment.cluster.address_to_join and not cluster_nodes():
+                raise NodeDiedError("its only node, on this machine, has died")
             now = time.monotonic()
             if now > deadline:
                 raise UserError(self._no_room())
@@ -236,9 +240,9 @@ def visible(resources: dict[str, float]) -> dict[str, float]:
 
 def _cluster_in_words() -> str:
     """What the nodes have, and what of it is free."""
+    nodes = cluster_nodes()
+    if not nodes:
+        return "it has no node that is alive"
     free = ray.available_resources()
-    words = []
-    for name in (CPU, GPU):
-        if total(cluster_nodes(), name):
-            words.append(f"{free.get(name, 0):g} {name}s")
-    return f"it has {describe_nodes(cluster_nodes())}, of which {listed(words)} are free"
+    words = [f"{free.get(name, 0):g} {name}s" for name in (CPU, GPU) if total(nodes, name)]
+    return f"it has {describe_nodes(nodes)}, of which {listed(words) if words else 'no CPUs'} are free"

@@ -87,6 +87,9 @@ def machines(tiny_model: Path, folder: Path) -> Iterator[list[Machine]]:
         for machine in both:
             machine.start()
         connect(*both)
+        for machine, other in zip(both, reversed(both), strict=True):
+            # By its default route Ray finds the address of a node; `ray symmetric-run` does not let one set it.
+            machine.run("ip", "route", "add", "default", "via", other.address)
         yield both
     finally:
         for machine in reversed(both):
@@ -118,7 +121,8 @@ def test_two_nodes_stop_on_slurms_signal_with_a_checkpoint_and_resume(machines: 
     assert "stopped; `align resume" in errors
     (last,) = (folder / "runs/tiny/checkpoints/ppo").glob("step-*")
     steps = int(last.name.removeprefix("step-")) + 1
-    assert until(lambda: not machines[0].processes("raylet"))
+    for machine in machines:
+        assert until(lambda machine=machine: not machine.processes("raylet"))
     process = slurm.start("resume", folder / "runs/tiny", f"ppo.steps={steps}")
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, output + errors

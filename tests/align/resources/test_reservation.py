@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import NodeDiedError
 
 from align.config.schema import Experiment
 from align.learner.ray_ranks import RayRanks
 from align.resources import reservation as module
 from align.resources.actors import RANK, WORKER, most_actors
+from align.resources.placement import Node, place
 from align.resources.ray_cluster import RAY_ENVIRONMENT
 from align.resources.reservation import Reservation, reserve
 from policies.device import ActorOptions
@@ -240,3 +242,27 @@ def remove(cluster: Cluster, node_id: str) -> None:
     cluster.remove_node(node, allow_graceful=False)
     while any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node_id):
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ([], "it has no node that is alive"),
+        ([Node("10.0.0.1", {})], "it has 1 node: 10.0.0.1 (nothing), of which no CPUs are free"),
+    ],
+)
+def test_a_cluster_without_nodes_or_cpus_can_be_described(
+    nodes: list[Node], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "cluster_nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "available_resources", dict)
+    assert module._cluster_in_words() == words
+
+
+def test_nothing_is_waited_for_where_the_only_node_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the groups is simulated; tests/integration/test_kills.py kills a node."""
+    monkeypatch.setattr(module, "placement_group_table", lambda group: {"state": "RESCHEDULING"})
+    monkeypatch.setattr(module, "cluster_nodes", list)
+    here = experiment(1, 0, cluster={"wait": 600})
+    with pytest.raises(NodeDiedError, match="its only node, on this machine, has died"):
+        Reservation(here, place(here, {RANK: 1}, 0), [object()]).await_room()
