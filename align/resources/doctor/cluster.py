@@ -43,6 +43,11 @@ def check_local_cluster() -> Finding:
                 object_bytes = _object_bytes()
         except UserError as error:
             return problem_in_words(str(error), "set TMPDIR to another folder")
+        except OSError as error:
+            return problem(
+                f"Ray does not start: {first_line(error)}",
+                "set HOME and TMPDIR to folders that can be written: Ray has a token in ~/.ray, and sockets in TMPDIR",
+            )
     if isinstance(environment, str):
         return problem(f"a cluster starts on this machine, but no task runs there: {environment}", RESTART)
     if shared_bytes < object_bytes:

@@ -3,7 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from align.resources.doctor.finding import Finding, ok, warning
+from align.resources.doctor.finding import Finding, ok, problem, warning
 
 ANSWER_SECONDS = 5.0
 """Seconds in which a server must answer."""
@@ -31,9 +31,14 @@ def check_wandb() -> Finding:
     from align.config.schema import TrackingSettings
     from align.runs.wandb_run import stop_wandb, tracking_mode
 
-    server = wandb.setup().settings.base_url
-    mode = tracking_mode(TrackingSettings())
-    stop_wandb()
+    try:
+        server = wandb.setup().settings.base_url
+        mode = tracking_mode(TrackingSettings())
+    except (wandb.Error, ValueError) as error:
+        words = " ".join(str(error).partition("[type=")[0].split())  # pydantic repeats the value after this
+        return problem(f"W&B cannot start: {words}", "set the variables WANDB_… as it says, or tracking.wandb=disabled")
+    finally:
+        stop_wandb()
     if os.environ.get("WANDB_MODE") and mode != "online":
         return ok(f"runs are tracked as WANDB_MODE says: {mode}")
     if mode != "online":
