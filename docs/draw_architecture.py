@@ -24,7 +24,7 @@ DESCRIPTIONS = {
     "align.api": "the Python interface",
     "align.outputs": "report, model card, export, trained runs",
     "align.stages": "SFT, reward model, PPO, and the pipeline of stages",
-    "align.resources": "plan, memory and Ray cluster of a run",
+    "align.resources": "plan, memory and Ray cluster of a run; checks of an installation",
     "align.evaluation": "evaluation of policies and reward models",
     "align.ppo": "PPO's objectives and loop, its metrics, checkpoints and checks",
     "align.supervised": "the objectives and the loop of SFT and reward training",

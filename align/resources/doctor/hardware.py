@@ -42,15 +42,16 @@ def _check_gpus() -> Finding:
 
     names = []
     for index in range(torch.cuda.device_count()):
-        name = f"{torch.cuda.get_device_name(index)}, {torch.cuda.mem_get_info(index)[1] / GIB:.0f} GiB"
+        name = torch.cuda.get_device_name(index)
         try:
             torch.ones(2, device=f"cuda:{index}").sum().item()
+            _, total = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
             return problem(
                 f"torch {torch.__version__} cannot compute on GPU {index} ({name}): {first_line(error)}",
                 "end the processes that `nvidia-smi` lists there, or install a torch that is built for this GPU",
             )
-        names.append(name)
+        names.append(f"{name}, {total / GIB:.0f} GiB")
     return ok(f"{counted(len(names), 'GPU')}: {'; '.join(names)}; model.dtype auto is {fast_dtype()}")
 
 

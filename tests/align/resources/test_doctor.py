@@ -475,6 +475,12 @@ def _text(part: ast.expr) -> str:
     return str(part.value) if isinstance(part, ast.Constant) else "X"
 
 
+def test_the_document_lists_every_check() -> None:
+    table = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8").partition("| check |")[2]
+    names = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+    assert names == [check.name for check in all_checks("runs", "address")]
+
+
 COMMANDS = re.compile(r"(?:^|[`:] ?)align ([a-z]+ [^`]+)")
 SETTINGS = re.compile(r"\b([a-z_]+(?:\.[a-z_]+)*)=[^=]|`([a-z_]+)` (?:to|of)\b|\bset ([a-z_]+\.[a-z_]+) to")
 
