@@ -76,7 +76,7 @@ def all_checks(runs: str, address: str | None) -> list[Check]:
         Check("device", check_device, seconds=120, cure=REINSTALL),
         Check("cores", check_cores, seconds=120, cure=REINSTALL),
         Check("kernels", check_compiler, seconds=180, cure=REINSTALL),
-        Check("Ray", check_local_cluster, seconds=120, cure=RAY),
+        Check("Ray", check_local_cluster, seconds=180, cure=RAY),
         Check("folder of runs", check_runs, seconds=30, cure=FOLDER, arguments=(runs,)),
         Check("temporary files", check_temporary, seconds=30, cure=FOLDER),
         Check("caches", check_caches, seconds=120, cure=FOLDER),

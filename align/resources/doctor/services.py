@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from align.resources.doctor.finding import Finding, ok, problem, warning
+from policies.errors import first_line
 
 ANSWER_SECONDS = 5.0
 """Seconds in which a server must answer."""
@@ -34,15 +35,17 @@ def check_wandb() -> Finding:
     try:
         server = wandb.setup().settings.base_url
         mode = tracking_mode(TrackingSettings())
+        has_key = mode == "online" and wandb.login(prompt=False, verify=False)
     except (wandb.Error, ValueError) as error:
         words = " ".join(str(error).partition("[type=")[0].split())  # pydantic repeats the value after this
         return problem(f"W&B cannot start: {words}", "set the variables WANDB_… as it says, or tracking.wandb=disabled")
     finally:
         stop_wandb()
-    if os.environ.get("WANDB_MODE") and mode != "online":
-        return ok(f"runs are tracked as WANDB_MODE says: {mode}")
     if mode != "online":
-        return ok(f"runs are tracked {mode}, because there is no API key; `wandb login` asks for one")
+        reason = "as WANDB_MODE says" if os.environ.get("WANDB_MODE") else "because there is no API key for W&B"
+        return ok(f"runs are tracked {mode}, {reason}")
+    if not has_key:
+        return problem("WANDB_MODE is online, and there is no API key", "wandb login, or set WANDB_MODE to offline")
     if fault := why_no_answer(server):
         return warning(
             f"there is an API key, but {server}: {fault}; runs are tracked offline",
@@ -67,4 +70,6 @@ def why_no_answer(address: str) -> str | None:
         return "its certificate is not accepted"
     except requests.ConnectionError:
         return "it cannot be reached"
+    except requests.RequestException as error:
+        return first_line(error)
     return None

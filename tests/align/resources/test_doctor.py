@@ -78,6 +78,7 @@ def package(folder: Path, name: str, version: str, code: str | None = None) -> s
     return str(folder)
 
 
+@pytest.mark.timeout(900)  # it imports everything that runs import, in several processes
 def test_a_healthy_machine_has_no_problem(tmp_path: Path) -> None:
     ended = doctor(tmp_path, "", "--json")
     assert ended.returncode == 0, ended.stdout
@@ -223,6 +224,7 @@ def cluster(folder: Path, python_path: str) -> Iterator[str]:
             head.stdin.close()
 
 
+@pytest.mark.timeout(900)  # three processes start or join a cluster
 def test_the_nodes_of_a_cluster_are_compared_with_this_machine(tmp_path: Path) -> None:
     other = package(tmp_path / "other", "wandb", "0.1")
     with cluster(tmp_path, f"{other}{os.pathsep}{ROOT}") as address:
@@ -244,11 +246,11 @@ def why_no_mounts() -> str | None:
     return attempt.stderr.strip() or "unshare fails" if attempt.returncode else None
 
 
-def mounted(script: str, folder: Path) -> Finding:
-    """What the check of Ray finds where a shell script has changed what is mounted."""
+def mounted(script: str, folder: Path, only: str = "Ray") -> Finding:
+    """What a check finds where a shell script has changed what is mounted."""
     line = f'set -e; {script}\nexec "$@"'
     ended = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", line, "bash", sys.executable, "-P", "-c", COMMAND, "Ray", "--json"],
+        ["unshare", "--mount", "bash", "-c", line, "bash", sys.executable, "-P", "-c", COMMAND, only, "--json"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -287,6 +289,14 @@ def test_little_shared_memory_is_a_warning(tmp_path: Path) -> None:
     found = mounted("mount -t tmpfs -o size=64m tmpfs /dev/shm", tmp_path)
     assert found.state == "warning"
     assert found.found == "/dev/shm has 0.067 GB free, so Ray keeps objects in files, which is slow"
+
+
+@pytest.mark.skipif(why_no_mounts() is not None, reason=str(why_no_mounts()))
+def test_little_space_for_temporary_files_is_a_warning(tmp_path: Path) -> None:
+    script = "mount -t tmpfs -o size=90m tmpfs /mnt; export TMPDIR=/mnt"
+    found = mounted(script, tmp_path, "temporary files")
+    cure = "free space there, or set TMPDIR to a folder with more"
+    assert found == Finding("warning", "/mnt: only 0.09 GB are free", cure)
 
 
 def test_ray_without_a_home_folder_is_told(tmp_path: Path) -> None:
@@ -374,8 +384,14 @@ def test_a_server_that_accepts_and_never_answers_is_not_waited_for(tmp_path: Pat
 def test_without_a_key_or_online_nothing_is_to_be_mended(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": None, "NETRC": str(tmp_path / "none")}
     assert "no API key" in finding(tmp_path, "W&B", 0, **home, WANDB_MODE=None).found
-    assert finding(tmp_path, "W&B", 0, WANDB_MODE="offline") == ok("runs are tracked as WANDB_MODE says: offline")
+    assert finding(tmp_path, "W&B", 0, WANDB_MODE="offline") == ok("runs are tracked offline, as WANDB_MODE says")
     assert finding(tmp_path, "hub", 0, HF_HUB_OFFLINE="1").state == "ok"
+
+
+def test_online_without_a_key_is_a_problem(tmp_path: Path) -> None:
+    nowhere = {"HOME": str(tmp_path), "WANDB_API_KEY": None, "NETRC": str(tmp_path / "none")}
+    found = finding(tmp_path, "W&B", 1, **nowhere, WANDB_MODE="online")
+    assert found.cure == "wandb login, or set WANDB_MODE to offline"
 
 
 def test_a_setting_of_wandb_that_is_not_valid_is_told(tmp_path: Path) -> None:
