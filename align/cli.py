@@ -1,6 +1,7 @@
 """The command `align`."""
 
 import gc
+import json
 import math
 import os
 import sys
@@ -270,6 +271,26 @@ def report(run: Run) -> None:
 
     folder, _ = find_run(run)
     console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
+
+
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="check the Ray cluster at this address, too")] = None,
+    runs: Annotated[Path, typer.Option(help="the folder for runs")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """Check this machine's installation, and say what mends each problem; exit status 1: there is one."""
+    from align.resources.doctor.checks import all_checks, run_checks
+    from align.resources.doctor.report import findings_record, findings_table, is_healthy
+
+    with errors.status("checking the installation, in half a minute or so"):
+        findings = run_checks(all_checks(str(runs), address))
+    if as_json:
+        print(json.dumps(findings_record(findings)))
+    else:
+        console.print(findings_table(findings))
+    if not is_healthy(findings):
+        sys.exit(1)
 
 
 @lasting_streams()

@@ -25,7 +25,7 @@ DESCRIPTIONS = {
     "align.outputs": "report, model card, export, trained runs",
     "align.stages": "SFT, reward model, PPO, and the pipeline of stages",
     "align.jobs": "runs as jobs of a Ray cluster",
-    "align.resources": "plan, memory and Ray cluster of a run",
+    "align.resources": "plan, memory and Ray cluster of a run; checks of an installation",
     "align.evaluation": "evaluation of policies and reward models",
     "align.ppo": "PPO's objectives and loop, its metrics, checkpoints and checks",
     "align.supervised": "the objectives and the loop of SFT and reward training",

@@ -1,4 +1,4 @@
-"""What the documents say, taken apart: code blocks, inline code, and the settings that exist."""
+"""What the documents say, taken apart: code blocks and inline code; and the settings and commands that exist."""
 
 import re
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import typer.main
 from pydantic import BaseModel
 
+from align.cli import app
 from align.config.schema import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,16 @@ def inline_code(path: Path) -> list[str]:
     """What stands in backticks outside fenced blocks."""
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     return INLINE_CODE.findall(text)
+
+
+def parse_align(arguments: list[str]) -> None:
+    """Parse a command line of `align` without running it. Raises click's UsageError for a wrong one."""
+    group = typer.main.get_command(app)
+    context = group.make_context("align", list(arguments))
+    name, *rest = arguments
+    command = group.get_command(context, name)  # type: ignore[attr-defined]  # `align` is a group of commands
+    assert command is not None, name
+    command.make_context(name, rest, parent=context)
 
 
 def setting_exists(key: str) -> bool:

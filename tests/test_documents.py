@@ -6,12 +6,20 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer.main
 
-from align.cli import app
 from align.config.load import load_experiment
 from align.config.stage import stages_table
-from tests.documents import ROOT, SECTIONS, Block, blocks_of, documents, inline_code, setting_exists, setting_names
+from tests.documents import (
+    ROOT,
+    SECTIONS,
+    Block,
+    blocks_of,
+    documents,
+    inline_code,
+    parse_align,
+    setting_exists,
+    setting_names,
+)
 
 MINIMAL = ("name=documents", "model.path=my-model")
 COMMENT = re.compile(r"(^|\s)#.*$")
@@ -96,16 +104,6 @@ def is_valid(command: str) -> bool:
         file = next(argument for argument in arguments if not argument.startswith("-"))
         return (ROOT / file).is_file() or arguments[0] == "-m"
     return False
-
-
-def parse_align(arguments: list[str]) -> None:
-    """Parse a command line of `align` without running it. Raises click's UsageError for a wrong one."""
-    group = typer.main.get_command(app)
-    context = group.make_context("align", list(arguments))
-    name, *rest = arguments
-    command = group.get_command(context, name)  # type: ignore[attr-defined]  # `align` is a group of commands
-    assert command is not None, name
-    command.make_context(name, rest, parent=context)
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,12 +2,13 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,8 @@ WRONG_TOKEN = (
     "~/.ray/auth_token to the token that the head of the cluster was started with"
 )
 """Why a cluster cannot be joined, and what would be right. Ray 2.60 reads a token only where the mode is set."""
+VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+"""Versions in the message of Ray that two of them differ: first those of the head."""
 
 log = logging.getLogger(__name__)
 
@@ -75,24 +78,20 @@ def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Itera
     import ray  # reads these variables when it is imported
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    folder = None
-    with _keep_signal_handlers():
-        if address:
-            _join(address, options)
-        else:
-            folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_for_sockets())
-            options |= {"num_cpus": max(cores(), cpus), "include_dashboard": False, "_temp_dir": folder}
-            ray.init(address="local", **options)
     name = f"cluster.address {address}" if address else "Ray on this machine"
-    try:
+    with ExitStack() as stack:
+        with _keep_signal_handlers():
+            if address:
+                _join(address, options)
+            else:
+                folder = stack.enter_context(_folder_of_files())
+                options |= {"num_cpus": max(cores(), cpus), "include_dashboard": False, "_temp_dir": folder}
+                ray.init(address="local", **options)
         with head_watched(head_address(settings), name, advice):
             try:
                 yield
             finally:
                 ray.shutdown()
-    finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _find(settings: ClusterSettings) -> str | None:
@@ -139,14 +138,14 @@ def _join(address: str, options: dict[str, Any]) -> None:
     """Connect to the cluster at an address.
 
     Raises:
-        UserError: It cannot be joined; there is no cluster, or the token is missing or wrong.
+        UserError: It cannot be joined: there is no cluster, the token is missing or wrong, or versions differ.
     """
     import ray
 
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = WRONG_TOKEN if _is_about_token(error) else first_line(error)
+        reason = WRONG_TOKEN if _is_about_token(error) else _differing_versions(error) or first_line(error)
         raise UserError(f"cluster.address {address} cannot be joined: {reason}") from error
 
 
@@ -155,6 +154,18 @@ def _is_about_token(error: Exception) -> bool:
     import ray
 
     return isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in str(error.__cause__)
+
+
+def _differing_versions(error: Exception) -> str | None:
+    """The versions on both sides, where Ray refuses to connect because they differ."""
+    versions = VERSIONS.findall(str(error))
+    if len(versions) != 2:
+        return None
+    (head_ray, head_python), (own_ray, own_python) = versions
+    return (
+        f"its head has Ray {head_ray} and Python {head_python}, this machine Ray {own_ray} and Python {own_python}: "
+        "install the head's versions here, or these there"
+    )
 
 
 def head_address(settings: ClusterSettings) -> str:
@@ -197,6 +208,16 @@ def _folder_for_sockets() -> str:
         f"TMPDIR {tmpdir} is too long a path for Ray's sockets, and {' and '.join(SHORT_FOLDERS)} cannot be written: "
         f"set TMPDIR to a folder whose path has at most {LONGEST_TMPDIR} bytes"
     )
+
+
+@contextmanager
+def _folder_of_files() -> Iterator[str]:
+    """A folder for the files of a local cluster, which is removed where the cluster ends or does not start."""
+    folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_folder_for_sockets())
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class WandbRun:
         except Exception as error:
             log.warning("W&B is lost; the run continues without it: %s", error)
             self.run = None
-            _stop_wandb()  # or W&B would try at the end of this process, and fail with a traceback
+            stop_wandb()  # or W&B would try at the end of this process, and fail with a traceback
 
     def close(self, failed: bool) -> None:
         """End the run, once everything logged is on disk or sent. A second call does nothing."""
@@ -85,7 +85,7 @@ class WandbRun:
             log.warning("W&B has not taken all metrics in %.0f s; `wandb sync %s` sends them", FINISH_SECONDS, run.dir)
         except Exception as error:
             log.warning("W&B did not end cleanly: %s", error)
-        _stop_wandb()
+        stop_wandb()
 
 
 def start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> WandbRun | None:
@@ -109,12 +109,12 @@ def start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[s
         import wandb
 
         try:
-            mode = _mode(settings)
+            mode = tracking_mode(settings)
             if mode == "disabled":
                 return None
             wandb_run = _init_or_go_offline(run, settings, mode, {"name": name, "config": config})
         except (wandb.Error, ValueError) as error:
-            _stop_wandb()
+            stop_wandb()
             raise UserError(
                 f"W&B cannot start: {error}. Set tracking.wandb to offline (kept in {run / 'wandb'}, `wandb sync` "
                 "sends it later) or disabled; for online, log in with `wandb login` and check that the server can be "
@@ -147,7 +147,7 @@ def _init_or_go_offline(run: Path, settings: TrackingSettings, mode: Any, argume
             run / "wandb",
             first_line(error),
         )
-        _stop_wandb()
+        stop_wandb()
         return _init(run, settings, "offline", arguments)
 
 
@@ -168,7 +168,8 @@ def _init(run: Path, settings: TrackingSettings, mode: Any, arguments: dict[str,
     )
 
 
-def _mode(settings: TrackingSettings) -> Any:
+def tracking_mode(settings: TrackingSettings) -> Any:
+    """`online`, `offline` or another mode of W&B: what the settings, WANDB_MODE or the user's login say."""
     if settings.wandb != "auto":
         return settings.wandb
     if os.environ.get("WANDB_MODE"):
@@ -254,7 +255,7 @@ def _wandb_environment(run: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _stop_wandb() -> None:
+def stop_wandb() -> None:
     """End W&B's process, which would otherwise live as long as this one."""
     import wandb
 

@@ -73,40 +73,55 @@ def library() -> ctypes.CDLL | None:
 
     They share the threads of torch, whose OpenMP library is already in the process.
     """
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
-        # There may be no home folder, none that is writable, or a cached file that is not a library.
-        with suppress(OSError, RuntimeError):
-            return _cached_library(compiler)
-        with tempfile.TemporaryDirectory() as folder:
-            return _compile(compiler, Path(folder) / "kernels.so")
+        return load_library()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _cached_library(compiler: list[str]) -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
+    """Load the compiled kernels, after compiling them where the cache does not have them.
+
+    Raises:
+        OSError: There is no compiler, or what it has compiled cannot be loaded.
+        subprocess.CalledProcessError: The compiler has failed; `stderr` has its messages.
+    """
+    # There may be no home folder, none that is writable, or a cached file that is not a library.
+    with suppress(OSError, RuntimeError):
+        return _cached_library(compiler())
+    with tempfile.TemporaryDirectory() as folder:
+        return _compile(compiler(), Path(folder) / "kernels.so")
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def _cached_library(command: list[str]) -> ctypes.CDLL:
     """The library in the user's cache folder; its name is a hash of sources, compiler, flags and processor."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
     key = hashlib.sha256(b"\0".join([*sources, version, *map(str.encode, (*FLAGS, _processor()))]))
-    cached = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    cached = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     if cached.exists():
         return ctypes.CDLL(str(cached))
     cached.parent.mkdir(parents=True, exist_ok=True)
-    return _compile(compiler, cached)
+    return _compile(command, cached)
 
 
-def _compile(compiler: list[str], target: Path) -> ctypes.CDLL:
+def _compile(command: list[str], target: Path) -> ctypes.CDLL:
     """Compile to a temporary file and rename it: several processes may compile at the same time."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled = Path(folder) / target.name
-        command = [*compiler, *FLAGS, "-Wno-psabi", str(SOURCES / "kernels.cpp"), "-o", str(compiled)]
-        subprocess.run(command, capture_output=True, check=True)
+        line = [*command, *FLAGS, "-Wno-psabi", str(SOURCES / "kernels.cpp"), "-o", str(compiled)]
+        subprocess.run(line, capture_output=True, check=True)
         compiled.replace(target)
     return ctypes.CDLL(str(target))
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where compiled kernels are kept. Raises RuntimeError where there is no home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align"
 
 

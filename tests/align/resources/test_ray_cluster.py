@@ -1,9 +1,11 @@
 import os
+import platform
 import tempfile
 from pathlib import Path
 
 import pytest
 import ray
+from ray._private.utils import check_version_info
 from ray.exceptions import AuthenticationError
 
 from align.config.schema import ClusterSettings, Experiment
@@ -106,6 +108,30 @@ def test_a_found_cluster_is_named_before_it_is_joined(
     (message,) = caplog.messages
     how = "auto: joining the Ray cluster at" if address else "is not set: joining the cluster of this Ray job, at"
     assert message.startswith(f"cluster.address {how} ")  # Ray replaces a loopback address by that of the node
+
+
+def test_versions_that_differ_from_those_of_the_head_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        check_version_info({"ray_version": "2.59.1", "python_version": "3.10.2"}, "node 10.0.0.1")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UserError) as caught:
+        ray_cluster(ClusterSettings(address="auto"), 1).__enter__()
+    assert str(caught.value) == (
+        "cluster.address auto cannot be joined: its head has Ray 2.59.1 and Python 3.10.2, this machine Ray "
+        f"{ray.__version__} and Python {platform.python_version()}: install the head's versions here, or these there"
+    )
+
+
+def test_a_cluster_that_does_not_start_leaves_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(**options: object) -> None:
+        raise RuntimeError("the raylet has not started")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(module, "_folder_for_sockets", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError, match="the raylet has not started"):
+        ray_cluster(ClusterSettings(), 1).__enter__()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_client_connects_to_the_head_through_its_own_port() -> None:

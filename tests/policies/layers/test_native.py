@@ -64,7 +64,7 @@ def test_they_are_compiled_for_one_process_where_they_cannot_be_cached(
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     elif trouble == "no home":
-        monkeypatch.setattr(native, "_cache_folder", Path("~nobody-at-all").expanduser)
+        monkeypatch.setattr(native, "cache_folder", Path("~nobody-at-all").expanduser)
     else:
         assert native.library() is not None
         (compiled,) = cache_folder.iterdir()
