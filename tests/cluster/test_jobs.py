@@ -36,11 +36,11 @@ def slow_loss(*arguments):
             calls.write(".")
         if (FOLDER / "calls").stat().st_size == {slow_call}:
             (FOLDER / "calling").touch()
-            time.sleep(20)
+            time.sleep(40)
     return load_policy_loss("clip")(*arguments)
 """
 SLOW_CALL = 10
-"""The call of the loss that takes 20 seconds: the second of the third step."""
+"""The call of the loss that takes long: the second of the third step."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,11 @@ def test_a_job_that_is_stopped_in_a_long_update_and_resumed_ends_as_one_that_is_
     assert status == 0, output + errors
     (client.folder / "slow").touch()
     process = client.popen("submit", "hurt.yaml")
+    assert process.stderr is not None
+    job = job_in(process.stderr.readline() + process.stderr.readline())
     while not (client.folder / "calling").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    status, output, _ = client.align("jobs", "list")
-    job = next(line.split()[0] for line in output.splitlines() if "/runs/hurt" in line)
     status, _, errors = client.align("jobs", "stop", job)
     assert status == 0, errors
     output, errors = process.communicate(timeout=60)

@@ -136,7 +136,7 @@ def test_workers_killed_at_random_moments_change_nothing(
 def test_a_worker_that_hangs_does_not_delay_the_batch(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
 ) -> None:
-    pool = make_pool(tiny_model, timeout=15.0)
+    pool = make_pool(tiny_model, timeout=60.0)
     pool.load_adapter(0, versions[0])
     pool.wait()
     pool.generate(REQUESTS, SAMPLING)  # so that the duration of a chunk is known
@@ -145,7 +145,7 @@ def test_a_worker_that_hangs_does_not_delay_the_batch(
     for version in (1, 2):
         pool.load_adapter(version, versions[version])
         assert tokens(pool.generate(REQUESTS, SAMPLING)) == expected_tokens(local, version, versions[version])
-    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:  # until it is given up after 15 seconds
+    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:  # until it is given up after a minute
         pool.generate(REQUESTS[:8], SAMPLING)
         time.sleep(0.5)
     pool.wait()
