@@ -1,0 +1,150 @@
+"""Counts what autograd keeps of one microbatch for the backward pass, by a forward pass without data.
+
+The trunk is on the meta device, where tensors have shapes and no memory, and takes the same path through its layers as
+in training.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from policies.trunk import Trunk
+
+Storages = dict[int, UntypedStorage]
+"""Storages by identity. They are kept, so that no other can take the place of one that is freed."""
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What autograd saves of a forward pass of the trunk, without parameters and buffers.
+
+    Attributes:
+        all_layers: Bytes that are saved without gradient checkpointing.
+        checkpointed: Bytes at the peak with it: what is saved between the layers, and of the largest layer, while it is
+            recomputed.
+    """
+
+    all_layers: int
+    checkpointed: int
+
+
+def count_saved(trunk: Trunk, role: str, lengths: Sequence[int]) -> SavedBytes:
+    """Count what autograd saves of a forward pass of packed sequences.
+
+    Args:
+        trunk: A trunk on the meta device, without gradient checkpointing.
+        role: The role whose adapter is used; nothing is saved where nothing of it is trained.
+        lengths: Tokens of each sequence.
+    """
+    saved = _SavedTensors(trunk)
+    ids = torch.zeros(sum(lengths), dtype=torch.long, device="meta")  # [N]
+    with saved.recorded(), _FusedAttention(), torch.enable_grad():
+        trunk.hidden_packed(ids, lengths, role)
+    return saved.bytes
+
+
+class _SavedTensors:
+    """Storages that autograd saves during a forward pass: those of each decoder layer, and those between layers."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._trunk = trunk
+        self._frozen = _storages([*trunk.parameters(), *trunk.buffers()])
+        self._outside: Storages = {}
+        self._inputs: Storages = {}
+        self._layers: list[Storages] = []
+        self._current = self._outside
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record the storages within the block."""
+        layers = [module for module in self._trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
+        hooks = [layer.register_forward_pre_hook(self._enter) for layer in layers]
+        hooks += [layer.register_forward_hook(self._leave) for layer in layers]
+        try:
+            with saved_tensors_hooks(self._save, _never_unpacked):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def bytes(self) -> SavedBytes:
+        """The bytes of what has been recorded."""
+        every = dict(self._outside)
+        for layer in self._layers:
+            every |= layer
+        between = self._outside | self._inputs
+        largest = max((_size(layer, without=between) for layer in self._layers), default=0)
+        return SavedBytes(_size(every), _size(between) + largest)
+
+    def _save(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._frozen:
+            self._current[storage._cdata] = storage
+
+    def _enter(self, layer: Any, inputs: tuple[Any, ...]) -> None:
+        """Before a layer: checkpointing keeps its positional arguments."""
+        self._inputs |= _storages([value for value in inputs if isinstance(value, Tensor)])
+        self._layers.append({})
+        self._current = self._layers[-1]
+
+    def _leave(self, layer: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+        self._current = self._outside
+
+
+def _storages(tensors: Sequence[Tensor]) -> Storages:
+    storages: Storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+    return storages
+
+
+def _size(storages: Storages, without: Storages | None = None) -> int:
+    """The bytes of storages that are not among others."""
+    others = without or {}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in others)
+
+
+def _never_unpacked(_: Any) -> Tensor:
+    raise RuntimeError("nothing is differentiated here")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Has torch's attention save on the meta device what it saves on a real one.
+
+    On the meta device torch would choose the form that keeps the attention weights. Those of CPUs and of GPUs keep one
+    number per query and head in their place; only with dropout, a CPU keeps the weights.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """As torch's function of the same arguments."""
+    if dropout_p or query.shape[-1] != value.shape[-1]:
+        options |= {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+        return scaled_dot_product_attention(query, key, value, **options)
+    mask = None if attn_mask is None else attn_mask.to(query.dtype)  # as torch converts masks of bool
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, _ = fused(query, key, value, is_causal=is_causal, attn_mask=mask, scale=options.get("scale"))
+    return out
