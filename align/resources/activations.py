@@ -4,7 +4,7 @@ The trunk is on the meta device, where tensors have shapes and no memory, and ta
 in training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ def count_saved(trunk: Trunk, role: str, lengths: Sequence[int]) -> SavedBytes:
     """
     saved = _SavedTensors(trunk)
     ids = torch.zeros(sum(lengths), dtype=torch.long, device="meta")  # [N]
-    with saved.recorded(), _FusedAttention(), torch.enable_grad():
+    with saved.recorded(), _WithoutData(), torch.enable_grad():
         trunk.hidden_packed(ids, lengths, role)
     return saved.bytes
 
@@ -118,17 +118,12 @@ def _never_unpacked(_: Any) -> Tensor:
     raise RuntimeError("nothing is differentiated here")
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Has torch's attention save on the meta device what it saves on a real one.
-
-    On the meta device torch would choose the form that keeps the attention weights. Those of CPUs and of GPUs keep one
-    number per query and head in their place; only with dropout, a CPU keeps the weights.
-    """
+class _WithoutData(TorchFunctionMode):
+    """Replaces what needs data, or saves something else without, by what saves the same as on a real device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        replacement = REPLACEMENTS.get(function, function)
+        return replacement(*args, **(kwargs or {}))
 
 
 def _attention(
@@ -140,11 +135,32 @@ def _attention(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """As torch's function of the same arguments."""
-    if dropout_p or query.shape[-1] != value.shape[-1]:
+    """Torch's attention, fused where it is on a CPU: then it keeps one number per query and head.
+
+    On the meta device torch always chooses the form that keeps the attention weights.
+    """
+    same_heads = query.shape[1] == key.shape[1] or options.get("enable_gqa")
+    if dropout_p or query.shape[-1] != value.shape[-1] or not same_heads:
         options |= {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
         return scaled_dot_product_attention(query, key, value, **options)
     mask = None if attn_mask is None else attn_mask.to(query.dtype)  # as torch converts masks of bool
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, _ = fused(query, key, value, is_causal=is_causal, attn_mask=mask, scale=options.get("scale"))
     return out
+
+
+def _grouped_product(inputs: Tensor, weights: Tensor, **_: Any) -> Tensor:
+    """Inputs `[N, in]` times the weights `[experts, in, out]` of their experts; torch's is for bfloat16 alone here."""
+    return inputs @ weights[0]
+
+
+def _all(*_: Any, **__: Any) -> Tensor:
+    """The answer to what transformers asks about masks and positions: nothing is padded, no sequences are joined."""
+    return torch.tensor(True)
+
+
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    scaled_dot_product_attention: _attention,
+    torch._grouped_mm: _grouped_product,
+    Tensor.all: _all,
+}
