@@ -1,166 +1,157 @@
-"""Counts what autograd keeps of one microbatch for the backward pass, by a forward pass without data.
+"""Estimates the bytes of activations: what training keeps of one microbatch until its backward pass is through."""
 
-The trunk is on the meta device, where tensors have shapes and no memory, and takes the same path through its layers as
-in training.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
-import torch
-from torch import Tensor, UntypedStorage
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
-from transformers.modeling_layers import GradientCheckpointingLayer
-
+from align.config.schema import Experiment
+from align.resources.saved_tensors import SavedBytes, count_logits, count_saved
+from policies.build import base_without_weights, trunk_without_weights
+from policies.schema import ModelSettings
 from policies.trunk import Trunk
 
-Storages = dict[int, UntypedStorage]
-"""Storages by identity. They are kept, so that no other can take the place of one that is freed."""
+ROLE = "policy"
+"""The role that stands for all: their adapters are alike."""
+FLOAT32_BYTES = 4
+"""Bytes of a hidden unit that a scalar head reads."""
 
 
 @dataclass(frozen=True)
-class SavedBytes:
-    """What autograd saves of a forward pass of the trunk, without parameters and buffers.
+class Microbatch:
+    """The largest microbatch of a stage.
 
     Attributes:
-        all_layers: Bytes that are saved without gradient checkpointing.
-        checkpointed: Bytes at the peak with it: what is saved between the layers, and of the largest layer, while it is
-            recomputed.
-    """
-
-    all_layers: int
-    checkpointed: int
-
-
-def count_saved(trunk: Trunk, role: str, lengths: Sequence[int]) -> SavedBytes:
-    """Count what autograd saves of a forward pass of packed sequences.
-
-    Args:
-        trunk: A trunk on the meta device, without gradient checkpointing.
-        role: The role whose adapter is used; nothing is saved where nothing of it is trained.
         lengths: Tokens of each sequence.
+        dropout: Whether modules are in training mode, as they are in the supervised stages.
     """
-    saved = _SavedTensors(trunk)
-    ids = torch.zeros(sum(lengths), dtype=torch.long, device="meta")  # [N]
-    with saved.recorded(), _WithoutData(), torch.enable_grad():
-        trunk.hidden_packed(ids, lengths, role)
-    return saved.bytes
 
-
-class _SavedTensors:
-    """Storages that autograd saves during a forward pass: those of each decoder layer, and those between layers."""
-
-    def __init__(self, trunk: Trunk) -> None:
-        self._trunk = trunk
-        self._frozen = _storages([*trunk.parameters(), *trunk.buffers()])
-        self._outside: Storages = {}
-        self._inputs: Storages = {}
-        self._layers: list[Storages] = []
-        self._current = self._outside
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record the storages within the block."""
-        layers = [module for module in self._trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
-        hooks = [layer.register_forward_pre_hook(self._enter) for layer in layers]
-        hooks += [layer.register_forward_hook(self._leave) for layer in layers]
-        try:
-            with saved_tensors_hooks(self._save, _never_unpacked):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    lengths: tuple[int, ...]
+    dropout: bool
 
     @property
-    def bytes(self) -> SavedBytes:
-        """The bytes of what has been recorded."""
-        every = dict(self._outside)
-        for layer in self._layers:
-            every |= layer
-        between = self._outside | self._inputs
-        largest = max((_size(layer, without=between) for layer in self._layers), default=0)
-        return SavedBytes(_size(every), _size(between) + largest)
-
-    def _save(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._frozen:
-            self._current[storage._cdata] = storage
-
-    def _enter(self, layer: Any, inputs: tuple[Any, ...]) -> None:
-        """Before a layer: checkpointing keeps its positional arguments."""
-        self._inputs |= _storages([value for value in inputs if isinstance(value, Tensor)])
-        self._layers.append({})
-        self._current = self._layers[-1]
-
-    def _leave(self, layer: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
-        self._current = self._outside
+    def tokens(self) -> int:
+        """Its tokens."""
+        return sum(self.lengths)
 
 
-def _storages(tensors: Sequence[Tensor]) -> Storages:
-    storages: Storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-    return storages
+def largest_microbatch(trunk: Trunk, tokens: int, longest: int, dropout: bool) -> Microbatch:
+    """The largest microbatch, whose sequences are as long as they may be.
 
-
-def _size(storages: Storages, without: Storages | None = None) -> int:
-    """The bytes of storages that are not among others."""
-    others = without or {}
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in others)
-
-
-def _never_unpacked(_: Any) -> Tensor:
-    raise RuntimeError("nothing is differentiated here")
-
-
-class _WithoutData(TorchFunctionMode):
-    """Replaces what needs data, or saves something else without, by what saves the same as on a real device."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replacement = REPLACEMENTS.get(function, function)
-        return replacement(*args, **(kwargs or {}))
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
-    """Torch's attention, fused where it is on a CPU: then it keeps one number per query and head.
-
-    On the meta device torch always chooses the form that keeps the attention weights.
+    Args:
+        trunk: The trunk that computes it.
+        tokens: The most tokens of a microbatch.
+        longest: The most tokens of a sequence. One with more than `tokens` is a microbatch by itself.
+        dropout: Whether modules are in training mode.
     """
-    same_heads = query.shape[1] == key.shape[1] or options.get("enable_gqa")
-    if dropout_p or query.shape[-1] != value.shape[-1] or not same_heads:
-        options |= {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-        return scaled_dot_product_attention(query, key, value, **options)
-    mask = None if attn_mask is None else attn_mask.to(query.dtype)  # as torch converts masks of bool
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, _ = fused(query, key, value, is_causal=is_causal, attn_mask=mask, scale=options.get("scale"))
-    return out
+    count, rest = divmod(max(tokens, longest), longest)
+    lengths = [longest] * count
+    if rest and trunk.supports_packing:
+        lengths.append(rest)
+    return Microbatch(tuple(lengths), dropout)
 
 
-def _grouped_product(inputs: Tensor, weights: Tensor, **_: Any) -> Tensor:
-    """Inputs `[N, in]` times the weights `[experts, in, out]` of their experts; torch's is for bfloat16 alone here."""
-    return inputs @ weights[0]
+class ActivationEstimate:
+    """Estimates the activations of an experiment's stages; what has been counted is not counted again.
+
+    The methods for stages yield the names and the bytes of what a process holds while it trains on a microbatch, and
+    raise NeedsDataError for a model that cannot be run without data. The logits of a chunk exist before the backward
+    pass of the layers, and the layer that gradient checkpointing recomputes during it: then the sum is above the peak.
+    """
+
+    def __init__(self, experiment: Experiment, trunk: Trunk) -> None:
+        """Prepare to count.
+
+        Args:
+            experiment: The settings.
+            trunk: The experiment's trunk on the meta device, with the role `policy`.
+        """
+        self._experiment = experiment
+        self._trunk = trunk
+        self._counted: dict[tuple[Trunk, Microbatch], SavedBytes] = {}
+
+    def sft(self) -> Iterator[tuple[str, float]]:
+        """The activations of SFT."""
+        settings = self._experiment.sft
+        trunk = self._trunk_at(self._experiment.zero_of(settings))
+        microbatch = self._microbatch(trunk, settings.tokens_per_microbatch, settings.max_tokens, dropout=True)
+        yield _role(microbatch), self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
+        yield _logits(trunk, microbatch)
+
+    def reward(self) -> Iterator[tuple[str, float]]:
+        """The activations of reward training, whose heads read one token per sequence."""
+        settings = self._experiment.reward
+        trunk = self._trunk_at(self._experiment.zero_of(settings))
+        microbatch = self._microbatch(trunk, settings.tokens_per_microbatch, settings.max_tokens, dropout=True)
+        if settings.trains == "adapter":
+            yield _role(microbatch), self._saved(trunk, microbatch)
+
+    def ppo(self) -> Iterator[tuple[str, float]]:
+        """The activations of PPO.
+
+        The objectives of policy and critic are differentiated one after another, but together at ZeRO 3.
+        """
+        experiment = self._experiment
+        learner = experiment.learner
+        trunk = self._trunk_at(learner.zero)
+        longest = experiment.rollouts.max_prompt_tokens + experiment.rollouts.max_new_tokens
+        microbatch = self._microbatch(trunk, learner.tokens_per_microbatch, longest, dropout=False)
+        policy = self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
+        critic = 0
+        kind = experiment.ppo.critic.kind if experiment.ppo.has_critic else None
+        if kind == "head":
+            policy += _saved_by_values(trunk, microbatch)
+        elif kind is not None:
+            critic_trunk = self._critic_trunk or trunk
+            critic = self._saved(critic_trunk, microbatch) + _saved_by_values(critic_trunk, microbatch)
+        yield _role(microbatch), policy + critic if learner.zero == 3 else max(policy, critic)
+        yield _logits(trunk, microbatch, learn_entropy=experiment.ppo.entropy_coefficient > 0)
+
+    def _trunk_at(self, zero: int) -> Trunk:
+        return self._trunk_of_modules if zero == 3 else self._trunk
+
+    @cached_property
+    def _trunk_of_modules(self) -> Trunk:
+        """The trunk as it is at ZeRO 3."""
+        trunk = self._build(self._experiment.model)
+        trunk.use_module_forwards()
+        return trunk
+
+    @cached_property
+    def _critic_trunk(self) -> Trunk | None:
+        """The trunk of a critic on a base model that is not the policy's."""
+        path = self._experiment.ppo.critic.model
+        return None if path is None else self._build(self._experiment.model.model_copy(update={"path": path}))
+
+    def _build(self, model: ModelSettings) -> Trunk:
+        policy = self._experiment.policy
+        return trunk_without_weights(base_without_weights(model, policy), policy, (ROLE,))
+
+    def _microbatch(self, trunk: Trunk, tokens: int | None, longest: int, dropout: bool) -> Microbatch:
+        return largest_microbatch(trunk, tokens or trunk.default_microbatch_tokens(), longest, dropout)
+
+    def _saved(self, trunk: Trunk, microbatch: Microbatch) -> int:
+        """The bytes that a forward pass of the trunk saves."""
+        key = trunk, microbatch
+        if key not in self._counted:
+            trunk.train(microbatch.dropout)
+            self._counted[key] = count_saved(trunk, ROLE, microbatch.lengths)
+        saved = self._counted[key]
+        return saved.checkpointed if self._experiment.model.gradient_checkpointing else saved.all_layers
 
 
-def _all(*_: Any, **__: Any) -> Tensor:
-    """The answer to what transformers asks about masks and positions: nothing is padded, no sequences are joined."""
-    return torch.tensor(True)
+def _role(microbatch: Microbatch) -> str:
+    return f"activations, {microbatch.tokens:,} tokens per microbatch"
 
 
-REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    scaled_dot_product_attention: _attention,
-    torch._grouped_mm: _grouped_product,
-    Tensor.all: _all,
-}
+def _saved_by_likelihood(trunk: Trunk, microbatch: Microbatch) -> int:
+    """The gradient of the hidden states, computed in the forward pass; if the LM head is trained, the states."""
+    return microbatch.tokens * trunk.width * trunk.causal.dtype.itemsize
+
+
+def _saved_by_values(trunk: Trunk, microbatch: Microbatch) -> int:
+    """The hidden states that a scalar head reads."""
+    return microbatch.tokens * trunk.width * FLOAT32_BYTES
+
+
+def _logits(trunk: Trunk, microbatch: Microbatch, learn_entropy: bool = False) -> tuple[str, float]:
+    return "logits of a chunk", count_logits(trunk, ROLE, microbatch.tokens, learn_entropy)

@@ -1,0 +1,302 @@
+"""The plan's bytes of activations against those that autograd holds when a real learner's backward pass begins."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from align.algorithms.episodes import Episode
+from align.config.schema import Experiment
+from align.data.examples import TokenizedDemonstration, TokenizedPreference
+from align.ppo.learner import PpoLearner, StepCoefficients
+from align.resources.activations import largest_microbatch
+from align.resources.memory import estimate_memory, measure
+from align.roles.build import Blueprint, build_roles
+from align.supervised.learner import SupervisedLearner
+from align.supervised.reward_objective import RewardBlueprint
+from align.supervised.sft_objective import SftBlueprint
+from policies.errors import UserError
+from policies.method_spec import methods
+from rewards.preferences import Pair, PreferenceExample
+from tests.integration.tiny_run import make_settings
+
+LENGTH = 256
+"""Tokens of each sequence, as many as the settings allow."""
+PROMPT = 16
+SEQUENCES = 4
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "qwen3": SIZES,
+    "gemma3_text": SIZES | {"sliding_window": 64, "layer_types": LAYER_TYPES, "query_pre_attn_scalar": 16},
+}
+POLICIES = {
+    "lora": {"rank": 8, "alpha": 16},
+    "qlora": {"method": "qlora", "rank": 8, "alpha": 16},
+    "full": {"method": "full"},
+    "bottleneck": {"method": "bottleneck", "bottleneck": 16},
+    "prompt_tuning": {"method": "prompt_tuning"},
+    "prefix_tuning": {"method": "prefix_tuning"},
+}
+
+
+class Held:
+    """A tensor that autograd holds, and the number of the layer that has saved it."""
+
+    def __init__(self, tensor: Tensor, layer: int | None) -> None:
+        self.tensor = tensor
+        self.layer = layer
+
+
+class Saved:
+    """What autograd holds of the forward passes of a module, without its parameters and buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weights = {address(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+        self.layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+        self.inputs: set[int] = set()
+        self.held: weakref.WeakSet[Held] = weakref.WeakSet()
+        self.running: int | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        hooks = []
+        for number, layer in enumerate(self.layers):
+            hooks.append(layer.register_forward_pre_hook(lambda _, inputs, number=number: self.enter(number, inputs)))
+            hooks.append(layer.register_forward_hook(lambda *_: setattr(self, "running", None)))
+        with torch.autograd.graph.saved_tensors_hooks(self.hold, lambda held: held.tensor):
+            yield
+        for hook in hooks:
+            hook.remove()
+
+    def enter(self, number: int, inputs: tuple[Any, ...]) -> None:
+        self.running = number
+        self.inputs |= {address(value) for value in inputs if isinstance(value, Tensor)}
+
+    def hold(self, tensor: Tensor) -> Held:
+        held = Held(tensor.detach(), self.running)
+        self.held.add(held)
+        return held
+
+    def bytes(self) -> int:
+        """Bytes of all storages that are held now."""
+        return sum(storages([held.tensor for held in self.held], self.weights).values())
+
+    def largest_layer(self) -> int:
+        """Bytes that the layer which saves most has saved, without what is its input or saved outside of layers."""
+        outside = storages([held.tensor for held in self.held if held.layer is None], set())
+        elsewhere = self.weights | self.inputs | outside.keys()
+        sizes = []
+        for number in range(len(self.layers)):
+            own = [held.tensor for held in self.held if held.layer == number]
+            sizes.append(sum(storages(own, elsewhere).values()))
+        return max(sizes)
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def storages(tensors: Sequence[Tensor], without: set[int]) -> dict[int, int]:
+    """Bytes of the tensors' storages by address."""
+    return {address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors if address(tensor) not in without}
+
+
+Learner = SupervisedLearner | PpoLearner
+
+
+def held_at_backward(learner: Learner, train: Callable[[Any], object], by_layer: bool = False) -> int:
+    """The most bytes that autograd holds at the beginning of a backward pass; or that the largest layer saves."""
+    saved = Saved(learner.rank.module)
+    backward = learner.rank.engine.backward
+    noted: list[int] = []
+
+    def note(loss: Tensor) -> None:
+        noted.append(saved.largest_layer() if by_layer else saved.bytes())
+        backward(loss)
+
+    learner.rank.engine.backward = note
+    with saved.noted():
+        train(learner)
+    learner.rank.engine.backward = backward
+    learner.close()
+    return max(noted)
+
+
+def measured(build: Callable[[bool], Learner], train: Callable[[Any], object], checkpointing: bool) -> int:
+    """What a learner holds; with checkpointing, also what its largest layer saves when it is recomputed."""
+    held = held_at_backward(build(checkpointing), train)
+    return held + held_at_backward(build(False), train, by_layer=True) if checkpointing else held
+
+
+@pytest.fixture(scope="module")
+def model_of(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of a random model of a family."""
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(
+                family, vocab_size=len(tiny_tokenizer), eos_token_id=1, pad_token_id=0, **FAMILIES[family]
+            )
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folders[family])
+            tiny_tokenizer.save_pretrained(folders[family])
+        return folders[family]
+
+    return make
+
+
+def experiment_of(base: Path, folder: Path, policy: dict[str, Any], **changes: Any) -> Experiment:
+    microbatch = {"tokens_per_microbatch": SEQUENCES * LENGTH}
+    settings = make_settings(base, folder) | {
+        "policy": policy,
+        "sft": microbatch | {"max_tokens": LENGTH},
+        "reward": microbatch | {"max_tokens": LENGTH, "batch_size": SEQUENCES // 2},
+        "learner": microbatch,
+        "rollouts": {"max_prompt_tokens": PROMPT, "max_new_tokens": LENGTH - PROMPT},
+    }
+    for section, values in changes.items():
+        settings[section] = settings.get(section, {}) | values
+    return Experiment.model_validate(settings)
+
+
+def planned(experiment: Experiment, stage: str) -> float:
+    uses = estimate_memory(experiment, [stage], measure(experiment.model, experiment.policy))
+    tokens = SEQUENCES * LENGTH
+    (activations,) = [use for use in uses if use.role == f"activations, {tokens:,} tokens per microbatch"]
+    assert activations.transient
+    return activations.bytes
+
+
+def random_ids(count: int) -> list[int]:
+    return torch.randint(2, 290, (count,)).tolist()
+
+
+def sft_learner(experiment: Experiment, checkpointing: bool) -> SupervisedLearner:
+    examples = [TokenizedDemonstration(random_ids(LENGTH), [(1, LENGTH)]) for _ in range(SEQUENCES)]
+    blueprint = SftBlueprint(
+        model=experiment.model,
+        policy=experiment.policy,
+        seed=0,
+        examples=examples,
+        heldout=examples,
+        learning_rate=1e-3,
+    )
+    return SupervisedLearner(blueprint.build(), experiment.sft, 0, seed=0, gradient_checkpointing=checkpointing)
+
+
+def reward_learner(experiment: Experiment, checkpointing: bool) -> SupervisedLearner:
+    """Prompts are so short that each response is computed with its own."""
+    pair = PreferenceExample("", ("better", "worse"), Pair())
+    examples = []
+    for _ in range(SEQUENCES // 2):
+        responses = [random_ids(LENGTH - 1) for _ in range(2)]
+        examples.append(TokenizedPreference(pair, random_ids(1), responses))
+    blueprint = RewardBlueprint(
+        model=experiment.model,
+        policy=experiment.policy,
+        seed=0,
+        member=0,
+        sft=None,
+        examples=examples,
+        heldout=examples,
+        settings=experiment.reward,
+    )
+    return SupervisedLearner(blueprint.build(), experiment.reward, 0, seed=0, gradient_checkpointing=checkpointing)
+
+
+def ppo_learner(experiment: Experiment, checkpointing: bool) -> PpoLearner:
+    roles = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), experiment.ppo.active_critic)
+    return PpoLearner(roles, experiment.ppo, experiment.learner, 1.0, checkpointing)
+
+
+def train_supervised(learner: SupervisedLearner) -> None:
+    learner.train(range(len(learner.objective.examples)), 0, 1.0)
+
+
+def train_ppo(learner: PpoLearner) -> None:
+    zeros = torch.zeros(LENGTH - PROMPT)
+    episodes = []
+    for _ in range(SEQUENCES):
+        episode = Episode(
+            prompt_ids=tuple(random_ids(PROMPT)),
+            response_ids=tuple(random_ids(LENGTH - PROMPT)),
+            old_logprobs=zeros,
+            reference_logprobs=zeros,
+            advantages=zeros + 1,
+            returns=zeros + 1,
+            old_values=zeros,
+        )
+        episodes.append(episode)
+    learner.update(episodes, [[list(range(SEQUENCES))]], StepCoefficients(1e-5, 1e-5, 0.0))
+
+
+def supported(policies: dict[str, dict[str, Any]]) -> list[tuple[str, bool]]:
+    """Each method without gradient checkpointing, and with it where its own table does not refuse that."""
+    cases = [(name, False) for name in policies]
+    for name, policy in policies.items():
+        if not methods()[policy.get("method", "lora")].checkpointing_conflict:
+            cases.append((name, True))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), supported(POLICIES))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft_holds_what_the_plan_says(
+    family: str,
+    name: str,
+    checkpointing: bool,
+    model_of: Callable[[str], Path],
+    tmp_path: Path,
+    process_group: None,
+) -> None:
+    model = {"gradient_checkpointing": checkpointing}
+    experiment = experiment_of(model_of(family), tmp_path, POLICIES[name], model=model)
+    try:
+        expected = planned(experiment, "sft")
+    except UserError as refusal:
+        pytest.skip(str(refusal))
+    held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, checkpointing)
+    assert expected == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_reward_training_holds_what_the_plan_says(
+    name: str, checkpointing: bool, model_of: Callable[[str], Path], tmp_path: Path, process_group: None
+) -> None:
+    model = {"gradient_checkpointing": checkpointing}
+    experiment = experiment_of(model_of("llama"), tmp_path, POLICIES[name], model=model)
+    held = measured(lambda checkpoint: reward_learner(experiment, checkpoint), train_supervised, checkpointing)
+    assert planned(experiment, "reward") == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [None, "head", "adapter", "model"])
+def test_ppo_holds_what_the_plan_says(
+    kind: str | None, checkpointing: bool, model_of: Callable[[str], Path], tmp_path: Path, process_group: None
+) -> None:
+    ppo = {"critic": {"kind": kind}} if kind else {"estimator": "reinforce++"}
+    model = {"gradient_checkpointing": checkpointing}
+    experiment = experiment_of(model_of("qwen3"), tmp_path, POLICIES["lora"], ppo=ppo, model=model)
+    held = measured(lambda checkpoint: ppo_learner(experiment, checkpoint), train_ppo, checkpointing)
+    assert planned(experiment, "ppo") == pytest.approx(held, rel=0.1)
