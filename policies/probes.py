@@ -100,7 +100,7 @@ def supports_packing(trunk: ProbedTrunk) -> bool:
     Not every model family hands extra arguments to its attention, and sliding windows are part of the mask.
     """
     model = trunk.causal
-    if model.config._attn_implementation != ATTENTION_NAME or not _has_full_attention(model):
+    if model.config._attn_implementation != ATTENTION_NAME or not has_full_attention(model):
         return False
     if model.device.type == "meta":
         return True  # there are no states to compare; the few models that need padding save as much with it
@@ -124,7 +124,7 @@ def supports_shared_prompts(trunk: ProbedTrunk, role: str) -> bool:
     the responses in between. What a response does not attend to must not change its states, whatever their dtype: it is
     multiplied by zero. Apart from that they may differ by rounding, which adds up over the layers.
     """
-    if trunk.causal.device.type == "meta" or not _has_full_attention(trunk.causal):
+    if trunk.causal.device.type == "meta" or not has_full_attention(trunk.causal):
         return False
     prompt = [5, 6, 7]
     first, second, other = [8, 9], [10, 11, 12], [13, 14]
@@ -172,6 +172,6 @@ def states_agree(states: Tensor, expected: Tensor) -> bool:
     return _distance(states, expected) <= rounding
 
 
-def _has_full_attention(model: PreTrainedModel) -> bool:
+def has_full_attention(model: PreTrainedModel) -> bool:
     """Whether the model has attention over the whole sequence, without a sliding window."""
     return not getattr(model.config.get_text_config(), "sliding_window", None)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from align.config.schema import Experiment
-from align.resources.saved_tensors import SavedBytes, count_logits, count_saved
+from align.resources.saved_tensors import SavedBytes, count_logits, count_packed, count_shared_prompts
 from policies.build import base_without_weights, trunk_without_weights
+from policies.probes import has_full_attention
 from policies.schema import ModelSettings
 from policies.trunk import Trunk
 
@@ -22,11 +23,13 @@ class Microbatch:
 
     Attributes:
         lengths: Tokens of each sequence.
-        dropout: Whether modules are in training mode, as they are in the supervised stages.
+        training: Whether modules are in training mode, as they are in the supervised stages.
+        shares_prompts: Whether each sequence is a prompt with several responses to it.
     """
 
     lengths: tuple[int, ...]
-    dropout: bool
+    training: bool
+    shares_prompts: bool
 
     @property
     def tokens(self) -> int:
@@ -34,20 +37,17 @@ class Microbatch:
         return sum(self.lengths)
 
 
-def largest_microbatch(trunk: Trunk, tokens: int, longest: int, dropout: bool) -> Microbatch:
-    """The largest microbatch, whose sequences are as long as they may be.
+def largest_lengths(tokens: int, longest: int, padded: bool) -> tuple[int, ...]:
+    """The tokens of each sequence of the largest microbatch, in which sequences are as long as they may be.
 
     Args:
-        trunk: The trunk that computes it.
         tokens: The most tokens of a microbatch.
         longest: The most tokens of a sequence. One with more than `tokens` is a microbatch by itself.
-        dropout: Whether modules are in training mode.
+        padded: Whether all sequences are padded to the length of the longest.
     """
     count, rest = divmod(max(tokens, longest), longest)
-    lengths = [longest] * count
-    if rest and trunk.supports_packing:
-        lengths.append(rest)
-    return Microbatch(tuple(lengths), dropout)
+    lengths = (longest,) * count
+    return lengths if padded or not rest else (*lengths, rest)
 
 
 class ActivationEstimate:
@@ -73,15 +73,24 @@ class ActivationEstimate:
         """The activations of SFT."""
         settings = self._experiment.sft
         trunk = self._trunk_at(self._experiment.zero_of(settings))
-        microbatch = self._microbatch(trunk, settings.tokens_per_microbatch, settings.max_tokens, dropout=True)
+        microbatch = _largest(trunk, settings.tokens_per_microbatch, settings.max_tokens, training=True)
         yield _role(microbatch), self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
         yield _logits(trunk, microbatch)
 
     def reward(self) -> Iterator[tuple[str, float]]:
-        """The activations of reward training, whose heads read one token per sequence."""
+        """The activations of reward training, whose heads read one token per sequence.
+
+        Where responses can follow one copy of their prompt, this is counted: the mask of their attention is saved.
+        """
         settings = self._experiment.reward
         trunk = self._trunk_at(self._experiment.zero_of(settings))
-        microbatch = self._microbatch(trunk, settings.tokens_per_microbatch, settings.max_tokens, dropout=True)
+        microbatch = _largest(
+            trunk,
+            settings.tokens_per_microbatch,
+            settings.max_tokens,
+            training=True,
+            shares_prompts=has_full_attention(trunk.causal) and trunk.settings.spec.prompt_kind is None,
+        )
         if settings.trains == "adapter":
             yield _role(microbatch), self._saved(trunk, microbatch)
 
@@ -94,7 +103,7 @@ class ActivationEstimate:
         learner = experiment.learner
         trunk = self._trunk_at(learner.zero)
         longest = experiment.rollouts.max_prompt_tokens + experiment.rollouts.max_new_tokens
-        microbatch = self._microbatch(trunk, learner.tokens_per_microbatch, longest, dropout=False)
+        microbatch = _largest(trunk, learner.tokens_per_microbatch, longest, training=False)
         policy = self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
         critic = 0
         kind = experiment.ppo.critic.kind if experiment.ppo.has_critic else None
@@ -126,17 +135,24 @@ class ActivationEstimate:
         policy = self._experiment.policy
         return trunk_without_weights(base_without_weights(model, policy), policy, (ROLE,))
 
-    def _microbatch(self, trunk: Trunk, tokens: int | None, longest: int, dropout: bool) -> Microbatch:
-        return largest_microbatch(trunk, tokens or trunk.default_microbatch_tokens(), longest, dropout)
-
     def _saved(self, trunk: Trunk, microbatch: Microbatch) -> int:
         """The bytes that a forward pass of the trunk saves."""
         key = trunk, microbatch
         if key not in self._counted:
-            trunk.train(microbatch.dropout)
-            self._counted[key] = count_saved(trunk, ROLE, microbatch.lengths)
+            trunk.train(microbatch.training)
+            count = count_shared_prompts if microbatch.shares_prompts else count_packed
+            self._counted[key] = count(trunk, ROLE, microbatch.lengths)
         saved = self._counted[key]
         return saved.checkpointed if self._experiment.model.gradient_checkpointing else saved.all_layers
+
+
+def _largest(
+    trunk: Trunk, tokens: int | None, longest: int, training: bool, shares_prompts: bool = False
+) -> Microbatch:
+    """The largest microbatch; `tokens` unset: of as many tokens as suit a CPU."""
+    padded = shares_prompts or not trunk.supports_packing
+    lengths = largest_lengths(tokens or trunk.default_microbatch_tokens(), longest, padded)
+    return Microbatch(lengths, training, shares_prompts)
 
 
 def _role(microbatch: Microbatch) -> str:

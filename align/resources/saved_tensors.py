@@ -46,7 +46,7 @@ class NeedsDataError(Exception):
     """A model cannot be run on the meta device."""
 
 
-def count_saved(trunk: Trunk, role: str, lengths: Sequence[int]) -> SavedBytes:
+def count_packed(trunk: Trunk, role: str, lengths: Sequence[int]) -> SavedBytes:
     """Count what autograd saves of a forward pass of packed sequences.
 
     Args:
@@ -57,11 +57,46 @@ def count_saved(trunk: Trunk, role: str, lengths: Sequence[int]) -> SavedBytes:
     Raises:
         NeedsDataError: The model's forward pass depends on more than shapes.
     """
-    saved = _SavedTensors(trunk)
     ids = torch.zeros(sum(lengths), dtype=torch.long, device="meta")  # [N]
+    return _count(trunk, partial(trunk.hidden_packed, ids, lengths, role))
+
+
+def count_shared_prompts(trunk: Trunk, role: str, lengths: Sequence[int]) -> SavedBytes:
+    """As `count_packed`, for sequences of a prompt and several responses to it; each is as long as the longest."""
+    shape = len(lengths), max(lengths)
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")  # [B, T]
+    mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool, device="meta")  # [B, 1, T, T]
+    return _count(trunk, partial(trunk.hidden_shared_prompts, ids, ids, mask, role))
+
+
+def count_logits(trunk: Trunk, role: str, tokens: int, learn_entropy: bool = False) -> int:
+    """The most bytes that tensors over the vocabulary take at one time while log-probabilities are trained.
+
+    Args:
+        trunk: A trunk on the meta device.
+        role: The role whose LM head is used.
+        tokens: Tokens whose log-probabilities are computed, `CHUNK` of them at a time.
+        learn_entropy: Whether the entropy is trained too.
+    """
+    positions = min(tokens, CHUNK)
+    hidden = torch.zeros(positions, trunk.width, dtype=trunk.causal.dtype, device="meta", requires_grad=True)  # [P, H]
+    ids = torch.zeros(positions, dtype=torch.long, device="meta")  # [P]
+    weight = trunk.causal.get_output_embeddings().weight  # [V, H]
+    before = _storages(list(trunk.parameters()))
+    with _Peak(positions * len(weight), before) as live, _WithoutData(), torch.enable_grad():
+        logprobs, entropy = token_logprobs_and_entropy(
+            hidden, ids, partial(trunk.head, role=role), temperature=1.0, learn_entropy=learn_entropy
+        )
+        torch.autograd.grad((logprobs + entropy).sum(), hidden)
+    return live.peak
+
+
+def _count(trunk: Trunk, forward: Callable[[], Tensor]) -> SavedBytes:
+    """Count what autograd saves of a forward pass of the trunk."""
+    saved = _SavedTensors(trunk)
     try:
         with saved.recorded(), _WithoutData(), torch.enable_grad():
-            trunk.hidden_packed(ids, lengths, role)
+            forward()
     except PROBE_ERRORS as error:
         raise NeedsDataError(f"{type(trunk.causal).__name__} cannot be run without data: {error}") from error
     return saved.bytes
@@ -132,28 +167,6 @@ def _size(storages: Storages, without: Storages | None = None) -> int:
 
 def _never_unpacked(_: Any) -> Tensor:
     raise RuntimeError("nothing is differentiated here")
-
-
-def count_logits(trunk: Trunk, role: str, tokens: int, learn_entropy: bool = False) -> int:
-    """The most bytes that tensors over the vocabulary take at one time while log-probabilities are trained.
-
-    Args:
-        trunk: A trunk on the meta device.
-        role: The role whose LM head is used.
-        tokens: Tokens whose log-probabilities are computed, `CHUNK` of them at a time.
-        learn_entropy: Whether the entropy is trained too.
-    """
-    positions = min(tokens, CHUNK)
-    hidden = torch.zeros(positions, trunk.width, dtype=trunk.causal.dtype, device="meta", requires_grad=True)  # [P, H]
-    ids = torch.zeros(positions, dtype=torch.long, device="meta")  # [P]
-    weight = trunk.causal.get_output_embeddings().weight  # [V, H]
-    before = _storages(list(trunk.parameters()))
-    with _Peak(positions * len(weight), before) as live, _WithoutData(), torch.enable_grad():
-        logprobs, entropy = token_logprobs_and_entropy(
-            hidden, ids, partial(trunk.head, role=role), temperature=1.0, learn_entropy=learn_entropy
-        )
-        torch.autograd.grad((logprobs + entropy).sum(), hidden)
-    return live.peak
 
 
 class _Peak(TorchDispatchMode):

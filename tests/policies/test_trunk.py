@@ -248,7 +248,7 @@ def test_saved_adapter_loads_in_peft_with_equal_logits(trunk: Trunk, tiny_model:
 
 
 def test_a_packed_forward_pass_reads_nothing_back_from_a_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated one: tensors on the meta device have no content, and what waits for one to read it on the host fails."""
+    """A simulated one: meta tensors have no content, and whatever waits for one to read it on the host fails."""
     monkeypatch.setattr(native, "default_device", lambda: torch.device("cuda"))
     trunk = make_trunk(base_of(tiny_model), POLICY, ROLES)
     assert trunk.supports_packing

@@ -3,12 +3,14 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -16,14 +18,19 @@ from align.algorithms.episodes import Episode
 from align.config.schema import Experiment
 from align.data.examples import TokenizedDemonstration, TokenizedPreference
 from align.ppo.learner import PpoLearner, StepCoefficients
-from align.resources.activations import largest_microbatch
+from align.resources.activations import largest_lengths
 from align.resources.memory import estimate_memory, measure
+from align.resources.saved_tensors import count_logits
 from align.roles.build import Blueprint, build_roles
 from align.supervised.learner import SupervisedLearner
 from align.supervised.reward_objective import RewardBlueprint
 from align.supervised.sft_objective import SftBlueprint
+from policies.build import make_trunk, trunk_without_weights
 from policies.errors import UserError
+from policies.layers import kernel_calls, native
+from policies.logprobs import token_logprobs_and_entropy
 from policies.method_spec import methods
+from policies.schema import PolicySettings
 from rewards.preferences import Pair, PreferenceExample
 from tests.integration.tiny_run import make_settings
 
@@ -45,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": SIZES,
     "gemma3_text": SIZES | {"sliding_window": 64, "layer_types": LAYER_TYPES, "query_pre_attn_scalar": 16},
 }
-POLICIES = {
+POLICIES: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 16},
     "qlora": {"method": "qlora", "rank": 8, "alpha": 16},
     "full": {"method": "full"},
@@ -170,7 +177,7 @@ def experiment_of(base: Path, folder: Path, policy: dict[str, Any], **changes: A
     settings = make_settings(base, folder) | {
         "policy": policy,
         "sft": microbatch | {"max_tokens": LENGTH},
-        "reward": microbatch | {"max_tokens": LENGTH, "batch_size": SEQUENCES // 2},
+        "reward": microbatch | {"max_tokens": LENGTH},
         "learner": microbatch,
         "rollouts": {"max_prompt_tokens": PROMPT, "max_new_tokens": LENGTH - PROMPT},
     }
@@ -204,13 +211,15 @@ def sft_learner(experiment: Experiment, checkpointing: bool) -> SupervisedLearne
     return SupervisedLearner(blueprint.build(), experiment.sft, 0, seed=0, gradient_checkpointing=checkpointing)
 
 
-def reward_learner(experiment: Experiment, checkpointing: bool) -> SupervisedLearner:
-    """Prompts are so short that each response is computed with its own."""
-    pair = PreferenceExample("", ("better", "worse"), Pair())
-    examples = []
-    for _ in range(SEQUENCES // 2):
-        responses = [random_ids(LENGTH - 1) for _ in range(2)]
-        examples.append(TokenizedPreference(pair, random_ids(1), responses))
+def pair_of(prompt: int, response: int) -> TokenizedPreference:
+    """A pair of responses with these numbers of tokens."""
+    responses = [random_ids(response) for _ in range(2)]
+    return TokenizedPreference(PreferenceExample("", ("better", "worse"), Pair()), random_ids(prompt), responses)
+
+
+def reward_learner(
+    experiment: Experiment, examples: list[TokenizedPreference], checkpointing: bool
+) -> SupervisedLearner:
     blueprint = RewardBlueprint(
         model=experiment.model,
         policy=experiment.policy,
@@ -279,6 +288,39 @@ def test_sft_holds_what_the_plan_says(
     assert expected == pytest.approx(held, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["lora", "qlora", "bottleneck", "prompt_tuning"])
+def test_sft_in_bfloat16_holds_what_the_plan_says(
+    name: str, model_of: Callable[[str], Path], tmp_path: Path, process_group: None
+) -> None:
+    experiment = experiment_of(model_of("qwen3"), tmp_path, POLICIES[name], model={"dtype": "bfloat16"})
+    held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, False)
+    assert planned(experiment, "sft") == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_sft_without_kernels_holds_what_the_plan_says(
+    name: str,
+    model_of: Callable[[str], Path],
+    tmp_path: Path,
+    process_group: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers save more then; sequences that are too long for the kernel of attention take the same path."""
+    experiment = experiment_of(model_of("qwen3"), tmp_path, POLICIES[name])
+    with_kernels = planned(experiment, "sft")
+    monkeypatch.setattr(native, "library", lambda: None)
+    held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, False)
+    assert planned(experiment, "sft") == pytest.approx(held, rel=0.1)
+    assert planned(experiment, "sft") > 1.1 * with_kernels
+
+
+def test_dropout_keeps_its_masks(model_of: Callable[[str], Path], tmp_path: Path, process_group: None) -> None:
+    policy = POLICIES["lora"] | {"dropout": 0.1}
+    experiment = experiment_of(model_of("llama"), tmp_path, policy)
+    held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, False)
+    assert planned(experiment, "sft") == pytest.approx(held, rel=0.1)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_reward_training_holds_what_the_plan_says(
@@ -286,8 +328,23 @@ def test_reward_training_holds_what_the_plan_says(
 ) -> None:
     model = {"gradient_checkpointing": checkpointing}
     experiment = experiment_of(model_of("llama"), tmp_path, POLICIES[name], model=model)
-    held = measured(lambda checkpoint: reward_learner(experiment, checkpoint), train_supervised, checkpointing)
-    assert planned(experiment, "reward") == pytest.approx(held, rel=0.1)
+    expected = planned(experiment, "reward")
+
+    sharing = [pair_of(LENGTH - 64, 32) for _ in range(SEQUENCES)]
+    build = partial(reward_learner, experiment, sharing)
+    assert expected == pytest.approx(measured(build, train_supervised, checkpointing), rel=0.1)
+
+    separate = [pair_of(1, LENGTH - 1) for _ in range(SEQUENCES // 2)]
+    build = partial(reward_learner, experiment, separate)
+    assert measured(build, train_supervised, checkpointing) <= expected
+
+
+def test_a_reward_model_that_only_trains_its_head_saves_nothing(
+    model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    experiment = experiment_of(model_of("llama"), tmp_path, POLICIES["lora"], reward={"trains": "head"})
+    uses = estimate_memory(experiment, ["reward"], measure(experiment.model, experiment.policy))
+    assert not any(use.transient for use in uses)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -300,3 +357,103 @@ def test_ppo_holds_what_the_plan_says(
     experiment = experiment_of(model_of("qwen3"), tmp_path, POLICIES["lora"], ppo=ppo, model=model)
     held = measured(lambda checkpoint: ppo_learner(experiment, checkpoint), train_ppo, checkpointing)
     assert planned(experiment, "ppo") == pytest.approx(held, rel=0.1)
+
+
+def test_a_critic_on_a_larger_model_decides(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    larger = {"critic": {"kind": "model", "model": str(model_of("gemma3_text"))}}
+    of_larger = planned(experiment_of(model_of("llama"), tmp_path, POLICIES["lora"], ppo=larger), "ppo")
+    own = {"critic": {"kind": "model"}}
+    alone = planned(experiment_of(model_of("gemma3_text"), tmp_path, POLICIES["lora"], ppo=own), "ppo")
+    assert of_larger == alone
+
+
+def test_at_zero_3_both_objectives_of_ppo_are_differentiated_together(
+    model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    uses = {}
+    for zero in (2, 3):
+        experiment = experiment_of(model_of("llama"), tmp_path, POLICIES["full"], learner={"zero": zero, "ranks": 1})
+        uses[zero] = planned(experiment, "ppo")
+    assert uses[3] == pytest.approx(2 * uses[2], rel=0.02)
+
+
+def test_peft_computes_lora_at_zero_3(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """In bfloat16 it keeps a float32 copy of the inputs."""
+    saved = {}
+    for zero in (2, 3):
+        settings = {"model": {"dtype": "bfloat16"}, "learner": {"zero": zero, "ranks": 1}}
+        saved[zero] = planned(experiment_of(model_of("llama"), tmp_path, POLICIES["lora"], **settings), "sft")
+    assert saved[3] > 1.3 * saved[2]
+
+
+def test_unset_a_microbatch_has_as_many_tokens_as_suit_a_cpu(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    experiment = experiment_of(model_of("llama"), tmp_path, POLICIES["lora"], sft={"tokens_per_microbatch": None})
+    uses = estimate_memory(experiment, ["sft"], measure(experiment.model, experiment.policy))
+    assert "activations, 2,048 tokens per microbatch" in [use.role for use in uses]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "padded", "lengths"),
+    [
+        (10, 4, False, (4, 4, 2)),
+        (10, 4, True, (4, 4)),
+        (8, 4, False, (4, 4)),
+        (3, 4, False, (4,)),
+    ],
+)
+def test_sequences_of_the_largest_microbatch(tokens: int, longest: int, padded: bool, lengths: tuple[int, ...]) -> None:
+    assert largest_lengths(tokens, longest, padded) == lengths
+
+
+def test_a_model_that_cannot_be_run_without_data_is_named(
+    model_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = experiment_of(model_of("llama"), tmp_path, POLICIES["lora"])
+    sizes = measure(experiment.model, experiment.policy)
+    monkeypatch.setattr(kernel_calls, "rotate", lambda states, *_: states * float(states.sum()))
+    uses = [use for use in estimate_memory(experiment, ["sft"], sizes) if use.transient]
+    assert [(use.role, use.bytes) for use in uses] == [("activations, which cannot be counted for this model", 0)]
+
+
+class LargestTensors(TorchDispatchMode):
+    """Notes the most bytes of storages of some size that exist at one time."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= self.least:
+                self.storages.add(tensor.untyped_storage())
+        by_address = {storage.data_ptr(): storage.nbytes() for storage in self.storages}
+        self.most = max(self.most, sum(by_address.values()))
+        return out
+
+
+@pytest.mark.parametrize("learn_entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "full"), ("gemma2", "lora")])
+def test_logits_of_a_chunk_take_what_is_counted(
+    family: str, method: str, dtype: torch.dtype, learn_entropy: bool
+) -> None:
+    """Gemma 2 caps its logits, which takes more."""
+    config = AutoConfig.for_model(family, vocab_size=2000, **SIZES)
+    settings = PolicySettings(method=method)
+    policy = make_trunk(AutoModelForCausalLM.from_config(config, dtype=dtype), settings, ("policy",))
+    policy.train_only("policy")
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    counted = count_logits(trunk_without_weights(base, settings, ("policy",)), "policy", 3000, learn_entropy)
+
+    hidden = torch.randn(1500, 64, dtype=dtype, requires_grad=True)
+    head = partial(policy.head, role="policy")
+    ids = torch.randint(2000, (1500,))
+    with LargestTensors(1024 * 2000) as largest:
+        logprobs, entropy = token_logprobs_and_entropy(hidden, ids, head, 1.0, learn_entropy)
+        torch.autograd.grad((logprobs + entropy).sum(), hidden)
+    assert counted == largest.most
+    assert counted >= 2 * 1024 * 2000 * dtype.itemsize
