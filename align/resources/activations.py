@@ -14,7 +14,7 @@ from policies.trunk import Trunk
 ROLE = "policy"
 """The role that stands for all: their adapters are alike."""
 FLOAT32_BYTES = 4
-"""Bytes of a hidden unit that a scalar head reads."""
+"""Bytes of a number that a scalar head reads."""
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,23 @@ class ActivationEstimate:
     @cached_property
     def _trunk_of_modules(self) -> Trunk:
         """The trunk as it is at ZeRO 3."""
-        trunk = self._build(self._experiment.model)
-        trunk.use_module_forwards()
-        return trunk
+        return self._build(self._experiment.model, zero=3)
 
     @cached_property
     def _critic_trunk(self) -> Trunk | None:
         """The trunk of a critic on a base model that is not the policy's."""
-        path = self._experiment.ppo.critic.model
-        return None if path is None else self._build(self._experiment.model.model_copy(update={"path": path}))
+        experiment = self._experiment
+        path = experiment.ppo.critic.model
+        if path is None:
+            return None
+        return self._build(experiment.model.model_copy(update={"path": path}), experiment.learner.zero)
 
-    def _build(self, model: ModelSettings) -> Trunk:
+    def _build(self, model: ModelSettings, zero: int) -> Trunk:
         policy = self._experiment.policy
-        return trunk_without_weights(base_without_weights(model, policy), policy, (ROLE,))
+        trunk = trunk_without_weights(base_without_weights(model, policy), policy, (ROLE,))
+        if zero == 3:
+            trunk.use_module_forwards()
+        return trunk
 
     def _saved(self, trunk: Trunk, microbatch: Microbatch) -> int:
         """The bytes that a forward pass of the trunk saves."""

@@ -36,6 +36,8 @@ from tests.integration.tiny_run import make_settings
 
 LENGTH = 256
 """Tokens of each sequence, as many as the settings allow."""
+NEAR = 0.01
+"""The part of the bytes by which the plan may be off, for indices and small tensors of the loss that it leaves out."""
 PROMPT = 16
 SEQUENCES = 4
 SIZES = {
@@ -285,7 +287,7 @@ def test_sft_holds_what_the_plan_says(
     except UserError as refusal:
         pytest.skip(str(refusal))
     held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, checkpointing)
-    assert expected == pytest.approx(held, rel=0.1)
+    assert expected == pytest.approx(held, rel=NEAR)
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "bottleneck", "prompt_tuning"])
@@ -294,7 +296,7 @@ def test_sft_in_bfloat16_holds_what_the_plan_says(
 ) -> None:
     experiment = experiment_of(model_of("qwen3"), tmp_path, POLICIES[name], model={"dtype": "bfloat16"})
     held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, False)
-    assert planned(experiment, "sft") == pytest.approx(held, rel=0.1)
+    assert planned(experiment, "sft") == pytest.approx(held, rel=NEAR)
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -310,7 +312,7 @@ def test_sft_without_kernels_holds_what_the_plan_says(
     with_kernels = planned(experiment, "sft")
     monkeypatch.setattr(native, "library", lambda: None)
     held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, False)
-    assert planned(experiment, "sft") == pytest.approx(held, rel=0.1)
+    assert planned(experiment, "sft") == pytest.approx(held, rel=NEAR)
     assert planned(experiment, "sft") > 1.1 * with_kernels
 
 
@@ -318,7 +320,7 @@ def test_dropout_keeps_its_masks(model_of: Callable[[str], Path], tmp_path: Path
     policy = POLICIES["lora"] | {"dropout": 0.1}
     experiment = experiment_of(model_of("llama"), tmp_path, policy)
     held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, False)
-    assert planned(experiment, "sft") == pytest.approx(held, rel=0.1)
+    assert planned(experiment, "sft") == pytest.approx(held, rel=NEAR)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -332,7 +334,7 @@ def test_reward_training_holds_what_the_plan_says(
 
     sharing = [pair_of(LENGTH - 64, 32) for _ in range(SEQUENCES)]
     build = partial(reward_learner, experiment, sharing)
-    assert expected == pytest.approx(measured(build, train_supervised, checkpointing), rel=0.1)
+    assert expected == pytest.approx(measured(build, train_supervised, checkpointing), rel=NEAR)
 
     separate = [pair_of(1, LENGTH - 1) for _ in range(SEQUENCES // 2)]
     build = partial(reward_learner, experiment, separate)
@@ -356,7 +358,7 @@ def test_ppo_holds_what_the_plan_says(
     model = {"gradient_checkpointing": checkpointing}
     experiment = experiment_of(model_of("qwen3"), tmp_path, POLICIES["lora"], ppo=ppo, model=model)
     held = measured(lambda checkpoint: ppo_learner(experiment, checkpoint), train_ppo, checkpointing)
-    assert planned(experiment, "ppo") == pytest.approx(held, rel=0.1)
+    assert planned(experiment, "ppo") == pytest.approx(held, rel=NEAR)
 
 
 def test_a_critic_on_a_larger_model_decides(model_of: Callable[[str], Path], tmp_path: Path) -> None:
