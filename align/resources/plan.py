@@ -198,9 +198,13 @@ def _memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> lis
     for (stage, process), group in groupby(estimate_memory(experiment, stages, sizes), _stage_and_process):
         uses = list(group)
         total = _bytes(sum(use.bytes for use in uses))
-        roles = ", ".join(f"{use.role} {_bytes(use.bytes)}" for use in uses if use.bytes)
+        roles = ", ".join(_role(use) for use in uses if use.bytes or use.transient)
         lines.append((f"memory, {stage}: {process}", f"{total}: {roles}"))
     return lines
+
+
+def _role(use: TensorUse) -> str:
+    return f"{use.role} {_bytes(use.bytes)}" if use.bytes else use.role
 
 
 def _stage_and_process(use: TensorUse) -> tuple[str, str]:
