@@ -96,7 +96,14 @@ def resume_command(run: Run, overrides: RunOverrides = None) -> None:
 
 @app.command(name="plan")
 @no_collections()
-def plan_command(experiment: File, overrides: Overrides = None) -> None:
+def plan_command(
+    experiment: File,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="memory of each GPU in GB, to compare with; unset: that of this machine's GPU"),
+    ] = None,
+) -> None:
     """Show what a run would do and need, without starting it."""
     settings = _load(experiment, overrides)
     from align.runtime.compilation import compiled_on_first_call
@@ -115,6 +122,7 @@ def plan_command(experiment: File, overrides: Overrides = None) -> None:
         dtype=planned.dtype,
         placement=planned.placement,
         note=planned.note,
+        gpu_bytes=gpu_memory and gpu_memory * 1e9,
     )
     console.print(table)
 

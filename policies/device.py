@@ -98,6 +98,13 @@ def leave_gpu() -> Iterator[None]:
         _gpu_is_others = previous
 
 
+def gpu_memory() -> int | None:
+    """Bytes of memory of the GPU of this process; None: it has none."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
 def free_memory() -> None:
     """Free what nothing refers to any more but cycles, such as those of DeepSpeed's hooks, on a GPU for others too."""
     gc.collect()

@@ -1,27 +1,28 @@
 """Estimates the bytes of tensors that each process of a run will hold, before any is allocated."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.config.schema import Experiment, LearnerSettings
 from align.data.datasets import trains_reward, trains_sft
-from policies.build import make_trunk
+from align.resources.activations import ActivationEstimate
+from align.resources.saved_tensors import NeedsDataError
+from policies.build import base_without_weights, trunk_without_weights
 from policies.files.base_model import load_model_config
 from policies.schema import ModelSettings, PolicySettings
+from policies.trunk import Trunk
 from rewards.model import members_in
 from rewards.schema import FitSettings
 from rewards.terms.classifier import ClassifierTerm
 
-BYTES = {"float32": 4, "bfloat16": 2}
-"""Bytes per element."""
-FLOAT32 = BYTES["float32"]
-"""Adapters and heads are float32 whatever `model.dtype` is."""
+FLOAT32 = 4
+"""Bytes of a number in adapters and heads, which are float32 whatever `model.dtype` is."""
 TRAINED = {"adamw": 16, "paged_adamw": 16, "sgd": 8}
 """Bytes per trained parameter: weight, gradient and Adam's two moments, all in float32."""
 
@@ -38,6 +39,7 @@ class ModelSizes:
         head: Parameters of a scalar head.
         merged_bytes: Bytes of a merged copy of the weights that the adapter changes.
         kv_bytes: Bytes of the KV cache per token.
+        trunk: The model with its adapters, on the meta device.
     """
 
     base: int
@@ -47,6 +49,7 @@ class ModelSizes:
     head: int
     merged_bytes: int
     kv_bytes: int
+    trunk: Trunk
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,14 @@ class TensorUse:
         process: The kind of process, such as `learner` or `worker`.
         role: What the tensors are for.
         bytes: Their size.
+        transient: Whether they exist only while a microbatch is computed.
     """
 
     stage: str
     process: str
     role: str
     bytes: float
+    transient: bool = False
 
 
 def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
@@ -115,13 +120,11 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
     Raises:
         UserError: The model cannot be read.
     """
-    config = copy.deepcopy(load_model_config(model.path))
-    itemsize = BYTES[model.dtype_for(policy)]
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-        parameters = _parameter_count(base)
-        base_bytes = _four_bit_bytes(base, policy, itemsize) if policy.spec.four_bits else parameters * itemsize
-        trunk = make_trunk(base, policy, ("policy", "critic"))
+    base = base_without_weights(model, policy)
+    itemsize = base.dtype.itemsize
+    parameters = _parameter_count(base)
+    base_bytes = _four_bit_bytes(base, policy, itemsize) if policy.spec.four_bits else parameters * itemsize
+    trunk = trunk_without_weights(base, policy, ("policy", "critic"))
     merges = policy.spec.merges_for_sampling.allows(policy)
     return ModelSizes(
         base=parameters,
@@ -130,7 +133,8 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
         scalar_adapter=sum(p.numel() for p in trunk.adapter("critic").values()),
         head=trunk.width + 1,
         merged_bytes=trunk.merged_parameter_count() * itemsize if merges else 0,
-        kv_bytes=_kv_elements(config) * itemsize,
+        kv_bytes=_kv_elements(base.config) * itemsize,
+        trunk=trunk,
     )
 
 
@@ -167,22 +171,34 @@ def estimate_memory(experiment: Experiment, stages: list[str], sizes: ModelSizes
         sizes: Sizes of the experiment's model and policy, from `measure`.
 
     Returns:
-        One record per process and role, without activations and the interpreter's own memory.
+        One record per process and role, without the interpreter's own memory.
     """
+    activations = ActivationEstimate(experiment, sizes.trunk)
     uses: list[TensorUse] = []
     if trains_sft(experiment) and "sft" in stages:
         process = sharding_of(experiment, experiment.sft).process
         uses += [TensorUse("sft", process, role, size) for role, size in _sft(experiment, sizes)]
+        uses += _transient("sft", process, activations.sft())
     if trains_reward(experiment) and "reward" in stages:
         process = sharding_of(experiment, experiment.reward).process
         uses += [TensorUse("reward", process, role, size) for role, size in _reward(experiment, sizes)]
+        uses += _transient("reward", process, activations.reward())
         uses += [TensorUse("reward", "evaluation", role, size) for role, size in _evaluated_reward(experiment, sizes)]
     if "ppo" in stages:
         process = sharding_of(experiment, experiment.learner).process
         uses += [TensorUse("ppo", process, role, size) for role, size in _learner(experiment, sizes)]
+        uses += _transient("ppo", process, activations.ppo())
         if experiment.rollouts.workers:
             uses += _workers(experiment, sizes)
     return uses
+
+
+def _transient(stage: str, process: str, roles: Iterable[tuple[str, float]]) -> list[TensorUse]:
+    """What exists only while a microbatch is computed."""
+    try:
+        return [TensorUse(stage, process, role, size, transient=True) for role, size in roles]
+    except NeedsDataError:
+        return [TensorUse(stage, process, "activations, which cannot be counted for this model", 0, transient=True)]
 
 
 def sharding_of(experiment: Experiment, stage: FitSettings | LearnerSettings) -> Sharding:

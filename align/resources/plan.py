@@ -12,11 +12,12 @@ from align.config.schema import Experiment
 from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.data.examples import TokenizedDemonstration
 from align.resources.actors import most_actors, reserved_cpus
+from align.resources.gpu_fit import MORE_GPUS, compare_with_gpu
 from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
 from align.resources.placement import CPU, GPU, Node, describe_fit, has_room, no_room, place
 from align.resources.ray_cluster import ray_cluster
 from align.runtime.wording import counted
-from policies.device import cores, default_device
+from policies.device import cores, default_device, gpu_memory
 from policies.errors import UserError
 from policies.layers import native
 from rewards.schema import FitSettings
@@ -31,19 +32,22 @@ def plan_table(
     dtype: str | None = None,
     placement: str | None = None,
     note: str | None = None,
+    gpu_bytes: float | None = None,
 ) -> Table:
     """The plan as a table for the terminal; for the arguments, see `plan_lines`."""
     table = Table(title=f"plan of {experiment.name}", title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     sizes = measure(experiment.model, experiment.policy)
-    lines = plan_lines(experiment, datasets, stages, sizes, dtype=dtype, placement=placement, note=note)
+    lines = plan_lines(
+        experiment, datasets, stages, sizes, dtype=dtype, placement=placement, note=note, gpu_bytes=gpu_bytes
+    )
     for name, text in lines:
         table.add_row(name, text)
     return table
 
 
-def plan_lines(
+def plan_lines(  # noqa: PLR0913 - one parameter per part of the plan
     experiment: Experiment,
     datasets: Datasets,
     stages: list[str],
@@ -52,6 +56,7 @@ def plan_lines(
     dtype: str | None = None,
     placement: str | None = None,
     note: str | None = None,
+    gpu_bytes: float | None = None,
 ) -> list[tuple[str, str]]:
     """What the stages will do and need: data, steps, tokens, memory, processes, files.
 
@@ -63,6 +68,7 @@ def plan_lines(
         dtype: The dtype and what has settled it; None: `model.dtype`.
         placement: Where the processes of the stages will run; None: nothing to say.
         note: On what the run's folder holds; None: nothing to say.
+        gpu_bytes: Memory of the GPU of each process; None: that of the GPU of this process, if it has one.
 
     Returns:
         Name and text of each line.
@@ -84,7 +90,10 @@ def plan_lines(
         lines += _ppo(experiment, datasets, sizes)
         lines.append(("reward terms", _terms(experiment)))
         lines += _user_functions(experiment)
-    lines += _memory(experiment, stages, sizes)
+    uses = estimate_memory(experiment, stages, sizes)
+    lines += _memory(uses)
+    if gpu_bytes := gpu_bytes or gpu_memory():
+        lines += _gpus(experiment, uses, gpu_bytes)
     if default_device().type == "cpu" and native.library() is None:
         lines.append(
             ("kernels", "none: no C++ compiler (c++, or the one that CXX names); every stage is slower without")
@@ -192,15 +201,32 @@ def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:
     return [(name, function) for name, function in functions if is_user_function(function)]
 
 
-def _memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> list[tuple[str, str]]:
+def _memory(uses: Sequence[TensorUse]) -> list[tuple[str, str]]:
     """A line per stage and process: the bytes of its tensors, in total and by role."""
     lines = []
-    for (stage, process), group in groupby(estimate_memory(experiment, stages, sizes), _stage_and_process):
-        uses = list(group)
-        total = _bytes(sum(use.bytes for use in uses))
-        roles = ", ".join(f"{use.role} {_bytes(use.bytes)}" for use in uses if use.bytes)
+    for (stage, process), group in groupby(uses, _stage_and_process):
+        own = list(group)
+        total = _bytes(sum(use.bytes for use in own))
+        roles = ", ".join(_role(use) for use in own if use.bytes or use.transient)
         lines.append((f"memory, {stage}: {process}", f"{total}: {roles}"))
     return lines
+
+
+def _gpus(experiment: Experiment, uses: Sequence[TensorUse], gpu_bytes: float) -> list[tuple[str, str]]:
+    """A line per stage and process: its bytes beside the memory of a GPU and, if they are too many, what would help."""
+    lines = []
+    for fit in compare_with_gpu(experiment, uses, gpu_bytes):
+        text = f"{_bytes(fit.bytes)} of {_bytes(gpu_bytes)}"
+        if fit.settings:
+            text += f": too much; {_bytes(fit.bytes_then)} with {' '.join(fit.settings)}"
+        elif not fit.fits:
+            text += f": too much, whatever the settings; {MORE_GPUS}"
+        lines.append((f"GPU, {fit.stage}: {fit.process}", text))
+    return lines
+
+
+def _role(use: TensorUse) -> str:
+    return f"{use.role} {_bytes(use.bytes)}" if use.bytes else use.role
 
 
 def _stage_and_process(use: TensorUse) -> tuple[str, str]:

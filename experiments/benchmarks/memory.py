@@ -71,7 +71,7 @@ def figures(model: Path, dtype: str) -> tuple[float, float]:
     sizes = measure(experiment.model, experiment.policy)
     shared = 0.0
     for share in estimate_memory(experiment, ["ppo"], sizes):
-        if "sampler" not in share.role and "at most" not in share.role:
+        if "sampler" not in share.role and "at most" not in share.role and not share.transient:
             shared += share.bytes
     return shared, shared + 3 * sizes.base_bytes
 

@@ -76,7 +76,8 @@ def experiment_of(model: Path, ranks: int, zero: int) -> Experiment:
 def planned(experiment: Experiment, stage: str) -> float:
     """The plan's bytes of a rank of the stage."""
     uses = estimate_memory(experiment, [stage], measure(experiment.model, experiment.policy))
-    return sum(use.bytes for use in uses if use.process in ("learner", "each of 2 ranks"))
+    held = [use for use in uses if use.process in ("learner", "each of 2 ranks") and not use.transient]
+    return sum(use.bytes for use in held)
 
 
 class MeasuredRank:

@@ -2,6 +2,9 @@
 
 A process that finds neither a compiled library nor a compiler runs without them: the modules of transformers compute
 the same.
+
+Tensors on the meta device stand for tensors of the process's default device: they take the same path through the
+layers, and a kernel leaves them as they are.
 """
 
 import ctypes
@@ -19,17 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policies.device import default_device
+
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 """Compiler flags. Without -ffast-math, under which a NaN need not stay a NaN."""
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """The last part of a C function's name, by the dtype that it is compiled for."""
+META = None
+"""The address of a tensor that lies nowhere."""
 
 
 def runs(*tensors: Tensor) -> bool:
     """Whether the kernels can compute with these tensors: all on the CPU, all float32 or all bfloat16."""
-    dtype = tensors[0].dtype
-    same = all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
+    first = tensors[0]
+    dtype = first.dtype
+    device = "meta" if first.is_meta and default_device().type == "cpu" else "cpu"
+    same = all(tensor.dtype == dtype and tensor.device.type == device for tensor in tensors)
     return same and dtype in SUFFIXES and library() is not None
 
 
@@ -40,13 +49,16 @@ def call(name: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> None:
         name: The C function without its dtype suffix.
         dtype: torch.float32 or torch.bfloat16.
         arguments: In the order of the C function. A tensor must be contiguous and is passed as its address; a Python
-            float is passed as a C float, an int as an int64. Result tensors are written to.
+            float is passed as a C float, an int as an int64. Result tensors are written to. Nothing is run where one
+            is on the meta device.
 
     Raises:
         ValueError: A tensor is not contiguous.
     """
-    function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, arguments)))
     values = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
+    if META in values:
+        return
+    function = _function(f"{name}_{SUFFIXES[dtype]}", tuple(map(type, arguments)))
     function(*values, torch.get_num_threads())
 
 
@@ -58,7 +70,10 @@ def _function(name: str, types: tuple[type, ...]) -> Any:
     return function
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor lies in memory; `META` on the meta device."""
+    if tensor.is_meta:
+        return META
     if not tensor.is_contiguous():
         raise ValueError(
             "a kernel takes contiguous tensors only; "

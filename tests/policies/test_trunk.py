@@ -24,6 +24,7 @@ from policies.batching import collate
 from policies.build import make_trunk
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
+from policies.layers import native
 from policies.logprobs import token_logprobs
 from policies.probes import supports_packing, supports_shared_prompts
 from policies.schema import PolicySettings
@@ -246,8 +247,9 @@ def test_saved_adapter_loads_in_peft_with_equal_logits(trunk: Trunk, tiny_model:
         torch.testing.assert_close(theirs(input_ids=IDS).logits, logits_of(trunk, "policy"))
 
 
-def test_a_packed_forward_pass_reads_nothing_back_from_its_device(tiny_model: Path) -> None:
-    """Tensors on the meta device have no content: whatever waits for one to read it on the host fails."""
+def test_a_packed_forward_pass_reads_nothing_back_from_a_gpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated one: meta tensors have no content, and whatever waits for one to read it on the host fails."""
+    monkeypatch.setattr(native, "default_device", lambda: torch.device("cuda"))
     trunk = make_trunk(base_of(tiny_model), POLICY, ROLES)
     assert trunk.supports_packing
     trunk.causal.to("meta")

@@ -49,7 +49,7 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     settings = make_settings(tiny_model, tmp_path) | {"policy": POLICIES[name]}
     experiment = Experiment.model_validate(settings)
     uses = estimate_memory(experiment, ["ppo"], measure(experiment.model, experiment.policy))
-    planned = sum(use.bytes for use in uses if "at most" not in use.role)
+    planned = sum(use.bytes for use in uses if "at most" not in use.role and not use.transient)
 
     before = storages()
     donor = build_roles(Blueprint(experiment.model, experiment.policy, 0, None), None).trunk
@@ -82,7 +82,7 @@ def test_a_supervised_learner_holds_what_the_plan_says(
 ) -> None:
     experiment = Experiment.model_validate(make_settings(tiny_model, tmp_path) | {"policy": POLICIES["lora"]})
     uses = estimate_memory(experiment, [stage], measure(experiment.model, experiment.policy))
-    planned = sum(use.bytes for use in uses if use.process == "learner")
+    planned = sum(use.bytes for use in uses if use.process == "learner" and not use.transient)
     blueprint = sft_blueprint(tiny_model, experiment.policy)
     adapter = random_adapter(tiny_model, experiment.policy)
     of_reward = reward_blueprint(tiny_model, "pairs", experiment.policy, adapter)
@@ -111,7 +111,7 @@ def test_a_rank_holds_what_the_plan_says_beside_the_buffer_of_its_gradients(
     settings = make_settings(tiny_model, tmp_path) | {"policy": POLICIES["full"], "learner": {"zero": zero}}
     experiment = Experiment.model_validate(settings)
     sizes = measure(experiment.model, experiment.policy)
-    planned = sum(use.bytes for use in estimate_memory(experiment, ["sft"], sizes))
+    planned = sum(use.bytes for use in estimate_memory(experiment, ["sft"], sizes) if not use.transient)
     planned += 4 * sizes.adapter * buffers
 
     before = storages()
@@ -135,7 +135,7 @@ def test_zero_3_divides_everything_in_a_supervised_learner_by_its_ranks(tiny_mod
     settings = make_settings(tiny_model, tmp_path) | {"learner": {"ranks": 2, "zero": 3}}
     experiment = Experiment.model_validate(settings)
     sizes = measure(experiment.model, experiment.policy)
-    uses = {use.role: use.bytes for use in estimate_memory(experiment, ["sft"], sizes)}
+    uses = {use.role: use.bytes for use in estimate_memory(experiment, ["sft"], sizes) if not use.transient}
     weight, gradient, moments = 4, 4, 8
     shard = (weight + gradient + moments) / 2
     assert uses == {"base model": sizes.base_bytes / 2, "reference, trained": sizes.adapter * shard}

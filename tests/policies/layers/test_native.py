@@ -26,7 +26,16 @@ def test_this_machine_compiles_them() -> None:
     assert native.runs(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16())
     assert not native.runs(torch.zeros(1).double())
     assert not native.runs(torch.zeros(1), torch.zeros(1).bfloat16())
-    assert not native.runs(torch.zeros(1, device="meta"))
+
+
+def test_meta_tensors_take_the_path_of_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = torch.zeros(3, 4, device="meta")
+    assert native.runs(meta, meta)
+    assert not native.runs(meta, torch.zeros(1))
+    assert not native.runs(torch.zeros(1), meta)
+    assert kernel_calls.swiglu(meta, meta).shape == meta.shape  # no kernel reads from a null pointer
+    monkeypatch.setattr(native, "default_device", lambda: torch.device("cuda"))  # simulated
+    assert not native.runs(meta, meta)
 
 
 def test_they_are_compiled_once(cache_folder: Path) -> None:
