@@ -104,7 +104,7 @@ class _Search:
         changes = prefixes[bisect_left(prefixes, True, key=self.fits)]
         for key in list(changes):
             fewer = {name: value for name, value in changes.items() if name != key}
-            if _changed(self.experiment, fewer) is not None and self.fits(fewer):
+            if change_settings(self.experiment, fewer) is not None and self.fits(fewer):
                 changes = fewer
         return changes
 
@@ -114,7 +114,7 @@ class _Search:
 
     def bytes(self, changes: Changes) -> float:
         """The bytes on the GPU of the process with these changes, which go together."""
-        changed = _changed(self.experiment, changes)
+        changed = change_settings(self.experiment, changes)
         assert changed is not None
         uses = estimate_memory(changed, [self.process[0]], self._sizes_of(changed))
         return bytes_by_gpu(changed, uses).get(self.process, 0.0)
@@ -125,7 +125,7 @@ class _Search:
         changes: dict[str, Any] = {}
         for key, value in _changes(self.experiment, self.process):
             more = changes | {key: value}
-            if _changed(self.experiment, more) is not None:
+            if change_settings(self.experiment, more) is not None:
                 changes = more
                 prefixes.append(changes)
         return prefixes
@@ -158,8 +158,16 @@ def _changes(experiment: Experiment, process: Process) -> Iterator[tuple[str, An
         yield "policy.method", "qlora"
 
 
-def _changed(experiment: Experiment, changes: Changes) -> Experiment | None:
-    """The experiment with some settings changed; None where they do not go together."""
+def change_settings(experiment: Experiment, changes: Changes) -> Experiment | None:
+    """Change settings of an experiment.
+
+    Args:
+        experiment: The experiment, which stays as it is.
+        changes: Values by dotted names.
+
+    Returns:
+        Another experiment; None where the settings do not go together.
+    """
     values = experiment.model_dump(mode="json")
     for key, value in changes.items():
         *sections, name = key.split(".")

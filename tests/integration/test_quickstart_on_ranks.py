@@ -1,4 +1,8 @@
-"""The quickstart with two ranks in every stage has the results of one process."""
+"""The quickstart, on a tenth of its preferences, with two ranks in every stage has the results of one process.
+
+Ranks add the same numbers in another order. The difference, of 1e-7 at first, grows with the steps, to 1e-3 in the
+thousand steps that all preferences take.
+"""
 
 import subprocess
 import sys
@@ -40,12 +44,13 @@ def run(runs: Path, ranks: int) -> dict[str, dict[str, float]]:
         "sft.ranks": ranks,
         "reward.ranks": ranks,
         "learner.ranks": ranks,
+        "data.preferences.limit": 1600,
         "ppo.steps": 1,
         "evaluation.prompts": 16,
         "evaluation.best_of": 0,
     }
     for source, name in FILES.items():
-        settings[f"data.{source}"] = runs / "environment" / f"{name}.jsonl"
+        settings[f"data.{source}.path"] = runs / "environment" / f"{name}.jsonl"
     overrides = [f"{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "align", "run", str(QUICKSTART / "experiment.yaml"), *overrides]
     subprocess.run(command, cwd=ROOT, check=True, timeout=1500)
@@ -67,7 +72,7 @@ def test_two_ranks_have_the_results_of_one_process(runs: Path) -> None:
     together = run(runs, 2)
     assert together.keys() == alone.keys() == {"sft", "reward", "ppo"}
     for stage, loss in zip(("sft", "reward"), LOSSES, strict=True):
-        assert together[stage][loss] == pytest.approx(alone[stage][loss], rel=1e-3)
+        assert together[stage][loss] == pytest.approx(alone[stage][loss], rel=1e-5)
     assert {"policy/loss", "value/loss", "reward/mean", "policy/gradient_norm"} <= alone["ppo"].keys()
     for name, value in alone["ppo"].items():
         assert abs(together["ppo"][name] - value) <= 1e-4 * (1 + abs(value)), name

@@ -1,0 +1,128 @@
+"""Processes beside the memory of their GPUs, computed without one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config.schema import Experiment
+from align.resources.gpu_fit import USABLE, GpuFit, bytes_by_gpu, compare_with_gpu
+from align.resources.memory import TensorUse, estimate_memory, measure
+
+MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """The folder of a model without weights."""
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "tokenizer.json").touch()
+    return str(tmp_path)
+
+
+def make(base: str, **sections: dict[str, Any]) -> Experiment:
+    settings: dict[str, Any] = {
+        "name": "x",
+        "model": {"path": base, "dtype": "float32"},
+        "data": {"demonstrations": "a", "preferences": "b", "prompts": "c"},
+        "sft": {"tokens_per_microbatch": 4096, "max_tokens": 512},
+        "rollouts": {"max_prompt_tokens": 256, "max_new_tokens": 256},
+        "learner": {"tokens_per_microbatch": 4096},
+    }
+    for name, values in sections.items():
+        settings[name] = settings.get(name, {}) | values
+    return Experiment.model_validate(settings)
+
+
+def uses_of(experiment: Experiment, *stages: str) -> list[TensorUse]:
+    return estimate_memory(experiment, list(stages), measure(experiment.model, experiment.policy))
+
+
+def compared(experiment: Experiment, gpu_bytes: float, stage: str = "sft", process: str = "learner") -> GpuFit:
+    fits = compare_with_gpu(experiment, uses_of(experiment, stage), gpu_bytes)
+    return next(fit for fit in fits if (fit.stage, fit.process) == (stage, process))
+
+
+def largest(experiment: Experiment, stage: str = "sft", process: str = "learner") -> float:
+    """The bytes of a process."""
+    return bytes_by_gpu(experiment, uses_of(experiment, stage))[stage, process]
+
+
+def test_what_takes_nine_tenths_of_a_gpu_fits_and_one_byte_more_does_not(base: str) -> None:
+    experiment = make(base)
+    size = largest(experiment)
+    fits = compared(experiment, size / USABLE)
+    assert (fits.fits, fits.settings, fits.bytes, fits.bytes_then) == (True, (), size, size)
+    assert not compared(experiment, (size - 1) / USABLE).fits
+
+
+def test_gradient_checkpointing_is_the_first_advice_and_the_only_one_where_it_does(base: str) -> None:
+    experiment = make(base)
+    with_it = make(base, model={"gradient_checkpointing": True})
+    fit = compared(experiment, largest(with_it) / USABLE)
+    assert fit.settings == ("model.gradient_checkpointing=true",)
+    assert fit.bytes_then == largest(with_it)
+
+
+def test_a_smaller_microbatch_is_as_large_as_it_may_be(base: str) -> None:
+    smaller = make(base, model={"gradient_checkpointing": True}, sft={"tokens_per_microbatch": 1024})
+    fit = compared(make(base), largest(smaller) / USABLE)
+    assert fit.settings == ("model.gradient_checkpointing=true", "sft.tokens_per_microbatch=1024")
+    assert fit.bytes_then == largest(smaller)
+
+
+def test_advice_that_the_method_does_not_allow_is_not_given(base: str) -> None:
+    prefixes = make(base, policy={"method": "prefix_tuning"})
+    smaller = make(base, policy={"method": "prefix_tuning"}, sft={"tokens_per_microbatch": 2048})
+    assert compared(prefixes, largest(smaller) / USABLE).settings == ("sft.tokens_per_microbatch=2048",)
+
+
+def test_four_bits_come_last(base: str) -> None:
+    settings = {"gradient_checkpointing": True}
+    small = make(base, model=settings, sft={"tokens_per_microbatch": 512})
+    quantised = make(base, model=settings, sft={"tokens_per_microbatch": 512}, policy={"method": "qlora"})
+    assert "policy.method=qlora" in compared(make(base), largest(quantised) / USABLE).settings
+    assert "policy.method=qlora" not in compared(make(base), largest(small) / USABLE).settings
+
+
+def test_where_no_setting_helps_none_is_named(base: str) -> None:
+    fit = compared(make(base), 1e6)
+    assert (fit.fits, fit.settings) == (False, ())
+
+
+def test_workers_decode_fewer_sequences_at_a_time(base: str) -> None:
+    sections: dict[str, dict[str, Any]] = {"learner": {"ranks": 1}, "ppo": {"batch_size": 128}}
+    workers = {"workers": 1, "chunk_size": 64, "max_num_seqs": 64}
+    experiment = make(base, rollouts=workers, **sections)
+    fewer = make(base, rollouts=workers | {"max_num_seqs": 16}, **sections)
+    fit = compared(experiment, largest(fewer, "ppo", "worker") / USABLE, "ppo", "worker")
+    assert fit.settings == ("rollouts.max_num_seqs=16",)
+
+
+def test_ranks_shard_more_before_the_base_is_quantised(base: str) -> None:
+    process = "each of 2 ranks"
+    policy = {"method": "full"}
+    ranks = {"ranks": 2, "zero": 0}
+    small = {"tokens_per_microbatch": 512, "zero": 2}
+    sharded = make(base, policy=policy, sft=ranks | small, model={"gradient_checkpointing": True})
+    fit = compared(make(base, policy=policy, sft=ranks), largest(sharded, "sft", process) / USABLE, "sft", process)
+    assert "sft.zero=2" in fit.settings
+
+
+def test_workers_on_the_ranks_gpus_are_added_to_the_ranks(base: str) -> None:
+    sections: dict[str, dict[str, Any]] = {"learner": {"ranks": 2, "gpus": 1}, "ppo": {"batch_size": 128}}
+    apart = make(base, rollouts={"workers": 3, "chunk_size": 8}, **sections)
+    together = make(base, rollouts={"workers": 3, "chunk_size": 8, "gpus": "shared"}, **sections)
+    sums = bytes_by_gpu(apart, uses_of(apart, "ppo"))
+    rank = sums["ppo", "each of 2 ranks"]
+    worker = sums["ppo", "each of 3 workers"]
+    assert bytes_by_gpu(together, uses_of(together, "ppo")) == {("ppo", "each of 2 ranks"): rank + 2 * worker}
