@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from align.resources.ray_cluster import WRONG_TOKEN
 from align.resources.reservation import visible
 from policies.errors import UserError, first_line
 
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 STATE_SECONDS = 0.5
 """How often the state of a job is asked for."""
 LOST_SECONDS = 60.0
@@ -84,6 +86,7 @@ class Jobs:
             UserError: It cannot be reached, or asks for another token.
         """
         self.address = address
+        os.environ[ADDRESS_VARIABLE] = address  # Ray prefers it to the address that it is given
         with self._told():
             self.client = JobSubmissionClient(address)
         for name in RAY_LOGGERS:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The environment variable that Ray sets for the command of a job, and for nothing else."""
-ADDRESS_VARIABLE = "RAY_ADDRESS"
+CLUSTER_VARIABLE = "RAY_ADDRESS"
 """The environment variable in which it finds the job's cluster."""
 CACHE = ("runtime_resources", "working_dir_files")
 """Ray unpacks a job's working directory in this folder of its own, and deletes it some time after the job."""
@@ -14,7 +14,7 @@ CACHE = ("runtime_resources", "working_dir_files")
 
 def address_of_job() -> str | None:
     """The address of the cluster whose job this process is; None: it is no job's."""
-    return os.environ.get(ADDRESS_VARIABLE) if JOB_CONFIG in os.environ else None
+    return os.environ.get(CLUSTER_VARIABLE) if JOB_CONFIG in os.environ else None
 
 
 def is_in_cache(path: Path) -> bool:

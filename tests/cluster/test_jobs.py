@@ -36,7 +36,8 @@ def slow_loss(*arguments):
             calls.write(".")
         if (FOLDER / "calls").stat().st_size == {slow_call}:
             (FOLDER / "calling").touch()
-            time.sleep(40)
+            while not (FOLDER / "go").exists():
+                time.sleep(0.1)
     return load_policy_loss("clip")(*arguments)
 """
 SLOW_CALL = 10
@@ -176,9 +177,16 @@ def test_a_job_that_is_stopped_in_a_long_update_and_resumed_ends_as_one_that_is_
     while not (client.folder / "calling").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    status, _, errors = client.align("jobs", "stop", job)
-    assert status == 0, errors
-    output, errors = process.communicate(timeout=60)
+    stop = client.popen("jobs", "stop", job)
+    assert process.stdout is not None
+    output = ""
+    while "stopping at the end of this step" not in output:
+        output += process.stdout.readline()
+    time.sleep(20)  # Ray kills after 3 seconds unless it is told otherwise
+    (client.folder / "go").touch()
+    assert stop.wait(timeout=300) == 0
+    rest, _ = process.communicate(timeout=60)
+    output += rest
     assert process.returncode == 130
     assert "`align resume" in output
     assert "Traceback" not in output
