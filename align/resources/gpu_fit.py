@@ -1,7 +1,7 @@
 """Compares what each process of a run will hold with the memory of its GPU, and finds settings under which it fits."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,14 @@ class _Search:
 
     def settings(self) -> dict[str, Any]:
         """The first of the changes that suffice, without those that the others do without; none if all do not."""
-        prefixes = self._prefixes()
-        if not prefixes or not self.fits(prefixes[-1]):
-            return {}
-        changes = prefixes[bisect_left(prefixes, True, key=self.fits)]
+        for changes_of in (_changes, _changes_with_four_bits):
+            prefixes = self._prefixes(changes_of(self.experiment, self.process))
+            if prefixes and self.fits(prefixes[-1]):
+                return self._fewest(prefixes[bisect_left(prefixes, True, key=self.fits)])
+        return {}
+
+    def _fewest(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Take back those changes that the others do without."""
         for key in list(changes):
             fewer = {name: value for name, value in changes.items() if name != key}
             if change_settings(self.experiment, fewer) is not None and self.fits(fewer):
@@ -119,11 +123,11 @@ class _Search:
         uses = estimate_memory(changed, [self.process[0]], self._sizes_of(changed))
         return bytes_by_gpu(changed, uses).get(self.process, 0.0)
 
-    def _prefixes(self) -> list[dict[str, Any]]:
+    def _prefixes(self, possible: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
         """The changes one after another, each with those before it; without those that do not go with them."""
         prefixes = []
         changes: dict[str, Any] = {}
-        for key, value in _changes(self.experiment, self.process):
+        for key, value in possible:
             more = changes | {key: value}
             if change_settings(self.experiment, more) is not None:
                 changes = more
@@ -154,8 +158,13 @@ def _changes(experiment: Experiment, process: Process) -> Iterator[tuple[str, An
     while stage == "ppo" and sequences >= 2 * FEWEST_SEQUENCES:
         sequences //= 2
         yield "rollouts.max_num_seqs", sequences
+
+
+def _changes_with_four_bits(experiment: Experiment, process: Process) -> Iterator[tuple[str, Any]]:
+    """The same, after the base model is quantised, which ZeRO 3 cannot shard; none where the method is not LoRA."""
     if experiment.policy.method == "lora":
         yield "policy.method", "qlora"
+        yield from _changes(experiment, process)
 
 
 def change_settings(experiment: Experiment, changes: Changes) -> Experiment | None:

@@ -128,9 +128,10 @@ def _found_by_ray() -> str:
     try:
         return str(canonicalize_bootstrap_address_or_die(AUTO))
     except (ConnectionError, ValueError) as error:
+        reason = first_line(error).partition(". ")[0]
         raise UserError(
-            f"cluster.address auto: {first_line(error)}: start Ray on this machine, set RAY_ADDRESS, or name the "
-            "address of the cluster's head"
+            f"cluster.address auto: {reason}: start Ray on this machine, set RAY_ADDRESS, or name the address of the "
+            "cluster's head"
         ) from error
 
 

@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
     "ppo": {"batch_size": 512},
     "learner": {"tokens_per_microbatch": 8192},
 }
-ON_EIGHT = {"learner.ranks": 8, "learner.zero": 2, "rollouts.workers": 8, "rollouts.gpus": "shared"}
+ON_EIGHT = {"learner.ranks": 4, "learner.zero": 2, "rollouts.workers": 4}
 GPUS: dict[str, tuple[float, dict[str, Any]]] = {
     "24 GB": (24e9, {}),
     "48 GB": (48e9, {}),
