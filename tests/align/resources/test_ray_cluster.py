@@ -119,7 +119,8 @@ def test_versions_that_differ_from_those_of_the_head_are_told(monkeypatch: pytes
         ray_cluster(ClusterSettings(address="ray://host:10001"), 1).__enter__()
     assert str(caught.value) == (
         "cluster.address ray://host:10001 cannot be joined: its head has Ray 2.59.1 and Python 3.10.2, this machine "
-        f"Ray {ray.__version__} and Python {platform.python_version()}: install the head's versions here, or these there"
+        f"Ray {ray.__version__} and Python {platform.python_version()}: install the head's versions here, or these "
+        "there"
     )
 
 
