@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
 """The shapes of Qwen 2.5 0.5 B, Llama 3.1 8 B and Llama 3.1 70 B."""
+FOUR_BITS = "policy.method=qlora"
 STAGES = ("sft", "reward", "ppo")
 SETTINGS: dict[str, Any] = {
     "policy": {"rank": 16, "alpha": 32},
@@ -91,18 +92,21 @@ def main() -> None:
 
 
 def plan(model: str, parallel: dict[str, Any], gpu_bytes: float) -> Recipe:
-    """Take the advice of the plan until all stages fit, or it has none."""
+    """Take the advice of the plan until all stages fit, or it has none.
+
+    Advice that quantises comes first: it holds for all stages, and does not go with ZeRO 3.
+    """
     values = {"name": "recipe", "model": {"path": model, "dtype": "bfloat16"}} | SETTINGS
     experiment = change_settings(Experiment.model_validate(values), parallel)
     assert experiment is not None
     chosen: dict[str, Any] = {}
     while True:
         fits = compare_with_gpu(experiment, uses_of(experiment), gpu_bytes)
-        advice = next((fit.settings for fit in fits if fit.settings), None)
-        if advice is None:
+        advised = [fit for fit in fits if fit.settings]
+        if not advised:
             settings = tuple(f"{key}={value}" for key, value in (parallel | chosen).items())
             return Recipe(settings, most_bytes(experiment), all(fit.fits for fit in fits))
-        for text in advice:
+        for text in max(advised, key=lambda fit: FOUR_BITS in fit.settings).settings:
             key, value = text.split("=")
             chosen[key] = json.loads(value) if value[0] in "0123456789tf" else value
         changed = change_settings(experiment, chosen)
