@@ -14,7 +14,7 @@ import typer
 
 from align.config.stage import Stage, all_stages, stages_from
 from align.jobs import commands as job_commands
-from align.runtime.consoles import console, errors
+from align.runtime.consoles import console, errors, escaped
 from align.runtime.garbage import no_collections
 from align.runtime.quiet import quiet_libraries
 from align.runtime.streams import lasting_streams
@@ -312,7 +312,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        errors.print(f"[red]error:[/red] {_escaped(error)}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escaped(error)}", soft_wrap=True)
         sys.exit(2)
     except Interrupted as stopped:
         errors.print(f"stopped; `align resume {stopped}` resumes the run", soft_wrap=True)
@@ -365,13 +365,13 @@ def _run(launch: "Launch") -> None:
         except Interrupted:
             raise Interrupted(folder.path) from None
         except Fault as fault:
-            errors.print(f"[red]stopped:[/red] {_escaped(fault)}", soft_wrap=True)
+            errors.print(f"[red]stopped:[/red] {escaped(fault)}", soft_wrap=True)
             sys.exit(1)
         except Exception as error:
             description = describe_outside_failure(error)
             if description is None:
                 raise
-            errors.print(f"[red]error:[/red] {_escaped(description)}; {_escaped(how_to_resume)}", soft_wrap=True)
+            errors.print(f"[red]error:[/red] {escaped(description)}; {escaped(how_to_resume)}", soft_wrap=True)
             sys.exit(1)
     _show(evaluation)
     console.print(f"report: {write_report(folder.path, evaluation)}")
@@ -414,10 +414,4 @@ def _evaluate_reward_model(
 
 def _tell(note: str) -> None:
     """Print a note on standard error."""
-    errors.print(_escaped(note), soft_wrap=True, highlight=False)
-
-
-def _escaped(error: Exception | str) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+    errors.print(escaped(note), soft_wrap=True, highlight=False)

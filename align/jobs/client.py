@@ -5,11 +5,11 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient, JobType
@@ -21,6 +21,8 @@ from align.resources.reservation import visible
 from policies.errors import UserError, first_line
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+Output = Callable[[str], object]
+"""Takes text that a job has written."""
 STATE_SECONDS = 0.5
 """How often the state of a job is asked for."""
 LOST_SECONDS = 60.0
@@ -35,12 +37,6 @@ NOT_FOUND = 127
 
 class ClusterLost(RuntimeError):
     """The cluster does not answer any more."""
-
-
-class Output(Protocol):
-    """Takes text that a job has written."""
-
-    def __call__(self, text: str) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,30 @@ class Job:
     def ended(self) -> bool:
         """Whether it has come to its end."""
         return bool(JobStatus(self.status).is_terminal())
+
+
+class JobLog:
+    """Gives on what a job writes, each part once, however often it is read from its beginning."""
+
+    def __init__(self, output: Output) -> None:
+        """output: takes the text."""
+        self.output = output
+        self.written = 0
+        """Number of characters given on."""
+
+    async def read(self, parts: AsyncIterator[str]) -> None:
+        """Read parts, the first of which is the job's first."""
+        start = 0
+        async for text in parts:
+            self.take(text, start)
+            start += len(text)
+
+    def take(self, text: str, start: int = 0) -> None:
+        """Give on what is new of a text that begins at a position."""
+        new = text[max(0, self.written - start) :]
+        self.written = max(self.written, start + len(text))
+        if new:
+            self.output(new)
 
 
 class Jobs:
@@ -155,25 +175,14 @@ class Jobs:
         Raises:
             ClusterLost: The cluster has not answered for a minute.
         """
-        written = 0
-        while True:
-            job = self._job(job_id)
+        log = JobLog(output)
+        while not (job := self._job(job_id)).ended:
             with suppress(OSError, RuntimeError):  # a lost connection is made again
-                if job.ended:
-                    output(self.client.get_job_logs(job_id)[written:])
-                    return job
-                written = asyncio.run(self._pass_on(job_id, written, output))
+                asyncio.run(log.read(self.client.tail_job_logs(job_id)))
             time.sleep(STATE_SECONDS)
-
-    async def _pass_on(self, job_id: str, written: int, output: Output) -> int:
-        """Give what a job writes, but for the first characters. Returns how many it has written."""
-        seen = 0
-        async for text in self.client.tail_job_logs(job_id):
-            new = text[max(0, written - seen) :]
-            seen += len(text)
-            if new:
-                output(new)
-        return max(seen, written)
+        with suppress(OSError, RuntimeError):  # the node that keeps them may be lost
+            log.take(self.client.get_job_logs(job_id))
+        return job
 
     def stop(self, job_id: str) -> Job:
         """Have a job stop, and wait until it has written its checkpoint and ended.
@@ -215,7 +224,7 @@ class Jobs:
             yield
         except ray.exceptions.AuthenticationError as error:
             raise UserError(f"--address {self.address}: {WRONG_TOKEN}") from error
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--address {self.address}: {first_line(error)}") from error
 
 

@@ -9,7 +9,7 @@ import typer
 import yaml
 from rich.table import Table
 
-from align.runtime.consoles import console, errors
+from align.runtime.consoles import console, errors, escaped
 from policies.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def list_jobs(address: Address = "auto") -> None:
         state = job.status.lower()
         if job.exit_status:
             state += f" ({job.exit_status})"
-        table.add_row(job.id, state, f"{job.started:%m-%d %H:%M}", _clock(job.seconds), job.run.folder)
+        table.add_row(job.id, state, f"{job.started:%m-%d %H:%M}", _clock(job.seconds), escaped(job.run.folder))
     console.print(table)
 
 
@@ -134,7 +134,7 @@ def resume_job(
     if not earlier.ended:
         raise UserError(f"job {earlier.id} is still {earlier.status.lower()}: `align jobs stop {earlier.id}` stops it")
     new = cluster.submit(resumption_of(earlier.run, earlier.runtime_env, overrides or []))
-    errors.print(f"job {new} submitted; it resumes {earlier.run.folder}", soft_wrap=True)
+    errors.print(f"job {new} submitted; it resumes {escaped(earlier.run.folder)}", soft_wrap=True)
     if follow:
         _follow(cluster, new)
 
@@ -155,7 +155,7 @@ def _follow(cluster: "Jobs", job_id: str) -> None:
         errors.print(f"the job goes on; `align jobs logs {job_id}` follows it, `align jobs stop {job_id}` stops it")
         raise
     if reason := explanation(job):
-        errors.print(f"[red]error:[/red] job {job_id}: {reason}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] job {job_id}: {escaped(reason)}", soft_wrap=True)
     sys.exit(exit_status(job))
 
 
@@ -166,7 +166,7 @@ def _guarded(action: Any) -> Any:
     try:
         return action()
     except ClusterLost as lost:
-        errors.print(f"[red]error:[/red] {lost}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escaped(lost)}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -182,7 +182,7 @@ def _show_placement(settings: "Experiment", cluster: "Jobs") -> int:
 
     nodes = cluster.nodes()
     actors = most_actors(settings, settings.stages)
-    errors.print(f"placement: {describe_fit(settings, actors, nodes)}", soft_wrap=True, highlight=False)
+    errors.print(f"placement: {describe_fit(settings, actors, nodes)}", soft_wrap=True, highlight=False, markup=False)
     return int(total(nodes, GPU))
 
 
@@ -222,6 +222,8 @@ def _read_runtime_env(path: Path | None) -> dict[str, Any]:
     for name in ("working_dir", "excludes"):
         if name in fields:
             raise UserError(f"--runtime-env {path}: {name}: the current folder is sent; remove this field")
+    if not isinstance(fields.get("env_vars", {}), dict):
+        raise UserError(f"--runtime-env {path}: env_vars: expected `NAME: value`")
     return fields
 
 

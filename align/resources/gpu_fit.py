@@ -15,10 +15,10 @@ USABLE = 0.9
 rest."""
 SMALLEST_MICROBATCH = 512
 """Tokens below which a microbatch is not made smaller: GPUs compute ever more slowly, and little memory is gained."""
-MORE_GPUS = "use more ranks at ZeRO 3, larger GPUs or a smaller model"
-"""What is left to do where no setting helps."""
 FEWEST_SEQUENCES = 8
 """The same for the sequences that a worker decodes at a time."""
+MORE_GPUS = "use more ranks at ZeRO 3, larger GPUs or a smaller model"
+"""What is left to do where no setting helps."""
 
 Process = tuple[str, str]
 """A stage and a kind of process."""

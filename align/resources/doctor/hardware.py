@@ -64,7 +64,7 @@ def _unused_gpu() -> Finding:
         released, _, _ = version.partition("+")
         return warning(
             f"{_cpu()}. NVIDIA's driver is installed, but torch {version} is a build for CPUs",
-            f"pip install --force-reinstall torch=={released} --index-url https://pypi.org/simple (a build for CUDA)",
+            f"pip install --force-reinstall torch=={released} from an index with builds for CUDA (--index-url)",
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -1,6 +1,12 @@
-import pytest
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
-from align.jobs.client import ADDRESS_VARIABLE, Jobs
+import pytest
+from ray.job_submission import JobStatus
+
+from align.jobs.client import ADDRESS_VARIABLE, JobLog, Jobs, exit_status, explanation
+from align.jobs.submission import RunOfJob
 from policies.errors import UserError
 
 
@@ -8,3 +14,47 @@ def test_a_given_address_precedes_that_of_the_environment(monkeypatch: pytest.Mo
     monkeypatch.setenv(ADDRESS_VARIABLE, "http://127.0.0.1:2")
     with pytest.raises(UserError, match=r"^--address http://127\.0\.0\.1:1: .*127\.0\.0\.1:1\b"):
         Jobs("http://127.0.0.1:1")
+
+
+async def parts(*texts: str, fails: bool = False) -> AsyncIterator[str]:
+    for text in texts:
+        yield text
+    if fails:
+        raise RuntimeError("the connection is lost")
+
+
+def test_what_a_job_writes_is_given_on_once_though_the_connection_is_lost() -> None:
+    given: list[str] = []
+    log = JobLog(given.append)
+    with pytest.raises(RuntimeError, match="lost"):
+        asyncio.run(log.read(parts("one ", "tw", fails=True)))
+    asyncio.run(log.read(parts("one two", " three")))
+    log.take("one two three four")
+    assert given == ["one ", "tw", "o", " three", " four"]
+
+
+class Lost:
+    """A client, simulated, of a cluster that has lost the node with the logs of a job that has failed."""
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        metadata = RunOfJob("/runs/x", "python", (), 1, 0).metadata
+        return SimpleNamespace(
+            submission_id=job_id,
+            metadata=metadata,
+            status=JobStatus.FAILED,
+            start_time=0,
+            end_time=1000,
+            driver_exit_code=None,
+            message="its node has died",
+            runtime_env=None,
+        )
+
+    def get_job_logs(self, job_id: str) -> str:
+        raise RuntimeError("no logs")
+
+
+def test_a_job_whose_logs_are_lost_has_ended_nevertheless() -> None:
+    jobs = object.__new__(Jobs)
+    jobs.client = Lost()
+    job = jobs.follow("x-1", print)
+    assert (exit_status(job), explanation(job)) == (1, "its node has died")
