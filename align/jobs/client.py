@@ -18,17 +18,16 @@ from align.jobs.submission import RunOfJob, Submission
 from align.resources.placement import Node
 from align.resources.ray_cluster import WRONG_TOKEN
 from align.resources.reservation import visible
+from align.runtime.ray_job import DASHBOARD_VARIABLE
+from align.runtime.signals import INTERRUPTED
 from policies.errors import UserError, first_line
 
-ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 Output = Callable[[str], object]
 """Takes text that a job has written."""
 STATE_SECONDS = 0.5
 """How often the state of a job is asked for."""
 LOST_SECONDS = 60.0
 """How long the cluster may leave that unanswered."""
-STOPPED = 130
-"""The exit status of a run that was stopped."""
 RAY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env")
 """Ray's loggers that report each request."""
 NOT_FOUND = 127
@@ -106,7 +105,7 @@ class Jobs:
             UserError: It cannot be reached, or asks for another token.
         """
         self.address = address
-        os.environ[ADDRESS_VARIABLE] = address  # Ray prefers it to the address that it is given
+        os.environ[DASHBOARD_VARIABLE] = address  # Ray prefers it to the address that it is given
         with self._told():
             self.client = JobSubmissionClient(address)
         for name in RAY_LOGGERS:
@@ -231,7 +230,7 @@ class Jobs:
 def exit_status(job: Job) -> int:
     """The exit status to pass on for a job that has ended."""
     if job.status == JobStatus.STOPPED:
-        return STOPPED
+        return INTERRUPTED
     if job.status == JobStatus.SUCCEEDED:
         return 0
     return job.exit_status or 1

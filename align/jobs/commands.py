@@ -10,6 +10,7 @@ import yaml
 from rich.table import Table
 
 from align.runtime.consoles import console, errors, escaped
+from align.runtime.ray_job import DASHBOARD_VARIABLE
 from policies.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Address = Annotated[
     str,
     typer.Option(
         help="the cluster's dashboard, http://HOST:8265; auto: that of the Ray node on this machine",
-        envvar="RAY_API_SERVER_ADDRESS",
+        envvar=DASHBOARD_VARIABLE,
     ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id, or its beginning", show_default=False)]

@@ -190,14 +190,20 @@ def job_overrides(experiment: Experiment) -> list[str]:
     Relative paths become absolute: a job runs in a folder of Ray's, which has no data and does not last.
     """
     overrides = [f"runs={os.path.abspath(experiment.runs)}"]
-    for key, value in flatten(experiment.model_dump(mode="json")):
-        if value is not None and any(fnmatchcase(key, pattern) for pattern in PATHS):
-            absolute = _absolute(value)
-            if absolute != value:
-                overrides.append(f"{key}={json.dumps(absolute, ensure_ascii=False)}")
+    for key, value in _paths(experiment):
+        absolute = _absolute(value)
+        if absolute != value:
+            overrides.append(f"{key}={json.dumps(absolute, ensure_ascii=False)}")
     if experiment.cluster.address is not None:
         overrides.append("~cluster.address")
     return overrides
+
+
+def _paths(experiment: Experiment) -> Iterator[tuple[str, str | list[str]]]:
+    """The settings of `PATHS` that are set, by their dotted names."""
+    for key, value in flatten(experiment.model_dump(mode="json")):
+        if value is not None and any(fnmatchcase(key, pattern) for pattern in PATHS):
+            yield key, value
 
 
 def _absolute(value: str | list[str]) -> str | list[str]:
@@ -221,9 +227,8 @@ def _within(folder: Path, file: Path, what: str) -> Path:
 def _excludes(experiment: Experiment, folder: Path) -> Iterator[str]:
     """The folder of runs, and the files and folders of data and models, where they are within the folder."""
     named: list[str] = [experiment.runs]
-    for key, value in flatten(experiment.model_dump(mode="json")):
-        if value is not None and any(fnmatchcase(key, pattern) for pattern in PATHS):
-            named += value if isinstance(value, list) else [value.partition("#")[0]]
+    for _, value in _paths(experiment):
+        named += value if isinstance(value, list) else [value.partition("#")[0]]
     paths = [(folder / name).resolve() for name in named]
     for path in dict.fromkeys(paths):
         is_part = any(path.is_relative_to(other) for other in paths if other != path)

@@ -8,6 +8,8 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The environment variable that Ray sets for the command of a job, and for nothing else."""
 CLUSTER_VARIABLE = "RAY_ADDRESS"
 """The environment variable in which it finds the job's cluster."""
+DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
+"""The environment variable with the address of a cluster's dashboard, which takes its jobs."""
 CACHE = ("runtime_resources", "working_dir_files")
 """Ray unpacks a job's working directory in this folder of its own, and deletes it some time after the job."""
 

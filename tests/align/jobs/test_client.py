@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 from ray.job_submission import JobStatus
 
-from align.jobs.client import ADDRESS_VARIABLE, JobLog, Jobs, exit_status, explanation
+from align.jobs.client import JobLog, Jobs, exit_status, explanation
 from align.jobs.submission import RunOfJob
+from align.runtime.ray_job import DASHBOARD_VARIABLE
 from policies.errors import UserError
 
 
 def test_a_given_address_precedes_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ADDRESS_VARIABLE, "http://127.0.0.1:2")
+    monkeypatch.setenv(DASHBOARD_VARIABLE, "http://127.0.0.1:2")
     with pytest.raises(UserError, match=r"^--address http://127\.0\.0\.1:1: .*127\.0\.0\.1:1\b"):
         Jobs("http://127.0.0.1:1")
 
