@@ -291,7 +291,7 @@ def doctor(
     from align.resources.doctor.checks import all_checks, run_checks
     from align.resources.doctor.report import findings_record, findings_table, is_healthy
 
-    with errors.status("checking the installation, in half a minute or so"):
+    with errors.status("checking the installation"):
         findings = run_checks(all_checks(str(runs), address))
     if as_json:
         print(json.dumps(findings_record(findings)))
