@@ -58,6 +58,11 @@ class AsyncRollouts:
         self.pool = pool
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
 
+    @property
+    def peak_memory(self) -> int | None:
+        """As of the pool that it uses."""
+        return self.pool.peak_memory
+
     def submit(
         self, version: int, weights: AdapterWeights, requests: Sequence[Request], sampling: Sampling
     ) -> TrajectoriesFuture:

@@ -13,6 +13,11 @@ T = TypeVar("T")
 class Pool(Protocol):
     """Generates responses with the adapter that was loaded last, on one or more engines."""
 
+    @property
+    def peak_memory(self) -> int | None:
+        """The peak memory of an engine's process in bytes; None: it is this process, or the peak is not known."""
+        ...
+
     def load_adapter(self, version: int, weights: AdapterWeights) -> None:
         """Use these weights from now on.
 
@@ -41,6 +46,8 @@ class Pool(Protocol):
 
 class LocalPool:
     """One engine in this process."""
+
+    peak_memory = None
 
     def __init__(self, engine: Engine, chunk_size: int) -> None:
         """Create a pool.

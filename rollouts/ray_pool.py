@@ -80,6 +80,7 @@ class RayPool:
         self.roster = Roster(settings.timeout, settings.straggler_factor)
         self.sent_bytes = 0
         """Bytes of the weights that the last `load_adapter` sent."""
+        self.peak_memory: int | None = None
         self._build = build
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
         self._options: dict[int, ActorOptions] = {}
@@ -186,6 +187,8 @@ class RayPool:
             self._replace(worker, error)
             return None
         self._losses = 0
+        if reply.peak_memory is not None:
+            self.peak_memory = max(self.peak_memory or 0, reply.peak_memory)
         return None if chunk is None else (chunk, reply.trajectories)
 
     def _carry_out(self, command: Command, batch: "_Batch | None") -> None:

@@ -8,6 +8,7 @@ import ray
 from ray import ObjectRef
 
 from policies.device import ComputeSettings
+from policies.memory_meter import MemoryMeter
 from rollouts.engine import Engine, Sampling
 from rollouts.packed_records import TrajectoryBatch
 from rollouts.roster import WeightsVersion
@@ -17,10 +18,17 @@ from rollouts.weight_transfer import unpack
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's reply: the weights that it has loaded, and the trajectories of its chunk, if it was given one."""
+    """A worker's reply.
+
+    Attributes:
+        loaded: The weights that it has loaded.
+        trajectories: Those of its chunk, if it was given one.
+        peak_memory: The peak of its memory in bytes; None where it is not known. See `MemoryMeter`.
+    """
 
     loaded: WeightsVersion
     trajectories: TrajectoryBatch
+    peak_memory: int | None = None
 
 
 class Worker:
@@ -30,6 +38,7 @@ class Worker:
         self.failure: Exception | None = None
         try:
             compute.apply()
+            self.meter = MemoryMeter()
             self.engine = build()
         except Exception as error:  # raised by the first call: of an actor that never started, Ray hides the cause
             self.failure = error
@@ -51,4 +60,5 @@ class Worker:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Reply:
         """Generate the responses of a chunk."""
-        return Reply(self.loaded, TrajectoryBatch(self.engine.generate(requests, sampling)))
+        trajectories = TrajectoryBatch(self.engine.generate(requests, sampling))
+        return Reply(self.loaded, trajectories, self.meter.peak())

@@ -26,6 +26,7 @@ class Stage:
         metric_groups: First parts of the names of its metrics.
         sources: The sources of `data` that it trains on, each read with its held-out source.
         runner: The function that runs it, from a `StageContext` to None.
+        section: The section of the settings with its `tokens_per_microbatch`, if it trains anything.
         evaluation: The function from the `RunFolder` to its part of `evaluation.json`, if it has one.
         default: Whether it runs in an experiment that does not set `stages`.
     """
@@ -39,6 +40,7 @@ class Stage:
     metric_groups: tuple[str, ...]
     sources: tuple[str, ...]
     runner: str
+    section: str | None = None
     evaluation: str | None = None
     default: bool = False
 

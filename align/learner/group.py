@@ -49,6 +49,10 @@ class Ranks(ABC, Generic[AnyLearner]):
         """Values for the arguments of calls; a rank fetches those that it reads."""
 
     @abstractmethod
+    def peak_memory(self) -> int | None:
+        """The peak memory of a rank's process in bytes; None: it is this process, or the peak is not known."""
+
+    @abstractmethod
     def close(self) -> None:
         """Free the resources of all ranks."""
 
@@ -78,6 +82,9 @@ class LocalRank(Ranks[AnyLearner]):
 
     def share(self, values: Sequence[Value]) -> Sequence[Value]:
         return values
+
+    def peak_memory(self) -> int | None:
+        return None
 
     def close(self) -> None:
         import deepspeed

@@ -1,7 +1,8 @@
 """One rank of a learner: a DeepSpeed engine around what it trains, whatever the objective."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +15,8 @@ from align.learner.group import deal_by_length
 from align.learner.optimizer import RoleClip, make_optimizer
 from align.learner.state import LearnerState, RankState
 from align.roles.trained import TrainedModule, role_of_group
+from align.runtime.failures import MicrobatchTooLarge, is_out_of_memory
+from policies.errors import first_line
 from policies.schema import OptimizerSettings
 from policies.trunk import AdapterWeights, Trunk
 
@@ -54,6 +57,7 @@ class Rank:
     Attributes:
         number: The number of this rank.
         count: The number of ranks.
+        tokens_per_microbatch: The most tokens of a microbatch, the same on all ranks.
         module: What is trained, in evaluation mode at first.
         engine: DeepSpeed's engine around it: `engine(function, ...)` calls `function(module, ...)`.
         device: The device of the module.
@@ -86,6 +90,7 @@ class Rank:
         self.engine = make_deepspeed_engine(module, self.optimizer, zero, self.clip)
         self.device: torch.device = self.engine.device
         self.module = module.eval()
+        self.tokens_per_microbatch = settings.tokens_per_microbatch or self._default_tokens_per_microbatch()
         self._state = RankState(module, sizes, self.engine, self.optimizer, zero)
         if gradient_checkpointing:
             for trunk in module.trunks:
@@ -155,11 +160,13 @@ class Rank:
         fillable_share = share or dealt[0][:1]
         parts = []
         for number, positions in enumerate(self.same_count_on_all_ranks(microbatches)):
-            tensors = collate([examples[fillable_share[position]] for position in positions])
+            microbatch = [examples[fillable_share[position]] for position in positions]
             is_filler = number >= len(microbatches)
-            for objective in objectives:
-                statistics = run(objective, tensors, is_filler)
-                parts.append(statistics.double() * (not is_filler))
+            with self.memory_for([example.length for example in microbatch]):
+                tensors = collate(microbatch)
+                for objective in objectives:
+                    statistics = run(objective, tensors, is_filler)
+                    parts.append(statistics.double() * (not is_filler))
         sums = torch.stack(parts).sum(0)  # [passes, S] -> [S], or [passes] -> []
         if self.count > 1:
             dist.all_reduce(sums)
@@ -184,7 +191,28 @@ class Rank:
 
     def microbatches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The indices of the sequences of each microbatch, `tokens_per_microbatch` at most."""
-        return self.module.microbatches(lengths, self.settings.tokens_per_microbatch)
+        return self.module.microbatches(lengths, self.tokens_per_microbatch)
+
+    @contextmanager
+    def memory_for(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Compute a microbatch, of sequences with these lengths, in the block.
+
+        Raises:
+            MicrobatchTooLarge: This process runs out of memory.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MicrobatchTooLarge(self.number, sum(lengths), len(lengths), first_line(error)) from error
+
+    def _default_tokens_per_microbatch(self) -> int:
+        """What suits the rank with the least free memory."""
+        tokens = torch.tensor(self.module.default_microbatch_tokens(), device=self.device)
+        if self.count > 1:
+            dist.all_reduce(tokens, op=dist.ReduceOp.MIN)
+        return int(tokens)
 
     def same_count_on_all_ranks(self, microbatches: list[list[int]]) -> list[list[int]]:
         """The microbatches, followed by fillers of sequence 0 up to the largest number on any rank."""

@@ -21,10 +21,11 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has it, but not for type checkers
 
 from align.learner.group import AnyLearner, Inputs, Ranks, Result, Value, collective_backend
-from align.runtime.failures import RankLost
+from align.runtime.failures import MicrobatchTooLarge, RankLost
 from align.runtime.head_watch import build_watched
 from policies.device import ActorOptions, ComputeSettings
 from policies.errors import actor_failure, first_line
+from policies.memory_meter import MemoryMeter
 
 GLOO_SOURCE = re.compile(r"\[\S+:\d+\] ")
 """A line of gloo's source, which its messages name."""
@@ -87,6 +88,10 @@ class RayRanks(Ranks[AnyLearner]):
     def share(self, values: Sequence[Value]) -> Sequence[Value]:
         return Stored([ray.put(value) for value in values], get=fetch)
 
+    def peak_memory(self) -> int | None:
+        peaks = self._results([actor.peak_memory.remote() for actor in self.actors])
+        return max((peak for peak in peaks if peak is not None), default=None)
+
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
@@ -95,6 +100,7 @@ class RayRanks(Ranks[AnyLearner]):
         """Wait for the results of calls.
 
         Raises:
+            MicrobatchTooLarge: A rank has run out of memory; others may wait for it.
             RankLost: A rank has died, even if another rank failed first because of it; or a rank has lost the
                 connection to another, which Ray may take a minute to notice the end of.
             UserError: A rank has raised it.
@@ -103,6 +109,8 @@ class RayRanks(Ranks[AnyLearner]):
         try:
             results: list[Any] = ray.get(calls)
         except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, MicrobatchTooLarge):
+                raise error.cause from error
             self._raise_if_a_rank_died(error)
             if isinstance(error, RayTaskError):
                 _raise_if_disconnected(error)
@@ -194,7 +202,12 @@ class _Rank:
 
     def build(self, build: Callable[[], Any]) -> None:
         """Build the learner."""
+        self.meter = MemoryMeter()
         self.learner = build()
+
+    def peak_memory(self) -> int | None:
+        """The peak memory since the learner was built, see `MemoryMeter`."""
+        return self.meter.peak()
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call a method of the learner."""

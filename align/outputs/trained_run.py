@@ -1,7 +1,7 @@
 """A trained run, whose policy and reward model can be used or evaluated again without a learner."""
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from align.outputs.export import Exported, Product, export_run
 from align.outputs.prompt_checks import check_fits, check_lists, check_prompt, check_room, check_text
 from align.outputs.response_stream import ResponseStream
 from align.roles.build import build_roles
-from align.roles.scoring import score_microbatches
+from align.roles.scoring import score_microbatch, score_microbatches
 from align.runs.folder import RunFolder, find_run, read_facts
 from align.runs.products import missing_product
 from align.runtime.atomic_files import write_json
@@ -278,6 +278,7 @@ class _LoadedReward:
 
     def __init__(self, experiment: Experiment, run: RunFolder) -> None:
         self.temperature = experiment.rollouts.temperature
+        self.tokens_per_microbatch = experiment.learner.tokens_per_microbatch
         self.scorers = build_scorers(experiment, run, load_tokenizer(experiment.model.path))
         composition = self.scorers.reward.composition
         if run.policy.is_dir():
@@ -292,15 +293,16 @@ class _LoadedReward:
     @torch.no_grad()
     def score_roles(self, trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
         """The forward passes of the requested roles."""
-        microbatches = self.roles.microbatches([trajectory.total_length for trajectory in trajectories])
-        return score_microbatches(
-            run=self.roles,
-            trajectories=trajectories,
-            microbatches=microbatches,
+        lengths = [trajectory.total_length for trajectory in trajectories]
+        microbatches = self.roles.microbatches(lengths, self.tokens_per_microbatch)
+        score = partial(
+            score_microbatch,
+            self.roles,
             temperature=self.temperature,
             device=self.roles.trunk.causal.device,
             requested_roles=requested_roles,
         )
+        return score_microbatches(score, trajectories, microbatches)
 
 
 def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from align.learner.state import LearnerState
 from align.ppo.episode_shards import EpisodeShards, MinibatchOrders, StoredEpisode
 from align.ppo.objective import STATISTICS, collate_episodes, ppo_objectives, summed
 from align.roles.roles import Roles
-from align.roles.scoring import ALL_ROLES, score_microbatches
+from align.roles.scoring import ALL_ROLES, score_microbatch, score_microbatches
 from policies.trunk import AdapterWeights
 from rollouts.packed_records import OutputBatch
-from rollouts.trajectory import ScoredTokens
+from rollouts.trajectory import RoleOutputs, ScoredTokens
 
 DemonstrationBatches = Sequence[Sequence[TokenizedDemonstration]]
 """For each optimizer step, the demonstrations that are mixed into it; empty without ptx."""
@@ -106,15 +106,8 @@ class PpoLearner:
         """
         lengths = [trajectory.total_length for trajectory in trajectories]
         microbatches = self.rank.same_count_on_all_ranks(self.rank.microbatches(lengths))
-        outputs = score_microbatches(
-            run=self.rank.engine,
-            trajectories=trajectories,
-            microbatches=microbatches,
-            temperature=self.temperature,
-            device=self.rank.device,
-            requested_roles=requested_roles,
-        )
-        return OutputBatch(outputs)
+        score = partial(self._score_microbatch, requested_roles)
+        return OutputBatch(score_microbatches(score, trajectories, microbatches))
 
     def update(
         self,
@@ -147,6 +140,10 @@ class PpoLearner:
                 break
         return _mean_statistics(results)
 
+    def tokens_per_microbatch(self) -> int:
+        """The most tokens of a microbatch, the same on all ranks."""
+        return self.rank.tokens_per_microbatch
+
     def policy_weights(self) -> AdapterWeights:
         """A complete copy of the policy's adapter, on the CPU; empty on ranks other than the first, which take part."""
         weights = self.rank.read_adapter(self.roles.trunk, "policy")
@@ -163,6 +160,18 @@ class PpoLearner:
     def close(self) -> None:
         """Free what the rank holds."""
         self.rank.close()
+
+    def _score_microbatch(
+        self, requested_roles: Collection[str], trajectories: Sequence[ScoredTokens]
+    ) -> list[RoleOutputs]:
+        with self.rank.memory_for([trajectory.total_length for trajectory in trajectories]):
+            return score_microbatch(
+                run=self.rank.engine,
+                trajectories=trajectories,
+                temperature=self.temperature,
+                device=self.rank.device,
+                requested_roles=requested_roles,
+            )
 
     def _train_minibatch(
         self,

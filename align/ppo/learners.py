@@ -51,6 +51,10 @@ class PpoLearners:
         shards = make_shards(episodes, orders, self.ranks.count, self.ranks.share)
         return self.ranks.call(PpoLearner.update, shards, orders, coefficients, demonstrations)[0]
 
+    def tokens_per_microbatch(self) -> int:
+        """The most tokens of a microbatch."""
+        return self.ranks.call(PpoLearner.tokens_per_microbatch)[0]
+
     def policy_weights(self) -> AdapterWeights:
         """A complete copy of the policy's adapter, on the CPU."""
         return self.ranks.call(PpoLearner.policy_weights)[0]

@@ -145,30 +145,23 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
 
 
 def score_microbatches(
-    run: Callable[..., Any],
+    score: Callable[[Sequence[ScoredTokens]], Sequence[RoleOutputs]],
     trajectories: Sequence[ScoredTokens],
     microbatches: Iterable[Sequence[int]],
-    temperature: float,
-    device: torch.device,
-    requested_roles: Collection[str] = ALL_ROLES,
 ) -> list[RoleOutputs]:
-    """Compute the outputs of the requested roles, microbatch by microbatch; see `score_microbatch`.
+    """Compute role outputs, microbatch by microbatch.
 
     Args:
-        run: Calls a function with the roles and its arguments: `Roles` itself, or the engine that wraps it.
+        score: Gives one record per trajectory of a microbatch, in the same order; see `score_microbatch`.
         trajectories: The trajectories of all microbatches.
         microbatches: The indices of each microbatch's trajectories. Of a trajectory in several, the first counts.
-        temperature: Sampling temperature, by which logits are divided.
-        device: The device of the roles.
-        requested_roles: Some of `ALL_ROLES` and `GREEDY`.
 
     Returns:
         One record per trajectory, in the same order.
     """
     scored: dict[int, RoleOutputs] = {}
     for indices in microbatches:
-        microbatch = [trajectories[i] for i in indices]
-        outputs = score_microbatch(run, microbatch, temperature, device, requested_roles)
+        outputs = score([trajectories[i] for i in indices])
         for i, output in zip(indices, outputs, strict=True):
             scored.setdefault(i, output)
     return [scored[i] for i in range(len(trajectories))]

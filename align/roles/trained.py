@@ -84,6 +84,10 @@ class TrainedModule(nn.Module, ABC):
         is_padded = not all(trunk.supports_packing for trunk in self.trunks)
         return self.trunks[0].microbatches(lengths, tokens, padded=is_padded)
 
+    def default_microbatch_tokens(self) -> int:
+        """Tokens per microbatch that suit the device and the memory that is free on it."""
+        return self.trunks[0].default_microbatch_tokens()
+
     def groups(self) -> list[ParameterGroup]:
         """The parameter groups of the optimizer: of each role, by learning rate (LoRA+) and weight decay.
 

@@ -22,6 +22,7 @@ WRITTEN = (
     "config.yaml",
     "metrics.jsonl",
     "samples.jsonl",
+    "events.jsonl",
     "checkpoints",
     "faults",
     "wandb",
@@ -216,6 +217,13 @@ def find_run(name_or_path: str, runs: str = "runs", overrides: Sequence[str] = (
     raise UserError(
         f"{name_or_path} is not a run: neither {name_or_path}/config.yaml nor {runs}/{name_or_path}/config.yaml exists"
     )
+
+
+def change_setting(run: RunFolder, section: str, name: str, value: Any) -> None:
+    """Change a setting in the run's `config.yaml`."""
+    experiment = load_experiment(run.config)
+    changed = getattr(experiment, section).model_copy(update={name: value})
+    dump_experiment(experiment.model_copy(update={section: changed}), run.config)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The record of a run's steps: `metrics.jsonl`, `samples.jsonl`, and the same metrics in Weights & Biases."""
+"""The record of a run: `metrics.jsonl`, `samples.jsonl`, `events.jsonl`, and the metrics in Weights & Biases."""
 
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from policies.errors import UserError
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+EVENTS = "events.jsonl"
 
 
 class Tracker:
@@ -59,6 +61,18 @@ class Tracker:
         _append(path, [{"stage": stage, "step": step, **row} for row in rows])
         self._sampled.add(stage, step, [SAMPLES])
 
+    def event(self, stage: str, step: int, kind: str, text: str) -> None:
+        """Write an event to `events.jsonl`, where it stays even if steps run again.
+
+        Args:
+            stage: The stage's name.
+            step: The last step before it; -1: it was before the first.
+            kind: What kind of event it is.
+            text: What has happened, in a sentence.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _append(self.run / EVENTS, [{"stage": stage, "step": step, "event": kind, "time": now, "text": text}])
+
     def drop_after(self, stage: str, step: int) -> None:
         """Drop the lines of steps that will run again, see `truncate_after`."""
         truncate_after(self.run, stage, step)
@@ -79,7 +93,7 @@ class Tracker:
 
     def _read_files(self) -> None:
         """Find out which figures and samples the files hold, and end a last line that was only partly written."""
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, EVENTS):
             path = self.run / name
             if path.exists() and not path.read_bytes().endswith(b"\n"):
                 _rewrite(path, read_lines(path))
@@ -134,7 +148,7 @@ def drop_stages(run: Path, stages: Collection[str]) -> None:
         run: The run's folder.
         stages: The names of the stages.
     """
-    for name in (METRICS, SAMPLES):
+    for name in (METRICS, SAMPLES, EVENTS):
         rows = read_lines(run / name)
         kept = [row for row in rows if row["stage"] not in stages]
         if len(kept) < len(rows):

@@ -7,6 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+PACE_STEPS = 3
+"""Steps of a process after which its pace is told. The first, which compiles and fills caches, does not count in it."""
 PLAIN_LINE_SECONDS = 5.0
 """Seconds between plain lines: often enough to see that the run is alive, rare enough for a log file."""
 
@@ -20,7 +22,9 @@ class ProgressBar:
         self.total = total
         self.started = time.monotonic()
         self.printed = self.started
-        self.first_step: int | None = None
+        self.steps = 0
+        self.tokens = 0
+        self.first_step_ended = self.started
         self.bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -32,22 +36,45 @@ class ProgressBar:
             self.bar = Progress(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task(stage, total=total, text="")
 
-    def advance(self, step: int, **figures: float) -> None:
-        """Show that a step, counted from 1, has ended with these figures."""
-        if self.first_step is None:
-            self.first_step = step
+    def advance(self, step: int, tokens: int, **figures: float) -> None:
+        """Show that a step, counted from 1, has ended.
+
+        Args:
+            step: The step.
+            tokens: Tokens that it has trained on, prompts included.
+            figures: What else to show of it.
+        """
+        self.steps += 1
+        if self.steps == 1:
+            self.first_step_ended = time.monotonic()
+        elif self.steps <= PACE_STEPS:
+            self.tokens += tokens
         text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
         text += f"  ETA {_clock(self._remaining_seconds(step))}"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         elif step == self.total or time.monotonic() - self.printed >= PLAIN_LINE_SECONDS:
             self.printed = time.monotonic()
-            print(f"{self.stage} {step}/{self.total}  {text}", file=sys.stderr, flush=True)
+            self._print(f"{self.stage} {step}/{self.total}  {text}")
+        if self.steps == PACE_STEPS and step < self.total:
+            self._print(self._pace(step))
+
+    def _pace(self, step: int) -> str:
+        """The pace of the first steps but one, and how long the remaining ones take at it."""
+        counted_steps = PACE_STEPS - 1
+        seconds = (time.monotonic() - self.first_step_ended) / counted_steps
+        pace = f"{seconds:.3g} s and {self.tokens // counted_steps:,} tokens per step"
+        return f"{self.stage}: {pace}, {_clock(seconds * (self.total - step))} to the end"
+
+    def _print(self, line: str) -> None:
+        if self.bar:
+            self.bar.console.print(line, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def _remaining_seconds(self, step: int) -> float:
         """The remaining time at the pace of this process, which in a resumed run did not do the first steps."""
-        assert self.first_step is not None
-        seconds_per_step = (time.monotonic() - self.started) / (step - self.first_step + 1)
+        seconds_per_step = (time.monotonic() - self.started) / self.steps
         return seconds_per_step * (self.total - step)
 
     def __enter__(self) -> Self:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
+from align.resources.peak_memory import PeakMemory
 from align.roles.build import SFT_ROLE, build_sft_trunk
 from align.runs.folder import RunFolder, write_facts
 from align.runs.tracking import Tracker
@@ -43,6 +44,7 @@ class StageContext:
         tracker: Logs the metrics.
         stop: Checked after every step.
         reservation: The places of the run's Ray actors; None: it has none.
+        peaks: The peak memory of the stage's processes.
     """
 
     experiment: Experiment
@@ -52,6 +54,7 @@ class StageContext:
     tracker: Tracker
     stop: StopRequest
     reservation: "Reservation | None" = None
+    peaks: PeakMemory = field(default_factory=PeakMemory)
 
     def actors(self, kind: str, count: int) -> list[ActorOptions]:
         """How Ray actors of a kind are started."""
@@ -116,7 +119,11 @@ class StageContext:
         """
         with new_folder(folder) as temporary:
             yield temporary
-            write_facts(temporary, facts | {"seconds": time.perf_counter() - started})
+            self.write_facts(temporary, facts | {"seconds": time.perf_counter() - started})
+
+    def write_facts(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Write the facts of the stage's product, and what its processes have taken, to `stage.json`."""
+        write_facts(folder, facts | {"peak_memory": self.peaks.by_kind()})
 
     def sample_sft(self, trunk: Trunk, count: int) -> list[Trajectory]:
         """Sample responses of the SFT model, role `reference` of the trunk, to this many random training prompts."""

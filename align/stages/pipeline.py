@@ -14,19 +14,21 @@ from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import make_prompt_style
 from align.resources.actors import actors_by_stage, most_actors, reserved_cpus
+from align.resources.peak_memory import PeakMemory
 from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.products import wanted_stages
 from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
-from align.runtime.failures import RankLost
+from align.runtime.failures import MicrobatchTooLarge, RankLost
 from align.runtime.garbage import no_collections
 from align.runtime.head_watch import await_head
 from align.runtime.shadowing import package_hidden_from_workers
 from align.runtime.signals import Interrupted, StopRequest
 from align.scoring.reward import gold_function
 from align.stages.context import StageContext
+from align.stages.microbatches import halve_size, setting_of
 from policies.device import free_memory
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
@@ -178,7 +180,7 @@ def _run_remaining(context: StageContext, stages: Sequence[str], stack: ExitStac
     for stage in stages:
         if stage == starts_with:
             context = with_actors(context, stages, stack)
-        _run_stage(context, stage)
+        _run_stage(replace(context, peaks=PeakMemory()), stage)
 
 
 def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) -> StageContext:
@@ -227,9 +229,10 @@ def can_reopen(experiment: Experiment, run: RunFolder) -> bool:
 
 
 def _run_stage(context: StageContext, stage: str) -> None:
-    """Run a stage to its end. If a rank of the learner dies, resume from the last checkpoint with new ranks.
+    """Run a stage to its end. It resumes from its last checkpoint where a rank dies or runs out of memory.
 
-    `learner.restarts` limits how often it resumes without having got as far as the next checkpoint.
+    With new ranks after a death: `learner.restarts` limits how often without having got as far as the next checkpoint.
+    With microbatches of half the size where memory did not suffice.
     """
     runner = find_stage(stage).load_runner()
     restarts = 0
@@ -237,6 +240,11 @@ def _run_stage(context: StageContext, stage: str) -> None:
     while True:
         try:
             return runner(context)
+        except MicrobatchTooLarge as error:
+            tokens = halve_size(context.run, stage, error)
+            last = _return_to_checkpoint(context.run, stage, context.experiment.checkpoint.keep)
+            text = f"{error}; resuming from the last checkpoint with {setting_of(stage)} {tokens}"
+            _note_restart(context, stage, last, "out of memory", text)
         except RankLost as error:
             await_head(head_address(context.experiment.cluster))
             last = _return_to_checkpoint(context.run, stage, context.experiment.checkpoint.keep)
@@ -247,10 +255,17 @@ def _run_stage(context: StageContext, stage: str) -> None:
             restarts += 1
             resumed_from = last
             left = context.experiment.learner.restarts - restarts
-            log.warning("%s; resuming from the last checkpoint (further restarts allowed: %d)", error, left)
-            context.tracker.drop_after(stage, last)
+            text = f"{error}; resuming from the last checkpoint (further restarts allowed: {left})"
+            _note_restart(context, stage, last, "rank lost", text)
         finally:
             free_memory()
+
+
+def _note_restart(context: StageContext, stage: str, last: int, event: str, text: str) -> None:
+    """Note that a stage is resumed from its checkpoint of step `last`, and drop what it has logged since."""
+    log.warning("%s", text)
+    context.tracker.drop_after(stage, last)
+    context.tracker.event(stage, last, event, text)
 
 
 def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:

@@ -5,11 +5,13 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+from align.resources.peak_memory import LEARNER, WORKER
 from align.runs.folder import RunFolder
 from align.runtime.progress import ProgressBar
 from align.runtime.signals import Interrupted
 from align.scoring.build import build_scorers
 from align.stages.context import StageContext
+from align.stages.microbatches import keep_size, with_kept_size
 from align.stages.ppo_parts import PpoParts, assemble, gpus_left_to_actors
 from align.stages.ppo_record import PpoRecord, publish_best
 
@@ -23,6 +25,7 @@ def run_ppo(context: StageContext) -> None:
         Interrupted: A stop was requested; the state of the last completed step is in a checkpoint.
         Fault: Sampler and learner disagree, or gradients are not finite in too many consecutive steps.
     """
+    context = with_kept_size(context, "ppo")
     experiment = context.experiment
     with ExitStack() as stack:
         stack.enter_context(gpus_left_to_actors(context))
@@ -32,9 +35,12 @@ def run_ppo(context: StageContext) -> None:
         try:
             with context.stop.droppable():  # nothing that it builds would be saved
                 parts = assemble(context, scorers, stack)
+            keep_size(context.run, "ppo", parts.loop.learners.tokens_per_microbatch())
             progress_bar = stack.enter_context(ProgressBar("ppo", experiment.ppo.steps))
             record = PpoRecord(context, parts, progress_bar, started)
             _run_steps(context, parts, record)
+            context.peaks.note(LEARNER, parts.loop.learners.ranks.peak_memory())
+            context.peaks.note(WORKER, parts.pool.peak_memory)
         except KeyboardInterrupt:
             if context.stop.dropped:
                 raise Interrupted from None

@@ -44,6 +44,7 @@ class PpoParts:
 
     Attributes:
         loop: The controller, before its next step.
+        pool: The engines.
         scorers: The scorers of the reward and the gold score.
         evaluator: Compares the policy with the reference.
         stop_rule: Decides after each step whether PPO stops early.
@@ -51,6 +52,7 @@ class PpoParts:
     """
 
     loop: Ppo
+    pool: Pool
     scorers: Scorers
     evaluator: Evaluator
     stop_rule: StopCondition
@@ -120,7 +122,7 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
     stop_rule: StopCondition = NoStopRule()
     if experiment.ppo.stop is not None:
         stop_rule = StopRule(experiment.ppo.stop, *progress.stop)
-    return PpoParts(loop=loop, scorers=scorers, evaluator=evaluator, stop_rule=stop_rule, progress=progress)
+    return PpoParts(loop=loop, pool=pool, scorers=scorers, evaluator=evaluator, stop_rule=stop_rule, progress=progress)
 
 
 def _prompt_stream(context: StageContext) -> PromptStream:

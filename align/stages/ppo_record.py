@@ -7,7 +7,6 @@ from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics, step_samples
 from align.runs.checkpoint import CheckpointTimer, new_checkpoint
-from align.runs.folder import write_facts
 from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.failures import Fault
 from align.runtime.progress import ProgressBar
@@ -62,6 +61,7 @@ class PpoRecord:
         self.context.tracker.samples("ppo", number, samples)
         self.progress_bar.advance(
             number,
+            tokens=sum(trajectory.total_length for trajectory in step.trajectories),
             episodes=number * len(step.episodes),
             reward=metrics["reward/mean"],
             kl=metrics["kl/per_sequence"],
@@ -157,5 +157,5 @@ def publish_best(context: StageContext, seconds: float, stopped: str | None) -> 
     facts: dict[str, float | str] = {"seconds": seconds}
     if stopped:
         facts["stopped"] = stopped
-    write_facts(context.run.best, facts)
+    context.write_facts(context.run.best, facts)
     context.run.best.rename(context.run.policy)

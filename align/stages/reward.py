@@ -17,6 +17,7 @@ from align.evaluation.reward_model import compute_diagnostics, invariance, write
 from align.roles.build import SFT_ROLE
 from align.runs.folder import RunFolder, read_facts
 from align.stages.context import StageContext
+from align.stages.microbatches import with_kept_size
 from align.stages.supervised import train
 from align.supervised.fit import FitResult, fitted_weights
 from align.supervised.reward_objective import RewardBlueprint, score_preferences
@@ -133,6 +134,7 @@ def _train_members(context: StageContext, count: int) -> tuple[list[_Member], di
 
 def _train(context: StageContext, number: int) -> tuple[_Member, FitResult]:
     """Train a member, starting from the SFT model."""
+    context = with_kept_size(context, "reward")
     experiment = context.experiment
     settings = experiment.reward
     preferences = context.datasets.preferences

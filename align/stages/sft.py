@@ -6,6 +6,7 @@ from typing import Any
 
 from align.roles.build import SFT_ROLE
 from align.stages.context import StageContext
+from align.stages.microbatches import with_kept_size
 from align.stages.supervised import train
 from align.supervised.fit import fitted_weights
 from align.supervised.sft_objective import SftBlueprint
@@ -29,6 +30,7 @@ def run_sft(context: StageContext) -> None:
 
 def _train(context: StageContext) -> tuple[AdapterWeights, dict[str, Any]]:
     """Train the adapter. Returns it and the facts of `stage.json`."""
+    context = with_kept_size(context, "sft")
     experiment = context.experiment
     settings = experiment.sft
     demonstrations = context.datasets.demonstrations

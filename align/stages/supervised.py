@@ -6,8 +6,10 @@ from typing import Any
 
 from align.learner.group import LocalRank, Ranks
 from align.resources.actors import RANK
+from align.resources.peak_memory import LEARNER
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
+from align.stages.microbatches import keep_size
 from align.supervised.fit import FitContext, FitResult, finished, fit
 from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
 from align.supervised.objective import Objective
@@ -46,17 +48,24 @@ def train(
         seed=seed_for(fit_context.seed, fit_context.stage),
         gradient_checkpointing=context.experiment.model.gradient_checkpointing,
     )
-    result = _fit_and_close(_start(context, build, fit_context.ranks), lengths, settings, fit_context)
+    result = _fit_and_close(context, build, lengths, settings, fit_context)
     free_memory()
     return result
 
 
 def _fit_and_close(
-    ranks: Ranks[SupervisedLearner], lengths: Sequence[int], settings: FitSettings, context: FitContext
+    context: StageContext,
+    build: Callable[[], SupervisedLearner],
+    lengths: Sequence[int],
+    settings: FitSettings,
+    fit_context: FitContext,
 ) -> FitResult:
-    learners = SupervisedLearners(ranks)
+    learners = SupervisedLearners(_start(context, build, fit_context.ranks))
     try:
-        return fit(learners, lengths, settings, context)
+        keep_size(context.run, fit_context.stage, learners.tokens_per_microbatch())
+        result = fit(learners, lengths, settings, fit_context)
+        context.peaks.note(LEARNER, learners.ranks.peak_memory())
+        return result
     finally:
         learners.close()
 

@@ -211,8 +211,9 @@ class _Run:
         timer = CheckpointTimer(self.settings.checkpoint_every, self.context.checkpoint_minutes)
         with ProgressBar(self.context.stage, self.steps) as progress_bar:
             while not self.is_over():
-                result = self._step(next(batches))
-                progress_bar.advance(self.progress.step, **_shown(result))
+                numbers = next(batches)
+                result = self._step(numbers)
+                progress_bar.advance(self.progress.step, self._tokens(numbers), **_shown(result))
                 if self.progress.step == self.steps or _is_due(self.progress.step, self.settings.evaluate_every):
                     self._evaluate()
                 stops = self.is_over() or self.context.stop.requested
@@ -245,7 +246,7 @@ class _Run:
         progress.step += 1
         seconds = time.perf_counter() - started
         rates = {"learning_rate": settings.learning_rate * factor}
-        speed = {"tokens_per_second": sum(self.lengths[number] for number in numbers) / seconds}
+        speed = {"tokens_per_second": self._tokens(numbers) / seconds}
         self._log(result.metrics | rates | speed)
         progress.skipped += result.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
@@ -255,6 +256,10 @@ class _Run:
                 f"({self.context.stage}.max_skipped)"
             )
         return result
+
+    def _tokens(self, numbers: Sequence[int]) -> int:
+        """Tokens of the examples of a batch."""
+        return sum(self.lengths[number] for number in numbers)
 
     def _evaluate(self) -> None:
         """Compute the held-out loss, and keep the weights where it is the best so far."""

@@ -82,6 +82,10 @@ class SupervisedLearner:
         norms = {"gradient_norm": outcome.norms[objective.module.role]}
         return StepResult(objective.metrics(sums, weight) | norms, outcome.skipped)
 
+    def tokens_per_microbatch(self) -> int:
+        """The most tokens of a microbatch, the same on all ranks."""
+        return self.rank.tokens_per_microbatch
+
     def heldout_loss(self) -> float:
         """The mean loss of the held-out examples, over all ranks; dropout is off."""
         self._set_training(False)
@@ -138,6 +142,10 @@ class SupervisedLearners:
     def train(self, numbers: Sequence[int], step: int, factor: float) -> StepResult:
         """Take an optimizer step; see `SupervisedLearner.train`. The result is the same of every rank."""
         return self.ranks.call(SupervisedLearner.train, numbers, step, factor)[0]
+
+    def tokens_per_microbatch(self) -> int:
+        """The most tokens of a microbatch."""
+        return self.ranks.call(SupervisedLearner.tokens_per_microbatch)[0]
 
     def heldout_loss(self) -> float:
         """The mean loss of the held-out examples."""

@@ -12,6 +12,7 @@ STAGE = Stage(
     metric_groups=("reward", "kl", "policy", "value", "rollout", "learner", "time", "eval"),
     sources=("prompts",),
     runner="align.stages.ppo:run_ppo",
+    section="learner",
     evaluation="align.stages.ppo:policy_figures",
     default=True,
 )

@@ -12,6 +12,7 @@ STAGE = Stage(
     metric_groups=("reward_model",),
     sources=("preferences",),
     runner="align.stages.reward:run_reward",
+    section="reward",
     evaluation="align.stages.reward:accuracy_figures",
     default=True,
 )

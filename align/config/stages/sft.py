@@ -12,5 +12,6 @@ STAGE = Stage(
     metric_groups=("sft",),
     sources=("demonstrations",),
     runner="align.stages.sft:run_sft",
+    section="sft",
     default=True,
 )

@@ -31,6 +31,8 @@ SCORES_OF = {(p, t): (score, gold) for p in DRAWS for t, score, gold in (*DRAWS[
 class ListedPool:
     """Gives the responses that are listed above, the reference's in the order of its draws."""
 
+    peak_memory = None
+
     def __init__(self) -> None:
         self.loaded: list[tuple[int, AdapterWeights]] = []
         self.seeds: list[tuple[int, list[int]]] = []

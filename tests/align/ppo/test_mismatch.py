@@ -93,6 +93,8 @@ class RoundedLogits:
     error: standard deviation of these errors, in units. At 1, the logits of a model of some 30 layers differ so.
     """
 
+    peak_memory = None
+
     def __init__(self, error: float, bias: Tensor | None = None) -> None:
         noise = torch.Generator().manual_seed(0)
         peaks = torch.tensor([0.0, 3.0, 8.0])[torch.randint(0, 3, (400,), generator=noise)]  # [P], flat to peaked

@@ -206,6 +206,21 @@ def test_removed_stages_leave_no_lines_and_end_the_wandb_run(tmp_path: Path) -> 
     assert not (tmp_path / "wandb" / "id").exists()
 
 
+def test_events_stay_when_steps_run_again_and_go_with_their_stage(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        tracker.log("ppo", 1, {"reward/mean": 0.5})
+        tracker.event("sft", -1, "out of memory", "too large")
+        tracker.event("ppo", 0, "rank lost", "rank 1 has died")
+        tracker.drop_after("ppo", 0)
+    events = read_lines(tmp_path / "events.jsonl")
+    assert [(row["stage"], row["step"], row["event"], row["text"]) for row in events] == [
+        ("sft", -1, "out of memory", "too large"),
+        ("ppo", 0, "rank lost", "rank 1 has died"),
+    ]
+    drop_stages(tmp_path, ["ppo"])
+    assert read_lines(tmp_path / "events.jsonl") == events[:1]
+
+
 def test_truncating_a_run_without_files_does_nothing(tmp_path: Path) -> None:
     truncate_after(tmp_path, "sft", 0)
     assert list(tmp_path.iterdir()) == []

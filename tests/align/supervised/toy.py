@@ -54,6 +54,9 @@ class ToyModule(SupervisedModule):
     def trained_adapters(self) -> dict[str, Trunk]:
         return {}
 
+    def default_microbatch_tokens(self) -> int:
+        return 1
+
     def microbatches(self, lengths: Sequence[int], tokens: int | None = None) -> list[list[int]]:
         return [list(range(len(lengths)))]
 

@@ -1,0 +1,25 @@
+import subprocess
+import sys
+
+MEASURE = """
+import numpy as np
+from policies.memory_meter import MemoryMeter
+
+def take(megabytes):
+    return np.ones(megabytes * 1_000_000, dtype=np.uint8)
+
+take(300)
+meter = MemoryMeter()
+first = meter.peak()
+kept = take(100)
+take(50)
+print(first, meter.peak(), MemoryMeter().peak())
+"""
+
+
+def test_the_peak_is_of_what_came_after_the_start() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    first, peak, new = map(int, done.stdout.split())
+    assert first < 10e6
+    assert 145e6 < peak < 160e6
+    assert new < 10e6
