@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from align.resources.actors import RANK, WORKER
 from align.resources.memory import TensorUse
 from policies.memory_meter import MemoryMeter
 
-CONTROLLER = "controller"
-LEARNER = "learner"
-WORKER = "worker"
+THIS_PROCESS = "controller"
+"""The kind of this process, beside the kinds of actors."""
 
 
 class PeakMemory:
@@ -27,7 +27,7 @@ class PeakMemory:
     def by_kind(self) -> dict[str, int]:
         """The highest peak, in bytes, of each kind of process of which it is known."""
         own = self._meter.peak()
-        return self._actors if own is None else {CONTROLLER: own, **self._actors}
+        return self._actors if own is None else {THIS_PROCESS: own, **self._actors}
 
 
 def beside_plan(uses: Sequence[TensorUse], peaks: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, float, int]]:
@@ -45,7 +45,7 @@ def beside_plan(uses: Sequence[TensorUse], peaks: Mapping[str, Mapping[str, int]
         planned = sum(use.bytes for use in own)
         measured = peaks.get(stage, {})
         kind = _kind_of(process)
-        peak = measured.get(kind, measured.get(CONTROLLER) if kind == LEARNER else None)
+        peak = measured.get(kind, measured.get(THIS_PROCESS) if kind == RANK else None)
         if peak is not None:
             rows.append((stage, process, planned, peak))
     return rows
@@ -54,5 +54,5 @@ def beside_plan(uses: Sequence[TensorUse], peaks: Mapping[str, Mapping[str, int]
 def _kind_of(process: str) -> str:
     """The kind of a process of the plan."""
     if process == "evaluation":
-        return CONTROLLER
-    return WORKER if WORKER in process else LEARNER
+        return THIS_PROCESS
+    return WORKER if "worker" in process else RANK

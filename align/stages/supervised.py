@@ -6,7 +6,6 @@ from typing import Any
 
 from align.learner.group import LocalRank, Ranks
 from align.resources.actors import RANK
-from align.resources.peak_memory import LEARNER
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
 from align.stages.microbatches import keep_size
@@ -64,7 +63,7 @@ def _fit_and_close(
     try:
         keep_size(context.run, fit_context.stage, learners.tokens_per_microbatch())
         result = fit(learners, lengths, settings, fit_context)
-        context.peaks.note(LEARNER, learners.ranks.peak_memory())
+        context.peaks.note(RANK, learners.ranks.peak_memory())
         return result
     finally:
         learners.close()

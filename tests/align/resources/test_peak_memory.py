@@ -1,5 +1,6 @@
+from align.resources.actors import RANK, WORKER
 from align.resources.memory import TensorUse
-from align.resources.peak_memory import LEARNER, WORKER, PeakMemory, beside_plan
+from align.resources.peak_memory import PeakMemory, beside_plan
 
 USES = [
     TensorUse("sft", "learner", "base model", 70.0),
@@ -15,17 +16,17 @@ def test_the_highest_peak_of_a_kind_counts() -> None:
     peaks = PeakMemory()
     for peak in (5, 9, None, 7):
         peaks.note(WORKER, peak)
-    peaks.note(LEARNER, None)
+    peaks.note(RANK, None)
     by_kind = peaks.by_kind()
-    assert by_kind.keys() == {"controller", "worker"}
-    assert by_kind["worker"] == 9
+    assert by_kind.keys() == {"controller", WORKER}
+    assert by_kind[WORKER] == 9
 
 
 def test_processes_are_set_beside_those_of_the_plan() -> None:
     peaks = {
         "sft": {"controller": 1},
-        "reward": {"controller": 2, "learner": 3},
-        "ppo": {"controller": 4, "learner": 5, "worker": 6},
+        "reward": {"controller": 2, RANK: 3},
+        "ppo": {"controller": 4, RANK: 5, WORKER: 6},
     }
     assert beside_plan(USES, peaks) == [
         ("sft", "learner", 100.0, 1),
@@ -37,4 +38,4 @@ def test_processes_are_set_beside_those_of_the_plan() -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    assert beside_plan(USES, {"ppo": {"learner": 5}}) == [("ppo", "each of 2 ranks", 400.0, 5)]
+    assert beside_plan(USES, {"ppo": {RANK: 5}}) == [("ppo", "each of 2 ranks", 400.0, 5)]
