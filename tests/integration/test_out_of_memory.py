@@ -19,7 +19,7 @@ from align.roles.build import Blueprint
 from align.runs.tracking import EVENTS, read_lines
 from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
-from tests.integration.tiny_run import COMMAND, ENVIRONMENT, figures, make_settings
+from tests.integration.tiny_run import COMMAND, ENVIRONMENT, figures, make_settings, write_rows
 
 LIBRARY = Path(__file__).parent / "refuse_memory.c"
 REFUSED_BYTES = 72_000
@@ -59,7 +59,7 @@ def run(settings: dict[str, Any], folder: Path, environment: dict[str, str]) -> 
 def align(environment: dict[str, str], *arguments: str) -> str:
     """Run a command to its end. Returns what it wrote to stderr."""
     done = subprocess.run(
-        [*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -84,6 +84,7 @@ def halvings(run: Path) -> dict[str, int]:
         pytest.param({"ranks": 2, "zero": 2}, id="two ranks at ZeRO 2", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(1200)
 def test_microbatches_are_halved_until_they_fit_and_stay_so(
     ranks: dict[str, int], tiny_model: Path, refusing: dict[str, str], tmp_path: Path
 ) -> None:
@@ -111,11 +112,12 @@ def test_a_sequence_that_does_not_fit_by_itself_ends_the_run(
     tiny_model: Path, refusing: dict[str, str], tmp_path: Path
 ) -> None:
     settings = make_settings(tiny_model, tmp_path) | {"stages": ["sft"]}
+    long = [{"prompt": f"User: {count} Assistant:", "completion": " cat" * 150} for count in range(40)]
+    write_rows(Path(settings["data"]["demonstrations"]), long)
     file = tmp_path / "experiment.yaml"
     file.write_text(yaml.safe_dump(settings))
     command = [*COMMAND, "run", str(file)]
-    environment = refusing | {"REFUSED_BYTES": "20000"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=refusing, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("stopped: rank 0 of the learner ran out of memory with a microbatch of ")
