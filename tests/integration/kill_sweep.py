@@ -19,9 +19,9 @@ ROOT = HERE.parents[1]
 NAME = "tiny"
 NOT_COMPARED = {".lock", "report/time.png"}
 """What the process's number and the clock decide."""
-CLOCK = ("seconds", "products", "state.json")
-"""Keys of JSON files for seconds, for hashes of folders whose `stage.json` has seconds, and for the size and hash of a
-file that has both."""
+MEASURED = ("seconds", "peak_memory", "products", "state.json")
+"""Keys of JSON files for what is measured, for hashes of folders whose `stage.json` has it, and for the size and hash of
+a file that has both."""
 
 
 def build_library(folder: Path) -> Path:
@@ -160,20 +160,20 @@ def _timeless(path: Path) -> Any:
     data = path.read_bytes()
     try:
         if path.suffix == ".json":
-            return _without_clock(json.loads(data))
+            return _without_measured(json.loads(data))
         if path.name == "metrics.jsonl":
-            return [_without_clock(json.loads(line)) for line in data.splitlines()]
+            return [_without_measured(json.loads(line)) for line in data.splitlines()]
     except ValueError:  # half a file
         return data
     return data
 
 
-def _without_clock(value: Any) -> Any:
+def _without_measured(value: Any) -> Any:
     """A JSON value without what the clock decides."""
     if isinstance(value, dict):
         kept = {}
         for name, item in value.items():
-            if name not in CLOCK and not is_timed(name):
-                kept[name] = _without_clock(item)
+            if name not in MEASURED and not is_timed(name):
+                kept[name] = _without_measured(item)
         return kept
-    return [_without_clock(item) for item in value] if isinstance(value, list) else value
+    return [_without_measured(item) for item in value] if isinstance(value, list) else value
