@@ -169,7 +169,7 @@ def _timeless(path: Path) -> Any:
 
 
 def _without_measured(value: Any) -> Any:
-    """A JSON value without what the clock decides."""
+    """A JSON value without what is measured."""
     if isinstance(value, dict):
         kept = {}
         for name, item in value.items():
