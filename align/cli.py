@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from align.stages.launch import Launch
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="The whole RLHF loop: supervised fine-tuning, a reward model, and PPO, from one experiment file.",
 )
 OTHERS = "KEY:=VALUE replaces a whole section, and '~KEY' removes a key, so that its default applies"
@@ -44,6 +45,21 @@ RunOverrides = Annotated[
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"align {version('align-rlhf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command(name="run")
@@ -279,6 +295,24 @@ def report(run: Run) -> None:
 
     folder, _ = find_run(run)
     console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
+
+
+@app.command()
+def settings(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="a section such as ppo.kl, or a setting of one")
+    ] = None,
+    json_schema: Annotated[
+        bool, typer.Option("--json-schema", help="print the JSON schema of experiment files, for editors")
+    ] = False,
+) -> None:
+    """Show the settings of an experiment file: names, types, defaults and what they do."""
+    from align.config.settings_help import experiment_schema, settings_help
+
+    if json_schema:
+        print(json.dumps(experiment_schema(), indent=2))
+    else:
+        console.print(settings_help(name))
 
 
 @app.command()

@@ -228,8 +228,8 @@ class OptimizerSettings(Settings):
     tokens_per_microbatch: int | None = Field(
         None,
         ge=1,
-        description="tokens of one microbatch, any padding included; unset: chosen for the device, then kept by the run; "
-        "halved where memory runs out",
+        description="tokens of one microbatch, any padding included; unset: chosen for the device, then kept by the "
+        "run; halved where memory runs out",
     )
 
 

@@ -101,5 +101,5 @@ def setting_names(annotation: Any = Experiment) -> set[str]:
             names |= setting_names(get_args(option)[-1])
         elif isinstance(option, type) and issubclass(option, BaseModel):
             for name, field in option.model_fields.items():
-                names |= {name} | setting_names(field.annotation)
+                names |= {field.alias or name} | setting_names(field.annotation)
     return names

@@ -42,15 +42,21 @@ BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 def reference() -> str:
     """The whole page, in Markdown. Sections with the same settings share a table."""
     titles: dict[type[BaseModel], list[str]] = {}
-    for title, model in _sections("", Experiment):
+    for title, model in sections():
         titles.setdefault(model, []).append(f"`{title}`" if title else "Top level")
     parts = [INTRODUCTION]
     for model, paths in titles.items():
-        parts.append(f"## {', '.join(paths)}\n\n{_summary(model)}\n\n{_table(model)}\n")
+        table = markdown([HEADER, *setting_rows(model)])
+        parts.append(f"## {', '.join(paths)}\n\n{summary(model)}\n\n{table}\n")
     return "\n".join(parts)
 
 
-def _summary(model: type[BaseModel]) -> str:
+def sections() -> list[tuple[str, type[BaseModel]]]:
+    """The sections of an experiment file, each with its dotted name and its model; the top level first, without one."""
+    return list(_sections("", Experiment))
+
+
+def summary(model: type[BaseModel]) -> str:
     """The first paragraph of the docstring, on one line."""
     paragraph = inspect.cleandoc(model.__doc__ or "").split("\n\n")[0]
     return paragraph.replace("\n", " ")
@@ -88,14 +94,22 @@ def _with_kind(path: str, model: type[BaseModel]) -> str:
     return f"{path}: {{kind: {get_args(kind.annotation)[0]}}}"
 
 
-def _table(model: type[BaseModel]) -> str:
-    table: list[tuple[str, ...]] = [HEADER]
+def setting_rows(model: type[BaseModel]) -> list[tuple[str, ...]]:
+    """Name, type, default and description of each setting of a section, in Markdown."""
+    rows: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
         description = field.description or ""
         if _is_model(field.annotation) and not description:
-            description = _summary(field.annotation)
-        table.append((f"`{name}`", _type_in_words(field), _default_in_words(field), description.replace("|", "\\|")))
-    return markdown(table)
+            description = summary(field.annotation)
+        rows.append(
+            (
+                f"`{field.alias or name}`",
+                _type_in_words(field),
+                _default_in_words(field),
+                description.replace("|", "\\|"),
+            )
+        )
+    return rows
 
 
 def _type_in_words(field: FieldInfo) -> str:

@@ -20,8 +20,8 @@ NAME = "tiny"
 NOT_COMPARED = {".lock", "report/time.png"}
 """What the process's number and the clock decide."""
 MEASURED = ("seconds", "peak_memory", "products", "state.json")
-"""Keys of JSON files for what is measured, for hashes of folders whose `stage.json` has it, and for the size and hash of
-a file that has both."""
+"""Keys of JSON files for what is measured, for hashes of folders whose `stage.json` has it, and for the size and hash
+of a file that has both."""
 
 
 def build_library(folder: Path) -> Path:
