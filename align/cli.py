@@ -288,6 +288,23 @@ def average(
 
 
 @app.command()
+def runs(
+    folder: Annotated[Path, typer.Option("--runs", help="the folder of all runs")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list instead of a table")] = False,
+) -> None:
+    """List the runs: their state, stage and step, and the newest score and KL."""
+    from align.outputs.run_list import list_runs, records, runs_table
+
+    found = list_runs(folder)
+    if as_json:
+        print(json.dumps(records(found)))
+    elif found:
+        console.print(runs_table(found))
+    else:
+        console.print(f"no runs in {escaped(folder)}")
+
+
+@app.command()
 def report(run: Run) -> None:
     """Plot a run's curves on one page, report/index.html."""
     from align.outputs.report import write_report

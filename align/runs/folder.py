@@ -170,6 +170,18 @@ def locked(run: RunFolder) -> Iterator[None]:
         yield
 
 
+def is_locked(run: RunFolder) -> bool:
+    """Whether a process is writing the run."""
+    try:
+        with (run.path / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def begin_run(run: RunFolder, experiment: Experiment, stages: Sequence[str] | None = None) -> None:
     """Prepare the folder of a run.
 

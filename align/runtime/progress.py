@@ -7,6 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from align.runtime.wording import clock
+
 PACE_STEPS = 3
 """Steps of a process after which its pace is told. The first, which compiles and fills caches, does not count in it."""
 PLAIN_LINE_SECONDS = 5.0
@@ -50,7 +52,7 @@ class ProgressBar:
         elif self.steps <= PACE_STEPS:
             self.tokens += tokens
         text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
-        text += f"  ETA {_clock(self._remaining_seconds(step))}"
+        text += f"  ETA {clock(self._remaining_seconds(step))}"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         elif step == self.total or time.monotonic() - self.printed >= PLAIN_LINE_SECONDS:
@@ -64,7 +66,7 @@ class ProgressBar:
         counted_steps = PACE_STEPS - 1
         seconds = (time.monotonic() - self.first_step_ended) / counted_steps
         pace = f"{seconds:.3g} s and {self.tokens // counted_steps:,} tokens per step"
-        return f"{self.stage}: {pace}, {_clock(seconds * (self.total - step))} to the end"
+        return f"{self.stage}: {pace}, {clock(seconds * (self.total - step))} to the end"
 
     def _print(self, line: str) -> None:
         if self.bar:
@@ -89,9 +91,3 @@ class ProgressBar:
 
 def _short(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

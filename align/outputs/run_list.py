@@ -1,0 +1,140 @@
+"""The runs in a folder: where each of them is, and its newest figures."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from align.config.schema import Experiment
+from align.runs.folder import RunFolder, find_run, is_locked
+from align.runs.products import wanted_stages
+from align.runs.tracking import METRICS, read_lines
+from align.runtime.consoles import escaped
+from align.runtime.wording import clock
+from policies.errors import UserError, first_line
+
+PACE_STEPS = 10
+"""Last steps whose mean time the rest of PPO is expected to take."""
+SHOWN = {"score": "reward/mean", "gold": "reward/gold_mean", "kl": "kl/per_sequence"}
+"""The metrics of PPO that are listed, by their columns."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run at a glance.
+
+    Attributes:
+        name: The name of its folder.
+        state: `running`, `stopped`, `done` or `unreadable`.
+        stage: The last stage that has logged anything.
+        step: The last step that it has logged.
+        steps: Steps of the stage in all, where the settings say so.
+        score: Mean score of the last step of PPO.
+        gold: Its mean gold score.
+        kl: Its KL to the reference, in nats per sequence.
+        seconds_left: How long the rest of PPO takes at its pace; None for a run that is not in PPO.
+        updated: When it was last written to, in seconds since 1970.
+        problem: Why it cannot be read.
+    """
+
+    name: str
+    state: str
+    stage: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    score: float | None = None
+    gold: float | None = None
+    kl: float | None = None
+    seconds_left: float | None = None
+    updated: float | None = None
+    problem: str | None = None
+
+
+def list_runs(runs: Path) -> list[RunSummary]:
+    """Summarise the runs in a folder, those written to last first.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    if not runs.is_dir():
+        raise UserError(f"{runs} is not a folder: --runs names the folder that holds the runs")
+    found = [summarise(config.parent) for config in runs.glob("*/config.yaml")]
+    return sorted(found, key=lambda run: run.updated or 0.0, reverse=True)
+
+
+def summarise(folder: Path) -> RunSummary:
+    """Summarise a run."""
+    updated = max(path.stat().st_mtime for path in folder.iterdir())
+    try:
+        run, experiment = find_run(str(folder))
+        rows = read_lines(folder / METRICS)
+    except UserError as error:
+        return RunSummary(folder.name, "unreadable", updated=updated, problem=first_line(error))
+    state = _state(run, experiment)
+    if not rows:
+        return RunSummary(folder.name, state, updated=updated)
+    last = rows[-1]
+    ppo = [row for row in rows if "reward/mean" in row]
+    steps = experiment.ppo.steps if last["stage"] == "ppo" else None
+    return RunSummary(
+        name=folder.name,
+        state=state,
+        stage=last["stage"],
+        step=last["step"],
+        steps=steps,
+        seconds_left=_seconds_left(ppo, steps) if state == "running" and steps else None,
+        updated=updated,
+        **{column: ppo[-1].get(metric) if ppo else None for column, metric in SHOWN.items()},
+    )
+
+
+def records(found: Sequence[RunSummary]) -> list[dict[str, Any]]:
+    """The runs as JSON values."""
+    return [asdict(run) for run in found]
+
+
+def runs_table(found: Sequence[RunSummary]) -> Table:
+    """The runs as a table for the terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("run", "state", "stage", "step", "score", "gold", "KL", "to the end", "written"):
+        table.add_column(column, no_wrap=column not in ("run", "state"), overflow="fold")
+    for run in found:
+        step = "" if run.step is None else f"{run.step:,}"
+        table.add_row(
+            escaped(run.name),
+            escaped(run.problem or run.state),
+            run.stage or "",
+            f"{step}/{run.steps:,}" if run.steps else step,
+            *("" if value is None else f"{value:.3g}" for value in (run.score, run.gold, run.kl)),
+            "" if run.seconds_left is None else clock(run.seconds_left),
+            "" if run.updated is None else _ago(time.time() - run.updated),
+        )
+    return table
+
+
+def _state(run: RunFolder, experiment: Experiment) -> str:
+    """Whether a process has locked the run and, if not, whether all its stages are done."""
+    if is_locked(run):
+        return "running"
+    return "done" if all(run.done(stage) for stage in wanted_stages(experiment)) else "stopped"
+
+
+def _seconds_left(ppo: Sequence[Mapping[str, Any]], steps: int) -> float:
+    """How long the remaining steps of PPO take at the pace of the last ones, without evaluations."""
+    seconds = []
+    for row in ppo[-PACE_STEPS:]:
+        seconds.append(sum(value for name, value in row.items() if name.startswith("time/")))
+    remaining: int = steps - ppo[-1]["step"]
+    return remaining * fmean(seconds)
+
+
+def _ago(seconds: float) -> str:
+    """A time in the past in its largest unit."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "now"
