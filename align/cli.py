@@ -287,8 +287,8 @@ def average(
     errors.print(f"mean of {len(adapters)} adapters written to {to}")
 
 
-@app.command()
-def runs(
+@app.command(name="runs")
+def runs_command(
     folder: Annotated[Path, typer.Option("--runs", help="the folder of all runs")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list instead of a table")] = False,
 ) -> None:

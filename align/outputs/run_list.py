@@ -17,7 +17,7 @@ from align.runtime.consoles import escaped
 from align.runtime.wording import clock
 from policies.errors import UserError, first_line
 
-PACE_STEPS = 10
+LAST_STEPS = 10
 """Last steps whose mean time the rest of PPO is expected to take."""
 SHOWN = {"score": "reward/mean", "gold": "reward/gold_mean", "kl": "kl/per_sequence"}
 """The metrics of PPO that are listed, by their columns."""
@@ -126,7 +126,7 @@ def _state(run: RunFolder, experiment: Experiment) -> str:
 def _seconds_left(ppo: Sequence[Mapping[str, Any]], steps: int) -> float:
     """How long the remaining steps of PPO take at the pace of the last ones, without evaluations."""
     seconds = []
-    for row in ppo[-PACE_STEPS:]:
+    for row in ppo[-LAST_STEPS:]:
         seconds.append(sum(value for name, value in row.items() if name.startswith("time/")))
     remaining: int = steps - ppo[-1]["step"]
     return remaining * fmean(seconds)
