@@ -125,11 +125,8 @@ def _state(run: RunFolder, experiment: Experiment) -> str:
 
 def _seconds_left(ppo: Sequence[Mapping[str, Any]], steps: int) -> float:
     """How long the remaining steps of PPO take at the pace of the last ones, without evaluations."""
-    seconds = []
-    for row in ppo[-LAST_STEPS:]:
-        seconds.append(sum(value for name, value in row.items() if name.startswith("time/")))
     remaining: int = steps - ppo[-1]["step"]
-    return remaining * fmean(seconds)
+    return remaining * fmean(row["time/step"] for row in ppo[-LAST_STEPS:])
 
 
 def _ago(seconds: float) -> str:

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.algorithms.advantages import explained_variance, has_spread
@@ -42,6 +43,9 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
         metrics["reward/gold_mean"] = sum(gold) / len(gold)
     for part, seconds in step.seconds.items():
         metrics[f"time/{part}"] = seconds
+    tokens = sum(trajectory.total_length for trajectory in step.trajectories)
+    metrics["time/tokens_per_second"] = tokens / step.seconds["step"]
+    metrics["time/episodes_per_second"] = len(step.trajectories) / step.seconds["step"]
     return metrics
 
 
@@ -52,6 +56,7 @@ def _reward_and_kl_metrics(step: Step) -> dict[str, float]:
     return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
+        "reward/kl_penalized": float((scores - step.kl_coefficient * kl).mean()),
         "kl/per_sequence": float(kl.mean()),
         "kl/per_token": float(kl.sum()) / tokens,
         "kl/coefficient": step.kl_coefficient,
@@ -75,6 +80,7 @@ def zero_std_share(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutp
 
 
 def _policy_metrics(step: Step) -> dict[str, float]:
+    advantages = torch.cat([episode.advantages for episode in step.episodes])
     return {
         "policy/loss": step.statistics["policy_loss"],
         "policy/clip_fraction": step.statistics["policy_clipped"],
@@ -82,6 +88,7 @@ def _policy_metrics(step: Step) -> dict[str, float]:
         "policy/entropy": step.statistics["entropy"],
         "policy/gradient_norm": step.statistics["policy_gradient_norm"],
         "policy/learning_rate": step.coefficients.policy_lr,
+        **_distribution("policy/advantage", advantages),
     }
 
 
@@ -111,6 +118,18 @@ def _value_metrics(step: Step) -> dict[str, float]:
         "value/explained_variance": explained_variance(values, returns),
         "value/gradient_norm": step.statistics["critic_gradient_norm"],
         "value/learning_rate": step.coefficients.critic_lr,
+        **_distribution("value/prediction", values),
+        **_distribution("value/return", returns),
+    }
+
+
+def _distribution(name: str, values: Tensor) -> dict[str, float]:
+    """Mean, standard deviation and extremes of one number per token."""
+    return {
+        f"{name}_mean": float(values.mean()),
+        f"{name}_std": float(values.std(correction=0)),
+        f"{name}_min": float(values.min()),
+        f"{name}_max": float(values.max()),
     }
 
 

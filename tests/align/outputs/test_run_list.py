@@ -34,7 +34,7 @@ def make_run(runs: Path, name: str, *steps: dict[str, Any], done: tuple[str, ...
 
 
 def step(score: float, seconds: float = 3.0) -> dict[str, Any]:
-    return {"reward/mean": score, "kl/per_sequence": 0.5, "time/rollout": seconds / 3, "time/update": 2 * seconds / 3}
+    return {"reward/mean": score, "kl/per_sequence": 0.5, "time/update": seconds / 2, "time/step": seconds}
 
 
 def test_a_running_run_has_its_newest_figures_and_the_time_to_its_end(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_kl_weighs_in_the_reward_or_in_the_loss_and_never_in_both(where: Any) ->
 
 def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_version() -> None:
     """The mismatch of sampler and learner is logged; skipped steps are counted and logged."""
-    row, output = trajectory_and_outputs(torch.tensor([0.1, -0.3, 0.2]))
+    row, output = trajectory_and_outputs(torch.tensor([0.1, 0.3, 0.2]))
     names = (
         *STATISTICS,
         "policy_gradient_norm",
@@ -203,13 +203,21 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
             kl_coefficient=0.25,
             logit_spacing=0.125,
             statistics=dict.fromkeys(names, 3.0),
-            seconds={},
+            seconds={"step": 2.0},
         ),
         PpoSettings(),
         None,
     )
     assert (logged["rollout/mismatch_mean"], logged["rollout/mismatch_max"]) == pytest.approx((0.2, 0.3))
     assert (logged["kl/coefficient"], logged["learner/skipped_steps"], logged["rollout/version"]) == (0.25, 3, 4)
+    # The score is 1, and the KL of the only response 0.1 + 0.3 + 0.2.
+    assert logged["reward/kl_penalized"] == pytest.approx(1 - 0.25 * 0.6)
+    # One prompt token and three of the response.
+    assert (logged["time/tokens_per_second"], logged["time/episodes_per_second"]) == (2.0, 0.5)
+    returns = episodes[0].returns
+    assert logged["value/return_mean"] == pytest.approx(float(returns.mean()))
+    assert logged["value/return_max"] == float(returns.max())
+    assert (logged["value/prediction_std"], logged["value/prediction_min"]) == (0, 0)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
