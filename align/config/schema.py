@@ -188,7 +188,18 @@ class TrackingSettings(Settings):
         description="auto: online where the user is logged in and the server answers, offline otherwise",
     )
     project: str = Field("align", description="project in W&B")
+    entity: str | None = Field(None, description="user or team in W&B whose project it is; unset: the user's default")
+    group: str | None = Field(None, description="W&B shows runs of a group together, such as those of several seeds")
+    tags: list[str] = Field([], description="tags of the run in W&B")
+    notes: str | None = Field(None, description="what W&B shows as the description of the run")
     samples: int = Field(4, ge=0, description="episodes per step that are written to samples.jsonl")
+    samples_every: int = Field(
+        10,
+        ge=1,
+        description="W&B's table of samples grows at each multiple of so many PPO steps, and at evaluations; 100 times "
+        "at most",
+    )
+    texts: bool = Field(True, description="send prompts and responses to W&B; false: figures alone")
 
 
 class ClusterSettings(Settings):

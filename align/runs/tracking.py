@@ -53,13 +53,22 @@ class Tracker:
         if self.wandb_run is not None:
             self.wandb_run.log(stage, step, metrics)
 
-    def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the samples of a step, each a mapping of JSON values, to `samples.jsonl`."""
+    def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], show: bool = False) -> None:
+        """Write the samples of a step to `samples.jsonl`.
+
+        Args:
+            stage: The stage's name.
+            step: The step, counted from 1.
+            rows: The samples, each a mapping of JSON values.
+            show: Whether W&B shows them too.
+        """
         path = self.run / SAMPLES
         if self._sampled.has(stage, step, SAMPLES):
             _rewrite(path, [row for row in read_lines(path) if (row["stage"], row["step"]) != (stage, step)])
         _append(path, [{"stage": stage, "step": step, **row} for row in rows])
         self._sampled.add(stage, step, [SAMPLES])
+        if show and self.wandb_run is not None:
+            self.wandb_run.show(stage, step, rows)
 
     def event(self, stage: str, step: int, kind: str, text: str) -> None:
         """Write an event to `events.jsonl`, where it stays even if steps run again.
@@ -105,7 +114,9 @@ class Tracker:
             self._sampled.add(row["stage"], row["step"], [SAMPLES])
 
 
-def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> Tracker:
+def open_tracker(
+    run: Path, settings: TrackingSettings, name: str, config: dict[str, Any], job_type: str | None = None
+) -> Tracker:
     """Open the tracker of a run. A resumed run continues the same W&B run.
 
     Args:
@@ -113,6 +124,7 @@ def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[
         settings: Whether and where to log to W&B.
         name: The name of the run in W&B.
         config: The settings that W&B keeps with the run.
+        job_type: By what W&B can tell runs of a group apart.
 
     Returns:
         The tracker, to be closed, or used as a context manager.
@@ -121,7 +133,7 @@ def open_tracker(run: Path, settings: TrackingSettings, name: str, config: dict[
         UserError: W&B cannot start.
     """
     run.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(run, start_wandb(run, settings, name, config))
+    tracker = Tracker(run, start_wandb(run, settings, name, config, job_type))
     if tracker.wandb_run is not None:
         tracker.wandb_run.catch_up(read_lines(run / METRICS))
     return tracker

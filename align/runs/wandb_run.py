@@ -6,7 +6,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,13 @@ from policies.errors import UserError, first_line
 INIT_SECONDS = 20.0
 """How long W&B's server may take to answer at the start of a run, unless WANDB_INIT_TIMEOUT says otherwise."""
 
-FINISH_SECONDS = 60.0
+FINISH_SECONDS = 30.0
 """How long the last metrics may take to be sent at its end."""
+
+TABLE = "samples"
+"""The name of the table of samples."""
+MAX_GROWTHS = 100
+"""How often W&B lets a table grow in a run."""
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +36,16 @@ class WandbRun:
     Attributes:
         run: The run in the W&B library; None once it is closed or lost.
         logged: The figures that it has.
+        folder: The folder of align's run.
+        shown: How often its table of samples has grown.
     """
 
-    def __init__(self, run: Any, logged: LoggedFigures) -> None:
+    def __init__(self, run: Any, logged: LoggedFigures, folder: Path, shown: int = 0) -> None:
         self.run: Any | None = run
         self.logged = logged
+        self.folder = folder
+        self.shown = shown
+        self._table: Any = None
 
     def define_axes(self) -> None:
         """Have W&B plot the metrics of each stage over its own steps."""
@@ -55,6 +65,27 @@ class WandbRun:
         with self._surviving():
             self.run.log({**new, find_stage(stage).axis: step})
         self.logged.add(stage, step, new)
+
+    def show(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add samples of a step to the table `samples`, unless they are in it or W&B takes no more.
+
+        Args:
+            stage: The stage's name.
+            step: The step, counted from 1.
+            rows: The samples, with the same keys in every step of a run.
+        """
+        if self.run is None or not rows or self.shown >= MAX_GROWTHS or self.logged.has(stage, step, TABLE):
+            return
+        import wandb
+
+        with self._surviving(), _wandb_environment(self.folder):
+            if self._table is None:
+                self._table = wandb.Table(columns=["step", *rows[0]], log_mode="INCREMENTAL")
+            for row in rows:
+                self._table.add_data(step, *row.values())
+            self.run.log({TABLE: self._table, find_stage(stage).axis: step})
+        self.shown += 1
+        self.logged.add(stage, step, [TABLE])
 
     def catch_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Log those figures of `metrics.jsonl` that W&B lacks: a kill loses what W&B has not written to disk yet."""
@@ -88,7 +119,9 @@ class WandbRun:
         stop_wandb()
 
 
-def start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[str, Any]) -> WandbRun | None:
+def start_wandb(
+    run: Path, settings: TrackingSettings, name: str, config: dict[str, Any], job_type: str | None = None
+) -> WandbRun | None:
     """Start the W&B run of a run, or continue it.
 
     Args:
@@ -96,6 +129,7 @@ def start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[s
         settings: Whether and where to log to W&B.
         name: The name of the run in W&B.
         config: The settings that W&B keeps with the run.
+        job_type: By what W&B can tell runs of a group apart.
 
     Returns:
         The W&B run; None where it is disabled. With `auto`, it is offline where the server does not answer.
@@ -112,7 +146,7 @@ def start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[s
             mode = tracking_mode(settings)
             if mode == "disabled":
                 return None
-            wandb_run = _init_or_go_offline(run, settings, mode, {"name": name, "config": config})
+            wandb_run = _init_or_go_offline(run, settings, mode, {"name": name, "config": config, "job_type": job_type})
         except (wandb.Error, ValueError) as error:
             stop_wandb()
             raise UserError(
@@ -120,8 +154,9 @@ def start_wandb(run: Path, settings: TrackingSettings, name: str, config: dict[s
                 "sends it later) or disabled; for online, log in with `wandb login` and check that the server can be "
                 "reached"
             ) from error
-        logged = _logged_figures(run, dict(wandb_run.summary))
-    started = WandbRun(wandb_run, logged)
+        history = _recorded_history(run)
+        logged = _logged_figures(history, dict(wandb_run.summary))
+    started = WandbRun(wandb_run, logged, run, shown=sum(TABLE in item for item in history))
     started.define_axes()
     return started
 
@@ -160,6 +195,10 @@ def _init(run: Path, settings: TrackingSettings, mode: Any, arguments: dict[str,
     return wandb.init(
         dir=run,
         project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        tags=settings.tags,
+        notes=settings.notes,
         id=_run_id(run),
         resume="allow",
         mode=mode,
@@ -194,17 +233,27 @@ def _run_id(run: Path) -> str:
     return path.read_text()
 
 
-def _logged_figures(run: Path, summary: Mapping[str, Any]) -> LoggedFigures:
+def _recorded_history(run: Path) -> list[dict[str, Any]]:
+    """What the W&B run has logged into its files, each item with the name of the table that it adds to, if it does."""
+    history = []
+    for file in sorted((run / "wandb").glob(f"*run-*-{_run_id(run)}/*.wandb")):
+        for item in _history(file):
+            if any(name.startswith(f"{TABLE}.") for name in item):
+                item[TABLE] = None
+            history.append(item)
+    return history
+
+
+def _logged_figures(history: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> LoggedFigures:
     """The figures that the W&B run has: those in its files, and those that only the server has.
 
     Args:
-        run: The run's folder.
+        history: What its files hold.
         summary: The last value of each metric; online, the server's.
     """
     logged = LoggedFigures()
-    for file in sorted((run / "wandb").glob(f"*run-*-{_run_id(run)}/*.wandb")):
-        for item in _history(file):
-            _add(logged, item)
+    for item in history:
+        _add(logged, item)
     for stage in all_stages():
         # W&B writes its file every 15 s, and may have sent more when it was killed.
         if summary.get(stage.axis, -1) > logged.last_step(stage.name):
@@ -238,13 +287,16 @@ def _number(value: float | None) -> float:
 
 @contextmanager
 def _wandb_environment(run: Path) -> Iterator[None]:
-    """Make W&B quiet, and have its process write logs to the run's folder instead of the user's home.
+    """Make W&B quiet, and have its process write to the run's folder instead of the user's home.
 
-    That process takes both from the environment in which it starts.
+    That process takes all of this from the environment in which it starts.
     """
-    before = {name: os.environ.get(name) for name in ("WANDB_SILENT", "WANDB_CACHE_DIR")}
+    wandb = (run / "wandb").absolute()
+    folders = {"WANDB_CACHE_DIR": str(wandb / "cache"), "WANDB_DATA_DIR": str(wandb / "data")}
+    before = {name: os.environ.get(name) for name in ("WANDB_SILENT", *folders)}
     os.environ["WANDB_SILENT"] = "true"
-    os.environ.setdefault("WANDB_CACHE_DIR", str((run / "wandb" / "cache").absolute()))
+    for name, folder in folders.items():
+        os.environ.setdefault(name, folder)
     try:
         yield
     finally:

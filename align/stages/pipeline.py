@@ -156,7 +156,8 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
         truncate_after(run.path, remaining[0], last)
         tokenizer = load_tokenizer(experiment.model.path)
         config = experiment.model_dump(mode="json")
-        with open_tracker(run.path, experiment.tracking, experiment.name, config) as tracker:
+        job_type = "-".join(experiment.stages)
+        with open_tracker(run.path, experiment.tracking, experiment.name, config, job_type) as tracker:
             context = StageContext(
                 experiment=experiment, run=run, tokenizer=tokenizer, datasets=datasets, tracker=tracker, stop=stop
             )

@@ -2,6 +2,7 @@
 
 import time
 
+from align.config.schema import Experiment
 from align.ppo.checkpoint import write_checkpoint
 from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
@@ -58,7 +59,7 @@ class PpoRecord:
             metrics["reward/multiplier"] = scorers.reward.composition.multiplier
         self.context.tracker.log("ppo", number, metrics)
         samples = step_samples(step, self.context.tokenizer, experiment.tracking.samples, gold)
-        self.context.tracker.samples("ppo", number, samples)
+        self.context.tracker.samples("ppo", number, samples, show=shows_samples(experiment, number))
         self.progress_bar.advance(
             number,
             tokens=sum(trajectory.total_length for trajectory in step.trajectories),
@@ -144,6 +145,15 @@ class PpoRecord:
             )
         self._saved_step = progress.step
         self._timer.restart()
+
+
+def shows_samples(experiment: Experiment, number: int) -> bool:
+    """Whether W&B shows the samples of a step, counted from 1."""
+    if not experiment.tracking.texts:
+        return False
+    every = experiment.evaluation.every
+    is_evaluated = number == experiment.ppo.steps or (every > 0 and number % every == 0)
+    return is_evaluated or number % experiment.tracking.samples_every == 0
 
 
 def publish_best(context: StageContext, seconds: float, stopped: str | None) -> None:

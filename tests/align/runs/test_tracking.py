@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -31,6 +32,17 @@ try:
         tracker.log("ppo", 1, {"reward/mean": 0.5})
 except UserError as error:
     print(error)
+"""
+
+
+SHOW = """
+from pathlib import Path
+from align.config.schema import TrackingSettings
+from align.runs.tracking import open_tracker
+with open_tracker(Path({run!r}), TrackingSettings(wandb="offline"), "tiny", {{}}) as tracker:
+    for step in {steps!r}:
+        row = {{"prompt": "p", "response": f"r{{step}}", "score": float(step)}}
+        tracker.samples("ppo", step, [row], show=True)
 """
 
 
@@ -282,6 +294,64 @@ def test_steps_that_wandb_loses_when_the_run_is_killed_are_logged_when_it_is_res
     assert logged_to_wandb(tmp_path) == [(step, float(step)) for step in (1, 2, 3)]
 
 
+def records_in_wandb(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind in W&B's files."""
+    records = []
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        records += [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
+    return records
+
+
+def test_settings_say_how_wandb_shows_the_run(tmp_path: Path) -> None:
+    settings = TrackingSettings(
+        wandb="offline", project="mine", entity="team", group="seeds", tags=["a", "b"], notes="a note"
+    )
+    with open_tracker(tmp_path, settings, "tiny", {"seed": 0}, "sft-ppo") as tracker:
+        tracker.log("ppo", 1, {"reward/mean": 0.5})
+    (record,) = records_in_wandb(tmp_path, "run")
+    shown = {name: record[name] for name in ("project", "entity", "run_group", "tags", "notes", "job_type")}
+    assert shown == {
+        "project": "mine",
+        "entity": "team",
+        "run_group": "seeds",
+        "tags": ["a", "b"],
+        "notes": "a note",
+        "job_type": "sft-ppo",
+    }
+
+
+def test_the_table_of_samples_grows_once_per_step_in_the_runs_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    home = tmp_path / "home"
+    for steps in ((1, 2), (2, 3)):
+        code = SHOW.format(run=str(run), steps=steps)
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"HOME": str(home)}, cwd=ROOT, check=True)
+    grown = [record["item"] for record in records_in_wandb(run, "history") if "samples._type" in record["item"]]
+    assert [item["ppo/step"] for item in grown] == [1, 2, 3]
+    tables = [json.loads(path.read_text()) for path in sorted(run.glob("wandb/offline-run-*/files/media/table/*.json"))]
+    assert all(table["columns"] == ["step", "prompt", "response", "score"] for table in tables)
+    assert sorted(tuple(row) for table in tables for row in table["data"]) == [
+        (1, "p", "r1", 1.0),
+        (2, "p", "r2", 2.0),
+        (3, "p", "r3", 3.0),
+    ]
+    assert not list(home.rglob("*"))
+
+
+def test_the_table_of_samples_stops_growing_where_wandb_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_run, "MAX_GROWTHS", 1)
+    for steps in ((1, 2), (3,)):
+        with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+            for step in steps:
+                tracker.samples("ppo", step, [{"prompt": "p"}], show=True)
+    grown = [record["item"] for record in records_in_wandb(tmp_path, "history")]
+    assert [item["ppo/step"] for item in grown] == [1]
+
+
 class Recorder:
     """A W&B run that the server knows up to step 3."""
 
@@ -311,7 +381,7 @@ def test_steps_that_only_the_server_has_are_not_sent_again(
         for step in (3, 4):
             tracker.log("ppo", step, {"reward/mean": float(step)})
     assert recorder.logged == [{"reward/mean": 4.0, "ppo/step": 4}]
-    assert "W&B has not taken all metrics in 60 s; `wandb sync wandb/run-1` sends them" in caplog.text
+    assert "W&B has not taken all metrics in 30 s; `wandb sync wandb/run-1` sends them" in caplog.text
 
 
 def test_a_closed_tracker_leaves_no_wandb_process(tmp_path: Path) -> None:
