@@ -70,17 +70,20 @@ class Tracker:
         if show and self.wandb_run is not None:
             self.wandb_run.show(stage, step, rows)
 
-    def event(self, stage: str, step: int, kind: str, text: str) -> None:
-        """Write an event to `events.jsonl`, where it stays even if steps run again.
+    def event(self, stage: str, kind: str, text: str) -> None:
+        """Write an event to `events.jsonl`, where it stays even if steps run again; the first of a kind alerts in W&B.
 
         Args:
             stage: The stage's name.
-            step: The last step before it; -1: it was before the first.
             kind: What kind of event it is.
             text: What has happened, in a sentence.
         """
+        is_first = all(event["event"] != kind for event in read_lines(self.run / EVENTS))
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        _append(self.run / EVENTS, [{"stage": stage, "step": step, "event": kind, "time": now, "text": text}])
+        event = {"stage": stage, "step": self._logged.last_step(stage), "event": kind, "time": now, "text": text}
+        _append(self.run / EVENTS, [event])
+        if is_first and self.wandb_run is not None:
+            self.wandb_run.alert(kind, text)
 
     def drop_after(self, stage: str, step: int) -> None:
         """Drop the lines of steps that will run again, see `truncate_after`."""

@@ -87,6 +87,12 @@ class WandbRun:
         self.shown += 1
         self.logged.add(stage, step, [TABLE])
 
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B notify the user, as their settings there say."""
+        if self.run is not None:
+            with self._surviving():
+                self.run.alert(title=title, text=text)
+
     def catch_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Log those figures of `metrics.jsonl` that W&B lacks: a kill loses what W&B has not written to disk yet."""
         for row in rows:

@@ -21,7 +21,7 @@ from align.runs.folder import RunFolder, folder_of, read_facts
 from align.runs.products import wanted_stages
 from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
-from align.runtime.failures import MicrobatchTooLarge, RankLost
+from align.runtime.failures import Fault, MicrobatchTooLarge, RankLost
 from align.runtime.garbage import no_collections
 from align.runtime.head_watch import await_head
 from align.runtime.shadowing import package_hidden_from_workers
@@ -230,6 +230,15 @@ def can_reopen(experiment: Experiment, run: RunFolder) -> bool:
 
 
 def _run_stage(context: StageContext, stage: str) -> None:
+    """Run a stage to its end, and record a fault that ends it."""
+    try:
+        _run_and_resume(context, stage)
+    except Fault as fault:
+        context.tracker.event(stage, "fault", str(fault))
+        raise
+
+
+def _run_and_resume(context: StageContext, stage: str) -> None:
     """Run a stage to its end. It resumes from its last checkpoint where a rank dies or runs out of memory.
 
     With new ranks after a death: `learner.restarts` limits how often without having got as far as the next checkpoint.
@@ -266,7 +275,7 @@ def _note_restart(context: StageContext, stage: str, last: int, event: str, text
     """Note that a stage is resumed from its checkpoint of step `last`, and drop what it has logged since."""
     log.warning("%s", text)
     context.tracker.drop_after(stage, last)
-    context.tracker.event(stage, last, event, text)
+    context.tracker.event(stage, event, text)
 
 
 def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:

@@ -167,5 +167,6 @@ def publish_best(context: StageContext, seconds: float, stopped: str | None) -> 
     facts: dict[str, float | str] = {"seconds": seconds}
     if stopped:
         facts["stopped"] = stopped
+        context.tracker.event("ppo", "stopped early", stopped)
     context.write_facts(context.run.best, facts)
     context.run.best.rename(context.run.policy)

@@ -220,14 +220,14 @@ def test_removed_stages_leave_no_lines_and_end_the_wandb_run(tmp_path: Path) -> 
 
 def test_events_stay_when_steps_run_again_and_go_with_their_stage(tmp_path: Path) -> None:
     with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
-        tracker.log("ppo", 1, {"reward/mean": 0.5})
-        tracker.event("sft", -1, "out of memory", "too large")
-        tracker.event("ppo", 0, "rank lost", "rank 1 has died")
+        tracker.event("sft", "out of memory", "too large")
+        tracker.log("ppo", 7, {"reward/mean": 0.5})
+        tracker.event("ppo", "rank lost", "rank 1 has died")
         tracker.drop_after("ppo", 0)
     events = read_lines(tmp_path / "events.jsonl")
     assert [(row["stage"], row["step"], row["event"], row["text"]) for row in events] == [
         ("sft", -1, "out of memory", "too large"),
-        ("ppo", 0, "rank lost", "rank 1 has died"),
+        ("ppo", 7, "rank lost", "rank 1 has died"),
     ]
     drop_stages(tmp_path, ["ppo"])
     assert read_lines(tmp_path / "events.jsonl") == events[:1]
@@ -350,6 +350,17 @@ def test_the_table_of_samples_stops_growing_where_wandb_takes_no_more(
                 tracker.samples("ppo", step, [{"prompt": "p"}], show=True)
     grown = [record["item"] for record in records_in_wandb(tmp_path, "history")]
     assert [item["ppo/step"] for item in grown] == [1]
+
+
+def test_the_first_event_of_a_kind_is_an_alert_in_wandb(tmp_path: Path) -> None:
+    for rank in (1, 2):
+        with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+            tracker.event("ppo", "rank lost", f"rank {rank} has died")
+    with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+        tracker.event("ppo", "fault", "the gradient was not finite")
+    alerts = [(alert["title"], alert["text"]) for alert in records_in_wandb(tmp_path, "alert")]
+    assert alerts == [("rank lost", "rank 1 has died"), ("fault", "the gradient was not finite")]
+    assert len(read_lines(tmp_path / "events.jsonl")) == 3
 
 
 class Recorder:
