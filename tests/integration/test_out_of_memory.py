@@ -123,7 +123,7 @@ def test_a_sequence_that_does_not_fit_by_itself_ends_the_run(
     assert last.startswith("stopped: rank 0 of the learner ran out of memory with a microbatch of ")
     assert "in 1 sequence: DefaultCPUAllocator: can't allocate memory" in last
     assert "model.gradient_checkpointing=true" in last
-    (event,) = read_lines(Path(settings["runs"]) / "tiny" / EVENTS)
+    *_, event = read_lines(Path(settings["runs"]) / "tiny" / EVENTS)
     assert (event["stage"], event["event"]) == ("sft", "fault")
     assert last == f"stopped: {event['text']}"
 
