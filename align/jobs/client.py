@@ -18,6 +18,7 @@ from align.jobs.submission import RunOfJob, Submission
 from align.resources.placement import Node
 from align.resources.ray_cluster import WRONG_TOKEN
 from align.resources.reservation import visible
+from align.runtime.failures import ClusterLost
 from align.runtime.ray_job import DASHBOARD_VARIABLE
 from align.runtime.signals import INTERRUPTED
 from policies.errors import UserError, first_line
@@ -32,10 +33,6 @@ RAY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job
 """Ray's loggers that report each request."""
 NOT_FOUND = 127
 """The exit status of a shell that does not find a command."""
-
-
-class ClusterLost(RuntimeError):
-    """The cluster does not answer any more."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from align.runtime.consoles import console, errors, escaped
 from align.runtime.ray_job import DASHBOARD_VARIABLE
-from policies.errors import UserError
+from policies.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from align.config.schema import Experiment
-    from align.jobs.client import Job, Jobs
+    from align.jobs.client import Jobs
     from align.jobs.submission import Submission
 
 jobs = typer.Typer(no_args_is_help=True, help="The jobs that `align submit` has started on a Ray cluster.")
@@ -113,7 +113,7 @@ def stop_job(job: JobId, address: Address = "auto") -> None:
         errors.print(f"job {found.id} has ended before: {found.status.lower()}")
         return
     errors.print(f"job {found.id} ends its step and writes a checkpoint …", soft_wrap=True)
-    _guarded(lambda: cluster.stop(found.id))
+    cluster.stop(found.id)
     errors.print(f"job {found.id} has stopped; `align jobs resume {found.id}` resumes its run", soft_wrap=True)
 
 
@@ -151,24 +151,13 @@ def _follow(cluster: "Jobs", job_id: str) -> None:
     from align.jobs.client import exit_status, explanation
 
     try:
-        job: Job = _guarded(lambda: cluster.follow(job_id, _write))
+        job = cluster.follow(job_id, _write)
     except KeyboardInterrupt:
         errors.print(f"the job goes on; `align jobs logs {job_id}` follows it, `align jobs stop {job_id}` stops it")
         raise
     if reason := explanation(job):
         errors.print(f"[red]error:[/red] job {job_id}: {escaped(reason)}", soft_wrap=True)
     sys.exit(exit_status(job))
-
-
-def _guarded(action: Any) -> Any:
-    """Do something with the cluster. If it is lost meanwhile, end this process with status 1."""
-    from align.jobs.client import ClusterLost
-
-    try:
-        return action()
-    except ClusterLost as lost:
-        errors.print(f"[red]error:[/red] {escaped(lost)}", soft_wrap=True)
-        sys.exit(1)
 
 
 def _write(text: str) -> None:
@@ -204,6 +193,8 @@ def _environment(given: list[str]) -> dict[str, str]:
     variables = {}
     for text in given:
         name, separator, value = text.partition("=")
+        if not name:
+            raise UserError(f"--env {text}: expected NAME or NAME=VALUE")
         if not separator and name not in os.environ:
             raise UserError(f"--env {name}: this environment variable is not set: set it, or give --env {name}=VALUE")
         variables[name] = value if separator else os.environ[name]
@@ -214,17 +205,21 @@ def _read_runtime_env(path: Path | None) -> dict[str, Any]:
     """The fields of Ray's runtime environment in a file."""
     if path is None:
         return {}
+    from ray.runtime_env import RuntimeEnv
+
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--runtime-env {path} cannot be read: {error}") from None
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise UserError(f"--runtime-env {path}: expected fields of Ray's runtime environment, as `name: value`")
     for name in ("working_dir", "excludes"):
         if name in fields:
             raise UserError(f"--runtime-env {path}: {name}: the current folder is sent; remove this field")
-    if not isinstance(fields.get("env_vars", {}), dict):
-        raise UserError(f"--runtime-env {path}: env_vars: expected `NAME: value`")
+    try:
+        RuntimeEnv(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--runtime-env {path}: {first_line(error)}") from None
     return fields
 
 
