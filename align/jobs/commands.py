@@ -31,8 +31,16 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id, or its 
 
 
 def submit(  # noqa: PLR0913 - one parameter per option
-    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    experiment: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EXPERIMENT", help="the experiment's YAML file, in the current folder", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False),
+    ] = None,
     address: Address = "auto",
     python: Annotated[str, typer.Option(help="Python on the cluster, such as that of a shared environment")] = "python",
     env: Annotated[
@@ -75,7 +83,7 @@ def submit(  # noqa: PLR0913 - one parameter per option
     cluster = _connect(address)
     cluster_gpus = _show_placement(settings, cluster)
     job = cluster.submit(submission_of(settings, experiment, overrides or [], options, cluster_gpus))
-    errors.print(f"job {job} submitted; `align jobs stop {job}` stops it after a checkpoint", soft_wrap=True)
+    _note(f"job {job} submitted; `{cluster.command('stop', job)}` stops it after a checkpoint")
     if follow:
         _follow(cluster, job)
 
@@ -110,17 +118,26 @@ def stop_job(job: JobId, address: Address = "auto") -> None:
     cluster = _connect(address)
     found = cluster.find(job)
     if found.ended:
-        errors.print(f"job {found.id} has ended before: {found.status.lower()}")
+        _note(f"job {found.id} has ended before: {found.status.lower()}")
         return
-    errors.print(f"job {found.id} ends its step and writes a checkpoint …", soft_wrap=True)
-    cluster.stop(found.id)
-    errors.print(f"job {found.id} has stopped; `align jobs resume {found.id}` resumes its run", soft_wrap=True)
+    if found.status == "PENDING":
+        _note(f"job {found.id} has not started yet: Ray stops it when it has …")
+    else:
+        _note(f"job {found.id} ends its step and writes a checkpoint …")
+    ended = cluster.stop(found.id)
+    if ended.status == "STOPPED":
+        _note(f"job {ended.id} has stopped; `{cluster.command('resume', ended.id)}` resumes its run")
+    else:
+        _note(f"job {ended.id} has ended by itself: {ended.status.lower()}")
 
 
 @jobs.command(name="resume")
 def resume_job(
     job: JobId,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the run's", show_default=False),
+    ] = None,
     address: Address = "auto",
     follow: Annotated[bool, typer.Option(help="show the job's output and pass on its exit status")] = True,
 ) -> None:
@@ -133,9 +150,10 @@ def resume_job(
     cluster = _connect(address)
     earlier = cluster.find(job)
     if not earlier.ended:
-        raise UserError(f"job {earlier.id} is still {earlier.status.lower()}: `align jobs stop {earlier.id}` stops it")
+        stop = cluster.command("stop", earlier.id)
+        raise UserError(f"job {earlier.id} is still {earlier.status.lower()}: `{stop}` stops it")
     new = cluster.submit(resumption_of(earlier.run, earlier.runtime_env, overrides or []))
-    errors.print(f"job {new} submitted; it resumes {escaped(earlier.run.folder)}", soft_wrap=True)
+    _note(f"job {new} submitted; it resumes {earlier.run.folder}")
     if follow:
         _follow(cluster, new)
 
@@ -151,9 +169,10 @@ def _follow(cluster: "Jobs", job_id: str) -> None:
     from align.jobs.client import exit_status, explanation
 
     try:
-        job = cluster.follow(job_id, _write)
+        job = cluster.follow(job_id, _write, _note)
     except KeyboardInterrupt:
-        errors.print(f"the job goes on; `align jobs logs {job_id}` follows it, `align jobs stop {job_id}` stops it")
+        logs, stop = cluster.command("logs", job_id), cluster.command("stop", job_id)
+        _note(f"the job goes on; `{logs}` follows it, `{stop}` stops it")
         raise
     if reason := explanation(job):
         errors.print(f"[red]error:[/red] job {job_id}: {escaped(reason)}", soft_wrap=True)
@@ -165,6 +184,11 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _note(text: str) -> None:
+    """Print a note on standard error."""
+    errors.print(escaped(text), soft_wrap=True, highlight=False)
+
+
 def _show_placement(settings: "Experiment", cluster: "Jobs") -> int:
     """Say where the run's actors will be. Returns the number of GPUs of the cluster."""
     from align.resources.actors import most_actors
@@ -172,7 +196,7 @@ def _show_placement(settings: "Experiment", cluster: "Jobs") -> int:
 
     nodes = cluster.nodes()
     actors = most_actors(settings, settings.stages)
-    errors.print(f"placement: {describe_fit(settings, actors, nodes)}", soft_wrap=True, highlight=False, markup=False)
+    _note(f"placement: {describe_fit(settings, actors, nodes)}")
     return int(total(nodes, GPU))
 
 

@@ -26,7 +26,7 @@ class LostCluster:
     def find(self, job_id: str) -> SimpleNamespace:
         return SimpleNamespace(id=job_id, ended=False, status="RUNNING")
 
-    def follow(self, job_id: str, output: object) -> None:
+    def follow(self, job_id: str, output: object, note: object) -> None:
         raise ClusterLost("http://10.0.0.1:8265 has not answered for 60 s")
 
     def stop(self, job_id: str) -> None:
@@ -40,6 +40,37 @@ def test_a_lost_cluster_is_one_message(
     monkeypatch.setattr(commands, "_connect", lambda address: LostCluster())
     assert call(monkeypatch, "jobs", command, "x-1") == 1
     assert capsys.readouterr().err.endswith("error: http://10.0.0.1:8265 has not answered for 60 s\n")
+
+
+class Ending(LostCluster):
+    """The jobs, simulated, of a cluster where a job ends with a status when it is told to stop."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+
+    def stop(self, job_id: str) -> Any:
+        return SimpleNamespace(id=job_id, status=self.status)
+
+    def command(self, name: str, job_id: str) -> str:
+        return f"align jobs {name} {job_id}"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        ("STOPPED", "job x-1 has stopped; `align jobs resume x-1` resumes its run"),
+        ("SUCCEEDED", "job x-1 has ended by itself: succeeded"),
+    ],
+)
+def test_how_a_job_that_was_told_to_stop_has_ended(
+    status: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "_connect", lambda address: Ending(status))
+    monkeypatch.setattr(sys, "argv", ["align", "jobs", "stop", "x-1"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().err.splitlines()[-1] == message
 
 
 @pytest.fixture
