@@ -242,7 +242,11 @@ class Jobs:
         except ray.exceptions.AuthenticationError as error:
             raise UserError(f"--address {self.address}: {WRONG_TOKEN}") from error
         except ConnectionError as error:
-            raise UserError(f"--address {self.address}: {first_line(error)}: expected {EXPECTED_ADDRESS}") from error
+            reason = first_line(error).rstrip(".")
+            raise UserError(
+                f"--address {self.address}: {reason}: set it to the address of the cluster's dashboard, which "
+                "`ray start --head` prints"
+            ) from error
         except (ray.exceptions.RayError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--address {self.address}: {first_line(error)}") from error
 

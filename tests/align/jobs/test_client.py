@@ -14,7 +14,10 @@ from policies.errors import UserError
 
 def test_a_given_address_precedes_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DASHBOARD_VARIABLE, "http://127.0.0.1:2")
-    with pytest.raises(UserError, match=r"^--address http://127\.0\.0\.1:1: .*127\.0\.0\.1:1\b"):
+    with pytest.raises(
+        UserError,
+        match=r"^--address http://127\.0\.0\.1:1: .*127\.0\.0\.1:1: set it to the address of the cluster's dashboard",
+    ):
         Jobs("http://127.0.0.1:1")
 
 
