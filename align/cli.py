@@ -355,6 +355,7 @@ def doctor(
 @lasting_streams()
 def main() -> None:
     """Run the command. Exit status 0: done; 1: failed; 2: user error; 130: stopped by the user."""
+    from align.runtime.failures import ClusterLost
     from align.runtime.signals import Interrupted
 
     quiet_libraries()
@@ -365,6 +366,9 @@ def main() -> None:
     except UserError as error:
         errors.print(f"[red]error:[/red] {escaped(error)}", soft_wrap=True)
         sys.exit(2)
+    except ClusterLost as error:
+        errors.print(f"[red]error:[/red] {escaped(error)}", soft_wrap=True)
+        sys.exit(1)
     except Interrupted as stopped:
         errors.print(f"stopped; `align resume {stopped}` resumes the run", soft_wrap=True)
         sys.exit(130)
@@ -379,10 +383,7 @@ def main() -> None:
 
 def _load(path: Path, overrides: list[str] | None) -> "Experiment":
     from align.config.load import load_experiment
-    from align.config.overrides import is_override
 
-    if is_override(path.name) and not path.exists():
-        raise UserError(f"{path}: the experiment file comes first, then the settings as KEY=VALUE")
     return load_experiment(path, overrides or [])
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from align.config.overrides import apply_override
+from align.config.overrides import apply_override, is_override
 from align.config.schema import Experiment
 from align.config.source import FLOAT, Keys, Source, read_source
 from align.config.validation_errors import explain
@@ -36,7 +36,10 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     Raises:
         UserError: The settings are not valid; the message lists every problem with its file, line and key.
     """
-    source = read_source(Path(path))
+    file = Path(path)
+    if is_override(file.name) and not file.exists():
+        raise UserError(f"{path}: the experiment file comes first, then the settings as KEY=VALUE")
+    source = read_source(file)
     for override in overrides:
         apply_override(source, override)
     try:

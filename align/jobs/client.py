@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import secrets
+import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from align.jobs.submission import RunOfJob, Submission
 from align.resources.placement import Node
 from align.resources.ray_cluster import WRONG_TOKEN
 from align.resources.reservation import visible
+from align.runtime.failures import ClusterLost
 from align.runtime.ray_job import DASHBOARD_VARIABLE
 from align.runtime.signals import INTERRUPTED
 from policies.errors import UserError, first_line
@@ -26,16 +28,15 @@ Output = Callable[[str], object]
 """Takes text that a job has written."""
 STATE_SECONDS = 0.5
 """How often the state of a job is asked for."""
+PENDING_SECONDS = 15.0
+"""How long a job may take to start before that is said."""
 LOST_SECONDS = 60.0
 """How long the cluster may leave that unanswered."""
 RAY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env")
 """Ray's loggers that report each request."""
+EXPECTED_ADDRESS = "http://HOST:8265, the address of the cluster's dashboard, or auto"
 NOT_FOUND = 127
 """The exit status of a shell that does not find a command."""
-
-
-class ClusterLost(RuntimeError):
-    """The cluster does not answer any more."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Jobs:
         Raises:
             UserError: It cannot be reached, or asks for another token.
         """
+        if address != "auto" and not address.startswith(("http://", "https://")):
+            raise UserError(f"--address {address}: expected {EXPECTED_ADDRESS}")
         self.address = address
         os.environ[DASHBOARD_VARIABLE] = address  # Ray prefers it to the address that it is given
         with self._told():
@@ -161,12 +164,17 @@ class Jobs:
             raise UserError(f"{job_id}: {which}; at {self.address} there are: {known}")
         return (exact or found)[0]
 
-    def follow(self, job_id: str, output: Output) -> Job:
+    def command(self, name: str, job_id: str) -> str:
+        """A command of `align jobs` for a job, as it can be copied to a shell."""
+        return shlex.join(["align", "jobs", name, job_id, "--address", self.address])
+
+    def follow(self, job_id: str, output: Output, note: Output) -> Job:
         """Give what a job writes, from its beginning, until it has ended.
 
         Args:
             job_id: The id of the job.
             output: Takes the text.
+            note: Takes what is to be said of a job that does not start.
 
         Returns:
             The job, at its end.
@@ -174,6 +182,7 @@ class Jobs:
         Raises:
             ClusterLost: The cluster has not answered for a minute.
         """
+        self._await_start(job_id, note)
         log = JobLog(output)
         while not (job := self._job(job_id)).ended:
             with suppress(OSError, RuntimeError):  # a lost connection is made again
@@ -182,6 +191,15 @@ class Jobs:
         with suppress(OSError, RuntimeError):  # the node that keeps them may be lost
             log.take(self.client.get_job_logs(job_id))
         return job
+
+    def _await_start(self, job_id: str, note: Output) -> None:
+        """Wait until a job is no longer pending, or for so long that this is said."""
+        deadline = time.monotonic() + PENDING_SECONDS
+        while (job := self._job(job_id)).status == JobStatus.PENDING:
+            if time.monotonic() > deadline:
+                note(f"job {job_id} is pending: {job.message}")
+                return
+            time.sleep(STATE_SECONDS)
 
     def stop(self, job_id: str) -> Job:
         """Have a job stop, and wait until it has written its checkpoint and ended.
@@ -208,8 +226,8 @@ class Jobs:
             except (ConnectionError, RuntimeError) as error:
                 if time.monotonic() > deadline:
                     raise ClusterLost(
-                        f"{self.address} has not answered for {LOST_SECONDS:g} s: {first_line(error)}; `align jobs "
-                        f"logs {job_id} --address {self.address}` follows the job, if it still runs"
+                        f"{self.address} has not answered for {LOST_SECONDS:g} s: {first_line(error)}; "
+                        f"`{self.command('logs', job_id)}` follows the job, if it still runs"
                     ) from error
                 time.sleep(STATE_SECONDS)
         run = RunOfJob.of(details.metadata)
@@ -223,7 +241,13 @@ class Jobs:
             yield
         except ray.exceptions.AuthenticationError as error:
             raise UserError(f"--address {self.address}: {WRONG_TOKEN}") from error
-        except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
+        except ConnectionError as error:
+            reason = first_line(error).rstrip(".")
+            raise UserError(
+                f"--address {self.address}: {reason}: set it to the address of the cluster's dashboard, which "
+                "`ray start --head` prints"
+            ) from error
+        except (ray.exceptions.RayError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--address {self.address}: {first_line(error)}") from error
 
 

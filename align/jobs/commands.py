@@ -11,11 +11,11 @@ from rich.table import Table
 
 from align.runtime.consoles import console, errors, escaped
 from align.runtime.ray_job import DASHBOARD_VARIABLE
-from policies.errors import UserError
+from policies.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from align.config.schema import Experiment
-    from align.jobs.client import Job, Jobs
+    from align.jobs.client import Jobs
     from align.jobs.submission import Submission
 
 jobs = typer.Typer(no_args_is_help=True, help="The jobs that `align submit` has started on a Ray cluster.")
@@ -31,8 +31,16 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id, or its 
 
 
 def submit(  # noqa: PLR0913 - one parameter per option
-    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    experiment: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EXPERIMENT", help="the experiment's YAML file, in the current folder", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's", show_default=False),
+    ] = None,
     address: Address = "auto",
     python: Annotated[str, typer.Option(help="Python on the cluster, such as that of a shared environment")] = "python",
     env: Annotated[
@@ -75,7 +83,7 @@ def submit(  # noqa: PLR0913 - one parameter per option
     cluster = _connect(address)
     cluster_gpus = _show_placement(settings, cluster)
     job = cluster.submit(submission_of(settings, experiment, overrides or [], options, cluster_gpus))
-    errors.print(f"job {job} submitted; `align jobs stop {job}` stops it after a checkpoint", soft_wrap=True)
+    _note(f"job {job} submitted; `{cluster.command('stop', job)}` stops it after a checkpoint")
     if follow:
         _follow(cluster, job)
 
@@ -110,17 +118,26 @@ def stop_job(job: JobId, address: Address = "auto") -> None:
     cluster = _connect(address)
     found = cluster.find(job)
     if found.ended:
-        errors.print(f"job {found.id} has ended before: {found.status.lower()}")
+        _note(f"job {found.id} has ended before: {found.status.lower()}")
         return
-    errors.print(f"job {found.id} ends its step and writes a checkpoint …", soft_wrap=True)
-    _guarded(lambda: cluster.stop(found.id))
-    errors.print(f"job {found.id} has stopped; `align jobs resume {found.id}` resumes its run", soft_wrap=True)
+    if found.status == "PENDING":
+        _note(f"job {found.id} has not started yet: Ray stops it when it has …")
+    else:
+        _note(f"job {found.id} ends its step and writes a checkpoint …")
+    ended = cluster.stop(found.id)
+    if ended.status == "STOPPED":
+        _note(f"job {ended.id} has stopped; `{cluster.command('resume', ended.id)}` resumes its run")
+    else:
+        _note(f"job {ended.id} has ended by itself: {ended.status.lower()}")
 
 
 @jobs.command(name="resume")
 def resume_job(
     job: JobId,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the run's", show_default=False),
+    ] = None,
     address: Address = "auto",
     follow: Annotated[bool, typer.Option(help="show the job's output and pass on its exit status")] = True,
 ) -> None:
@@ -133,9 +150,10 @@ def resume_job(
     cluster = _connect(address)
     earlier = cluster.find(job)
     if not earlier.ended:
-        raise UserError(f"job {earlier.id} is still {earlier.status.lower()}: `align jobs stop {earlier.id}` stops it")
+        stop = cluster.command("stop", earlier.id)
+        raise UserError(f"job {earlier.id} is still {earlier.status.lower()}: `{stop}` stops it")
     new = cluster.submit(resumption_of(earlier.run, earlier.runtime_env, overrides or []))
-    errors.print(f"job {new} submitted; it resumes {escaped(earlier.run.folder)}", soft_wrap=True)
+    _note(f"job {new} submitted; it resumes {earlier.run.folder}")
     if follow:
         _follow(cluster, new)
 
@@ -151,29 +169,24 @@ def _follow(cluster: "Jobs", job_id: str) -> None:
     from align.jobs.client import exit_status, explanation
 
     try:
-        job: Job = _guarded(lambda: cluster.follow(job_id, _write))
+        job = cluster.follow(job_id, _write, _note)
     except KeyboardInterrupt:
-        errors.print(f"the job goes on; `align jobs logs {job_id}` follows it, `align jobs stop {job_id}` stops it")
+        logs, stop = cluster.command("logs", job_id), cluster.command("stop", job_id)
+        _note(f"the job goes on; `{logs}` follows it, `{stop}` stops it")
         raise
     if reason := explanation(job):
         errors.print(f"[red]error:[/red] job {job_id}: {escaped(reason)}", soft_wrap=True)
     sys.exit(exit_status(job))
 
 
-def _guarded(action: Any) -> Any:
-    """Do something with the cluster. If it is lost meanwhile, end this process with status 1."""
-    from align.jobs.client import ClusterLost
-
-    try:
-        return action()
-    except ClusterLost as lost:
-        errors.print(f"[red]error:[/red] {escaped(lost)}", soft_wrap=True)
-        sys.exit(1)
-
-
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _note(text: str) -> None:
+    """Print a note on standard error."""
+    errors.print(escaped(text), soft_wrap=True, highlight=False)
 
 
 def _show_placement(settings: "Experiment", cluster: "Jobs") -> int:
@@ -183,7 +196,7 @@ def _show_placement(settings: "Experiment", cluster: "Jobs") -> int:
 
     nodes = cluster.nodes()
     actors = most_actors(settings, settings.stages)
-    errors.print(f"placement: {describe_fit(settings, actors, nodes)}", soft_wrap=True, highlight=False, markup=False)
+    _note(f"placement: {describe_fit(settings, actors, nodes)}")
     return int(total(nodes, GPU))
 
 
@@ -204,6 +217,8 @@ def _environment(given: list[str]) -> dict[str, str]:
     variables = {}
     for text in given:
         name, separator, value = text.partition("=")
+        if not name:
+            raise UserError(f"--env {text}: expected NAME or NAME=VALUE")
         if not separator and name not in os.environ:
             raise UserError(f"--env {name}: this environment variable is not set: set it, or give --env {name}=VALUE")
         variables[name] = value if separator else os.environ[name]
@@ -214,17 +229,21 @@ def _read_runtime_env(path: Path | None) -> dict[str, Any]:
     """The fields of Ray's runtime environment in a file."""
     if path is None:
         return {}
+    from ray.runtime_env import RuntimeEnv
+
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--runtime-env {path} cannot be read: {error}") from None
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise UserError(f"--runtime-env {path}: expected fields of Ray's runtime environment, as `name: value`")
     for name in ("working_dir", "excludes"):
         if name in fields:
             raise UserError(f"--runtime-env {path}: {name}: the current folder is sent; remove this field")
-    if not isinstance(fields.get("env_vars", {}), dict):
-        raise UserError(f"--runtime-env {path}: env_vars: expected `NAME: value`")
+    try:
+        RuntimeEnv(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--runtime-env {path}: {first_line(error)}") from None
     return fields
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +33,8 @@ DEFAULT_GRACE = 3600.0
 """Seconds that a run without `checkpoint.grace` has to end the step that it is in."""
 GRACE_MARGIN = 60.0
 """Seconds that it has to end after that."""
+SPECIAL = re.compile(r"[\\*?\[\]]")
+"""Characters that mean something else in a line of a .gitignore."""
 METADATA = "align"
 """The key of a job's metadata under which a `RunOfJob` is kept."""
 
@@ -225,15 +228,21 @@ def _within(folder: Path, file: Path, what: str) -> Path:
 
 
 def _excludes(experiment: Experiment, folder: Path) -> Iterator[str]:
-    """The folder of runs, and the files and folders of data and models, where they are within the folder."""
+    """The folder of runs, and the files and folders of data and models, where they are within the folder.
+
+    Ray follows symbolic links: what is left out is both the link and what it leads to.
+    """
     named: list[str] = [experiment.runs]
     for _, value in _paths(experiment):
         named += value if isinstance(value, list) else [value.partition("#")[0]]
-    paths = [(folder / name).resolve() for name in named]
-    for path in dict.fromkeys(paths):
-        is_part = any(path.is_relative_to(other) for other in paths if other != path)
-        if path.exists() and not is_part and path != folder and path.is_relative_to(folder):
-            yield f"/{path.relative_to(folder)}"
+    paths: list[Path] = []
+    for name in named:
+        paths += [Path(os.path.abspath(folder / name)), (folder / name).resolve()]
+    inside = [path for path in dict.fromkeys(paths) if path.exists() and folder in path.parents]
+    for path in inside:
+        if not any(other in path.parents for other in inside):
+            line = SPECIAL.sub(r"\\\g<0>", str(path.relative_to(folder)))
+            yield f"/{line}"
 
 
 def _entrypoint(python: str, arguments: Sequence[str]) -> str:

@@ -13,6 +13,10 @@ class Fault(RuntimeError):
     """The run stopped itself, because its figures make it pointless to continue. The message says which."""
 
 
+class ClusterLost(RuntimeError):
+    """The Ray cluster of a job does not answer any more."""
+
+
 class RankLost(RuntimeError):
     """A rank of the learner has died, or cannot be reached by the others."""
 

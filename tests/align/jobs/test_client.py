@@ -3,6 +3,7 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RpcError
 from ray.job_submission import JobStatus
 
 from align.jobs.client import JobLog, Jobs, exit_status, explanation
@@ -13,8 +14,27 @@ from policies.errors import UserError
 
 def test_a_given_address_precedes_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DASHBOARD_VARIABLE, "http://127.0.0.1:2")
-    with pytest.raises(UserError, match=r"^--address http://127\.0\.0\.1:1: .*127\.0\.0\.1:1\b"):
+    with pytest.raises(
+        UserError,
+        match=r"^--address http://127\.0\.0\.1:1: .*127\.0\.0\.1:1: set it to the address of the cluster's dashboard",
+    ):
         Jobs("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "", "[red]x"])
+def test_an_address_of_another_kind_is_refused_at_once(address: str) -> None:
+    with pytest.raises(UserError, match=r"^--address .*: expected http://HOST:8265, the address of .*, or auto$"):
+        Jobs(address)
+
+
+@pytest.mark.parametrize("error", [RpcError("timed out", rpc_code=14), RuntimeError("timed out")])
+def test_a_cluster_that_does_not_answer_is_the_users_mistake(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(address: str) -> None:
+        raise error
+
+    monkeypatch.setattr("align.jobs.client.JobSubmissionClient", fail)
+    with pytest.raises(UserError, match=r"^--address auto: timed out$"):
+        Jobs("auto")
 
 
 async def parts(*texts: str, fails: bool = False) -> AsyncIterator[str]:
@@ -57,5 +77,37 @@ class Lost:
 def test_a_job_whose_logs_are_lost_has_ended_nevertheless() -> None:
     jobs = object.__new__(Jobs)
     jobs.client = Lost()
-    job = jobs.follow("x-1", print)
+    job = jobs.follow("x-1", print, print)
     assert (exit_status(job), explanation(job)) == (1, "its node has died")
+
+
+class Full(Lost):
+    """A client, simulated, of a cluster that has no room for a job for some time, and then loses it."""
+
+    answers = 0
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        self.answers += 1
+        details = super().get_job_info(job_id)
+        if self.answers < 3:
+            details.status = JobStatus.PENDING
+            details.message = "waiting for resources"
+        return details
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "line"
+
+
+def test_a_job_that_does_not_start_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.jobs.client.PENDING_SECONDS", 0.0)
+    jobs = object.__new__(Jobs)
+    jobs.client = Full()
+    notes: list[str] = []
+    jobs.follow("x-1", print, notes.append)
+    assert notes == ["job x-1 is pending: waiting for resources"]
+
+
+def test_a_command_for_a_job_can_be_copied_to_a_shell() -> None:
+    jobs = object.__new__(Jobs)
+    jobs.address = "http://[fe80::1]:8265"
+    assert jobs.command("stop", "x-1") == "align jobs stop x-1 --address 'http://[fe80::1]:8265'"

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.thirdparty.pathspec import PathSpec
 
 from align.config.load import load_experiment
 from align.jobs.submission import (
@@ -98,6 +99,29 @@ def test_runs_data_and_models_are_not_sent(folder: Path) -> None:
     (folder / "runs/x/base").mkdir(parents=True)
     assert set(inner.excludes) == {"/runs"}
     assert submit(write(folder / "x.yaml", {"name": "x", "model": {"path": "/elsewhere"}})).excludes == ("/runs",)
+    assert submit(write(folder / "x.yaml", {"name": "x", "model": {"path": "base"}, "runs": "."})).excludes == (
+        "/base",
+    )
+
+
+def test_folders_behind_links_are_not_sent(folder: Path) -> None:
+    outside = folder.parent / "storage"
+    outside.mkdir()
+    (folder / "linked").symlink_to(outside)
+    (folder / "within").symlink_to(folder / "base")
+    file = write(folder / "x.yaml", {"name": "x", "model": {"path": "within"}, "runs": "linked"})
+    assert set(submit(file).excludes) == {"/linked", "/within", "/base"}
+
+
+@pytest.mark.parametrize("name", ["[red]", "a*b", "a?b", "a b", "ünï", "!x", "a\\b"])
+def test_odd_names_are_not_sent(folder: Path, name: str) -> None:
+    for each in (name, "r", "a-b"):
+        (folder / each).mkdir()
+    file = write(folder / "x.yaml", {"name": "x", "model": {"path": name}})
+    left_out = PathSpec.from_lines("gitwildmatch", submit(file, "runs=/elsewhere").excludes)
+    assert left_out.match_file(f"{name}/weights")
+    assert not left_out.match_file("r/weights")
+    assert not left_out.match_file("a-b/weights")
 
 
 @pytest.mark.parametrize(
