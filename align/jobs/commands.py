@@ -11,6 +11,7 @@ from rich.table import Table
 
 from align.runtime.consoles import console, errors, escaped
 from align.runtime.ray_job import DASHBOARD_VARIABLE
+from align.runtime.wording import clock
 from policies.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def list_jobs(address: Address = "auto") -> None:
         state = job.status.lower()
         if job.exit_status:
             state += f" ({job.exit_status})"
-        table.add_row(job.id, state, f"{job.started:%m-%d %H:%M}", _clock(job.seconds), escaped(job.run.folder))
+        table.add_row(job.id, state, f"{job.started:%m-%d %H:%M}", clock(job.seconds), escaped(job.run.folder))
     console.print(table)
 
 
@@ -245,9 +246,3 @@ def _read_runtime_env(path: Path | None) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise UserError(f"--runtime-env {path}: {first_line(error)}") from None
     return fields
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
