@@ -154,17 +154,18 @@ def evaluate(
         str | None, typer.Option(help="with --reward: evaluate this sequence-classification model instead")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="with --reward: folder for the results and the plot")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model."""
     from align.outputs.trained_run import open_run
 
     trained = open_run(run)
     if reward:
-        _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to)
+        _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
         return
     if data or classifier or to:
         raise UserError("--data, --classifier and --to need --reward: add it")
-    _show(trained.evaluate())
+    _show(trained.evaluate(), as_json)
 
 
 @app.command()
@@ -439,14 +440,22 @@ def _nothing_to_resume(settings: "Experiment", folder: "RunFolder") -> str:
     return f"nothing to resume: all {counted(settings.ppo.steps, 'step')} are done; a larger ppo.steps adds more"
 
 
-def _show(evaluation: dict[str, Any]) -> None:
+def _show(evaluation: dict[str, Any], as_json: bool = False) -> None:
     from align.evaluation.tables import evaluation_table
 
-    console.print(evaluation_table(evaluation))
+    if as_json:
+        print(json.dumps(evaluation))
+    else:
+        console.print(evaluation_table(evaluation))
 
 
 def _evaluate_reward_model(
-    folder: "RunFolder", settings: "Experiment", data: Path | None, classifier: str | None, to: Path | None
+    folder: "RunFolder",
+    settings: "Experiment",
+    data: Path | None,
+    classifier: str | None,
+    to: Path | None,
+    as_json: bool,
 ) -> None:
     from align.data.datasets import read_preferences
     from align.evaluation.reward_model import write_diagnostics
@@ -457,11 +466,14 @@ def _evaluate_reward_model(
     if not classifier and not folder.done("reward"):
         raise missing_product(settings, folder, "reward")
     facts, worst_errors = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
-    console.print(diagnostics_table(facts))
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print(diagnostics_table(facts))
     if to:
         to.mkdir(parents=True, exist_ok=True)
         write_diagnostics(to, facts, worst_errors)
-        console.print(f"written to {to}")
+        errors.print(f"written to {to}", soft_wrap=True)
 
 
 def _tell(note: str) -> None:

@@ -165,9 +165,10 @@ def test_the_report_has_its_pictures(finished: Path, align: Command) -> None:
 
 def test_eval_reproduces_the_runs_evaluation(finished: Path, align: Command) -> None:
     before = json.loads((finished / "evaluation.json").read_text())
-    done = align("eval", finished)
+    done = align("eval", finished, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads((finished / "evaluation.json").read_text()) == before
+    assert json.loads(done.stdout) == before
 
 
 def test_a_run_is_not_overwritten_unless_asked(
@@ -193,13 +194,16 @@ def test_the_reward_model_is_evaluated_on_other_preferences(
     rows = [{"prompt": "User: two Assistant:", "chosen": f" {i}.", "rejected": f" {i} red dog."} for i in range(9)]
     data = tmp_path / "more.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(
-        "sys.argv", ["align", "eval", str(finished), "--reward", "--data", str(data), "--to", str(tmp_path / "out")]
-    )
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    assert "of 9 comparisons" in " ".join(capfd.readouterr().out.split())
+    arguments = ["align", "eval", str(finished), "--reward", "--data", str(data)]
+    said = []
+    for option in (["--json"], ["--to", str(tmp_path / "out")]):
+        monkeypatch.setattr("sys.argv", arguments + option)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        said.append(capfd.readouterr().out)
+    assert json.loads(said[0])["pairs"] == 9
+    assert "of 9 comparisons" in " ".join(said[1].split())
     assert json.loads((tmp_path / "out" / "diagnostics.json").read_text())["pairs"] == 9
 
 
