@@ -13,9 +13,10 @@ from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.data.examples import TokenizedDemonstration
 from align.resources.actors import most_actors, reserved_cpus
 from align.resources.gpu_fit import MORE_GPUS, compare_with_gpu
-from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
+from align.resources.memory import FLOAT32, ModelSizes, estimate_memory, measure
 from align.resources.placement import CPU, GPU, Node, describe_fit, has_room, no_room, place
 from align.resources.ray_cluster import ray_cluster
+from align.resources.tensor_uses import TensorUse
 from align.runtime.wording import counted
 from policies.device import cores, default_device, gpu_memory
 from policies.errors import UserError
@@ -90,9 +91,10 @@ def plan_lines(  # noqa: PLR0913 - one parameter per part of the plan
         lines += _ppo(experiment, datasets, sizes)
         lines.append(("reward terms", _terms(experiment)))
         lines += _user_functions(experiment)
-    uses = estimate_memory(experiment, stages, sizes)
+    gpu_bytes = gpu_bytes or gpu_memory()
+    uses = estimate_memory(experiment, stages, sizes, gpu_bytes)
     lines += _memory(uses)
-    if gpu_bytes := gpu_bytes or gpu_memory():
+    if gpu_bytes:
         lines += _gpus(experiment, uses, gpu_bytes)
     if default_device().type == "cpu" and native.library() is None:
         lines.append(
@@ -204,7 +206,7 @@ def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:
 def _memory(uses: Sequence[TensorUse]) -> list[tuple[str, str]]:
     """A line per stage and process: the bytes of its tensors, in total and by role."""
     lines = []
-    for (stage, process), group in groupby(uses, _stage_and_process):
+    for (stage, process), group in groupby(uses, lambda use: use.owner):
         own = list(group)
         total = _bytes(sum(use.bytes for use in own))
         roles = ", ".join(_role(use) for use in own if use.bytes or use.transient)
@@ -227,10 +229,6 @@ def _gpus(experiment: Experiment, uses: Sequence[TensorUse], gpu_bytes: float) -
 
 def _role(use: TensorUse) -> str:
     return f"{use.role} {_bytes(use.bytes)}" if use.bytes else use.role
-
-
-def _stage_and_process(use: TensorUse) -> tuple[str, str]:
-    return use.stage, use.process
 
 
 def _count(parameters: int) -> str:
