@@ -13,7 +13,7 @@ from align.ppo.metrics import step_metrics
 from align.resources.dtype import settle_dtype
 from align.resources.memory import measure
 from align.resources.plan import plan_lines
-from align.resources.ray_cluster import compute_settings
+from align.resources.ray_cluster import compute_settings, one_connection
 from align.runs.fingerprint import recorded_dtype
 from align.runs.folder import RunFolder, folder_of, refuse_run
 from align.runs.tracking import Tracker
@@ -42,17 +42,18 @@ def plan(experiment: Experiment) -> list[tuple[str, str]]:
         UserError: A model, adapter, function or row of data cannot be used.
     """
     datasets = load_datasets(experiment)
-    planned = planned_stages(experiment, datasets)
-    sizes = measure(planned.experiment.model, experiment.policy)
-    return plan_lines(
-        planned.experiment,
-        datasets,
-        planned.stages,
-        sizes,
-        dtype=planned.dtype,
-        placement=planned.placement,
-        note=planned.note,
-    )
+    with one_connection():
+        planned = planned_stages(experiment, datasets)
+        sizes = measure(planned.experiment.model, experiment.policy)
+        return plan_lines(
+            planned.experiment,
+            datasets,
+            planned.stages,
+            sizes,
+            dtype=planned.dtype,
+            placement=planned.placement,
+            note=planned.note,
+        )
 
 
 def run(experiment: Experiment, replace: bool = False) -> TrainedRun:

@@ -5,8 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,7 +104,7 @@ def resume_command(run: Run, overrides: RunOverrides = None) -> None:
     from align.stages.launch import resumed_run
     from align.stages.pipeline import remaining_stages
 
-    with resumed_run(run, overrides or []) as launch:
+    with _planned(resumed_run(run, overrides or [])) as launch:
         if not remaining_stages(launch.experiment, launch.folder):
             console.print(_nothing_to_resume(launch.experiment, launch.folder), soft_wrap=True)
         _run(launch)
@@ -117,7 +117,9 @@ def plan_command(
     overrides: Overrides = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=0.1, help="memory of each GPU in GB, to compare with; unset: that of this machine's GPU"),
+        typer.Option(
+            min=0.1, help="memory of each GPU in GB; unset: that of this machine's, or the cluster's smallest"
+        ),
     ] = None,
 ) -> None:
     """Show what a run would do and need, without starting it."""
@@ -126,20 +128,22 @@ def plan_command(
 
     with compiled_on_first_call():
         from align.resources.plan import plan_table
+        from align.resources.ray_cluster import one_connection
         from align.stages.launch import planned_stages
         from align.stages.pipeline import load_datasets
 
     datasets = load_datasets(settings)
-    planned = planned_stages(settings, datasets)
-    table = plan_table(
-        planned.experiment,
-        datasets,
-        planned.stages,
-        dtype=planned.dtype,
-        placement=planned.placement,
-        note=planned.note,
-        gpu_bytes=gpu_memory and gpu_memory * 1e9,
-    )
+    with one_connection():
+        planned = planned_stages(settings, datasets)
+        table = plan_table(
+            planned.experiment,
+            datasets,
+            planned.stages,
+            dtype=planned.dtype,
+            placement=planned.placement,
+            note=planned.note,
+            gpu_bytes=gpu_memory and gpu_memory * 1e9,
+        )
     console.print(table)
 
 
@@ -392,24 +396,37 @@ def _begin(settings: "Experiment", stages: Sequence[Stage]) -> None:
     """Remove what an earlier run wrote in these stages, and run the stages of the experiment."""
     from align.stages.launch import new_run
 
-    with new_run(settings, [stage.name for stage in stages]) as launch:
+    with _planned(new_run(settings, [stage.name for stage in stages])) as launch:
         _run(launch)
 
 
-def _run(launch: "Launch") -> None:
-    """Print the plan, run the remaining stages, show the evaluation and write the report."""
-    from align.outputs.report import write_report
+@contextmanager
+def _planned(opened: "AbstractContextManager[Launch]") -> Iterator["Launch"]:
+    """Open a run for the block, and print its plan."""
     from align.resources.plan import plan_table
+    from align.resources.ray_cluster import one_connection
+    from align.stages.pipeline import remaining_stages
+
+    with ExitStack() as stack:
+        with one_connection():
+            launch = stack.enter_context(opened)
+            settings = launch.experiment
+            stages = remaining_stages(settings, launch.folder)
+            table = plan_table(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
+        console.print(table)
+        yield launch
+
+
+def _run(launch: "Launch") -> None:
+    """Run the remaining stages, show the evaluation and write the report."""
+    from align.outputs.report import write_report
     from align.runtime.failures import Fault, describe_outside_failure
     from align.runtime.last_words import last_words
     from align.runtime.signals import Interrupted, graceful_stop
-    from align.stages.pipeline import remaining_stages, run_stages
+    from align.stages.pipeline import run_stages
 
     settings = launch.experiment
     folder = launch.folder
-    stages = remaining_stages(settings, folder)
-    table = plan_table(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
-    console.print(table)
     how_to_resume = folder.how_to_resume
     killed = f"the run was killed from outside, without a message; {how_to_resume}"
     with graceful_stop(settings.checkpoint.grace, how_to_resume) as stop, last_words(killed):

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 CPU_BYTES = 8192
 """Tokens of a microbatch on a CPU times bytes per number: few enough that activations stay in the CPU's caches."""
@@ -17,20 +17,31 @@ new number of tokens; there are so few multiples that it caches them all, at the
 
 
 def default_microbatch_tokens(model: PreTrainedModel, width: int) -> int:
-    """Tokens per microbatch: what suits a CPU's caches, or a power of two that fits a GPU's free memory.
+    """Tokens per microbatch that suit the device of a model and the memory that is free on it.
 
     width: the hidden size.
     """
-    bytes_per_number = model.dtype.itemsize
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+    return microbatch_tokens(model.config, width, model.dtype.itemsize, free)
+
+
+def microbatch_tokens(config: PretrainedConfig, width: int, bytes_per_number: int, free_bytes: float | None) -> int:
+    """Tokens per microbatch: what suits a CPU's caches, or a power of two, but no less, that fits a GPU's free memory.
+
+    Args:
+        config: The configuration of the model.
+        width: The hidden size.
+        bytes_per_number: Bytes of a number of the model's dtype.
+        free_bytes: The memory that is free on the GPU; None: the model is on a CPU.
+    """
     on_cpu = CPU_BYTES // bytes_per_number
-    if model.device.type != "cuda":
+    if free_bytes is None:
         return on_cpu
-    free, _ = torch.cuda.mem_get_info(model.device)
-    config = model.config
+    text = config.get_text_config()
     # Logits, their log-softmax and its gradient: three numbers per token and vocabulary entry.
-    numbers = ACTIVATIONS_PER_TOKEN * config.num_hidden_layers * width + 3 * config.vocab_size
-    tokens = free / GPU_MEMORY_DIVISOR / (numbers * bytes_per_number)
-    return max(on_cpu, 2 ** int(math.log2(tokens)))
+    numbers = ACTIVATIONS_PER_TOKEN * text.num_hidden_layers * width + 3 * text.vocab_size
+    tokens = free_bytes / GPU_MEMORY_DIVISOR / (numbers * bytes_per_number)
+    return 2 ** int(math.log2(tokens)) if tokens > on_cpu else on_cpu
 
 
 def packed_multiple(model: PreTrainedModel) -> int:

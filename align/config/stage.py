@@ -74,6 +74,13 @@ def find_stage(name: str) -> Stage:
     raise KeyError(name)
 
 
+def section_of(stage: str) -> str:
+    """The section of the settings with the `tokens_per_microbatch` of a stage that trains something."""
+    section = find_stage(stage).section
+    assert section is not None, f"stage {stage} trains nothing"
+    return section
+
+
 def stages_from(name: str) -> list[Stage]:
     """This stage and those after it."""
     first = find_stage(name).order

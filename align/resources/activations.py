@@ -8,7 +8,7 @@ from align.config.schema import Experiment
 from align.resources.saved_tensors import SavedBytes, count_logits, count_packed, count_shared_prompts
 from policies.build import base_without_weights, trunk_without_weights
 from policies.probes import has_full_attention
-from policies.schema import ModelSettings
+from policies.schema import ModelSettings, OptimizerSettings
 from policies.trunk import Trunk
 
 ROLE = "policy"
@@ -62,7 +62,7 @@ class ActivationEstimate:
         """Prepare to count.
 
         Args:
-            experiment: The settings.
+            experiment: The settings, with `tokens_per_microbatch` of the stages whose methods are called.
             trunk: The experiment's trunk on the meta device, with the role `policy`.
         """
         self._experiment = experiment
@@ -73,7 +73,7 @@ class ActivationEstimate:
         """The activations of SFT."""
         settings = self._experiment.sft
         trunk = self._trunk_at(self._experiment.zero_of(settings))
-        microbatch = _largest(trunk, settings.tokens_per_microbatch, settings.max_tokens, training=True)
+        microbatch = _largest(trunk, settings, settings.max_tokens, training=True)
         yield _role(microbatch), self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
         yield _logits(trunk, microbatch)
 
@@ -86,7 +86,7 @@ class ActivationEstimate:
         trunk = self._trunk_at(self._experiment.zero_of(settings))
         microbatch = _largest(
             trunk,
-            settings.tokens_per_microbatch,
+            settings,
             settings.max_tokens,
             training=True,
             shares_prompts=has_full_attention(trunk.causal) and trunk.settings.spec.prompt_kind is None,
@@ -103,7 +103,7 @@ class ActivationEstimate:
         learner = experiment.learner
         trunk = self._trunk_at(learner.zero)
         longest = experiment.rollouts.max_prompt_tokens + experiment.rollouts.max_new_tokens
-        microbatch = _largest(trunk, learner.tokens_per_microbatch, longest, training=False)
+        microbatch = _largest(trunk, learner, longest, training=False)
         policy = self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
         critic = 0
         kind = experiment.ppo.critic.kind if experiment.ppo.has_critic else None
@@ -151,11 +151,12 @@ class ActivationEstimate:
 
 
 def _largest(
-    trunk: Trunk, tokens: int | None, longest: int, training: bool, shares_prompts: bool = False
+    trunk: Trunk, settings: OptimizerSettings, longest: int, training: bool, shares_prompts: bool = False
 ) -> Microbatch:
-    """The largest microbatch; `tokens` unset: of as many tokens as suit a CPU."""
+    """The largest microbatch."""
+    assert settings.tokens_per_microbatch is not None
     padded = shares_prompts or not trunk.supports_packing
-    lengths = largest_lengths(tokens or trunk.default_microbatch_tokens(), longest, padded)
+    lengths = largest_lengths(settings.tokens_per_microbatch, longest, padded)
     return Microbatch(lengths, training, shares_prompts)
 
 

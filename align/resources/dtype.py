@@ -131,4 +131,5 @@ def _devices_of_actors(experiment: Experiment, actors: dict[str, int]) -> Device
             except ray.exceptions.RayTaskError as error:
                 raise actor_failure(error, f"a {kind}") from error
             devices |= {(f"the {kind}s", device): None for device in found}
+        reservation.release()  # the connection may last
     return devices

@@ -8,7 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from align.config.schema import Experiment
-from align.resources.memory import ModelSizes, TensorUse, estimate_memory, measure
+from align.config.stage import section_of
+from align.resources.memory import ModelSizes, estimate_memory, measure, with_microbatches
+from align.resources.tensor_uses import Process, TensorUse, bytes_by_gpu
 
 USABLE = 0.9
 """Share of a GPU's memory that tensors can take. CUDA's context, workspaces of libraries and fragmentation have the
@@ -20,8 +22,6 @@ FEWEST_SEQUENCES = 8
 MORE_GPUS = "use more ranks at ZeRO 3, larger GPUs or a smaller model"
 """What is left to do where no setting helps."""
 
-Process = tuple[str, str]
-"""A stage and a kind of process."""
 Changes = Mapping[str, Any]
 """Values of settings by their dotted names."""
 
@@ -52,7 +52,7 @@ def compare_with_gpu(experiment: Experiment, uses: Sequence[TensorUse], gpu_byte
 
     Args:
         experiment: The settings.
-        uses: What the processes hold, from `estimate_memory`.
+        uses: What the processes hold on such GPUs, from `estimate_memory`.
         gpu_bytes: Memory of the GPU of each process.
     """
     limit = USABLE * gpu_bytes
@@ -61,7 +61,7 @@ def compare_with_gpu(experiment: Experiment, uses: Sequence[TensorUse], gpu_byte
         settings: dict[str, Any] = {}
         size_then = size
         if size > limit:
-            search = _Search(experiment, process, limit)
+            search = _Search(experiment, process, gpu_bytes)
             settings = search.settings()
             size_then = search.bytes(settings)
         words = tuple(f"{key}={_yaml(value)}" for key, value in settings.items())
@@ -69,37 +69,24 @@ def compare_with_gpu(experiment: Experiment, uses: Sequence[TensorUse], gpu_byte
     return fits
 
 
-def bytes_by_gpu(experiment: Experiment, uses: Sequence[TensorUse]) -> dict[Process, float]:
-    """The bytes on the GPU of each kind of process; on that of a rank, those of the workers that share it, too."""
-    sums: dict[Process, float] = {}
-    for use in uses:
-        sums[use.stage, use.process] = sums.get((use.stage, use.process), 0.0) + use.bytes
-    ranks = experiment.learner.ranks
-    if experiment.rollouts.gpus != "shared" or not ranks:
-        return sums
-    workers = [process for process in sums if process[0] == "ppo" and "worker" in process[1]]
-    for worker in workers:
-        guests = -(-experiment.rollouts.workers // ranks)
-        shared = sums.pop(worker)
-        for process in sums:
-            if process[0] == "ppo":
-                sums[process] += guests * shared
-    return sums
-
-
 class _Search:
-    """Looks for settings under which a process fits on its GPU."""
+    """Looks for settings under which a process fits on its GPU.
 
-    def __init__(self, experiment: Experiment, process: Process, limit: float) -> None:
+    Where a microbatch is left open, changes of other settings change the number of its tokens, too.
+    """
+
+    def __init__(self, experiment: Experiment, process: Process, gpu_bytes: float) -> None:
         self.experiment = experiment
         self.process = process
-        self.limit = limit
+        self.gpu_bytes = gpu_bytes
         self.sizes: dict[str, ModelSizes] = {}
 
     def settings(self) -> dict[str, Any]:
         """The first of the changes that suffice, without those that the others do without; none if all do not."""
+        stages = [self.process[0]]
+        filled = with_microbatches(self.experiment, stages, self._sizes_of(self.experiment), self.gpu_bytes)
         for changes_of in (_changes, _changes_with_four_bits):
-            prefixes = self._prefixes(changes_of(self.experiment, self.process))
+            prefixes = self._prefixes(changes_of(filled, self.process))
             if prefixes and self.fits(prefixes[-1]):
                 return self._fewest(prefixes[bisect_left(prefixes, True, key=self.fits)])
         return {}
@@ -114,13 +101,13 @@ class _Search:
 
     def fits(self, changes: Changes) -> bool:
         """Whether the process fits with these changes."""
-        return self.bytes(changes) <= self.limit
+        return self.bytes(changes) <= USABLE * self.gpu_bytes
 
     def bytes(self, changes: Changes) -> float:
         """The bytes on the GPU of the process with these changes, which go together."""
         changed = change_settings(self.experiment, changes)
         assert changed is not None
-        uses = estimate_memory(changed, [self.process[0]], self._sizes_of(changed))
+        uses = estimate_memory(changed, [self.process[0]], self._sizes_of(changed), self.gpu_bytes)
         return bytes_by_gpu(changed, uses).get(self.process, 0.0)
 
     def _prefixes(self, possible: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
@@ -144,10 +131,10 @@ class _Search:
 def _changes(experiment: Experiment, process: Process) -> Iterator[tuple[str, Any]]:
     """Settings that make a process smaller, in the order in which they should be tried."""
     stage, kind = process
-    section = "learner" if stage == "ppo" else stage
+    section = section_of(stage)
     if "worker" not in kind:
         yield "model.gradient_checkpointing", True
-        tokens = getattr(experiment, section).tokens_per_microbatch or 0
+        tokens = getattr(experiment, section).tokens_per_microbatch
         while tokens >= 2 * SMALLEST_MICROBATCH:
             tokens //= 2
             yield f"{section}.tokens_per_microbatch", tokens

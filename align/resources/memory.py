@@ -1,26 +1,30 @@
 """Estimates the bytes of tensors that each process of a run will hold, before any is allocated."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.config.schema import Experiment, LearnerSettings
+from align.config.schema import Experiment
 from align.data.datasets import trains_reward, trains_sft
 from align.resources.activations import ActivationEstimate
+from align.resources.microbatches import set_microbatches
 from align.resources.saved_tensors import NeedsDataError
+from align.resources.tensor_uses import TensorUse, bytes_by_gpu
 from policies.build import base_without_weights, trunk_without_weights
 from policies.files.base_model import load_model_config
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rewards.model import members_in
-from rewards.schema import FitSettings
 from rewards.terms.classifier import ClassifierTerm
 
+STAGES = ("sft", "reward", "ppo")
+"""The stages whose memory is estimated."""
 FLOAT32 = 4
 """Bytes of a number in adapters and heads, which are float32 whatever `model.dtype` is."""
 TRAINED = {"adamw": 16, "paged_adamw": 16, "sgd": 8}
@@ -91,25 +95,6 @@ class Sharding:
         return parameters * (weight + gradient + moments / ranks)
 
 
-@dataclass(frozen=True)
-class TensorUse:
-    """Bytes that one kind of process holds in a stage.
-
-    Attributes:
-        stage: Name of the stage.
-        process: The kind of process, such as `learner` or `worker`.
-        role: What the tensors are for.
-        bytes: Their size.
-        transient: Whether they exist only while a microbatch is computed.
-    """
-
-    stage: str
-    process: str
-    role: str
-    bytes: float
-    transient: bool = False
-
-
 def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
     """Count parameters on the meta device, without loading weights.
 
@@ -162,35 +147,73 @@ def _four_bit_bytes(base: PreTrainedModel, policy: PolicySettings, itemsize: int
     return (_parameter_count(base) - quantized) * itemsize + quantized // 2 + scale_bytes
 
 
-def estimate_memory(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> list[TensorUse]:
+def estimate_memory(
+    experiment: Experiment, stages: list[str], sizes: ModelSizes, gpu_bytes: float | None = None
+) -> list[TensorUse]:
     """Estimate the tensors of every process, stage by stage.
 
     Args:
         experiment: The settings.
         stages: The stages that will run.
         sizes: Sizes of the experiment's model and policy, from `measure`.
+        gpu_bytes: Memory of the GPU of each process, on which the size of microbatches depends that the settings leave
+            open; None: the processes compute on CPUs.
 
     Returns:
         One record per process and role, without the interpreter's own memory.
     """
-    activations = ActivationEstimate(experiment, sizes.trunk)
+    held = list(_held(experiment, stages, sizes))
+    filled = _with_microbatches(experiment, held, sizes.trunk, gpu_bytes)
+    activations = ActivationEstimate(filled, sizes.trunk)
+    roles = {"sft": activations.sft, "reward": activations.reward, "ppo": activations.ppo}
+    training = _training_processes(experiment)
     uses: list[TensorUse] = []
-    if trains_sft(experiment) and "sft" in stages:
-        process = sharding_of(experiment, experiment.sft).process
-        uses += [TensorUse("sft", process, role, size) for role, size in _sft(experiment, sizes)]
-        uses += _transient("sft", process, activations.sft())
-    if trains_reward(experiment) and "reward" in stages:
-        process = sharding_of(experiment, experiment.reward).process
-        uses += [TensorUse("reward", process, role, size) for role, size in _reward(experiment, sizes)]
-        uses += _transient("reward", process, activations.reward())
-        uses += [TensorUse("reward", "evaluation", role, size) for role, size in _evaluated_reward(experiment, sizes)]
-    if "ppo" in stages:
-        process = sharding_of(experiment, experiment.learner).process
-        uses += [TensorUse("ppo", process, role, size) for role, size in _learner(experiment, sizes)]
-        uses += _transient("ppo", process, activations.ppo())
-        if experiment.rollouts.workers:
-            uses += _workers(experiment, sizes)
+    for (stage, process), group in groupby(held, lambda use: use.owner):
+        uses += group
+        if process == training[stage]:
+            uses += _transient(stage, process, roles[stage]())
     return uses
+
+
+def with_microbatches(
+    experiment: Experiment, stages: list[str], sizes: ModelSizes, gpu_bytes: float | None
+) -> Experiment:
+    """Set `tokens_per_microbatch` of stages, where it is unset, as `estimate_memory` does; for arguments, see there."""
+    return _with_microbatches(experiment, list(_held(experiment, stages, sizes)), sizes.trunk, gpu_bytes)
+
+
+def _with_microbatches(
+    experiment: Experiment, held: Sequence[TensorUse], trunk: Trunk, gpu_bytes: float | None
+) -> Experiment:
+    sums = bytes_by_gpu(experiment, held)
+    training = _training_processes(experiment)
+    held_by_stage = {stage: size for (stage, process), size in sums.items() if process == training[stage]}
+    return set_microbatches(experiment, trunk, held_by_stage, gpu_bytes)
+
+
+def _training_processes(experiment: Experiment) -> dict[str, str]:
+    """The kind of process that trains, by stage."""
+    return {stage: sharding_of(experiment, stage).process for stage in STAGES}
+
+
+def _held(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> Iterator[TensorUse]:
+    """What processes hold all the time."""
+    training = _training_processes(experiment)
+    if trains_sft(experiment) and "sft" in stages:
+        yield from _uses("sft", training["sft"], _sft(experiment, sizes))
+    if trains_reward(experiment) and "reward" in stages:
+        yield from _uses("reward", training["reward"], _reward(experiment, sizes))
+        yield from _uses("reward", "evaluation", _evaluated_reward(experiment, sizes))
+    if "ppo" in stages:
+        yield from _uses("ppo", training["ppo"], _learner(experiment, sizes))
+        if workers := experiment.rollouts.workers:
+            process = "worker" if workers == 1 else f"each of {workers} workers"
+            yield from _uses("ppo", process, _worker(experiment, sizes))
+
+
+def _uses(stage: str, process: str, roles: Iterable[tuple[str, float]]) -> Iterator[TensorUse]:
+    for role, size in roles:
+        yield TensorUse(stage, process, role, size)
 
 
 def _transient(stage: str, process: str, roles: Iterable[tuple[str, float]]) -> list[TensorUse]:
@@ -201,18 +224,13 @@ def _transient(stage: str, process: str, roles: Iterable[tuple[str, float]]) -> 
         return [TensorUse(stage, process, "activations, which cannot be counted for this model", 0, transient=True)]
 
 
-def sharding_of(experiment: Experiment, stage: FitSettings | LearnerSettings) -> Sharding:
-    """How what a stage trains is divided, from the settings of the stage."""
-    if isinstance(stage, LearnerSettings):
-        return Sharding(stage.ranks, stage.zero, stage.optimizer)
-    return Sharding(experiment.ranks_of(stage), experiment.zero_of(stage), stage.optimizer)
-
-
-def _workers(experiment: Experiment, sizes: ModelSizes) -> list[TensorUse]:
-    workers = experiment.rollouts.workers
-    process = "worker" if workers == 1 else f"each of {workers} workers"
-    base = TensorUse("ppo", process, "base model", _base_bytes(experiment, sizes))
-    return [base, *(TensorUse("ppo", process, role, size) for role, size in _sampler(experiment, sizes))]
+def sharding_of(experiment: Experiment, stage: str) -> Sharding:
+    """How what a stage trains is divided, from its settings."""
+    if stage == "ppo":
+        learner = experiment.learner
+        return Sharding(learner.ranks, learner.zero, learner.optimizer)
+    settings = experiment.sft if stage == "sft" else experiment.reward
+    return Sharding(experiment.ranks_of(settings), experiment.zero_of(settings), settings.optimizer)
 
 
 def _base_bytes(experiment: Experiment, sizes: ModelSizes) -> int:
@@ -221,14 +239,14 @@ def _base_bytes(experiment: Experiment, sizes: ModelSizes) -> int:
 
 
 def _sft(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
-    sharding = sharding_of(experiment, experiment.sft)
+    sharding = sharding_of(experiment, "sft")
     yield "base model", _base_bytes(experiment, sizes) / sharding.shards
     yield "reference, trained", sharding.trained_bytes(sizes.adapter)
 
 
 def _reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
     """The members of an ensemble are trained one after another."""
-    sharding = sharding_of(experiment, experiment.reward)
+    sharding = sharding_of(experiment, "reward")
     yield "base model", _base_bytes(experiment, sizes) / sharding.shards
     heads = sizes.head * len(experiment.reward.weights)
     frozen = sizes.scalar_adapter if experiment.reward.trains == "head" else 0
@@ -248,7 +266,7 @@ def _evaluated_reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tup
 
 def _learner(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
     learner = experiment.learner
-    sharding = sharding_of(experiment, learner)
+    sharding = sharding_of(experiment, "ppo")
     shards = sharding.shards
     yield "base model", _base_bytes(experiment, sizes) / shards
     yield "reference", sizes.adapter * FLOAT32 / shards
@@ -286,6 +304,11 @@ def _critic(experiment: Experiment, sizes: ModelSizes, sharding: Sharding) -> It
     if critic.kind == "model":
         yield "critic's base model", _base_bytes(experiment, sizes) / sharding.shards
     yield "critic, trained", sharding.trained_bytes(sizes.scalar_adapter + sizes.head)
+
+
+def _worker(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    yield "base model", _base_bytes(experiment, sizes)
+    yield from _sampler(experiment, sizes)
 
 
 def _sampler(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from align.resources.actors import RANK, WORKER
-from align.resources.memory import TensorUse
+from align.resources.tensor_uses import TensorUse
 from policies.memory_meter import MemoryMeter
 
 THIS_PROCESS = "controller"
@@ -41,7 +41,7 @@ def beside_plan(uses: Sequence[TensorUse], peaks: Mapping[str, Mapping[str, int]
         Stage, process, planned bytes and bytes at the peak, of each process in both.
     """
     rows = []
-    for (stage, process), own in groupby(uses, lambda use: (use.stage, use.process)):
+    for (stage, process), own in groupby(uses, lambda use: use.owner):
         planned = sum(use.bytes for use in own)
         measured = peaks.get(stage, {})
         kind = _kind_of(process)

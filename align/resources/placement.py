@@ -8,7 +8,7 @@ ranks' GPUs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from align.config.schema import Experiment, LearnerSettings
@@ -78,6 +78,10 @@ class Placement:
     groups: tuple[Group, ...]
     seats: dict[str, tuple[Seat, ...]]
     description: str
+
+    def uses_gpus(self, kinds: Iterable[str]) -> bool:
+        """Whether actors of these kinds have GPUs."""
+        return any(GPU in self.seats[kind][0].resources for kind in kinds)
 
 
 def place(experiment: Experiment, actors: Mapping[str, int], gpus: int) -> Placement:

@@ -13,9 +13,11 @@ from align.data.datasets import Datasets, trains_reward, trains_sft
 from align.data.examples import TokenizedDemonstration
 from align.resources.actors import most_actors, reserved_cpus
 from align.resources.gpu_fit import MORE_GPUS, compare_with_gpu
-from align.resources.memory import FLOAT32, ModelSizes, TensorUse, estimate_memory, measure
-from align.resources.placement import CPU, GPU, Node, describe_fit, has_room, no_room, place
+from align.resources.memory import FLOAT32, ModelSizes, estimate_memory, measure
+from align.resources.node_gpus import GpuMemory, smallest_gpu
+from align.resources.placement import CPU, GPU, Node, describe_fit, has_room, no_room, place, total
 from align.resources.ray_cluster import ray_cluster
+from align.resources.tensor_uses import TensorUse
 from align.runtime.wording import counted
 from policies.device import cores, default_device, gpu_memory
 from policies.errors import UserError
@@ -68,7 +70,7 @@ def plan_lines(  # noqa: PLR0913 - one parameter per part of the plan
         dtype: The dtype and what has settled it; None: `model.dtype`.
         placement: Where the processes of the stages will run; None: nothing to say.
         note: On what the run's folder holds; None: nothing to say.
-        gpu_bytes: Memory of the GPU of each process; None: that of the GPU of this process, if it has one.
+        gpu_bytes: Memory of the GPU of each process; None: see `find_gpu`.
 
     Returns:
         Name and text of each line.
@@ -90,10 +92,11 @@ def plan_lines(  # noqa: PLR0913 - one parameter per part of the plan
         lines += _ppo(experiment, datasets, sizes)
         lines.append(("reward terms", _terms(experiment)))
         lines += _user_functions(experiment)
-    uses = estimate_memory(experiment, stages, sizes)
+    gpu = GpuMemory(gpu_bytes) if gpu_bytes else find_gpu(experiment, stages)
+    uses = estimate_memory(experiment, stages, sizes, gpu.bytes if gpu else None)
     lines += _memory(uses)
-    if gpu_bytes := gpu_bytes or gpu_memory():
-        lines += _gpus(experiment, uses, gpu_bytes)
+    if gpu:
+        lines += _gpus(experiment, uses, gpu)
     if default_device().type == "cpu" and native.library() is None:
         lines.append(
             ("kernels", "none: no C++ compiler (c++, or the one that CXX names); every stage is slower without")
@@ -140,6 +143,31 @@ def _on_cluster(experiment: Experiment, actors: dict[str, int]) -> str:
 
         nodes = cluster_nodes()
     return describe_fit(experiment, actors, nodes)
+
+
+def find_gpu(experiment: Experiment, stages: Sequence[str]) -> GpuMemory | None:
+    """The GPU that each process has: the smallest of the cluster, where actors use some there, or that of this process.
+
+    Args:
+        experiment: The settings.
+        stages: The stages that will run.
+
+    Returns:
+        Its memory; None where there is no GPU, or no node of the cluster tells.
+
+    Raises:
+        UserError: The cluster cannot be joined.
+    """
+    actors = most_actors(experiment, stages)
+    if actors and experiment.cluster.address_to_join:
+        with ray_cluster(experiment.cluster, reserved_cpus(experiment, actors)):
+            from align.resources.reservation import cluster_nodes
+
+            placement = place(experiment, actors, int(total(cluster_nodes(), GPU)))
+            if placement.uses_gpus(actors):
+                return smallest_gpu()
+    own = gpu_memory()
+    return GpuMemory(own) if own else None
 
 
 def _fit(experiment: Experiment, settings: FitSettings, examples: int, noun: str) -> str:
@@ -204,7 +232,7 @@ def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:
 def _memory(uses: Sequence[TensorUse]) -> list[tuple[str, str]]:
     """A line per stage and process: the bytes of its tensors, in total and by role."""
     lines = []
-    for (stage, process), group in groupby(uses, _stage_and_process):
+    for (stage, process), group in groupby(uses, lambda use: use.owner):
         own = list(group)
         total = _bytes(sum(use.bytes for use in own))
         roles = ", ".join(_role(use) for use in own if use.bytes or use.transient)
@@ -212,11 +240,12 @@ def _memory(uses: Sequence[TensorUse]) -> list[tuple[str, str]]:
     return lines
 
 
-def _gpus(experiment: Experiment, uses: Sequence[TensorUse], gpu_bytes: float) -> list[tuple[str, str]]:
+def _gpus(experiment: Experiment, uses: Sequence[TensorUse], gpu: GpuMemory) -> list[tuple[str, str]]:
     """A line per stage and process: its bytes beside the memory of a GPU and, if they are too many, what would help."""
     lines = []
-    for fit in compare_with_gpu(experiment, uses, gpu_bytes):
-        text = f"{_bytes(fit.bytes)} of {_bytes(gpu_bytes)}"
+    where = f", the smallest GPU, on node {gpu.node}" if gpu.node else ""
+    for fit in compare_with_gpu(experiment, uses, gpu.bytes):
+        text = f"{_bytes(fit.bytes)} of {_bytes(gpu.bytes)}{where}"
         if fit.settings:
             text += f": too much; {_bytes(fit.bytes_then)} with {' '.join(fit.settings)}"
         elif not fit.fits:
@@ -227,10 +256,6 @@ def _gpus(experiment: Experiment, uses: Sequence[TensorUse], gpu_bytes: float) -
 
 def _role(use: TensorUse) -> str:
     return f"{use.role} {_bytes(use.bytes)}" if use.bytes else use.role
-
-
-def _stage_and_process(use: TensorUse) -> tuple[str, str]:
-    return use.stage, use.process
 
 
 def _count(parameters: int) -> str:

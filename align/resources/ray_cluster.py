@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -48,6 +49,32 @@ VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 log = logging.getLogger(__name__)
 
+_connection: "_SharedConnection | None" = None
+"""The connection that blocks share, within `one_connection`."""
+
+
+@dataclass
+class _SharedConnection:
+    """A connection to a cluster, and whether it has been made; the stack ends it."""
+
+    stack: ExitStack
+    made: bool = False
+
+
+@contextmanager
+def one_connection() -> Iterator[None]:
+    """Let all blocks of `ray_cluster` within the block use one connection to the cluster at `cluster.address`.
+
+    The first of them joins the cluster; each time would take a second or two.
+    """
+    global _connection
+    with ExitStack() as stack:
+        _connection = _SharedConnection(stack)
+        try:
+            yield
+        finally:
+            _connection = None
+
 
 @contextmanager
 def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Iterator[None]:
@@ -69,6 +96,19 @@ def ray_cluster(settings: ClusterSettings, cpus: int, advice: str = "") -> Itera
     if not cpus:
         yield
         return
+    shared = _connection
+    if shared is None or not settings.address_to_join:
+        with _connected(settings, cpus, advice):
+            yield
+        return
+    if not shared.made:
+        shared.stack.enter_context(_connected(settings, cpus, advice))
+        shared.made = True
+    yield
+
+
+@contextmanager
+def _connected(settings: ClusterSettings, cpus: int, advice: str) -> Iterator[None]:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = _find(settings)

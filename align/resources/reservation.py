@@ -62,7 +62,7 @@ class Reservation:
 
     def uses_gpus(self, kinds: Iterable[str]) -> bool:
         """Whether actors of these kinds have GPUs."""
-        return any(GPU in self.placement.seats[kind][0].resources for kind in kinds)
+        return self.placement.uses_gpus(kinds)
 
     def actors(self, kind: str, count: int | None = None) -> list[ActorOptions]:
         """The options of the actors of a kind, in order.

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from align.config.load import load_experiment
-from align.config.stage import find_stage
+from align.config.stage import section_of
 from align.runs.folder import RunFolder, change_setting
 from align.runtime.failures import Fault, MicrobatchTooLarge
 from align.stages.context import StageContext
@@ -13,12 +13,12 @@ SIZE = "tokens_per_microbatch"
 
 def setting_of(stage: str) -> str:
     """The name of the setting for the size of a stage's microbatches."""
-    return f"{_section(stage)}.{SIZE}"
+    return f"{section_of(stage)}.{SIZE}"
 
 
 def with_kept_size(context: StageContext, stage: str) -> StageContext:
     """The context with the size that `config.yaml` has for the microbatches of a stage, if it has one."""
-    section = _section(stage)
+    section = section_of(stage)
     settings = getattr(context.experiment, section).model_copy(update={SIZE: _kept_size(context.run, stage)})
     return replace(context, experiment=context.experiment.model_copy(update={section: settings}))
 
@@ -26,7 +26,7 @@ def with_kept_size(context: StageContext, stage: str) -> StageContext:
 def keep_size(run: RunFolder, stage: str, tokens: int) -> None:
     """Keep the size of a stage's microbatches, in tokens, for the rest of the run."""
     if _kept_size(run, stage) != tokens:
-        change_setting(run, _section(stage), SIZE, tokens)
+        change_setting(run, section_of(stage), SIZE, tokens)
 
 
 def halve_size(run: RunFolder, stage: str, error: MicrobatchTooLarge) -> int:
@@ -56,12 +56,6 @@ def halve_size(run: RunFolder, stage: str, error: MicrobatchTooLarge) -> int:
 
 
 def _kept_size(run: RunFolder, stage: str) -> int | None:
-    settings = getattr(load_experiment(run.config), _section(stage))
+    settings = getattr(load_experiment(run.config), section_of(stage))
     size: int | None = settings.tokens_per_microbatch
     return size
-
-
-def _section(stage: str) -> str:
-    section = find_stage(stage).section
-    assert section is not None, f"stage {stage} trains nothing"
-    return section

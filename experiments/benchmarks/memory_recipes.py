@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from align.config.schema import Experiment
-from align.resources.gpu_fit import bytes_by_gpu, change_settings, compare_with_gpu
+from align.resources.gpu_fit import change_settings, compare_with_gpu
 from align.resources.memory import estimate_memory, measure
+from align.resources.tensor_uses import bytes_by_gpu
 from align.runtime.atomic_files import write_text
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "memory.md"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from align.config.schema import Experiment
-from align.resources.gpu_fit import USABLE, GpuFit, bytes_by_gpu, compare_with_gpu
-from align.resources.memory import TensorUse, estimate_memory, measure
+from align.resources.gpu_fit import USABLE, GpuFit, compare_with_gpu
+from align.resources.memory import estimate_memory, measure
+from align.resources.tensor_uses import TensorUse, bytes_by_gpu
 
 MODEL = {
     "model_type": "llama",
@@ -43,18 +44,25 @@ def make(base: str, **sections: dict[str, Any]) -> Experiment:
     return Experiment.model_validate(settings)
 
 
-def uses_of(experiment: Experiment, *stages: str) -> list[TensorUse]:
-    return estimate_memory(experiment, list(stages), measure(experiment.model, experiment.policy))
+def uses_of(experiment: Experiment, *stages: str, gpu_bytes: float | None = None) -> list[TensorUse]:
+    return estimate_memory(experiment, list(stages), measure(experiment.model, experiment.policy), gpu_bytes)
 
 
 def compared(experiment: Experiment, gpu_bytes: float, stage: str = "sft", process: str = "learner") -> GpuFit:
-    fits = compare_with_gpu(experiment, uses_of(experiment, stage), gpu_bytes)
+    fits = compare_with_gpu(experiment, uses_of(experiment, stage, gpu_bytes=gpu_bytes), gpu_bytes)
     return next(fit for fit in fits if (fit.stage, fit.process) == (stage, process))
 
 
 def largest(experiment: Experiment, stage: str = "sft", process: str = "learner") -> float:
     """The bytes of a process."""
     return bytes_by_gpu(experiment, uses_of(experiment, stage))[stage, process]
+
+
+def tokens_of(experiment: Experiment, stage: str, gpu_bytes: float) -> int:
+    """The tokens of a microbatch."""
+    uses = uses_of(experiment, stage, gpu_bytes=gpu_bytes)
+    (role,) = [use.role for use in uses if use.role.startswith("activations, ")]
+    return int(role.split()[1].replace(",", ""))
 
 
 def test_what_takes_nine_tenths_of_a_gpu_fits_and_one_byte_more_does_not(base: str) -> None:
@@ -116,6 +124,29 @@ def test_ranks_shard_more_before_the_base_is_quantised(base: str) -> None:
     sharded = make(base, policy=policy, sft=ranks | small, model={"gradient_checkpointing": True})
     fit = compared(make(base, policy=policy, sft=ranks), largest(sharded, "sft", process) / USABLE, "sft", process)
     assert "sft.zero=2" in fit.settings
+
+
+def test_an_unset_microbatch_is_halved_from_what_a_rank_chooses(base: str) -> None:
+    """The layers are so wide that activations take more than the choice supposes."""
+    Path(base, "config.json").write_text(json.dumps(MODEL | {"intermediate_size": 16384}))
+    unset = make(base, policy={"method": "prefix_tuning"}, sft={"tokens_per_microbatch": None})
+    assert tokens_of(unset, "sft", 4e9) == 8192
+    halved = make(base, policy={"method": "prefix_tuning"}, sft={"tokens_per_microbatch": 4096})
+    fit = compared(unset, 4e9)
+    assert (fit.settings, fit.bytes_then) == (("sft.tokens_per_microbatch=4096",), largest(halved))
+
+
+def test_advice_that_frees_memory_counts_the_larger_microbatch_that_follows(base: str) -> None:
+    """The KV cache takes more than the GPU has, and half of it leaves room for more than the tokens of a CPU."""
+    rollouts = {"max_num_seqs": 8192, "chunk_size": 8192}
+    sections: dict[str, dict[str, Any]] = {"learner": {"tokens_per_microbatch": None}, "ppo": {"batch_size": 8192}}
+    unset = make(base, rollouts=rollouts, **sections)
+    assert tokens_of(unset, "ppo", 20e9) == 2048
+    fit = compared(unset, 20e9, "ppo")
+    assert fit.settings == ("rollouts.max_num_seqs=4096",)
+    followed = make(base, rollouts=rollouts | {"max_num_seqs": 4096}, **sections)
+    assert tokens_of(followed, "ppo", 20e9) == 4096
+    assert compared(followed, 20e9, "ppo").bytes == fit.bytes_then
 
 
 def test_workers_on_the_ranks_gpus_are_added_to_the_ranks(base: str) -> None:

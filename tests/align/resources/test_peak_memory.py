@@ -1,6 +1,6 @@
 from align.resources.actors import RANK, WORKER
-from align.resources.memory import TensorUse
 from align.resources.peak_memory import PeakMemory, beside_plan
+from align.resources.tensor_uses import TensorUse
 
 USES = [
     TensorUse("sft", "learner", "base model", 70.0),

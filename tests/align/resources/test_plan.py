@@ -165,6 +165,15 @@ def test_ranks_and_memory_of_a_supervised_stage(experiment: Experiment, datasets
     assert "memory, sft: each of 2 ranks" in lines
 
 
+def test_an_unset_microbatch_is_that_of_the_gpu_that_processes_are_compared_with(
+    experiment: Experiment, datasets: Datasets
+) -> None:
+    sizes = measure(experiment.model, experiment.policy)
+    for gpu_bytes, tokens in ((None, "2,048"), (1e6, "2,048"), (1e9, "16,384")):
+        lines = dict(plan_lines(experiment, datasets, ["sft"], sizes, gpu_bytes=gpu_bytes))
+        assert f"activations, {tokens} tokens per microbatch" in lines["memory, sft: learner"]
+
+
 def test_only_the_remaining_stages_are_planned(experiment: Experiment, datasets: Datasets) -> None:
     assert planned(experiment, datasets, "reward").keys() == {
         "stages",
