@@ -11,8 +11,7 @@ from align.outputs.trained_run import TrainedRun
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics
 from align.resources.dtype import settle_dtype
-from align.resources.memory import measure
-from align.resources.plan import plan_lines
+from align.resources.plan import make_plan
 from align.resources.ray_cluster import compute_settings, one_connection
 from align.runs.fingerprint import recorded_dtype
 from align.runs.folder import RunFolder, folder_of, refuse_run
@@ -44,16 +43,15 @@ def plan(experiment: Experiment) -> list[tuple[str, str]]:
     datasets = load_datasets(experiment)
     with one_connection():
         planned = planned_stages(experiment, datasets)
-        sizes = measure(planned.experiment.model, experiment.policy)
-        return plan_lines(
+        made = make_plan(
             planned.experiment,
             datasets,
             planned.stages,
-            sizes,
             dtype=planned.dtype,
             placement=planned.placement,
             note=planned.note,
         )
+    return made.lines
 
 
 def run(experiment: Experiment, replace: bool = False) -> TrainedRun:

@@ -5,8 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,12 +102,8 @@ def resume_command(run: Run, overrides: RunOverrides = None) -> None:
     Settings that do not change what is learned, such as the number of steps or of workers, may be overridden.
     """
     from align.stages.launch import resumed_run
-    from align.stages.pipeline import remaining_stages
 
-    with _planned(resumed_run(run, overrides or [])) as launch:
-        if not remaining_stages(launch.experiment, launch.folder):
-            console.print(_nothing_to_resume(launch.experiment, launch.folder), soft_wrap=True)
-        _run(launch)
+    _run(resumed_run(run, overrides or []))
 
 
 @app.command(name="plan")
@@ -121,13 +117,14 @@ def plan_command(
             min=0.1, help="memory of each GPU in GB; unset: that of this machine's, or the cluster's smallest"
         ),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
 ) -> None:
     """Show what a run would do and need, without starting it."""
     settings = _load(experiment, overrides)
     from align.runtime.compilation import compiled_on_first_call
 
     with compiled_on_first_call():
-        from align.resources.plan import plan_table
+        from align.resources.plan import make_plan, plan_table
         from align.resources.ray_cluster import one_connection
         from align.stages.launch import planned_stages
         from align.stages.pipeline import load_datasets
@@ -135,7 +132,7 @@ def plan_command(
     datasets = load_datasets(settings)
     with one_connection():
         planned = planned_stages(settings, datasets)
-        table = plan_table(
+        plan = make_plan(
             planned.experiment,
             datasets,
             planned.stages,
@@ -144,7 +141,10 @@ def plan_command(
             note=planned.note,
             gpu_bytes=gpu_memory and gpu_memory * 1e9,
         )
-    console.print(table)
+    if as_json:
+        print(json.dumps(dict(plan.lines)))
+    else:
+        console.print(plan_table(plan))
 
 
 @app.command(name="eval")
@@ -396,30 +396,35 @@ def _begin(settings: "Experiment", stages: Sequence[Stage]) -> None:
     """Remove what an earlier run wrote in these stages, and run the stages of the experiment."""
     from align.stages.launch import new_run
 
-    with _planned(new_run(settings, [stage.name for stage in stages])) as launch:
-        _run(launch)
+    _run(new_run(settings, [stage.name for stage in stages]))
 
 
-@contextmanager
-def _planned(opened: "AbstractContextManager[Launch]") -> Iterator["Launch"]:
-    """Open a run for the block, and print its plan."""
-    from align.resources.plan import plan_table
+def _run(opened: "AbstractContextManager[Launch]") -> None:
+    """Open a run, print its plan, run the remaining stages, show what has come of them and write the report."""
+    from align.outputs.report import write_report
+    from align.resources.plan import make_plan, plan_table, use_table
     from align.resources.ray_cluster import one_connection
+    from align.runs.folder import read_peaks
     from align.stages.pipeline import remaining_stages
 
     with ExitStack() as stack:
         with one_connection():
             launch = stack.enter_context(opened)
-            settings = launch.experiment
-            stages = remaining_stages(settings, launch.folder)
-            table = plan_table(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
-        console.print(table)
-        yield launch
+            settings, folder = launch.experiment, launch.folder
+            stages = remaining_stages(settings, folder)
+            plan = make_plan(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
+        if not stages:
+            console.print(_nothing_to_resume(settings, folder), soft_wrap=True)
+        console.print(plan_table(plan))
+        evaluation = _run_stages(launch)
+        _show(evaluation)
+        if peaks := read_peaks(folder, stages):
+            console.print(use_table(plan, peaks))
+        console.print(f"report: {write_report(folder.path, evaluation)}")
 
 
-def _run(launch: "Launch") -> None:
-    """Run the remaining stages, show the evaluation and write the report."""
-    from align.outputs.report import write_report
+def _run_stages(launch: "Launch") -> dict[str, Any]:
+    """Run the remaining stages. A failure that align has not caused ends the command with a message."""
     from align.runtime.failures import Fault, describe_outside_failure
     from align.runtime.last_words import last_words
     from align.runtime.signals import Interrupted, graceful_stop
@@ -431,7 +436,7 @@ def _run(launch: "Launch") -> None:
     killed = f"the run was killed from outside, without a message; {how_to_resume}"
     with graceful_stop(settings.checkpoint.grace, how_to_resume) as stop, last_words(killed):
         try:
-            evaluation = run_stages(settings, folder, launch.datasets, stop)
+            return run_stages(settings, folder, launch.datasets, stop)
         except Interrupted:
             raise Interrupted(folder.path) from None
         except Fault as fault:
@@ -443,8 +448,6 @@ def _run(launch: "Launch") -> None:
                 raise
             errors.print(f"[red]error:[/red] {escaped(description)}; {escaped(how_to_resume)}", soft_wrap=True)
             sys.exit(1)
-    _show(evaluation)
-    console.print(f"report: {write_report(folder.path, evaluation)}")
 
 
 def _nothing_to_resume(settings: "Experiment", folder: "RunFolder") -> str:

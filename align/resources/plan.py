@@ -1,6 +1,7 @@
 """What a run will do and what it needs, before it starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from align.resources.actors import most_actors, reserved_cpus
 from align.resources.gpu_fit import MORE_GPUS, compare_with_gpu
 from align.resources.memory import FLOAT32, ModelSizes, estimate_memory, measure
 from align.resources.node_gpus import GpuMemory, smallest_gpu
+from align.resources.peak_memory import beside_plan
 from align.resources.placement import CPU, GPU, Node, describe_fit, has_room, no_room, place, total
 from align.resources.ray_cluster import ray_cluster
 from align.resources.tensor_uses import TensorUse
@@ -26,55 +28,70 @@ from rewards.schema import FitSettings
 from rewards.terms.function import FunctionTerm
 
 
-def plan_table(
-    experiment: Experiment,
-    datasets: Datasets,
-    stages: list[str],
-    *,
-    dtype: str | None = None,
-    placement: str | None = None,
-    note: str | None = None,
-    gpu_bytes: float | None = None,
-) -> Table:
-    """The plan as a table for the terminal; for the arguments, see `plan_lines`."""
-    table = Table(title=f"plan of {experiment.name}", title_justify="left", show_header=False, box=None, padding=(0, 2))
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and need.
+
+    Attributes:
+        name: The name of the run.
+        lines: The name and the text of each line.
+        uses: What its processes will hold in memory.
+    """
+
+    name: str
+    lines: list[tuple[str, str]]
+    uses: list[TensorUse]
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan as a table for the terminal."""
+    return _table(f"plan of {plan.name}", plan.lines)
+
+
+def use_table(plan: Plan, peaks: Mapping[str, Mapping[str, int]]) -> Table:
+    """The peak memory of processes beside the plan, as a table for the terminal.
+
+    Args:
+        plan: The plan.
+        peaks: For each stage that has run, the peak of each kind of process, see `PeakMemory.by_kind`.
+    """
+    lines = []
+    for stage, process, planned, peak in beside_plan(plan.uses, peaks):
+        lines.append((f"{stage}: {process}", f"{_bytes(peak)}, planned {_bytes(planned)}"))
+    return _table("peak memory", lines)
+
+
+def _table(title: str, lines: Sequence[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    sizes = measure(experiment.model, experiment.policy)
-    lines = plan_lines(
-        experiment, datasets, stages, sizes, dtype=dtype, placement=placement, note=note, gpu_bytes=gpu_bytes
-    )
     for name, text in lines:
         table.add_row(name, text)
     return table
 
 
-def plan_lines(  # noqa: PLR0913 - one parameter per part of the plan
+def make_plan(
     experiment: Experiment,
     datasets: Datasets,
     stages: list[str],
-    sizes: ModelSizes,
     *,
     dtype: str | None = None,
     placement: str | None = None,
     note: str | None = None,
     gpu_bytes: float | None = None,
-) -> list[tuple[str, str]]:
-    """What the stages will do and need: data, steps, tokens, memory, processes, files.
+) -> Plan:
+    """Plan what the stages will do and need: data, steps, tokens, memory, processes, files.
 
     Args:
         experiment: The settings.
         datasets: The data that the stages read.
         stages: The stages that will run, in order.
-        sizes: Sizes of the experiment's model and policy, from `measure`.
         dtype: The dtype and what has settled it; None: `model.dtype`.
         placement: Where the processes of the stages will run; None: nothing to say.
         note: On what the run's folder holds; None: nothing to say.
         gpu_bytes: Memory of the GPU of each process; None: see `find_gpu`.
-
-    Returns:
-        Name and text of each line.
     """
+    sizes = measure(experiment.model, experiment.policy)
     method = experiment.policy.spec
     lines = [("stages", " → ".join(stages) or "nothing is left to do")]
     if note:
@@ -105,7 +122,8 @@ def plan_lines(  # noqa: PLR0913 - one parameter per part of the plan
         lines += [(f"data.{source}", note) for note in notes]
     for source, reasons in datasets.skipped.items():
         lines.append(("skipped rows", f"{len(reasons)} of data.{source}"))
-    return [*lines, ("written to", str(Path(experiment.runs) / experiment.name))]
+    lines.append(("written to", str(Path(experiment.runs) / experiment.name)))
+    return Plan(experiment.name, lines, uses)
 
 
 def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:

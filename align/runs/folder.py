@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +242,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The facts that a stage has written to its product's folder; empty where there are none."""
     path = folder / "stage.json"
     return read_object(path) if path.is_file() else {}
+
+
+def read_peaks(run: RunFolder, stages: Iterable[str]) -> dict[str, dict[str, int]]:
+    """The peak memory of each kind of process, in bytes, of those of some stages that have measured it."""
+    peaks = {}
+    for stage in stages:
+        facts = read_facts(run.product(stage))
+        if "peak_memory" in facts:
+            peaks[stage] = facts["peak_memory"]
+    return peaks
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from align.config.schema import Experiment
-from align.resources.memory import measure
-from align.resources.plan import plan_lines
+from align.resources.plan import make_plan
 from align.runs.fingerprint import user_functions
 from align.stages.pipeline import load_datasets
 from tests.integration.tiny_run import figures, run_in_process
@@ -73,8 +72,7 @@ def test_functions_from_files_train_in_actors_as_the_built_in_ones_do(own: dict[
 
 def test_the_plan_and_the_fingerprint_name_the_functions(own: dict[str, Any]) -> None:
     experiment = Experiment.model_validate(own)
-    sizes = measure(experiment.model, experiment.policy)
-    lines = dict(plan_lines(experiment, load_datasets(experiment), ["ppo"], sizes))
+    lines = dict(make_plan(experiment, load_datasets(experiment), ["ppo"]).lines)
     assert lines["estimator"] == own["ppo"]["estimator"]
     assert lines["policy loss"] == own["ppo"]["policy_loss"]
     assert lines["reward terms"] == f"short (function {own['reward']['terms']['short']['function']})"

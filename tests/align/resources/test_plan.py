@@ -13,7 +13,7 @@ from align.config.schema import Experiment, SourceSettings
 from align.config.stage import stage_names
 from align.data.datasets import Datasets, read_datasets
 from align.resources.memory import measure
-from align.resources.plan import describe_placement, plan_lines, plan_table
+from align.resources.plan import describe_placement, make_plan, plan_table, use_table
 from policies.build import make_trunk
 from policies.files.adapters import save_adapter
 from policies.files.base_model import load_base
@@ -34,8 +34,7 @@ def datasets(experiment: Experiment, tiny_tokenizer: PreTrainedTokenizerBase) ->
 
 
 def planned(experiment: Experiment, datasets: Datasets, *stages: str) -> dict[str, str]:
-    sizes = measure(experiment.model, experiment.policy)
-    return dict(plan_lines(experiment, datasets, list(stages or stage_names()), sizes))
+    return dict(make_plan(experiment, datasets, list(stages or stage_names())).lines)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -168,9 +167,8 @@ def test_ranks_and_memory_of_a_supervised_stage(experiment: Experiment, datasets
 def test_an_unset_microbatch_is_that_of_the_gpu_that_processes_are_compared_with(
     experiment: Experiment, datasets: Datasets
 ) -> None:
-    sizes = measure(experiment.model, experiment.policy)
     for gpu_bytes, tokens in ((None, "2,048"), (1e6, "2,048"), (1e9, "16,384")):
-        lines = dict(plan_lines(experiment, datasets, ["sft"], sizes, gpu_bytes=gpu_bytes))
+        lines = dict(make_plan(experiment, datasets, ["sft"], gpu_bytes=gpu_bytes).lines)
         assert f"activations, {tokens} tokens per microbatch" in lines["memory, sft: learner"]
 
 
@@ -192,10 +190,19 @@ def test_skipped_rows_are_counted(experiment: Experiment, datasets: Datasets) ->
 
 def test_the_table_shows_every_line(experiment: Experiment, datasets: Datasets) -> None:
     out = StringIO()
-    Console(file=out, width=300).print(plan_table(experiment, datasets, stage_names()))
+    Console(file=out, width=300).print(plan_table(make_plan(experiment, datasets, stage_names())))
     assert "plan of tiny" in out.getvalue()
     assert all(f"{name}  " in out.getvalue() for name in planned(experiment, datasets))
     assert str(Path(experiment.runs) / "tiny") in out.getvalue()
+
+
+def test_peaks_are_shown_beside_the_plan(experiment: Experiment, datasets: Datasets) -> None:
+    out = StringIO()
+    plan = make_plan(experiment, datasets, ["sft", "ppo"])
+    Console(file=out, width=100).print(use_table(plan, {"sft": {"controller": 123_456_789}}))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    planned_bytes = dict(plan.lines)["memory, sft: learner"].partition(":")[0]
+    assert lines == [["peak", "memory"], ["sft:", "learner", "123", "MB,", "planned", *planned_bytes.split()]]
 
 
 def test_parameters_of_a_tiny_model_are_in_thousands(experiment: Experiment, datasets: Datasets) -> None:
