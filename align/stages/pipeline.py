@@ -28,7 +28,7 @@ from align.runtime.shadowing import package_hidden_from_workers
 from align.runtime.signals import Interrupted, StopRequest
 from align.scoring.reward import gold_function
 from align.stages.context import StageContext
-from align.stages.microbatches import halve_size, setting_of
+from align.stages.microbatch_size import halve_size, setting_of
 from policies.device import free_memory
 from policies.errors import UserError
 from policies.files.adapters import load_adapter

@@ -11,7 +11,7 @@ from align.runtime.progress import ProgressBar
 from align.runtime.signals import Interrupted
 from align.scoring.build import build_scorers
 from align.stages.context import StageContext
-from align.stages.microbatches import keep_size, with_kept_size
+from align.stages.microbatch_size import keep_size, with_kept_size
 from align.stages.ppo_parts import PpoParts, assemble, gpus_left_to_actors
 from align.stages.ppo_record import PpoRecord, publish_best
 

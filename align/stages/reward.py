@@ -17,7 +17,7 @@ from align.evaluation.reward_model import compute_diagnostics, invariance, write
 from align.roles.build import SFT_ROLE
 from align.runs.folder import RunFolder, read_facts
 from align.stages.context import StageContext
-from align.stages.microbatches import with_kept_size
+from align.stages.microbatch_size import with_kept_size
 from align.stages.supervised import train
 from align.supervised.fit import FitResult, fitted_weights
 from align.supervised.reward_objective import RewardBlueprint, score_preferences

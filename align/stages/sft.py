@@ -6,7 +6,7 @@ from typing import Any
 
 from align.roles.build import SFT_ROLE
 from align.stages.context import StageContext
-from align.stages.microbatches import with_kept_size
+from align.stages.microbatch_size import with_kept_size
 from align.stages.supervised import train
 from align.supervised.fit import fitted_weights
 from align.supervised.sft_objective import SftBlueprint

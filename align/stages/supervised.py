@@ -8,7 +8,7 @@ from align.learner.group import LocalRank, Ranks
 from align.resources.actors import RANK
 from align.runtime.seeds import seed_for
 from align.stages.context import StageContext
-from align.stages.microbatches import keep_size
+from align.stages.microbatch_size import keep_size
 from align.supervised.fit import FitContext, FitResult, finished, fit
 from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
 from align.supervised.objective import Objective

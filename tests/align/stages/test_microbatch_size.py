@@ -8,7 +8,7 @@ from align.config.schema import Experiment
 from align.config.stage import all_stages
 from align.runs.folder import RunFolder, begin_run, folder_of
 from align.runtime.failures import Fault, MicrobatchTooLarge
-from align.stages.microbatches import halve_size, keep_size, setting_of
+from align.stages.microbatch_size import halve_size, keep_size, setting_of
 
 
 @pytest.fixture
