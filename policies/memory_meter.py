@@ -22,20 +22,27 @@ class MemoryMeter:
     def __init__(self) -> None:
         """Start to measure."""
         self._on_gpu = default_device().type == "cuda"
-        self._before = 0
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        elif STATUS.exists():
-            self._before = _resident("VmRSS")
-            RESET.write_text("5")
+        else:
+            self._before = _reset_peak()
 
     def peak(self) -> int | None:
         """The peak in bytes; None where the system does not tell."""
         if self._on_gpu:
             return torch.cuda.max_memory_allocated()
-        if not STATUS.exists():
+        if self._before is None:
             return None
         return max(0, _resident("VmHWM") - self._before)
+
+
+def _reset_peak() -> int | None:
+    """Make the resident memory its own peak, and return it in bytes; None where the system does not allow it."""
+    try:
+        RESET.write_text("5")
+        return _resident("VmRSS")
+    except OSError:
+        return None
 
 
 def _resident(name: str) -> int:

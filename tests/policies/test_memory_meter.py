@@ -1,5 +1,11 @@
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from policies import memory_meter
+from policies.memory_meter import MemoryMeter
 
 MEASURE = """
 import numpy as np
@@ -23,3 +29,8 @@ def test_the_peak_is_of_what_came_after_the_start() -> None:
     assert first < 10e6
     assert 145e6 < peak < 160e6
     assert new < 10e6
+
+
+def test_the_peak_is_unknown_where_the_system_does_not_reset_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_meter, "RESET", Path("/proc/nowhere/clear_refs"))
+    assert MemoryMeter().peak() is None
