@@ -47,6 +47,11 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its 
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
 
 
+def _example(command: str) -> str:
+    """The end of a command's help."""
+    return f"Example: {command}"
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"align {version('align-rlhf')}")
@@ -62,7 +67,7 @@ def options(
     """Options of the command itself."""
 
 
-@app.command(name="run")
+@app.command(name="run", epilog=_example("align run experiment.yaml name=second ppo.steps=50"))
 def run_command(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
     """Run all stages of an experiment."""
     settings = _load(experiment, overrides)  # first: a mistake in the file is reported before torch is imported
@@ -91,11 +96,13 @@ for _stage in all_stages():
     _add_stage_command(_stage)
 
 
-app.command(name="submit")(job_commands.submit)
+app.command(
+    name="submit", epilog=_example("align submit experiment.yaml --address http://10.0.0.1:8265 --env HF_TOKEN")
+)(job_commands.submit)
 app.add_typer(job_commands.jobs, name="jobs")
 
 
-@app.command(name="resume")
+@app.command(name="resume", epilog=_example("align resume runs/second ppo.steps=100"))
 def resume_command(run: Run, overrides: RunOverrides = None) -> None:
     """Resume a stopped run from its last complete checkpoint.
 
@@ -106,7 +113,7 @@ def resume_command(run: Run, overrides: RunOverrides = None) -> None:
     _run(resumed_run(run, overrides or []))
 
 
-@app.command(name="plan")
+@app.command(name="plan", epilog=_example("align plan experiment.yaml --gpu-memory 24"))
 @no_collections()
 def plan_command(
     experiment: File,
@@ -147,7 +154,7 @@ def plan_command(
         console.print(plan_table(plan))
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))
 def evaluate(
     run: Run,
     reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
@@ -172,7 +179,7 @@ def evaluate(
     _show(trained.evaluate(), as_json)
 
 
-@app.command()
+@app.command(epilog=_example("align generate runs/second --prompt 'Name a colour.' --temperature 0"))
 def generate(  # noqa: PLR0913 - one parameter per option
     run: Run,
     prompt: Annotated[
@@ -217,7 +224,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         chat_on_standard_input(trained, options, _tell)
 
 
-@app.command()
+@app.command(epilog=_example("align export runs/second --merge --to model"))
 def export(
     run: Run,
     to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
@@ -268,7 +275,7 @@ def _check_export(to: Path, merge: bool, reward: bool, member: int | None, dtype
         raise UserError("--member needs --reward: add it")
 
 
-@app.command()
+@app.command(epilog=_example("align average runs/a/policy runs/b/policy --to mean"))
 def average(
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER...", help="folders such as runs/NAME/policy", show_default=False)
@@ -319,7 +326,7 @@ def report(run: Run) -> None:
     console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
 
 
-@app.command()
+@app.command(epilog=_example("align settings ppo.kl"))
 def settings(
     name: Annotated[
         str | None, typer.Argument(metavar="[SECTION]", help="a section such as ppo.kl, or a setting of one")
@@ -337,7 +344,7 @@ def settings(
         console.print(settings_help(name))
 
 
-@app.command()
+@app.command(epilog=_example("align doctor --address 10.0.0.1:6379"))
 def doctor(
     address: Annotated[str | None, typer.Option(help="check the Ray cluster at this address, too")] = None,
     runs: Annotated[Path, typer.Option(help="the folder for runs")] = Path("runs"),

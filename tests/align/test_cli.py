@@ -1,13 +1,16 @@
 """What the command sets up before it does anything."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from align.cli import main
+from align.cli import app, main
 
 NAME = "THP_MEM_ALLOC_ENABLE"
 
@@ -61,3 +64,17 @@ def test_a_wrong_experiment_file_is_one_message(
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip() == f"error: {message}"
+
+
+def commands_with_examples() -> dict[str, Any]:
+    """The commands whose help ends with an example."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {name: command for name, command in commands.items() if command.epilog}
+
+
+@pytest.mark.parametrize("name", commands_with_examples())
+def test_the_example_in_the_help_of_a_command_is_one_that_it_takes(name: str) -> None:
+    command = commands_with_examples()[name]
+    program, first, *arguments = shlex.split(command.epilog.removeprefix("Example: "))
+    assert (program, first) == ("align", name)
+    assert command.make_context(name, arguments).params
