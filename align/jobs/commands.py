@@ -1,7 +1,9 @@
 """The commands `align submit` and `align jobs`."""
 
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,7 @@ from policies.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from align.config.schema import Experiment
-    from align.jobs.client import Jobs
+    from align.jobs.client import Job, Jobs
     from align.jobs.submission import Submission
 
 jobs = typer.Typer(no_args_is_help=True, help="The jobs that `align submit` has started on a Ray cluster.")
@@ -90,17 +92,41 @@ def submit(  # noqa: PLR0913 - one parameter per option
 
 
 @jobs.command(name="list")
-def list_jobs(address: Address = "auto") -> None:
+def list_jobs(
+    address: Address = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list instead of a table")] = False,
+) -> None:
     """List the jobs, the latest first."""
+    found = _connect(address).list()
+    if as_json:
+        print(json.dumps([_record(job) for job in found]))
+    else:
+        console.print(_jobs_table(found))
+
+
+def _record(job: "Job") -> dict[str, Any]:
+    """A job as JSON values."""
+    return {
+        "id": job.id,
+        "state": job.status.lower(),
+        "exit_status": job.exit_status,
+        "message": job.message,
+        "submitted": job.started.isoformat(timespec="seconds"),
+        "seconds": round(job.seconds, 1),
+        "run": job.run.folder,
+    }
+
+
+def _jobs_table(found: Sequence["Job"]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("job", "state", "submitted", "time", "run"):
         table.add_column(column, no_wrap=column != "run", overflow="fold")
-    for job in _connect(address).list():
+    for job in found:
         state = job.status.lower()
         if job.exit_status:
             state += f" ({job.exit_status})"
         table.add_row(job.id, state, f"{job.started:%m-%d %H:%M}", clock(job.seconds), escaped(job.run.folder))
-    console.print(table)
+    return table
 
 
 @jobs.command(name="logs")

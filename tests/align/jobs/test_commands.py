@@ -1,6 +1,8 @@
 """What `align submit` and `align jobs` say, and their exit status."""
 
+import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,8 @@ import pytest
 
 from align.cli import main
 from align.jobs import commands
+from align.jobs.client import Job
+from align.jobs.submission import RunOfJob
 from align.runtime.failures import ClusterLost
 
 
@@ -147,3 +151,43 @@ def test_the_experiment_file_comes_before_the_settings(
 ) -> None:
     assert call(monkeypatch, "submit", "seed=1", experiment, "--dry-run") == 2
     assert "seed=1: the experiment file comes first, then the settings as KEY=VALUE" in capsys.readouterr().err
+
+
+class Listing:
+    """The jobs, simulated, of a cluster with one that has failed."""
+
+    def list(self) -> list[Job]:
+        run = RunOfJob("/shared/[red]/quick", "python", [], 1, 0)
+        started = datetime(2026, 11, 29, 12, 30, tzinfo=UTC)
+        return [Job("quick-1", run, "FAILED", 2, "exit code 2", started, 3725.0, {})]
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_jobs_are_listed_for_people_and_for_programs(
+    option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "_connect", lambda address: Listing())
+    assert not call(monkeypatch, "jobs", "list", *option)
+    said = capsys.readouterr().out
+    if option:
+        assert json.loads(said) == [
+            {
+                "id": "quick-1",
+                "state": "failed",
+                "exit_status": 2,
+                "message": "exit code 2",
+                "submitted": "2026-11-29T12:30:00+00:00",
+                "seconds": 3725.0,
+                "run": "/shared/[red]/quick",
+            }
+        ]
+    else:
+        assert said.splitlines()[1].split() == [
+            "quick-1",
+            "failed",
+            "(2)",
+            "11-29",
+            "12:30",
+            "1:02:05",
+            "/shared/[red]/quick",
+        ]
