@@ -130,9 +130,9 @@ def test_an_unset_microbatch_is_halved_from_what_a_rank_chooses(base: str) -> No
     """The layers are so wide that activations take more than the choice supposes."""
     Path(base, "config.json").write_text(json.dumps(MODEL | {"intermediate_size": 16384}))
     unset = make(base, policy={"method": "prefix_tuning"}, sft={"tokens_per_microbatch": None})
-    assert tokens_of(unset, "sft", 4e9) == 8192
+    assert tokens_of(unset, "sft", 4.6e9) == 8192
     halved = make(base, policy={"method": "prefix_tuning"}, sft={"tokens_per_microbatch": 4096})
-    fit = compared(unset, 4e9)
+    fit = compared(unset, 4.6e9)  # with room for what layers save in addition where there are no kernels
     assert (fit.settings, fit.bytes_then) == (("sft.tokens_per_microbatch=4096",), largest(halved))
 
 
