@@ -271,4 +271,6 @@ def _read_runtime_env(path: Path | None) -> dict[str, Any]:
         RuntimeEnv(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"--runtime-env {path}: {first_line(error)}") from None
+    for name in sorted(fields.keys() - RuntimeEnv.known_fields):
+        _note(f"--runtime-env {path}: {name} is not a field of Ray's; it needs a plugin on the cluster")
     return fields

@@ -121,6 +121,16 @@ def test_the_values_of_a_runtime_environment_reach_the_job_and_are_not_shown(
     assert "secret" not in shown
 
 
+def test_a_field_that_ray_does_not_have_is_told(
+    experiment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("env.yaml").write_text("pip: [six]\nenv_var: {A: '1'}\n")
+    assert not call(monkeypatch, "submit", experiment, "--runtime-env", "env.yaml", "--dry-run")
+    said = capsys.readouterr().err
+    assert "--runtime-env env.yaml: env_var is not a field of Ray's; it needs a plugin on the cluster" in said
+    assert "pip is not" not in said
+
+
 @pytest.mark.parametrize("text", ["env_vars: {A: [1\n", None])
 def test_a_file_of_the_runtime_environment_that_cannot_be_read_is_refused(
     text: str | None, experiment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
