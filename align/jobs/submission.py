@@ -210,10 +210,15 @@ def _paths(experiment: Experiment) -> Iterator[tuple[str, str | list[str]]]:
 
 
 def _absolute(value: str | list[str]) -> str | list[str]:
-    """A path, or several, made absolute where they exist here. `FOLDER#NAME` is a part of a folder."""
+    """A path, or several, made absolute where they exist here."""
     if isinstance(value, list):
         return [str(_absolute(path)) for path in value]
-    return os.path.abspath(value) if os.path.exists(value.partition("#")[0]) else value
+    return os.path.abspath(value) if os.path.exists(_folder(value)) else value
+
+
+def _folder(path: str) -> str:
+    """The file or folder that a path names: `FOLDER#NAME`, unless it exists as it is, is a part of a folder."""
+    return path if os.path.exists(path) else path.partition("#")[0]
 
 
 def _within(folder: Path, file: Path, what: str) -> Path:
@@ -234,7 +239,7 @@ def _excludes(experiment: Experiment, folder: Path) -> Iterator[str]:
     """
     named: list[str] = [experiment.runs]
     for _, value in _paths(experiment):
-        named += value if isinstance(value, list) else [value.partition("#")[0]]
+        named += value if isinstance(value, list) else [_folder(value)]
     paths: list[Path] = []
     for name in named:
         paths += [Path(os.path.abspath(folder / name)), (folder / name).resolve()]

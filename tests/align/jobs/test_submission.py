@@ -113,7 +113,7 @@ def test_folders_behind_links_are_not_sent(folder: Path) -> None:
     assert set(submit(file).excludes) == {"/linked", "/within", "/base"}
 
 
-@pytest.mark.parametrize("name", ["[red]", "a*b", "a?b", "a b", "ünï", "!x", "a\\b"])
+@pytest.mark.parametrize("name", ["[red]", "a*b", "a?b", "a b", "ünï", "!x", "a\\b", "a#b", "#a"])
 def test_odd_names_are_not_sent(folder: Path, name: str) -> None:
     for each in (name, "r", "a-b"):
         (folder / each).mkdir()
