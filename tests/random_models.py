@@ -5,6 +5,17 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SMALL_LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+}
+"""The configuration of a Llama for plans, which need no weights."""
+
 
 def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **sizes: float | None) -> Path:
     """Save a random Llama of two layers in float32, the same each time, with its tokenizer. Returns the folder."""

@@ -10,16 +10,7 @@ from align.config.schema import Experiment
 from align.resources.gpu_fit import USABLE, GpuFit, compare_with_gpu
 from align.resources.memory import estimate_memory, measure
 from align.resources.tensor_uses import TensorUse, bytes_by_gpu
-
-MODEL = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "vocab_size": 1000,
-}
+from tests.random_models import SMALL_LLAMA as MODEL
 
 
 @pytest.fixture

@@ -12,16 +12,8 @@ from align.config.schema import Experiment
 from align.resources.memory import ModelSizes, estimate_memory, measure, with_microbatches
 from align.resources.tensor_uses import bytes_by_gpu
 from policies.microbatches import default_microbatch_tokens
+from tests.random_models import SMALL_LLAMA as MODEL
 
-MODEL = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "vocab_size": 1000,
-}
 STAGES = ["sft", "reward", "ppo"]
 GPU_BYTES = 8e9
 

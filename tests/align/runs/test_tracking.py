@@ -267,14 +267,8 @@ def test_a_reopened_run_is_the_same_wandb_run_in_its_own_folder(
 
 def logged_to_wandb(run: Path) -> list[tuple[int, float]]:
     """Step and value of a metric of PPO, as often as W&B's files hold it."""
-    figures = []
-    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        for record in map(json.loads, lines):
-            if record["type"] == "history":
-                figures.append((record["history"]["item"]["ppo/step"], record["history"]["item"]["reward/mean"]))
-    return figures
+    items = [record["item"] for record in records_in_wandb(run, "history")]
+    return [(item["ppo/step"], item["reward/mean"]) for item in items]
 
 
 def test_steps_that_run_again_are_in_wandb_once(tmp_path: Path) -> None:
