@@ -11,8 +11,7 @@ from align.outputs.trained_run import TrainedRun
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics
 from align.resources.dtype import settle_dtype
-from align.resources.plan import make_plan
-from align.resources.ray_cluster import compute_settings, one_connection
+from align.resources.ray_cluster import compute_settings
 from align.runs.fingerprint import recorded_dtype
 from align.runs.folder import RunFolder, folder_of, refuse_run
 from align.runs.tracking import Tracker
@@ -20,7 +19,7 @@ from align.runtime.atomic_files import new_folder
 from align.runtime.signals import StopRequest
 from align.scoring.build import build_scorers
 from align.stages.context import StageContext
-from align.stages.launch import Launch, new_run, planned_stages, resumed_run
+from align.stages.launch import Launch, new_run, plan_run, resumed_run
 from align.stages.pipeline import load_datasets, remaining_stages, run_stages, with_actors
 from align.stages.ppo_parts import PpoParts, assemble, gpus_left_to_actors
 from policies.errors import UserError
@@ -40,18 +39,7 @@ def plan(experiment: Experiment) -> list[tuple[str, str]]:
     Raises:
         UserError: A model, adapter, function or row of data cannot be used.
     """
-    datasets = load_datasets(experiment)
-    with one_connection():
-        planned = planned_stages(experiment, datasets)
-        made = make_plan(
-            planned.experiment,
-            datasets,
-            planned.stages,
-            dtype=planned.dtype,
-            placement=planned.placement,
-            note=planned.note,
-        )
-    return made.lines
+    return plan_run(experiment).lines
 
 
 def run(experiment: Experiment, replace: bool = False) -> TrainedRun:

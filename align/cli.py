@@ -131,25 +131,12 @@ def plan_command(
     from align.runtime.compilation import compiled_on_first_call
 
     with compiled_on_first_call():
-        from align.resources.plan import make_plan, plan_table
-        from align.resources.ray_cluster import one_connection
-        from align.stages.launch import planned_stages
-        from align.stages.pipeline import load_datasets
+        from align.resources.plan import plan_table
+        from align.stages.launch import plan_run
 
-    datasets = load_datasets(settings)
-    with one_connection():
-        planned = planned_stages(settings, datasets)
-        plan = make_plan(
-            planned.experiment,
-            datasets,
-            planned.stages,
-            dtype=planned.dtype,
-            placement=planned.placement,
-            note=planned.note,
-            gpu_bytes=gpu_memory and gpu_memory * 1e9,
-        )
+    plan = plan_run(settings, gpu_memory and gpu_memory * 1e9)
     if as_json:
-        print(json.dumps(dict(plan.lines)))
+        print(json.dumps({"name": plan.name, "lines": plan.lines}))
     else:
         console.print(plan_table(plan))
 

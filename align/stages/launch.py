@@ -9,7 +9,8 @@ from align.config.schema import Experiment
 from align.config.stage import stage_names
 from align.data.datasets import Datasets
 from align.resources.dtype import settle_dtype
-from align.resources.plan import describe_placement
+from align.resources.plan import Plan, describe_placement, make_plan
+from align.resources.ray_cluster import one_connection
 from align.runs.fingerprint import check_fingerprint, find_difference, recorded_dtype, write_fingerprint
 from align.runs.folder import RunFolder, begin_run, find_run, folder_of, locked
 from align.runs.products import wanted_stages
@@ -100,6 +101,30 @@ def resumed_run(name_or_path: str, overrides: Sequence[str] = ()) -> Iterator[La
         dump_experiment(experiment, folder.config)
         reopen(experiment, folder)
         yield Launch(experiment, folder, datasets, settled.text, placement)
+
+
+def plan_run(experiment: Experiment, gpu_bytes: float | None = None) -> Plan:
+    """Plan what a run of this experiment would do and need, in view of what its folder holds.
+
+    Args:
+        experiment: The settings.
+        gpu_bytes: Memory of the GPU of each process; None: that of the GPUs that the run finds.
+
+    Raises:
+        UserError: Something that the settings refer to cannot be used.
+    """
+    datasets = load_datasets(experiment)
+    with one_connection():
+        planned = planned_stages(experiment, datasets)
+        return make_plan(
+            planned.experiment,
+            datasets,
+            planned.stages,
+            dtype=planned.dtype,
+            placement=planned.placement,
+            note=planned.note,
+            gpu_bytes=gpu_bytes,
+        )
 
 
 def planned_stages(experiment: Experiment, datasets: Datasets) -> Planned:

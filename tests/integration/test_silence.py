@@ -1,5 +1,6 @@
 """Commands print what align has to say, and nothing of the libraries that they use."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,3 +22,21 @@ def test_nothing_but_our_own_lines_is_printed(settings: dict[str, Any], align: C
     ended = align("run", file)
     assert ended.returncode == 0, ended.stderr
     assert [line for line in ended.stderr.splitlines() if not PROGRESS.match(line)] == []
+
+
+def test_a_plan_for_programs_has_every_line(settings: dict[str, Any], align: Command, tmp_path: Path) -> None:
+    """Also those of the same name, here one for each source with rows that are skipped."""
+    for source in ("demonstrations", "prompts"):
+        rows = Path(settings["data"][source]).read_text()
+        bad = tmp_path / f"bad-{source}.jsonl"
+        bad.write_text(rows + '{"prompt": 5}\n')
+        settings["data"][source] = str(bad)
+    settings["data"]["on_bad_row"] = "skip"
+    file = tmp_path / "experiment.yaml"
+    dump_experiment(Experiment.model_validate(settings), file)
+    planned = align("plan", file, "--json")
+    assert planned.returncode == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert plan["name"] == settings["name"]
+    skipped = [text for name, text in plan["lines"] if name == "skipped rows"]
+    assert skipped == ["1 of data.demonstrations", "1 of data.prompts"]
