@@ -23,3 +23,14 @@ def test_a_collector_that_is_off_stays_off() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_was_made_meanwhile_is_not_what_the_next_collection_begins_with() -> None:
+    gc.disable()
+    try:
+        with no_collections():
+            made: list[list[int]] = [[] for _ in range(10_000)]
+        young = {id(thing) for thing in gc.get_objects(generation=0)}
+    finally:
+        gc.enable()
+    assert not young & {id(thing) for thing in made}
