@@ -200,6 +200,7 @@ class TrackingSettings(Settings):
         "at most",
     )
     texts: bool = Field(True, description="send prompts and responses to W&B; false: figures alone")
+    tensorboard: bool = Field(False, description="write the metrics to TensorBoard's event files, too, in tensorboard/")
 
 
 class ClusterSettings(Settings):

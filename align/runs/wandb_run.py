@@ -14,6 +14,7 @@ from typing import Any
 from align.config.schema import TrackingSettings
 from align.config.stage import all_stages, find_stage, stage_names
 from align.runs.logged_figures import LoggedFigures
+from align.runs.sink import Sink, figures_of
 from policies.errors import UserError, first_line
 
 INIT_SECONDS = 20.0
@@ -30,7 +31,7 @@ MAX_GROWTHS = 100
 log = logging.getLogger(__name__)
 
 
-class WandbRun:
+class WandbRun(Sink):
     """A W&B run that takes each figure once.
 
     Attributes:
@@ -93,12 +94,11 @@ class WandbRun:
             with self._surviving():
                 self.run.alert(title=title, text=text)
 
-    def catch_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Log those figures of `metrics.jsonl` that W&B lacks: a kill loses what W&B has not written to disk yet."""
+    def follow(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Log those figures that W&B lacks: a kill loses what W&B has not written to disk yet."""
         for row in rows:
-            metrics = {name: _number(value) for name, value in row.items() if name not in ("stage", "step")}
             if row["stage"] in stage_names():
-                self.log(row["stage"], row["step"], metrics)
+                self.log(row["stage"], row["step"], figures_of(row))
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
@@ -284,11 +284,6 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
         record = json.loads(line)
         if record["type"] == "history":
             yield record["history"]["item"]
-
-
-def _number(value: float | None) -> float:
-    """A metric as it was logged, from its JSON value."""
-    return float("nan") if value is None else value
 
 
 @contextmanager
