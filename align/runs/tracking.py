@@ -1,7 +1,6 @@
 """The record of a run: `metrics.jsonl`, `samples.jsonl`, `events.jsonl`, and what W&B and TensorBoard show of them."""
 
 import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Self
 from align.config.schema import TrackingSettings
 from align.config.stage import stage_names
 from align.runs.logged_figures import LoggedFigures
-from align.runs.sink import Sink
+from align.runs.sink import RunProduct, Sink, strict_json
 from align.runs.tensorboard import TensorBoard
 from align.runs.wandb_run import forget_wandb_run, start_wandb
 from align.runtime.atomic_files import sync
@@ -74,6 +73,23 @@ class Tracker:
         if show:
             for sink in self.sinks:
                 sink.show(stage, step, rows)
+
+    def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
+        """Have the sinks show what a reward model gets most wrong.
+
+        Args:
+            stage: The stage's name.
+            step: The last step of the stage.
+            rows: The worst errors with their texts; none where the sinks must not have texts.
+            plot: The plot of the model's reliability, if there is one.
+        """
+        for sink in self.sinks:
+            sink.show_errors(stage, step, rows, plot)
+
+    def keep(self, product: RunProduct) -> None:
+        """Have the sinks keep a product. They may have it already."""
+        for sink in self.sinks:
+            sink.keep(product)
 
     def event(self, stage: str, kind: str, text: str) -> None:
         """Write an event to `events.jsonl`, where it stays even if steps run again; the first of a kind is an alert.
@@ -236,20 +252,11 @@ def _without_figures(
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    lines = [json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    lines = [json.dumps(strict_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     # backslashreplace: a lone surrogate, which a tokenizer can produce, becomes its JSON escape.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
         file.flush()
-
-
-def _strict(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_up_to(row: Mapping[str, Any], stage: str, step: int) -> bool:
