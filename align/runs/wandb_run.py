@@ -22,7 +22,7 @@ INIT_SECONDS = 20.0
 FINISH_SECONDS = 30.0
 """How long the last metrics may take to be sent at its end."""
 
-SLOW_SECONDS = 5.0
+SLOW_SECONDS = 15.0
 """A table or an artifact that takes longer was held up by a server that does not answer."""
 
 PAUSE_SECONDS = 600.0
@@ -174,7 +174,7 @@ class WandbRun(Sink):
                 is_sent = True
             except wandb.Error as error:
                 log.warning("W&B does not get %s: %s", what, first_line(error))
-        if time.monotonic() - started > SLOW_SECONDS:
+        if self.run is not None and not self.run.offline and time.monotonic() - started > SLOW_SECONDS:
             log.warning("W&B's server hardly answers: it gets no table and no artifact for %.0f s", PAUSE_SECONDS)
             self._paused_until = time.monotonic() + PAUSE_SECONDS
         return is_sent
@@ -198,7 +198,9 @@ class WandbRun(Sink):
         try:
             run.finish(exit_code=int(failed))
         except TimeoutError:
-            log.warning("W&B has not taken all metrics in %.0f s; `wandb sync %s` sends them", FINISH_SECONDS, run.dir)
+            folder = Path(run.dir).parent
+            command = f"wandb sync --include-online {folder}"
+            log.warning("W&B has not taken all metrics in %.0f s; `%s` sends them", FINISH_SECONDS, command)
         except Exception as error:
             log.warning("W&B did not end cleanly: %s", error)
         stop_wandb()
@@ -275,8 +277,8 @@ def _init_or_go_offline(run: Path, settings: TrackingSettings, mode: Any, argume
         if settings.wandb != "auto" or mode != "online":
             raise
         log.warning(
-            "W&B's server cannot be reached, so the run is tracked offline; `wandb sync` sends what is in %s: %s",
-            run / "wandb",
+            "W&B's server cannot be reached, so the run is tracked offline; `wandb sync %s` sends it: %s",
+            run / "wandb" / "offline-run-*",
             first_line(error),
         )
         stop_wandb()

@@ -100,8 +100,8 @@ def track(
 
 def sync(run: Path, server: Server) -> None:
     """Send what an offline run has kept, in the order of its sessions."""
-    for folder in sorted((run / "wandb").glob("offline-run-*")):
-        python(["-m", "wandb", "sync", str(folder)], **server.environment)
+    folders = sorted(str(folder) for folder in (run / "wandb").glob("offline-run-*"))
+    python(["-m", "wandb", "sync", *folders], **server.environment)
 
 
 def figures(run: SentRun) -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ def test_a_server_that_falls_silent_does_not_hold_the_end_of_a_run(tmp_path: Pat
     server.silent_stream = True
     done = track(STEPS_2_AND_3, tmp_path, server.environment)
     assert 3 <= float(done.stdout) < 20
-    assert "W&B has not taken all metrics in 3 s; `wandb sync" in done.stderr
+    assert "W&B has not taken all metrics in 3 s; `wandb sync --include-online" in done.stderr
 
 
 @pytest.mark.slow
@@ -188,9 +188,9 @@ def test_a_run_whose_server_dies_goes_on_and_says_how_to_send_the_rest(tmp_path:
         variables = server.environment | {"WANDB_BASE_URL": address}
         done = track(SERVER_ENDS, tmp_path, variables, str(dying.pid))
     assert "no table and no artifact for 600 s" in done.stderr
-    assert "W&B has not taken all metrics in 3 s; `wandb sync" in done.stderr
+    (folder,) = tmp_path.glob("wandb/run-*")
+    assert f"W&B has not taken all metrics in 3 s; `wandb sync --include-online {folder}`" in done.stderr
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
     assert "W&B is lost" not in done.stderr
-    (folder,) = tmp_path.glob("wandb/run-*")
-    python(["-m", "wandb", "sync", str(folder)], **server.environment)
+    python(["-m", "wandb", "sync", "--include-online", str(folder)], **server.environment)
     assert [item["ppo/step"] for item in figures(server.run) if "reward/mean" in item] == [1, 2, 3]
