@@ -306,7 +306,7 @@ def runs_command(
 @app.command()
 def report(run: Run) -> None:
     """Plot a run's curves on one page, report/index.html."""
-    from align.outputs.report import write_report
+    from align.report.page import write_report
     from align.runs.folder import find_run
 
     folder, _ = find_run(run)
@@ -395,7 +395,7 @@ def _begin(settings: "Experiment", stages: Sequence[Stage]) -> None:
 
 def _run(opened: "AbstractContextManager[Launch]") -> None:
     """Open a run, print its plan, run the remaining stages, show what has come of them and write the report."""
-    from align.outputs.report import write_report
+    from align.report.page import write_report
     from align.resources.plan import make_plan, plan_table, use_table
     from align.resources.ray_cluster import one_connection
     from align.runs.folder import read_peaks

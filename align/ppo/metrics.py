@@ -44,8 +44,8 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
     for part, seconds in step.seconds.items():
         metrics[f"time/{part}"] = seconds
     tokens = sum(trajectory.total_length for trajectory in step.trajectories)
-    metrics["time/tokens_per_second"] = tokens / step.seconds["step"]
-    metrics["time/episodes_per_second"] = len(step.trajectories) / step.seconds["step"]
+    metrics["perf/tokens_per_second"] = tokens / step.seconds["step"]
+    metrics["perf/episodes_per_second"] = len(step.trajectories) / step.seconds["step"]
     return metrics
 
 

@@ -16,9 +16,6 @@ from align.stages.context import StageContext
 from align.stages.ppo_parts import PpoParts
 from policies.files.adapters import save_adapter
 
-LOGGED_EVALUATION = ("score_mean", "gold_mean", "spread_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
-"""Figures of the evaluated policy that are also logged as metrics, `eval/NAME`, where they exist."""
-
 
 class PpoRecord:
     """Records the steps of a run in its folder and its trackers."""
@@ -94,7 +91,7 @@ class PpoRecord:
         weights = loop.learners.policy_weights()
         evaluation = self.parts.evaluator.evaluate(loop.step, weights)
         policy: dict[str, float] = evaluation["policy"]
-        logged = {f"eval/{name}": policy[name] for name in LOGGED_EVALUATION if name in policy}
+        logged = {f"eval/{name}": value for name, value in policy.items() if name != "step"}
         context.tracker.log("ppo", loop.step, logged)
         value = policy[experiment.evaluation.best]
         # Scores before and after a change of the reward cannot be compared: then the newest policy counts as the best.
