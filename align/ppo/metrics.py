@@ -1,5 +1,6 @@
 """The metrics and samples of a PPO step."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -86,10 +87,18 @@ def _policy_metrics(step: Step) -> dict[str, float]:
         "policy/clip_fraction": step.statistics["policy_clipped"],
         "policy/approximate_kl": step.statistics["approximate_kl"],
         "policy/entropy": step.statistics["entropy"],
+        "policy/ratio_mean": 1 + step.statistics["ratio_change"],
+        "policy/ratio_std": _standard_deviation(
+            step.statistics["ratio_change"], step.statistics["squared_ratio_change"]
+        ),
         "policy/gradient_norm": step.statistics["policy_gradient_norm"],
         "policy/learning_rate": step.coefficients.policy_lr,
         **_distribution("policy/advantage", advantages),
     }
+
+
+def _standard_deviation(mean: float, mean_square: float) -> float:
+    return math.sqrt(max(0.0, mean_square - mean**2))
 
 
 def _rollout_metrics(step: Step) -> dict[str, float]:

@@ -171,6 +171,12 @@ PPO = (
     Metric("policy/loss", "policy loss: mean over the trained tokens", "number"),
     Metric("policy/clip_fraction", "share of tokens on the clipped branch of the policy loss", "share"),
     Metric("policy/approximate_kl", "k3 from the policy that sampled to the policy in training: mean", NATS_PER_TOKEN),
+    Metric(
+        "policy/ratio_mean",
+        "probability of a token under the policy in training by that under the policy that sampled: mean",
+        "ratio",
+    ),
+    Metric("policy/ratio_std", "the same: standard deviation", "ratio"),
     Metric("policy/entropy", "entropy of the policy: mean", NATS_PER_TOKEN),
     Metric(
         "policy/ptx_loss", "loss of the demonstrations that are mixed in", NATS_PER_TOKEN, "with `ppo.ptx_coefficient`"
@@ -222,6 +228,13 @@ PPO = (
     Metric("time/between", "since the previous step: logging, evaluation, checkpoints", "seconds"),
     Metric("perf/tokens_per_second", "tokens of prompts and responses by `time/step`", "tokens per second"),
     Metric("perf/episodes_per_second", "episodes by `time/step`", "episodes per second"),
+    Metric(
+        "perf/peak_memory/*",
+        "the highest so far of a `controller`, `learner_rank` or `rollout_worker`: on a GPU, of torch's tensors; on a "
+        "CPU, of resident memory above that before the stage",
+        "bytes",
+        "where the system tells it",
+    ),
 )
 """Metrics of PPO, one line per step."""
 
@@ -296,6 +309,7 @@ SECTIONS = (
             Panel("coefficient", "KL coefficient β", "number", ("kl/coefficient", "reward/multiplier")),
             Panel("clipping", "Clipped tokens", "share", ("policy/clip_fraction", "value/clip_fraction")),
             Panel("update-kl", "KL of an update", NATS_PER_TOKEN, ("policy/approximate_kl",)),
+            Panel("ratio", "Change of probabilities in an update", "ratio", ("policy/ratio_std",)),
             Panel("entropy", "Entropy of the policy", NATS_PER_TOKEN, ("policy/entropy",)),
         ),
     ),
@@ -349,6 +363,7 @@ SECTIONS = (
                 ("time/rollout", "time/score", "time/update", "time/sync", "time/between"),
             ),
             Panel("throughput", "Throughput", "tokens per second", ("perf/tokens_per_second",)),
+            Panel("memory", "Peak memory by process", "bytes", ("perf/peak_memory/*",)),
             Panel("staleness", "Staleness of the weights that sampled", "updates", ("rollout/staleness",)),
             Panel("skipped", "Skipped updates", "updates", ("learner/skipped_steps",)),
             Panel("learning-rates", "Learning rates", "number", ("policy/learning_rate", "value/learning_rate")),
@@ -370,6 +385,7 @@ WITHOUT_PANEL = {
     "learner/optimizer_steps": "it follows from the settings and the skipped updates",
     "time/step": "it is the sum of its parts",
     "perf/episodes_per_second": "it is the throughput by the length",
+    "policy/ratio_mean": "its standard deviation tells more",
     "policy/advantage_min": "the standard deviation tells more",
     "policy/advantage_max": "the standard deviation tells more",
     "value/prediction_std": "the explained variance tells more",

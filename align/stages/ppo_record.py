@@ -7,6 +7,7 @@ from align.ppo.checkpoint import write_checkpoint
 from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics, step_samples
+from align.resources.actors import RANK, WORKER
 from align.runs.checkpoint import CheckpointTimer, new_checkpoint
 from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.failures import Fault
@@ -54,6 +55,7 @@ class PpoRecord:
         metrics = step_metrics(step, experiment.ppo, gold)
         if experiment.reward.constraint:
             metrics["reward/multiplier"] = scorers.reward.composition.multiplier
+        metrics |= self._peak_memory()
         self.context.tracker.log("ppo", number, metrics)
         samples = step_samples(step, self.context.tokenizer, experiment.tracking.samples, gold)
         self.context.tracker.samples("ppo", number, samples, show=shows_samples(experiment, number))
@@ -65,6 +67,13 @@ class PpoRecord:
             kl=metrics["kl/per_sequence"],
         )
         return metrics
+
+    def _peak_memory(self) -> dict[str, float]:
+        """The peak memory so far of each kind of process, as metrics."""
+        peaks = self.context.peaks
+        peaks.note(RANK, self.parts.loop.learners.ranks.peak_memory())
+        peaks.note(WORKER, self.parts.pool.peak_memory)
+        return {f"perf/peak_memory/{kind.replace(' ', '_')}": peak for kind, peak in peaks.by_kind().items()}
 
     def check_skipped(self, step: Step, metrics: dict[str, float]) -> None:
         """Count consecutive steps with a non-finite gradient.
