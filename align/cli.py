@@ -305,11 +305,14 @@ def runs_command(
 
 @app.command()
 def report(run: Run) -> None:
-    """Plot a run's curves on one page, report/index.html."""
+    """Diagnose a run, and plot its curves on one page, report/index.html."""
+    from align.diagnosis.diagnose import diagnose
+    from align.diagnosis.listing import verdict_list
     from align.report.page import write_report
     from align.runs.folder import find_run
 
     folder, _ = find_run(run)
+    console.print(verdict_list(diagnose(folder.path)))
     console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
 
 
@@ -395,6 +398,8 @@ def _begin(settings: "Experiment", stages: Sequence[Stage]) -> None:
 
 def _run(opened: "AbstractContextManager[Launch]") -> None:
     """Open a run, print its plan, run the remaining stages, show what has come of them and write the report."""
+    from align.diagnosis.diagnose import diagnose
+    from align.diagnosis.listing import verdict_list
     from align.report.page import write_report
     from align.resources.plan import make_plan, plan_table, use_table
     from align.resources.ray_cluster import one_connection
@@ -414,6 +419,7 @@ def _run(opened: "AbstractContextManager[Launch]") -> None:
         _show(evaluation)
         if peaks := read_peaks(folder, stages):
             console.print(use_table(plan, peaks))
+        console.print(verdict_list(diagnose(folder.path)))
         console.print(f"report: {write_report(folder.path, evaluation)}")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -143,10 +143,13 @@ def _distribution(name: str, values: Tensor) -> dict[str, float]:
 
 
 def _mean_notes(step: Step) -> dict[str, float]:
-    """Means of the reward's terms, attributes and other notes over the batch."""
+    """Means of the reward's terms, attributes and other notes over the batch, and the spread of the terms."""
     means = {}
     for name in step.scored[0].notes:
-        means[f"reward/{name}"] = fmean(output.notes[name] for output in step.scored)
+        values = [output.notes[name] for output in step.scored]
+        means[f"reward/{name}"] = fmean(values)
+        if name.startswith("term/"):
+            means[f"reward/term_std/{name.removeprefix('term/')}"] = pstdev(values)
     return means
 
 

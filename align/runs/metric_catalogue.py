@@ -144,7 +144,8 @@ PPO = (
         "mean of the score less β times the KL to the reference, both per sequence: what RLHF maximises",
         "score",
     ),
-    Metric("reward/term/*", "mean of a term of the reward", "score", "with `rewards.terms`"),
+    Metric("reward/term/*", "mean of a term of the reward", "score", "with `reward.terms`"),
+    Metric("reward/term_std/*", "its standard deviation", "score", "with `reward.terms`"),
     Metric("reward/attribute/*", "mean of a named attribute of the reward model", "score", "with attributes"),
     Metric(
         "reward/failed/*", "share of responses that received the term's fallback", "share", "with terms that can fail"
@@ -375,6 +376,7 @@ SECTIONS = (
 WITHOUT_PANEL = {
     "sft/learning_rate": "it follows from the settings",
     "reward_model/learning_rate": "it follows from the settings",
+    "reward/term_std/*": "it is for the rule that finds constant terms",
     "kl/per_token": "it is the KL per sequence by the length",
     "eval/kl_per_token": "it is the KL per sequence by the length",
     "eval/score_std": "the spread in training shows the same",

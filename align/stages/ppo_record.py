@@ -3,12 +3,14 @@
 import time
 
 from align.config.schema import Experiment
+from align.diagnosis.diagnose import diagnose
 from align.ppo.checkpoint import write_checkpoint
 from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics, step_samples
 from align.resources.actors import RANK, WORKER
 from align.runs.checkpoint import CheckpointTimer, new_checkpoint
+from align.runs.tracking import EVENTS, read_lines
 from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.failures import Fault
 from align.runtime.progress import ProgressBar
@@ -112,6 +114,15 @@ class PpoRecord:
                 save_adapter(folder, weights, experiment.policy, experiment.model.path)
                 write_json(folder / "evaluation.json", evaluation)
                 write_json(folder / REWARD_STATE, composition.state())
+        self._note_verdicts()
+
+    def _note_verdicts(self) -> None:
+        """Note what the diagnosis has not said before as events, of which W&B alerts."""
+        run = self.context.run.path
+        known = {event["event"] for event in read_lines(run / EVENTS)}
+        for verdict in diagnose(run):
+            if verdict.name not in known:
+                self.context.tracker.event("ppo", verdict.name, verdict.text)
 
     def note_state(self) -> None:
         """Note, between two steps, what rollouts and scoring change before the update begins."""
