@@ -109,13 +109,15 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
     itemsize = base.dtype.itemsize
     parameters = _parameter_count(base)
     base_bytes = _four_bit_bytes(base, policy, itemsize) if policy.spec.four_bits else parameters * itemsize
-    trunk = trunk_without_weights(base, policy, ("policy", "critic"))
+    # A PEFT adapter has nothing on the LM head: those of all roles are alike, and adding one takes a moment.
+    roles = ("policy",) if policy.spec.peft_type else ("policy", "critic")
+    trunk = trunk_without_weights(base, policy, roles)
     merges = policy.spec.merges_for_sampling.allows(policy)
     return ModelSizes(
         base=parameters,
         base_bytes=base_bytes,
         adapter=sum(p.numel() for p in trunk.adapter("policy").values()),
-        scalar_adapter=sum(p.numel() for p in trunk.adapter("critic").values()),
+        scalar_adapter=sum(p.numel() for p in trunk.adapter(roles[-1]).values()),
         head=trunk.width + 1,
         merged_bytes=trunk.merged_parameter_count() * itemsize if merges else 0,
         kv_bytes=_kv_elements(base.config) * itemsize,
