@@ -374,6 +374,7 @@ class Recorder:
         raise TimeoutError
 
     dir = "wandb/run-1"
+    offline = False
 
 
 def test_steps_that_only_the_server_has_are_not_sent_again(
