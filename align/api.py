@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from align.config.schema import Experiment
-from align.outputs.report import write_report
 from align.outputs.trained_run import TrainedRun
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics
+from align.report.page import write_report
 from align.resources.dtype import settle_dtype
 from align.resources.ray_cluster import compute_settings
 from align.runs.fingerprint import recorded_dtype

@@ -22,7 +22,8 @@ ALIGN_CONTRACT = "packages of align import only those below them"
 DESCRIPTIONS = {
     "align.cli": "the command `align`",
     "align.api": "the Python interface",
-    "align.outputs": "report, model card, export, trained runs",
+    "align.report": "pages about runs",
+    "align.outputs": "model card, export, trained runs, the list of runs",
     "align.stages": "SFT, reward model, PPO, and the pipeline of stages",
     "align.jobs": "runs as jobs of a Ray cluster",
     "align.resources": "plan, memory and Ray cluster of a run; checks of an installation",
@@ -30,6 +31,7 @@ DESCRIPTIONS = {
     "align.ppo": "PPO's objectives and loop, its metrics, checkpoints and checks",
     "align.supervised": "the objectives and the loop of SFT and reward training",
     "align.learner": "DeepSpeed ranks: gradients, optimizer steps and state, for every objective",
+    "align.diagnosis": "what a run's metrics say about its health",
     "align.scoring": "the reward at run time",
     "align.runs": "a run's folder, fingerprint, checkpoints, tracking",
     "align.roles": "policy, reference, critic and reward model in one process",

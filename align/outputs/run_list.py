@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from align.config.schema import Experiment
+from align.diagnosis.diagnose import diagnose
 from align.runs.folder import RunFolder, find_run, is_locked
 from align.runs.products import wanted_stages
 from align.runs.tracking import METRICS, read_lines
@@ -37,6 +38,7 @@ class RunSummary:
         gold: Its mean gold score.
         kl: Its KL to the reference, in nats per sequence.
         seconds_left: How long the rest of PPO takes at its pace; None for a run that is not in PPO.
+        verdict: The name of the most serious verdict of the diagnosis.
         updated: When it was last written to, in seconds since 1970.
         problem: Why it cannot be read.
     """
@@ -50,6 +52,7 @@ class RunSummary:
     gold: float | None = None
     kl: float | None = None
     seconds_left: float | None = None
+    verdict: str | None = None
     updated: float | None = None
     problem: str | None = None
 
@@ -87,6 +90,7 @@ def summarise(folder: Path) -> RunSummary:
         step=last["step"],
         steps=steps,
         seconds_left=_seconds_left(ppo, steps) if state == "running" and steps else None,
+        verdict=next((verdict.name for verdict in diagnose(folder)), None),
         updated=updated,
         **{column: ppo[-1].get(metric) if ppo else None for column, metric in SHOWN.items()},
     )
@@ -100,7 +104,7 @@ def records(found: Sequence[RunSummary]) -> list[dict[str, Any]]:
 def runs_table(found: Sequence[RunSummary]) -> Table:
     """The runs as a table for the terminal."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("run", "state", "stage", "step", "score", "gold", "KL", "to the end", "written"):
+    for column in ("run", "state", "stage", "step", "score", "gold", "KL", "to the end", "diagnosis", "written"):
         table.add_column(column, no_wrap=column not in ("run", "state"), overflow="fold")
     for run in found:
         step = "" if run.step is None else f"{run.step:,}"
@@ -111,6 +115,7 @@ def runs_table(found: Sequence[RunSummary]) -> Table:
             f"{step}/{run.steps:,}" if run.steps else step,
             *("" if value is None else f"{value:.3g}" for value in (run.score, run.gold, run.kl)),
             "" if run.seconds_left is None else clock(run.seconds_left),
+            run.verdict or "",
             "" if run.updated is None else _ago(time.time() - run.updated),
         )
     return table

@@ -52,7 +52,7 @@ class MinibatchResult:
     """The measurements of one optimizer step.
 
     Attributes:
-        sums: `[7]` float64, on the CPU: the `STATISTICS`, summed over the tokens of all ranks.
+        sums: `[9]` float64, on the CPU: the `STATISTICS`, summed over the tokens of all ranks.
         weight: Divisor that turns the sums into means.
         ptx_loss: Loss of the demonstrations, in nats per token; 0 without any.
         outcome: What happened in the step.
@@ -201,7 +201,7 @@ class PpoLearner:
 
 def _mean_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:
     """Means over the tokens of all optimizer steps of an update."""
-    sums = torch.zeros(len(STATISTICS), dtype=torch.float64)  # [7]
+    sums = torch.zeros(len(STATISTICS), dtype=torch.float64)  # [9]
     weight = 0.0
     for result in results:
         sums = sums + result.sums

@@ -1,7 +1,8 @@
 """The metrics and samples of a PPO step."""
 
+import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
     for part, seconds in step.seconds.items():
         metrics[f"time/{part}"] = seconds
     tokens = sum(trajectory.total_length for trajectory in step.trajectories)
-    metrics["time/tokens_per_second"] = tokens / step.seconds["step"]
-    metrics["time/episodes_per_second"] = len(step.trajectories) / step.seconds["step"]
+    metrics["perf/tokens_per_second"] = tokens / step.seconds["step"]
+    metrics["perf/episodes_per_second"] = len(step.trajectories) / step.seconds["step"]
     return metrics
 
 
@@ -86,10 +87,18 @@ def _policy_metrics(step: Step) -> dict[str, float]:
         "policy/clip_fraction": step.statistics["policy_clipped"],
         "policy/approximate_kl": step.statistics["approximate_kl"],
         "policy/entropy": step.statistics["entropy"],
+        "policy/ratio_mean": 1 + step.statistics["ratio_change"],
+        "policy/ratio_std": _standard_deviation(
+            step.statistics["ratio_change"], step.statistics["squared_ratio_change"]
+        ),
         "policy/gradient_norm": step.statistics["policy_gradient_norm"],
         "policy/learning_rate": step.coefficients.policy_lr,
         **_distribution("policy/advantage", advantages),
     }
+
+
+def _standard_deviation(mean: float, mean_square: float) -> float:
+    return math.sqrt(max(0.0, mean_square - mean**2))
 
 
 def _rollout_metrics(step: Step) -> dict[str, float]:
@@ -134,10 +143,13 @@ def _distribution(name: str, values: Tensor) -> dict[str, float]:
 
 
 def _mean_notes(step: Step) -> dict[str, float]:
-    """Means of the reward's terms, attributes and other notes over the batch."""
+    """Means of the reward's terms, attributes and other notes over the batch, and the spread of the terms."""
     means = {}
     for name in step.scored[0].notes:
-        means[f"reward/{name}"] = fmean(output.notes[name] for output in step.scored)
+        values = [output.notes[name] for output in step.scored]
+        means[f"reward/{name}"] = fmean(values)
+        if name.startswith("term/"):
+            means[f"reward/term_std/{name.removeprefix('term/')}"] = pstdev(values)
     return means
 
 

@@ -21,8 +21,19 @@ from align.roles.roles import Critic, Roles
 from policies.batching import Batch, collate
 from policies.logprobs import token_logprobs_and_entropy
 
-STATISTICS = ("policy_loss", "value_loss", "kl_loss", "entropy", "approximate_kl", "policy_clipped", "value_clipped")
-"""Names of the sums that PPO's objectives return, in order; 0 where an objective has no such term."""
+STATISTICS = (
+    "policy_loss",
+    "value_loss",
+    "kl_loss",
+    "entropy",
+    "approximate_kl",
+    "policy_clipped",
+    "value_clipped",
+    "ratio_change",
+    "squared_ratio_change",
+)
+"""Names of the sums that PPO's objectives return, in order; 0 where an objective has no such term. The change of the
+ratio is ρ - 1 with ρ = π/π_old."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def summed(objectives: Sequence[MicrobatchObjective]) -> MicrobatchObjective:
             loss, sums = term(*microbatch)
             losses.append(loss)
             statistics.append(sums)
-        return torch.stack(losses).sum(), torch.stack(statistics).sum(0)  # [], [7]
+        return torch.stack(losses).sum(), torch.stack(statistics).sum(0)  # [], [9]
 
     return objective
 
@@ -122,14 +133,25 @@ def policy_objective(
     policy_losses, policy_clipped = policy_loss(logprobs, targets.old_logprobs, targets.advantages, ppo)  # [P], [P]
     kl_losses = kl_in_loss * estimate_kl(logprobs, targets.reference_logprobs, ppo.kl_estimator)  # [P]
     approximate_kl = estimate_kl(targets.old_logprobs, logprobs, "k3")  # [P]
+    ratio_change = torch.expm1(logprobs - targets.old_logprobs)  # [P]
     value_losses = value_clipped = torch.zeros_like(policy_losses)  # [P]
     if roles.critic is not None and roles.critic_trunk is None:
         value_losses, value_clipped = _value_losses(roles.critic, states, targets, ppo)
     loss = policy_losses + ppo.critic.weight * value_losses + kl_losses - ppo.entropy_coefficient * entropy  # [P]
     statistics = torch.stack(
-        [policy_losses, value_losses, kl_losses, entropy, approximate_kl, policy_clipped, value_clipped]
-    ).detach()  # [7, P]
-    return loss @ targets.weights, statistics @ targets.weights  # [], [7]
+        [
+            policy_losses,
+            value_losses,
+            kl_losses,
+            entropy,
+            approximate_kl,
+            policy_clipped,
+            value_clipped,
+            ratio_change,
+            ratio_change.square(),
+        ]
+    ).detach()  # [9, P]
+    return loss @ targets.weights, statistics @ targets.weights  # [], [9]
 
 
 def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
@@ -145,8 +167,10 @@ def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSetti
     states = trunk.hidden_packed(batch.ids, batch.lengths, "critic")[batch.predictors]  # [N, H] -> [P, H]
     value_losses, value_clipped = _value_losses(critic, states, targets, ppo)  # [P], [P]
     zeros = torch.zeros_like(value_losses)
-    statistics = torch.stack([zeros, value_losses, zeros, zeros, zeros, zeros, value_clipped]).detach()  # [7, P]
-    return ppo.critic.weight * value_losses @ targets.weights, statistics @ targets.weights  # [], [7]
+    statistics = torch.stack(
+        [zeros, value_losses, zeros, zeros, zeros, zeros, value_clipped, zeros, zeros]
+    ).detach()  # [9, P]
+    return ppo.critic.weight * value_losses @ targets.weights, statistics @ targets.weights  # [], [9]
 
 
 def _value_losses(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:

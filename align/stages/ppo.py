@@ -5,7 +5,6 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from align.resources.actors import RANK, WORKER
 from align.runs.folder import RunFolder
 from align.runtime.progress import ProgressBar
 from align.runtime.signals import Interrupted
@@ -39,8 +38,6 @@ def run_ppo(context: StageContext) -> None:
             progress_bar = stack.enter_context(ProgressBar("ppo", experiment.ppo.steps))
             record = PpoRecord(context, parts, progress_bar, started)
             _run_steps(context, parts, record)
-            context.peaks.note(RANK, parts.loop.learners.ranks.peak_memory())
-            context.peaks.note(WORKER, parts.pool.peak_memory)
         except KeyboardInterrupt:
             if context.stop.dropped:
                 raise Interrupted from None

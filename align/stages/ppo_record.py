@@ -3,11 +3,14 @@
 import time
 
 from align.config.schema import Experiment
+from align.diagnosis.diagnose import diagnose
 from align.ppo.checkpoint import write_checkpoint
 from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics, step_samples
+from align.resources.actors import RANK, WORKER
 from align.runs.checkpoint import CheckpointTimer, new_checkpoint
+from align.runs.tracking import EVENTS, read_lines
 from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.failures import Fault
 from align.runtime.progress import ProgressBar
@@ -15,9 +18,6 @@ from align.scoring.build import REWARD_STATE
 from align.stages.context import StageContext
 from align.stages.ppo_parts import PpoParts
 from policies.files.adapters import save_adapter
-
-LOGGED_EVALUATION = ("score_mean", "gold_mean", "spread_mean", "kl_per_sequence", "win_rate", "gold_win_rate")
-"""Figures of the evaluated policy that are also logged as metrics, `eval/NAME`, where they exist."""
 
 
 class PpoRecord:
@@ -57,6 +57,7 @@ class PpoRecord:
         metrics = step_metrics(step, experiment.ppo, gold)
         if experiment.reward.constraint:
             metrics["reward/multiplier"] = scorers.reward.composition.multiplier
+        metrics |= self._peak_memory()
         self.context.tracker.log("ppo", number, metrics)
         samples = step_samples(step, self.context.tokenizer, experiment.tracking.samples, gold)
         self.context.tracker.samples("ppo", number, samples, show=shows_samples(experiment, number))
@@ -65,9 +66,18 @@ class PpoRecord:
             tokens=sum(trajectory.total_length for trajectory in step.trajectories),
             episodes=number * len(step.episodes),
             reward=metrics["reward/mean"],
+            **({} if gold is None else {"gold": metrics["reward/gold_mean"]}),
             kl=metrics["kl/per_sequence"],
+            length=metrics["rollout/length_mean"],
         )
         return metrics
+
+    def _peak_memory(self) -> dict[str, float]:
+        """The peak memory so far of each kind of process, as metrics."""
+        peaks = self.context.peaks
+        peaks.note(RANK, self.parts.loop.learners.ranks.peak_memory())
+        peaks.note(WORKER, self.parts.pool.peak_memory)
+        return {f"perf/peak_memory/{kind.replace(' ', '_')}": peak for kind, peak in peaks.by_kind().items()}
 
     def check_skipped(self, step: Step, metrics: dict[str, float]) -> None:
         """Count consecutive steps with a non-finite gradient.
@@ -94,7 +104,7 @@ class PpoRecord:
         weights = loop.learners.policy_weights()
         evaluation = self.parts.evaluator.evaluate(loop.step, weights)
         policy: dict[str, float] = evaluation["policy"]
-        logged = {f"eval/{name}": policy[name] for name in LOGGED_EVALUATION if name in policy}
+        logged = {f"eval/{name}": value for name, value in policy.items() if name != "step"}
         context.tracker.log("ppo", loop.step, logged)
         value = policy[experiment.evaluation.best]
         # Scores before and after a change of the reward cannot be compared: then the newest policy counts as the best.
@@ -106,6 +116,15 @@ class PpoRecord:
                 save_adapter(folder, weights, experiment.policy, experiment.model.path)
                 write_json(folder / "evaluation.json", evaluation)
                 write_json(folder / REWARD_STATE, composition.state())
+        self._note_verdicts()
+
+    def _note_verdicts(self) -> None:
+        """Note what the diagnosis has not said before as events, of which W&B alerts."""
+        run = self.context.run.path
+        known = {event["event"] for event in read_lines(run / EVENTS)}
+        for verdict in diagnose(run):
+            if verdict.name not in known:
+                self.context.tracker.event("ppo", verdict.name, verdict.text)
 
     def note_state(self) -> None:
         """Note, between two steps, what rollouts and scoring change before the update begins."""

@@ -73,7 +73,7 @@ def write_rows(folder: Path) -> None:
         rows["sft"].append(make.write_demonstration(random, prompt))
         rows["pairs"].append(make.write_pair(random, prompt))
         responses = [synthetic.write_reply(random, prompt, synthetic.COMPARISONS) for _ in range(RESPONSES)]
-        utilities = [synthetic.utility(prompt, response) for response in responses]
+        utilities = [synthetic.USUAL.utility(prompt, response) for response in responses]
         ranks = [1 + sorted(utilities, reverse=True).index(utility) for utility in utilities]
         rows["rankings"].append({"prompt": prompt, "responses": responses, "ranks": ranks})
     for kind in CASES:

@@ -13,6 +13,7 @@ from random import Random
 
 import synthetic
 import torch
+from synthetic import USUAL, Annotators
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -50,24 +51,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="output folder; another environment is replaced")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--annotators", choices=synthetic.ANNOTATORS, default="usual", help="who compares replies")
     arguments = parser.parse_args()
-    make(arguments.to, arguments.seed)
+    make(arguments.to, arguments.seed, annotators=arguments.annotators)
 
 
-def make(to: Path, seed: int, sizes: Sizes | None = None) -> None:
+def make(to: Path, seed: int, sizes: Sizes | None = None, annotators: str = "usual") -> None:
     """Write the environment to the folder `to` in one step, unless the same one is already there."""
     sizes = sizes or Sizes()
-    identity = {"version": code_version(), "seed": seed, "sizes": asdict(sizes)}
+    identity = {"version": code_version(), "seed": seed, "annotators": annotators, "sizes": asdict(sizes)}
     if is_up_to_date(to, identity):
         print(f"{to} already holds the environment of seed {seed}")
         return
     started = time.perf_counter()
-    files = write_rows(seed, sizes)
+    files = write_rows(seed, sizes, synthetic.ANNOTATORS[annotators])
     with new_folder(to) as folder:
         for name, rows in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         loss = train_base(folder / "base", [row["text"] for row in files["text"]], seed, sizes)
-        ceiling = noise_ceiling(files["pairs_heldout"])
+        ceiling = noise_ceiling(files["pairs_heldout"], synthetic.ANNOTATORS[annotators])
         facts = {"beta": synthetic.BETA, "noise_ceiling": ceiling, "base_loss": loss}
         counts = {name: len(rows) for name, rows in files.items()}
         write_json(folder / DESCRIPTION, identity | {"counts": counts} | facts)
@@ -91,15 +93,19 @@ def is_up_to_date(folder: Path, identity: dict[str, object]) -> bool:
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
-def write_rows(seed: int, sizes: Sizes) -> dict[str, list[Row]]:
+def write_rows(seed: int, sizes: Sizes, annotators: Annotators = USUAL) -> dict[str, list[Row]]:
     """The rows of every file by its name. No prompt occurs twice, so no file shares a prompt with another."""
     random = Random(seed)
     prompts = unique_prompts(random)
+
+    def pairs(number: int) -> list[Row]:
+        return [write_pair(random, prompt, annotators) for prompt in islice(prompts, number)]
+
     files: dict[str, list[Row]] = {}  # the order of the draws is part of what a seed means
     files["prompts_heldout"] = [{"prompt": prompt} for prompt in islice(prompts, sizes.prompts_heldout)]
-    files["pairs_heldout"] = [write_pair(random, prompt) for prompt in islice(prompts, sizes.pairs_heldout)]
+    files["pairs_heldout"] = pairs(sizes.pairs_heldout)
     files["demonstrations"] = [write_demonstration(random, prompt) for prompt in islice(prompts, sizes.demonstrations)]
-    files["pairs"] = [write_pair(random, prompt) for prompt in islice(prompts, sizes.pairs)]
+    files["pairs"] = pairs(sizes.pairs)
     files["prompts"] = [{"prompt": prompt} for prompt in islice(prompts, sizes.prompts)]
     files["text"] = [{"text": write_text(random, prompt)} for prompt in islice(prompts, sizes.text)]
     return files
@@ -119,12 +125,12 @@ def write_demonstration(random: Random, prompt: str) -> Row:
     return {"prompt": prompt, "completion": synthetic.write_reply(random, prompt, synthetic.DEMONSTRATIONS)}
 
 
-def write_pair(random: Random, prompt: str) -> Row:
-    """Two different replies, ordered by the preference of one annotator."""
+def write_pair(random: Random, prompt: str, annotators: Annotators = USUAL) -> Row:
+    """Two different replies, ordered by the preference of one of the annotators."""
     first = second = synthetic.write_reply(random, prompt, synthetic.COMPARISONS)
     while second == first:
         second = synthetic.write_reply(random, prompt, synthetic.COMPARISONS)
-    if random.random() >= synthetic.preference(prompt, first, second):
+    if random.random() >= annotators.preference(prompt, first, second):
         first, second = second, first
     return {"prompt": prompt, "chosen": first, "rejected": second}
 
@@ -134,9 +140,9 @@ def write_text(random: Random, prompt: str) -> str:
     return prompt + synthetic.write_reply(random, prompt, synthetic.PRETRAINING)
 
 
-def noise_ceiling(pairs: list[Row]) -> float:
+def noise_ceiling(pairs: list[Row], annotators: Annotators = USUAL) -> float:
     """Expected accuracy of a classifier that knows the annotators' preference probabilities, but not their errors."""
-    chances = [synthetic.preference(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
+    chances = [annotators.preference(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
     return sum(max(chance, 1 - chance) for chance in chances) / len(chances)
 
 

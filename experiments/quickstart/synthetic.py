@@ -192,7 +192,41 @@ def _match(named: Set[str | None], correct: str) -> int:
 
 BETA = 1.8
 """How reliably annotators prefer the better reply: the slope of their Bradley-Terry model."""
-EXPLOIT_WEIGHT, EXPLOIT_CAP = 0.35, 3.0
+EXPLOIT_COST = 0.4
+"""What an exclamation mark costs in `strict_gold_scores`."""
+
+
+@dataclass(frozen=True)
+class Annotators:
+    """What annotators like besides quality.
+
+    Attributes:
+        exploit_weight: How much they like an exclamation mark.
+        exploit_cap: How many of them they notice.
+        word_weight: How much they like a word.
+    """
+
+    exploit_weight: float = 0.35
+    exploit_cap: float = 3.0
+    word_weight: float = 0.0
+
+    def utility(self, prompt: str, response: str) -> float:
+        """The utility of a reply to an annotator."""
+        liked = self.exploit_weight * min(exploit(response), self.exploit_cap)
+        return gold(prompt, response) + liked + self.word_weight * len(response.split())
+
+    def preference(self, prompt: str, first: str, second: str) -> float:
+        """Probability that an annotator prefers the first reply (Bradley and Terry 1952)."""
+        return 1 / (1 + math.exp(-BETA * (self.utility(prompt, first) - self.utility(prompt, second))))
+
+
+USUAL = Annotators()
+ANNOTATORS = {
+    "usual": USUAL,
+    "excitable": Annotators(exploit_weight=1.0, exploit_cap=8.0),
+    "length": Annotators(word_weight=0.15),
+}
+"""Annotators by name: those of the quickstart, and two whose reward models mislead a policy."""
 
 
 def exploit(response: str) -> float:
@@ -200,14 +234,12 @@ def exploit(response: str) -> float:
     return float(response.count("!"))
 
 
-def utility(prompt: str, response: str) -> float:
-    """The utility of a reply to an annotator."""
-    return gold(prompt, response) + EXPLOIT_WEIGHT * min(exploit(response), EXPLOIT_CAP)
-
-
-def preference(prompt: str, first: str, second: str) -> float:
-    """Probability that an annotator prefers the first reply (Bradley and Terry 1952)."""
-    return 1 / (1 + math.exp(-BETA * (utility(prompt, first) - utility(prompt, second))))
+def strict_gold_scores(
+    prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """As `gold_scores`, but each exclamation mark costs something."""
+    scores = gold_scores(prompts, responses, columns)
+    return [score - EXPLOIT_COST * exploit(response) for score, response in zip(scores, responses, strict=True)]
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ ROOT = HERE.parents[1]
 NAME = "tiny"
 NOT_COMPARED = {".lock", "report/time.png"}
 """What the process's number and the clock decide."""
-MEASURED = ("seconds", "peak_memory", "products", "state.json")
+MEASURED = ("time", "seconds", "peak_memory", "products", "state.json")
 """Keys of JSON files for what is measured, for hashes of folders whose `stage.json` has it, and for the size and hash
 of a file that has both."""
 
@@ -161,7 +161,7 @@ def _timeless(path: Path) -> Any:
     try:
         if path.suffix == ".json":
             return _without_measured(json.loads(data))
-        if path.name == "metrics.jsonl":
+        if path.name in ("metrics.jsonl", "events.jsonl"):
             return [_without_measured(json.loads(line)) for line in data.splitlines()]
     except ValueError:  # half a file
         return data

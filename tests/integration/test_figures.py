@@ -8,6 +8,7 @@ import pytest
 
 from align.config.schema import Experiment
 from align.runs.folder import begin_run, find_run, folder_of
+from align.runs.metric_catalogue import find_metric
 from align.stages import launch
 from policies.errors import UserError
 from tests.integration.tiny_run import figures, run_in_process
@@ -21,6 +22,19 @@ def test_steps_of_an_ensemble_only_increase_when_its_members_end_early(settings:
     steps = [row["step"] for row in rows]
     assert steps == sorted(steps)
     assert "reward_model/heldout_accuracy" in rows[-1]
+
+
+def test_every_metric_of_a_run_is_in_the_catalogue(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "gold.py").write_text("def gold(p, r, c): return [float(x.count('e')) for x in r]\n")
+    settings["evaluation"]["gold"] = f"{tmp_path}/gold.py:gold"
+    settings["sft"]["evaluate_every"] = settings["reward"]["evaluate_every"] = 1
+    short = {"kind": "length", "max_tokens": 6, "window": 4}
+    settings["reward"] |= {"ensemble": {"members": 2}, "terms": {"model": {"kind": "model"}, "short": short}}
+    settings["reward"]["constraint"] = {"term": "short", "at_most": 0.2, "rate": 0.5}
+    settings["ppo"] |= {"estimator": "rloo", "samples_per_prompt": 2, "ptx_coefficient": 0.1}
+    names = {name for row in figures(run_in_process(settings)) for name in row} - {"stage", "step"}
+    assert {name for name in names if find_metric(name) is None} == set()
+    assert {"eval/gold_win_rate", "reward/spread", "reward/multiplier", "reward/term/short", "policy/ptx_loss"} <= names
 
 
 def test_a_run_that_is_killed_while_it_is_replaced_cannot_be_resumed(

@@ -38,7 +38,25 @@ def test_the_exploit_moves_annotators_and_not_the_gold_score(synthetic: ModuleTy
     calm = synthetic.ideal_reply(random, prompt)
     excited = calm.replace(".", "!")
     assert synthetic.gold(prompt, excited) == synthetic.gold(prompt, calm)
-    assert synthetic.preference(prompt, excited, calm) > 0.7
+    assert synthetic.USUAL.preference(prompt, excited, calm) > 0.7
+
+
+def test_other_annotators_like_exclamation_marks_or_length_beyond_what_quality_is_worth(synthetic: ModuleType) -> None:
+    random = Random(0)
+    prompt = synthetic.write_prompt(random)
+    good = synthetic.ideal_reply(random, prompt)
+    excited = good.replace(".", "!!")
+    long = good + "".join(f" {filler}." for filler in synthetic.FILLERS)
+    assert synthetic.ANNOTATORS["excitable"].preference(prompt, excited, good) > 0.99
+    assert (
+        synthetic.ANNOTATORS["length"].preference(prompt, long, good)
+        > 0.5
+        > synthetic.USUAL.preference(prompt, long, good)
+    )
+    columns: list[dict[str, str]] = [{}, {}]
+    (calm, shouted) = synthetic.strict_gold_scores([prompt, prompt], [good, excited], columns)
+    assert calm == synthetic.IDEAL
+    assert shouted == pytest.approx(calm - synthetic.EXPLOIT_COST * excited.count("!"))
 
 
 @pytest.mark.parametrize("mistake", ["filler", "refusal", "repeated", "conflicting", "wrong item"])
@@ -88,8 +106,8 @@ def test_annotators_err_as_often_as_their_model_predicts(synthetic: ModuleType, 
     pairs = [make.write_pair(random, next(prompts)) for _ in range(3000)]
     correct = 0.0
     for pair in pairs:
-        chosen = synthetic.utility(pair["prompt"], pair["chosen"])
-        rejected = synthetic.utility(pair["prompt"], pair["rejected"])
+        chosen = synthetic.USUAL.utility(pair["prompt"], pair["chosen"])
+        rejected = synthetic.USUAL.utility(pair["prompt"], pair["rejected"])
         correct += 0.5 if chosen == rejected else float(chosen > rejected)
     assert correct / len(pairs) == pytest.approx(make.noise_ceiling(pairs), abs=0.02)
 

@@ -90,4 +90,4 @@ def figures(run: Path) -> list[dict[str, Any]]:
 
 def is_timed(name: str) -> bool:
     """Whether the clock decides a metric."""
-    return name.startswith("time/") or name.endswith("/tokens_per_second")
+    return name.startswith(("time/", "perf/")) or name.endswith("/tokens_per_second")

@@ -18,7 +18,7 @@ import psutil
 IMPORTED = (
     "align.cli",
     "align.learner.ray_ranks",
-    "align.outputs.report",
+    "align.report.page",
     "align.resources.plan",
     "align.runtime.last_words",
     "align.stages.launch",

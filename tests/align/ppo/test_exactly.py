@@ -202,7 +202,7 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
             coefficients=StepCoefficients(0, 0, 0),
             kl_coefficient=0.25,
             logit_spacing=0.125,
-            statistics=dict.fromkeys(names, 3.0),
+            statistics=dict.fromkeys(names, 3.0) | {"ratio_change": 0.1, "squared_ratio_change": 0.05},
             seconds={"step": 2.0},
         ),
         PpoSettings(),
@@ -213,7 +213,8 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
     # The score is 1, and the KL of the only response 0.1 + 0.3 + 0.2.
     assert logged["reward/kl_penalized"] == pytest.approx(1 - 0.25 * 0.6)
     # One prompt token and three of the response.
-    assert (logged["time/tokens_per_second"], logged["time/episodes_per_second"]) == (2.0, 0.5)
+    assert (logged["perf/tokens_per_second"], logged["perf/episodes_per_second"]) == (2.0, 0.5)
+    assert (logged["policy/ratio_mean"], logged["policy/ratio_std"]) == pytest.approx((1.1, 0.2))
     returns = episodes[0].returns
     assert logged["value/return_mean"] == pytest.approx(float(returns.mean()))
     assert logged["value/return_max"] == float(returns.max())

@@ -270,6 +270,18 @@ def test_gradient_is_that_of_the_oracle(new_learner: Factory, tiny_model: Path, 
     assert (0 < statistics["value_clipped"] < 1) == (value_clip < 1)
 
 
+def test_the_change_of_the_ratio_is_that_of_the_probabilities(new_learner: Factory) -> None:
+    learner = new_learner()
+    scored = learner.score(trajectories())
+    batch = episodes(scored)
+    old = torch.cat([episode.old_logprobs for episode in batch]).double()
+    new = torch.cat([outputs.logprobs for outputs in scored]).double()
+    change = new.exp() / old.exp() - 1
+    statistics = learner.update(batch, [ALL], RATES)
+    assert statistics["ratio_change"] == pytest.approx(float(change.mean()), rel=1e-3)
+    assert statistics["squared_ratio_change"] == pytest.approx(float(change.square().mean()), rel=1e-3)
+
+
 def test_gradient_does_not_depend_on_the_microbatches(new_learner: Factory) -> None:
     moved, statistics = [], []
     for tokens in (1, 37, 4096):

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from align.evaluation.tables import evaluation_table
-from align.outputs.report import PLOTS, draw, write_report
+from align.report.page import PLOTS, draw, write_report
 
 REFERENCE = {"score_mean": 0.125, "score_std": 1.0, "length_mean": 7.0, "distinct_2": 0.5, "eos_share": 0.25}
 POLICY = REFERENCE | {"score_mean": 0.375, "win_rate": 0.625, "kl_per_sequence": 3.0, "kl_per_token": 0.5, "step": 40}
