@@ -168,7 +168,7 @@ class WandbRun(Sink):
         if self.run is None or started < self._paused_until:
             return False
         is_sent = False
-        with self._surviving(), _wandb_environment(self.folder):
+        with self._surviving(), wandb_environment(self.folder):
             try:
                 send(self.run)
                 is_sent = True
@@ -239,7 +239,7 @@ def start_wandb(
     """
     if settings.wandb == "disabled":
         return None
-    with _wandb_environment(run):
+    with wandb_environment(run):
         import wandb
 
         try:
@@ -333,7 +333,7 @@ def _run_id(run: Path) -> str:
 
 
 @contextmanager
-def _wandb_environment(run: Path) -> Iterator[None]:
+def wandb_environment(run: Path) -> Iterator[None]:
     """Make W&B quiet, and have its process write to the run's folder instead of the user's home.
 
     That process takes all of this from the environment in which it starts.
