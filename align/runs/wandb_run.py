@@ -95,18 +95,12 @@ class WandbRun(Sink):
 
     def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
         """Log the worst errors of a reward model as a table, and the plot of its reliability as an image."""
-        import wandb
-
-        if self.logged.has(stage, step, ERRORS) or self.logged.has(stage, step, PLOT):
+        is_logged = self.logged.has(stage, step, ERRORS) or self.logged.has(stage, step, PLOT)
+        if self.run is None or is_logged or not (rows or plot):
             return
-        shown: dict[str, Any] = {}
-        if rows:
-            shown[ERRORS] = _table_of(rows)
-        if plot:
-            shown[PLOT] = wandb.Image(str(plot))
-        axis = find_stage(stage).axis
-        if shown and self._attempt("the errors of the reward model", lambda run: run.log({**shown, axis: step})):
-            self.logged.add(stage, step, shown)
+        axis = {find_stage(stage).axis: step}
+        if self._attempt("the errors of the reward model", lambda run: run.log(_shown_errors(rows, plot) | axis)):
+            self.logged.add(stage, step, [ERRORS, PLOT])
 
     def keep(self, product: RunProduct) -> None:
         """Log a product as an artifact, unless it is logged, and what it was made from as its run's inputs."""
@@ -114,7 +108,8 @@ class WandbRun(Sink):
             return
         if self._attempt(f"the artifact {product.name}", lambda run: self._log_artifact(run, product)):
             self.kept.add((product.name, product.version))
-            for source in product.sources:
+            # What was evaluated has just been logged, and is no input of this run.
+            for source in product.sources if product.kind != "evaluation" else ():
                 self._use(source)
 
     def alert(self, title: str, text: str) -> None:
@@ -148,7 +143,7 @@ class WandbRun(Sink):
         name = f"{source.name}:{source.version}"
         if self.run is not None and not self.run.offline and name not in self._used:
             self._used.add(name)
-            self._attempt(f"{name} as an input", lambda run: run.use_artifact(name))
+            self._attempt(f"{name} as an input of the run", lambda run: run.use_artifact(name))
 
     def _attempt(self, what: str, send: Callable[[Any], object]) -> bool:
         """Send something about which W&B asks its server first; the run continues without it where that fails.
@@ -204,6 +199,18 @@ class WandbRun(Sink):
         except Exception as error:
             log.warning("W&B did not end cleanly: %s", error)
         stop_wandb()
+
+
+def _shown_errors(rows: Sequence[Mapping[str, Any]], plot: Path | None) -> dict[str, Any]:
+    """What W&B shows of a reward model's errors."""
+    import wandb
+
+    shown: dict[str, Any] = {}
+    if rows:
+        shown[ERRORS] = _table_of(rows)
+    if plot:
+        shown[PLOT] = wandb.Image(str(plot))
+    return shown
 
 
 def _table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
