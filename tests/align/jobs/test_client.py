@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -114,12 +114,13 @@ def test_a_command_for_a_job_can_be_copied_to_a_shell() -> None:
 
 
 def test_a_cluster_whose_agents_have_not_started_gets_the_job_once_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([RuntimeError("status code 500: No available agent to submit job, please try again later."), "job"])
+    failure = RuntimeError("status code 500: No available agent to submit job, please try again later.")
+    answers: Iterator[RuntimeError | str] = iter([failure, "job"])
     monkeypatch.setattr("align.jobs.client.STATE_SECONDS", 0.0)
 
     def submit() -> str:
         answer = next(answers)
-        if isinstance(answer, Exception):
+        if isinstance(answer, RuntimeError):
             raise answer
         return answer
 
