@@ -37,6 +37,10 @@ AGENT_SECONDS = 60.0
 """How long a cluster may have no agent, which starts jobs, before a job is given up."""
 NO_AGENT = "No available agent"
 """What Ray answers meanwhile."""
+NOBODY_STARTS_JOBS = (
+    "no node of the cluster has an agent that starts jobs. Another cluster on the same machine may hold its port, "
+    "52365: `ray start --dashboard-agent-listen-port` sets another"
+)
 RAY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env")
 """Ray's loggers that report each request."""
 EXPECTED_ADDRESS = "http://HOST:8265, the address of the cluster's dashboard, or auto"
@@ -298,6 +302,8 @@ def _once_there_is_an_agent(submit: Callable[[], str]) -> str:
         try:
             return submit()
         except RuntimeError as error:
-            if NO_AGENT not in str(error) or time.monotonic() > given_up:
+            if NO_AGENT not in str(error):
                 raise
+            if time.monotonic() > given_up:
+                raise RuntimeError(NOBODY_STARTS_JOBS) from error
         time.sleep(STATE_SECONDS)
