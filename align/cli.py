@@ -335,6 +335,28 @@ def report(run: Run, as_json: Json = False) -> None:
     console.print(f"report written to {page}")
 
 
+@app.command(epilog=_example("align dashboard runs/second"))
+def dashboard(run: Run) -> None:
+    """Save a view in W&B with the panels of PPO: reward, distance, critic, text and machine.
+
+    It needs the package of the extra `dashboard`. Where the user is not logged in to W&B, it is only written to the
+    run's folder.
+    """
+    from align.outputs.dashboard import make_dashboard
+    from align.runs.folder import find_run
+
+    folder, settings = find_run(run)
+    made = make_dashboard(folder, settings)
+    if made.url:
+        console.print(f"dashboard: {made.url}", soft_wrap=True)
+    else:
+        errors.print(
+            f"dashboard written to {escaped(made.file)}; {escaped(made.reason)}. After `wandb login`, "
+            f"`align dashboard {escaped(folder.path)}` saves it in W&B",
+            soft_wrap=True,
+        )
+
+
 @app.command(epilog=_example("align settings ppo.kl"))
 def settings(
     name: Annotated[

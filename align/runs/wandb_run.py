@@ -22,7 +22,7 @@ INIT_SECONDS = 20.0
 FINISH_SECONDS = 30.0
 """How long the last metrics may take to be sent at its end."""
 
-SLOW_SECONDS = 5.0
+SLOW_SECONDS = 15.0
 """A table or an artifact that takes longer was held up by a server that does not answer."""
 
 PAUSE_SECONDS = 600.0
@@ -95,18 +95,12 @@ class WandbRun(Sink):
 
     def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
         """Log the worst errors of a reward model as a table, and the plot of its reliability as an image."""
-        import wandb
-
-        if self.logged.has(stage, step, ERRORS) or self.logged.has(stage, step, PLOT):
+        is_logged = self.logged.has(stage, step, ERRORS) or self.logged.has(stage, step, PLOT)
+        if self.run is None or is_logged or not (rows or plot):
             return
-        shown: dict[str, Any] = {}
-        if rows:
-            shown[ERRORS] = _table_of(rows)
-        if plot:
-            shown[PLOT] = wandb.Image(str(plot))
-        axis = find_stage(stage).axis
-        if shown and self._attempt("the errors of the reward model", lambda run: run.log({**shown, axis: step})):
-            self.logged.add(stage, step, shown)
+        axis = {find_stage(stage).axis: step}
+        if self._attempt("the errors of the reward model", lambda run: run.log(_shown_errors(rows, plot) | axis)):
+            self.logged.add(stage, step, [ERRORS, PLOT])
 
     def keep(self, product: RunProduct) -> None:
         """Log a product as an artifact, unless it is logged, and what it was made from as its run's inputs."""
@@ -114,7 +108,8 @@ class WandbRun(Sink):
             return
         if self._attempt(f"the artifact {product.name}", lambda run: self._log_artifact(run, product)):
             self.kept.add((product.name, product.version))
-            for source in product.sources:
+            # What was evaluated has just been logged, and is no input of this run.
+            for source in product.sources if product.kind != "evaluation" else ():
                 self._use(source)
 
     def alert(self, title: str, text: str) -> None:
@@ -148,7 +143,7 @@ class WandbRun(Sink):
         name = f"{source.name}:{source.version}"
         if self.run is not None and not self.run.offline and name not in self._used:
             self._used.add(name)
-            self._attempt(f"{name} as an input", lambda run: run.use_artifact(name))
+            self._attempt(f"{name} as an input of the run", lambda run: run.use_artifact(name))
 
     def _attempt(self, what: str, send: Callable[[Any], object]) -> bool:
         """Send something about which W&B asks its server first; the run continues without it where that fails.
@@ -168,13 +163,13 @@ class WandbRun(Sink):
         if self.run is None or started < self._paused_until:
             return False
         is_sent = False
-        with self._surviving(), _wandb_environment(self.folder):
+        with self._surviving(), wandb_environment(self.folder):
             try:
                 send(self.run)
                 is_sent = True
             except wandb.Error as error:
                 log.warning("W&B does not get %s: %s", what, first_line(error))
-        if time.monotonic() - started > SLOW_SECONDS:
+        if self.run is not None and not self.run.offline and time.monotonic() - started > SLOW_SECONDS:
             log.warning("W&B's server hardly answers: it gets no table and no artifact for %.0f s", PAUSE_SECONDS)
             self._paused_until = time.monotonic() + PAUSE_SECONDS
         return is_sent
@@ -198,10 +193,24 @@ class WandbRun(Sink):
         try:
             run.finish(exit_code=int(failed))
         except TimeoutError:
-            log.warning("W&B has not taken all metrics in %.0f s; `wandb sync %s` sends them", FINISH_SECONDS, run.dir)
+            folder = Path(run.dir).parent
+            command = f"wandb sync --include-online {folder}"
+            log.warning("W&B has not taken all metrics in %.0f s; `%s` sends them", FINISH_SECONDS, command)
         except Exception as error:
             log.warning("W&B did not end cleanly: %s", error)
         stop_wandb()
+
+
+def _shown_errors(rows: Sequence[Mapping[str, Any]], plot: Path | None) -> dict[str, Any]:
+    """What W&B shows of a reward model's errors."""
+    import wandb
+
+    shown: dict[str, Any] = {}
+    if rows:
+        shown[ERRORS] = _table_of(rows)
+    if plot:
+        shown[PLOT] = wandb.Image(str(plot))
+    return shown
 
 
 def _table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -237,7 +246,7 @@ def start_wandb(
     """
     if settings.wandb == "disabled":
         return None
-    with _wandb_environment(run):
+    with wandb_environment(run):
         import wandb
 
         try:
@@ -275,8 +284,8 @@ def _init_or_go_offline(run: Path, settings: TrackingSettings, mode: Any, argume
         if settings.wandb != "auto" or mode != "online":
             raise
         log.warning(
-            "W&B's server cannot be reached, so the run is tracked offline; `wandb sync` sends what is in %s: %s",
-            run / "wandb",
+            "W&B's server cannot be reached, so the run is tracked offline; `wandb sync %s` sends it: %s",
+            run / "wandb" / "offline-run-*",
             first_line(error),
         )
         stop_wandb()
@@ -331,7 +340,7 @@ def _run_id(run: Path) -> str:
 
 
 @contextmanager
-def _wandb_environment(run: Path) -> Iterator[None]:
+def wandb_environment(run: Path) -> Iterator[None]:
     """Make W&B quiet, and have its process write to the run's folder instead of the user's home.
 
     That process takes all of this from the environment in which it starts.

@@ -82,11 +82,13 @@ def server() -> Iterator[Server]:
         yield started
 
 
-def python(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with these variables and no others of W&B. It must succeed."""
+def python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder with these variables and no others of W&B. It must succeed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"PYTHONPATH": str(ROOT)} | variables
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment | variables, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -95,13 +97,13 @@ def track(
     code: str, run: Path, variables: dict[str, str], *more: str, mode: str = "auto"
 ) -> subprocess.CompletedProcess[str]:
     """Track a run in a process of its own."""
-    return python(["-c", TRACK + code, str(run), mode, *more], **variables)
+    return python(run, "-c", TRACK + code, str(run), mode, *more, **variables)
 
 
 def sync(run: Path, server: Server) -> None:
     """Send what an offline run has kept, in the order of its sessions."""
-    for folder in sorted((run / "wandb").glob("offline-run-*")):
-        python(["-m", "wandb", "sync", str(folder)], **server.environment)
+    folders = sorted(str(folder) for folder in (run / "wandb").glob("offline-run-*"))
+    python(run, "-m", "wandb", "sync", *folders, **server.environment)
 
 
 def figures(run: SentRun) -> list[dict[str, Any]]:
@@ -177,7 +179,7 @@ def test_a_server_that_falls_silent_does_not_hold_the_end_of_a_run(tmp_path: Pat
     server.silent_stream = True
     done = track(STEPS_2_AND_3, tmp_path, server.environment)
     assert 3 <= float(done.stdout) < 20
-    assert "W&B has not taken all metrics in 3 s; `wandb sync" in done.stderr
+    assert "W&B has not taken all metrics in 3 s; `wandb sync --include-online" in done.stderr
 
 
 @pytest.mark.slow
@@ -188,9 +190,9 @@ def test_a_run_whose_server_dies_goes_on_and_says_how_to_send_the_rest(tmp_path:
         variables = server.environment | {"WANDB_BASE_URL": address}
         done = track(SERVER_ENDS, tmp_path, variables, str(dying.pid))
     assert "no table and no artifact for 600 s" in done.stderr
-    assert "W&B has not taken all metrics in 3 s; `wandb sync" in done.stderr
+    (folder,) = tmp_path.glob("wandb/run-*")
+    assert f"W&B has not taken all metrics in 3 s; `wandb sync --include-online {folder}`" in done.stderr
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
     assert "W&B is lost" not in done.stderr
-    (folder,) = tmp_path.glob("wandb/run-*")
-    python(["-m", "wandb", "sync", str(folder)], **server.environment)
+    python(tmp_path, "-m", "wandb", "sync", "--include-online", str(folder), **server.environment)
     assert [item["ppo/step"] for item in figures(server.run) if "reward/mean" in item] == [1, 2, 3]

@@ -40,6 +40,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         runs: What it has of each run, by the run's id.
         used: The artifacts that runs have said they use, by name.
+        views: The saved views, by name.
         silent: Requests are never answered.
         silent_stream: Those that send metrics are never answered.
     """
@@ -50,6 +51,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.runs: dict[str, SentRun] = {}
         self.used: list[str] = []
+        self.views: dict[str, dict[str, Any]] = {}
         self.silent = False
         self.silent_stream = False
         self.lock = threading.Lock()
@@ -135,6 +137,9 @@ class _Answer(BaseHTTPRequestHandler):
         viewer = {"id": "u", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer}
 
+    def _GetDefaultEntity(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "u", "entity": "me"}}
+
     def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["name"] or variables["id"]
         is_new = name not in self.server.runs
@@ -203,6 +208,12 @@ class _Answer(BaseHTTPRequestHandler):
             }
             edges.append({"node": node})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def _UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["name"]
+        is_new = name not in self.server.views
+        self.server.views[name] = variables
+        return {"upsertView": {"view": {"id": f"id of {name}", "name": name}, "inserted": is_new}}
 
     def _CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}
