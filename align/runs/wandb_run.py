@@ -157,19 +157,17 @@ class WandbRun(Sink):
         Returns:
             Whether it is sent.
         """
-        import wandb
-
         started = time.monotonic()
         if self.run is None or started < self._paused_until:
             return False
         is_sent = False
-        with self._surviving(), wandb_environment(self.folder):
+        with wandb_environment(self.folder):
             try:
                 send(self.run)
                 is_sent = True
-            except wandb.Error as error:
+            except Exception as error:  # a server that fails raises as many kinds as W&B's own process that is gone
                 log.warning("W&B does not get %s: %s", what, first_line(error))
-        if self.run is not None and not self.run.offline and time.monotonic() - started > SLOW_SECONDS:
+        if not self.run.offline and time.monotonic() - started > SLOW_SECONDS:
             log.warning("W&B's server hardly answers: it gets no table and no artifact for %.0f s", PAUSE_SECONDS)
             self._paused_until = time.monotonic() + PAUSE_SECONDS
         return is_sent

@@ -16,7 +16,7 @@ from align.runs.metric_catalogue import SECTIONS, find_metric
 from tests.align.runs.wandb_server import SentRun, Server, serving
 from tests.integration.tiny_run import COMMAND, make_settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -166,8 +166,17 @@ class _Answer(BaseHTTPRequestHandler):
         return {"project": None}
 
     def _ArtifactMembershipByName(self, variables: dict[str, Any]) -> dict[str, Any]:
-        self.server.used.append(variables["name"].partition(":")[0])
+        name, _, alias = variables["name"].partition(":")
+        for run_name, run in self.server.runs.items():
+            for number, artifact in enumerate(run.artifacts):
+                if artifact["name"] == name and alias in artifact["aliases"]:
+                    return {"project": {"artifactCollectionMembership": _membership(f"{run_name}/{number}", artifact)}}
         return {"project": None}
+
+    def _UseArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run, _, number = variables["artifactID"].partition("/")
+        self.server.used.append(self.server.runs[run].artifacts[int(number)]["name"])
+        return {"useArtifact": {"artifact": {"id": variables["artifactID"]}}}
 
     def _CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         artifacts = self.server.runs[variables["input"]["runName"]].artifacts
@@ -221,6 +230,41 @@ class _Answer(BaseHTTPRequestHandler):
     def _NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.server.runs[variables["runName"]].alerts.append((variables["title"], variables["text"]))
         return {"notifyScriptableRunAlert": {"success": True}}
+
+
+def _membership(number: str, artifact: dict[str, Any]) -> dict[str, Any]:
+    """An artifact as W&B's client reads it when a run uses it."""
+    project = PROJECT | {"internalId": "1"}
+    return {
+        "__typename": "ArtifactCollectionMembership",
+        "id": "m",
+        "versionIndex": 0,
+        "createdAt": "2026-01-01T00:00:00",
+        "aliases": [],
+        "artifactCollection": {"__typename": "ArtifactSequence", "name": artifact["name"], "project": project},
+        "artifact": {
+            "__typename": "Artifact",
+            "id": number,
+            "artifactSequence": {"__typename": "ArtifactSequence", "name": artifact["name"], "project": project},
+            "versionIndex": 0,
+            "artifactType": {"name": artifact["type"]},
+            "description": None,
+            "metadata": json.dumps(artifact["metadata"]),
+            "ttlDurationSeconds": -1,
+            "ttlIsInherited": False,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED",
+            "size": 1,
+            "digest": "d",
+            "digestAlgorithm": "MANIFEST_MD5",
+            "commitHash": None,
+            "fileCount": 1,
+            "createdAt": "2026-01-01T00:00:00",
+            "updatedAt": None,
+            "aliases": [],
+        },
+    }
 
 
 def _bucket(name: str, run: SentRun) -> dict[str, Any]:
