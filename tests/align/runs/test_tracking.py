@@ -451,7 +451,7 @@ def test_auto_goes_offline_with_a_word_where_the_server_does_not_answer_in_time(
     tmp_path: Path, unreachable: str
 ) -> None:
     output = open_in_subprocess(tmp_path / "run", "auto", tmp_path, **LOGIN, WANDB_BASE_URL=unreachable)
-    assert output.startswith("W&B's server cannot be reached, so the run is tracked offline; `wandb sync`")
+    assert output.startswith(f"W&B's server cannot be reached, so the run is tracked offline; `wandb sync {tmp_path}")
     assert logged_to_wandb(tmp_path / "run") == [(1, 0.5)]
 
 
