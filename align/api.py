@@ -161,7 +161,7 @@ def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
         run=run,
         tokenizer=tokenizer,
         datasets=datasets,
-        tracker=Tracker(run.path, None),
+        tracker=Tracker(run.path),
         stop=StopRequest(),
     )
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ import typer
 
 from align.config.stage import Stage, all_stages, stages_from
 from align.jobs import commands as job_commands
-from align.runtime.consoles import console, errors, escaped
+from align.runtime.consoles import console, errors, escaped, quiet_consoles
 from align.runtime.garbage import no_collections
 from align.runtime.quiet import quiet_libraries
 from align.runtime.streams import lasting_streams
@@ -44,6 +44,8 @@ RunOverrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help=f"settings that replace the run's; {OTHERS}", show_default=False),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors, and the object of --json")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
 
 
@@ -68,26 +70,38 @@ def options(
 
 
 @app.command(name="run", epilog=_example("align run experiment.yaml name=second ppo.steps=50"))
-def run_command(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+def run_command(
+    experiment: File,
+    overrides: Overrides = None,
+    replace: Replace = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
     """Run all stages of an experiment."""
     settings = _load(experiment, overrides)  # first: a mistake in the file is reported before torch is imported
     from align.runs.folder import folder_of, refuse_run
 
     if not replace:
         refuse_run(folder_of(settings))
-    _begin(settings, all_stages())
+    _begin(settings, all_stages(), quiet=quiet, as_json=as_json)
 
 
 def _add_stage_command(stage: Stage) -> None:
     """`align STAGE`: one stage, on top of what the run already has."""
 
-    def command(experiment: File, overrides: Overrides = None, replace: Replace = False) -> None:
+    def command(
+        experiment: File,
+        overrides: Overrides = None,
+        replace: Replace = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
         settings = _load(experiment, overrides).model_copy(update={"stages": [stage.name]})
         from align.runs.folder import folder_of, refuse_stage
 
         if not replace:
             refuse_stage(folder_of(settings), stage.name)
-        _begin(settings, stages_from(stage.name))
+        _begin(settings, stages_from(stage.name), quiet=quiet, as_json=as_json)
 
     app.command(name=stage.name, help=stage.summary)(command)
 
@@ -103,14 +117,14 @@ app.add_typer(job_commands.jobs, name="jobs")
 
 
 @app.command(name="resume", epilog=_example("align resume runs/second ppo.steps=100"))
-def resume_command(run: Run, overrides: RunOverrides = None) -> None:
+def resume_command(run: Run, overrides: RunOverrides = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Resume a stopped run from its last complete checkpoint.
 
     Settings that do not change what is learned, such as the number of steps or of workers, may be overridden.
     """
     from align.stages.launch import resumed_run
 
-    _run(resumed_run(run, overrides or []))
+    _run(resumed_run(run, overrides or []), quiet=quiet, as_json=as_json)
 
 
 @app.command(name="plan", epilog=_example("align plan experiment.yaml --gpu-memory 24"))
@@ -124,7 +138,7 @@ def plan_command(
             min=0.1, help="memory of each GPU in GB; unset: that of this machine's, or the cluster's smallest"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a run would do and need, without starting it."""
     settings = _load(experiment, overrides)
@@ -152,7 +166,7 @@ def evaluate(
         str | None, typer.Option(help="with --reward: evaluate this sequence-classification model instead")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="with --reward: folder for the results and the plot")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model."""
     from align.outputs.trained_run import open_run
@@ -304,16 +318,43 @@ def runs_command(
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(run: Run, as_json: Json = False) -> None:
     """Diagnose a run, and plot its curves on one page, report/index.html."""
     from align.diagnosis.diagnose import diagnose
-    from align.diagnosis.listing import verdict_list
+    from align.diagnosis.listing import verdict_list, verdict_records
     from align.report.page import write_report
     from align.runs.folder import find_run
 
     folder, _ = find_run(run)
-    console.print(verdict_list(diagnose(folder.path)))
-    console.print(f"report written to {write_report(folder.path, folder.read_evaluation())}")
+    verdicts = diagnose(folder.path)
+    page = write_report(folder.path, folder.read_evaluation())
+    if as_json:
+        print(json.dumps({"run": folder.path, "verdicts": verdict_records(verdicts), "report": page}, default=str))
+        return
+    console.print(verdict_list(verdicts))
+    console.print(f"report written to {page}")
+
+
+@app.command(epilog=_example("align dashboard runs/second"))
+def dashboard(run: Run) -> None:
+    """Save a view in W&B with the panels of PPO: reward, distance, critic, text and machine.
+
+    It needs the package of the extra `dashboard`. Where the user is not logged in to W&B, it is only written to the
+    run's folder.
+    """
+    from align.outputs.dashboard import make_dashboard
+    from align.runs.folder import find_run
+
+    folder, settings = find_run(run)
+    made = make_dashboard(folder, settings)
+    if made.url:
+        console.print(f"dashboard: {made.url}", soft_wrap=True)
+    else:
+        errors.print(
+            f"dashboard written to {escaped(made.file)}; {escaped(made.reason)}. After `wandb login`, "
+            f"`align dashboard {escaped(folder.path)}` saves it in W&B",
+            soft_wrap=True,
+        )
 
 
 @app.command(name="compare", epilog=_example("align compare runs/first runs/second --to comparison.html"))
@@ -367,7 +408,7 @@ def settings(
 def doctor(
     address: Annotated[str | None, typer.Option(help="check the Ray cluster at this address, too")] = None,
     runs: Annotated[Path, typer.Option(help="the folder for runs")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this machine's installation, and say what mends each problem; exit status 1: there is one."""
     from align.resources.doctor.checks import all_checks, run_checks
@@ -418,17 +459,17 @@ def _load(path: Path, overrides: list[str] | None) -> "Experiment":
     return load_experiment(path, overrides or [])
 
 
-def _begin(settings: "Experiment", stages: Sequence[Stage]) -> None:
+def _begin(settings: "Experiment", stages: Sequence[Stage], *, quiet: bool, as_json: bool) -> None:
     """Remove what an earlier run wrote in these stages, and run the stages of the experiment."""
     from align.stages.launch import new_run
 
-    _run(new_run(settings, [stage.name for stage in stages]))
+    _run(new_run(settings, [stage.name for stage in stages]), quiet=quiet, as_json=as_json)
 
 
-def _run(opened: "AbstractContextManager[Launch]") -> None:
+def _run(opened: "AbstractContextManager[Launch]", *, quiet: bool, as_json: bool) -> None:
     """Open a run, print its plan, run the remaining stages, show what has come of them and write the report."""
     from align.diagnosis.diagnose import diagnose
-    from align.diagnosis.listing import verdict_list
+    from align.diagnosis.listing import verdict_list, verdict_records
     from align.report.page import write_report
     from align.resources.plan import make_plan, plan_table, use_table
     from align.resources.ray_cluster import one_connection
@@ -436,6 +477,7 @@ def _run(opened: "AbstractContextManager[Launch]") -> None:
     from align.stages.pipeline import remaining_stages
 
     with ExitStack() as stack:
+        stack.enter_context(quiet_consoles(results=quiet or as_json, progress=quiet))
         with one_connection():
             launch = stack.enter_context(opened)
             settings, folder = launch.experiment, launch.folder
@@ -448,8 +490,13 @@ def _run(opened: "AbstractContextManager[Launch]") -> None:
         _show(evaluation)
         if peaks := read_peaks(folder, stages):
             console.print(use_table(plan, peaks))
-        console.print(verdict_list(diagnose(folder.path)))
-        console.print(f"report: {write_report(folder.path, evaluation)}")
+        verdicts = diagnose(folder.path)
+        console.print(verdict_list(verdicts))
+        page = write_report(folder.path, evaluation)
+        console.print(f"report: {page}")
+    if as_json:
+        result = {"run": folder.path, "evaluation": evaluation, "verdicts": verdict_records(verdicts), "report": page}
+        print(json.dumps(result, default=str))
 
 
 def _run_stages(launch: "Launch") -> dict[str, Any]:

@@ -200,6 +200,12 @@ class TrackingSettings(Settings):
         "at most",
     )
     texts: bool = Field(True, description="send prompts and responses to W&B; false: figures alone")
+    artifacts: bool = Field(
+        True,
+        description="keep what the stages make, and evaluation.json, as artifacts in W&B; of a product of more than "
+        "200 MB only names and checksums of its files, which stay where they are",
+    )
+    tensorboard: bool = Field(False, description="write the metrics to TensorBoard's event files, too, in tensorboard/")
 
 
 class ClusterSettings(Settings):

@@ -27,6 +27,7 @@ class Stage:
         sources: The sources of `data` that it trains on, each read with its held-out source.
         runner: The function that runs it, from a `StageContext` to None.
         section: The section of the settings with its `tokens_per_microbatch`, if it trains anything.
+        product: What its product is as an artifact in W&B, such as `adapter`; None: W&B does not get it.
         evaluation: The function from the `RunFolder` to its part of `evaluation.json`, if it has one.
         default: Whether it runs in an experiment that does not set `stages`.
     """
@@ -41,6 +42,7 @@ class Stage:
     sources: tuple[str, ...]
     runner: str
     section: str | None = None
+    product: str | None = None
     evaluation: str | None = None
     default: bool = False
 

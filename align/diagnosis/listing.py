@@ -1,6 +1,8 @@
 """Verdicts in the terminal."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -17,11 +19,16 @@ def verdict_list(verdicts: Sequence[Verdict]) -> RenderableType:
         return Text("diagnosis: no rule finds anything wrong")
     parts: list[RenderableType] = []
     for verdict in verdicts:
-        parts.append(Text.assemble((verdict.name, SEVERITY_COLOURS[verdict.severity]), ": ", verdict.text))
+        parts.append(Text.assemble((verdict.name, SEVERITY_COLOURS[verdict.severity]), f": {verdict.text}"))
         for evidence in verdict.evidence:
             parts.append(_indented(f"{evidence_text(evidence)}"))
         parts.append(_indented("try: " + "; ".join(verdict.advice)))
     return Group(*parts)
+
+
+def verdict_records(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """The verdicts as JSON values."""
+    return [asdict(verdict) for verdict in verdicts]
 
 
 def evidence_text(evidence: Evidence) -> str:

@@ -68,3 +68,12 @@ STALE_MISMATCH = Threshold(
 )
 ENDED = Threshold(0.5, "share of responses that end by themselves", "rule of thumb")
 HARDLY_ENDED = Threshold(0.1, "the same: too few to learn from ends", "rule of thumb")
+
+
+def thresholds_table() -> str:
+    """A Markdown table of all thresholds, for docs/reading-a-run.md."""
+    lines = ["| compared figure | threshold | source |", "|---|---|---|"]
+    for threshold in globals().values():
+        if isinstance(threshold, Threshold):
+            lines.append(f"| {threshold.meaning} | {threshold.value:g} | {threshold.source} |")
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,6 +33,14 @@ PENDING_SECONDS = 15.0
 """How long a job may take to start before that is said."""
 LOST_SECONDS = 60.0
 """How long the cluster may leave that unanswered."""
+AGENT_SECONDS = 60.0
+"""How long a cluster may have no agent, which starts jobs, before a job is given up."""
+NO_AGENT = "No available agent"
+"""What Ray answers meanwhile."""
+NOBODY_STARTS_JOBS = (
+    "no node of the cluster has an agent that starts jobs. Another cluster on the same machine may hold its port, "
+    "52365: `ray start --dashboard-agent-listen-port` sets another"
+)
 RAY_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env")
 """Ray's loggers that report each request."""
 EXPECTED_ADDRESS = "http://HOST:8265, the address of the cluster's dashboard, or auto"
@@ -134,7 +143,8 @@ class Jobs:
         runtime_env = dict(submission.runtime_env)
         runtime_env |= {"working_dir": submission.working_dir, "excludes": list(submission.excludes)}
         with self._told():
-            job_id: str = self.client.submit_job(
+            submit = partial(
+                self.client.submit_job,
                 entrypoint=submission.entrypoint,
                 submission_id=f"{submission.name}-{secrets.token_hex(3)}",
                 runtime_env=runtime_env,
@@ -142,7 +152,7 @@ class Jobs:
                 entrypoint_num_cpus=submission.run.cpus,
                 entrypoint_num_gpus=submission.run.gpus,
             )
-        return job_id
+            return _once_there_is_an_agent(submit)
 
     def list(self) -> list[Job]:
         """All jobs of align's, the latest first."""
@@ -283,3 +293,17 @@ def _job(details: Any, run: RunOfJob) -> Job:
         seconds=end - start,
         runtime_env=details.runtime_env or {},
     )
+
+
+def _once_there_is_an_agent(submit: Callable[[], str]) -> str:
+    """Submit a job to a cluster that may have just started: its agents come last."""
+    given_up = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return submit()
+        except RuntimeError as error:
+            if NO_AGENT not in str(error):
+                raise
+            if time.monotonic() > given_up:
+                raise RuntimeError(NOBODY_STARTS_JOBS) from error
+        time.sleep(STATE_SECONDS)

@@ -18,6 +18,7 @@ from align.resources.saved_tensors import NeedsDataError
 from align.resources.tensor_uses import TensorUse, bytes_by_gpu
 from policies.build import base_without_weights, trunk_without_weights
 from policies.files.base_model import load_model_config
+from policies.methods.layer_adapter_trunk import LayerAdapterTrunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rewards.model import members_in
@@ -109,13 +110,16 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
     itemsize = base.dtype.itemsize
     parameters = _parameter_count(base)
     base_bytes = _four_bit_bytes(base, policy, itemsize) if policy.spec.four_bits else parameters * itemsize
-    trunk = trunk_without_weights(base, policy, ("policy", "critic"))
+    # Adapters in layers have nothing on the LM head: those of all roles are alike, and adding one takes a moment.
+    are_alike = issubclass(policy.spec.load_trunk(), LayerAdapterTrunk)
+    roles = ("policy",) if are_alike else ("policy", "critic")
+    trunk = trunk_without_weights(base, policy, roles)
     merges = policy.spec.merges_for_sampling.allows(policy)
     return ModelSizes(
         base=parameters,
         base_bytes=base_bytes,
         adapter=sum(p.numel() for p in trunk.adapter("policy").values()),
-        scalar_adapter=sum(p.numel() for p in trunk.adapter("critic").values()),
+        scalar_adapter=sum(p.numel() for p in trunk.adapter(roles[-1]).values()),
         head=trunk.width + 1,
         merged_bytes=trunk.merged_parameter_count() * itemsize if merges else 0,
         kv_bytes=_kv_elements(base.config) * itemsize,

@@ -26,6 +26,7 @@ WRITTEN = (
     "checkpoints",
     "faults",
     "wandb",
+    "tensorboard",
 )
 """What a run writes besides the products of its stages. Other files in its folder belong to the user."""
 

@@ -9,13 +9,19 @@ from policies.errors import UserError
 def wanted_stages(experiment: Experiment) -> list[str]:
     """The stages of an experiment, in order. A stage with a ready-made product is one of them, and only adopts it."""
     wanted = set(experiment.stages)
-    if experiment.sft.adapter:
-        wanted.add("sft")
-    if experiment.reward.model or experiment.reward.classifier:
-        wanted.add("reward")
+    wanted.update(stage for stage in stage_names() if ready_made(experiment, stage))
     if not experiment.reward.has_model:
         wanted.discard("reward")
     return [stage for stage in stage_names() if stage in wanted]
+
+
+def ready_made(experiment: Experiment, stage: str) -> str | None:
+    """The ready-made product that a stage adopts; None where it trains its own."""
+    if stage == "sft":
+        return experiment.sft.adapter
+    if stage == "reward":
+        return experiment.reward.model or experiment.reward.classifier
+    return None
 
 
 def missing_product(experiment: Experiment, run: RunFolder, stage: str) -> UserError:

@@ -1,7 +1,6 @@
-"""The record of a run: `metrics.jsonl`, `samples.jsonl`, `events.jsonl`, and the metrics in Weights & Biases."""
+"""The record of a run: `metrics.jsonl`, `samples.jsonl`, `events.jsonl`, and what W&B and TensorBoard show of them."""
 
 import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, Self
 from align.config.schema import TrackingSettings
 from align.config.stage import stage_names
 from align.runs.logged_figures import LoggedFigures
-from align.runs.wandb_run import WandbRun, forget_wandb_run, start_wandb
+from align.runs.sink import RunProduct, Sink, strict_json
+from align.runs.tensorboard import TensorBoard
+from align.runs.wandb_run import forget_wandb_run, start_wandb
 from align.runtime.atomic_files import sync
 from policies.errors import UserError
 
@@ -21,24 +22,25 @@ EVENTS = "events.jsonl"
 
 
 class Tracker:
-    """Writes each step to the run's files at once, and to W&B if there is a W&B run.
+    """Writes each step to the run's files at once, and sends it to sinks such as W&B.
 
     Each figure stands once: stage, step and name identify it, and one that is logged again replaces the earlier one.
     """
 
-    def __init__(self, run: Path, wandb_run: WandbRun | None) -> None:
-        """Create a tracker; `open_tracker` also starts the W&B run.
+    def __init__(self, run: Path, sinks: Sequence[Sink] = ()) -> None:
+        """Create a tracker; `open_tracker` also opens the sinks.
 
         Args:
             run: The run's folder.
-            wandb_run: The W&B run, or None.
+            sinks: Where metrics and samples go besides the run's files.
         """
         self.run = run
-        self.wandb_run = wandb_run
+        self.sinks = sinks
         self._read_files()
+        self._follow()
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a line to `metrics.jsonl`, and log the metrics to W&B.
+        """Write a line to `metrics.jsonl`, and send the metrics to the sinks.
 
         Args:
             stage: The stage's name.
@@ -48,10 +50,11 @@ class Tracker:
         path = self.run / METRICS
         if any(self._logged.has(stage, step, name) for name in metrics):
             _rewrite(path, _without_figures(read_lines(path), stage, step, metrics.keys()))
+            self._follow()
         _append(path, [{"stage": stage, "step": step, **metrics}])
         self._logged.add(stage, step, metrics)
-        if self.wandb_run is not None:
-            self.wandb_run.log(stage, step, metrics)
+        for sink in self.sinks:
+            sink.log(stage, step, metrics)
 
     def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], show: bool = False) -> None:
         """Write the samples of a step to `samples.jsonl`.
@@ -60,18 +63,36 @@ class Tracker:
             stage: The stage's name.
             step: The step, counted from 1.
             rows: The samples, each a mapping of JSON values.
-            show: Whether W&B shows them too.
+            show: Whether the sinks show them too.
         """
         path = self.run / SAMPLES
         if self._sampled.has(stage, step, SAMPLES):
             _rewrite(path, [row for row in read_lines(path) if (row["stage"], row["step"]) != (stage, step)])
         _append(path, [{"stage": stage, "step": step, **row} for row in rows])
         self._sampled.add(stage, step, [SAMPLES])
-        if show and self.wandb_run is not None:
-            self.wandb_run.show(stage, step, rows)
+        if show:
+            for sink in self.sinks:
+                sink.show(stage, step, rows)
+
+    def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
+        """Have the sinks show what a reward model gets most wrong.
+
+        Args:
+            stage: The stage's name.
+            step: The last step of the stage.
+            rows: The worst errors with their texts; none where the sinks must not have texts.
+            plot: The plot of the model's reliability, if there is one.
+        """
+        for sink in self.sinks:
+            sink.show_errors(stage, step, rows, plot)
+
+    def keep(self, product: RunProduct) -> None:
+        """Have the sinks keep a product. They may have it already."""
+        for sink in self.sinks:
+            sink.keep(product)
 
     def event(self, stage: str, kind: str, text: str) -> None:
-        """Write an event to `events.jsonl`, where it stays even if steps run again; the first of a kind alerts in W&B.
+        """Write an event to `events.jsonl`, where it stays even if steps run again; the first of a kind is an alert.
 
         Args:
             stage: The stage's name.
@@ -82,18 +103,20 @@ class Tracker:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         event = {"stage": stage, "step": self._logged.last_step(stage), "event": kind, "time": now, "text": text}
         _append(self.run / EVENTS, [event])
-        if is_first and self.wandb_run is not None:
-            self.wandb_run.alert(kind, text)
+        if is_first:
+            for sink in self.sinks:
+                sink.alert(kind, text)
 
     def drop_after(self, stage: str, step: int) -> None:
         """Drop the lines of steps that will run again, see `truncate_after`."""
         truncate_after(self.run, stage, step)
         self._read_files()
+        self._follow()
 
     def close(self, failed: bool = False) -> None:
-        """End the W&B run, once everything logged is on disk or sent. A second call does nothing."""
-        if self.wandb_run is not None:
-            self.wandb_run.close(failed)
+        """Close the sinks, once everything logged is on disk or sent. A second call does nothing."""
+        for sink in self.sinks:
+            sink.close(failed)
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +125,11 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+    def _follow(self) -> None:
+        """Have the sinks take over what `metrics.jsonl` holds now."""
+        for sink in self.sinks:
+            sink.follow(read_lines(self.run / METRICS))
 
     def _read_files(self) -> None:
         """Find out which figures and samples the files hold, and end a last line that was only partly written."""
@@ -124,7 +152,7 @@ def open_tracker(
 
     Args:
         run: The run's folder, which is created if it does not exist.
-        settings: Whether and where to log to W&B.
+        settings: Where to log besides the run's files.
         name: The name of the run in W&B.
         config: The settings that W&B keeps with the run.
         job_type: By what W&B can tell runs of a group apart.
@@ -136,10 +164,12 @@ def open_tracker(
         UserError: W&B cannot start.
     """
     run.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(run, start_wandb(run, settings, name, config, job_type))
-    if tracker.wandb_run is not None:
-        tracker.wandb_run.catch_up(read_lines(run / METRICS))
-    return tracker
+    sinks: list[Sink] = []
+    if wandb_run := start_wandb(run, settings, name, config, job_type):
+        sinks.append(wandb_run)
+    if settings.tensorboard:
+        sinks.append(TensorBoard(run))
+    return Tracker(run, sinks)
 
 
 def truncate_after(run: Path, stage: str, step: int) -> None:
@@ -222,20 +252,11 @@ def _without_figures(
 
 
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    lines = [json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    lines = [json.dumps(strict_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     # backslashreplace: a lone surrogate, which a tokenizer can produce, becomes its JSON escape.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(lines))
         file.flush()
-
-
-def _strict(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_up_to(row: Mapping[str, Any], stage: str, step: int) -> bool:

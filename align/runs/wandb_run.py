@@ -1,19 +1,19 @@
 """A run's metrics in Weights & Biases, each figure once, however often the run is resumed."""
 
-import json
 import logging
 import os
 import secrets
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from align.config.schema import TrackingSettings
 from align.config.stage import all_stages, find_stage, stage_names
-from align.runs.logged_figures import LoggedFigures
+from align.runs.sink import RunProduct, Sink, figures_of
+from align.runs.wandb_artifacts import artifact_of
+from align.runs.wandb_record import TABLE, Recorded, read_recorded
 from policies.errors import UserError, first_line
 
 INIT_SECONDS = 20.0
@@ -22,15 +22,23 @@ INIT_SECONDS = 20.0
 FINISH_SECONDS = 30.0
 """How long the last metrics may take to be sent at its end."""
 
-TABLE = "samples"
-"""The name of the table of samples."""
+SLOW_SECONDS = 15.0
+"""A table or an artifact that takes longer was held up by a server that does not answer."""
+
+PAUSE_SECONDS = 600.0
+"""How long no other is attempted then: each could hold up the run for 20 s."""
+
+ERRORS = "reward_model/worst"
+PLOT = "reward_model/reliability"
+"""The names of the table of a reward model's worst errors, and of the plot of its reliability."""
+
 MAX_GROWTHS = 100
 """How often W&B lets a table grow in a run."""
 
 log = logging.getLogger(__name__)
 
 
-class WandbRun:
+class WandbRun(Sink):
     """A W&B run that takes each figure once.
 
     Attributes:
@@ -38,14 +46,19 @@ class WandbRun:
         logged: The figures that it has.
         folder: The folder of align's run.
         shown: How often its table of samples has grown.
+        kept: The names and versions of the products that it has.
     """
 
-    def __init__(self, run: Any, logged: LoggedFigures, folder: Path, shown: int = 0) -> None:
+    def __init__(self, run: Any, recorded: Recorded, folder: Path) -> None:
         self.run: Any | None = run
-        self.logged = logged
+        self.logged = recorded.figures
         self.folder = folder
-        self.shown = shown
+        self.shown = recorded.growths
+        # Online, the server knows a version that it has; here is only what was meant to be sent to it.
+        self.kept = recorded.kept if run.offline else set()
         self._table: Any = None
+        self._paused_until = 0.0
+        self._used: set[str] = set()
 
     def define_axes(self) -> None:
         """Have W&B plot the metrics of each stage over its own steps."""
@@ -76,16 +89,28 @@ class WandbRun:
         """
         if self.run is None or not rows or self.shown >= MAX_GROWTHS or self.logged.has(stage, step, TABLE):
             return
-        import wandb
+        if self._attempt(f"the samples of step {step}", lambda run: self._grow_table(run, stage, step, rows)):
+            self.shown += 1
+            self.logged.add(stage, step, [TABLE])
 
-        with self._surviving(), _wandb_environment(self.folder):
-            if self._table is None:
-                self._table = wandb.Table(columns=["step", *rows[0]], log_mode="INCREMENTAL")
-            for row in rows:
-                self._table.add_data(step, *row.values())
-            self.run.log({TABLE: self._table, find_stage(stage).axis: step})
-        self.shown += 1
-        self.logged.add(stage, step, [TABLE])
+    def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
+        """Log the worst errors of a reward model as a table, and the plot of its reliability as an image."""
+        is_logged = self.logged.has(stage, step, ERRORS) or self.logged.has(stage, step, PLOT)
+        if self.run is None or is_logged or not (rows or plot):
+            return
+        axis = {find_stage(stage).axis: step}
+        if self._attempt("the errors of the reward model", lambda run: run.log(_shown_errors(rows, plot) | axis)):
+            self.logged.add(stage, step, [ERRORS, PLOT])
+
+    def keep(self, product: RunProduct) -> None:
+        """Log a product as an artifact, unless it is logged, and what it was made from as its run's inputs."""
+        if self.run is None or (product.name, product.version) in self.kept:
+            return
+        if self._attempt(f"the artifact {product.name}", lambda run: self._log_artifact(run, product)):
+            self.kept.add((product.name, product.version))
+            # What was evaluated has just been logged, and is no input of this run.
+            for source in product.sources if product.kind != "evaluation" else ():
+                self._use(source)
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B notify the user, as their settings there say."""
@@ -93,12 +118,59 @@ class WandbRun:
             with self._surviving():
                 self.run.alert(title=title, text=text)
 
-    def catch_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Log those figures of `metrics.jsonl` that W&B lacks: a kill loses what W&B has not written to disk yet."""
+    def follow(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Log those figures that W&B lacks: a kill loses what W&B has not written to disk yet."""
         for row in rows:
-            metrics = {name: _number(value) for name, value in row.items() if name not in ("stage", "step")}
             if row["stage"] in stage_names():
-                self.log(row["stage"], row["step"], metrics)
+                self.log(row["stage"], row["step"], figures_of(row))
+
+    def _grow_table(self, run: Any, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to the table of samples, and log it."""
+        import wandb
+
+        if self._table is None:
+            self._table = wandb.Table(columns=["step", *rows[0]], log_mode="INCREMENTAL")
+        for row in rows:
+            self._table.add_data(step, *row.values())
+        run.log({TABLE: self._table, find_stage(stage).axis: step})
+
+    def _log_artifact(self, run: Any, product: RunProduct) -> None:
+        artifact = artifact_of(product, self.folder / "wandb" / "products")
+        run.log_artifact(artifact, aliases=["latest", product.version])
+
+    def _use(self, source: RunProduct) -> None:
+        """Say that the run starts from an artifact. Offline, where W&B cannot, only the metadata says so."""
+        name = f"{source.name}:{source.version}"
+        if self.run is not None and not self.run.offline and name not in self._used:
+            self._used.add(name)
+            self._attempt(f"{name} as an input of the run", lambda run: run.use_artifact(name))
+
+    def _attempt(self, what: str, send: Callable[[Any], object]) -> bool:
+        """Send something about which W&B asks its server first; the run continues without it where that fails.
+
+        A server that does not answer holds up each such call, so none is made for a while after one.
+
+        Args:
+            what: What is sent, for a warning.
+            send: Sends it to the W&B run.
+
+        Returns:
+            Whether it is sent.
+        """
+        started = time.monotonic()
+        if self.run is None or started < self._paused_until:
+            return False
+        is_sent = False
+        with wandb_environment(self.folder):
+            try:
+                send(self.run)
+                is_sent = True
+            except Exception as error:  # a server that fails raises as many kinds as W&B's own process that is gone
+                log.warning("W&B does not get %s: %s", what, first_line(error))
+        if not self.run.offline and time.monotonic() - started > SLOW_SECONDS:
+            log.warning("W&B's server hardly answers: it gets no table and no artifact for %.0f s", PAUSE_SECONDS)
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+        return is_sent
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
@@ -119,10 +191,37 @@ class WandbRun:
         try:
             run.finish(exit_code=int(failed))
         except TimeoutError:
-            log.warning("W&B has not taken all metrics in %.0f s; `wandb sync %s` sends them", FINISH_SECONDS, run.dir)
+            folder = Path(run.dir).parent
+            command = f"wandb sync --include-online {folder}"
+            log.warning("W&B has not taken all metrics in %.0f s; `%s` sends them", FINISH_SECONDS, command)
         except Exception as error:
             log.warning("W&B did not end cleanly: %s", error)
         stop_wandb()
+
+
+def _shown_errors(rows: Sequence[Mapping[str, Any]], plot: Path | None) -> dict[str, Any]:
+    """What W&B shows of a reward model's errors."""
+    import wandb
+
+    shown: dict[str, Any] = {}
+    if rows:
+        shown[ERRORS] = _table_of(rows)
+    if plot:
+        shown[PLOT] = wandb.Image(str(plot))
+    return shown
+
+
+def _table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A table of rows that need not have the same keys."""
+    import wandb
+
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(row))
+    table = wandb.Table(columns=list(columns))
+    for row in rows:
+        table.add_data(*[row.get(name) for name in columns])
+    return table
 
 
 def start_wandb(
@@ -145,7 +244,7 @@ def start_wandb(
     """
     if settings.wandb == "disabled":
         return None
-    with _wandb_environment(run):
+    with wandb_environment(run):
         import wandb
 
         try:
@@ -160,9 +259,8 @@ def start_wandb(
                 "sends it later) or disabled; for online, log in with `wandb login` and check that the server can be "
                 "reached"
             ) from error
-        history = _recorded_history(run)
-        logged = _logged_figures(history, dict(wandb_run.summary))
-    started = WandbRun(wandb_run, logged, run, shown=sum(TABLE in item for item in history))
+        recorded = read_recorded(run, _run_id(run), dict(wandb_run.summary))
+    started = WandbRun(wandb_run, recorded, run)
     started.define_axes()
     return started
 
@@ -184,8 +282,8 @@ def _init_or_go_offline(run: Path, settings: TrackingSettings, mode: Any, argume
         if settings.wandb != "auto" or mode != "online":
             raise
         log.warning(
-            "W&B's server cannot be reached, so the run is tracked offline; `wandb sync` sends what is in %s: %s",
-            run / "wandb",
+            "W&B's server cannot be reached, so the run is tracked offline; `wandb sync %s` sends it: %s",
+            run / "wandb" / "offline-run-*",
             first_line(error),
         )
         stop_wandb()
@@ -239,60 +337,8 @@ def _run_id(run: Path) -> str:
     return path.read_text()
 
 
-def _recorded_history(run: Path) -> list[dict[str, Any]]:
-    """What the W&B run has logged into its files, each item with the name of the table that it adds to, if it does."""
-    history = []
-    for file in sorted((run / "wandb").glob(f"*run-*-{_run_id(run)}/*.wandb")):
-        for item in _history(file):
-            if any(name.startswith(f"{TABLE}.") for name in item):
-                item[TABLE] = None
-            history.append(item)
-    return history
-
-
-def _logged_figures(history: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> LoggedFigures:
-    """The figures that the W&B run has: those in its files, and those that only the server has.
-
-    Args:
-        history: What its files hold.
-        summary: The last value of each metric; online, the server's.
-    """
-    logged = LoggedFigures()
-    for item in history:
-        _add(logged, item)
-    for stage in all_stages():
-        # W&B writes its file every 15 s, and may have sent more when it was killed.
-        if summary.get(stage.axis, -1) > logged.last_step(stage.name):
-            logged.add(stage.name, summary[stage.axis], summary.keys())
-    return logged
-
-
-def _add(logged: LoggedFigures, item: Mapping[str, Any]) -> None:
-    """Add the metrics of one `log`."""
-    for stage in all_stages():
-        if stage.axis in item:
-            logged.add(stage.name, item[stage.axis], item)
-
-
-def _history(file: Path) -> Iterator[dict[str, Any]]:
-    """The metrics of each step in one of W&B's files, which may end anywhere."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    read = subprocess.run(command, capture_output=True, text=True, check=False)
-    if read.returncode:
-        raise UserError(f"{file} cannot be read: {read.stderr.strip()}. Remove its folder to continue without it")
-    for line in read.stdout.splitlines():
-        record = json.loads(line)
-        if record["type"] == "history":
-            yield record["history"]["item"]
-
-
-def _number(value: float | None) -> float:
-    """A metric as it was logged, from its JSON value."""
-    return float("nan") if value is None else value
-
-
 @contextmanager
-def _wandb_environment(run: Path) -> Iterator[None]:
+def wandb_environment(run: Path) -> Iterator[None]:
     """Make W&B quiet, and have its process write to the run's folder instead of the user's home.
 
     That process takes all of this from the environment in which it starts.

@@ -18,6 +18,7 @@ from align.resources.peak_memory import PeakMemory
 from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
 from align.runs.checkpoint import latest, prune, step_of
 from align.runs.folder import RunFolder, folder_of, read_facts
+from align.runs.lineage import evaluation_product, stage_products
 from align.runs.products import wanted_stages
 from align.runs.tracking import open_tracker, truncate_after
 from align.runtime.atomic_files import write_json
@@ -161,11 +162,14 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
             context = StageContext(
                 experiment=experiment, run=run, tokenizer=tokenizer, datasets=datasets, tracker=tracker, stop=stop
             )
+            _keep_products(context)
             with ExitStack() as stack:
                 _run_remaining(context, remaining, stack)
-    evaluation = _evaluation(run)
-    write_json(run.evaluation, evaluation)
-    return evaluation
+            evaluation = _write_evaluation(run)
+            if experiment.tracking.artifacts:
+                tracker.keep(evaluation_product(experiment, run))
+            return evaluation
+    return _write_evaluation(run)
 
 
 def _run_remaining(context: StageContext, stages: Sequence[str], stack: ExitStack) -> None:
@@ -182,6 +186,15 @@ def _run_remaining(context: StageContext, stages: Sequence[str], stack: ExitStac
         if stage == starts_with:
             context = with_actors(context, stages, stack)
         _run_stage(replace(context, peaks=PeakMemory()), stage)
+        _keep_products(context)
+
+
+def _keep_products(context: StageContext) -> None:
+    """Have the trackers keep the products of the stages that are done, unless they have them."""
+    experiment = context.experiment
+    if experiment.tracking.artifacts:
+        for product in stage_products(experiment, context.run):
+            context.tracker.keep(product)
 
 
 def with_actors(context: StageContext, stages: Sequence[str], stack: ExitStack) -> StageContext:
@@ -290,6 +303,13 @@ def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:
         return -1
     prune(checkpoints, keep, last)
     return step_of(last)
+
+
+def _write_evaluation(run: RunFolder) -> dict[str, Any]:
+    """Write `evaluation.json`, and return it."""
+    evaluation = _evaluation(run)
+    write_json(run.evaluation, evaluation)
+    return evaluation
 
 
 def _evaluation(run: RunFolder) -> dict[str, Any]:

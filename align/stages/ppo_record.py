@@ -66,7 +66,9 @@ class PpoRecord:
             tokens=sum(trajectory.total_length for trajectory in step.trajectories),
             episodes=number * len(step.episodes),
             reward=metrics["reward/mean"],
+            **({} if gold is None else {"gold": metrics["reward/gold_mean"]}),
             kl=metrics["kl/per_sequence"],
+            length=metrics["rollout/length_mean"],
         )
         return metrics
 

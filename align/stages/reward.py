@@ -13,7 +13,7 @@ from torch import Tensor
 from align.algorithms.advantages import has_spread
 from align.config.schema import Experiment
 from align.data.examples import TokenizedPreference
-from align.evaluation.reward_model import compute_diagnostics, invariance, write_diagnostics
+from align.evaluation.reward_model import RELIABILITY, compute_diagnostics, invariance, write_diagnostics
 from align.roles.build import SFT_ROLE
 from align.runs.folder import RunFolder, read_facts
 from align.stages.context import StageContext
@@ -85,6 +85,14 @@ def run_reward(context: StageContext) -> None:
     with context.new_product(context.run.reward, outcome.facts | accuracy, started) as folder:
         outcome.save(folder)
         write_diagnostics(folder, outcome.figures, outcome.worst_errors)
+        _show_errors(context, outcome, folder / RELIABILITY)
+
+
+def _show_errors(context: StageContext, outcome: _Outcome, plot: Path) -> None:
+    """Show the worst errors, if texts may be sent, and the plot, if there is one, with the metrics of the last step."""
+    rows = outcome.worst_errors if context.experiment.tracking.texts else []
+    step = _last_step(context, outcome.facts)
+    context.tracker.show_errors("reward", step, rows, plot if plot.is_file() else None)
 
 
 def _train_or_load(context: StageContext) -> _Outcome:

@@ -21,6 +21,8 @@ from align.runs.tracking import METRICS, read_lines
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"
 RECORDED = HERE / "recorded.jsonl.gz"
+PAIRS = 4000
+"""Preferences that a reward model is trained on, a quarter of the quickstart's."""
 DIGITS = 5
 """Significant digits of a recorded figure."""
 
@@ -125,14 +127,16 @@ def stages(
     if (folder / name / "evaluation.json").is_file():
         return
     data = {f"data.{source}": environment / f"{source}.jsonl" for source in ("demonstrations", "prompts")}
-    data |= {"data.preferences": environment / "pairs.jsonl"}
-    data |= {f"data.{source}_heldout": environment / f"{source}_heldout.jsonl" for source in ("prompts",)}
+    data |= {"data.preferences": {"path": environment / "pairs.jsonl", "limit": PAIRS}}
+    data |= {"data.prompts_heldout": environment / "prompts_heldout.jsonl"}
     data |= {"data.preferences_heldout": environment / "pairs_heldout.jsonl"}
     changed = {
         "name": name,
         "runs": folder,
         "model.path": environment / "base",
         "evaluation.gold": f"{QUICKSTART / 'synthetic.py'}:gold_scores",
+        "evaluation.prompts": 128,
+        "evaluation.best_of": 0,
         "tracking.wandb": "disabled",
         **data,
         **settings,

@@ -40,3 +40,24 @@ def test_a_plan_for_programs_has_every_line(settings: dict[str, Any], align: Com
     assert plan["name"] == settings["name"]
     skipped = [text for name, text in plan["lines"] if name == "skipped rows"]
     assert skipped == ["1 of data.demonstrations", "1 of data.prompts"]
+
+
+def test_a_quiet_run_prints_nothing_and_one_for_programs_a_single_object(
+    settings: dict[str, Any], align: Command, tmp_path: Path
+) -> None:
+    settings["stages"] = ["sft"]
+    file = tmp_path / "experiment.yaml"
+    dump_experiment(Experiment.model_validate(settings), file)
+    quiet = align("run", file, "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    ended = align("run", file, "--replace", "--json", "--quiet")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    result = json.loads(ended.stdout)
+    assert result["verdicts"] == []
+    assert Path(result["report"]).is_file()
+    assert result["evaluation"]["seconds"].keys() == {"sft"}
+    reported = align("report", result["run"], "--json")
+    assert json.loads(reported.stdout) == {name: result[name] for name in ("run", "verdicts", "report")}
+    mistaken = align("run", file, "--quiet")
+    assert mistaken.returncode == 2
+    assert mistaken.stderr.startswith("error: ")

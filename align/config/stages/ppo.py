@@ -13,6 +13,7 @@ STAGE = Stage(
     sources=("prompts",),
     runner="align.stages.ppo:run_ppo",
     section="learner",
+    product="adapter",
     evaluation="align.stages.ppo:policy_figures",
     default=True,
 )

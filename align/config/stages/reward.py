@@ -13,6 +13,7 @@ STAGE = Stage(
     sources=("preferences",),
     runner="align.stages.reward:run_reward",
     section="reward",
+    product="reward-model",
     evaluation="align.stages.reward:accuracy_figures",
     default=True,
 )

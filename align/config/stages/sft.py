@@ -13,5 +13,6 @@ STAGE = Stage(
     sources=("demonstrations",),
     runner="align.stages.sft:run_sft",
     section="sft",
+    product="adapter",
     default=True,
 )

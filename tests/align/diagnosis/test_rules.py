@@ -1,12 +1,14 @@
 """Each rule on made-up figures: it speaks where its cause is planted, and is silent on a healthy run."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.diagnosis.diagnose import RULES, verdicts
 from align.diagnosis.run_figures import Curve, RunFigures
+from align.diagnosis.thresholds import thresholds_table
 from align.diagnosis.verdict import Severity
 
 Curves = dict[str, Sequence[float]]
@@ -152,6 +154,13 @@ def test_advice_follows_the_settings_of_the_run() -> None:
     assert "rollouts.max_new_tokens=64" in cut.advice
     (critic,) = verdicts(figures(HEALTHY | SICK["no critic"][0]))
     assert "learner.critic_learning_rate=0.01" in critic.advice
+
+
+def test_the_document_has_every_verdict_and_threshold() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
+    assert thresholds_table() in text
+    for name in {name for _, name, _ in SICK.values()} | {"reward model learned length", "reward model guesses"}:
+        assert f"\n| {name} |" in text
 
 
 def test_every_rule_has_a_test() -> None:

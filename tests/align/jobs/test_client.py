@@ -1,12 +1,12 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import RpcError
 from ray.job_submission import JobStatus
 
-from align.jobs.client import JobLog, Jobs, exit_status, explanation
+from align.jobs.client import JobLog, Jobs, _once_there_is_an_agent, exit_status, explanation
 from align.jobs.submission import RunOfJob
 from align.runtime.ray_job import DASHBOARD_VARIABLE
 from policies.errors import UserError
@@ -111,3 +111,32 @@ def test_a_command_for_a_job_can_be_copied_to_a_shell() -> None:
     jobs = object.__new__(Jobs)
     jobs.address = "http://[fe80::1]:8265"
     assert jobs.command("stop", "x-1") == "align jobs stop x-1 --address 'http://[fe80::1]:8265'"
+
+
+def test_a_cluster_whose_agents_have_not_started_gets_the_job_once_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = RuntimeError("status code 500: No available agent to submit job, please try again later.")
+    answers: Iterator[RuntimeError | str] = iter([failure, "job"])
+    monkeypatch.setattr("align.jobs.client.STATE_SECONDS", 0.0)
+
+    def submit() -> str:
+        answer = next(answers)
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
+
+    assert _once_there_is_an_agent(submit) == "job"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"), [("No available agent", "--dashboard-agent-listen-port"), ("no space left", "no space left")]
+)
+def test_a_job_that_the_cluster_does_not_take_is_given_up(
+    answer: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.jobs.client.AGENT_SECONDS", 0.0)
+
+    def submit() -> str:
+        raise RuntimeError(answer)
+
+    with pytest.raises(RuntimeError, match=message):
+        _once_there_is_an_agent(submit)

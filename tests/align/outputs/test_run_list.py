@@ -22,7 +22,7 @@ def make_run(runs: Path, name: str, *steps: dict[str, Any], done: tuple[str, ...
     experiment = Experiment.model_validate(MINIMAL | {"name": name, "runs": str(runs)})
     run = folder_of(experiment)
     begin_run(run, experiment)
-    tracker = Tracker(run.path, None)
+    tracker = Tracker(run.path)
     for step, metrics in enumerate(steps, start=1):
         tracker.log("ppo", step, metrics)
     for folder in done:
@@ -55,7 +55,7 @@ def test_a_run_that_nobody_writes_is_done_or_stopped(done: tuple[str, ...], stat
 
 def test_the_stage_is_the_last_that_has_logged(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a")
-    Tracker(run, None).log("sft", 7, {"sft/loss": 1.0})
+    Tracker(run).log("sft", 7, {"sft/loss": 1.0})
     found = summarise(run)
     assert (found.stage, found.step, found.steps, found.score) == ("sft", 7, None, None)
 

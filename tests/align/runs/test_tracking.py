@@ -15,6 +15,7 @@ from align.config.schema import TrackingSettings
 from align.runs import wandb_run
 from align.runs.tracking import drop_stages, open_tracker, read_lines, truncate_after
 from policies.errors import UserError
+from tests.align.runs.wandb_files import records_in_wandb
 
 ROOT = Path(__file__).parents[3]
 DISABLED = TrackingSettings(wandb="disabled")
@@ -280,22 +281,29 @@ def test_steps_that_run_again_are_in_wandb_once(tmp_path: Path) -> None:
     assert logged_to_wandb(tmp_path) == [(step, float(step)) for step in range(1, 6)]
 
 
+def test_a_killed_run_that_returns_to_its_checkpoint_has_each_figure_in_wandb_once(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    truncate_after(tmp_path, "ppo", 1)
+    with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+        for step in (2, 3):
+            tracker.log("ppo", step, {"reward/mean": 10.0 * step, "kl/per_token": 0.5})
+            tracker.log("ppo", step, {"eval/score_mean": 1.0})
+    figures = []
+    for record in records_in_wandb(tmp_path, "history"):
+        item = record["item"]
+        figures += [(item["ppo/step"], name) for name in item if not name.startswith("_") and name != "ppo/step"]
+    assert sorted(figures) == [(1, "reward/mean")] + [
+        (step, name) for step in (2, 3) for name in ("eval/score_mean", "kl/per_token", "reward/mean")
+    ]
+
+
 def test_steps_that_wandb_loses_when_the_run_is_killed_are_logged_when_it_is_resumed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
         tracker.log("ppo", 3, {"reward/mean": 3.0})
     assert logged_to_wandb(tmp_path) == [(step, float(step)) for step in (1, 2, 3)]
-
-
-def records_in_wandb(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a kind in W&B's files."""
-    records = []
-    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        records += [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
-    return records
 
 
 def test_settings_say_how_wandb_shows_the_run(tmp_path: Path) -> None:
@@ -373,7 +381,8 @@ class Recorder:
     def finish(self, exit_code: int) -> None:
         raise TimeoutError
 
-    dir = "wandb/run-1"
+    dir = "wandb/run-1/files"
+    offline = False
 
 
 def test_steps_that_only_the_server_has_are_not_sent_again(
@@ -386,7 +395,7 @@ def test_steps_that_only_the_server_has_are_not_sent_again(
         for step in (3, 4):
             tracker.log("ppo", step, {"reward/mean": float(step)})
     assert recorder.logged == [{"reward/mean": 4.0, "ppo/step": 4}]
-    assert "W&B has not taken all metrics in 30 s; `wandb sync wandb/run-1` sends them" in caplog.text
+    assert "W&B has not taken all metrics in 30 s; `wandb sync --include-online wandb/run-1` sends them" in caplog.text
 
 
 def test_a_closed_tracker_leaves_no_wandb_process(tmp_path: Path) -> None:
@@ -442,7 +451,7 @@ def test_auto_goes_offline_with_a_word_where_the_server_does_not_answer_in_time(
     tmp_path: Path, unreachable: str
 ) -> None:
     output = open_in_subprocess(tmp_path / "run", "auto", tmp_path, **LOGIN, WANDB_BASE_URL=unreachable)
-    assert output.startswith("W&B's server cannot be reached, so the run is tracked offline; `wandb sync`")
+    assert output.startswith(f"W&B's server cannot be reached, so the run is tracked offline; `wandb sync {tmp_path}")
     assert logged_to_wandb(tmp_path / "run") == [(1, 0.5)]
 
 

@@ -1,17 +1,15 @@
-"""The tracker against a small server that speaks as much of W&B's protocol as a run needs."""
+"""The tracker against a server that records what it is sent: online, and by `wandb sync` of an offline run."""
 
-import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.align.runs.wandb_server import SentRun, Server, serving
 
 ROOT = Path(__file__).parents[3]
 TRACK = """
@@ -19,107 +17,182 @@ import sys, time
 from pathlib import Path
 from align.config.schema import TrackingSettings
 from align.runs import wandb_run
-from align.runs.tracking import open_tracker
+from align.runs.sink import RunProduct
+from align.runs.tracking import open_tracker, truncate_after
 wandb_run.FINISH_SECONDS = 3.0
-with open_tracker(Path(sys.argv[1]), TrackingSettings(), "tiny", {}) as tracker:
+run = Path(sys.argv[1])
+mode = sys.argv[2]
+
+def opened():
+    return open_tracker(run, TrackingSettings(wandb=mode), "tiny", {"seed": 7}, "sft-ppo")
+
+def product(name, *sources):
+    path = run / f"{name}.bin"
+    path.write_text(name)
+    return RunProduct(f"tiny-{name}", "adapter", {"weights.bin": path}, {"rank": 2}, sources)
+"""
+STEPS_2_AND_3 = """
+with opened() as tracker:
     for step in (2, 3):
         tracker.log("ppo", step, {"reward/mean": float(step)})
     start = time.monotonic()
 print(time.monotonic() - start)
 """
-
-
-class Server(ThreadingHTTPServer):
-    """Knows a run up to its second step, keeps what is sent, and can fall silent."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.silent = False
-        self.history: list[dict[str, Any]] = []
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/graphql":
-            self.answer({"data": data(json.loads(body)["query"])})
-            return
-        if self.path.endswith("/file_stream"):
-            if self.server.silent:
-                time.sleep(60)
-            for line in json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
-                self.server.history.append(json.loads(line))
-        self.answer({})
-
-    def answer(self, value: dict[str, Any]) -> None:
-        text = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: Any) -> None:
-        """Say nothing."""
-
-
-def data(query: str) -> dict[str, Any]:
-    """The answer to a query."""
-    if "upsertBucket" in query:
-        project = {"id": "p", "name": "align", "entity": {"id": "e", "name": "me"}}
-        bucket: dict[str, Any] = {"id": "b", "name": "run", "displayName": "tiny", "config": "{}", "project": project}
-        return {"upsertBucket": {"bucket": bucket, "inserted": False}}
-    if "RunResumeStatus" in query:
-        known = {"ppo/step": 2, "reward/mean": 2.0, "_step": 1, "_runtime": 1}
-        bucket = {
-            "id": "b",
-            "name": "run",
-            "displayName": "tiny",
-            "config": "{}",
-            "summaryMetrics": json.dumps(known),
-            "historyTail": json.dumps([json.dumps(known)]),
-            "eventsTail": "[]",
-            "historyLineCount": 2,
-            "eventsLineCount": 0,
-            "logLineCount": 0,
-            "tags": [],
-            "wandbConfig": '{"t": 1}',
-        }
-        return {"model": {"id": "p", "name": "align", "entity": {"id": "e", "name": "me"}, "bucket": bucket}}
-    if "createRunFiles" in query:
-        return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
-    return {}
+EVERYTHING = """
+with opened() as tracker:
+    sft = product("sft")
+    tracker.log("sft", 1, {"sft/loss": 2.0})
+    tracker.keep(sft)
+    tracker.log("ppo", 1, {"reward/mean": 1.0, "kl/per_token": 0.5})
+    tracker.samples("ppo", 1, [{"prompt": "p", "response": "r"}], show=True)
+    tracker.event("ppo", "rank lost", "rank 1 has died")
+    time.sleep(1)  # an artifact can only be used once it is sent
+    tracker.log("ppo", 2, {"reward/mean": 2.0, "kl/per_token": 0.25})
+    tracker.keep(product("policy", sft))
+"""
+AGAIN_FROM_STEP_1 = """
+truncate_after(run, "ppo", 1)
+with opened() as tracker:
+    for step in (2, 3):
+        tracker.log("ppo", step, {"reward/mean": 10.0 * step, "kl/per_token": 0.125})
+"""
+SERVER_ENDS = """
+import os, signal
+with opened() as tracker:
+    tracker.log("ppo", 1, {"reward/mean": 1.0})
+    time.sleep(1)
+    os.kill(int(sys.argv[3]), signal.SIGKILL)
+    tracker.log("ppo", 2, {"reward/mean": 2.0})
+    tracker.keep(product("sft"))
+    tracker.samples("ppo", 2, [{"prompt": "p", "response": "r"}], show=True)
+    tracker.log("ppo", 3, {"reward/mean": 3.0})
+"""
+SERVE = """
+import sys, time
+from tests.align.runs.wandb_server import serving
+with serving() as server:
+    print(server.address, flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as started:
-        threading.Thread(target=started.serve_forever, daemon=True).start()
+    with serving() as started:
         yield started
-        started.shutdown()
 
 
-def track(run: Path, server: Server) -> tuple[float, str]:
-    """Log steps 2 and 3 of a run, in a process of its own. Returns the seconds of its end, and what it said."""
+def python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder with these variables and no others of W&B. It must succeed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
-    command = [sys.executable, "-c", TRACK, str(run)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    environment |= {"PYTHONPATH": str(ROOT)} | variables
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return float(done.stdout), done.stderr
+    return done
+
+
+def track(
+    code: str, run: Path, variables: dict[str, str], *more: str, mode: str = "auto"
+) -> subprocess.CompletedProcess[str]:
+    """Track a run in a process of its own."""
+    return python(run, "-c", TRACK + code, str(run), mode, *more, **variables)
+
+
+def sync(run: Path, server: Server) -> None:
+    """Send what an offline run has kept, in the order of its sessions."""
+    folders = sorted(str(folder) for folder in (run / "wandb").glob("offline-run-*"))
+    python(run, "-m", "wandb", "sync", *folders, **server.environment)
+
+
+def figures(run: SentRun) -> list[dict[str, Any]]:
+    """What the server has of the metrics, with the names of tables and images alone."""
+    kept = []
+    for item in run.history:
+        names = {name: value for name, value in item.items() if not name.startswith("_")}
+        kept.append({name: None if isinstance(value, dict) else value for name, value in names.items()})
+    return kept
+
+
+def artifacts(run: SentRun, kind: str = "adapter") -> list[dict[str, Any]]:
+    """The artifacts of a kind, in a fixed order."""
+    found = []
+    for artifact in run.artifacts:
+        if artifact["type"] == kind:
+            found.append(artifact | {"aliases": sorted(artifact["aliases"])})
+    return sorted(found, key=lambda artifact: str(artifact["name"]))
+
+
+def test_an_online_run_and_a_synced_offline_one_give_the_server_the_same(tmp_path: Path, server: Server) -> None:
+    track(EVERYTHING, tmp_path / "online", server.environment, mode="online")
+    online = server.run
+    server.runs.clear()
+    track(EVERYTHING, tmp_path / "offline", {}, mode="offline")
+    sync(tmp_path / "offline", server)
+    offline = server.run
+    assert figures(online) == [
+        {"sft/step": 1, "sft/loss": 2.0},
+        {"ppo/step": 1, "reward/mean": 1.0, "kl/per_token": 0.5},
+        {"ppo/step": 1, "samples": None},
+        {"ppo/step": 2, "reward/mean": 2.0, "kl/per_token": 0.25},
+    ]
+    assert figures(offline) == figures(online)
+    assert offline.config == online.config == {"seed": 7}
+    assert offline.alerts == online.alerts == [("rank lost", "rank 1 has died")]
+    assert offline.attributes["jobType"] == online.attributes["jobType"] == "sft-ppo"
+    assert artifacts(offline) == artifacts(online)
+    assert [name for name in offline.files if name.startswith("media/table/samples")]
+    assert offline.complete
+    assert online.complete
+
+
+def test_an_artifact_has_its_files_and_what_it_was_made_from(tmp_path: Path, server: Server) -> None:
+    track(EVERYTHING, tmp_path, server.environment)
+    policy, sft = artifacts(server.run)
+    assert (sft["name"], sft["files"], sft["manifest"]) == ("tiny-sft", [b"sft"], ["weights.bin"])
+    assert (policy["name"], policy["files"]) == ("tiny-policy", [b"policy"])
+    assert sft["aliases"] == sorted(["latest", sft["metadata"]["sha256"][:12]])
+    assert policy["metadata"]["rank"] == 2
+    assert policy["metadata"]["started_from"] == {"tiny-sft": sft["metadata"]["sha256"]}
+    assert server.used == ["tiny-sft"]
+
+
+def test_an_offline_run_that_was_resumed_is_sent_with_each_figure_once(tmp_path: Path, server: Server) -> None:
+    track(EVERYTHING, tmp_path, {}, mode="offline")
+    track(AGAIN_FROM_STEP_1, tmp_path, {}, mode="offline")
+    sync(tmp_path, server)
+    steps = [item["ppo/step"] for item in figures(server.run) if "reward/mean" in item]
+    assert steps == [1, 2, 3]
+    assert [artifact["name"] for artifact in artifacts(server.run)] == ["tiny-policy", "tiny-sft"]
 
 
 def test_a_step_that_the_server_has_is_not_sent_again(tmp_path: Path, server: Server) -> None:
-    track(tmp_path, server)
-    assert [(line["ppo/step"], line["reward/mean"]) for line in server.history] == [(3, 3.0)]
+    track(STEPS_2_AND_3, tmp_path, server.environment)
+    for file in tmp_path.glob("wandb/run-*/*.wandb"):
+        file.unlink()
+    track(STEPS_2_AND_3, tmp_path, server.environment)
+    assert [(item["ppo/step"], item["reward/mean"]) for item in server.run.history] == [(2, 2.0), (3, 3.0)]
 
 
 def test_a_server_that_falls_silent_does_not_hold_the_end_of_a_run(tmp_path: Path, server: Server) -> None:
-    server.silent = True
-    seconds, said = track(tmp_path, server)
-    assert 3 <= seconds < 20
-    assert "W&B has not taken all metrics in 3 s; `wandb sync" in said
+    server.silent_stream = True
+    done = track(STEPS_2_AND_3, tmp_path, server.environment)
+    assert 3 <= float(done.stdout) < 20
+    assert "W&B has not taken all metrics in 3 s; `wandb sync --include-online" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_dies_goes_on_and_says_how_to_send_the_rest(tmp_path: Path, server: Server) -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVE], cwd=ROOT, stdout=subprocess.PIPE, text=True) as dying:
+        assert dying.stdout is not None
+        address = dying.stdout.readline().strip()
+        variables = server.environment | {"WANDB_BASE_URL": address}
+        done = track(SERVER_ENDS, tmp_path, variables, str(dying.pid))
+    assert "no table and no artifact for 600 s" in done.stderr
+    (folder,) = tmp_path.glob("wandb/run-*")
+    assert f"W&B has not taken all metrics in 3 s; `wandb sync --include-online {folder}`" in done.stderr
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+    assert "W&B is lost" not in done.stderr
+    python(tmp_path, "-m", "wandb", "sync", "--include-online", str(folder), **server.environment)
+    assert [item["ppo/step"] for item in figures(server.run) if "reward/mean" in item] == [1, 2, 3]

@@ -7,13 +7,16 @@ import time
 
 import pytest
 
+from align.runtime import consoles
 from align.runtime.progress import ProgressBar
 
 ON_A_TERMINAL = """
+from align.runtime import consoles
 from align.runtime.progress import ProgressBar
+figures = dict(episodes=1234567, reward=-0.0012345, gold=-0.0012345, kl=123.456, length=1234.5)
 with ProgressBar("ppo", 2) as progress:
-    progress.advance(1, 10, loss=0.5)
-    progress.advance(2, 10, loss=0.25)
+    progress.advance(1, 10, **figures)
+    progress.advance(2, 10, **figures)
 """
 
 
@@ -84,9 +87,29 @@ def test_a_stage_of_few_steps_has_no_pace(capsys: pytest.CaptureFixture[str]) ->
     assert "per step" not in capsys.readouterr().err
 
 
-def test_a_terminal_has_a_live_line() -> None:
+def test_a_terminal_has_a_live_table_that_fits_eighty_columns() -> None:
+    written = shown_on_a_terminal()
+    assert "2/2" in written
+    assert "\x1b[" in written
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written).replace("\r", "\n").splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    header = next(line for line in lines if "reward" in line)
+    assert header.split() == ["step", "episodes", "reward", "gold", "kl", "length", "seconds"]
+    assert any(line.split()[:3] == ["2", "1,234,567", "-0.00123"] for line in lines)
+
+
+def test_nothing_is_printed_where_the_console_is_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consoles.progress_console, "quiet", True)
+    with ProgressBar("sft", 1) as progress:
+        progress.advance(1, 10, loss=0.5)
+    assert capsys.readouterr() == ("", "")
+
+
+def shown_on_a_terminal() -> str:
     controller, terminal = pty.openpty()
-    environment = os.environ | {"TERM": "xterm"}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stderr=terminal, env=environment)
     os.close(terminal)
     written = b""
@@ -98,5 +121,4 @@ def test_a_terminal_has_a_live_line() -> None:
             break
     os.close(controller)
     assert process.wait(timeout=10) == 0
-    assert b"2/2" in written
-    assert b"\x1b[" in written
+    return written.decode()

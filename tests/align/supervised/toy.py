@@ -130,7 +130,7 @@ def context_in(folder: Path, **changed: Any) -> FitContext:
         "checkpoints": folder / "checkpoints",
         "keep": 2,
         "seed": 0,
-        "tracker": Tracker(folder, None),
+        "tracker": Tracker(folder),
         "stop": StopRequest(),
         "policy": PolicySettings(),
         "base": "base",
