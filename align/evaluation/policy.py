@@ -27,6 +27,9 @@ from rollouts.trajectory import Request, RoleOutputs, Trajectory, lengths
 REFERENCE_VERSION = -1
 """The version of the reference in the pool while it is sampled; the policy's versions count from 0."""
 
+NORMAL_QUANTILE = 1.959964
+"""97.5 % quantile of the standard normal distribution."""
+
 
 @dataclass(frozen=True)
 class ScoredSamples:
@@ -153,7 +156,7 @@ class Evaluator:
         sampled = self._sample(self.draws[0], self.scorers.policy).score()
         sections: dict[str, Any] = {
             "reference": references[0].figures(),
-            "policy": sampled.figures() | _wins(sampled, references[0]) | _kl_figures(sampled) | {"step": version},
+            "policy": _policy_figures(sampled, references[0]) | {"step": version},
         }
         if self.heldout.best_of:
             sections["best_of"] = _best_of(references)
@@ -189,6 +192,36 @@ class Evaluator:
         if self.scorers.gold is not None:
             gold = torch.tensor(self.scorers.gold(trajectories), dtype=torch.float64)
         return Samples(trajectories, scorer(trajectories), gold)
+
+
+def _policy_figures(policy: ScoredSamples, reference: ScoredSamples) -> dict[str, float]:
+    """The figures of the policy: its own, and those of its comparison with the reference."""
+    figures = policy.figures() | _wins(policy, reference) | _kl_figures(policy)
+    figures |= paired_gain(policy.scores, reference.scores, "score")
+    if policy.gold is not None and reference.gold is not None:
+        figures |= paired_gain(policy.gold, reference.gold, "gold")
+    return figures
+
+
+def paired_gain(policy: Tensor, reference: Tensor, name: str) -> dict[str, float]:
+    """How much higher the policy scores than the reference on the same prompts, with the normal 95 % interval.
+
+    Args:
+        policy: The policy's scores `[prompts]`.
+        reference: The reference's scores `[prompts]`.
+        name: The name of the score.
+
+    Returns:
+        `NAME_gain`, the mean of the differences, and `NAME_gain_low` and `NAME_gain_high`, 1.96 standard errors below
+        and above it; without the latter two where there is only one prompt.
+    """
+    difference = policy.double() - reference.double()
+    gain = float(difference.mean())
+    figures = {f"{name}_gain": gain}
+    if len(difference) > 1:
+        half_width = NORMAL_QUANTILE * float(difference.std()) / math.sqrt(len(difference))
+        figures |= {f"{name}_gain_low": gain - half_width, f"{name}_gain_high": gain + half_width}
+    return figures
 
 
 def _kl_figures(policy: ScoredSamples) -> dict[str, float]:

@@ -86,6 +86,8 @@ def _comparison_figures(
         "by_length_difference": figures.accuracy_by(lengths[:, 0] - lengths[:, 1], difference, clusters),
         "baselines": _baselines(lengths, clusters, trained),
     }
+    if bool((certainty < 1).any()):
+        facts["ceiling"] = float(certainty.mean())
     if margin.any():
         facts["by_margin"] = figures.accuracy_by(margin, difference, clusters)
     return facts

@@ -13,6 +13,8 @@ FIGURES = (
     ("score_std", "score, standard deviation", "{:.3f}"),
     ("spread_mean", "spread of the ensemble, mean", "{:.3f}"),
     ("gold_mean", "gold score, mean", "{:.3f}"),
+    ("score_gain", "change of the score", "{:+.3f}"),
+    ("gold_gain", "change of the gold score", "{:+.3f}"),
     ("win_rate", "wins over the reference by score", "{:.1%}"),
     ("gold_win_rate", "wins over the reference by gold score", "{:.1%}"),
     ("kl_per_sequence", "KL to the reference, nats per sequence", "{:.2f}"),
@@ -64,10 +66,20 @@ def figure_rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[st
     """Label and formatted cells of each figure that any column has; the cell is empty where a column lacks it."""
     rows = []
     for key, label, form in FIGURES:
-        cells = [form.format(column[key]) if key in column else "" for column in columns]
+        cells = [_cell(column, key, form) for column in columns]
         if any(cells):
             rows.append((label, cells))
     return rows
+
+
+def _cell(figures: Mapping[str, Any], key: str, form: str) -> str:
+    """A figure, with its 95 % interval where it has one; empty where it is missing."""
+    if key not in figures:
+        return ""
+    cell = form.format(figures[key])
+    if f"{key}_low" in figures:
+        cell += f" ({form.format(figures[f'{key}_low'])} to {form.format(figures[f'{key}_high'])})"
+    return cell
 
 
 def diagnostics_table(facts: dict[str, Any]) -> Table:

@@ -20,7 +20,7 @@ from align.resources.peak_memory import beside_plan
 from align.resources.placement import CPU, GPU, Node, describe_fit, has_room, no_room, place, total
 from align.resources.ray_cluster import ray_cluster
 from align.resources.tensor_uses import TensorUse
-from align.runtime.wording import counted
+from align.runtime.wording import byte_count, counted
 from policies.device import cores, default_device, gpu_memory
 from policies.errors import UserError
 from policies.layers import native
@@ -57,7 +57,7 @@ def use_table(plan: Plan, peaks: Mapping[str, Mapping[str, int]]) -> Table:
     """
     lines = []
     for stage, process, planned, peak in beside_plan(plan.uses, peaks):
-        lines.append((f"{stage}: {process}", f"{_bytes(peak)}, planned {_bytes(planned)}"))
+        lines.append((f"{stage}: {process}", f"{byte_count(peak)}, planned {byte_count(planned)}"))
     return _table("peak memory", lines)
 
 
@@ -224,8 +224,8 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
         ("updates", f"{minibatches} per step: {counted(updates, 'optimizer step')}"),
         ("KL", f"{ppo.kl_estimator} in the {ppo.kl.where}, coefficient {ppo.kl.coefficient:g}"),
         ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} per response"),
-        ("base model", f"{base}, {_bytes(sizes.base_bytes)} {copies}"),
-        ("adapters", f"{adapter} per role; each update sends {_bytes(sizes.adapter * FLOAT32)}"),
+        ("base model", f"{base}, {byte_count(sizes.base_bytes)} {copies}"),
+        ("adapters", f"{adapter} per role; each update sends {byte_count(sizes.adapter * FLOAT32)}"),
         ("evaluation", counted(len(datasets.prompts_heldout), "held-out prompt")),
     ]
 
@@ -252,7 +252,7 @@ def _memory(uses: Sequence[TensorUse]) -> list[tuple[str, str]]:
     lines = []
     for (stage, process), group in groupby(uses, lambda use: use.owner):
         own = list(group)
-        total = _bytes(sum(use.bytes for use in own))
+        total = byte_count(sum(use.bytes for use in own))
         roles = ", ".join(_role(use) for use in own if use.bytes or use.transient)
         lines.append((f"memory, {stage}: {process}", f"{total}: {roles}"))
     return lines
@@ -263,9 +263,9 @@ def _gpus(experiment: Experiment, uses: Sequence[TensorUse], gpu: GpuMemory) -> 
     lines = []
     where = f", the smallest GPU, on node {gpu.node}" if gpu.node else ""
     for fit in compare_with_gpu(experiment, uses, gpu.bytes):
-        text = f"{_bytes(fit.bytes)} of {_bytes(gpu.bytes)}{where}"
+        text = f"{byte_count(fit.bytes)} of {byte_count(gpu.bytes)}{where}"
         if fit.settings:
-            text += f": too much; {_bytes(fit.bytes_then)} with {' '.join(fit.settings)}"
+            text += f": too much; {byte_count(fit.bytes_then)} with {' '.join(fit.settings)}"
         elif not fit.fits:
             text += f": too much, whatever the settings; {MORE_GPUS}"
         lines.append((f"GPU, {fit.stage}: {fit.process}", text))
@@ -273,7 +273,7 @@ def _gpus(experiment: Experiment, uses: Sequence[TensorUse], gpu: GpuMemory) -> 
 
 
 def _role(use: TensorUse) -> str:
-    return f"{use.role} {_bytes(use.bytes)}" if use.bytes else use.role
+    return f"{use.role} {byte_count(use.bytes)}" if use.bytes else use.role
 
 
 def _count(parameters: int) -> str:
@@ -281,11 +281,3 @@ def _count(parameters: int) -> str:
     if parameters < 1_000_000:
         return f"{parameters / 1e3:,.1f} K"
     return f"{parameters / 1e6:,.2f} M"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

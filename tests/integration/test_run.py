@@ -154,13 +154,14 @@ def test_an_exported_model_continues_as_the_policy_does(finished: Path, align: C
     assert said.stdout.rstrip("\n") == tokenizer.decode(ours, skip_special_tokens=True).rstrip("\n")
 
 
-def test_the_report_has_its_pictures(finished: Path, align: Command) -> None:
+def test_the_report_has_its_figures(finished: Path, align: Command) -> None:
     done = align("report", finished)
     assert done.returncode == 0, done.stderr
     page = (finished / "report" / "index.html").read_text()
-    pictures = re.findall(r'src="([^"]+)"', page)
-    assert {"reward.png", "kl.png", "length.png", "policy_loss.png", "value_loss.png"} <= set(pictures)
-    assert all((finished / "report" / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    figures = re.findall(r'<figure id="figure-([^"]+)"', page)
+    assert {"score", "kl", "length", "policy-loss", "value-loss", "sft-loss", "reward-model-loss"} <= set(figures)
+    assert page.count('<svg class="chart"') == len(figures)
+    assert f"align run {finished}/config.yaml" in page
 
 
 def test_eval_reproduces_the_runs_evaluation(finished: Path, align: Command) -> None:

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from align.evaluation.policy import (
     HeldoutPlan,
     best_of_n,
     distinct_2,
+    paired_gain,
     win_rate,
 )
 from policies.trunk import AdapterWeights
@@ -141,7 +143,26 @@ def test_figures_of_policy_and_reference() -> None:
     policy = {"score_mean": 1.5, "score_std": 0.5, "gold_mean": 40.0, "distinct_2": 2 / 4}
     compared = {"win_rate": 0.5, "gold_win_rate": 0.75, "kl_per_sequence": 1.5, "kl_per_token": 0.5, "step": 5}
     assert figures["reference"] == pytest.approx(reference | both)
-    assert figures["policy"] == pytest.approx(policy | both | compared)
+    gains = {"score_gain": -1.0, "score_gain_low": -4.92, "score_gain_high": 2.92}
+    gold_gains = {"gold_gain": 15.0, "gold_gain_low": -14.4, "gold_gain_high": 44.4}
+    assert figures["policy"] == pytest.approx(policy | both | compared | gains | gold_gains, rel=0.01)
+
+
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=2, max_size=30))
+def test_the_interval_of_the_gain_is_that_of_paired_differences(pairs: list[tuple[float, float]]) -> None:
+    policy, reference = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+    differences = [higher - lower for higher, lower in pairs]
+    error = stdev(differences) / math.sqrt(len(pairs))
+    expected = {
+        "gold_gain": fmean(differences),
+        "gold_gain_low": fmean(differences) - 1.959964 * error,
+        "gold_gain_high": fmean(differences) + 1.959964 * error,
+    }
+    assert paired_gain(policy, reference, "gold") == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_gain_on_one_prompt_has_no_interval() -> None:
+    assert paired_gain(torch.tensor([3.0]), torch.tensor([1.0]), "score") == {"score_gain": 2.0}
 
 
 def test_the_reference_is_sampled_once_and_the_policy_stays_loaded() -> None:

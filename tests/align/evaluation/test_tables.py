@@ -1,12 +1,13 @@
 """Tables in the terminal name things in words."""
 
 import io
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from align.evaluation.tables import diagnostics_table
+from align.evaluation.tables import diagnostics_table, evaluation_table
 
 ACCURACY = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 1.0}
 
@@ -38,3 +39,36 @@ def test_differences_in_length_are_in_words(low: float, high: float, words: str)
 def test_ways_of_scoring_are_in_words() -> None:
     text = printed({"invariance": {"batched": 1e-7, "beside_a_long_row": 2e-7, "shared": 0.0}})
     assert "1e-07 in a microbatch of several, 2e-07 beside a long sequence, 0 after a shared prompt" in text
+
+
+def shown(evaluation: dict[str, Any]) -> str:
+    """What the terminal shows of an evaluation, with single spaces."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(evaluation_table(evaluation))
+    return re.sub(r" +", " ", capture.get())
+
+
+def test_the_models_are_side_by_side() -> None:
+    policy = {"score_mean": 0.375, "score_gain": 0.25, "score_gain_low": -0.05, "score_gain_high": 0.55, "step": 40}
+    accuracy = {"accuracy": 0.7012, "accuracy_low": 0.65, "accuracy_high": 0.75, "pairs": 1234}
+    text = shown(
+        {
+            "reward_model": accuracy,
+            "reference": {"score_mean": 0.125},
+            "policy": policy,
+            "best_of": {"n": 4, "score_mean": 0.875},
+            "prompts": 64,
+            "seconds": {"sft": 1.4, "ppo": 90.0},
+        }
+    )
+    assert "accuracy 70.1% on 1,234 held-out pairs (95 % interval 65.0% to 75.0%)" in text
+    assert re.search(r"reference policy best of 4 ?\n", text)
+    assert "score, mean 0.125 0.375 0.875" in text
+    assert "change of the score +0.250 (-0.050 to +0.550)" in text
+    assert "time: sft 1 s ppo 90 s" in text
+    assert "gold" not in text
+
+
+def test_a_run_without_an_evaluation_has_no_table() -> None:
+    assert shown({}) == "time: nothing ran\n"

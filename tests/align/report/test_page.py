@@ -1,121 +1,165 @@
-import json
 import re
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from align.evaluation.tables import evaluation_table
-from align.report.page import PLOTS, draw, write_report
+from align.diagnosis.verdict import Evidence, Severity, Verdict
+from align.report.page import report_page, write_report
+from align.report.render import LARGEST_PAGE, render_within_limit
+from tests.align.report.runs import EVALUATION, REWARD_MODEL, record, sample, step, write_lines, write_run
 
-REFERENCE = {"score_mean": 0.125, "score_std": 1.0, "length_mean": 7.0, "distinct_2": 0.5, "eos_share": 0.25}
-POLICY = REFERENCE | {"score_mean": 0.375, "win_rate": 0.625, "kl_per_sequence": 3.0, "kl_per_token": 0.5, "step": 40}
-EVALUATION = {"reference": REFERENCE, "policy": POLICY, "prompts": 64}
-REWARD_MODEL = {"reward_model": {"accuracy": 0.7012, "accuracy_low": 0.65, "accuracy_high": 0.75, "pairs": 1234}}
-REWARD = next(plot for plot in PLOTS if plot.name == "reward")
-
-
-def write_lines(path: Path, *rows: dict[str, Any]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def step(number: int, **figures: float | None) -> dict[str, Any]:
-    return {"stage": "ppo", "step": number} | {name.replace("__", "/"): value for name, value in figures.items()}
-
-
-def sample(number: int, prompt: str, response: str = "r", stage: str = "ppo") -> dict[str, Any]:
-    return {"stage": stage, "step": number, "prompt": prompt, "response": response, "score": 1.5}
+VERDICT = Verdict(
+    name="reward hacking",
+    severity=Severity.SERIOUS,
+    stage="ppo",
+    text="The score rises while the gold score falls.",
+    evidence=(Evidence("reward/gold_mean", 40, -0.5, threshold=0.25, meaning="change from step 20"),),
+    advice=("ppo.kl.coefficient=0.1", "Train the reward model on more data."),
+)
 
 
 def page_of(run: Path, evaluation: dict[str, Any] | None = None) -> str:
     return write_report(run, evaluation or {}).read_text("utf-8")
 
 
-def shown(evaluation: dict[str, Any]) -> str:
-    """What the terminal shows, with single spaces."""
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(evaluation_table(evaluation))
-    return re.sub(r" +", " ", capture.get())
+def texts(page: str) -> str:
+    """What the page says, with a bar for each tag."""
+    return re.sub(r"\s*(<[^>]+>\s*)+", "|", unescape(re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)))
 
 
-def test_there_are_plots_of_what_was_logged_and_of_nothing_else(tmp_path: Path) -> None:
-    write_lines(tmp_path / "metrics.jsonl", step(1, reward__mean=0.5, policy__loss=0.1), step(2, reward__mean=0.6))
+def figures(page: str) -> list[str]:
+    return re.findall(r'<figure id="figure-([^"]+)"', page)
+
+
+def test_there_are_figures_of_what_was_logged_and_of_nothing_else(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [step(1, reward__mean=0.5, policy__loss=0.1), step(2, reward__mean=0.6)])
+    assert figures(page_of(tmp_path)) == ["score", "policy-loss"]
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
+
+
+def test_a_run_that_has_logged_nothing_has_a_page(tmp_path: Path) -> None:
     page = page_of(tmp_path)
-    assert re.findall(r'src="([^"]+)"', page) == ["reward.png", "policy_loss.png"]
-    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"reward.png", "policy_loss.png"}
-    assert (tmp_path / "report" / "reward.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_that_has_logged_nothing_has_a_page_without_plots(tmp_path: Path) -> None:
-    page = page_of(tmp_path)
-    assert "<img" not in page
-    assert "PPO has not ended" in page
+    assert figures(page) == []
+    assert "The run has logged nothing yet." in page
 
 
 @pytest.mark.parametrize("row", [step(1, reward__mean=None), step(1), step(1, reward__mean=1.0) | {"stage": "sft"}])
-def test_no_plot_of_nulls_or_of_another_stage(tmp_path: Path, row: dict[str, Any]) -> None:
-    assert not draw(REWARD, [row], tmp_path / "p.png")
-    assert not (tmp_path / "p.png").exists()
+def test_no_figure_of_nulls_or_of_another_stage(tmp_path: Path, row: dict[str, Any]) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [row])
+    assert figures(page_of(tmp_path)) == []
 
 
-def test_a_null_between_figures_is_left_out(tmp_path: Path) -> None:
-    rows = [step(n, reward__mean=None if n == 2 else float(n)) for n in (1, 2, 3)]
-    assert draw(REWARD, rows, tmp_path / "with.png")
-    assert draw(REWARD, [rows[0], rows[2]], tmp_path / "without.png")
-    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+def test_a_table_under_a_figure_has_its_data(tmp_path: Path) -> None:
+    rows = [
+        step(1, reward__mean=0.5),
+        step(2, reward__mean=None),
+        step(3, reward__mean=2 / 3),
+        step(3, eval__score_mean=1),
+    ]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    body = re.search(r"<tbody>(.*?)</tbody>", page_of(tmp_path), re.DOTALL)
+    assert body
+    assert re.findall(r"<t[hd][^>]*>([^<]*)", body[1]) == ["1", "0.5", "", "2", "–", "", "3", "0.6667", "1"]
 
 
-def test_prompts_and_responses_are_escaped(tmp_path: Path) -> None:
-    write_lines(tmp_path / "samples.jsonl", sample(1, "<script>alert(1)</script>", "a < b & c"))
-    page = page_of(tmp_path)
-    assert "<script" not in page
+def test_prompts_responses_and_names_are_escaped(tmp_path: Path) -> None:
+    run = tmp_path / "a<b>"
+    write_lines(run / "samples.jsonl", [sample(1, "<script>alert(1)</script>", "a < b & c", reference="a <i> c")])
+    write_lines(run / "metrics.jsonl", [step(1, **{"reward/term/<u>": 1.0})])
+    page = page_of(run)
+    assert page.count("<script>") == 1
+    assert not re.search(r"<b>|<i>|<u>", page)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "a &lt; b &amp; c" in page
+    assert "<h1>a&lt;b&gt;" in page
 
 
-def test_the_name_of_the_folder_is_escaped(tmp_path: Path) -> None:
-    (tmp_path / "a<b>").mkdir()
-    page = page_of(tmp_path / "a<b>")
-    assert "a<b>" not in page
-    assert "<h1>a&lt;b&gt;</h1>" in page
-
-
-def test_samples_are_those_of_the_first_and_the_last_ppo_step(tmp_path: Path) -> None:
-    rows = [sample(1, "zero", stage="sft"), sample(1, "one"), sample(2, "two"), sample(3, "three"), sample(3, "four")]
-    write_lines(tmp_path / "samples.jsonl", *rows)
-    page = page_of(tmp_path)
-    assert [word for word in ("zero", "one", "two", "three", "four") if f">{word}<" in page] == ["one", "three", "four"]
+def test_a_text_that_is_no_unicode_does_not_stop_a_report(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", [sample(1, "p", "\ud800")])
+    assert "samples" in page_of(tmp_path)
 
 
 def test_the_page_compares_policy_and_reference(tmp_path: Path) -> None:
-    page = re.sub(r"<[^>]+>", "|", page_of(tmp_path, EVALUATION | REWARD_MODEL))
-    assert "accuracy 70.1% on 1,234 held-out pairs, 95 % interval 65.0% to 75.0%" in page
-    assert "|64 held-out prompts||reference||policy of step 40|" in page
-    assert "|score, mean||0.125||0.375|" in page
-    assert "|wins over the reference by score||||62.5%|" in page
+    page = texts(page_of(tmp_path, EVALUATION))
+    assert "Responses to 64 held-out prompts.|figure|reference|policy of step 40|" in page
+    assert "|score, mean|0.125|0.375|" in page
+    assert "|change of the score|+0.250 (+0.050 to +0.450)|" in page
     assert "gold" not in page
 
 
+def test_the_first_screen_has_a_sentence_and_four_tiles(tmp_path: Path) -> None:
+    page = texts(page_of(tmp_path, EVALUATION | {"reward_model": REWARD_MODEL}))
+    assert "PPO raised the score by 0.25 over the SFT model in 40 steps, at a KL of 3 nats per sequence." in page
+    assert "|Change of the score|+0.25|95% interval +0.05 to +0.45|from 0.125 to 0.375|" in page
+    assert "|KL to the reference|3|nats per sequence|0.5 per token|" in page
+    assert "|Wins over the reference|62%|95% interval 50% to 73%|of 64 prompts, by score|" in page
+    assert "|Accuracy of the reward model|70%|95% interval 65% to 75%|" in page
+
+
+def test_a_verdict_is_a_card_with_evidence_and_advice(tmp_path: Path) -> None:
+    page = report_page(replace(record(tmp_path), verdicts=[VERDICT]))
+    assert "|serious|Reward hacking|The score rises while the gold score falls.|" in texts(page)
+    assert "|reward/gold_mean -0.5, change from step 20 (step 40); threshold 0.25|" in texts(page)
+    assert "<li><code>ppo.kl.coefficient=0.1</code></li><li>Train the reward model on more data.</li>" in page
+
+
+def test_a_run_without_problems_has_a_card_that_says_so(tmp_path: Path) -> None:
+    assert "No problem found" in page_of(tmp_path)
+
+
+def test_the_rules_of_the_diagnosis_read_the_run(tmp_path: Path) -> None:
+    rows = [
+        step(n, policy__gradient_norm=None, learner__skipped_steps=2, learner__optimizer_steps=2) for n in range(1, 20)
+    ]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    assert "|Skipped updates|" in texts(page_of(tmp_path))
+
+
+def test_the_page_of_a_whole_run_has_its_settings_its_cost_and_how_to_repeat_it(tmp_path: Path) -> None:
+    write_run(tmp_path / "first")
+    page = texts(page_of(tmp_path / "first", EVALUATION))
+    assert "|ppo.steps|40|50|" in page
+    assert "|tokens generated|at most 20,480|16,000|" in page
+    assert "|memory, sft: controller|800 MB|" in page
+    assert "|update|1:20 (57%)|" in page
+    assert f"|align run {tmp_path}/first/config.yaml name=first-again|" in page
+
+
+def test_every_link_of_the_page_leads_to_a_section(tmp_path: Path) -> None:
+    write_run(tmp_path / "first")
+    page = page_of(tmp_path / "first", EVALUATION)
+    anchors = re.findall(r'href="#([^"]+)"', page)
+    assert len(anchors) > 8
+    assert set(anchors) <= set(re.findall(r' id="([^"]+)"', page))
+
+
+def test_no_identifier_stands_twice(tmp_path: Path) -> None:
+    write_run(tmp_path / "first")
+    found = re.findall(r' id="([^"]+)"', page_of(tmp_path / "first", EVALUATION))
+    assert len(found) == len(set(found))
+
+
+def test_the_page_names_no_address_outside(tmp_path: Path) -> None:
+    write_run(tmp_path / "first")
+    page = page_of(tmp_path / "first", EVALUATION).replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|url\(|@import|<link[^>]+href=\"(?!data:)", page)
+
+
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
-    write_lines(tmp_path / "metrics.jsonl", step(1, reward__mean=0.5))
+    write_lines(tmp_path / "metrics.jsonl", [step(1, reward__mean=0.5)])
     page_of(tmp_path)
-    write_lines(tmp_path / "metrics.jsonl", step(1, policy__loss=0.5))
-    page_of(tmp_path)
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "policy_loss.png"}
+    write_lines(tmp_path / "metrics.jsonl", [step(1, policy__loss=0.5)])
+    assert figures(page_of(tmp_path)) == ["policy-loss"]
 
 
-def test_the_table_has_the_models_side_by_side() -> None:
-    text = shown(
-        EVALUATION | REWARD_MODEL | {"best_of": {"n": 4, "score_mean": 0.875}, "seconds": {"sft": 1.4, "ppo": 90.0}}
-    )
-    assert "accuracy 70.1% on 1,234 held-out pairs (95 % interval 65.0% to 75.0%)" in text
-    assert re.search(r"reference policy best of 4 ?\n", text)
-    assert "score, mean 0.125 0.375 0.875" in text
-    assert "time: sft 1 s ppo 90 s" in text
-    assert "gold" not in text
+def test_a_page_that_would_be_too_large_has_fewer_points() -> None:
+    asked: list[int] = []
 
+    def draw(limit: int) -> str:
+        asked.append(limit)
+        return "x" * (limit * 9000)
 
-def test_the_table_of_a_run_without_an_evaluation() -> None:
-    assert shown({}) == "time: nothing ran\n"
+    assert len(render_within_limit(draw)) <= LARGEST_PAGE
+    assert asked == [400, 200, 100]

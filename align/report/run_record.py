@@ -1,0 +1,144 @@
+"""What the folder of a run holds, read for its page. Every part may be missing: a run may be at any stage."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.load import load_experiment
+from align.config.schema import Experiment
+from align.config.stage import stage_names
+from align.diagnosis.diagnose import diagnose
+from align.diagnosis.verdict import Verdict
+from align.evaluation.reward_model import DIAGNOSTICS
+from align.runs.folder import RunFolder, is_locked, read_facts, read_peaks
+from align.runs.products import wanted_stages
+from align.runs.tracking import EVENTS, METRICS, SAMPLES, read_lines
+from policies.errors import UserError
+from policies.files.safe_reading import read_object
+
+Line = dict[str, Any]
+"""A line of `metrics.jsonl`, `samples.jsonl` or `events.jsonl`."""
+
+
+class MetricHistory:
+    """The values of every metric by step."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Sort the lines of `metrics.jsonl` by stage and metric."""
+        self._values: dict[tuple[str, str], dict[int, float | None]] = {}
+        for line in lines:
+            for name, value in line.items():
+                if name not in ("stage", "step"):
+                    self._values.setdefault((line["stage"], name), {})[line["step"]] = value
+
+    def names(self, stage: str) -> list[str]:
+        """The metrics that a stage has logged, in the order of their first values."""
+        return [name for owner, name in self._values if owner == stage]
+
+    def values(self, stage: str, name: str) -> dict[int, float | None]:
+        """The values of a metric by step, in order; None where one is not finite."""
+        return dict(sorted(self._values.get((stage, name), {}).items()))
+
+    def last(self, stage: str, name: str) -> float | None:
+        """The last value of a metric that is finite."""
+        finite = [value for value in self.values(stage, name).values() if value is not None]
+        return finite[-1] if finite else None
+
+    def last_step(self, stage: str) -> int | None:
+        """The last step of a stage; None where it has logged nothing."""
+        steps = [max(values) for (owner, _), values in self._values.items() if owner == stage and values]
+        return max(steps, default=None)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the page of a run shows.
+
+    Attributes:
+        path: The run's folder.
+        name: What the page calls it: the name of the folder.
+        state: `running`, `stopped` or `done`; empty where it cannot be told.
+        history: Its metrics.
+        samples: The lines of `samples.jsonl`.
+        events: The lines of `events.jsonl`.
+        evaluation: The contents of `evaluation.json`.
+        diagnostics: The contents of `reward/diagnostics.json`.
+        experiment: Its settings; None where they cannot be read.
+        fingerprint: The contents of `fingerprint.json`.
+        seconds: How long each of its finished stages took.
+        peaks: The peak memory in bytes of each kind of process, by stage.
+        verdicts: What the diagnosis says.
+    """
+
+    path: Path
+    name: str
+    state: str
+    history: MetricHistory
+    samples: Sequence[Line]
+    events: Sequence[Line]
+    evaluation: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
+    experiment: Experiment | None
+    fingerprint: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    peaks: Mapping[str, Mapping[str, int]]
+    verdicts: Sequence[Verdict]
+
+
+def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
+    """Read a run's folder.
+
+    Args:
+        run: The folder, which may hold any part of a run.
+        evaluation: The contents of its `evaluation.json`.
+
+    Raises:
+        UserError: A line of the metrics, samples or events is damaged.
+    """
+    folder = RunFolder(run)
+    experiment = _read_settings(folder)
+    return RunRecord(
+        path=run,
+        name=run.resolve().name,
+        state=_state(folder, experiment),
+        history=MetricHistory(read_lines(run / METRICS)),
+        samples=read_lines(run / SAMPLES),
+        events=read_lines(run / EVENTS),
+        evaluation=evaluation,
+        diagnostics=_read_if_there(folder.reward / DIAGNOSTICS),
+        experiment=experiment,
+        fingerprint=_read_if_there(folder.fingerprint),
+        seconds=_seconds(folder),
+        peaks=read_peaks(folder, stage_names()),
+        verdicts=diagnose(run),
+    )
+
+
+def _read_settings(folder: RunFolder) -> Experiment | None:
+    """The run's settings; None where there is no file, or one of another version of align."""
+    try:
+        return load_experiment(folder.config) if folder.config.is_file() else None
+    except UserError:
+        return None
+
+
+def _state(folder: RunFolder, experiment: Experiment | None) -> str:
+    if is_locked(folder):
+        return "running"
+    if experiment is None:
+        return ""
+    return "done" if all(folder.done(stage) for stage in wanted_stages(experiment)) else "stopped"
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
+
+
+def _seconds(folder: RunFolder) -> dict[str, float]:
+    seconds = {}
+    for stage in stage_names():
+        facts = read_facts(folder.product(stage))
+        if "seconds" in facts:
+            seconds[stage] = facts["seconds"]
+    return seconds
