@@ -120,7 +120,7 @@ class PpoSession:
     def evaluate(self) -> dict[str, Any]:
         """Compare the current policy with the reference; the result has the form of `evaluation.json`."""
         loop = self._parts.loop
-        return self._parts.evaluator.evaluate(loop.step, loop.learners.policy_weights())
+        return self._parts.evaluator.evaluate(loop.step, loop.learners.policy_weights()).sections
 
     def save(self, to: str | Path) -> None:
         """Write the current policy to a folder, as an adapter in PEFT's layout.

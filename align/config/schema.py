@@ -193,6 +193,12 @@ class TrackingSettings(Settings):
     tags: list[str] = Field([], description="tags of the run in W&B")
     notes: str | None = Field(None, description="what W&B shows as the description of the run")
     samples: int = Field(4, ge=0, description="episodes per step that are written to samples.jsonl")
+    probes: int = Field(
+        8,
+        ge=0,
+        description="held-out prompts whose responses, of reference and policy, are written to samples.jsonl at each "
+        "evaluation; the prompts and the seeds stay the same",
+    )
     samples_every: int = Field(
         10,
         ge=1,

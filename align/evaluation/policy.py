@@ -18,6 +18,7 @@ from align.runtime.seeds import seed_for
 from align.scoring.build import Scorers
 from align.scoring.reward import EvaluationScorer, GoldScorer, Rescore, RoleScorer
 from policies.text.encoder import TextEncoder
+from policies.text.tokenization import decode_response, prompt_text
 from policies.trunk import AdapterWeights
 from rewards.losses import pair_accuracy
 from rollouts.engine import Sampling
@@ -58,6 +59,17 @@ class ScoredSamples:
         if self.gold is not None:
             figures["gold_mean"] = float(self.gold.mean())
         return figures
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, name: str, count: int) -> list[dict[str, Any]]:
+        """The text, score, length and gold score of the first `count` responses, under keys that begin with a name."""
+        rows: list[dict[str, Any]] = []
+        for trajectory, output in zip(self.trajectories[:count], self.outputs, strict=False):
+            text = decode_response(tokenizer, trajectory.response_ids)
+            rows.append({name: text, f"{name}_score": output.score, f"{name}_length": trajectory.length})
+        if self.gold is not None:
+            for row, gold in zip(rows, self.gold.tolist(), strict=False):
+                row[f"{name}_gold"] = gold
+        return rows
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,28 @@ class ReferenceSamples:
     styles: dict[str, Samples]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A comparison of the policy with the reference.
+
+    Attributes:
+        sections: The sections `reference`, `policy`, `best_of`, `prompt_styles` and `prompts` of `evaluation.json`.
+        policy: The policy's responses.
+        reference: The reference's, to the same prompts, sampled with the same seeds.
+    """
+
+    sections: dict[str, Any]
+    policy: ScoredSamples
+    reference: ScoredSamples
+
+    def probes(self, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
+        """The responses of both to the first `count` prompts, as rows of `samples.jsonl`."""
+        after = self.policy.rows(tokenizer, "response", count)
+        before = self.reference.rows(tokenizer, "reference", count)
+        prompts = [prompt_text(trajectory.request.prompt) for trajectory in self.policy.trajectories[:count]]
+        return [{"prompt": text} | old | new for text, old, new in zip(prompts, before, after, strict=True)]
+
+
 class Evaluator:
     """Samples policy and reference with the same seeds and compares them. The reference is sampled only once."""
 
@@ -141,7 +175,7 @@ class Evaluator:
         self.heldout = heldout
         self.draws = heldout.draws()
 
-    def evaluate(self, version: int, policy: AdapterWeights) -> dict[str, Any]:
+    def evaluate(self, version: int, policy: AdapterWeights) -> "Evaluation":
         """Compare the policy with the reference.
 
         Args:
@@ -149,7 +183,7 @@ class Evaluator:
             policy: The policy's adapter.
 
         Returns:
-            The sections `reference`, `policy`, `best_of`, `prompt_styles` and `prompts` of `evaluation.json`.
+            The sections of `evaluation.json`, and the responses that they are computed from.
         """
         references = [samples.score() for samples in self._reference_samples.draws]
         self.pool.load_adapter(version, policy)
@@ -162,7 +196,7 @@ class Evaluator:
             sections["best_of"] = _best_of(references)
         if self.heldout.prompt_styles:
             sections["prompt_styles"] = self._style_figures(sampled)
-        return sections | {"prompts": len(sampled.trajectories)}
+        return Evaluation(sections | {"prompts": len(sampled.trajectories)}, sampled, references[0])
 
     def _style_figures(self, policy: ScoredSamples) -> dict[str, dict[str, float]]:
         """Figures of the reference in each style, and how often the policy wins against it."""

@@ -10,8 +10,8 @@ from typing import Any
 from align.config.schema import Experiment
 from align.runs.folder import RunFolder
 from align.runs.metric_catalogue import SECTIONS, Panel, Section, all_metrics
+from align.runs.sink import SAMPLE_TABLE
 from align.runs.tracking import METRICS, read_lines
-from align.runs.wandb_record import TABLE
 from align.runs.wandb_run import stop_wandb, tracking_mode, wandb_environment
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError, first_line
@@ -125,7 +125,7 @@ def _panels(section: Section, logged: Sequence[str]) -> Iterator[Any]:
             title_y="score",
         )
     if section.name == "text":
-        yield panels.WeavePanelSummaryTable(table_name=TABLE)
+        yield panels.WeavePanelSummaryTable(table_name=SAMPLE_TABLE)
 
 
 def _save(file: Path, workspace: Any, experiment: Experiment, saved: dict[str, Any]) -> Dashboard:

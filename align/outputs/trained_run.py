@@ -334,7 +334,7 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> 
     )
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
     try:
-        return evaluator.evaluate(step, policy)
+        return evaluator.evaluate(step, policy).sections
     finally:
         reward.scorers.close()
 

@@ -9,6 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+SAMPLE_TABLE = "samples"
+"""The table of responses of training steps."""
+PROBE_TABLE = "probes"
+"""The table of responses to the same held-out prompts at each evaluation."""
+
 
 @dataclass(frozen=True)
 class RunProduct:
@@ -68,8 +73,8 @@ class Sink:
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step."""
 
-    def show(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take samples of a step, with the same keys in every step of a run."""
+    def show(self, table: str, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take rows of a step for `SAMPLE_TABLE` or `PROBE_TABLE`, with the same keys in every step of a run."""
 
     def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
         """Take what a reward model gets most wrong, and the plot of its reliability; both may be missing."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 from align.config.schema import TrackingSettings
 from align.config.stage import stage_names
 from align.runs.logged_figures import LoggedFigures
-from align.runs.sink import RunProduct, Sink, strict_json
+from align.runs.sink import PROBE_TABLE, SAMPLE_TABLE, RunProduct, Sink, strict_json
 from align.runs.tensorboard import TensorBoard
 from align.runs.wandb_run import forget_wandb_run, start_wandb
 from align.runtime.atomic_files import sync
@@ -65,14 +65,23 @@ class Tracker:
             rows: The samples, each a mapping of JSON values.
             show: Whether the sinks show them too.
         """
+        self._write_rows(SAMPLE_TABLE, stage, step, rows, show)
+
+    def probes(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], show: bool = False) -> None:
+        """As `samples`, for responses to the same prompts at each evaluation; each row has the key `reference`."""
+        self._write_rows(PROBE_TABLE, stage, step, rows, show)
+
+    def _write_rows(self, table: str, stage: str, step: int, rows: Sequence[Mapping[str, Any]], show: bool) -> None:
+        """Write rows of a table to `samples.jsonl`, in place of those of the step that are there."""
         path = self.run / SAMPLES
-        if self._sampled.has(stage, step, SAMPLES):
-            _rewrite(path, [row for row in read_lines(path) if (row["stage"], row["step"]) != (stage, step)])
+        if self._sampled.has(stage, step, table):
+            place = (table, stage, step)
+            _rewrite(path, [row for row in read_lines(path) if (_table_of(row), row["stage"], row["step"]) != place])
         _append(path, [{"stage": stage, "step": step, **row} for row in rows])
-        self._sampled.add(stage, step, [SAMPLES])
+        self._sampled.add(stage, step, [table])
         if show:
             for sink in self.sinks:
-                sink.show(stage, step, rows)
+                sink.show(table, stage, step, rows)
 
     def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
         """Have the sinks show what a reward model gets most wrong.
@@ -142,7 +151,12 @@ class Tracker:
             self._logged.add(row["stage"], row["step"], row)
         self._sampled = LoggedFigures()
         for row in read_lines(self.run / SAMPLES):
-            self._sampled.add(row["stage"], row["step"], [SAMPLES])
+            self._sampled.add(row["stage"], row["step"], [_table_of(row)])
+
+
+def _table_of(row: Mapping[str, Any]) -> str:
+    """The table of a line of `samples.jsonl`."""
+    return PROBE_TABLE if "reference" in row else SAMPLE_TABLE
 
 
 def open_tracker(

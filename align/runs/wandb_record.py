@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,8 @@ from typing import Any
 
 from align.config.stage import all_stages
 from align.runs.logged_figures import LoggedFigures
+from align.runs.sink import PROBE_TABLE, SAMPLE_TABLE
 from policies.errors import UserError
-
-TABLE = "samples"
-"""The name of the table of samples."""
 
 
 @dataclass
@@ -22,12 +21,12 @@ class Recorded:
 
     Attributes:
         figures: Its metrics, tables and images.
-        growths: How often its table of samples has grown.
+        growths: How often each of its growing tables has grown.
         kept: The names and versions of its artifacts.
     """
 
     figures: LoggedFigures = field(default_factory=LoggedFigures)
-    growths: int = 0
+    growths: Counter[str] = field(default_factory=Counter)
     kept: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -60,7 +59,7 @@ def read_recorded(run: Path, name: str, summary: Mapping[str, Any]) -> Recorded:
 def _add_figures(recorded: Recorded, item: Mapping[str, Any]) -> None:
     """Add what one `log` of W&B has logged. Tables and images have several entries, `NAME._type` among them."""
     names = [name.removesuffix("._type") for name in item]
-    recorded.growths += TABLE in names
+    recorded.growths.update(table for table in (SAMPLE_TABLE, PROBE_TABLE) if table in names)
     for stage in all_stages():
         if stage.axis in item:
             recorded.figures.add(stage.name, item[stage.axis], names)

@@ -13,7 +13,7 @@ from align.config.schema import TrackingSettings
 from align.config.stage import all_stages, find_stage, stage_names
 from align.runs.sink import RunProduct, Sink, figures_of
 from align.runs.wandb_artifacts import artifact_of
-from align.runs.wandb_record import TABLE, Recorded, read_recorded
+from align.runs.wandb_record import Recorded, read_recorded
 from policies.errors import UserError, first_line
 
 INIT_SECONDS = 20.0
@@ -45,7 +45,7 @@ class WandbRun(Sink):
         run: The run in the W&B library; None once it is closed or lost.
         logged: The figures that it has.
         folder: The folder of align's run.
-        shown: How often its table of samples has grown.
+        shown: How often each of its growing tables has grown.
         kept: The names and versions of the products that it has.
     """
 
@@ -56,7 +56,7 @@ class WandbRun(Sink):
         self.shown = recorded.growths
         # Online, the server knows a version that it has; here is only what was meant to be sent to it.
         self.kept = recorded.kept if run.offline else set()
-        self._table: Any = None
+        self._tables: dict[str, Any] = {}
         self._paused_until = 0.0
         self._used: set[str] = set()
 
@@ -79,19 +79,20 @@ class WandbRun(Sink):
             self.run.log({**new, find_stage(stage).axis: step})
         self.logged.add(stage, step, new)
 
-    def show(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add samples of a step to the table `samples`, unless they are in it or W&B takes no more.
+    def show(self, table: str, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows of a step to a table, unless they are in it or W&B takes no more.
 
         Args:
+            table: The table's name.
             stage: The stage's name.
             step: The step, counted from 1.
-            rows: The samples, with the same keys in every step of a run.
+            rows: The rows, with the same keys in every step of a run.
         """
-        if self.run is None or not rows or self.shown >= MAX_GROWTHS or self.logged.has(stage, step, TABLE):
+        if self.run is None or not rows or self.shown[table] >= MAX_GROWTHS or self.logged.has(stage, step, table):
             return
-        if self._attempt(f"the samples of step {step}", lambda run: self._grow_table(run, stage, step, rows)):
-            self.shown += 1
-            self.logged.add(stage, step, [TABLE])
+        if self._attempt(f"the {table} of step {step}", lambda run: self._grow(run, table, stage, step, rows)):
+            self.shown[table] += 1
+            self.logged.add(stage, step, [table])
 
     def show_errors(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
         """Log the worst errors of a reward model as a table, and the plot of its reliability as an image."""
@@ -124,15 +125,15 @@ class WandbRun(Sink):
             if row["stage"] in stage_names():
                 self.log(row["stage"], row["step"], figures_of(row))
 
-    def _grow_table(self, run: Any, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows to the table of samples, and log it."""
+    def _grow(self, run: Any, table: str, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to a table, and log it."""
         import wandb
 
-        if self._table is None:
-            self._table = wandb.Table(columns=["step", *rows[0]], log_mode="INCREMENTAL")
+        if table not in self._tables:
+            self._tables[table] = wandb.Table(columns=["step", *rows[0]], log_mode="INCREMENTAL")
         for row in rows:
-            self._table.add_data(step, *row.values())
-        run.log({TABLE: self._table, find_stage(stage).axis: step})
+            self._tables[table].add_data(step, *row.values())
+        run.log({table: self._tables[table], find_stage(stage).axis: step})
 
     def _log_artifact(self, run: Any, product: RunProduct) -> None:
         artifact = artifact_of(product, self.folder / "wandb" / "products")

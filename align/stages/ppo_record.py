@@ -103,9 +103,11 @@ class PpoRecord:
         composition = self.parts.scorers.reward.composition
         weights = loop.learners.policy_weights()
         evaluation = self.parts.evaluator.evaluate(loop.step, weights)
-        policy: dict[str, float] = evaluation["policy"]
+        policy: dict[str, float] = evaluation.sections["policy"]
         logged = {f"eval/{name}": value for name, value in policy.items() if name != "step"}
         context.tracker.log("ppo", loop.step, logged)
+        probes = evaluation.probes(context.tokenizer, experiment.tracking.probes)
+        context.tracker.probes("ppo", loop.step, probes, show=experiment.tracking.texts)
         value = policy[experiment.evaluation.best]
         # Scores before and after a change of the reward cannot be compared: then the newest policy counts as the best.
         reward_changes = composition.is_stateful and experiment.evaluation.best == "score_mean"
@@ -114,7 +116,7 @@ class PpoRecord:
             self.progress.best = value
             with new_folder(context.run.best) as folder:
                 save_adapter(folder, weights, experiment.policy, experiment.model.path)
-                write_json(folder / "evaluation.json", evaluation)
+                write_json(folder / "evaluation.json", evaluation.sections)
                 write_json(folder / REWARD_STATE, composition.state())
         self._note_verdicts()
 

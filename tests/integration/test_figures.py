@@ -9,6 +9,7 @@ import pytest
 from align.config.schema import Experiment
 from align.runs.folder import begin_run, find_run, folder_of
 from align.runs.metric_catalogue import find_metric
+from align.runs.tracking import SAMPLES, read_lines
 from align.stages import launch
 from policies.errors import UserError
 from tests.integration.tiny_run import figures, run_in_process
@@ -35,6 +36,18 @@ def test_every_metric_of_a_run_is_in_the_catalogue(settings: dict[str, Any], tmp
     names = {name for row in figures(run_in_process(settings)) for name in row} - {"stage", "step"}
     assert {name for name in names if find_metric(name) is None} == set()
     assert {"eval/gold_win_rate", "reward/spread", "reward/multiplier", "reward/term/short", "policy/ptx_loss"} <= names
+
+
+def test_the_same_prompts_are_answered_at_each_evaluation(settings: dict[str, Any]) -> None:
+    settings["tracking"] |= {"probes": 2, "samples": 0}
+    run = run_in_process(settings)
+    rows = [row for row in read_lines(run / SAMPLES) if "reference" in row]
+    steps = settings["ppo"]["steps"]
+    assert [row["step"] for row in rows] == [step for step in range(1, steps + 1) for _ in range(2)]
+    for number in range(2):
+        answered = [(row["prompt"], row["reference"]) for row in rows[number::2]]
+        assert answered == answered[:1] * steps
+    assert rows[0]["prompt"] != rows[1]["prompt"]
 
 
 def test_a_run_that_is_killed_while_it_is_replaced_cannot_be_resumed(

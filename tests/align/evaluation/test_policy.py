@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from align.evaluation.policy import (
     REFERENCE_VERSION,
@@ -103,7 +104,7 @@ def test_distinct_2_counts_bigrams_within_sequences_and_once_over_all(sequences:
 
 
 def test_the_best_of_is_what_the_reward_picks_and_the_gold_best_what_gold_picks() -> None:
-    best = evaluator(ListedPool(), best_of=3).evaluate(5, {})["best_of"]
+    best = evaluator(ListedPool(), best_of=3).evaluate(5, {}).sections["best_of"]
     curve = best.pop("curve")
     assert best == {"n": 3, "score_mean": (3 + 4) / 2, "gold_mean": (20 + 40) / 2, "gold_best_mean": (90 + 60) / 2}
     assert [point["n"] for point in curve] == [1, 2, 3]
@@ -126,18 +127,18 @@ def test_the_best_of_n_is_the_mean_over_all_choices_of_n_samples(count: int, n: 
 
 
 def test_the_best_of_one_is_the_reference_itself() -> None:
-    figures = evaluator(ListedPool(), best_of=1).evaluate(5, {})
+    figures = evaluator(ListedPool(), best_of=1).evaluate(5, {}).sections
     assert figures["best_of"]["score_mean"] == figures["reference"]["score_mean"] == (1 + 4) / 2
 
 
 def test_without_best_of_and_gold_their_figures_are_absent() -> None:
-    figures = evaluator(ListedPool(), with_gold=False).evaluate(5, {})
+    figures = evaluator(ListedPool(), with_gold=False).evaluate(5, {}).sections
     assert figures.keys() == {"reference", "policy", "prompts"}
     assert not [name for name in (*figures["reference"], *figures["policy"]) if "gold" in name]
 
 
 def test_figures_of_policy_and_reference() -> None:
-    figures = evaluator(ListedPool()).evaluate(5, {})
+    figures = evaluator(ListedPool()).evaluate(5, {}).sections
     both = {"length_mean": 3.0, "eos_share": 0.5}
     reference = {"score_mean": 2.5, "score_std": 1.5, "gold_mean": 25.0, "distinct_2": 1 / 4}
     policy = {"score_mean": 1.5, "score_std": 0.5, "gold_mean": 40.0, "distinct_2": 2 / 4}
@@ -178,3 +179,18 @@ def test_policy_and_reference_share_the_first_draws_seeds_and_every_other_draw_h
     evaluator(pool, best_of=2).evaluate(5, {})
     (_, first), (_, second), (_, policy) = pool.seeds
     assert (first, len({*first, *second})) == (policy, 4)
+
+
+def test_probes_are_the_responses_of_both_to_the_first_prompts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    evaluation = evaluator(ListedPool()).evaluate(5, {})
+    (probe,) = evaluation.probes(tiny_tokenizer, 1)
+    policy, reference = evaluation.policy, evaluation.reference
+    assert probe["prompt"] == str(PROMPTS[0].prompt)
+    for name, model in (("response", policy), ("reference", reference)):
+        assert probe[name] == tiny_tokenizer.decode(model.trajectories[0].response_ids)
+        assert probe[f"{name}_score"] == model.outputs[0].score
+        assert probe[f"{name}_length"] == model.trajectories[0].length
+        assert model.gold is not None
+        assert probe[f"{name}_gold"] == float(model.gold[0])
+    assert probe["response"] != probe["reference"]
+    assert len(evaluation.probes(tiny_tokenizer, 100)) == len(PROMPTS)

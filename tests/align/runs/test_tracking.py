@@ -13,7 +13,7 @@ import pytest
 
 from align.config.schema import TrackingSettings
 from align.runs import wandb_run
-from align.runs.tracking import drop_stages, open_tracker, read_lines, truncate_after
+from align.runs.tracking import Tracker, drop_stages, open_tracker, read_lines, truncate_after
 from policies.errors import UserError
 from tests.align.runs.wandb_files import records_in_wandb
 
@@ -180,6 +180,18 @@ def test_the_other_figures_of_a_step_stay_when_one_is_logged_again(tmp_path: Pat
         {"stage": "reward", "step": 2, "reward_model/loss": 4.0},
         {"stage": "reward", "step": 1, "reward_model/loss": 5.0},
     ]
+
+
+def test_probes_and_samples_of_a_step_do_not_replace_each_other(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+        tracker.samples("ppo", 1, [{"response": "old"}])
+        tracker.probes("ppo", 1, [{"reference": "r", "response": "old probe"}])
+    written = []
+    for write in (Tracker.samples, Tracker.probes):
+        with open_tracker(tmp_path, DISABLED, "tiny", {}) as tracker:
+            write(tracker, "ppo", 1, [{"response": "new"} | ({"reference": "r"} if write is Tracker.probes else {})])
+        written.append([row["response"] for row in strict_lines(tmp_path / "samples.jsonl")])
+    assert written == [["old probe", "new"], ["new", "new"]]
 
 
 def test_samples_that_are_written_again_stand_once(tmp_path: Path) -> None:
