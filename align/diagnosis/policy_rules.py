@@ -141,7 +141,7 @@ def large_updates(run: RunFigures) -> Verdict | None:
 def dead_critic(run: RunFigures) -> Verdict | None:
     """The critic explains nothing of the returns."""
     explained = run.curve("value/explained_variance")
-    if len(explained) < thresholds.SHORTEST.value:
+    if len(explained) < thresholds.CRITIC_STEPS.value:
         return None
     best = max(explained.values)  # once scores differ little, it can be below 0 again
     if best >= thresholds.EXPLAINED.value:

@@ -58,6 +58,7 @@ UPDATE_KL = Threshold(
     0.1, "KL of an update, nats per token", "ten times the target of OpenAI's Spinning Up (0.01, stopped at 0.015)"
 )
 EXPLAINED = Threshold(0.1, "explained variance of the critic", "a constant explains 0")
+CRITIC_STEPS = Threshold(8, "steps that a critic has before it is judged", MEASURED)
 SKIPPED = Threshold(0.2, "share of steps with skipped updates", "rule of thumb")
 
 LARGE_MISMATCH = Threshold(

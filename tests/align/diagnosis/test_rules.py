@@ -26,7 +26,7 @@ HEALTHY: Curves = {
     "policy/clip_fraction": [0.1] * STEPS,
     "policy/approximate_kl": [0.01] * STEPS,
     "policy/learning_rate": [1e-3] * STEPS,
-    "value/explained_variance": [0.08 * step for step in range(STEPS)],
+    "value/explained_variance": [0.04 * step - 0.1 for step in range(STEPS)],
     "value/learning_rate": [1e-3] * STEPS,
     "rollout/eos_share": [0.95] * STEPS,
     "rollout/length_mean": [30.0 + 0.1 * step for step in range(STEPS)],
@@ -102,7 +102,7 @@ def test_a_run_that_has_logged_nothing_has_no_verdict() -> None:
     assert verdicts(RunFigures([])) == []
 
 
-@pytest.mark.parametrize("length", range(1, 4))
+@pytest.mark.parametrize("length", range(1, 8))
 def test_the_first_steps_of_a_healthy_run_have_no_verdict(length: int) -> None:
     assert verdicts(figures({name: curve[:length] for name, curve in HEALTHY.items()})) == []
 
