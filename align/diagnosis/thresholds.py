@@ -18,57 +18,54 @@ class Threshold:
     source: str
 
 
-MEASURED = "between the sick and the healthy runs of experiments/sick_runs"
+UNMEASURED = "rule of thumb, not measured yet"
 
 NOISE = Threshold(3.0, "change of a curve, in standard deviations of its noise, that is not chance", "three sigma")
 SHORTEST = Threshold(4, "values that a curve needs before its course is judged", "a start, an end, and noise between")
 
 JUDGE_FALL = Threshold(
-    0.25, "fall of the gold score since its peak, of its range in the run, while the score has risen", MEASURED
+    0.25, "fall of the gold score since its peak, of its range in the run, while the score has risen", UNMEASURED
 )
-SPREAD_GROWTH = Threshold(
-    1.5, "growth of the ensemble's disagreement while the score has risen", "Coste et al. 2024, figures 3 and 8"
-)
+SPREAD_GROWTH = Threshold(1.5, "growth of the ensemble's disagreement while the score has risen", UNMEASURED)
 LENGTH_PREFERRED = Threshold(
-    0.6, "share of held-out comparisons in which the longer response is the better one", MEASURED
+    0.6, "share of held-out comparisons in which the longer response is the better one", UNMEASURED
 )
 LENGTH_GAP = Threshold(
     0.15,
     "accuracy of the reward model where the better response is the longer one, less that where it is the shorter one",
-    MEASURED,
+    UNMEASURED,
 )
-LENGTH_GROWTH = Threshold(1.15, "growth of the responses in PPO", MEASURED)
+LENGTH_GROWTH = Threshold(1.15, "growth of the responses in PPO", UNMEASURED)
 EQUAL_GROUPS = Threshold(
     0.8, "share of prompts whose responses all score alike", "Yu et al. 2025 (DAPO), section 3.2: they teach nothing"
 )
 SPREAD = Threshold(1e-6, "standard deviation of scores, in units of the score", "rounding")
 CHANCE = Threshold(0.55, "accuracy of the reward model on held-out comparisons", "chance is 0.5")
-OVERFITTING = Threshold(1.05, "held-out loss of SFT at the end, by its lowest", "rule of thumb")
+OVERFITTING = Threshold(1.05, "held-out loss of SFT at the end, by its lowest", UNMEASURED)
 
-ENTROPY_LEFT = Threshold(0.25, "entropy at the end, by that at the start", MEASURED)
+ENTROPY_LEFT = Threshold(0.25, "entropy at the end, by that at the start", UNMEASURED)
 PENALTY = Threshold(
     1.0,
-    "standard deviation of the scores by β: the largest possible gain, in standard deviations, and twice the square "
-    "root of half the KL",
+    "standard deviation of the scores by β, which is the largest possible gain in standard deviations",
     "the optimum of the regularised objective, π ∝ π_ref·exp(r/β), to first order in r/β",
 )
-FAR = Threshold(1.0, "KL to the reference, nats per token", MEASURED)
-CLIPPED = Threshold(0.4, "share of clipped tokens", "Huang et al. 2022 (37 details of PPO): 0.1 to 0.3 is usual")
+FAR = Threshold(1.0, "KL to the reference, nats per token", UNMEASURED)
+CLIPPED = Threshold(0.4, "share of clipped tokens", UNMEASURED)
 UPDATE_KL = Threshold(
     0.1, "KL of an update, nats per token", "ten times the target of OpenAI's Spinning Up (0.01, stopped at 0.015)"
 )
 EXPLAINED = Threshold(0.1, "explained variance of the critic", "a constant explains 0")
-CRITIC_STEPS = Threshold(8, "steps that a critic has before it is judged", MEASURED)
-SKIPPED = Threshold(0.2, "share of steps with skipped updates", "rule of thumb")
+CRITIC_STEPS = Threshold(8, "steps that a critic has before it is judged", UNMEASURED)
+SKIPPED = Threshold(0.2, "share of steps with skipped updates", UNMEASURED)
 
 LARGE_MISMATCH = Threshold(
     0.01, "share of tokens whose log-probabilities differ by more than rounding explains", "align/ppo/mismatch.py"
 )
 STALE_MISMATCH = Threshold(
-    0.1, "mean difference of log-probabilities with weights that lag behind, nats per token", "rule of thumb"
+    0.1, "mean difference of log-probabilities with weights that lag behind, nats per token", UNMEASURED
 )
-ENDED = Threshold(0.5, "share of responses that end by themselves", "rule of thumb")
-HARDLY_ENDED = Threshold(0.1, "the same: too few to learn from ends", "rule of thumb")
+ENDED = Threshold(0.5, "share of responses that end by themselves", UNMEASURED)
+HARDLY_ENDED = Threshold(0.1, "the same: too few to learn from ends", UNMEASURED)
 
 
 def thresholds_table() -> str:
