@@ -83,7 +83,7 @@ def strong_penalty(run: RunFigures) -> Verdict | None:
     spread = run.curve("reward/std")
     if not len(coefficient) or not len(spread) or coefficient.end <= 0:
         return None
-    room = spread.end / coefficient.end
+    room = spread.start / coefficient.end  # the spread shrinks once the policy has learned
     if room >= thresholds.PENALTY.value:
         return None
     suggested = coefficient.end * room / 10
@@ -94,8 +94,8 @@ def strong_penalty(run: RunFigures) -> Verdict | None:
         text="The KL penalty is so strong that even the best policy could gain only "
         f"{room:.2g} standard deviations of the score.",
         evidence=(
-            Evidence(coefficient.metric, coefficient.steps[-1], coefficient.end, spread.end, "at the end"),
-            spread.at_end(),
+            Evidence(coefficient.metric, coefficient.steps[-1], coefficient.end, spread.start, "at the end"),
+            spread.at_start(),
             run.curve("kl/per_sequence").at_end(),
         ),
         advice=(f"ppo.kl.coefficient={suggested:.2g}", "ppo.kl.target: the KL that you want, in nats per sequence"),

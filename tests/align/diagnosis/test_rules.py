@@ -143,6 +143,11 @@ def test_noise_alone_is_no_fall_of_the_gold_score() -> None:
     assert verdicts(figures(HEALTHY | {"reward/gold_mean": noisy})) == []
 
 
+def test_scores_that_are_alike_because_the_policy_has_learned_are_no_strong_penalty() -> None:
+    learned = {"reward/std": [1.0 - 0.097 * step for step in range(STEPS)], "kl/coefficient": [0.2] * STEPS}
+    assert verdicts(figures(HEALTHY | learned)) == []
+
+
 def test_serious_verdicts_come_first_and_causes_before_effects() -> None:
     changes = SICK["constant"][0] | SICK["no critic"][0] | SICK["large β"][0]
     names = [verdict.name for verdict in verdicts(figures(HEALTHY | changes))]
