@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from align.config.schema import ClusterSettings, Experiment
+from align.runtime.failures import ClusterLost
 from align.runtime.head_watch import connect, head_watched
 from policies.device import ComputeSettings, cores
 from policies.errors import UserError, first_line
@@ -35,6 +36,8 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp")
 """Folders for temporary files that every system has."""
 CONNECT_SECONDS = 10.0
 """Seconds in which the head of a cluster must accept a connection."""
+TOO_SLOW = "timed out during startup"
+"""What Ray says where its processes have not started in 30 s."""
 AUTO = "auto"
 """The address that has Ray look for a cluster."""
 CLIENT = "ray://"
@@ -126,12 +129,31 @@ def _connected(settings: ClusterSettings, cpus: int, advice: str) -> Iterator[No
             else:
                 folder = stack.enter_context(_folder_of_files())
                 options |= {"num_cpus": max(cores(), cpus), "include_dashboard": False, "_temp_dir": folder}
-                ray.init(address="local", **options)
+                _start(options)
         with head_watched(head_address(settings), name, advice):
             try:
                 yield
             finally:
                 ray.shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Start Ray on this machine.
+
+    Raises:
+        ClusterLost: It takes longer than Ray allows.
+    """
+    import ray
+
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:  # Ray has no class for it
+        if TOO_SLOW not in str(error):
+            raise
+        raise ClusterLost(
+            "Ray has not started on this machine in 30 s: the machine may be too busy. Start the run again, or "
+            "`align resume` it, when it is less so"
+        ) from error
 
 
 def _find(settings: ClusterSettings) -> str | None:

@@ -11,6 +11,7 @@ from ray.exceptions import AuthenticationError
 from align.config.schema import ClusterSettings, Experiment
 from align.resources import ray_cluster as module
 from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
+from align.runtime.failures import ClusterLost
 from policies.device import ComputeSettings
 from policies.errors import UserError
 
@@ -137,3 +138,12 @@ def test_a_cluster_that_does_not_start_leaves_no_files(monkeypatch: pytest.Monke
 
 def test_a_client_connects_to_the_head_through_its_own_port() -> None:
     assert head_address(ClusterSettings(address="ray://host:10001")) == "host:10001"
+
+
+def test_a_start_that_takes_too_long_ends_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(address: str) -> None:
+        raise Exception("The current node timed out during startup. This could happen because …")
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(ClusterLost, match="Ray has not started on this machine in 30 s"):
+        module._start({})
