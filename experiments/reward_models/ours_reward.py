@@ -34,7 +34,7 @@ class Clock(Tracker):
     """Records when each step ended, and none of its figures."""
 
     def __init__(self) -> None:
-        super().__init__(Path(), None)
+        super().__init__(Path())
         self.ends: list[float] = []
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
