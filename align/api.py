@@ -1,7 +1,7 @@
 """The functions of the Python interface. They are imported from `align` itself; docs/python.md shows their use."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,7 @@ def run(experiment: Experiment, replace: bool = False) -> TrainedRun:
     """
     if not replace:
         refuse_run(folder_of(experiment))
-    with new_run(experiment) as launch:
-        return _finish(launch)
+    return _finish(new_run(experiment))
 
 
 def resume(run: str | Path | TrainedRun, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -80,13 +79,13 @@ def resume(run: str | Path | TrainedRun, overrides: Sequence[str] = ()) -> Train
         Fault: The run has stopped itself, because its figures make it pointless to continue.
     """
     name_or_path = run.path if isinstance(run, TrainedRun) else run
-    with resumed_run(str(name_or_path), overrides) as launch:
-        return _finish(launch)
+    return _finish(resumed_run(str(name_or_path), overrides))
 
 
-def _finish(launch: Launch) -> TrainedRun:
-    """Run the remaining stages and write the report."""
-    evaluation = run_stages(launch.experiment, launch.folder, launch.datasets, StopRequest())
+def _finish(opened: AbstractContextManager[Launch]) -> TrainedRun:
+    """Run the remaining stages and, once the run is not locked any more, write the report, which says its state."""
+    with opened as launch:
+        evaluation = run_stages(launch.experiment, launch.folder, launch.datasets, StopRequest())
     write_report(launch.folder.path, evaluation)
     return TrainedRun(launch.experiment, launch.folder)
 

@@ -476,23 +476,23 @@ def _run(opened: "AbstractContextManager[Launch]", *, quiet: bool, as_json: bool
     from align.runs.folder import read_peaks
     from align.stages.pipeline import remaining_stages
 
-    with ExitStack() as stack:
-        stack.enter_context(quiet_consoles(results=quiet or as_json, progress=quiet))
-        with one_connection():
-            launch = stack.enter_context(opened)
-            settings, folder = launch.experiment, launch.folder
-            stages = remaining_stages(settings, folder)
-            plan = make_plan(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
-        if not stages:
-            console.print(_nothing_to_resume(settings, folder), soft_wrap=True)
-        console.print(plan_table(plan))
-        evaluation = _run_stages(launch)
+    with quiet_consoles(results=quiet or as_json, progress=quiet):
+        with ExitStack() as stack:
+            with one_connection():
+                launch = stack.enter_context(opened)
+                settings, folder = launch.experiment, launch.folder
+                stages = remaining_stages(settings, folder)
+                plan = make_plan(settings, launch.datasets, stages, dtype=launch.dtype, placement=launch.placement)
+            if not stages:
+                console.print(_nothing_to_resume(settings, folder), soft_wrap=True)
+            console.print(plan_table(plan))
+            evaluation = _run_stages(launch)
         _show(evaluation)
         if peaks := read_peaks(folder, stages):
             console.print(use_table(plan, peaks))
         verdicts = diagnose(folder.path)
         console.print(verdict_list(verdicts))
-        page = write_report(folder.path, evaluation)
+        page = write_report(folder.path, evaluation)  # once the run is not locked any more: the page says its state
         console.print(f"report: {page}")
     if as_json:
         result = {"run": folder.path, "evaluation": evaluation, "verdicts": verdict_records(verdicts), "report": page}
