@@ -9,10 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from align.config.schema import Experiment
 from align.diagnosis.diagnose import diagnose
-from align.runs.folder import RunFolder, find_run, is_locked
-from align.runs.products import wanted_stages
+from align.runs.folder import find_run
+from align.runs.products import state_of
 from align.runs.tracking import METRICS, read_lines
 from align.runtime.consoles import escaped
 from align.runtime.wording import clock
@@ -77,7 +76,7 @@ def summarise(folder: Path) -> RunSummary:
         rows = read_lines(folder / METRICS)
     except UserError as error:
         return RunSummary(folder.name, "unreadable", updated=updated, problem=first_line(error))
-    state = _state(run, experiment)
+    state = state_of(experiment, run)
     if not rows:
         return RunSummary(folder.name, state, updated=updated)
     last = rows[-1]
@@ -119,13 +118,6 @@ def runs_table(found: Sequence[RunSummary]) -> Table:
             "" if run.updated is None else _ago(time.time() - run.updated),
         )
     return table
-
-
-def _state(run: RunFolder, experiment: Experiment) -> str:
-    """Whether a process has locked the run and, if not, whether all its stages are done."""
-    if is_locked(run):
-        return "running"
-    return "done" if all(run.done(stage) for stage in wanted_stages(experiment)) else "stopped"
 
 
 def _seconds_left(ppo: Sequence[Mapping[str, Any]], steps: int) -> float:

@@ -12,7 +12,7 @@ from align.diagnosis.diagnose import diagnose
 from align.diagnosis.verdict import Verdict
 from align.evaluation.reward_model import DIAGNOSTICS
 from align.runs.folder import RunFolder, is_locked, read_facts, read_peaks
-from align.runs.products import wanted_stages
+from align.runs.products import state_of
 from align.runs.tracking import EVENTS, METRICS, SAMPLES, read_lines
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
@@ -124,11 +124,9 @@ def _read_settings(folder: RunFolder) -> Experiment | None:
 
 
 def _state(folder: RunFolder, experiment: Experiment | None) -> str:
-    if is_locked(folder):
-        return "running"
     if experiment is None:
-        return ""
-    return "done" if all(folder.done(stage) for stage in wanted_stages(experiment)) else "stopped"
+        return "running" if is_locked(folder) else ""
+    return state_of(experiment, folder)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from align.config.schema import Experiment
 from align.config.stage import find_stage, stage_names
-from align.runs.folder import RunFolder
+from align.runs.folder import RunFolder, is_locked
 from policies.errors import UserError
 
 
@@ -22,6 +22,13 @@ def ready_made(experiment: Experiment, stage: str) -> str | None:
     if stage == "reward":
         return experiment.reward.model or experiment.reward.classifier
     return None
+
+
+def state_of(experiment: Experiment, run: RunFolder) -> str:
+    """`running` where a process has locked the run; otherwise `done` or `stopped`, by whether all stages are done."""
+    if is_locked(run):
+        return "running"
+    return "done" if all(run.done(stage) for stage in wanted_stages(experiment)) else "stopped"
 
 
 def missing_product(experiment: Experiment, run: RunFolder, stage: str) -> UserError:
