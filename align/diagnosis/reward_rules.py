@@ -99,7 +99,7 @@ def learned_length(run: RunFigures) -> Verdict | None:
         evidence=tuple(evidence),
         advice=(
             "more comparisons in which the shorter response is better",
-            "reward.terms: add a term of kind length with a negative weight",
+            "reward.terms: add a term of kind length, which costs responses near max_tokens",
         ),
     )
 
