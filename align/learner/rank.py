@@ -102,6 +102,7 @@ class Rank:
         weight: float,
         objectives: Sequence[MicrobatchObjective],
         collate: Callable[[Sequence[AnyExample]], tuple[Any, ...]],
+        maxima: int = 0,
     ) -> Tensor:
         """Accumulate the gradient of the objectives' sum over all examples of all ranks, divided by `weight`.
 
@@ -110,9 +111,11 @@ class Rank:
             weight: Divisor of the summed losses of all examples.
             objectives: The objectives, which are differentiated one after another.
             collate: Turns examples into the tensors of a microbatch that an objective takes.
+            maxima: How many of the last statistics are maxima, which must not be negative.
 
         Returns:
-            The statistics of the objectives, `[S]` or `[]` float64, summed over microbatches and ranks, on the CPU.
+            The statistics of the objectives, `[S]` or `[]` float64, on the CPU: sums over microbatches and ranks, and
+            of the last ones the maxima.
         """
         # DeepSpeed averages over ranks, and the loss is a mean over the tokens of all ranks.
         scale = self.count / weight
@@ -122,7 +125,7 @@ class Rank:
             self.engine.backward(loss * (0.0 if is_filler else scale))
             return statistics
 
-        return self._sum(examples, objectives, collate, accumulate)
+        return self._reduce(examples, objectives, collate, accumulate, maxima)
 
     @torch.no_grad()
     def evaluate(
@@ -137,21 +140,22 @@ class Rank:
             _, statistics = self._forward(objective, tensors)
             return statistics
 
-        return self._sum(examples, [objective], collate, run)
+        return self._reduce(examples, [objective], collate, run, maxima=0)
 
     def _forward(self, objective: MicrobatchObjective, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Loss and statistics of an objective, under DeepSpeed's hooks."""
         loss, statistics = self.engine(objective, *tensors)
         return loss, statistics
 
-    def _sum(
+    def _reduce(
         self,
         examples: Sequence[AnyExample],
         objectives: Sequence[MicrobatchObjective],
         collate: Callable[[Sequence[AnyExample]], tuple[Any, ...]],
         run: Callable[[MicrobatchObjective, tuple[Any, ...], bool], Tensor],
+        maxima: int,
     ) -> Tensor:
-        """Run the objectives on this rank's share of the examples, and sum their statistics over all ranks."""
+        """Run the objectives on this rank's share of the examples, and reduce their statistics over all ranks."""
         lengths = [example.length for example in examples]
         dealt = deal_by_length(lengths, self.count)
         share = dealt[self.number]
@@ -167,10 +171,11 @@ class Rank:
                 for objective in objectives:
                     statistics = run(objective, tensors, is_filler)
                     parts.append(statistics.double() * (not is_filler))
-        sums = torch.stack(parts).sum(0)  # [passes, S] -> [S], or [passes] -> []
-        if self.count > 1:
-            dist.all_reduce(sums)
-        return sums.cpu()
+        passes = torch.stack(parts)  # [passes, S] or [passes]
+        statistics = self._over_ranks(passes.sum(0), dist.ReduceOp.SUM)
+        if maxima:
+            statistics[-maxima:] = self._over_ranks(passes[:, -maxima:].amax(0), dist.ReduceOp.MAX)
+        return statistics.cpu()
 
     def step(self, rates: Mapping[str, float]) -> StepOutcome:
         """Take an optimizer step with the accumulated gradient, unless a part of it is not finite.
@@ -210,17 +215,21 @@ class Rank:
     def _default_tokens_per_microbatch(self) -> int:
         """What suits the rank with the least free memory."""
         tokens = torch.tensor(self.module.default_microbatch_tokens(), device=self.device)
-        if self.count > 1:
-            dist.all_reduce(tokens, op=dist.ReduceOp.MIN)
-        return int(tokens)
+        return int(self._over_ranks(tokens, dist.ReduceOp.MIN))
 
     def same_count_on_all_ranks(self, microbatches: list[list[int]]) -> list[list[int]]:
         """The microbatches, followed by fillers of sequence 0 up to the largest number on any rank."""
         if self.count == 1:
             return microbatches
-        largest_count = torch.tensor(len(microbatches), device=self.device)
-        dist.all_reduce(largest_count, op=dist.ReduceOp.MAX)
-        return microbatches + [[0]] * (int(largest_count) - len(microbatches))
+        count = torch.tensor(len(microbatches), device=self.device)
+        largest_count = int(self._over_ranks(count, dist.ReduceOp.MAX))
+        return microbatches + [[0]] * (largest_count - len(microbatches))
+
+    def _over_ranks(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        """Reduce a tensor over all ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor, op=operation)
+        return tensor
 
     def read_adapter(self, trunk: Trunk, role: str) -> AdapterWeights:
         """A complete copy of a role's adapter, on the CPU."""

@@ -18,7 +18,7 @@ from align.learner.likelihood import collate_demonstrations, likelihood_objectiv
 from align.learner.rank import Rank, StepOutcome
 from align.learner.state import LearnerState
 from align.ppo.episode_shards import EpisodeShards, MinibatchOrders, StoredEpisode
-from align.ppo.objective import STATISTICS, collate_episodes, ppo_objectives, summed
+from align.ppo.objective import MAXIMA, STATISTICS, collate_episodes, ppo_objectives, summed
 from align.roles.roles import Roles
 from align.roles.scoring import ALL_ROLES, score_microbatch, score_microbatches
 from policies.trunk import AdapterWeights
@@ -53,12 +53,14 @@ class MinibatchResult:
 
     Attributes:
         sums: `[9]` float64, on the CPU: the `STATISTICS`, summed over the tokens of all ranks.
+        maxima: `[1]` float64, on the CPU: the `MAXIMA` over the tokens of all ranks.
         weight: Divisor that turns the sums into means.
         ptx_loss: Loss of the demonstrations, in nats per token; 0 without any.
         outcome: What happened in the step.
     """
 
     sums: Tensor
+    maxima: Tensor
     weight: float
     ptx_loss: float
     outcome: StepOutcome
@@ -127,8 +129,9 @@ class PpoLearner:
             demonstrations: The demonstrations that are mixed into each optimizer step; empty without ptx.
 
         Returns:
-            Means over the tokens that were trained on (`STATISTICS`), `ptx_loss`, `optimizer_steps`, `skipped_steps`,
-            and `policy_gradient_norm` and `critic_gradient_norm`: the same on every rank.
+            Means (`STATISTICS`) and maxima (`MAXIMA`) over the tokens that were trained on, `ptx_loss`,
+            `optimizer_steps`, `skipped_steps`, and `policy_gradient_norm` and `critic_gradient_norm`: the same on every
+            rank.
         """
         results: list[MinibatchResult] = []
         minibatches = chain.from_iterable(orders)
@@ -138,7 +141,7 @@ class PpoLearner:
             results.append(result)
             if self.ppo.target_kl is not None and result.approximate_kl > self.ppo.target_kl:
                 break
-        return _mean_statistics(results)
+        return _update_statistics(results)
 
     def tokens_per_microbatch(self) -> int:
         """The most tokens of a microbatch, the same on all ranks."""
@@ -185,10 +188,12 @@ class PpoLearner:
         if self.rank.zero == 3:
             # DeepSpeed expects the first backward pass of a step to reach every trained parameter.
             objectives = [summed(objectives)]
-        sums = self.rank.backward(minibatch, weight, objectives, partial(collate_episodes, device=self.rank.device))
+        collate = partial(collate_episodes, device=self.rank.device)
+        statistics = self.rank.backward(minibatch, weight, objectives, collate, maxima=len(MAXIMA))  # [10]
+        sums, maxima = statistics.split([len(STATISTICS), len(MAXIMA)])
         ptx_loss = self._backward_demonstrations(demonstrations) if demonstrations else 0.0
         outcome = self.rank.step({"policy": coefficients.policy_lr, "critic": coefficients.critic_lr})
-        return MinibatchResult(sums, weight, ptx_loss, outcome)
+        return MinibatchResult(sums, maxima, weight, ptx_loss, outcome)
 
     def _backward_demonstrations(self, demonstrations: Sequence[TokenizedDemonstration]) -> float:
         """Accumulate the gradient of the demonstrations. Returns their loss in nats per token."""
@@ -199,20 +204,23 @@ class PpoLearner:
         return float(self.rank.backward(demonstrations, weight, [objective], collate)) / tokens
 
 
-def _mean_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:
-    """Means over the tokens of all optimizer steps of an update."""
+def _update_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:
+    """Means and maxima over the tokens of all optimizer steps of an update."""
     sums = torch.zeros(len(STATISTICS), dtype=torch.float64)  # [9]
     weight = 0.0
     for result in results:
         sums = sums + result.sums
         weight += result.weight
-    means = {name: float(total) / weight for name, total in zip(STATISTICS, sums, strict=True)}
-    means["ptx_loss"] = sum(result.ptx_loss for result in results) / len(results)
-    means["optimizer_steps"] = len(results)
-    means["skipped_steps"] = sum(result.outcome.skipped for result in results)
+    statistics = {name: float(total) / weight for name, total in zip(STATISTICS, sums, strict=True)}
+    maxima = torch.stack([result.maxima for result in results]).amax(0)  # [1]
+    statistics |= zip(MAXIMA, maxima.tolist(), strict=True)
+    statistics["ptx_loss"] = sum(result.ptx_loss for result in results) / len(results)
+    statistics["optimizer_steps"] = len(results)
+    statistics["skipped_steps"] = sum(result.outcome.skipped for result in results)
     for role in TRAINED_ROLES:
-        means[f"{role}_gradient_norm"] = _finite_mean(result.outcome.norms.get(role, math.nan) for result in results)
-    return means
+        norms = (result.outcome.norms.get(role, math.nan) for result in results)
+        statistics[f"{role}_gradient_norm"] = _finite_mean(norms)
+    return statistics
 
 
 def _finite_mean(values: Iterable[float]) -> float:

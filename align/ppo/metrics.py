@@ -15,6 +15,7 @@ from align.config.estimators import find_estimator
 from align.config.ppo_settings import PpoSettings
 from align.ppo.loop import Step
 from align.ppo.mismatch import Mismatch, sampler_mismatch
+from align.runs.histogram import Histogram, histogram_of, histogram_of_integers
 from policies.text.tokenization import decode_response, prompt_text
 from rollouts.trajectory import RoleOutputs, Trajectory, lengths
 
@@ -65,6 +66,13 @@ def _reward_and_kl_metrics(step: Step) -> dict[str, float]:
     }
 
 
+def step_histograms(step: Step) -> dict[str, Histogram]:
+    """How the scores and the lengths of a step's responses are distributed, by their names in `metrics.jsonl`."""
+    scores = [output.score for output in step.scored]
+    tokens: list[int] = lengths(step.trajectories).tolist()
+    return {"reward/histogram": histogram_of(scores), "rollout/length_histogram": histogram_of_integers(tokens)}
+
+
 def zero_std_share(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings) -> float:
     """Share of prompts whose responses all score alike, so that a group estimator learns nothing from them.
 
@@ -91,6 +99,7 @@ def _policy_metrics(step: Step) -> dict[str, float]:
         "policy/ratio_std": _standard_deviation(
             step.statistics["ratio_change"], step.statistics["squared_ratio_change"]
         ),
+        "policy/ratio_max": step.statistics["ratio_max"],
         "policy/gradient_norm": step.statistics["policy_gradient_norm"],
         "policy/learning_rate": step.coefficients.policy_lr,
         **_distribution("policy/advantage", advantages),

@@ -35,6 +35,9 @@ STATISTICS = (
 """Names of the sums that PPO's objectives return, in order; 0 where an objective has no such term. The change of the
 ratio is ρ - 1 with ρ = π/π_old."""
 
+MAXIMA = ("ratio_max",)
+"""Names of the maxima that follow the sums; 0 where an objective has no such term."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -104,7 +107,8 @@ def summed(objectives: Sequence[MicrobatchObjective]) -> MicrobatchObjective:
             loss, sums = term(*microbatch)
             losses.append(loss)
             statistics.append(sums)
-        return torch.stack(losses).sum(), torch.stack(statistics).sum(0)  # [], [9]
+        # Of the objectives only one has a maximum that is not 0.
+        return torch.stack(losses).sum(), torch.stack(statistics).sum(0)  # [], [10]
 
     return objective
 
@@ -151,7 +155,8 @@ def policy_objective(
             ratio_change.square(),
         ]
     ).detach()  # [9, P]
-    return loss @ targets.weights, statistics @ targets.weights  # [], [9]
+    ratio_max = 1 + ratio_change.detach().amax(0, keepdim=True)  # [1]
+    return loss @ targets.weights, torch.cat([statistics @ targets.weights, ratio_max])  # [], [10]
 
 
 def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:
@@ -168,9 +173,9 @@ def critic_objective(roles: Roles, batch: Batch, targets: Targets, ppo: PpoSetti
     value_losses, value_clipped = _value_losses(critic, states, targets, ppo)  # [P], [P]
     zeros = torch.zeros_like(value_losses)
     statistics = torch.stack(
-        [zeros, value_losses, zeros, zeros, zeros, zeros, value_clipped, zeros, zeros]
-    ).detach()  # [9, P]
-    return ppo.critic.weight * value_losses @ targets.weights, statistics @ targets.weights  # [], [9]
+        [zeros, value_losses, zeros, zeros, zeros, zeros, value_clipped, zeros, zeros, zeros]
+    ).detach()  # [10, P]
+    return ppo.critic.weight * value_losses @ targets.weights, statistics @ targets.weights  # [], [10]
 
 
 def _value_losses(critic: Critic, states: Tensor, targets: Targets, ppo: PpoSettings) -> tuple[Tensor, Tensor]:

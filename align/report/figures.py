@@ -9,6 +9,7 @@ from typing import Any
 from align.config.stage import Stage, all_stages
 from align.report.run_record import MetricHistory, RunRecord
 from align.report.svg import MAX_POINTS, STYLES, Chart, ChartLine, all_places, line_chart, thin
+from align.runs.histogram import bin_shares
 from align.runs.metric_catalogue import NATS_PER_SEQUENCE, SECTIONS, UPSTREAM, Panel, Section, find_metric, shown_in
 
 NOT_FINITE = "–"
@@ -76,6 +77,11 @@ def training_sections(runs: Sequence[RunRecord], limit: int = MAX_POINTS) -> lis
     sections = _sections(SECTIONS, runs, limit)
     if len(runs) > 1:
         return sections
+    history = runs[0].history
+    scores = distribution_figure(history, "reward/histogram", "Distribution of the scores", "score")
+    tokens = distribution_figure(history, "rollout/length_histogram", "Distribution of the lengths", "tokens")
+    sections = _with_figure(sections, "reward", scores)
+    sections = _with_figure(sections, "text", tokens)
     return _with_figure(sections, "distance", optimisation_figure(runs[0]))
 
 
@@ -232,6 +238,27 @@ def optimisation_figure(run: RunRecord) -> Figure | None:
         name="figure-optimisation", title=title, x_label=f"√KL, {NATS_PER_SEQUENCE}", unit="score", lines=drawn
     )
     return make_figure(chart) if drawn else None
+
+
+def distribution_figure(history: MetricHistory, metric: str, title: str, x_label: str) -> Figure | None:
+    """A distribution at the first, the middle and the last step of PPO; None where none is logged.
+
+    Args:
+        history: The metrics of a run.
+        metric: The name of its histograms.
+        title: What the figure shows.
+        x_label: What is distributed.
+    """
+    histograms = history.histograms("ppo", metric)
+    steps = list(histograms)
+    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+    if not chosen:
+        return None
+    lines = []
+    for style, step in enumerate(chosen):
+        lines.append(ChartLine(f"step {step}", tuple(bin_shares(histograms[step])), style))
+    name = f"figure-{metric.replace('/', '-')}"
+    return make_figure(Chart(name=name, title=title, x_label=x_label, unit="share of responses", lines=tuple(lines)))
 
 
 def _distances(history: MetricHistory) -> dict[int, float]:

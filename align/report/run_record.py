@@ -12,6 +12,7 @@ from align.diagnosis.diagnose import diagnose
 from align.diagnosis.verdict import Verdict
 from align.evaluation.reward_model import DIAGNOSTICS
 from align.runs.folder import RunFolder, is_locked, read_facts, read_peaks
+from align.runs.histogram import Histogram
 from align.runs.products import state_of
 from align.runs.tracking import EVENTS, METRICS, SAMPLES, read_lines
 from policies.errors import UserError
@@ -22,23 +23,29 @@ Line = dict[str, Any]
 
 
 class MetricHistory:
-    """The values of every metric by step."""
+    """The values and the histograms of every metric by step."""
 
     def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Sort the lines of `metrics.jsonl` by stage and metric."""
         self._values: dict[tuple[str, str], dict[int, float | None]] = {}
+        self._histograms: dict[tuple[str, str], dict[int, Histogram]] = {}
         for line in lines:
             for name, value in line.items():
                 if name not in ("stage", "step"):
-                    self._values.setdefault((line["stage"], name), {})[line["step"]] = value
+                    kind: dict[tuple[str, str], Any] = self._histograms if isinstance(value, dict) else self._values
+                    kind.setdefault((line["stage"], name), {})[line["step"]] = value
 
     def names(self, stage: str) -> list[str]:
-        """The metrics that a stage has logged, in the order of their first values."""
+        """The metrics that a stage has logged and that are numbers, in the order of their first values."""
         return [name for owner, name in self._values if owner == stage]
 
     def values(self, stage: str, name: str) -> dict[int, float | None]:
         """The values of a metric by step, in order; None where one is not finite."""
         return dict(sorted(self._values.get((stage, name), {}).items()))
+
+    def histograms(self, stage: str, name: str) -> dict[int, Histogram]:
+        """The histograms of a metric by step, in order."""
+        return dict(sorted(self._histograms.get((stage, name), {}).items()))
 
     def last(self, stage: str, name: str) -> float | None:
         """The last value of a metric that is finite."""

@@ -139,6 +139,7 @@ REWARD_MODEL = (
 PPO = (
     Metric("reward/mean", "final scores of the step's responses: mean", "score"),
     Metric("reward/std", "their standard deviation", "score"),
+    Metric("reward/histogram", "their distribution: `counts` in equal bins from `low` to `high`", "responses"),
     Metric(
         "reward/kl_penalized",
         "mean of the score less β times the KL to the reference, both per sequence: what RLHF maximises",
@@ -178,6 +179,7 @@ PPO = (
         "ratio",
     ),
     Metric("policy/ratio_std", "the same: standard deviation", "ratio"),
+    Metric("policy/ratio_max", "the same: maximum", "ratio"),
     Metric("policy/entropy", "entropy of the policy: mean", NATS_PER_TOKEN),
     Metric(
         "policy/ptx_loss", "loss of the demonstrations that are mixed in", NATS_PER_TOKEN, "with `ppo.ptx_coefficient`"
@@ -198,6 +200,7 @@ PPO = (
     *_distribution("value/prediction", "the critic's values of the response tokens before the update", WITH_CRITIC),
     *_distribution("value/return", "targets of the critic, the returns", WITH_CRITIC),
     Metric("rollout/length_mean", "tokens per response: mean", "tokens"),
+    Metric("rollout/length_histogram", "the same: distribution", "responses"),
     Metric("rollout/eos_share", "share of responses that ended by themselves", "share"),
     Metric("rollout/tokens", "tokens of the step's responses", "tokens"),
     Metric("rollout/prompt_tokens", "tokens of its prompts", "tokens"),
@@ -386,6 +389,8 @@ SECTIONS = (
 WITHOUT_PANEL = {
     "sft/learning_rate": "it follows from the settings",
     "reward_model/learning_rate": "it follows from the settings",
+    "reward/histogram": "the report draws it for three steps, W&B and TensorBoard draw it by themselves",
+    "rollout/length_histogram": "the report draws it for three steps, W&B and TensorBoard draw it by themselves",
     "reward/term_std/*": "it is for the rule that finds constant terms",
     "kl/per_token": "it is the KL per sequence by the length",
     "eval/kl_per_token": "it is the KL per sequence by the length",
@@ -404,6 +409,7 @@ WITHOUT_PANEL = {
     "time/step": "it is the sum of its parts",
     "perf/episodes_per_second": "it is the throughput by the length",
     "policy/ratio_mean": "its standard deviation tells more",
+    "policy/ratio_max": "it is one token; the standard deviation tells more",
     "policy/advantage_min": "the standard deviation tells more",
     "policy/advantage_max": "the standard deviation tells more",
     "value/prediction_std": "the explained variance tells more",

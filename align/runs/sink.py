@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from align.runs.histogram import MetricValue
+
 SAMPLE_TABLE = "samples"
 """The table of responses of training steps."""
 PROBE_TABLE = "probes"
@@ -70,7 +72,7 @@ class Sink:
             rows: Its lines, each with `stage`, `step` and metrics; None stands for one that is not finite.
         """
 
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Take the metrics of a step."""
 
     def show(self, table: str, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -103,10 +105,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def figures_of(row: Mapping[str, Any]) -> dict[str, float]:
+def figures_of(row: Mapping[str, Any]) -> dict[str, MetricValue]:
     """The metrics of a line of `metrics.jsonl`, where null stands for one that is not finite."""
-    return {name: _number(value) for name, value in row.items() if name not in ("stage", "step")}
+    return {name: _finite_or_nan(value) for name, value in row.items() if name not in ("stage", "step")}
 
 
-def _number(value: float | None) -> float:
+def _finite_or_nan(value: MetricValue | None) -> MetricValue:
     return float("nan") if value is None else value

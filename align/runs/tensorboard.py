@@ -5,6 +5,9 @@ from pathlib import Path
 from time import time
 from typing import Any
 
+import numpy as np
+
+from align.runs.histogram import MetricValue, bin_edges, bin_shares
 from align.runs.sink import Sink, figures_of
 
 EVENT_FILES = "tensorboard"
@@ -36,7 +39,7 @@ class TensorBoard(Sink):
             self._write(row["step"], figures_of(row))
         self._writer.flush()
 
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Write the metrics of a step at once, so that a kill loses none."""
         self._write(step, metrics)
         self._writer.flush()
@@ -47,9 +50,30 @@ class TensorBoard(Sink):
             self._writer.close()
         self._writer = None
 
-    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        values = [_summary_value(name, value) for name, value in metrics.items()]
         self._writer.write_event(Event(wall_time=time(), step=step, summary=Summary(value=values)))
+
+
+def _summary_value(name: str, value: MetricValue) -> Any:
+    """A metric as TensorBoard stores it."""
+    from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
+
+    if not isinstance(value, dict):
+        return Summary.Value(tag=name, simple_value=float(value))
+    edges = bin_edges(value)
+    counts = value["counts"]
+    middles = np.array([middle for middle, _ in bin_shares(value)])
+    histogram = HistogramProto(
+        min=edges[0],
+        max=edges[-1],
+        num=sum(counts),
+        sum=float(middles @ counts),
+        sum_squares=float(middles**2 @ counts),
+        bucket_limit=edges[1:],
+        bucket=counts,
+    )
+    return Summary.Value(tag=name, histo=histogram)

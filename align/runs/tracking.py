@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from align.config.schema import TrackingSettings
 from align.config.stage import stage_names
+from align.runs.histogram import MetricValue
 from align.runs.logged_figures import LoggedFigures
 from align.runs.sink import PROBE_TABLE, SAMPLE_TABLE, RunProduct, Sink, strict_json
 from align.runs.tensorboard import TensorBoard
@@ -39,13 +40,13 @@ class Tracker:
         self._read_files()
         self._follow()
 
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Write a line to `metrics.jsonl`, and send the metrics to the sinks.
 
         Args:
             stage: The stage's name.
             step: The step, counted from 1.
-            metrics: The metrics by name; one that is not finite becomes null in the file.
+            metrics: The metrics by name; a number that is not finite becomes null in the file.
         """
         path = self.run / METRICS
         if any(self._logged.has(stage, step, name) for name in metrics):

@@ -11,6 +11,7 @@ from typing import Any
 
 from align.config.schema import TrackingSettings
 from align.config.stage import all_stages, find_stage, stage_names
+from align.runs.histogram import MetricValue, bin_edges
 from align.runs.sink import RunProduct, Sink, figures_of
 from align.runs.wandb_artifacts import artifact_of
 from align.runs.wandb_record import Recorded, read_recorded
@@ -70,13 +71,14 @@ class WandbRun(Sink):
                 for group in stage.metric_groups:
                     self.run.define_metric(f"{group}/*", step_metric=stage.axis)
 
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, MetricValue]) -> None:
         """Log those metrics of a step that have not been logged yet."""
         new = {name: value for name, value in metrics.items() if not self.logged.has(stage, step, name)}
         if self.run is None or not new:
             return
         with self._surviving():
-            self.run.log({**new, find_stage(stage).axis: step})
+            shown = {name: _shown_metric(value) for name, value in new.items()}
+            self.run.log({**shown, find_stage(stage).axis: step})
         self.logged.add(stage, step, new)
 
     def show(self, table: str, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -198,6 +200,15 @@ class WandbRun(Sink):
         except Exception as error:
             log.warning("W&B did not end cleanly: %s", error)
         stop_wandb()
+
+
+def _shown_metric(value: MetricValue) -> Any:
+    """A metric as W&B takes it."""
+    import wandb
+
+    if not isinstance(value, dict):
+        return value
+    return wandb.Histogram(np_histogram=(value["counts"], bin_edges(value)))
 
 
 def _shown_errors(rows: Sequence[Mapping[str, Any]], plot: Path | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from align.diagnosis.diagnose import diagnose
 from align.ppo.checkpoint import write_checkpoint
 from align.ppo.fault_dump import write_fault_dump
 from align.ppo.loop import Step
-from align.ppo.metrics import step_metrics, step_samples
+from align.ppo.metrics import step_histograms, step_metrics, step_samples
 from align.resources.actors import RANK, WORKER
 from align.runs.checkpoint import CheckpointTimer, new_checkpoint
 from align.runs.tracking import EVENTS, read_lines
@@ -58,7 +58,7 @@ class PpoRecord:
         if experiment.reward.constraint:
             metrics["reward/multiplier"] = scorers.reward.composition.multiplier
         metrics |= self._peak_memory()
-        self.context.tracker.log("ppo", number, metrics)
+        self.context.tracker.log("ppo", number, {**metrics, **step_histograms(step)})
         samples = step_samples(step, self.context.tokenizer, experiment.tracking.samples, gold)
         self.context.tracker.samples("ppo", number, samples, show=shows_samples(experiment, number))
         self.progress_bar.advance(

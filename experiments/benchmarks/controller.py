@@ -33,7 +33,7 @@ from align.ppo.learners import PpoLearners
 from align.ppo.loop import Ppo
 from align.ppo.metrics import step_metrics
 from align.ppo.mismatch import MismatchCheck
-from align.ppo.objective import STATISTICS
+from align.ppo.objective import MAXIMA, STATISTICS
 from align.ppo.prompts import PromptStream
 from align.resources.ray_cluster import ray_cluster
 from align.scoring.reward import Reward
@@ -214,7 +214,7 @@ class StubRank:
     def update(self, *_: Any) -> dict[str, float]:
         """See `PpoLearner.update`."""
         names = "ptx_loss", "optimizer_steps", "skipped_steps", "policy_gradient_norm", "critic_gradient_norm"
-        return dict.fromkeys((*STATISTICS, *names), 0.0)
+        return dict.fromkeys((*STATISTICS, *MAXIMA, *names), 0.0)
 
     def policy_weights(self) -> AdapterWeights:
         """See `PpoLearner.policy_weights`."""

@@ -22,7 +22,7 @@ from align.ppo.learner import StepCoefficients
 from align.ppo.learners import PpoLearners, local_learners, ray_learners
 from align.ppo.loop import Step, step_coefficients
 from align.ppo.metrics import step_metrics
-from align.ppo.objective import STATISTICS
+from align.ppo.objective import MAXIMA, STATISTICS
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles
@@ -186,6 +186,7 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
     row, output = trajectory_and_outputs(torch.tensor([0.1, 0.3, 0.2]))
     names = (
         *STATISTICS,
+        *MAXIMA,
         "policy_gradient_norm",
         "critic_gradient_norm",
         "optimizer_steps",
@@ -202,7 +203,8 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
             coefficients=StepCoefficients(0, 0, 0),
             kl_coefficient=0.25,
             logit_spacing=0.125,
-            statistics=dict.fromkeys(names, 3.0) | {"ratio_change": 0.1, "squared_ratio_change": 0.05},
+            statistics=dict.fromkeys(names, 3.0)
+            | {"ratio_change": 0.1, "squared_ratio_change": 0.05, "ratio_max": 1.9},
             seconds={"step": 2.0},
         ),
         PpoSettings(),
@@ -215,6 +217,7 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
     # One prompt token and three of the response.
     assert (logged["perf/tokens_per_second"], logged["perf/episodes_per_second"]) == (2.0, 0.5)
     assert (logged["policy/ratio_mean"], logged["policy/ratio_std"]) == pytest.approx((1.1, 0.2))
+    assert logged["policy/ratio_max"] == 1.9
     returns = episodes[0].returns
     assert logged["value/return_mean"] == pytest.approx(float(returns.mean()))
     assert logged["value/return_max"] == float(returns.max())

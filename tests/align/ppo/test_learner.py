@@ -280,6 +280,7 @@ def test_the_change_of_the_ratio_is_that_of_the_probabilities(new_learner: Facto
     statistics = learner.update(batch, [ALL], RATES)
     assert statistics["ratio_change"] == pytest.approx(float(change.mean()), rel=1e-3)
     assert statistics["squared_ratio_change"] == pytest.approx(float(change.square().mean()), rel=1e-3)
+    assert statistics["ratio_max"] == pytest.approx(1 + float(change.max()), rel=1e-3)
 
 
 def test_gradient_does_not_depend_on_the_microbatches(new_learner: Factory) -> None:

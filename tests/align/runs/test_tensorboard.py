@@ -59,6 +59,18 @@ def test_metrics_are_written_under_their_names_over_the_step_of_their_stage(tmp_
     assert figures(tmp_path) == [("sft/loss", 7, 2.0), ("reward/mean", 1, 0.5), ("kl/per_token", 1, 0.25)]
 
 
+def test_a_histogram_is_written_with_its_bins(tmp_path: Path) -> None:
+    with open_tracker(tmp_path, TENSORBOARD, "tiny", {}) as tracker:
+        tracker.log("ppo", 1, {"rollout/length_histogram": {"low": 2.5, "high": 6.5, "counts": [1, 0, 2, 1]}})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    (value,) = [value for event in events(file) for value in event.summary.value]
+    histogram = value.histo
+    assert value.tag == "rollout/length_histogram"
+    assert (list(histogram.bucket_limit), list(histogram.bucket)) == ([3.5, 4.5, 5.5, 6.5], [1, 0, 2, 1])
+    # Of 3, 5, 5 and 6.
+    assert (histogram.num, histogram.sum, histogram.sum_squares) == (4, 19, 95)
+
+
 def test_event_files_are_written_only_where_they_are_asked_for(tmp_path: Path) -> None:
     with open_tracker(tmp_path, TrackingSettings(wandb="disabled"), "tiny", {}) as tracker:
         tracker.log("ppo", 1, {"reward/mean": 0.5})

@@ -13,6 +13,7 @@ import pytest
 
 from align.config.schema import TrackingSettings
 from align.runs import wandb_run
+from align.runs.histogram import Histogram
 from align.runs.tracking import Tracker, drop_stages, open_tracker, read_lines, truncate_after
 from policies.errors import UserError
 from tests.align.runs.wandb_files import records_in_wandb
@@ -316,6 +317,16 @@ def test_steps_that_wandb_loses_when_the_run_is_killed_are_logged_when_it_is_res
     with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
         tracker.log("ppo", 3, {"reward/mean": 3.0})
     assert logged_to_wandb(tmp_path) == [(step, float(step)) for step in (1, 2, 3)]
+
+
+def test_a_histogram_is_in_wandb_once(tmp_path: Path) -> None:
+    histogram: Histogram = {"low": 0.0, "high": 2.0, "counts": [3, 1]}
+    with open_tracker(tmp_path, OFFLINE, "tiny", {}) as tracker:
+        tracker.log("ppo", 1, {"reward/mean": 0.5, "reward/histogram": histogram})
+    with open_tracker(tmp_path, OFFLINE, "tiny", {}):
+        pass
+    (item,) = [record["item"] for record in records_in_wandb(tmp_path, "history")]
+    assert (item["reward/histogram.bins"], item["reward/histogram.values"]) == ([0, 1, 2], [3, 1])
 
 
 def test_settings_say_how_wandb_shows_the_run(tmp_path: Path) -> None:

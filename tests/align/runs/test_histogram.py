@@ -1,0 +1,40 @@
+"""Distributions of numbers as metrics."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.runs.histogram import MOST_BINS, bin_edges, bin_shares, histogram_of, histogram_of_integers
+
+FLOATS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200)
+INTEGERS = st.lists(st.integers(0, 500), min_size=1, max_size=200)
+
+
+@given(FLOATS)
+def test_every_number_is_counted_between_the_smallest_and_the_largest(values: list[float]) -> None:
+    histogram = histogram_of(values)
+    assert sum(histogram["counts"]) == len(values)
+    assert histogram["low"] <= min(values) <= max(values) <= histogram["high"]
+
+
+@given(INTEGERS)
+def test_each_bin_has_the_same_number_of_integers(values: list[int]) -> None:
+    histogram = histogram_of_integers(values)
+    edges = bin_edges(histogram)
+    width = round(edges[1] - edges[0])
+    counted = Counter((value - min(values)) // width for value in values)
+    assert len(histogram["counts"]) <= MOST_BINS
+    assert histogram["counts"] == [counted[number] for number in range(len(histogram["counts"]))]
+
+
+def test_few_integers_have_a_bin_each() -> None:
+    assert histogram_of_integers([3, 5, 5, 6]) == {"low": 2.5, "high": 6.5, "counts": [1, 0, 2, 1]}
+    assert bin_shares(histogram_of_integers([3, 5, 5, 6])) == [(3, 0.25), (4, 0), (5, 0.5), (6, 0.25)]
+
+
+def test_equal_numbers_are_in_one_bin() -> None:
+    histogram = histogram_of([2.0] * 3)
+    assert max(histogram["counts"]) == 3
+    assert bin_edges(histogram)[-1] - bin_edges(histogram)[0] == pytest.approx(1)
