@@ -1,6 +1,7 @@
 """The settings of the stages, and `Experiment`, which holds all settings."""
 
 import math
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -225,12 +226,24 @@ class ClusterSettings(Settings):
     wait: float = Field(
         300.0, gt=0, description="seconds in which the cluster must have room for the run's actors, or the run ends"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads per process; unset: an even share of the cores")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads per process; unset: OMP_NUM_THREADS where the run joins no cluster, or else an even "
+        "share of the cores",
+    )
 
     @property
     def address_to_join(self) -> str | None:
         """The cluster to join; None: one is started on this machine."""
         return self.address or address_of_job()
+
+    @property
+    def threads_of_environment(self) -> int | None:
+        """What OMP_NUM_THREADS says; None on a cluster, where Ray sets it to 1 for its processes."""
+        named = os.environ.get("OMP_NUM_THREADS", "")
+        is_set = named.isdecimal() and int(named) > 0 and not self.address_to_join
+        return int(named) if is_set else None
 
 
 def _known_stage(name: str) -> str:

@@ -138,7 +138,9 @@ def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:
     """
     actors = most_actors(experiment, stages)
     if not actors:
-        return f"this process, {counted(experiment.cluster.threads or cores(), 'thread')}"
+        cluster = experiment.cluster
+        threads = cluster.threads or cluster.threads_of_environment or cores()
+        return f"this process, {counted(threads, 'thread')}"
     if experiment.cluster.address_to_join:
         return _on_cluster(experiment, actors)
     return _on_this_machine(experiment, actors)

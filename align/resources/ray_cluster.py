@@ -294,4 +294,5 @@ def _keep_signal_handlers() -> Iterator[None]:
 
 def compute_settings(experiment: Experiment) -> ComputeSettings:
     """How the controller computes."""
-    return ComputeSettings(experiment.cluster.threads, experiment.deterministic)
+    cluster = experiment.cluster
+    return ComputeSettings(cluster.threads or cluster.threads_of_environment, experiment.deterministic)

@@ -79,10 +79,11 @@ class Reservation:
         seats = self.placement.seats[kind][:count]
         nodes = [self._node_of(seat) for seat in seats]
         settings = self.experiment.learner if kind == RANK else self.experiment.rollouts
+        cluster = self.experiment.cluster
         options = []
         for seat, node in zip(seats, nodes, strict=True):
             compute = ComputeSettings(
-                threads=self.experiment.cluster.threads or settings.cpus,
+                threads=cluster.threads or settings.cpus or cluster.threads_of_environment,
                 deterministic=self.experiment.deterministic,
                 processes=nodes.count(node),
                 gpu=GPU in seat.resources,

@@ -17,13 +17,19 @@ from policies.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "environment", "expected"),
     [
-        ({}, ComputeSettings(None, None)),
-        ({"deterministic": True, "cluster": {"threads": 3}}, ComputeSettings(3, True)),
+        ({}, "", ComputeSettings(None, None)),
+        ({}, "5", ComputeSettings(5, None)),
+        ({}, "many", ComputeSettings(None, None)),
+        ({"deterministic": True, "cluster": {"threads": 3}}, "5", ComputeSettings(3, True)),
+        ({"cluster": {"address": "10.0.0.1:6379"}}, "5", ComputeSettings(None, None)),
     ],
 )
-def test_the_controller_computes_as_the_experiment_says(settings: dict[str, object], expected: ComputeSettings) -> None:
+def test_the_controller_computes_as_the_experiment_and_the_environment_say(
+    settings: dict[str, object], environment: str, expected: ComputeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", environment)
     experiment = Experiment.model_validate({"name": "x", "model": {"path": "x"}} | settings)
     assert compute_settings(experiment) == expected
 
