@@ -15,10 +15,10 @@ FIGURES = (
     ("gold_mean", "gold score, mean", "{:.3f}"),
     ("score_gain", "change of the score", "{:+.3f}"),
     ("gold_gain", "change of the gold score", "{:+.3f}"),
-    ("win_rate", "wins over the reference by score", "{:.1%}"),
-    ("gold_win_rate", "wins over the reference by gold score", "{:.1%}"),
-    ("kl_per_sequence", "KL to the reference, nats per sequence", "{:.2f}"),
-    ("kl_per_token", "KL to the reference, nats per token", "{:.3f}"),
+    ("win_rate", "win rate by score", "{:.1%}"),
+    ("gold_win_rate", "win rate by gold score", "{:.1%}"),
+    ("kl_per_sequence", "KL, nats per sequence", "{:.2f}"),
+    ("kl_per_token", "KL, nats per token", "{:.3f}"),
     ("length_mean", "length, tokens", "{:.1f}"),
     ("distinct_2", "distinct-2", "{:.3f}"),
     ("eos_share", "ended by EOS", "{:.1%}"),
@@ -56,7 +56,7 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
         # The win rates are the policy's against this column, and would be taken for the column's own.
         columns[f"reference, {name}"] = {key: value for key, value in figures.items() if "win" not in key}
     title = f"{evaluation['prompts']} held-out prompts; policy of step {evaluation['policy']['step']}"
-    table = Table("", *columns, title=title, title_justify="left", box=None, padding=(0, 2))
+    table = Table("", *columns, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
     for label, cells in figure_rows(list(columns.values())):
         table.add_row(label, *cells)
     return table

@@ -110,10 +110,10 @@ def _difference_cell(estimate: Estimate | None, first: Estimate | None, form: st
 FIGURES_COMPARED: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Estimate | None]], ...] = (
     ("change of the score", "{:+.3g}", partial(_gain, name="score")),
     ("change of the gold score", "{:+.3g}", partial(_gain, name="gold")),
-    ("wins over the reference by score", "{:.1%}", partial(_wins, name="win_rate")),
-    ("wins over the reference by gold score", "{:.1%}", partial(_wins, name="gold_win_rate")),
+    ("win rate by score", "{:.1%}", partial(_wins, name="win_rate")),
+    ("win rate by gold score", "{:.1%}", partial(_wins, name="gold_win_rate")),
     ("accuracy of the reward model", "{:.1%}", _accuracy),
-    ("KL to the reference, nats per sequence", "{:.3g}", partial(_plain, name="kl_per_sequence")),
+    ("KL, nats per sequence", "{:.3g}", partial(_plain, name="kl_per_sequence")),
     ("length, tokens", "{:.1f}", partial(_plain, name="length_mean")),
 )
 """Label, format, and what reads it from an evaluation."""

@@ -192,7 +192,7 @@ def _match(named: Set[str | None], correct: str) -> int:
 
 BETA = 1.8
 """How reliably annotators prefer the better reply: the slope of their Bradley-Terry model."""
-EXPLOIT_COST = 0.4
+EXPLOIT_COST = 0.8
 """What an exclamation mark costs in `strict_gold_scores`."""
 
 

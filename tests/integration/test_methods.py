@@ -52,7 +52,7 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
     assert result.exit_code == 0, result.output
     card = (out / "README.md").read_text()
     assert f"base_model: {tiny_model}" in card
-    assert "| KL to the reference, nats per sequence |" in card
+    assert "| KL, nats per sequence |" in card
     if policy.spec.prompt_kind is not None:
         table = tmp_path / "prompts.safetensors"
         assert CliRunner().invoke(app, ["export", str(run), "--to", str(table), "--task", "one"]).exit_code == 0

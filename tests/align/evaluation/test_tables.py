@@ -41,9 +41,9 @@ def test_ways_of_scoring_are_in_words() -> None:
     assert "1e-07 in a microbatch of several, 2e-07 beside a long sequence, 0 after a shared prompt" in text
 
 
-def shown(evaluation: dict[str, Any]) -> str:
-    """What the terminal shows of an evaluation, with single spaces."""
-    console = Console(width=200)
+def shown(evaluation: dict[str, Any], width: int = 200) -> str:
+    """What a terminal shows of an evaluation, with single spaces."""
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(evaluation_table(evaluation))
     return re.sub(r" +", " ", capture.get())
@@ -72,3 +72,12 @@ def test_the_models_are_side_by_side() -> None:
 
 def test_a_run_without_an_evaluation_has_no_table() -> None:
     assert shown({}) == "time: nothing ran\n"
+
+
+def test_an_evaluation_with_everything_fits_a_narrow_terminal() -> None:
+    figures = {"score_mean": -10.5, "score_std": 1.25, "gold_mean": -10.5, "win_rate": 1.0, "gold_win_rate": 1.0}
+    gains = {f"{name}_gain{end}": -12.345 for name in ("score", "gold") for end in ("", "_low", "_high")}
+    gains |= {"kl_per_sequence": 12.5, "kl_per_token": 0.125, "step": 40}
+    evaluation = {"reference": figures, "policy": figures | gains, "best_of": {"n": 16, **figures}, "prompts": 64}
+    # A title, a heading, a line for each of the nine figures, and the times.
+    assert len(shown(evaluation, width=80).splitlines()) == 12

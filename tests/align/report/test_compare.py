@@ -42,9 +42,9 @@ def test_a_difference_is_marked_only_where_its_interval_excludes_zero(two: list[
     rows = dict(compared_evaluations(two))
     assert [cell.text for cell in rows["change of the score"]] == ["+0.25", "+1", "+0.75 (+0.467 to +1.03)"]
     assert [cell.is_clear for cell in rows["change of the score"]] == [False, False, True]
-    wins = rows["wins over the reference by score"]
+    wins = rows["win rate by score"]
     assert (wins[2].text[:5], wins[2].is_clear) == ("+0.0%", False)
-    kl = rows["KL to the reference, nats per sequence"]
+    kl = rows["KL, nats per sequence"]
     assert (kl[2].text, kl[2].is_clear) == ("+0", False)
 
 
