@@ -126,19 +126,19 @@ def stages(
     """Run stages with the quickstart's settings but for some, unless that run is there."""
     if (folder / name / "evaluation.json").is_file():
         return
-    data = {f"data.{source}": environment / f"{source}.jsonl" for source in ("demonstrations", "prompts")}
-    data |= {"data.preferences": {"path": environment / "pairs.jsonl", "limit": PAIRS}}
-    data |= {"data.prompts_heldout": environment / "prompts_heldout.jsonl"}
-    data |= {"data.preferences_heldout": environment / "pairs_heldout.jsonl"}
     changed = {
         "name": name,
         "runs": folder,
         "model.path": environment / "base",
+        "data.demonstrations": environment / "demonstrations.jsonl",
+        "data.preferences": {"path": environment / "pairs.jsonl", "limit": PAIRS},
+        "data.preferences_heldout": environment / "pairs_heldout.jsonl",
+        "data.prompts": environment / "prompts.jsonl",
+        "data.prompts_heldout": environment / "prompts_heldout.jsonl",
         "evaluation.gold": f"{QUICKSTART / 'synthetic.py'}:gold_scores",
         "evaluation.prompts": 128,
         "evaluation.best_of": 0,
         "tracking.wandb": "disabled",
-        **data,
         **settings,
     }
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in changed.items()]
