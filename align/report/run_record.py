@@ -8,13 +8,13 @@ from typing import Any
 from align.config.load import load_experiment
 from align.config.schema import Experiment
 from align.config.stage import stage_names
-from align.diagnosis.diagnose import diagnose
+from align.diagnosis.diagnose import verdicts
+from align.diagnosis.run_figures import read_figures
 from align.diagnosis.verdict import Verdict
-from align.evaluation.reward_model import DIAGNOSTICS
 from align.runs.folder import RunFolder, is_locked, read_facts, read_peaks
 from align.runs.histogram import Histogram
 from align.runs.products import state_of
-from align.runs.tracking import EVENTS, METRICS, SAMPLES, read_lines
+from align.runs.tracking import EVENTS, SAMPLES, read_lines
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
 
@@ -70,7 +70,7 @@ class RunRecord:
         samples: The lines of `samples.jsonl`.
         events: The lines of `events.jsonl`.
         evaluation: The contents of `evaluation.json`.
-        diagnostics: The contents of `reward/diagnostics.json`.
+        diagnostics: The contents of `diagnostics.json` of its reward model, its own or the one that it uses.
         experiment: Its settings; None where they cannot be read.
         fingerprint: The contents of `fingerprint.json`.
         seconds: How long each of its finished stages took.
@@ -105,20 +105,21 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
     """
     folder = RunFolder(run)
     experiment = _read_settings(folder)
+    figures = read_figures(run)
     return RunRecord(
         path=run,
         name=run.resolve().name,
         state=_state(folder, experiment),
-        history=MetricHistory(read_lines(run / METRICS)),
+        history=MetricHistory(figures.lines),
         samples=read_lines(run / SAMPLES),
         events=read_lines(run / EVENTS),
         evaluation=evaluation,
-        diagnostics=_read_if_there(folder.reward / DIAGNOSTICS),
+        diagnostics=figures.diagnostics,
         experiment=experiment,
         fingerprint=_read_if_there(folder.fingerprint),
         seconds=_seconds(folder),
         peaks=read_peaks(folder, stage_names()),
-        verdicts=diagnose(run),
+        verdicts=verdicts(figures),
     )
 
 
