@@ -38,18 +38,25 @@ def mismatched_sampler(run: RunFigures) -> Verdict | None:
 
 
 def truncated_responses(run: RunFigures) -> Verdict | None:
-    """Responses are cut at the limit before they end."""
+    """Responses are cut at the limit before they end, at the end of PPO or at its start."""
     ended = run.curve("rollout/eos_share")
-    if not len(ended) or ended.end >= thresholds.ENDED.value:
+    if not len(ended) or min(ended.start, ended.end) >= thresholds.ENDED.value:
         return None
+    if ended.end < thresholds.ENDED.value:
+        text = f"Only {ended.end:.0%} of the responses end by themselves; the others are cut, and scored as they are."
+        evidence = ended.at_end(thresholds.ENDED.value)
+    else:
+        text = f"At the start only {ended.start:.0%} of the responses ended by themselves: the limit is too small for "
+        text += "what SFT teaches, and the policy has learned to write less."
+        evidence = ended.at_start(thresholds.ENDED.value)
     limit = run.setting("rollouts.max_new_tokens")
     advice = f"rollouts.max_new_tokens={2 * limit}" if limit else "rollouts.max_new_tokens: twice as many"
     return Verdict(
         name="truncated responses",
         severity=Severity.SERIOUS if ended.end < thresholds.HARDLY_ENDED.value else Severity.WARNING,
         stage="ppo",
-        text=f"Only {ended.end:.0%} of the responses end by themselves; the others are cut, and scored as they are.",
-        evidence=(ended.at_end(thresholds.ENDED.value), run.curve("rollout/length_mean").at_end(limit)),
+        text=text,
+        evidence=(evidence, run.curve("rollout/length_mean").at_end(limit)),
         advice=(advice, "ppo.truncation_penalty=1", "demonstrations that end within the limit"),
     )
 

@@ -60,9 +60,9 @@ class Curve:
         """The curve from its value at this position on."""
         return Curve(self.metric, self.steps[position:], self.values[position:])
 
-    def at_start(self) -> Evidence:
+    def at_start(self, threshold: float | None = None) -> Evidence:
         """The start as evidence."""
-        return Evidence(self.metric, self.steps[0], self.start, meaning="at the start")
+        return Evidence(self.metric, self.steps[0], self.start, threshold, "at the start")
 
     def at_end(self, threshold: float | None = None) -> Evidence:
         """The end as evidence."""

@@ -59,7 +59,15 @@ CASES = {
     "stale sampler": Case("sampler mismatch", {"ppo.max_mismatch": 1000.0}, command=(str(HERE / "stale_sampler.py"),)),
     "entropy": Case(
         "entropy collapse",
-        {"ppo.kl.coefficient": 0.0, "learner.policy_learning_rate": 1e-2, "ppo.epochs": 4, "ppo.steps": 12},
+        {
+            "ppo.kl.coefficient": 0.0,
+            "ppo.epochs": 4,
+            "ppo.steps": 16,
+            "reward.model": None,
+            "reward.terms": {
+                "likeness": {"kind": "function", "function": f"{HERE / 'one_reply.py'}:likeness", "weight": 4.0}
+            },
+        },
     ),
     "strong KL": Case("KL too strong", {"ppo.kl.coefficient": 5.0}),
     "dead critic": Case("critic does not learn", {"learner.critic_learning_rate": 1e-9}),

@@ -64,6 +64,11 @@ SICK: dict[str, tuple[Curves, str, Severity]] = {
     "equal scores": ({"reward/std": [0.0] * STEPS, "kl/coefficient": [0.0] * STEPS}, "no spread", Severity.SERIOUS),
     "large β": ({"kl/coefficient": [4.0] * STEPS}, "KL too strong", Severity.SERIOUS),
     "half cut": ({"rollout/eos_share": [0.4] * STEPS}, "truncated responses", Severity.WARNING),
+    "cut at first": (
+        {"rollout/eos_share": [0.2 + 0.08 * step for step in range(STEPS)]},
+        "truncated responses",
+        Severity.WARNING,
+    ),
     "all cut": ({"rollout/eos_share": [0.0] * STEPS}, "truncated responses", Severity.SERIOUS),
     "gold falls": ({"reward/gold_mean": PEAKED}, "reward hacking", Severity.SERIOUS),
     "gold falls from the start": (
