@@ -67,15 +67,16 @@ def entropy_collapse(run: RunFigures) -> Verdict | None:
     if len(entropy) < thresholds.SHORTEST.value or entropy.start <= 0:
         return None
     limit = thresholds.ENTROPY_LEFT.value * entropy.start
-    if entropy.end >= limit:
+    step, lowest = entropy.lowest
+    if lowest >= limit:
         return None
     return Verdict(
         name="entropy collapse",
         severity=Severity.SERIOUS,
         stage="ppo",
-        text=f"The entropy of the policy has fallen to {entropy.end / entropy.start:.0%} of what it was: it hardly "
-        "explores any more.",
-        evidence=(entropy.at_start(), entropy.at_end(limit)),
+        text=f"The entropy of the policy fell to {lowest / entropy.start:.0%} of what it was: it hardly explored any "
+        "more.",
+        evidence=(entropy.at_start(), Evidence(entropy.metric, step, lowest, limit, "lowest")),
         advice=(
             *_slower(run),
             "ppo.kl.coefficient: several times larger",
@@ -165,7 +166,7 @@ def dead_critic(run: RunFigures) -> Verdict | None:
         evidence=(
             Evidence(
                 explained.metric,
-                explained.steps[-1],
+                explained.steps[explained.values.index(best)],
                 best,
                 thresholds.EXPLAINED.value,
                 "highest",

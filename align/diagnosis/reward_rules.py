@@ -68,8 +68,7 @@ def _disagreeing(score: Curve, spread: Curve) -> Verdict | None:
 def learned_length(run: RunFigures) -> Verdict | None:
     """The reward model orders by length, and the policy writes longer responses."""
     groups = run.diagnostics.get("by_length_difference", [])
-    longer = run.diagnostics.get("baselines", {}).get("longer", {}).get("accuracy", 0.0)
-    if len(groups) < 2 or longer < thresholds.LENGTH_PREFERRED.value:
+    if len(groups) < 2:
         return None
     gap = groups[-1]["accuracy"] - groups[0]["accuracy"]
     if gap < thresholds.LENGTH_GAP.value:
@@ -78,14 +77,17 @@ def learned_length(run: RunFigures) -> Verdict | None:
     has_grown = len(length) > 1 and length.end > thresholds.LENGTH_GROWTH.value * length.start
     evidence = [
         Evidence(
-            "reward/diagnostics.json", 0, longer, thresholds.LENGTH_PREFERRED.value, "comparisons won by the longer"
+            "reward/diagnostics.json",
+            0,
+            groups[-1]["accuracy"],
+            groups[0]["accuracy"] + thresholds.LENGTH_GAP.value,
+            "accuracy where the better response is much longer",
         ),
         Evidence(
             "reward/diagnostics.json",
             0,
             groups[0]["accuracy"],
-            groups[-1]["accuracy"] - thresholds.LENGTH_GAP.value,
-            "accuracy where the better response is the shorter one",
+            meaning="accuracy where it is much shorter",
         ),
     ]
     if has_grown:
@@ -94,8 +96,8 @@ def learned_length(run: RunFigures) -> Verdict | None:
         name="reward model learned length",
         severity=Severity.SERIOUS if has_grown else Severity.WARNING,
         stage="ppo" if has_grown else "reward",
-        text="The preferences are mostly for longer responses, and the reward model is right far more often where the "
-        "better response is the longer one" + ("; the policy writes longer and longer ones." if has_grown else "."),
+        text="The reward model is right far more often where the better response is the longer one"
+        + ("; the policy writes longer and longer ones." if has_grown else "."),
         evidence=tuple(evidence),
         advice=(
             "more comparisons in which the shorter response is better",

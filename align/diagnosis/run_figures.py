@@ -1,6 +1,5 @@
 """What rules read of a run: its curves, the diagnostics of its reward model, its settings."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import yaml
 
 from align.diagnosis.verdict import Evidence
 from align.runs.tracking import METRICS, read_lines
+from policies.files.safe_reading import read_object
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Curve:
     def end(self) -> float:
         """Mean of the last fifth of the values, at least one."""
         return fmean(self.values[-self._fifth :])
+
+    @property
+    def lowest(self) -> tuple[int, float]:
+        """The lowest mean of as many adjacent values as `end` is the mean of, and the last of their steps."""
+        means = [fmean(self.values[stop - self._fifth : stop]) for stop in range(self._fifth, len(self) + 1)]
+        position = means.index(min(means))
+        return self.steps[position + self._fifth - 1], means[position]
 
     @property
     def change(self) -> float:
@@ -129,6 +136,5 @@ def _diagnostics(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     folders = [run / "reward", *([Path(other)] if isinstance(other, str) else [])]
     for folder in folders:
         if (folder / "diagnostics.json").is_file():
-            found: dict[str, Any] = json.loads((folder / "diagnostics.json").read_text())
-            return found
+            return read_object(folder / "diagnostics.json")
     return {}

@@ -19,23 +19,29 @@ class Threshold:
 
 
 UNMEASURED = "rule of thumb, not measured yet"
+RUNS = "recorded runs, seeds 0 to 2: "
+"""Those of experiments/sick_runs, of which a cause was planted in every second one."""
 
 NOISE = Threshold(3.0, "change of a curve, in standard deviations of its noise, that is not chance", "three sigma")
 SHORTEST = Threshold(4, "values that a curve needs before its course is judged", "a start, an end, and noise between")
 
 JUDGE_FALL = Threshold(
-    0.25, "fall of the gold score since its peak, of its range in the run, while the score has risen", UNMEASURED
+    0.4,
+    "fall of the gold score since its peak, of its range in the run, while the score has risen",
+    RUNS + "at least 0.72 where the exploit is planted, at most 0.12 in healthy ones",
 )
 SPREAD_GROWTH = Threshold(1.5, "growth of the ensemble's disagreement while the score has risen", UNMEASURED)
-LENGTH_PREFERRED = Threshold(
-    0.6, "share of held-out comparisons in which the longer response is the better one", UNMEASURED
-)
 LENGTH_GAP = Threshold(
-    0.15,
-    "accuracy of the reward model where the better response is the longer one, less that where it is the shorter one",
-    UNMEASURED,
+    0.2,
+    "accuracy of the reward model on the fifth of the comparisons in which the better response is longest beside the "
+    "other, less that on the fifth in which it is shortest",
+    RUNS + "at least 0.38 where annotators like length, at most 0.11 elsewhere",
 )
-LENGTH_GROWTH = Threshold(1.15, "growth of the responses in PPO", UNMEASURED)
+LENGTH_GROWTH = Threshold(
+    1.3,
+    "growth of the responses in PPO",
+    RUNS + "at least 1.38 where annotators like length, at most 1.24 in healthy ones",
+)
 EQUAL_GROUPS = Threshold(
     0.8, "share of prompts whose responses all score alike", "Yu et al. 2025 (DAPO), section 3.2: they teach nothing"
 )
@@ -43,19 +49,27 @@ SPREAD = Threshold(1e-6, "standard deviation of scores, in units of the score", 
 CHANCE = Threshold(0.55, "accuracy of the reward model on held-out comparisons", "chance is 0.5")
 OVERFITTING = Threshold(1.05, "held-out loss of SFT at the end, by its lowest", UNMEASURED)
 
-ENTROPY_LEFT = Threshold(0.25, "entropy at the end, by that at the start", UNMEASURED)
+ENTROPY_LEFT = Threshold(
+    0.35, "lowest entropy, by that at the start", RUNS + "at most 0.23 where it collapses, at least 0.57 elsewhere"
+)
 PENALTY = Threshold(
     1.0,
     "standard deviation of the scores by β, which is the largest possible gain in standard deviations",
     "the optimum of the regularised objective, π ∝ π_ref·exp(r/β), to first order in r/β",
 )
-FAR = Threshold(1.0, "KL to the reference, nats per token", UNMEASURED)
+FAR = Threshold(1.0, "KL to the reference, nats per token", RUNS + "at most 0.28 in healthy ones")
 CLIPPED = Threshold(0.4, "share of clipped tokens", UNMEASURED)
 UPDATE_KL = Threshold(
     0.1, "KL of an update, nats per token", "ten times the target of OpenAI's Spinning Up (0.01, stopped at 0.015)"
 )
-EXPLAINED = Threshold(0.1, "explained variance of the critic", "a constant explains 0")
-CRITIC_STEPS = Threshold(8, "steps that a critic has before it is judged", UNMEASURED)
+EXPLAINED = Threshold(
+    0.05,
+    "largest explained variance of the critic",
+    "a constant explains 0; " + RUNS + "below -0.7 where it does not learn, at least 0.13 in healthy ones",
+)
+CRITIC_STEPS = Threshold(
+    8, "steps that a critic has before it is judged", RUNS + "by then it explains at least 0.1 in healthy ones"
+)
 SKIPPED = Threshold(0.2, "share of steps with skipped updates", UNMEASURED)
 
 LARGE_MISMATCH = Threshold(
@@ -64,8 +78,12 @@ LARGE_MISMATCH = Threshold(
 STALE_MISMATCH = Threshold(
     0.1, "mean difference of log-probabilities with weights that lag behind, nats per token", UNMEASURED
 )
-ENDED = Threshold(0.5, "share of responses that end by themselves", UNMEASURED)
-HARDLY_ENDED = Threshold(0.1, "the same: too few to learn from ends", UNMEASURED)
+ENDED = Threshold(
+    0.5,
+    "share of responses that end by themselves, at the start or at the end",
+    RUNS + "at most 0.27 at the start where the limit is too small, at least 0.94 elsewhere",
+)
+HARDLY_ENDED = Threshold(0.2, "the same: too few to learn from ends", UNMEASURED)
 
 
 def thresholds_table() -> str:
