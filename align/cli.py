@@ -320,19 +320,21 @@ def runs_command(
 @app.command()
 def report(run: Run, as_json: Json = False) -> None:
     """Diagnose a run, and plot its curves on one page, report/index.html."""
-    from align.diagnosis.diagnose import diagnose
+    from align.diagnosis.diagnose import verdicts
     from align.diagnosis.listing import verdict_list, verdict_records
+    from align.diagnosis.run_figures import read_figures
     from align.report.page import write_report
     from align.runs.folder import find_run
 
     folder, _ = find_run(run)
-    verdicts = diagnose(folder.path)
+    figures = read_figures(folder.path)
+    found = verdicts(figures)
     page = write_report(folder.path, folder.read_evaluation())
     if as_json:
-        print(json.dumps({"run": folder.path, "verdicts": verdict_records(verdicts), "report": page}, default=str))
+        print(json.dumps({"run": folder.path, "verdicts": verdict_records(found), "report": page}, default=str))
         return
-    console.print(verdict_list(verdicts))
-    console.print(f"report written to {page}")
+    console.print(verdict_list(found, is_judged=bool(figures.lines)))
+    console.print(f"report written to {escaped(page)}", soft_wrap=True)
 
 
 @app.command(epilog=_example("align dashboard runs/second"))
@@ -496,7 +498,7 @@ def _run(opened: "AbstractContextManager[Launch]", *, quiet: bool, as_json: bool
         verdicts = diagnose(folder.path)
         console.print(verdict_list(verdicts))
         page = write_report(folder.path, evaluation)  # once the run is not locked any more: the page says its state
-        console.print(f"report: {page}")
+        console.print(f"report: {escaped(page)}", soft_wrap=True)
     if as_json:
         result = {"run": folder.path, "evaluation": evaluation, "verdicts": verdict_records(verdicts), "report": page}
         print(json.dumps(result, default=str))

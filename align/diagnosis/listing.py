@@ -13,10 +13,19 @@ from align.diagnosis.verdict import Evidence, Severity, Verdict
 SEVERITY_COLOURS = {Severity.SERIOUS: "bold red", Severity.WARNING: "bold yellow"}
 
 
-def verdict_list(verdicts: Sequence[Verdict]) -> RenderableType:
-    """Each verdict with its evidence and advice; where there is none, a sentence that says so."""
+NOTHING_WRONG = "no rule finds anything wrong"
+NOTHING_LOGGED = "the run has logged nothing yet by which to judge it"
+
+
+def verdict_list(verdicts: Sequence[Verdict], is_judged: bool = True) -> RenderableType:
+    """Each verdict with its evidence and advice; where there is none, a sentence that says so.
+
+    Args:
+        verdicts: The verdicts on a run.
+        is_judged: Whether the run has logged anything by which it could be judged.
+    """
     if not verdicts:
-        return Text("diagnosis: no rule finds anything wrong")
+        return Text(f"diagnosis: {NOTHING_WRONG if is_judged else NOTHING_LOGGED}")
     parts: list[RenderableType] = []
     for verdict in verdicts:
         parts.append(Text.assemble((verdict.name, SEVERITY_COLOURS[verdict.severity]), f": {verdict.text}"))

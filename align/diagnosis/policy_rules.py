@@ -30,9 +30,10 @@ def mismatched_sampler(run: RunFigures) -> Verdict | None:
         "one that is trained.",
         evidence=(found.at_start(), found.at_end(limit), mean.at_end()),
         advice=(
-            "rollouts.engine=transformers: if the mismatch is gone, the engine is its cause",
+            *_unless_set(run, "rollouts.engine", "transformers"),
+            *_unless_set(run, "model.dtype", "float32"),
             "ppo.importance_ratio_cap=2",
-            "model.dtype=float32",
+            "a shorter run with rollouts.workers=0, which samples in the learner's process",
         ),
     )
 
@@ -154,10 +155,10 @@ def dead_critic(run: RunFigures) -> Verdict | None:
     best = max(explained.values)  # once scores differ little, it can be below 0 again
     if best >= thresholds.EXPLAINED.value:
         return None
+    policy_rate = run.curve("policy/learning_rate")
     rate = run.curve("value/learning_rate")
-    advice = (
-        f"learner.critic_learning_rate={10 * rate.end:.2g}" if len(rate) else "learner.critic_learning_rate: larger"
-    )
+    rates = (10 * rate.end, policy_rate.end) if len(rate) and len(policy_rate) else ()
+    advice = f"learner.critic_learning_rate={max(rates):.2g}" if rates else "learner.critic_learning_rate: larger"
     return Verdict(
         name="critic does not learn",
         severity=Severity.SERIOUS,
@@ -172,7 +173,11 @@ def dead_critic(run: RunFigures) -> Verdict | None:
                 "highest",
             ),
         ),
-        advice=(advice, "ppo.critic.warmup=2", "ppo.estimator=rloo with ppo.samples_per_prompt=4 needs no critic"),
+        advice=(
+            advice,
+            "ppo.critic.warmup=2",
+            "an estimator that needs no critic: ppo.estimator=rloo and ppo.samples_per_prompt=4",
+        ),
     )
 
 
@@ -192,12 +197,12 @@ def skipped_updates(run: RunFigures) -> Verdict | None:
         evidence=(
             Evidence(skipped.metric, skipped.steps[-1], share, thresholds.SKIPPED.value, "share of steps with any"),
         ),
-        advice=("model.dtype=float32", *_slower(run), "learner.max_grad_norm=0.5"),
+        advice=(*_unless_set(run, "model.dtype", "float32"), *_slower(run), "learner.max_grad_norm=0.5"),
     )
 
 
 def overfitted_sft(run: RunFigures) -> Verdict | None:
-    """SFT goes on after its held-out loss has stopped to fall."""
+    """SFT continues after its held-out loss has stopped falling."""
     heldout = run.curve("sft/heldout_loss", "sft")
     if len(heldout) < 2:
         return None
@@ -210,13 +215,18 @@ def overfitted_sft(run: RunFigures) -> Verdict | None:
         name="SFT overfits",
         severity=Severity.WARNING,
         stage="sft",
-        text=f"The held-out loss of SFT has risen since step {best}: the model learns its demonstrations by heart.",
+        text=f"The held-out loss of SFT has risen since step {best}: the model memorises its demonstrations.",
         evidence=(
             Evidence(heldout.metric, best, lowest, meaning="lowest"),
             Evidence(heldout.metric, heldout.steps[-1], heldout.values[-1], limit, "at the end"),
         ),
-        advice=("sft.epochs: fewer", "sft.patience=1", "more demonstrations"),
+        advice=("sft.epochs: fewer", "sft.patience: 1, with sft.evaluate_every", "more demonstrations"),
     )
+
+
+def _unless_set(run: RunFigures, key: str, value: str) -> tuple[str, ...]:
+    """A setting as advice, unless the run has it."""
+    return () if run.setting(key) == value else (f"{key}={value}",)
 
 
 def _slower(run: RunFigures) -> tuple[str, ...]:

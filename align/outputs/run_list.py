@@ -21,6 +21,11 @@ LAST_STEPS = 10
 """Last steps whose mean time the rest of PPO is expected to take."""
 SHOWN = {"score": "reward/mean", "gold": "reward/gold_mean", "kl": "kl/per_sequence"}
 """The metrics of PPO that are listed, by their columns."""
+COLUMNS = ("run", "state", "step", "score", "gold", "KL", "written", "diagnosis")
+ALWAYS_SHOWN = ("run", "state", "step", "written")
+"""Of the columns of the table those that are shown even if they are empty."""
+LEAST_WIDTH = {"diagnosis": 10}
+"""Widths below which words would break, in characters."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def list_runs(runs: Path) -> list[RunSummary]:
     """
     if not runs.is_dir():
         raise UserError(f"{runs} is not a folder: --runs names the folder that holds the runs")
-    found = [summarise(config.parent) for config in runs.glob("*/config.yaml")]
+    found = [summarise(config.parent) for config in runs.glob("[!.]*/config.yaml")]
     return sorted(found, key=lambda run: run.updated or 0.0, reverse=True)
 
 
@@ -74,6 +79,7 @@ def summarise(folder: Path) -> RunSummary:
     try:
         run, experiment = find_run(str(folder))
         rows = read_lines(folder / METRICS)
+        found = diagnose(folder)
     except UserError as error:
         return RunSummary(folder.name, "unreadable", updated=updated, problem=first_line(error))
     state = state_of(experiment, run)
@@ -89,7 +95,7 @@ def summarise(folder: Path) -> RunSummary:
         step=last["step"],
         steps=steps,
         seconds_left=_seconds_left(ppo, steps) if state == "running" and steps else None,
-        verdict=next((verdict.name for verdict in diagnose(folder)), None),
+        verdict=found[0].name if found else None,
         updated=updated,
         **{column: ppo[-1].get(metric) if ppo else None for column, metric in SHOWN.items()},
     )
@@ -102,22 +108,29 @@ def records(found: Sequence[RunSummary]) -> list[dict[str, Any]]:
 
 def runs_table(found: Sequence[RunSummary]) -> Table:
     """The runs as a table for the terminal."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("run", "state", "stage", "step", "score", "gold", "KL", "to the end", "diagnosis", "written"):
-        table.add_column(column, no_wrap=column not in ("run", "state"), overflow="fold")
-    for run in found:
-        step = "" if run.step is None else f"{run.step:,}"
-        table.add_row(
-            escaped(run.name),
-            escaped(run.problem or run.state),
-            run.stage or "",
-            f"{step}/{run.steps:,}" if run.steps else step,
-            *("" if value is None else f"{value:.3g}" for value in (run.score, run.gold, run.kl)),
-            "" if run.seconds_left is None else clock(run.seconds_left),
-            run.verdict or "",
-            "" if run.updated is None else _ago(time.time() - run.updated),
-        )
+    rows = [_cells(run) for run in found]
+    shown = [column for column in COLUMNS if column in ALWAYS_SHOWN or any(row[column] for row in rows)]
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in shown:
+        table.add_column(column, no_wrap=column != "diagnosis", overflow="fold", min_width=LEAST_WIDTH.get(column))
+    for row in rows:
+        table.add_row(*(row[column] for column in shown))
     return table
+
+
+def _cells(run: RunSummary) -> dict[str, str]:
+    """The text of each column."""
+    step = "" if run.step is None else f"{run.stage} {run.step:,}"
+    written = "" if run.updated is None else _ago(time.time() - run.updated)
+    figures = {"score": run.score, "gold": run.gold, "KL": run.kl}
+    return {
+        "run": escaped(run.name),
+        "state": run.state,
+        "step": f"{step}/{run.steps:,}" if run.steps else step,
+        **{column: "" if value is None else f"{value:.3g}" for column, value in figures.items()},
+        "written": written if run.seconds_left is None else f"ETA {clock(run.seconds_left)}",
+        "diagnosis": escaped(run.problem or run.verdict or ""),
+    }
 
 
 def _seconds_left(ppo: Sequence[Mapping[str, Any]], steps: int) -> float:

@@ -227,9 +227,8 @@ def find_run(name_or_path: str, runs: str = "runs", overrides: Sequence[str] = (
     for path in (Path(name_or_path), Path(runs) / name_or_path):
         if (path / "config.yaml").is_file():
             return RunFolder(path), load_experiment(path / "config.yaml", overrides)
-    raise UserError(
-        f"{name_or_path} is not a run: neither {name_or_path}/config.yaml nor {runs}/{name_or_path}/config.yaml exists"
-    )
+    places = dict.fromkeys(str(path / "config.yaml") for path in (Path(name_or_path), Path(runs) / name_or_path))
+    raise UserError(f"{name_or_path} is not a run: there is no {' and no '.join(places)}")
 
 
 def change_setting(run: RunFolder, section: str, name: str, value: Any) -> None:

@@ -123,6 +123,22 @@ def test_a_planted_cause_is_the_only_verdict(case: str) -> None:
     assert all(evidence.metric in logged for evidence in verdict.evidence)
 
 
+def test_advice_names_no_setting_that_the_run_has() -> None:
+    stale = HEALTHY | SICK["stale weights"][0]
+    settings = {"rollouts": {"engine": "transformers"}, "model": {"dtype": "auto"}}
+    (verdict,) = verdicts(RunFigures(figures(stale).lines, GOOD_REWARD_MODEL, settings))
+    assert "model.dtype=float32" in verdict.advice
+    assert not any(advice.startswith("rollouts.engine") for advice in verdict.advice)
+
+
+def test_an_entropy_that_has_recovered_had_collapsed() -> None:
+    entropy = [1.0, 1.0, 0.8, 0.4, 0.2, 0.2, 0.3, 0.6, 0.8, 0.8]
+    (verdict,) = verdicts(figures(HEALTHY | {"policy/entropy": entropy}))
+    assert verdict.name == "entropy collapse"
+    assert verdict.evidence[1].step == 6
+    assert verdict.evidence[1].value == pytest.approx(0.2)
+
+
 def test_a_reward_model_that_learned_length_is_serious_once_responses_grow() -> None:
     (warned,) = verdicts(figures(HEALTHY, LENGTH_MODEL))
     (serious,) = verdicts(figures(HEALTHY | GROWING, LENGTH_MODEL))

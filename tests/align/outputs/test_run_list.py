@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from align.config.schema import Experiment
-from align.outputs.run_list import list_runs, runs_table, summarise
+from align.outputs.run_list import RunSummary, list_runs, runs_table, summarise
 from align.runs.folder import RunFolder, begin_run, folder_of, locked
 from align.runs.tracking import Tracker
 from policies.errors import UserError
@@ -68,6 +69,26 @@ def test_a_run_that_cannot_be_read_is_listed_with_the_reason(tmp_path: Path) -> 
     assert f"{run}/config.yaml: name is missing" in str(found.problem)
 
 
+def test_a_run_with_a_damaged_reward_model_does_not_hide_the_others(tmp_path: Path) -> None:
+    damaged = make_run(tmp_path, "a", step(0.5)) / "reward" / "diagnostics.json"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text('{"accuracy": 0.')
+    make_run(tmp_path, "b", step(0.5))
+    found = {run.name: run for run in list_runs(tmp_path)}
+    assert (found["a"].state, found["b"].score) == ("unreadable", 0.5)
+    assert str(damaged) in str(found["a"].problem)
+
+
+def test_a_list_with_everything_fits_a_narrow_terminal() -> None:
+    running = RunSummary("quickstart-0", "running", "ppo", 10, 20, -10.25, -10.25, 12.5, 36000, "KL too strong", 0.0)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(runs_table([running, replace(running, name="b", verdict="critic does not learn")]))
+    text = capture.get()
+    assert "quickstart-0 running ppo 10/20 -10.2 -10.2 12.5 ETA 10:00:00" in text
+    assert "critic does" in text
+
+
 def test_runs_are_listed_by_when_they_were_written(tmp_path: Path) -> None:
     for name, age in (("old", 7200), ("new", 0), ("older", 200_000)):
         make_run(tmp_path, name, step(0.25), age=age)
@@ -78,7 +99,8 @@ def test_runs_are_listed_by_when_they_were_written(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(runs_table(found))
     lines = capture.get().splitlines()
-    assert [line.rstrip().rsplit("  ", 1)[-1] for line in lines[1:]] == ["now", "2 h ago", "2 d ago"]
+    assert [line.split("  0.5 ")[-1].strip() for line in lines[1:]] == ["now", "2 h ago", "2 d ago"]
+    assert "diagnosis" not in lines[0]
 
 
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:

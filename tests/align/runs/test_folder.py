@@ -144,8 +144,10 @@ def test_overrides_of_a_run_remove_keys_and_replace_sections(tmp_path: Path) -> 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
-    with pytest.raises(UserError, match=f"tiny is not a run: neither tiny/config.yaml nor {tmp_path}/tiny/config"):
+    with pytest.raises(UserError, match=f"tiny is not a run: there is no tiny/config.yaml and no {tmp_path}/tiny/con"):
         find_run("tiny", str(tmp_path))
+    with pytest.raises(UserError, match=f"is not a run: there is no {tmp_path}/tiny/config.yaml$"):
+        find_run(str(tmp_path / "tiny"))
 
 
 def test_facts_and_evaluation_are_read_back_and_are_empty_before(tmp_path: Path) -> None:
