@@ -21,9 +21,8 @@ LAST_STEPS = 10
 """Last steps whose mean time the rest of PPO is expected to take."""
 SHOWN = {"score": "reward/mean", "gold": "reward/gold_mean", "kl": "kl/per_sequence"}
 """The metrics of PPO that are listed, by their columns."""
-COLUMNS = ("run", "state", "step", "score", "gold", "KL", "written", "diagnosis")
-ALWAYS_SHOWN = ("run", "state", "step", "written")
-"""Of the columns of the table those that are shown even if they are empty."""
+SOMETIMES_SHOWN = ("score", "gold", "KL", "diagnosis")
+"""Columns of the table that are left out where no run has anything in them."""
 LEAST_WIDTH = {"diagnosis": 10}
 """Widths below which words would break, in characters."""
 
@@ -109,7 +108,10 @@ def records(found: Sequence[RunSummary]) -> list[dict[str, Any]]:
 def runs_table(found: Sequence[RunSummary]) -> Table:
     """The runs as a table for the terminal."""
     rows = [_cells(run) for run in found]
-    shown = [column for column in COLUMNS if column in ALWAYS_SHOWN or any(row[column] for row in rows)]
+    shown = dict.fromkeys(_cells(RunSummary("", "")))
+    for column in SOMETIMES_SHOWN:
+        if not any(row[column] for row in rows):
+            del shown[column]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in shown:
         table.add_column(column, no_wrap=column != "diagnosis", overflow="fold", min_width=LEAST_WIDTH.get(column))
