@@ -32,10 +32,10 @@ JUDGE_FALL = Threshold(
 )
 SPREAD_GROWTH = Threshold(1.5, "growth of the ensemble's disagreement while the score has risen", UNMEASURED)
 LENGTH_GAP = Threshold(
-    0.2,
+    0.25,
     "accuracy of the reward model on the fifth of the comparisons in which the better response is longest beside the "
     "other, less that on the fifth in which it is shortest",
-    RUNS + "at least 0.38 where annotators like length, at most 0.11 elsewhere",
+    RUNS + "at least 0.38 where annotators like length, at most 0.15 elsewhere",
 )
 LENGTH_GROWTH = Threshold(
     1.3,

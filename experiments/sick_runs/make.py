@@ -168,13 +168,13 @@ def recorded(runs: Path) -> Iterator[dict[str, Any]]:
             run = folder / name.replace(" ", "-")
             if not (run / "evaluation.json").is_file():
                 continue
-            reward = folder / f"reward-{case.annotators}" / "reward"
+            diagnostics = run / "reward" / "diagnostics.json"
             yield {
                 "name": name,
                 "seed": int(folder.name.removeprefix("seed-")),
                 "cause": case.cause,
                 "metrics": rounded(read_lines(run / METRICS)),
-                "diagnostics": rounded(json.loads((reward / "diagnostics.json").read_text())),
+                "diagnostics": rounded(json.loads(diagnostics.read_text())) if diagnostics.is_file() else {},
             }
 
 
