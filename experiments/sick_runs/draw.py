@@ -13,6 +13,7 @@ from typing import Any
 from make import CASES, RECORDED
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "sick-runs.png"
 HEALTHY = "quickstart"
@@ -41,10 +42,11 @@ def main() -> None:
         others = [] if name in WITHOUT_HEALTHY else [run for run in runs if run["name"] == HEALTHY]
         draw(axes, others, metric, "tab:gray")
         draw(axes, [run for run in runs if run["name"] == name], metric, "tab:red")
-        axes.set_title(f"{name}: {CASES[name].cause}", fontsize=9)
+        axes.set_title(CASES[name].cause, fontsize=9)
         axes.set_ylabel(metric, fontsize=8)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     explain(figure.axes[-1])
     figure.savefig(PICTURE)
