@@ -1,6 +1,7 @@
 """A saved view of W&B with the panels of the catalogue of metrics."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -132,8 +133,11 @@ def _save(file: Path, workspace: Any, experiment: Experiment, saved: dict[str, A
     """Save a workspace in W&B, in place of the one that has been saved."""
     import wandb
 
-    if tracking_mode(experiment.tracking) != "online":
-        return Dashboard(file, reason="this run is tracked offline, or nobody is logged in to W&B")
+    # A run that is tracked offline can be sent later, so only the login counts.
+    mode = tracking_mode(experiment.tracking.model_copy(update={"wandb": "auto"}))
+    if mode != "online":
+        reason = f"WANDB_MODE is {mode}" if os.environ.get("WANDB_MODE") else "nobody is logged in to W&B"
+        return Dashboard(file, reason=reason)
     try:
         workspace.entity = workspace.entity or wandb.Api().default_entity
         if saved.get("entity") == workspace.entity and saved.get("project") == workspace.project:

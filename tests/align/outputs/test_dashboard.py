@@ -21,10 +21,11 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """A run with some metrics."""
+    """A run with some metrics, tracked offline: it may have been sent later."""
     run = RunFolder(tmp_path / "runs" / "tiny")
     run.path.mkdir(parents=True)
-    dump_experiment(Experiment.model_validate({"name": "tiny", "model": {"path": "base"}}), run.config)
+    settings = {"name": "tiny", "model": {"path": "base"}, "tracking": {"wandb": "offline"}}
+    dump_experiment(Experiment.model_validate(settings), run.config)
     Tracker(run.path).log("ppo", 1, {"reward/mean": 1.0, "reward/gold_mean": 1.0, "reward/term/length": 0.5})
     return run
 
@@ -64,7 +65,7 @@ def test_every_metric_of_ppo_is_on_a_panel_or_has_a_reason_not_to_be() -> None:
 
 def test_a_run_that_is_not_logged_in_gets_a_file_and_the_command_that_saves_it(run: RunFolder) -> None:
     said = dashboard(run, WANDB_MODE="offline").stderr
-    assert f"dashboard written to {run.path}/wandb/dashboard.json" in said
+    assert f"dashboard written to {run.path}/wandb/dashboard.json; WANDB_MODE is offline." in said
     assert f"After `wandb login`, `align dashboard {run.path}` saves it in W&B" in said
     panels = panels_of(run)
     assert list(panels) == [section.title for section in SECTIONS]
