@@ -25,8 +25,13 @@ def write_comparison(runs: Sequence[RunFolder], to: Path) -> None:
         to: The file.
 
     Raises:
-        UserError: There are fewer than two runs, or too many to tell apart, or a file of one is damaged.
+        UserError: There are fewer than two runs, or too many to tell apart, or a file of one is damaged, or the page
+            cannot be written there.
     """
+    if not to.parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {to.parent}: create it first")
+    if to.exists() and not to.is_file():
+        raise UserError(f"--to {to} is not a file: name a new file, or one that may be replaced")
     write_text(to, compare_page(read_runs(runs)))
 
 
@@ -57,7 +62,7 @@ def compare_page(runs: Sequence[RunRecord], **live: Any) -> str:
     """
     first, *others = runs
     columns = [run.name for run in runs]
-    columns += [f"{run.name} less {first.name}" for run in others]
+    columns += [f"{run.name} − {first.name}" for run in others]
     context = {
         "runs": runs,
         "title": " · ".join(run.name for run in runs),

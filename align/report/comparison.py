@@ -134,8 +134,11 @@ def _clear_gains(runs: Sequence[RunRecord], gains: Sequence[Estimate], noun: str
     for run, gain in zip(runs[1:], gains[1:], strict=True):
         change = difference(gain, gains[0])
         if change.low > 0 or change.high < 0:
-            direction = "more" if change.value > 0 else "less"
-            clauses.append(f"{run.name} raised the {noun} by {abs(change.value):.3g} {direction} than {runs[0].name}")
+            side = "above" if change.value > 0 else "below"
+            clauses.append(
+                f"{run.name} changed the {noun} by {gain.value:+.3g}, {abs(change.value):.3g} {side} the "
+                f"{gains[0].value:+.3g} of {runs[0].name}"
+            )
     if not clauses:
         return f"No run changed the {noun} clearly more or less than {runs[0].name}."
     return "; ".join(clauses) + "."

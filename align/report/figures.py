@@ -1,6 +1,7 @@
 """The figures of a page: a chart, its legend with values, and the data behind it, for each panel of the catalogue."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -9,7 +10,7 @@ from typing import Any
 from align.config.stage import Stage, all_stages
 from align.report.run_record import MetricHistory, RunRecord
 from align.report.svg import MAX_POINTS, STYLES, Chart, ChartLine, all_places, line_chart, thin
-from align.runs.histogram import bin_shares
+from align.runs.histogram import bin_densities, mean_of_bins
 from align.runs.metric_catalogue import NATS_PER_SEQUENCE, SECTIONS, UPSTREAM, Panel, Section, find_metric, shown_in
 
 NOT_FINITE = "–"
@@ -148,7 +149,12 @@ def _panel_lines(panel: Panel, stage: str, runs: Sequence[RunRecord]) -> Iterato
         if len(names) == 1:
             yield panel.name, panel.title, _numbered(lines)
         else:
-            yield f"{panel.name}-{name.replace('/', '-')}", f"{panel.title}: {name}", _numbered(lines)
+            yield f"{panel.name}-{anchor_of(name)}", f"{panel.title}: {name}", _numbered(lines)
+
+
+def anchor_of(metric: str) -> str:
+    """The name of a metric in letters that an identifier may have: the folder of a run may come from somebody else."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", metric)
 
 
 def _numbered(lines: Iterable[ChartLine]) -> list[ChartLine]:
@@ -243,6 +249,8 @@ def optimisation_figure(run: RunRecord) -> Figure | None:
 def distribution_figure(history: MetricHistory, metric: str, title: str, x_label: str) -> Figure | None:
     """A distribution at the first, the middle and the last step of PPO; None where none is logged.
 
+    Each step has bins of its own width. The figure shows densities, so that their areas are equal.
+
     Args:
         history: The metrics of a run.
         metric: The name of its histograms.
@@ -256,9 +264,13 @@ def distribution_figure(history: MetricHistory, metric: str, title: str, x_label
         return None
     lines = []
     for style, step in enumerate(chosen):
-        lines.append(ChartLine(f"step {step}", tuple(bin_shares(histograms[step])), style))
-    name = f"figure-{metric.replace('/', '-')}"
-    return make_figure(Chart(name=name, title=title, x_label=x_label, unit="share of responses", lines=tuple(lines)))
+        lines.append(ChartLine(f"step {step}", tuple(bin_densities(histograms[step])), style))
+    chart = Chart(f"figure-{anchor_of(metric)}", title, x_label, "density", tuple(lines))
+    figure = make_figure(chart)
+    legend = []
+    for entry, step in zip(figure.legend, chosen, strict=True):
+        legend.append(replace(entry, last=f"mean {mean_of_bins(histograms[step]):.4g}"))
+    return replace(figure, legend=tuple(legend))
 
 
 def _distances(history: MetricHistory) -> dict[int, float]:

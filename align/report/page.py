@@ -1,5 +1,6 @@
 """Writes the page about a run."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def report_page(run: RunRecord, **live: Any) -> str:
     context = {
         "run": run,
         "title": run.name,
+        "repeat": shlex.join(["align", "run", f"{run.path}/config.yaml", f"name={run.name}-again"]),
         "sentence": sentence(run),
         "tiles": tiles(run),
         "pairs": pairs(run.samples),

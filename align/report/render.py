@@ -19,7 +19,7 @@ LARGEST_PAGE = 1_000_000
 """Bytes of a page: a mail takes it, and a browser opens it at once."""
 FEWEST_POINTS = 50
 LINK = re.compile(r"\s*\(\[[^\]]*\]\([^)]*\)\)")
-SETTING = re.compile(r"[a-z_]+(\.[a-zA-Z_*]+)*=\S.*")
+SETTING = re.compile(r"[a-z_]+(\.[a-zA-Z_*]+)*=\S+")
 
 
 def render(template: str, **context: Any) -> str:

@@ -43,9 +43,15 @@ class MetricHistory:
         """The values of a metric by step, in order; None where one is not finite."""
         return dict(sorted(self._values.get((stage, name), {}).items()))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been logged."""
+        return not self._values and not self._histograms
+
     def histograms(self, stage: str, name: str) -> dict[int, Histogram]:
         """The histograms of a metric by step, in order."""
-        return dict(sorted(self._histograms.get((stage, name), {}).items()))
+        found = self._histograms.get((stage, name), {})
+        return {step: found[step] for step in sorted(found) if sum(found[step]["counts"])}
 
     def last(self, stage: str, name: str) -> float | None:
         """The last value of a metric that is finite."""
@@ -104,6 +110,8 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         UserError: A line of the metrics, samples or events is damaged.
     """
     folder = RunFolder(run)
+    if "policy" in evaluation and "reference" not in evaluation:
+        raise UserError(f"{run}/evaluation.json has a policy and no reference: `align eval {run}` writes it again")
     experiment = _read_settings(folder)
     figures = read_figures(run)
     return RunRecord(
@@ -111,8 +119,8 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         name=run.resolve().name,
         state=_state(folder, experiment),
         history=MetricHistory(figures.lines),
-        samples=read_lines(run / SAMPLES),
-        events=read_lines(run / EVENTS),
+        samples=_lines_with(run / SAMPLES, "prompt", "response", "score"),
+        events=_lines_with(run / EVENTS, "time", "event", "text"),
         evaluation=evaluation,
         diagnostics=figures.diagnostics,
         experiment=experiment,
@@ -135,6 +143,16 @@ def _state(folder: RunFolder, experiment: Experiment | None) -> str:
     if experiment is None:
         return "running" if is_locked(folder) else ""
     return state_of(experiment, folder)
+
+
+def _lines_with(path: Path, *keys: str) -> list[Line]:
+    """The lines of a file of the tracker, each with these keys."""
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        for key in keys:
+            if key not in line:
+                raise UserError(f"{path}, line {number} has no {key}. Remove the line to continue without it")
+    return lines
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -190,6 +190,7 @@ def line_chart(chart: Chart) -> str:
         An `<svg>` element. Its attributes say what the script needs to place a value: `data-plot` where the axes begin
         and end (left, right, top, bottom), `data-x` and `data-y` their ranges.
     """
+    name = escape(chart.name)
     x_low, x_high = chart.x_range or _x_range(chart.lines)
     y_low, y_high = _y_range(chart)
     x = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
@@ -197,11 +198,11 @@ def line_chart(chart: Chart) -> str:
     return "".join(
         (
             f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" ',
-            f'aria-labelledby="{chart.name}-title {chart.name}-desc" ',
+            f'aria-labelledby="{name}-title {name}-desc" ',
             f'data-plot="{LEFT} {WIDTH - RIGHT} {TOP} {HEIGHT - BOTTOM}" ',
             f'data-x="{x_low:.9g} {x_high:.9g}" data-y="{y_low:.9g} {y_high:.9g}">',
-            f'<title id="{chart.name}-title">{escape(chart.title)}</title>',
-            f'<desc id="{chart.name}-desc">{escape(chart_words(chart))}</desc>',
+            f'<title id="{name}-title">{escape(chart.title)}</title>',
+            f'<desc id="{name}-desc">{escape(chart_words(chart))}</desc>',
             *_y_axis(y),
             x_axis((x_low, x_high), chart.x_label),
             _diagonal(x, y) if chart.diagonal else "",

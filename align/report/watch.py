@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from align.outputs.run_list import summarise
@@ -57,8 +57,11 @@ class LivePage:
             return self._page
 
     def answer(self, request: Request) -> Response:
-        """The page, unless the browser has it already."""
-        page = self.draw()
+        """The page, unless the browser has it already; what is wrong where a run cannot be read."""
+        try:
+            page = self.draw()
+        except (UserError, OSError) as error:
+            return PlainTextResponse(f"The run cannot be read: {error}", status_code=503)
         tag = f'"{sha256(page.encode(errors="replace")).hexdigest()[:32]}"'
         headers = {"ETag": tag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
         if request.headers.get("if-none-match") == tag:
@@ -110,7 +113,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UserError(
-            f"port {port} of {host} cannot be used: {error.strerror}; choose another --port, or 0 for a free one"
+            f"port {port} of {host} cannot be used: {error.strerror}; choose another --port, or 0 for a free one, or "
+            "another --host"
         ) from None
     return listener
 

@@ -48,12 +48,21 @@ def bin_edges(histogram: Histogram) -> list[float]:
     return edges
 
 
-def bin_shares(histogram: Histogram) -> list[tuple[float, float]]:
-    """The middle of each bin, and the share of the numbers that lie in it."""
-    edges = bin_edges(histogram)
-    total = sum(histogram["counts"])
-    middles = [(low + high) / 2 for low, high in pairwise(edges)]
-    return [(middle, count / total) for middle, count in zip(middles, histogram["counts"], strict=True)]
+def bin_middles(histogram: Histogram) -> list[float]:
+    """The middle of each bin."""
+    return [(low + high) / 2 for low, high in pairwise(bin_edges(histogram))]
+
+
+def bin_densities(histogram: Histogram) -> list[tuple[float, float]]:
+    """The middle of each bin, and the share of the numbers that lie in it by its width."""
+    counts = histogram["counts"]
+    width = (histogram["high"] - histogram["low"]) / len(counts)
+    return [(middle, count / sum(counts) / width) for middle, count in zip(bin_middles(histogram), counts, strict=True)]
+
+
+def mean_of_bins(histogram: Histogram) -> float:
+    """The mean of the numbers, each taken as the middle of its bin."""
+    return float(np.average(bin_middles(histogram), weights=histogram["counts"]))
 
 
 def _histogram(values: Sequence[float], low: float, high: float, bins: int) -> Histogram:

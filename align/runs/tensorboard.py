@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from align.runs.histogram import MetricValue, bin_edges, bin_shares
+from align.runs.histogram import MetricValue, bin_edges, bin_middles
 from align.runs.sink import Sink, figures_of
 
 EVENT_FILES = "tensorboard"
@@ -66,7 +66,7 @@ def _summary_value(name: str, value: MetricValue) -> Any:
         return Summary.Value(tag=name, simple_value=float(value))
     edges = bin_edges(value)
     counts = value["counts"]
-    middles = np.array([middle for middle, _ in bin_shares(value)])
+    middles = np.array(bin_middles(value))
     histogram = HistogramProto(
         min=edges[0],
         max=edges[-1],

@@ -26,14 +26,23 @@ function showAll(page) {
   if (changes.some(Boolean)) setUp();
 }
 
+// Says what keeps the page from being up to date; nothing where it is.
+function showTrouble(text) {
+  const line = document.querySelector("#trouble");
+  line.hidden = !text;
+  line.textContent = text;
+}
+
 async function look() {
   try {
     const answer = await fetch("/", { headers: watched.tag ? { "If-None-Match": watched.tag } : {} });
+    showTrouble(answer.status === 200 || answer.status === 304 ? "" : await answer.clone().text());
     if (answer.status === 200) {
       watched.tag = answer.headers.get("ETag");
       showAll(new DOMParser().parseFromString(await answer.text(), "text/html").documentElement);
     }
   } catch {
+    showTrouble("There is no connection to align watch.");
     document.title = "not connected · align watch";
   }
   setTimeout(look, 1000 * SECONDS_BETWEEN);

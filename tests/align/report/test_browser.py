@@ -112,6 +112,8 @@ def test_a_page_is_no_wider_than_the_window(page: Page, pages: dict[str, str], k
     page.set_viewport_size({"width": width, "height": 800})
     page.goto(pages[kind])
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    padding = page.evaluate("getComputedStyle(document.querySelector('header')).paddingLeft")
+    assert (padding == "16px") == (width == 360)
 
 
 def test_the_cursor_shows_the_values_of_a_step_in_every_figure(page: Page, pages: dict[str, str]) -> None:
@@ -144,6 +146,8 @@ def test_the_cursor_says_where_a_value_is_not_finite(page: Page, pages: dict[str
     page.goto(pages["report"])
     page.locator("#cursor input").fill("5")
     assert page.locator("#figure-gradients .value").first.text_content() == "–"
+    # Gradients are logged by a curve that has no value at this step.
+    assert page.locator("#figure-gradients .spot").count() == 0
 
 
 def test_every_control_is_reached_by_keyboard(page: Page, pages: dict[str, str]) -> None:
@@ -166,6 +170,8 @@ def test_the_theme_is_chosen_by_keyboard(page: Page, pages: dict[str, str]) -> N
         colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert page.locator("#theme").text_content() == "Theme: dark"
     assert colours == ["rgb(247, 246, 243)", "rgb(18, 20, 23)"]
+    page.reload()
+    assert page.locator("#theme").text_content() == "Theme: dark"
 
 
 def test_samples_are_sorted_by_keyboard(page: Page, pages: dict[str, str]) -> None:

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import stat
 from pathlib import Path
 
 import pytest
@@ -50,10 +52,39 @@ def test_a_difference_is_marked_only_where_its_interval_excludes_zero(two: list[
 
 def test_the_sentence_names_clear_differences_alone(two: list[RunRecord], tmp_path: Path) -> None:
     first = two[0]
-    assert comparison_sentence(two) == "second raised the score by 0.75 more than first."
+    assert comparison_sentence(two) == "second changed the score by +1, 0.75 above the +0.25 of first."
+    assert comparison_sentence(two[::-1]) == "first changed the score by +0.25, 0.75 below the +1 of second."
     assert comparison_sentence([first, first]) == "No run changed the score clearly more or less than first."
     unfinished = record(tmp_path / "third", [step(1, reward__mean=1.0)])
     assert comparison_sentence([first, unfinished]) == "2 runs, of which not all have been evaluated."
+
+
+def test_a_clear_fall_is_marked_too(two: list[RunRecord]) -> None:
+    rows = dict(compared_evaluations(two[::-1]))
+    assert [cell.is_clear for cell in rows["change of the score"]] == [False, False, True]
+
+
+def test_a_comparison_is_written_to_files_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    runs = [RunFolder(tmp_path / name) for name in ("a", "b")]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for to, words in (
+        (pipe, "is not a file"),
+        (tmp_path, "is not a file"),
+        (tmp_path / "none" / "c.html", "no folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            write_comparison(runs, to)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "pipe"]
+
+
+def test_names_of_metrics_are_no_markup(tmp_path: Path) -> None:
+    name = 'reward/term/"><b id=injected>'
+    runs = [record(tmp_path / run, [step(1) | {name: 1.0, "reward/term/b": 1.0}]) for run in ("a", "b")]
+    assert "<b id=injected>" not in compare_page(runs)
 
 
 def test_the_axes_are_those_of_each_run(tmp_path: Path) -> None:

@@ -55,12 +55,12 @@ def test_a_kl_estimate_below_zero_counts_as_zero(tmp_path: Path) -> None:
 
 
 def test_a_distribution_is_drawn_at_the_first_the_middle_and_the_last_step(tmp_path: Path) -> None:
-    histogram = {"low": -0.5, "high": 1.5, "counts": [1, 3]}
+    histogram = {"low": -0.5, "high": 1.5, "counts": [1, 3]}  # bins of width 1
     metrics = [step(number) | {"reward/histogram": histogram} for number in range(1, 6)]
     (section,) = training_sections([record(tmp_path, metrics)])
     (figure,) = section.figures
     assert (section.name, figure.name) == ("reward", "figure-reward-histogram")
-    assert [line.name for line in figure.legend] == ["step 1", "step 3", "step 5"]
+    assert [(line.name, line.last) for line in figure.legend] == [(f"step {n}", "mean 0.75") for n in (1, 3, 5)]
     assert "<td>0.25" in figure.rows
 
 

@@ -45,11 +45,29 @@ def test_a_new_step_appears_and_what_is_open_stays_open(address: str, tmp_path: 
         page.goto(address)
         page.locator("#figure-score summary").click()
         page.evaluate("window.notReloaded = true")
+        page.evaluate("window.settings = document.querySelector('#settings table')")
         with (tmp_path / "first" / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(step(41, reward__mean=7.5)) + "\n")
         page.locator("#figure-score .value", has_text="7.5").wait_for(timeout=60_000)
         assert page.locator("#figure-score tbody tr").last.inner_text().split() == ["41", "7.5"]
         assert page.evaluate("window.notReloaded")
+        assert page.evaluate("window.settings === document.querySelector('#settings table')")
+        assert page.locator("#cursor input").get_attribute("max") == "41"
         assert page.locator(".lamp").count() == 10
         browser.close()
     assert [text for text in complaints if not text.startswith("data:")] == []
+
+
+def test_the_page_says_what_is_wrong_until_it_is_mended(address: str, tmp_path: Path) -> None:
+    metrics = tmp_path / "first" / "metrics.jsonl"
+    whole = metrics.read_text()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(address)
+        assert not page.locator("#trouble").is_visible()
+        metrics.write_text("damaged\n" + whole)
+        page.locator("#trouble", has_text="line 1").wait_for(timeout=60_000)
+        metrics.write_text(whole)
+        page.locator("#trouble").wait_for(state="hidden", timeout=60_000)
+        browser.close()

@@ -9,6 +9,7 @@ import pytest
 from align.diagnosis.verdict import Evidence, Severity, Verdict
 from align.report.page import report_page, write_report
 from align.report.render import LARGEST_PAGE, render_within_limit
+from policies.errors import UserError
 from tests.align.report.runs import EVALUATION, REWARD_MODEL, record, sample, step, write_lines, write_run
 
 VERDICT = Verdict(
@@ -105,8 +106,38 @@ def test_a_verdict_is_a_card_with_evidence_and_advice(tmp_path: Path) -> None:
     assert "<li><code>ppo.kl.coefficient=0.1</code></li><li>Train the reward model on more data.</li>" in page
 
 
+def test_advice_that_begins_as_a_setting_and_goes_on_is_a_sentence(tmp_path: Path) -> None:
+    advice = ("ppo.steps=3", "rollouts.engine=transformers, which takes longer")
+    page = report_page(replace(record(tmp_path), verdicts=[replace(VERDICT, advice=advice)]))
+    assert "<li><code>ppo.steps=3</code></li><li>rollouts.engine=transformers, which takes longer</li>" in page
+
+
 def test_a_run_without_problems_has_a_card_that_says_so(tmp_path: Path) -> None:
-    assert "No problem found" in page_of(tmp_path)
+    assert "Nothing to judge yet" in page_of(tmp_path)
+    write_lines(tmp_path / "metrics.jsonl", [step(1, reward__mean=1.0)])
+    page = page_of(tmp_path)
+    assert "No problem found" in page
+    assert "Nothing to judge yet" not in page
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "words"),
+    [
+        ("samples.jsonl", {"stage": "ppo", "step": 1, "response": "r", "score": 1.0}, "line 1 has no prompt"),
+        ("events.jsonl", {"stage": "ppo", "step": 1, "event": "e", "text": "t"}, "line 1 has no time"),
+    ],
+)
+def test_a_line_that_lacks_something_is_an_error_with_its_number(
+    file: str, row: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / file, [row])
+    with pytest.raises(UserError, match=f"{file}, {words}"):
+        page_of(tmp_path)
+
+
+def test_an_evaluation_without_its_reference_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.json has a policy and no reference: `align eval"):
+        page_of(tmp_path, {"policy": EVALUATION["policy"]})
 
 
 def test_the_rules_of_the_diagnosis_read_the_run(tmp_path: Path) -> None:

@@ -49,6 +49,18 @@ def test_a_page_that_the_browser_has_is_not_sent_again(run: RunFolder) -> None:
     assert "7.5" in again.text
 
 
+def test_a_run_that_becomes_unreadable_is_told_until_it_can_be_read_again(run: RunFolder) -> None:
+    client = TestClient(live_app([run]), base_url=HERE)
+    metrics = run.path / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text('{"stage": "ppo", "st\n' + whole)
+    answer = client.get("/")
+    assert (answer.status_code, answer.headers["content-type"]) == (503, "text/plain; charset=utf-8")
+    assert answer.text.startswith(f"The run cannot be read: {metrics}, line 1")
+    metrics.write_text(whole)
+    assert client.get("/").status_code == 200
+
+
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1:8420"])
 def test_a_request_under_another_name_is_refused(run: RunFolder, host: str) -> None:
     client = TestClient(live_app([run]), base_url=HERE)

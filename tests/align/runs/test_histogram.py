@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.runs.histogram import MOST_BINS, bin_edges, bin_shares, histogram_of, histogram_of_integers
+from align.runs.histogram import MOST_BINS, bin_densities, bin_edges, histogram_of, histogram_of_integers, mean_of_bins
 
 FLOATS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200)
 INTEGERS = st.lists(st.integers(0, 500), min_size=1, max_size=200)
@@ -31,7 +31,15 @@ def test_each_bin_has_the_same_number_of_integers(values: list[int]) -> None:
 
 def test_few_integers_have_a_bin_each() -> None:
     assert histogram_of_integers([3, 5, 5, 6]) == {"low": 2.5, "high": 6.5, "counts": [1, 0, 2, 1]}
-    assert bin_shares(histogram_of_integers([3, 5, 5, 6])) == [(3, 0.25), (4, 0), (5, 0.5), (6, 0.25)]
+    assert bin_densities(histogram_of_integers([3, 5, 5, 6])) == [(3, 0.25), (4, 0), (5, 0.5), (6, 0.25)]
+    assert mean_of_bins(histogram_of_integers([3, 5, 5, 6])) == 4.75
+
+
+@given(FLOATS)
+def test_the_area_under_a_density_is_one(values: list[float]) -> None:
+    histogram = histogram_of(values)
+    width = (histogram["high"] - histogram["low"]) / MOST_BINS
+    assert sum(density for _, density in bin_densities(histogram)) * width == pytest.approx(1)
 
 
 def test_equal_numbers_are_in_one_bin() -> None:
