@@ -81,7 +81,7 @@ STALE_MISMATCH = Threshold(
 ENDED = Threshold(
     0.5,
     "share of responses that end by themselves, at the start or at the end",
-    RUNS + "at most 0.27 at the start where the limit is too small, at least 0.94 elsewhere",
+    RUNS + "at most 0.27 at the start where the limit is too small, at least 0.93 elsewhere",
 )
 HARDLY_ENDED = Threshold(0.2, "the same: too few to learn from ends", UNMEASURED)
 

@@ -10,7 +10,7 @@ import pytest
 from experiments.sick_runs.make import CASES, RECORDED
 from tests.align.diagnosis.recorded import read_recorded, serious_by_step, verdicts_of
 
-SEEDS = range(4)
+SEEDS = range(6)
 RUNS = read_recorded(RECORDED)
 SICK = [key for key in RUNS if RUNS[key]["cause"]]
 HEALTHY = [key for key in RUNS if not RUNS[key]["cause"]]
