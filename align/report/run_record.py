@@ -119,7 +119,7 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         name=run.resolve().name,
         state=_state(folder, experiment),
         history=MetricHistory(figures.lines),
-        samples=_lines_with(run / SAMPLES, "prompt", "response", "score"),
+        samples=_lines_with(run / SAMPLES, "prompt", "response"),
         events=_lines_with(run / EVENTS, "time", "event", "text"),
         evaluation=evaluation,
         diagnostics=figures.diagnostics,
