@@ -8,6 +8,8 @@ import numpy as np
 
 MOST_BINS = 20
 """Most bins of a histogram."""
+LEAST_RANGE = 1e-6
+"""A range that is a smaller part of the numbers may be rounding."""
 
 
 class Histogram(TypedDict):
@@ -29,8 +31,17 @@ MetricValue = float | Histogram
 
 
 def histogram_of(values: Sequence[float]) -> Histogram:
-    """The distribution of at least one finite number, from the smallest to the largest."""
-    return _histogram(values, min(values), max(values), MOST_BINS)
+    """The distribution of at least one finite number, from the smallest to the largest.
+
+    Numbers that differ by rounding alone are in one bin.
+    """
+    low = min(values)
+    high = max(values)
+    size = max(1.0, abs(low), abs(high))
+    if high - low < LEAST_RANGE * size:
+        low -= size / 2
+        high += size  # not as far as below, where the numbers would lie on the edge of two bins
+    return _histogram(values, low, high, MOST_BINS)
 
 
 def histogram_of_integers(values: Sequence[int]) -> Histogram:
@@ -66,5 +77,5 @@ def mean_of_bins(histogram: Histogram) -> float:
 
 
 def _histogram(values: Sequence[float], low: float, high: float, bins: int) -> Histogram:
-    counts, edges = np.histogram(values, bins, (low, high))  # a range of width 0 becomes one of width 1
+    counts, edges = np.histogram(values, bins, (low, high))
     return {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
