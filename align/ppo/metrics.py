@@ -67,10 +67,12 @@ def _reward_and_kl_metrics(step: Step) -> dict[str, float]:
 
 
 def step_histograms(step: Step) -> dict[str, Histogram]:
-    """How the scores and the lengths of a step's responses are distributed, by their names in `metrics.jsonl`."""
-    scores = [output.score for output in step.scored]
+    """The distributions of a step's finite scores and of its lengths, by their names in `metrics.jsonl`."""
     tokens: list[int] = lengths(step.trajectories).tolist()
-    return {"reward/histogram": histogram_of(scores), "rollout/length_histogram": histogram_of_integers(tokens)}
+    histograms = {"rollout/length_histogram": histogram_of_integers(tokens)}
+    if scores := [output.score for output in step.scored if math.isfinite(output.score)]:
+        histograms["reward/histogram"] = histogram_of(scores)
+    return histograms
 
 
 def zero_std_share(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings) -> float:
