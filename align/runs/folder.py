@@ -224,10 +224,11 @@ def find_run(name_or_path: str, runs: str = "runs", overrides: Sequence[str] = (
     Raises:
         UserError: There is no such run, or its settings are not valid.
     """
-    for path in (Path(name_or_path), Path(runs) / name_or_path):
+    folders = (Path(name_or_path), Path(runs) / name_or_path)
+    for path in folders:
         if (path / "config.yaml").is_file():
             return RunFolder(path), load_experiment(path / "config.yaml", overrides)
-    places = dict.fromkeys(str(path / "config.yaml") for path in (Path(name_or_path), Path(runs) / name_or_path))
+    places = dict.fromkeys(str(path / "config.yaml") for path in folders)
     raise UserError(f"{name_or_path} is not a run: there is no {' and no '.join(places)}")
 
 

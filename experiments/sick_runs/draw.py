@@ -5,12 +5,10 @@
 Reads `recorded.jsonl.gz` and writes docs/images/sick-runs.png.
 """
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
-from make import CASES, RECORDED
+from make import CASES, RECORDED, read_recorded
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -34,8 +32,7 @@ Run = dict[str, Any]
 
 
 def main() -> None:
-    lines = gzip.decompress(RECORDED.read_bytes()).decode().splitlines()
-    runs: list[Run] = [json.loads(line) for line in lines]
+    runs: list[Run] = read_recorded(RECORDED)
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     grid = figure.subplots(2, COLUMNS).flat
     for axes, (name, metric) in zip(grid, SHOWN.items(), strict=False):

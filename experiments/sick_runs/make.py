@@ -161,6 +161,12 @@ def record(runs: Path, to: Path) -> None:
         file.write("".join(lines).encode())
 
 
+def read_recorded(path: Path) -> list[dict[str, Any]]:
+    """The runs in a file that `record` has written."""
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def recorded(runs: Path) -> Iterator[dict[str, Any]]:
     """The finished runs, seed by seed."""
     for folder in sorted(runs.glob("seed-*")):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.sick_runs import make
-from tests.align.diagnosis.recorded import read_recorded, serious_by_step, verdicts_of
+from tests.align.diagnosis.recorded import serious_by_step, verdicts_of
 
 SEED = 3
 
@@ -18,10 +18,10 @@ def test_runs_that_are_made_again_are_judged_as_the_recorded_ones(tmp_path: Path
     record = tmp_path / "recorded.jsonl.gz"
     command = [sys.executable, make.__file__, "--to", str(tmp_path), "--seeds", str(SEED), "--record", str(record)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    runs = read_recorded(record)
-    assert {name for name, _ in runs} == set(make.CASES)
+    runs = {run["name"]: run for run in make.read_recorded(record)}
+    assert runs.keys() == make.CASES.keys()
     wrong: dict[str, object] = {}
-    for (name, _), run in runs.items():
+    for name, run in runs.items():
         if run["cause"] is None:
             if serious := serious_by_step(run):
                 wrong[name] = serious

@@ -1,8 +1,5 @@
-"""Reads recorded runs, and judges them by the rules."""
+"""Judges recorded runs by the rules."""
 
-import gzip
-import json
-from pathlib import Path
 from typing import Any
 
 from align.diagnosis.diagnose import verdicts
@@ -10,12 +7,6 @@ from align.diagnosis.run_figures import RunFigures
 from align.diagnosis.verdict import Severity, Verdict
 
 RecordedRun = dict[str, Any]
-
-
-def read_recorded(path: Path) -> dict[tuple[str, int], RecordedRun]:
-    """The runs in a file that `experiments/sick_runs/make.py` has written, by name and seed."""
-    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    return {(run["name"], run["seed"]): run for run in map(json.loads, lines)}
 
 
 def verdicts_of(run: RecordedRun, steps: float = float("inf")) -> list[Verdict]:

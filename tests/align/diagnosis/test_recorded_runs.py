@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from experiments.sick_runs.make import CASES, RECORDED
-from tests.align.diagnosis.recorded import read_recorded, serious_by_step, verdicts_of
+from experiments.sick_runs.make import CASES, RECORDED, read_recorded
+from tests.align.diagnosis.recorded import serious_by_step, verdicts_of
 
 SEEDS = range(6)
-RUNS = read_recorded(RECORDED)
+RUNS = {(run["name"], run["seed"]): run for run in read_recorded(RECORDED)}
 SICK = [key for key in RUNS if RUNS[key]["cause"]]
 HEALTHY = [key for key in RUNS if not RUNS[key]["cause"]]
 
