@@ -28,6 +28,11 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__} has no list of {count} decoder layers: use policy.method lora")
 
 
+def linears_in(module: nn.Module) -> list[Any]:
+    """The linear layers of a module."""
+    return [part for part in module.modules() if isinstance(part, (nn.Linear, Conv1D))]
+
+
 def linears(model: PreTrainedModel) -> dict[str, Any]:
     """The linear layers of the decoder layers, by name in the model."""
     inside = {id(module) for module in blocks(model).modules()}

@@ -17,6 +17,7 @@ from align.learner.state import LearnerState, RankState
 from align.roles.trained import TrainedModule, role_of_group
 from align.runtime.failures import MicrobatchTooLarge, is_out_of_memory
 from policies.errors import first_line
+from policies.flops import Utilization, peak_flops, training_flops
 from policies.schema import OptimizerSettings
 from policies.trunk import AdapterWeights, Trunk
 
@@ -176,6 +177,18 @@ class Rank:
         if maxima:
             statistics[-maxima:] = self._over_ranks(passes[:, -maxima:].amax(0), dist.ReduceOp.MAX)
         return statistics.cpu()
+
+    def utilization(self) -> Utilization | None:
+        """Tells how much of their peak all ranks use in training; None where the peak or the work is not known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = peak_flops(name, self.module.trunks[0].causal.dtype, torch.backends.cuda.matmul.allow_tf32)
+        work = [training_flops(trunk, role) for role, trunk in self.module.trained_adapters.items()]
+        known = [flops for flops in work if flops is not None]
+        if peak is None or not work or len(known) < len(work):
+            return None
+        return Utilization(known, peak * self.count)
 
     def step(self, rates: Mapping[str, float]) -> StepOutcome:
         """Take an optimizer step with the accumulated gradient, unless a part of it is not finite.

@@ -56,6 +56,7 @@ class MinibatchResult:
         maxima: `[1]` float64, on the CPU: the `MAXIMA` over the tokens of all ranks.
         weight: Divisor that turns the sums into means.
         ptx_loss: Loss of the demonstrations, in nats per token; 0 without any.
+        seconds_at_peak: Seconds that the episodes take at the peak of the GPUs; 0 where it is not known.
         outcome: What happened in the step.
     """
 
@@ -63,6 +64,7 @@ class MinibatchResult:
     maxima: Tensor
     weight: float
     ptx_loss: float
+    seconds_at_peak: float
     outcome: StepOutcome
 
     @property
@@ -94,6 +96,7 @@ class PpoLearner:
         self.temperature = temperature
         self.policy_loss = load_policy_loss(ppo.policy_loss)
         self.rank = Rank(roles, learner, learner.zero, gradient_checkpointing)
+        self.utilization = None if ppo.ptx_coefficient else self.rank.utilization()
 
     @torch.no_grad()
     def score(self, trajectories: Sequence[ScoredTokens], requested_roles: Collection[str] = ALL_ROLES) -> OutputBatch:
@@ -130,8 +133,8 @@ class PpoLearner:
 
         Returns:
             Means (`STATISTICS`) and maxima (`MAXIMA`) over the tokens that were trained on, `ptx_loss`,
-            `optimizer_steps`, `skipped_steps`, and `policy_gradient_norm` and `critic_gradient_norm`: the same on every
-            rank.
+            `seconds_at_peak`, `optimizer_steps`, `skipped_steps`, and `policy_gradient_norm` and
+            `critic_gradient_norm`: the same on every rank.
         """
         results: list[MinibatchResult] = []
         minibatches = chain.from_iterable(orders)
@@ -193,7 +196,13 @@ class PpoLearner:
         sums, maxima = statistics.split([len(STATISTICS), len(MAXIMA)])
         ptx_loss = self._backward_demonstrations(demonstrations) if demonstrations else 0.0
         outcome = self.rank.step({"policy": coefficients.policy_lr, "critic": coefficients.critic_lr})
-        return MinibatchResult(sums, maxima, weight, ptx_loss, outcome)
+        return MinibatchResult(sums, maxima, weight, ptx_loss, self._seconds_at_peak(minibatch), outcome)
+
+    def _seconds_at_peak(self, minibatch: Sequence[Episode | StoredEpisode]) -> float:
+        """Seconds that training on the episodes takes at the peak of all GPUs; 0 where it is not known."""
+        if self.utilization is None:
+            return 0.0
+        return self.utilization.seconds([episode.length for episode in minibatch])
 
     def _backward_demonstrations(self, demonstrations: Sequence[TokenizedDemonstration]) -> float:
         """Accumulate the gradient of the demonstrations. Returns their loss in nats per token."""
@@ -215,6 +224,7 @@ def _update_statistics(results: Sequence[MinibatchResult]) -> dict[str, float]:
     maxima = torch.stack([result.maxima for result in results]).amax(0)  # [1]
     statistics |= zip(MAXIMA, maxima.tolist(), strict=True)
     statistics["ptx_loss"] = sum(result.ptx_loss for result in results) / len(results)
+    statistics["seconds_at_peak"] = sum(result.seconds_at_peak for result in results)
     statistics["optimizer_steps"] = len(results)
     statistics["skipped_steps"] = sum(result.outcome.skipped for result in results)
     for role in TRAINED_ROLES:

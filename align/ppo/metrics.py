@@ -48,7 +48,13 @@ def step_metrics(step: Step, ppo: PpoSettings, gold: Sequence[float] | None) -> 
     tokens = sum(trajectory.total_length for trajectory in step.trajectories)
     metrics["perf/tokens_per_second"] = tokens / step.seconds["step"]
     metrics["perf/episodes_per_second"] = len(step.trajectories) / step.seconds["step"]
-    return metrics
+    return metrics | _utilization(step)
+
+
+def _utilization(step: Step) -> dict[str, float]:
+    """Model FLOPs utilization of the update, where the peak of the GPUs is known."""
+    at_peak = step.statistics["seconds_at_peak"]
+    return {"perf/mfu": at_peak / step.seconds["update"]} if at_peak else {}
 
 
 def _reward_and_kl_metrics(step: Step) -> dict[str, float]:

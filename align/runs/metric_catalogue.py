@@ -233,6 +233,12 @@ PPO = (
     Metric("perf/tokens_per_second", "tokens of prompts and responses by `time/step`", "tokens per second"),
     Metric("perf/episodes_per_second", "episodes by `time/step`", "episodes per second"),
     Metric(
+        "perf/mfu",
+        "model FLOPs utilization of the update: what its passes take at the peak of the GPUs, by `time/update`",
+        "share",
+        "on GPUs whose peak is known (policies/flops.py); not of mixtures of experts, nor with demonstrations mixed in",
+    ),
+    Metric(
         "perf/peak_memory/*",
         "the highest so far of a `controller`, `learner_rank` or `rollout_worker`: on a GPU, of torch's tensors; on a "
         "CPU, of resident memory above that before the stage",
@@ -377,16 +383,18 @@ SECTIONS = (
                 ("time/rollout", "time/score", "time/update", "time/sync", "time/between"),
             ),
             Panel("throughput", "Throughput", "tokens per second", ("perf/tokens_per_second",)),
+            Panel("mfu", "Model FLOPs utilization of the update", "share", ("perf/mfu",)),
             Panel("memory", "Peak memory by process", "bytes", ("perf/peak_memory/*",)),
             Panel("staleness", "Staleness of the weights that sampled", "updates", ("rollout/staleness",)),
             Panel("skipped", "Skipped updates", "updates", ("learner/skipped_steps",)),
-            Panel("learning-rates", "Learning rates", "number", ("policy/learning_rate", "value/learning_rate")),
         ),
     ),
 )
 """The sections of PPO."""
 
 WITHOUT_PANEL = {
+    "policy/learning_rate": "it follows from the settings",
+    "value/learning_rate": "it follows from the settings",
     "sft/learning_rate": "it follows from the settings",
     "reward_model/learning_rate": "it follows from the settings",
     "reward/histogram": "the report draws it for three steps, W&B and TensorBoard draw it by themselves",

@@ -204,8 +204,8 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
             kl_coefficient=0.25,
             logit_spacing=0.125,
             statistics=dict.fromkeys(names, 3.0)
-            | {"ratio_change": 0.1, "squared_ratio_change": 0.05, "ratio_max": 1.9},
-            seconds={"step": 2.0},
+            | {"ratio_change": 0.1, "squared_ratio_change": 0.05, "ratio_max": 1.9, "seconds_at_peak": 0.3},
+            seconds={"step": 2.0, "update": 1.5},
         ),
         PpoSettings(),
         None,
@@ -216,6 +216,7 @@ def test_a_step_logs_the_mismatch_the_coefficient_the_skipped_steps_and_the_vers
     assert logged["reward/kl_penalized"] == pytest.approx(1 - 0.25 * 0.6)
     # One prompt token and three of the response.
     assert (logged["perf/tokens_per_second"], logged["perf/episodes_per_second"]) == (2.0, 0.5)
+    assert logged["perf/mfu"] == pytest.approx(0.3 / 1.5)
     assert (logged["policy/ratio_mean"], logged["policy/ratio_std"]) == pytest.approx((1.1, 0.2))
     assert logged["policy/ratio_max"] == 1.9
     returns = episodes[0].returns

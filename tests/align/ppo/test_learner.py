@@ -21,6 +21,7 @@ from align.ppo.episode_shards import make_shards
 from align.ppo.learner import PpoLearner, StepCoefficients
 from align.roles.build import Blueprint, RewardRole, build_roles
 from align.roles.roles import Critic, Roles
+from policies.flops import training_flops
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.packed_records import TokenBatch
@@ -317,6 +318,23 @@ def test_optimizer_steps_are_epochs_times_minibatches(new_learner: Factory) -> N
     assert len(learner.rank.optimizer.state) == sum(
         len(group["params"]) for group in learner.rank.optimizer.param_groups
     )
+
+
+def test_an_update_counts_what_its_sequences_take_at_the_peak(
+    new_learner: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is simulated: this machine need not have one."""
+    learner = new_learner(ADAM)
+    batch = episodes(learner.score(trajectories()))
+    assert learner.update(batch, [ALL], SMALL)["seconds_at_peak"] == 0
+    monkeypatch.setattr(learner.rank, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    learner.utilization = learner.rank.utilization()
+    monkeypatch.undo()
+    roles = [training_flops(learner.roles.trunk, role) for role in ("policy", "critic")]
+    once = sum(flops.total([episode.length for episode in batch]) for flops in roles if flops)
+    seconds = learner.update(batch, [HALVES] * 3, SMALL)["seconds_at_peak"]
+    assert seconds == pytest.approx(3 * once / 67e12)  # float32 without TF32
 
 
 def test_updates_start_without_an_old_gradient(new_learner: Factory) -> None:
