@@ -31,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="The whole RLHF loop: supervised fine-tuning, a reward model, and PPO, from one experiment file.",
+    help="The whole RLHF loop: supervised fine-tuning, a reward model, and PPO or DPO, from one experiment file.",
 )
 OTHERS = "KEY:=VALUE replaces a whole section, and '~KEY' removes a key, so that its default applies"
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="the experiment's YAML file", show_default=False)]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from align.config.dpo_settings import DpoSettings
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
 from align.runtime.ray_job import address_of_job
@@ -274,6 +275,7 @@ class Experiment(Settings):
     data: DataSettings = DataSettings()
     sft: SftSettings = SftSettings()
     reward: RewardSettings = RewardSettings()
+    dpo: DpoSettings = DpoSettings()
     rollouts: RolloutSettings = RolloutSettings()
     ppo: PpoSettings = PpoSettings()
     learner: LearnerSettings = LearnerSettings()
@@ -289,6 +291,15 @@ class Experiment(Settings):
     def zero_of(self, stage: FitSettings) -> int:
         """The ZeRO stage of a supervised stage."""
         return self.learner.zero if stage.zero is None else stage.zero
+
+    @model_validator(mode="after")
+    def _trains_one_policy(self) -> "Experiment":
+        if {"dpo", "ppo"} <= set(self.stages):
+            raise ValueError(
+                "stages: dpo and ppo each train a policy from the SFT model: choose one; PPO continues a policy of DPO "
+                "in a run with sft.adapter=RUN/dpo"
+            )
+        return self
 
     @model_validator(mode="after")
     def _trains_in_float32(self) -> "Experiment":
@@ -359,7 +370,12 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _method_fits(self) -> "Experiment":
         spec = self.policy.spec
-        zeros = {"learner": self.learner.zero, "sft": self.sft.zero, "reward": self.reward.zero}
+        zeros = {
+            "learner": self.learner.zero,
+            "sft": self.sft.zero,
+            "reward": self.reward.zero,
+            "dpo": self.dpo.zero,
+        }
         for name, zero in zeros.items():
             if zero == 3 and not spec.zero3.allows(self.policy):
                 raise ValueError(
@@ -371,6 +387,7 @@ class Experiment(Settings):
         decays: dict[str, FitSettings | LearnerSettings] = {
             "sft": self.sft,
             "reward": self.reward,
+            "dpo": self.dpo,
             "learner": self.learner,
         }
         if self.policy.init == "pissa":

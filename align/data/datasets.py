@@ -16,6 +16,7 @@ from align.data.examples import (
     TokenizedDemonstration,
     TokenizedPreference,
     demonstration_parser,
+    dpo_parser,
     preference_parser,
     request_parser,
 )
@@ -25,6 +26,7 @@ from align.runtime.seeds import seed_for
 from policies.errors import UserError
 from policies.files.base_model import load_model_config, load_tokenizer
 from policies.text.encoder import TextEncoder
+from rewards.schema import RewardSettings
 from rollouts.trajectory import Request
 
 Item = TypeVar("Item")
@@ -66,6 +68,13 @@ def trains_reward(experiment: Experiment) -> bool:
     return "reward" in experiment.stages and reward.has_model and not (reward.model or reward.classifier)
 
 
+def evaluates_policy(experiment: Experiment) -> bool:
+    """Whether the policy is compared with the reference on held-out prompts: after DPO, where there is a reward."""
+    reward = experiment.reward
+    has_reward = "reward" in experiment.stages or reward.model or reward.classifier or not reward.has_model
+    return "ppo" in experiment.stages or ("dpo" in experiment.stages and bool(has_reward))
+
+
 def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> Datasets:
     """Read the data that the experiment's stages need.
 
@@ -90,7 +99,9 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         datasets.demonstrations, datasets.demonstrations_heldout = reader.read_and_split(
             "demonstrations", parse_demonstrations
         )
-    parse_preferences = preference_parser(encoder, experiment.reward, max_positions)
+    parse_preferences = preference_parser(encoder, _preference_settings(experiment), max_positions)
+    if "dpo" in experiment.stages:
+        parse_preferences = dpo_parser(parse_preferences, experiment.dpo, max_positions)
     if "preferences" in needed:
         datasets.preferences, datasets.preferences_heldout = reader.read_and_split("preferences", parse_preferences)
     elif experiment.data.preferences_heldout:
@@ -100,6 +111,13 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         datasets.prompts, heldout = reader.read_and_split("prompts", parse_requests)
         datasets.prompts_heldout = heldout[: experiment.evaluation.prompts]
     return datasets
+
+
+def _preference_settings(experiment: Experiment) -> RewardSettings:
+    """How preferences are read: as the reward stage says, but as long as DPO says where no reward model is trained."""
+    if "dpo" in experiment.stages and not trains_reward(experiment):
+        return experiment.reward.model_copy(update={"max_tokens": experiment.dpo.max_tokens})
+    return experiment.reward
 
 
 def _needed_sources(experiment: Experiment) -> set[str]:
@@ -113,6 +131,8 @@ def _needed_sources(experiment: Experiment) -> set[str]:
         needed.update(find_stage(name).sources)
     if "ppo" in experiment.stages and experiment.ppo.ptx_coefficient:
         needed.add("demonstrations")
+    if evaluates_policy(experiment):
+        needed.add("prompts")
     return needed
 
 

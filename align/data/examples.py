@@ -4,12 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from align.config.dpo_settings import DpoSettings
 from align.config.schema import SftSettings
 from align.data.parsing import RowTooLong, Transcript, parse_demonstration, parse_prompt
 from policies.batching import Batch, collate_turns
 from policies.text import columns
 from policies.text.encoder import TextEncoder
-from rewards.preferences import OVERALL, PreferenceExample, Ranking, parse_preference
+from rewards.preferences import (
+    OVERALL,
+    TIE,
+    Pair,
+    Preference,
+    PreferenceExample,
+    Ranking,
+    Rating,
+    parse_preference,
+)
 from rewards.rankings import MAX_OPEN_TIE
 from rewards.schema import RewardSettings
 from rollouts.schema import RolloutSettings
@@ -159,6 +169,46 @@ def preference_parser(
         return preference
 
     return parse
+
+
+def dpo_parser(
+    parse: Parser[TokenizedPreference], settings: DpoSettings, max_positions: int | None
+) -> Parser[TokenizedPreference]:
+    """A parser that also checks that preference optimisation can learn from the example.
+
+    Args:
+        parse: Turns a row's columns into a preference example.
+        settings: The loss, and the most tokens of a prompt with a response.
+        max_positions: The model's context length in tokens, where it is known.
+    """
+    limit = _limit("dpo.max_tokens", settings.max_tokens, max_positions)
+
+    def parse_and_check(values: Mapping[str, Any]) -> TokenizedPreference:
+        preference = parse(values)
+        _check_loss(preference.example, settings)
+        limit.check(len(preference.prompt_ids) + max(map(len, preference.responses_ids)))
+        return preference
+
+    return parse_and_check
+
+
+def _check_loss(example: PreferenceExample, settings: DpoSettings) -> None:
+    """Raise ValueError where the loss of preference optimisation cannot learn from an example."""
+    preference = example.preference
+    if isinstance(preference, Rating):
+        if settings.loss != "kto":
+            raise ValueError(f"dpo.loss {settings.loss} compares responses, and this is a rating of one: use kto")
+        if not set(preference.values.values()) <= {0.0, 1.0} or len(preference.values) > 1:
+            raise ValueError("dpo.loss kto reads one `rating` of a response, 0 (bad) or 1 (good)")
+    if settings.loss == "kto" and is_tie(preference):
+        raise ValueError("dpo.loss kto learns from good and bad responses, and all of these are equally good")
+
+
+def is_tie(preference: Preference) -> bool:
+    """Whether all responses of an example are equally good."""
+    if isinstance(preference, Pair):
+        return preference.certainty == TIE
+    return isinstance(preference, Ranking) and len(preference.sizes) == 1
 
 
 def _check_ties(example: PreferenceExample, settings: RewardSettings) -> None:

@@ -49,6 +49,7 @@ def _stages(experiment: Experiment, run: RunFolder) -> list[str]:
     texts = {
         "sft": f"{experiment.policy.method}, {counted(experiment.sft.epochs, 'epoch')}",
         "reward": counted(experiment.reward.epochs, "epoch"),
+        "dpo": f"{experiment.dpo.loss}, β {experiment.dpo.effective_beta:g}, {counted(experiment.dpo.epochs, 'epoch')}",
         "ppo": f"{ppo.estimator}, {counted(ppo.steps, 'step')} of {counted(ppo.batch_size, 'episode')}, "
         f"KL coefficient {ppo.kl.coefficient:g} in the {ppo.kl.where}",
     }

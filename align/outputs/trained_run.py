@@ -1,7 +1,7 @@
 """A trained run, whose policy and reward model can be used or evaluated again without a learner."""
 
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,17 @@ import torch
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, context_length
 from align.data.examples import TokenizedPreference
-from align.evaluation.policy import build_evaluator
 from align.evaluation.reward_model import compute_diagnostics
 from align.outputs.artifacts import policy_weights
 from align.outputs.export import Exported, Product, export_run
 from align.outputs.prompt_checks import check_fits, check_lists, check_prompt, check_room, check_text
 from align.outputs.response_stream import ResponseStream
-from align.roles.build import build_roles
-from align.roles.scoring import score_microbatch, score_microbatches
 from align.runs.folder import RunFolder, find_run, read_facts
 from align.runs.products import missing_product
 from align.runtime.atomic_files import write_json
 from align.runtime.seeds import seed_for
-from align.scoring.build import REWARD_STATE, build_scorers
 from align.stages.pipeline import load_datasets
+from align.stages.policy_evaluation import LoadedReward
 from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
 from policies.build import build_trunk
 from policies.errors import UserError
@@ -35,8 +32,7 @@ from policies.text.tokenization import Prompt, decode_response
 from rewards.classifier import Classifier
 from rewards.preferences import OVERALL
 from rollouts.engine import Sampling
-from rollouts.pool import LocalPool
-from rollouts.trajectory import Request, RoleOutputs, Trajectory
+from rollouts.trajectory import Request, Trajectory
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, make_transformers_engine
 
 
@@ -200,7 +196,7 @@ class TrainedRun:
         Raises:
             UserError: PPO has not finished.
         """
-        if not self.folder.done("ppo"):
+        if not self.folder.policy.is_dir():
             raise missing_product(self.experiment, self.folder, "ppo")
         datasets = load_datasets(self.experiment)
         evaluation = self.evaluation | evaluate_run(self.experiment, self.folder, datasets)
@@ -267,42 +263,12 @@ class TrainedRun:
         return engine
 
     @cached_property
-    def _reward(self) -> "_LoadedReward":
+    def _reward(self) -> LoadedReward:
         if self.experiment.reward.has_model and not self.folder.done("reward"):
             raise missing_product(self.experiment, self.folder, "reward")
-        return _LoadedReward(self.experiment, self.folder)
-
-
-class _LoadedReward:
-    """The reward as PPO left it, with the roles that its scores need."""
-
-    def __init__(self, experiment: Experiment, run: RunFolder) -> None:
-        self.temperature = experiment.rollouts.temperature
-        self.tokens_per_microbatch = experiment.learner.tokens_per_microbatch
-        self.scorers = build_scorers(experiment, run, load_tokenizer(experiment.model.path))
-        composition = self.scorers.reward.composition
-        if run.policy.is_dir():
-            composition.restore(read_object(run.policy / REWARD_STATE))
-        elif composition.calibrated:
-            raise UserError(
-                f"reward.terms.{composition.calibrated[0]} is normalised by samples that PPO draws when it starts, and "
-                f"run {run.path} has no policy/ yet: `align resume {run.path}` resumes it"
-            )
-        self.roles = build_roles(self.scorers.blueprint, None, (SAMPLER_ROLE,))
-
-    @torch.no_grad()
-    def score_roles(self, trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
-        """The forward passes of the requested roles."""
-        lengths = [trajectory.total_length for trajectory in trajectories]
-        microbatches = self.roles.microbatches(lengths, self.tokens_per_microbatch)
-        score = partial(
-            score_microbatch,
-            self.roles,
-            temperature=self.temperature,
-            device=self.roles.trunk.causal.device,
-            requested_roles=requested_roles,
-        )
-        return score_microbatches(score, trajectories, microbatches)
+        reward = LoadedReward(self.experiment, self.folder)
+        reward.restore(self.folder)
+        return reward
 
 
 def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
@@ -317,26 +283,13 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> 
         The sections of `evaluation.json` that `Evaluator.evaluate` returns.
     """
     policy = policy_weights(experiment, run)
-    tokenizer = load_tokenizer(experiment.model.path)
-    reward = _LoadedReward(experiment, run)
-    trunk = reward.roles.trunk
-    reference = reward.scorers.blueprint.reference or trunk.read_adapter("reference")
-    trunk.write_adapter("policy", policy)
-    engine = make_transformers_engine(trunk, tokenizer, experiment.rollouts)
-    evaluator = build_evaluator(
-        experiment=experiment,
-        scorers=reward.scorers,
-        pool=LocalPool(engine, experiment.rollouts.effective_chunk_size),
-        role_scorer=reward.score_roles,
-        reference=reference,
-        prompts=datasets.prompts_heldout,
-        tokenizer=tokenizer,
-    )
+    reward = LoadedReward(experiment, run)
+    reward.restore(run)
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
     try:
-        return evaluator.evaluate(step, policy).sections
+        return reward.compare(policy, step, datasets.prompts_heldout).sections
     finally:
-        reward.scorers.close()
+        reward.close()
 
 
 def evaluate_reward_model(

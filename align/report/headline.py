@@ -30,7 +30,7 @@ class Tile:
 def sentence(run: RunRecord) -> str:
     """What has come of the run so far."""
     if "policy" in run.evaluation:
-        return _outcome(run.evaluation)
+        return _outcome(run.evaluation, trainer_of(run))
     steps = run.experiment.ppo.steps if run.experiment else None
     step = run.history.last_step("ppo")
     if step is not None:
@@ -41,11 +41,20 @@ def sentence(run: RunRecord) -> str:
     for stage in reversed(all_stages()):
         step = run.history.last_step(stage.name)
         if step is not None:
-            return f"PPO has not begun; the stage {stage.name} has logged {counted(step, 'step')}."
+            trainer = trainer_of(run)
+            logged = f"the stage {stage.name} has logged {counted(step, 'step')}"
+            return (
+                f"{trainer} has no evaluation yet: {logged}." if trainer == "DPO" else f"PPO has not begun; {logged}."
+            )
     return "The run has logged nothing yet."
 
 
-def _outcome(evaluation: Mapping[str, Any]) -> str:
+def trainer_of(run: RunRecord) -> str:
+    """What trains the policy of a run."""
+    return "DPO" if run.experiment and "dpo" in run.experiment.stages else "PPO"
+
+
+def _outcome(evaluation: Mapping[str, Any], trainer: str) -> str:
     policy = evaluation["policy"]
     key, noun = _judged_by(evaluation)
     change = policy[f"{key}_mean"] - evaluation["reference"][f"{key}_mean"]
@@ -53,10 +62,10 @@ def _outcome(evaluation: Mapping[str, Any]) -> str:
     high = policy.get(f"{key}_gain_high")
     steps = counted(policy["step"], "step")
     if low is not None and low <= 0 <= high:
-        effect = f"After {steps} of PPO, the {noun} is not clearly different from the SFT model's"
+        effect = f"After {steps} of {trainer}, the {noun} is not clearly different from the SFT model's"
     else:
         direction = "raised" if change > 0 else "lowered"
-        effect = f"PPO {direction} the {noun} by {abs(change):.3g} over the SFT model in {steps}"
+        effect = f"{trainer} {direction} the {noun} by {abs(change):.3g} over the SFT model in {steps}"
     return f"{effect}, at a KL of {policy['kl_per_sequence']:.3g} nats per sequence."
 
 

@@ -16,6 +16,8 @@ def actors_by_stage(experiment: Experiment) -> dict[str, dict[str, int]]:
         wanted["sft"] = {RANK: experiment.ranks_of(experiment.sft)}
     if trains_reward(experiment):
         wanted["reward"] = {RANK: experiment.ranks_of(experiment.reward)}
+    if "dpo" in experiment.stages:
+        wanted["dpo"] = {RANK: experiment.ranks_of(experiment.dpo)}
     if "ppo" in experiment.stages:
         wanted["ppo"] = {WORKER: experiment.rollouts.workers, RANK: experiment.learner.ranks}
     by_stage = {}

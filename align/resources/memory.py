@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from transformers.pytorch_utils import Conv1D
 
 from align.config.schema import Experiment
+from align.config.stage import section_of
 from align.data.datasets import trains_reward, trains_sft
 from align.resources.activations import ActivationEstimate
 from align.resources.microbatches import set_microbatches
@@ -22,9 +23,10 @@ from policies.methods.layer_adapter_trunk import LayerAdapterTrunk
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rewards.model import members_in
+from rewards.schema import FitSettings
 from rewards.terms.classifier import ClassifierTerm
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "dpo", "ppo")
 """The stages whose memory is estimated."""
 FLOAT32 = 4
 """Bytes of a number in adapters and heads, which are float32 whatever `model.dtype` is."""
@@ -169,7 +171,7 @@ def estimate_memory(
     held = list(_held(experiment, stages, sizes))
     filled = _with_microbatches(experiment, held, sizes.trunk, gpu_bytes)
     activations = ActivationEstimate(filled, sizes.trunk)
-    roles = {"sft": activations.sft, "reward": activations.reward, "ppo": activations.ppo}
+    roles = {"sft": activations.sft, "reward": activations.reward, "dpo": activations.dpo, "ppo": activations.ppo}
     training = _training_processes(experiment)
     uses: list[TensorUse] = []
     for (stage, process), group in groupby(held, lambda use: use.owner):
@@ -208,6 +210,8 @@ def _held(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> Itera
     if trains_reward(experiment) and "reward" in stages:
         yield from _uses("reward", training["reward"], _reward(experiment, sizes))
         yield from _uses("reward", "evaluation", _evaluated_reward(experiment, sizes))
+    if "dpo" in stages:
+        yield from _uses("dpo", training["dpo"], _dpo(experiment, sizes))
     if "ppo" in stages:
         yield from _uses("ppo", training["ppo"], _learner(experiment, sizes))
         if workers := experiment.rollouts.workers:
@@ -233,7 +237,7 @@ def sharding_of(experiment: Experiment, stage: str) -> Sharding:
     if stage == "ppo":
         learner = experiment.learner
         return Sharding(learner.ranks, learner.zero, learner.optimizer)
-    settings = experiment.sft if stage == "sft" else experiment.reward
+    settings: FitSettings = getattr(experiment, section_of(stage))
     return Sharding(experiment.ranks_of(settings), experiment.zero_of(settings), settings.optimizer)
 
 
@@ -256,6 +260,13 @@ def _reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, fl
     frozen = sizes.scalar_adapter if experiment.reward.trains == "head" else 0
     trained = sizes.scalar_adapter + heads - frozen
     yield "reward, trained", sharding.trained_bytes(trained) + frozen * FLOAT32 / sharding.shards
+
+
+def _dpo(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    """The reference is the policy before the first step: its log-probabilities are kept, not its weights."""
+    sharding = sharding_of(experiment, "dpo")
+    yield "base model", _base_bytes(experiment, sizes) / sharding.shards
+    yield "policy, trained", sharding.trained_bytes(sizes.adapter)
 
 
 def _evaluated_reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:

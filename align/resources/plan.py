@@ -10,7 +10,7 @@ from rich.table import Table
 
 from align.config.estimators import is_user_function
 from align.config.schema import Experiment
-from align.data.datasets import Datasets, trains_reward, trains_sft
+from align.data.datasets import Datasets, evaluates_policy, trains_reward, trains_sft
 from align.data.examples import TokenizedDemonstration
 from align.resources.actors import most_actors, reserved_cpus
 from align.resources.gpu_fit import MORE_GPUS, compare_with_gpu
@@ -100,15 +100,7 @@ def make_plan(
     lines.append(("dtype", dtype or experiment.model.dtype))
     if placement:
         lines.append(("placement", placement))
-    if trains_sft(experiment) and "sft" in stages:
-        lines.append(("sft", _fit(experiment, experiment.sft, len(datasets.demonstrations), "demonstration")))
-        lines.append(("sft loss", _trained(datasets.demonstrations)))
-    if trains_reward(experiment) and "reward" in stages:
-        lines.append(("reward", _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")))
-    if "ppo" in stages:
-        lines += _ppo(experiment, datasets, sizes)
-        lines.append(("reward terms", _terms(experiment)))
-        lines += _user_functions(experiment)
+    lines += _stages(experiment, datasets, stages, sizes)
     gpu = GpuMemory(gpu_bytes) if gpu_bytes else find_gpu(experiment, stages)
     uses = estimate_memory(experiment, stages, sizes, gpu.bytes if gpu else None)
     lines += _memory(uses)
@@ -124,6 +116,27 @@ def make_plan(
         lines.append(("skipped rows", f"{len(reasons)} of data.{source}"))
     lines.append(("written to", str(Path(experiment.runs) / experiment.name)))
     return Plan(experiment.name, lines, uses)
+
+
+def _stages(
+    experiment: Experiment, datasets: Datasets, stages: Sequence[str], sizes: ModelSizes
+) -> list[tuple[str, str]]:
+    """What each stage will do."""
+    lines: list[tuple[str, str]] = []
+    if trains_sft(experiment) and "sft" in stages:
+        lines.append(("sft", _fit(experiment, experiment.sft, len(datasets.demonstrations), "demonstration")))
+        lines.append(("sft loss", _trained(datasets.demonstrations)))
+    if trains_reward(experiment) and "reward" in stages:
+        lines.append(("reward", _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")))
+    if "dpo" in stages:
+        lines.append(("dpo", _fit(experiment, experiment.dpo, len(datasets.preferences), "preference example")))
+        lines.append(("dpo loss", f"{experiment.dpo.loss}, β {experiment.dpo.effective_beta:g}"))
+        lines.append(("evaluation", _evaluation(experiment, datasets)))
+    if "ppo" in stages:
+        lines += _ppo(experiment, datasets, sizes)
+        lines.append(("reward terms", _terms(experiment)))
+        lines += _user_functions(experiment)
+    return lines
 
 
 def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:
@@ -228,8 +241,14 @@ def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[
         ("tokens", f"at most {episodes * rollouts.max_new_tokens:,} generated, {rollouts.max_new_tokens} per response"),
         ("base model", f"{base}, {byte_count(sizes.base_bytes)} {copies}"),
         ("adapters", f"{adapter} per role; each update sends {byte_count(sizes.adapter * FLOAT32)}"),
-        ("evaluation", counted(len(datasets.prompts_heldout), "held-out prompt")),
+        ("evaluation", _evaluation(experiment, datasets)),
     ]
+
+
+def _evaluation(experiment: Experiment, datasets: Datasets) -> str:
+    if evaluates_policy(experiment):
+        return counted(len(datasets.prompts_heldout), "held-out prompt")
+    return "held-out preferences alone: without a reward, responses have no score"
 
 
 def _terms(experiment: Experiment) -> str:

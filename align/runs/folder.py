@@ -66,8 +66,10 @@ class RunFolder:
 
     @property
     def policy(self) -> Path:
-        """The policy that PPO ended with: the best of those evaluated."""
-        return self.path / "policy"
+        """The policy that PPO ended with, the best of those evaluated; or the one that DPO ended with."""
+        policy = self.path / "policy"
+        from_preferences = self.path / "dpo"
+        return policy if policy.is_dir() or not from_preferences.is_dir() else from_preferences
 
     @property
     def fingerprint(self) -> Path:

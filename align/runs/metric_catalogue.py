@@ -98,6 +98,47 @@ SFT = (
 )
 """Metrics of SFT, one line per optimizer step."""
 
+WITH_COMPARISONS = "with comparisons"
+DPO = (
+    Metric("dpo/loss", "mean over the preference examples of the batch", "nats per example"),
+    Metric(
+        "dpo/heldout_loss",
+        "the same on the held-out rows, without dropout",
+        "nats per example",
+        AT_EVALUATIONS,
+    ),
+    Metric(
+        "dpo/accuracy",
+        "share of the batch's comparisons in which the reward of the better response is higher; equal ones count one "
+        "half",
+        "share",
+        WITH_COMPARISONS,
+    ),
+    Metric("dpo/heldout_accuracy", "the same on the held-out rows", "share", AT_EVALUATIONS),
+    Metric("dpo/margin", "mean difference of the rewards, better minus worse response", "nats", WITH_COMPARISONS),
+    Metric(
+        "dpo/chosen_reward",
+        "reward of the better responses: β·log(π/π_ref); of simpo, β times the mean log-probability per token",
+        "nats",
+        WITH_COMPARISONS,
+    ),
+    Metric("dpo/rejected_reward", "the same of the worse responses", "nats", WITH_COMPARISONS),
+    Metric(
+        "dpo/chosen_logprob",
+        "log-probability of the better responses under the policy",
+        NATS_PER_SEQUENCE,
+        WITH_COMPARISONS,
+    ),
+    Metric("dpo/learning_rate", "learning rate of this step", "number"),
+    Metric(
+        "dpo/gradient_norm",
+        "before clipping, over everything that is trained; null where it is not finite and the step is skipped",
+        "number",
+    ),
+    Metric("dpo/tokens_per_second", "tokens of the batch, prompts included, per second", "tokens per second"),
+)
+"""Metrics of preference optimisation, one line per optimizer step."""
+
 REWARD_MODEL = (
     Metric("reward_model/loss", "mean over the preference examples of the batch", "nats per example"),
     Metric(
@@ -302,8 +343,22 @@ UPSTREAM = (
             Panel("reward-model-speed", "Throughput", "tokens per second", ("reward_model/tokens_per_second",)),
         ),
     ),
+    Section(
+        "dpo",
+        "Preference optimisation",
+        "Does the policy tell good responses from bad ones, and does it still give the good ones their probability?",
+        "dpo/step",
+        (
+            Panel("dpo-loss", "Loss", "nats per example", ("dpo/loss", "dpo/heldout_loss")),
+            Panel("dpo-accuracy", "Accuracy", "share", ("dpo/accuracy", "dpo/heldout_accuracy")),
+            Panel("dpo-rewards", "Rewards", "nats", ("dpo/margin", "dpo/chosen_reward", "dpo/rejected_reward")),
+            Panel("dpo-chosen", "Log-probability of the better responses", NATS_PER_SEQUENCE, ("dpo/chosen_logprob",)),
+            Panel("dpo-gradient", "Gradient norm", "number", ("dpo/gradient_norm",)),
+            Panel("dpo-speed", "Throughput", "tokens per second", ("dpo/tokens_per_second",)),
+        ),
+    ),
 )
-"""The sections of the stages before PPO."""
+"""The sections of the supervised stages."""
 
 SECTIONS = (
     Section(
@@ -397,6 +452,7 @@ WITHOUT_PANEL = {
     "value/learning_rate": "it follows from the settings",
     "sft/learning_rate": "it follows from the settings",
     "reward_model/learning_rate": "it follows from the settings",
+    "dpo/learning_rate": "it follows from the settings",
     "reward/histogram": "the report draws it for three steps, W&B and TensorBoard draw it by themselves",
     "rollout/length_histogram": "the report draws it for three steps, W&B and TensorBoard draw it by themselves",
     "reward/term_std/*": "it is for the rule that finds constant terms",
@@ -432,7 +488,7 @@ WITHOUT_PANEL = {
 
 def all_metrics() -> tuple[Metric, ...]:
     """The whole catalogue."""
-    return SFT + REWARD_MODEL + PPO + EVALUATION
+    return SFT + REWARD_MODEL + DPO + PPO + EVALUATION
 
 
 def find_metric(name: str) -> Metric | None:
@@ -465,6 +521,7 @@ def _document() -> Iterator[str]:
     for title, metrics in (
         ("SFT", SFT),
         ("Reward training", REWARD_MODEL),
+        ("Preference optimisation", DPO),
         ("PPO", PPO),
         ("Evaluation during PPO", EVALUATION),
     ):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
+from align.config.stage import find_stage
 from align.data.datasets import Datasets
 from align.resources.peak_memory import PeakMemory
 from align.roles.build import SFT_ROLE, build_sft_trunk
@@ -94,7 +95,7 @@ class StageContext:
         experiment = self.experiment
         return FitContext(
             stage=stage,
-            metric_group={"sft": "sft", "reward": "reward_model"}[stage],
+            metric_group=find_stage(stage).metric_groups[0],
             checkpoints=self.run.checkpoints(stage),
             keep=experiment.checkpoint.keep,
             seed=seed_for(experiment.seed, "member", member) if member else experiment.seed,

@@ -8,7 +8,7 @@ from functools import partial
 from align.algorithms.kl import AdaptiveKl, FixedKl, KlCoefficient
 from align.config.ppo_settings import KlSettings
 from align.config.schema import Experiment
-from align.evaluation.policy import REFERENCE_VERSION, Evaluator, build_evaluator
+from align.evaluation.policy import Evaluator, build_evaluator
 from align.learner.files import read_states
 from align.ppo.checkpoint import PpoProgress, SavedBatch, read_pending, read_progress, trained_roles
 from align.ppo.learners import PpoLearners, local_learners, ray_learners
@@ -21,12 +21,10 @@ from align.roles.build import Blueprint, build_roles
 from align.runs.checkpoint import latest
 from align.runs.fingerprint import product_digests
 from align.runtime.head_watch import build_watched
-from align.runtime.seeds import permutation, seed_for
 from align.scoring.build import Scorers
-from align.scoring.reward import RoleScorer
 from align.stages.context import StageContext
+from align.stages.policy_evaluation import calibrate
 from policies.device import leave_gpu
-from policies.trunk import AdapterWeights
 from rollouts.async_rollouts import AsyncRollouts, PartialRollouts, SynchronousRollouts
 from rollouts.build import build_engine
 from rollouts.engine import Sampling
@@ -105,7 +103,14 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
     if progress.reward:
         scorers.reward.composition.restore(progress.reward)
     else:
-        _calibrate(context, scorers, pool, learners.score, reference)
+        calibrate(
+            experiment=experiment,
+            scorers=scorers,
+            pool=pool,
+            role_scorer=learners.score,
+            reference=reference,
+            prompts=context.datasets.prompts,
+        )
     pool.load_adapter(progress.step, learners.policy_weights())
     requests = _prompt_stream(context).requests(progress.step)
     spacing = check_parity(pool, learners.score, requests, _sampling(experiment))
@@ -301,22 +306,3 @@ def _progress_at_start(experiment: Experiment, products: dict[str, str]) -> PpoP
         pending=[],
         products=products,
     )
-
-
-def _calibrate(
-    context: StageContext, scorers: Scorers, pool: Pool, role_scorer: RoleScorer, reference: AdapterWeights
-) -> None:
-    """Normalize those terms of the reward that ask for it, by their scores of the reference's responses."""
-    composition = scorers.reward.composition
-    if not composition.calibrated:
-        return
-    experiment = context.experiment
-    prompts = context.datasets.prompts
-    pool.load_adapter(REFERENCE_VERSION, reference)
-    requests = []
-    for i in permutation(len(prompts), experiment.seed, "normalise terms")[: experiment.reward.normalise]:
-        requests.append(replace(prompts[i], seed=seed_for(experiment.seed, "normalise terms", i)))
-    sampling = Sampling(experiment.rollouts.temperature, experiment.rollouts.max_new_tokens)
-    trajectories = pool.generate(requests, sampling)
-    raw, _ = scorers.reward.raw_scores(trajectories, role_scorer(trajectories, ("reward",)))
-    composition.calibrate(raw)

@@ -263,8 +263,9 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Compute the held-out loss, and keep the weights where it is the best so far."""
-        loss = self.learners.heldout_loss()
-        self._log({"heldout_loss": loss})
+        metrics = self.learners.heldout_metrics()
+        self._log(metrics)
+        loss = metrics["heldout_loss"]
         best = self.progress.best_loss
         if best is None or math.isnan(best) or loss < best:
             self.progress.best_loss = loss

@@ -64,6 +64,7 @@ class SupervisedLearner:
         self.objective = objective
         self.seed = seed
         self.rank = Rank(objective.module, settings, zero, gradient_checkpointing)
+        objective.prepare(self.rank)
 
     def train(self, numbers: Sequence[int], step: int, factor: float) -> StepResult:
         """Take an optimizer step; dropout is on.
@@ -76,7 +77,9 @@ class SupervisedLearner:
         self._set_training(True)
         objective = self.objective
         rows = [Row(number, objective.examples[number]) for number in numbers]
-        weight = objective.weight([row.example for row in rows])
+        examples = [row.example for row in rows]
+        weight = objective.weight(examples)
+        objective.prepare_batch(self.rank, examples)
         sums = self.rank.backward(rows, weight, [objective.loss], partial(self._collate, step))
         outcome = self.rank.step({name: rate * factor for name, rate in objective.peak_rates.items()})
         norms = {"gradient_norm": outcome.norms[objective.module.role]}
@@ -86,13 +89,14 @@ class SupervisedLearner:
         """The most tokens of a microbatch, the same on all ranks."""
         return self.rank.tokens_per_microbatch
 
-    def heldout_loss(self) -> float:
-        """The mean loss of the held-out examples, over all ranks; dropout is off."""
+    def heldout_metrics(self) -> dict[str, float]:
+        """The metrics of the held-out examples, over all ranks, `heldout_loss` among them; dropout is off."""
         self._set_training(False)
         objective = self.objective
         collate = partial(objective.collate_heldout, device=self.rank.device)
-        total = self.rank.evaluate(objective.heldout, objective.heldout_loss, collate)
-        return float(total) / objective.weight(objective.heldout)
+        objective.prepare_batch(self.rank, objective.heldout)
+        sums = self.rank.evaluate(objective.heldout, objective.heldout_loss, collate)
+        return objective.heldout_metrics(sums, objective.weight(objective.heldout))
 
     def product(self) -> TrainedWeights:
         """The adapter and the heads as they are saved; empty on ranks other than the first, which take part."""
@@ -147,9 +151,9 @@ class SupervisedLearners:
         """The most tokens of a microbatch."""
         return self.ranks.call(SupervisedLearner.tokens_per_microbatch)[0]
 
-    def heldout_loss(self) -> float:
-        """The mean loss of the held-out examples."""
-        return self.ranks.call(SupervisedLearner.heldout_loss)[0]
+    def heldout_metrics(self) -> dict[str, float]:
+        """The metrics of the held-out examples, `heldout_loss` among them."""
+        return self.ranks.call(SupervisedLearner.heldout_metrics)[0]
 
     def product(self) -> TrainedWeights:
         """The adapter and the heads as they are saved, on the CPU."""

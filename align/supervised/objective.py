@@ -7,7 +7,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
-from align.learner.rank import AnyExample
+from align.learner.rank import AnyExample, Rank
 from align.roles.trained import TrainedModule
 from policies.trunk import Trunk
 
@@ -27,6 +27,12 @@ class Objective(ABC, Generic[AnyExample]):
     heldout: Sequence[AnyExample]
     peak_rates: Mapping[str, float]
 
+    def prepare(self, rank: Rank) -> None:
+        """Compute what the examples need of the model before its first step; all ranks call it, dropout is off."""
+
+    def prepare_batch(self, rank: Rank, examples: Sequence[AnyExample]) -> None:
+        """Compute what the loss needs of all examples of a batch; all ranks call it before `loss`."""
+
     @abstractmethod
     def weight(self, examples: Sequence[AnyExample]) -> float:
         """The number of tokens or examples by which the summed loss is divided."""
@@ -44,8 +50,15 @@ class Objective(ABC, Generic[AnyExample]):
         return self.collate(examples, device)
 
     def heldout_loss(self, module: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
-        """As `loss`, of held-out examples; the only statistic `[]` is the summed loss."""
+        """As `loss`, of held-out examples, with the statistics that `heldout_metrics` takes."""
         return self.loss(module, *tensors)
+
+    def heldout_metrics(self, sums: Tensor, weight: float) -> dict[str, float]:
+        """The metrics of the held-out examples from the statistics, `heldout_loss` among them.
+
+        By default the only statistic `[]` is the summed loss.
+        """
+        return {"heldout_loss": float(sums) / weight}
 
     @abstractmethod
     def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:

@@ -57,7 +57,7 @@ class SteepRank:
         """Take a step of an objective on the examples of these numbers, in microbatches of so many tokens."""
         settings = SETTINGS.model_copy(update={"tokens_per_microbatch": tokens})
         learner = SupervisedLearner(build(), settings, zero, seed=0)
-        heldout_loss = learner.heldout_loss()
+        heldout_loss = learner.heldout_metrics()["heldout_loss"]
         before = learner.state().weights
         metrics = learner.train(numbers, 0, STEEP).metrics
         after = learner.state().weights

@@ -50,9 +50,9 @@ def test_nothing_is_dropped_in_evaluation(tiny_model: Path) -> None:
     for policy in (LORA, DROPOUT):
         blueprint = reward_blueprint(tiny_model, "rankings", policy, random_adapter(tiny_model, policy))
         with local_learners(blueprint.build, blueprint.settings) as learners:
-            heldout.append(learners.heldout_loss())
+            heldout.append(learners.heldout_metrics()["heldout_loss"])
             learners.train(BATCH, 0, 0.0)
-            heldout.append(learners.heldout_loss())
+            heldout.append(learners.heldout_metrics()["heldout_loss"])
     assert len(set(heldout)) == 1
 
 
@@ -163,7 +163,7 @@ def test_every_method_trains_the_same_at_every_zero_stage(kind: str, method: str
             start = flat(learners.state()[0].weights)
             learners.train(BATCH, 0, 1.0)
             moves.append(flat(learners.state()[0].weights) - start)
-            heldout.append(learners.heldout_loss())
+            heldout.append(learners.heldout_metrics()["heldout_loss"])
     assert moves[0].norm() > 0.05
     for move in moves[1:]:
         assert (move - moves[0]).norm() < 1e-4 * moves[0].norm()
