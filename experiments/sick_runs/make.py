@@ -25,6 +25,8 @@ REVIEWS = HERE.parent / "reviews"
 RECORDED = HERE / "recorded.jsonl.gz"
 PAIRS = 4000
 """Preferences that a reward model is trained on, a quarter of the quickstart's."""
+REVIEWS_ROWS = 2000
+"""Rows that each model of the reviews is trained on, a quarter of them and a half."""
 DIGITS = 5
 """Significant digits of a recorded figure."""
 
@@ -143,8 +145,12 @@ def make_world(folder: Path, seed: int, annotators: str) -> World:
     make = ["--to", str(environment), "--seed", str(seed)]
     if annotators == "reviews":
         subprocess.run([sys.executable, str(REVIEWS / "make.py"), *make], check=True)
-        limit = {"data.demonstrations": {"path": environment / "demonstrations.jsonl", "limit": PAIRS}}
-        return World(REVIEWS / "experiment.yaml", environment, "sft-reviews", limit)
+        fewer = {
+            "data.demonstrations": {"path": environment / "demonstrations.jsonl", "limit": REVIEWS_ROWS},
+            "data.preferences": {"path": environment / "pairs.jsonl", "limit": REVIEWS_ROWS},
+            "reward.epochs": 1,
+        }
+        return World(REVIEWS / "experiment.yaml", environment, "sft-reviews", fewer)
     subprocess.run([sys.executable, str(QUICKSTART / "make.py"), *make, "--annotators", annotators], check=True)
     gold = {"model.path": environment / "base", "evaluation.gold": f"{QUICKSTART / 'synthetic.py'}:gold_scores"}
     return World(QUICKSTART / "experiment.yaml", environment, "sft", gold)
