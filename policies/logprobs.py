@@ -67,6 +67,31 @@ def token_logprobs_and_entropy(
     return logprobs, entropies
 
 
+def smoothed_logprobs(hidden: Tensor, tokens: Tensor, head: Head, smoothing: float) -> Tensor:
+    """Log-likelihood of each token, if a share of the labels could be any token (Szegedy et al. 2016, section 7).
+
+    (1 - ε) log p(t) + ε · mean over the vocabulary of log p(v). The logits are computed again in the backward pass.
+
+    Args:
+        hidden: `[P, H]`, the states that predict the tokens.
+        tokens: `[P]` int64.
+        head: The LM head.
+        smoothing: ε.
+
+    Returns:
+        `[P]` float32, in nats.
+    """
+    function = partial(_smoothed, head=head, smoothing=smoothing)
+    if torch.is_grad_enabled():
+        function = partial(checkpoint, function, use_reentrant=False)
+    return _by_chunks(function, hidden, tokens)[0]
+
+
+def _smoothed(hidden: Tensor, tokens: Tensor, head: Head, smoothing: float) -> tuple[Tensor]:
+    all_logprobs = _log_softmax(head(hidden), 1.0)  # [P, V]
+    return ((1 - smoothing) * _select(all_logprobs, tokens) + smoothing * all_logprobs.mean(-1),)
+
+
 TF32_EPSILON = 2.0**-10
 """Spacing of TF32 numbers from 1 to 2, in which float32 products are computed where that is allowed."""
 

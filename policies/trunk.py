@@ -17,6 +17,7 @@ from policies.batching import length_buckets
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
 from policies.layers.attention import install_attention
+from policies.layers.embedding_noise import lengths_by_token, noisy_embeddings
 from policies.layers.packing import PackedSequences, PaddedBlock
 from policies.layers.rms_norm import RmsNormForward
 from policies.layers.rotary import install_rotary
@@ -116,7 +117,7 @@ class Trunk(nn.Module, ABC):
         self.switch(role)
         return self.states(input_ids=ids, use_cache=False)
 
-    def hidden_packed(self, ids: Tensor, lengths: Sequence[int], role: str) -> Tensor:
+    def hidden_packed(self, ids: Tensor, lengths: Sequence[int], role: str, noise: float = 0.0) -> Tensor:
         """Last hidden states of packed sequences under a role's adapter.
 
         Computed without padding where the model can (`supports_packing`).
@@ -125,20 +126,24 @@ class Trunk(nn.Module, ABC):
             ids: `[N]` int64, the tokens of all sequences, one sequence after another.
             lengths: B numbers, tokens of each sequence.
             role: The role whose adapter is used.
+            noise: α of the noise that is added to the embeddings of tokens, see `noisy_embeddings` (NEFTune); 0: none.
 
         Returns:
             `[N, H]` in the base's dtype.
         """
         sizes = list(lengths)
+        embeddings = self.causal.get_input_embeddings()
         if not self.supports_packing:
             block = PaddedBlock.of(sizes, ids.device)
-            return block.unpad(self.hidden(block.pad(ids), role))
+            with noisy_embeddings(embeddings, torch.tensor(sizes, device=ids.device)[:, None], noise):
+                return block.unpad(self.hidden(block.pad(ids), role))
         self.switch(role)
         filler = -len(ids) % packed_multiple(self.causal)
         if filler:
             sizes.append(filler)  # a further sequence, whose states are dropped
         packed = PackedSequences.of(sizes, ids.device)
-        states = self.packed_states(nn.functional.pad(ids, (0, filler)), packed)  # [N + filler, H]
+        with noisy_embeddings(embeddings, lengths_by_token(packed.lengths, ids.device), noise):
+            states = self.packed_states(nn.functional.pad(ids, (0, filler)), packed)  # [N + filler, H]
         return states[: len(ids)]
 
     def packed_states(self, ids: Tensor, packed: PackedSequences) -> Tensor:

@@ -85,6 +85,15 @@ class SftSettings(FitSettings):
     turns: Literal["all", "last"] = Field(
         "all", description="the assistant's turns in `messages` that are trained; a `completion` is one turn"
     )
+    truncate: Literal["start", "end"] | None = Field(
+        None,
+        description="cut rows with more than max_tokens at their start or end, where trained tokens remain; "
+        "unset: they are refused or skipped, depending on data.on_bad_row",
+    )
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="α of NEFTune, noise on the embeddings while training; 5 is usual; 0: none"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the labels that could be any token")
 
 
 class LearnerSettings(OptimizerSettings, ActorSettings):

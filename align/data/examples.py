@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from align.config.dpo_settings import DpoSettings
 from align.config.schema import SftSettings
@@ -33,10 +33,12 @@ class TokenizedDemonstration:
     Attributes:
         ids: Tokens of the conversation.
         turns: First token of each turn that is trained, and one past its last, which is the one that ends the turn.
+        was_cut: Whether it had more tokens than fit.
     """
 
     ids: list[int]
     turns: list[tuple[int, int]]
+    was_cut: bool = False
 
     @property
     def length(self) -> int:
@@ -125,10 +127,32 @@ def demonstration_parser(
 
     def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
         demonstration = _tokenized(encoder, settings, values)
+        if settings.truncate and demonstration.length > limit.tokens:
+            return truncated(demonstration, limit.tokens, settings.truncate)
         limit.check(demonstration.length)
         return demonstration
 
     return parse
+
+
+def truncated(
+    demonstration: TokenizedDemonstration, tokens: int, where: Literal["start", "end"]
+) -> TokenizedDemonstration:
+    """The first tokens of a demonstration, or with `start` cut off its last.
+
+    Raises ValueError where no trained token would be left, or none to predict the first of them from.
+    """
+    excess = demonstration.length - tokens if where == "start" else 0
+    ids = demonstration.ids[excess : excess + tokens]
+    turns = []
+    for start, end in demonstration.turns:
+        first = max(1, start - excess)  # a token is predicted from the one before it
+        last = min(tokens, end - excess)
+        if first < last:
+            turns.append((first, last))
+    if not turns:
+        raise ValueError(f"its first {tokens} tokens have none that is trained, and sft.truncate cuts off its {where}")
+    return TokenizedDemonstration(ids, turns, was_cut=True)
 
 
 def _tokenized(encoder: TextEncoder, settings: SftSettings, values: Mapping[str, Any]) -> TokenizedDemonstration:

@@ -9,7 +9,7 @@ from torch import Tensor
 from align.data.examples import TokenizedDemonstration, pack_demonstrations
 from align.roles.trained import TrainedModule
 from policies.batching import Batch
-from policies.logprobs import token_logprobs
+from policies.logprobs import smoothed_logprobs, token_logprobs
 
 
 def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
@@ -17,20 +17,27 @@ def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], dev
     return (pack_demonstrations(demonstrations).to(device),)
 
 
-def likelihood_objective(module: TrainedModule, batch: Batch, role: str) -> tuple[Tensor, Tensor]:
+def likelihood_objective(
+    module: TrainedModule, batch: Batch, role: str, smoothing: float = 0.0, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of the trained tokens of demonstrations, in nats, summed.
 
     Args:
         module: The module whose first trunk computes it.
         batch: The demonstrations; its response tokens are those that are trained.
         role: The role whose adapter is used.
+        smoothing: Share of the labels that could be any token.
+        noise: α of NEFTune, see `Trunk.hidden_packed`.
 
     Returns:
         The loss `[]`, and the same without a gradient.
     """
     trunk = module.trunks[0]
-    states = trunk.hidden_packed(batch.ids, batch.lengths, role)  # [N, H]
+    states = trunk.hidden_packed(batch.ids, batch.lengths, role, noise)[batch.predictors]  # [N, H] -> [P, H]
     head = partial(trunk.head, role=role)
-    logprobs = token_logprobs(states[batch.predictors], batch.response_ids, head, temperature=1.0)  # [P]
+    if smoothing:
+        logprobs = smoothed_logprobs(states, batch.response_ids, head, smoothing)  # [P]
+    else:
+        logprobs = token_logprobs(states, batch.response_ids, head, temperature=1.0)  # [P]
     loss = -logprobs.sum()
     return loss, loss.detach()

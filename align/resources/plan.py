@@ -216,7 +216,9 @@ def _trained(demonstrations: Sequence[TokenizedDemonstration]) -> str:
     turns = sum(len(demonstration.turns) for demonstration in demonstrations)
     trained = sum(demonstration.trained_tokens for demonstration in demonstrations)
     tokens = sum(demonstration.length for demonstration in demonstrations)
-    return f"{counted(turns, 'response')}: {trained:,} of {counted(tokens, 'token')}"
+    cut = sum(demonstration.was_cut for demonstration in demonstrations)
+    shortened = f"; {counted(cut, 'row')} cut to fit" if cut else ""
+    return f"{counted(turns, 'response')}: {trained:,} of {counted(tokens, 'token')}{shortened}"
 
 
 def _ppo(experiment: Experiment, datasets: Datasets, sizes: ModelSizes) -> list[tuple[str, str]]:

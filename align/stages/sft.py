@@ -40,7 +40,7 @@ def _train(context: StageContext) -> tuple[AdapterWeights, dict[str, Any]]:
         seed=experiment.seed,
         examples=demonstrations,
         heldout=context.datasets.demonstrations_heldout,
-        learning_rate=settings.learning_rate,
+        settings=settings,
     )
     fit_context = context.fit_context("sft", settings)
     lengths = [demonstration.length for demonstration in demonstrations]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.config.schema import SftSettings
 from align.data.examples import TokenizedDemonstration
 from align.learner.likelihood import collate_demonstrations, likelihood_objective
 from align.roles.build import SFT_ROLE, build_sft_trunk
@@ -22,12 +23,14 @@ class SftObjective(Objective[TokenizedDemonstration]):
         module: SupervisedModule,
         examples: Sequence[TokenizedDemonstration],
         heldout: Sequence[TokenizedDemonstration],
-        learning_rate: float,
+        settings: SftSettings,
     ) -> None:
         self.module = module
         self.examples = examples
         self.heldout = heldout
-        self.peak_rates = {module.role: learning_rate}
+        self.peak_rates = {module.role: settings.learning_rate}
+        self.smoothing = settings.label_smoothing
+        self.noise = settings.neftune_alpha
 
     def weight(self, examples: Sequence[TokenizedDemonstration]) -> float:
         return sum(example.trained_tokens for example in examples)
@@ -37,7 +40,11 @@ class SftObjective(Objective[TokenizedDemonstration]):
 
     def loss(self, module: SupervisedModule, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss `[]` of a microbatch, which is also its only statistic."""
-        return likelihood_objective(module, batch, role=module.role)
+        return likelihood_objective(module, batch, module.role, self.smoothing, self.noise)
+
+    def heldout_loss(self, module: SupervisedModule, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `loss`, without smoothing and noise."""
+        return likelihood_objective(module, batch, module.role)
 
     def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:
         return {"loss": float(sums) / weight}
@@ -53,7 +60,7 @@ class SftBlueprint:
         seed: Seed of the run.
         examples: The demonstrations.
         heldout: The held-out demonstrations.
-        learning_rate: Peak learning rate.
+        settings: The settings of SFT.
     """
 
     model: ModelSettings
@@ -61,7 +68,7 @@ class SftBlueprint:
     seed: int
     examples: Sequence[TokenizedDemonstration]
     heldout: Sequence[TokenizedDemonstration]
-    learning_rate: float
+    settings: SftSettings
 
     def build(self) -> SftObjective:
         """Load the base model, and build the objective around a new adapter."""
@@ -69,4 +76,4 @@ class SftBlueprint:
         trunk.start_training(SFT_ROLE)
         trunk.train_only(SFT_ROLE)
         module = SupervisedModule(trunk, SFT_ROLE)
-        return SftObjective(module, self.examples, self.heldout, self.learning_rate)
+        return SftObjective(module, self.examples, self.heldout, self.settings)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from align.config.ppo_settings import CriticSettings
+from align.config.schema import SftSettings
 from align.learner.files import read_states
 from align.learner.group import LocalRank
 from align.ppo.checkpoint import read_pending, read_progress, trained_roles
@@ -40,7 +41,7 @@ def read_ppo(checkpoint: Path) -> None:
 @pytest.fixture(scope="module")
 def read_sft(tiny_model: Path) -> Iterator[Read]:
     """Reads everything that SFT reads from a checkpoint, into a learner."""
-    objective = SftBlueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, [], [], learning_rate=1.0)
+    objective = SftBlueprint(ModelSettings(path=str(tiny_model)), POLICY, 0, [], [], SftSettings())
     ranks = LocalRank(lambda: SupervisedLearner(objective.build(), FitSettings(), zero=0, seed=0))
     learners = SupervisedLearners(ranks)
 

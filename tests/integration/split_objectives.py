@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from align.config.schema import SftSettings
 from align.data.examples import TokenizedDemonstration, TokenizedPreference
 from align.learner.state import TrainedWeights
 from align.roles.build import SFT_ROLE
@@ -245,7 +246,7 @@ def cases(model: Path) -> dict[str, Case]:
         seed=0,
         examples=demonstrations(0, 13),
         heldout=demonstrations(1, 5),
-        learning_rate=1.0,
+        settings=SftSettings(learning_rate=1.0),
     )
     mixed = [*PAIRS, *RANKINGS, *RATINGS, *OF_ATTRIBUTES]
     return {

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.logprobs import CHUNK, _from_logits, token_logprobs, token_logprobs_and_entropy
+from policies.logprobs import CHUNK, _from_logits, smoothed_logprobs, token_logprobs, token_logprobs_and_entropy
 from tests.policies.gradients import gradient
 
 
@@ -133,3 +133,23 @@ def test_a_nan_stays_in_its_row() -> None:
 def test_a_token_beyond_the_vocabulary_is_refused(token: int) -> None:
     with pytest.raises(IndexError, match="13"):
         token_logprobs(torch.zeros(2, 8), torch.tensor([0, token]), lambda h: h.new_zeros(2, 13), 1.0)
+
+
+@pytest.mark.parametrize("count", [1, CHUNK + 7])
+@pytest.mark.parametrize("trained", [True, False])
+def test_smoothed_log_probabilities_are_those_of_a_mixture_of_labels(count: int, trained: bool) -> None:
+    hidden, tokens, weight = inputs(count)
+    fast, slow = hidden.clone().requires_grad_(True), hidden.double().requires_grad_(True)
+    precise = weight.double().requires_grad_(trained)
+    weight.requires_grad_(trained)
+    smoothed = smoothed_logprobs(fast, tokens, lambda h: h @ weight.T, 0.2)
+    expected = []
+    for state, token in zip(slow, tokens, strict=True):
+        logprobs = (precise @ state).log_softmax(0)
+        expected.append(0.8 * logprobs[token] + 0.2 / len(logprobs) * logprobs.sum())
+    torch.testing.assert_close(smoothed.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    smoothed.sum().backward()
+    torch.stack(expected).sum().backward()
+    torch.testing.assert_close(gradient(fast).double(), slow.grad, rtol=1e-4, atol=1e-5)
+    if trained:
+        torch.testing.assert_close(gradient(weight).double(), precise.grad, rtol=1e-4, atol=1e-3)

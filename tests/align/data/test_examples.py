@@ -1,7 +1,7 @@
 """Rows as tokens: which turns are trained, what fits the model, and what special tokens in texts mean."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,7 +9,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from align.config.schema import Experiment, SftSettings, SourceSettings
 from align.data.datasets import Datasets, context_length, read_datasets
-from align.data.examples import TokenizedDemonstration, demonstration_parser, preference_parser, request_parser
+from align.data.examples import (
+    TokenizedDemonstration,
+    demonstration_parser,
+    preference_parser,
+    request_parser,
+    truncated,
+)
 from align.roles.build import SFT_ROLE
 from align.supervised.objective import SupervisedModule
 from align.supervised.sft_objective import SftObjective
@@ -101,7 +107,7 @@ def test_the_loss_is_over_every_turn_and_nothing_else(tiny_model: Path) -> None:
     for token in (2, 3, 7, 8, 9, 10, 11, 1, 2, 3, 4):
         expected -= float(logprobs[token - 1, ids[token]])
     trunk.train_only(SFT_ROLE)
-    objective = SftObjective(SupervisedModule(trunk, SFT_ROLE), demonstrations, demonstrations, learning_rate=1e-3)
+    objective = SftObjective(SupervisedModule(trunk, SFT_ROLE), demonstrations, demonstrations, SftSettings())
     with local_learners(lambda: objective, FitSettings()) as learners:
         assert learners.heldout_metrics()["heldout_loss"] == pytest.approx(expected / 11, rel=1e-5)
         assert learners.train([0, 1], 0, factor=1.0).metrics["loss"] == pytest.approx(expected / 11, rel=1e-5)
@@ -222,3 +228,38 @@ def test_demonstrations_that_share_a_prompt_have_a_heldout_source(
     chosen = experiment.model_copy(update={"data": data})
     datasets = read(chosen, tiny_tokenizer)
     assert (len(datasets.demonstrations), len(datasets.demonstrations_heldout)) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("where", "ids", "turns"),
+    [("end", range(6), [(2, 4)]), ("start", range(4, 10), [(3, 6)])],
+)
+def test_a_long_demonstration_is_cut_where_the_setting_says(
+    where: Literal["start", "end"], ids: range, turns: list[tuple[int, int]]
+) -> None:
+    demonstration = TokenizedDemonstration(list(range(10)), [(2, 4), (7, 10)])
+    cut = truncated(demonstration, 6, where)
+    assert (cut.ids, cut.turns, cut.was_cut) == (list(ids), turns, True)
+
+
+def test_the_first_token_that_is_left_predicts_and_is_not_trained() -> None:
+    cut = truncated(TokenizedDemonstration(list(range(10)), [(2, 10)]), 4, "start")
+    assert (cut.ids, cut.turns) == ([6, 7, 8, 9], [(1, 4)])
+
+
+@pytest.mark.parametrize(("where", "turn"), [("end", (7, 10)), ("start", (1, 4))])
+def test_a_demonstration_that_would_train_nothing_is_not_cut(
+    where: Literal["start", "end"], turn: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match=f"cuts off its {where}"):
+        truncated(TokenizedDemonstration(list(range(10)), [turn]), 4, where)
+
+
+def test_a_parser_cuts_rows_only_where_it_is_told_to(chat: TextEncoder) -> None:
+    row = {"prompt": "a b c d e f g", "completion": "h i j k"}
+    whole = demonstration_parser(chat, SftSettings(), None)(row)
+    limit = whole.length - 2
+    with pytest.raises(ValueError, match=r"more than sft\.max_tokens"):
+        demonstration_parser(chat, SftSettings(max_tokens=limit), None)(row)
+    cut = demonstration_parser(chat, SftSettings(max_tokens=limit, truncate="end"), None)(row)
+    assert (cut.ids, cut.was_cut, whole.was_cut) == (whole.ids[:limit], True, False)

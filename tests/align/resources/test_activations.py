@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align.algorithms.episodes import Episode
-from align.config.schema import Experiment
+from align.config.schema import Experiment, SftSettings
 from align.data.examples import TokenizedDemonstration, TokenizedPreference
 from align.ppo.learner import PpoLearner, StepCoefficients
 from align.resources.activations import largest_lengths
@@ -208,7 +208,7 @@ def sft_learner(experiment: Experiment, checkpointing: bool) -> SupervisedLearne
         seed=0,
         examples=examples,
         heldout=examples,
-        learning_rate=1e-3,
+        settings=SftSettings(),
     )
     return SupervisedLearner(blueprint.build(), experiment.sft, 0, seed=0, gradient_checkpointing=checkpointing)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.config.schema import SftSettings
 from align.data.examples import TokenizedDemonstration, TokenizedPreference
 from align.learner.state import TrainedWeights
 from align.supervised.reward_objective import RewardBlueprint
@@ -78,7 +79,9 @@ def random_adapter(model: Path, policy: PolicySettings) -> AdapterWeights:
     return weights
 
 
-def sft_blueprint(model: Path, policy: PolicySettings = LORA, learning_rate: float = 1e-2) -> SftBlueprint:
+def sft_blueprint(
+    model: Path, policy: PolicySettings = LORA, learning_rate: float = 1e-2, **settings: Any
+) -> SftBlueprint:
     """SFT on eight demonstrations."""
     return SftBlueprint(
         model=ModelSettings(path=str(model)),
@@ -86,7 +89,7 @@ def sft_blueprint(model: Path, policy: PolicySettings = LORA, learning_rate: flo
         seed=0,
         examples=demonstrations(8),
         heldout=demonstrations(5, seed=1),
-        learning_rate=learning_rate,
+        settings=SftSettings(learning_rate=learning_rate, **settings),
     )
 
 

@@ -56,6 +56,27 @@ def test_nothing_is_dropped_in_evaluation(tiny_model: Path) -> None:
     assert len(set(heldout)) == 1
 
 
+# Noise and smoothing
+
+
+def first_losses(model: Path, **settings: Any) -> tuple[float, float, float]:
+    """The loss of a step, that of the same step after it, and the held-out loss; the learning rate is 0."""
+    blueprint = sft_blueprint(model, LORA, **settings)
+    with local_learners(blueprint.build, blueprint.settings) as learners:
+        losses = [learners.train(BATCH, step, 0.0).metrics["loss"] for step in (0, 1)]
+        return losses[0], losses[1], learners.heldout_metrics()["heldout_loss"]
+
+
+def test_noise_on_embeddings_and_smoothed_labels_are_for_training_alone(tiny_model: Path) -> None:
+    plain, again, heldout = first_losses(tiny_model)
+    assert again == plain
+    noisy, other_noise, noisy_heldout = first_losses(tiny_model, neftune_alpha=50.0)
+    assert len({plain, noisy, other_noise}) == 3
+    smoothed, _, smoothed_heldout = first_losses(tiny_model, label_smoothing=0.3)
+    assert smoothed != plain
+    assert noisy_heldout == smoothed_heldout == heldout
+
+
 # The optimizer
 
 
