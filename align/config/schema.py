@@ -2,6 +2,7 @@
 
 import math
 import os
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -34,6 +35,18 @@ class SourceSettings(Settings):
     subset: str | None = Field(None, description="configuration of a dataset on the hub, such as main of openai/gsm8k")
     split: str = Field("train", description="split of a dataset on the hub")
     limit: int | None = Field(None, ge=1, description="read only the first rows")
+    template: str | None = Field(
+        None,
+        description="what a text prompt becomes: a text with columns of the row in braces, such as "
+        "`Question: {prompt} Answer:`; {{ and }} are braces",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _names_columns(cls, template: str | None) -> str | None:
+        if template is not None and not columns_in(template):
+            raise ValueError("it names no column in braces, so that all prompts would be alike")
+        return template
 
     @model_validator(mode="before")
     @classmethod
@@ -41,11 +54,38 @@ class SourceSettings(Settings):
         return {"path": value} if isinstance(value, str | list) else value
 
 
+def columns_in(template: str) -> list[str]:
+    """The columns that a template names. Raises ValueError where it is not one."""
+    names = []
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is not None:
+            if not name.isidentifier() or form or conversion:
+                raise ValueError(f"{{{name}}} is not the name of a column alone")
+            names.append(name)
+    return names
+
+
+class MixedSource(SourceSettings):
+    """One of several datasets of demonstrations that SFT trains on together."""
+
+    weight: float = Field(1.0, gt=0, description="its share of the examples is proportional to weight · size^(1/T)")
+    heldout: SourceSettings | None = Field(
+        None, description="evaluates the SFT model on this dataset; unset: a part of it, as data.heldout_share says"
+    )
+
+
 class DataSettings(Settings):
     """The data of each stage."""
 
     demonstrations: SourceSettings | None = Field(None, description="SFT: prompt + completion, messages, or text")
     demonstrations_heldout: SourceSettings | None = Field(None, description="evaluates the SFT model")
+    mixture: dict[str, MixedSource] = Field(
+        default_factory=dict,
+        description="NAME: one of several datasets of demonstrations, in place of `demonstrations`",
+    )
+    mixture_temperature: float = Field(
+        1.0, gt=0, description="T of the mixture: 1: datasets have the shares of their sizes; larger: more alike"
+    )
     preferences: SourceSettings | None = Field(None, description="reward: pairs, rankings, choices, ratings")
     preferences_heldout: SourceSettings | None = Field(None, description="evaluates the reward model")
     prompts: SourceSettings | None = Field(None, description="PPO: prompt")
@@ -59,6 +99,17 @@ class DataSettings(Settings):
         description="the text of a special token, such as </s>, inside a text: refuse the row; control: it is the "
         "special token, for prompts that a chat template has rendered before; text: it is plain text",
     )
+
+    @model_validator(mode="after")
+    def _one_kind_of_demonstrations(self) -> "DataSettings":
+        if self.mixture and (self.demonstrations or self.demonstrations_heldout):
+            raise ValueError("`mixture` takes the place of `demonstrations` and `demonstrations_heldout`: remove these")
+        if self.mixture_temperature != 1.0 and not self.mixture:
+            raise unread_settings("`mixture_temperature` has no effect without `mixture`", "mixture_temperature")
+        for name in self.mixture:
+            if not name.isidentifier():
+                raise ValueError(f"mixture: {name!r} is not a valid name: letters, digits and _ were expected")
+        return self
 
 
 class SftSettings(FitSettings):

@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from align.config.schema import Experiment, SourceSettings
+from align.config.schema import Experiment, MixedSource, SourceSettings
 from align.config.stage import find_stage
 from align.data.examples import (
     Example,
@@ -20,6 +20,7 @@ from align.data.examples import (
     preference_parser,
     request_parser,
 )
+from align.data.mixture import drawn, mixture_sizes
 from align.data.parsing import parse_rows
 from align.data.readers import read_rows
 from align.runtime.seeds import seed_for
@@ -96,9 +97,7 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
     encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
     if "demonstrations" in needed:
         parse_demonstrations = demonstration_parser(encoder, experiment.sft, max_positions)
-        datasets.demonstrations, datasets.demonstrations_heldout = reader.read_and_split(
-            "demonstrations", parse_demonstrations
-        )
+        datasets.demonstrations, datasets.demonstrations_heldout = reader.read_demonstrations(parse_demonstrations)
     parse_preferences = preference_parser(encoder, _preference_settings(experiment), max_positions)
     if "dpo" in experiment.stages:
         parse_preferences = dpo_parser(parse_preferences, experiment.dpo, max_positions)
@@ -217,10 +216,41 @@ class _Reader:
         self.skipped: dict[str, list[str]] = {}
         self.notes: dict[str, list[str]] = {}
 
+    def read_demonstrations(
+        self, parse: Parser[TokenizedDemonstration]
+    ) -> tuple[list[TokenizedDemonstration], list[TokenizedDemonstration]]:
+        """The demonstrations, mixed where there are several datasets, and the held-out ones."""
+        mixture = self.data.mixture
+        if not mixture:
+            return self.read_and_split("demonstrations", parse)
+        parts = {name: self._read_part(name, source, parse) for name, source in mixture.items()}
+        weights = {name: source.weight for name, source in mixture.items()}
+        sizes = {name: len(kept) for name, (kept, _) in parts.items()}
+        mixed: list[TokenizedDemonstration] = []
+        heldout: list[TokenizedDemonstration] = []
+        for name, count in mixture_sizes(sizes, weights, self.data.mixture_temperature).items():
+            kept, evaluated = parts[name]
+            mixed += drawn(kept, count, self.seed, name)
+            heldout += [replace(example, dataset=name) for example in evaluated]
+        return mixed, heldout
+
+    def _read_part(
+        self, name: str, source: MixedSource, parse: Parser[TokenizedDemonstration]
+    ) -> tuple[list[TokenizedDemonstration], list[TokenizedDemonstration]]:
+        """The examples of a dataset of the mixture, and the held-out ones."""
+        key = f"mixture.{name}"
+        items = self._read_source(key, source, parse)
+        if source.heldout:
+            return items, self._read_source(f"{key}.heldout", source.heldout, parse)
+        return self._split(key, items, f"data.{key}.heldout")
+
     def read(self, name: str, parse: Parser[Example]) -> list[Example]:
         source: SourceSettings | None = getattr(self.data, name)
         if source is None:
             raise UserError(f"data.{name} is not set, and a stage of this experiment needs it")
+        return self._read_source(name, source, parse)
+
+    def _read_source(self, name: str, source: SourceSettings, parse: Parser[Example]) -> list[Example]:
         notes: list[str] = []
         try:
             parsed = parse_rows(read_rows(source, notes.append), parse, self.data.on_bad_row)
@@ -237,7 +267,10 @@ class _Reader:
         items = self.read(name, parse)
         if getattr(self.data, heldout_name):
             return items, self.read(heldout_name, parse)
+        return self._split(name, items, f"data.{heldout_name}")
+
+    def _split(self, name: str, items: Sequence[Example], heldout_key: str) -> tuple[list[Example], list[Example]]:
         try:
             return split_heldout(items, self.data.heldout_share, seed_for(self.seed, "split", name), _split_key)
         except ValueError as error:
-            raise UserError(f"data.{name}: {error}; set data.{heldout_name} to rows to evaluate on") from None
+            raise UserError(f"data.{name}: {error}; set {heldout_key} to rows to evaluate on") from None

@@ -34,11 +34,13 @@ class TokenizedDemonstration:
         ids: Tokens of the conversation.
         turns: First token of each turn that is trained, and one past its last, which is the one that ends the turn.
         was_cut: Whether it had more tokens than fit.
+        dataset: The name of its dataset in a mixture; empty otherwise.
     """
 
     ids: list[int]
     turns: list[tuple[int, int]]
     was_cut: bool = False
+    dataset: str = ""
 
     @property
     def length(self) -> int:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from align.config.schema import SourceSettings
+from align.config.schema import SourceSettings, columns_in
 from align.data.messages import read_messages
 from align.data.source_row import SourceRow
 from policies.errors import UserError, first_line
@@ -39,7 +39,20 @@ def read_rows(source: SourceSettings, note: Callable[[str], None] = lambda text:
         raise UserError(f"{source.path} has no rows")
     _check_columns(rows, source)
     renamed = [replace(row, values=_renamed(row.values, source.columns)) for row in rows]
-    return read_messages(renamed, note)
+    rows = read_messages(renamed, note)
+    if source.template is None:
+        return rows
+    return [_with_template(row, source.template) for row in rows]
+
+
+def _with_template(row: SourceRow, template: str) -> SourceRow:
+    """The row with the prompt that a template makes of its columns."""
+    if row.problem:
+        return row
+    missing = [name for name in columns_in(template) if not isinstance(row.values.get(name), str)]
+    if missing:
+        return SourceRow(row.where, problem=f"`template` needs the text `{missing[0]}`, which the row lacks")
+    return replace(row, values=row.values | {"prompt": template.format_map(row.values)})
 
 
 def _check_columns(rows: list[SourceRow], source: SourceSettings) -> None:

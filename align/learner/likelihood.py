@@ -17,27 +17,36 @@ def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], dev
     return (pack_demonstrations(demonstrations).to(device),)
 
 
-def likelihood_objective(
-    module: TrainedModule, batch: Batch, role: str, smoothing: float = 0.0, noise: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def likelihood_objective(module: TrainedModule, batch: Batch, role: str) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of the trained tokens of demonstrations, in nats, summed.
 
     Args:
         module: The module whose first trunk computes it.
         batch: The demonstrations; its response tokens are those that are trained.
         role: The role whose adapter is used.
-        smoothing: Share of the labels that could be any token.
-        noise: α of NEFTune, see `Trunk.hidden_packed`.
 
     Returns:
         The loss `[]`, and the same without a gradient.
+    """
+    loss = -trained_logprobs(module, batch, role).sum()
+    return loss, loss.detach()
+
+
+def trained_logprobs(
+    module: TrainedModule, batch: Batch, role: str, smoothing: float = 0.0, noise: float = 0.0
+) -> Tensor:
+    """Log-probabilities `[P]` of the trained tokens of demonstrations, in nats.
+
+    Args:
+        module: The module whose first trunk computes them.
+        batch: The demonstrations; its response tokens are those that are trained.
+        role: The role whose adapter is used.
+        smoothing: Share of the labels that could be any token, see `smoothed_logprobs`.
+        noise: α of NEFTune, see `Trunk.hidden_packed`.
     """
     trunk = module.trunks[0]
     states = trunk.hidden_packed(batch.ids, batch.lengths, role, noise)[batch.predictors]  # [N, H] -> [P, H]
     head = partial(trunk.head, role=role)
     if smoothing:
-        logprobs = smoothed_logprobs(states, batch.response_ids, head, smoothing)  # [P]
-    else:
-        logprobs = token_logprobs(states, batch.response_ids, head, temperature=1.0)  # [P]
-    loss = -logprobs.sum()
-    return loss, loss.detach()
+        return smoothed_logprobs(states, batch.response_ids, head, smoothing)
+    return token_logprobs(states, batch.response_ids, head, temperature=1.0)

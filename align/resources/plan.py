@@ -1,5 +1,6 @@
 """What a run will do and what it needs, before it starts."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -125,6 +126,8 @@ def _stages(
     lines: list[tuple[str, str]] = []
     if trains_sft(experiment) and "sft" in stages:
         lines.append(("sft", _fit(experiment, experiment.sft, len(datasets.demonstrations), "demonstration")))
+        if experiment.data.mixture:
+            lines.append(("sft mixture", _mixture(datasets.demonstrations)))
         lines.append(("sft loss", _trained(datasets.demonstrations)))
     if trains_reward(experiment) and "reward" in stages:
         lines.append(("reward", _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")))
@@ -209,6 +212,12 @@ def _fit(experiment: Experiment, settings: FitSettings, examples: int, noun: str
     ranks = experiment.ranks_of(settings)
     where = f" on {counted(ranks, 'learner rank')}" if ranks else ""
     return f"{counted(examples, noun)}, {epochs} in batches of up to {settings.batch_size}: {steps}{where}"
+
+
+def _mixture(demonstrations: Sequence[TokenizedDemonstration]) -> str:
+    """How many examples of an epoch are of each dataset."""
+    counts = Counter(demonstration.dataset for demonstration in demonstrations)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _trained(demonstrations: Sequence[TokenizedDemonstration]) -> str:

@@ -88,6 +88,13 @@ SFT = (
         NATS_PER_TOKEN,
         AT_EVALUATIONS,
     ),
+    Metric("sft/loss/*", "loss of one dataset of a mixture", NATS_PER_TOKEN, "with `data.mixture`"),
+    Metric(
+        "sft/heldout_loss/*",
+        "held-out loss of one dataset of a mixture",
+        NATS_PER_TOKEN,
+        "with `data.mixture`, at evaluations",
+    ),
     Metric("sft/learning_rate", "learning rate of this step", "number"),
     Metric(
         "sft/gradient_norm",
@@ -324,6 +331,7 @@ UPSTREAM = (
         "sft/step",
         (
             Panel("sft-loss", "Loss", NATS_PER_TOKEN, ("sft/loss", "sft/heldout_loss")),
+            Panel("sft-loss-by-dataset", "Loss by dataset", NATS_PER_TOKEN, ("sft/loss/*", "sft/heldout_loss/*")),
             Panel("sft-gradient", "Gradient norm", "number", ("sft/gradient_norm",)),
             Panel("sft-speed", "Throughput", "tokens per second", ("sft/tokens_per_second",)),
         ),

@@ -13,6 +13,9 @@ from align.supervised.sft_objective import SftBlueprint
 from policies.files.adapters import load_adapter, save_adapter
 from policies.trunk import AdapterWeights
 
+DEMONSTRATIONS = ("demonstrations", "mixture.")
+"""The first parts of the names of the sources that SFT reads, under `data`."""
+
 
 def run_sft(context: StageContext) -> None:
     """Train the adapter of role `reference` on the demonstrations, or adopt a ready-made one; write it to `sft/`."""
@@ -46,5 +49,5 @@ def _train(context: StageContext) -> tuple[AdapterWeights, dict[str, Any]]:
     lengths = [demonstration.length for demonstration in demonstrations]
     result = train(context, blueprint.build, lengths, settings, fit_context)
     adapter = fitted_weights(fit_context, [SFT_ROLE], []).adapters[SFT_ROLE]
-    skipped = context.datasets.skipped.get("demonstrations", [])
-    return adapter, asdict(result) | {"skipped_rows": len(skipped)}
+    skipped = [len(rows) for name, rows in context.datasets.skipped.items() if name.startswith(DEMONSTRATIONS)]
+    return adapter, asdict(result) | {"skipped_rows": sum(skipped)}
