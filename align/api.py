@@ -10,6 +10,7 @@ from align.outputs.trained_run import TrainedRun
 from align.ppo.loop import Step
 from align.ppo.metrics import step_metrics
 from align.report.page import write_report
+from align.report.run_record import read_run_record
 from align.resources.dtype import settle_dtype
 from align.resources.ray_cluster import compute_settings
 from align.runs.fingerprint import recorded_dtype
@@ -86,7 +87,7 @@ def _finish(opened: AbstractContextManager[Launch]) -> TrainedRun:
     """Run the remaining stages and, once the run is not locked any more, write the report, which says its state."""
     with opened as launch:
         evaluation = run_stages(launch.experiment, launch.folder, launch.datasets, StopRequest())
-    write_report(launch.folder.path, evaluation)
+    write_report(read_run_record(launch.folder.path, evaluation))
     return TrainedRun(launch.experiment, launch.folder)
 
 

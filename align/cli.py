@@ -302,7 +302,7 @@ def average(
 
 @app.command(name="runs")
 def runs_command(
-    folder: Annotated[Path, typer.Option("--runs", help="the folder of all runs")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="the folder that holds the runs")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list instead of a table")] = False,
 ) -> None:
     """List the runs: their state, stage and step, and the newest score and KL."""
@@ -318,23 +318,15 @@ def runs_command(
 
 
 @app.command()
-def report(run: Run, as_json: Json = False) -> None:
+def report(run: Run, quiet: Quiet = False, as_json: Json = False) -> None:
     """Diagnose a run, and plot its curves on one page, report/index.html."""
-    from align.diagnosis.diagnose import verdicts
-    from align.diagnosis.listing import verdict_list, verdict_records
-    from align.diagnosis.run_figures import read_figures
-    from align.report.page import write_report
     from align.runs.folder import find_run
 
     folder, _ = find_run(run)
-    figures = read_figures(folder.path)
-    found = verdicts(figures)
-    page = write_report(folder.path, folder.read_evaluation())
+    with quiet_consoles(results=quiet or as_json, progress=quiet):
+        result = _report(folder, folder.read_evaluation())
     if as_json:
-        print(json.dumps({"run": folder.path, "verdicts": verdict_records(found), "report": page}, default=str))
-        return
-    console.print(verdict_list(found, is_judged=bool(figures.lines)))
-    console.print(f"report written to {escaped(page)}", soft_wrap=True)
+        print(json.dumps(result, default=str))
 
 
 @app.command(epilog=_example("align dashboard runs/second"))
@@ -473,9 +465,6 @@ def _begin(settings: "Experiment", stages: Sequence[Stage], *, quiet: bool, as_j
 
 def _run(opened: "AbstractContextManager[Launch]", *, quiet: bool, as_json: bool) -> None:
     """Open a run, print its plan, run the remaining stages, show what has come of them and write the report."""
-    from align.diagnosis.diagnose import diagnose
-    from align.diagnosis.listing import verdict_list, verdict_records
-    from align.report.page import write_report
     from align.resources.plan import make_plan, plan_table, use_table
     from align.resources.ray_cluster import one_connection
     from align.runs.folder import read_peaks
@@ -495,13 +484,22 @@ def _run(opened: "AbstractContextManager[Launch]", *, quiet: bool, as_json: bool
         _show(evaluation)
         if peaks := read_peaks(folder, stages):
             console.print(use_table(plan, peaks))
-        verdicts = diagnose(folder.path)
-        console.print(verdict_list(verdicts))
-        page = write_report(folder.path, evaluation)  # once the run is not locked any more: the page says its state
-        console.print(f"report: {escaped(page)}", soft_wrap=True)
+        result = _report(folder, evaluation)  # once the run is not locked any more: the page says its state
     if as_json:
-        result = {"run": folder.path, "evaluation": evaluation, "verdicts": verdict_records(verdicts), "report": page}
-        print(json.dumps(result, default=str))
+        print(json.dumps({"evaluation": evaluation, **result}, default=str))
+
+
+def _report(folder: "RunFolder", evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Print the diagnosis of a run and write its page; the run, its verdicts and the page by name."""
+    from align.diagnosis.listing import verdict_list, verdict_records
+    from align.report.page import write_report
+    from align.report.run_record import read_run_record
+
+    record = read_run_record(folder.path, evaluation)
+    console.print(verdict_list(record.verdicts, is_judged=not record.history.is_empty))
+    page = write_report(record)
+    console.print(f"report written to {escaped(page)}", soft_wrap=True)
+    return {"run": folder.path, "verdicts": verdict_records(record.verdicts), "report": page}
 
 
 def _run_stages(launch: "Launch") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 import align
-from align.runs.tracking import METRICS, read_lines
+from align.runs.record_files import METRICS, read_lines
 from align.stages.reward import load_models
 from policies.text.encoder import TextEncoder
 from tests.integration.tiny_run import make_settings

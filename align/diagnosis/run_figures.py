@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from align.diagnosis.verdict import Evidence
-from align.runs.tracking import METRICS, read_lines
+from align.runs.record_files import METRICS, read_lines
 from policies.files.safe_reading import read_object
 
 
@@ -91,12 +91,12 @@ class RunFigures:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def curve(self, metric: str, stage: str = "ppo") -> Curve:
-        """A metric of a stage, over the steps at which it is finite."""
+        """A metric of a stage, over the steps at which it is a finite number."""
         steps = []
         values = []
         for line in self.lines:
             value = line.get(metric)
-            if line["stage"] == stage and value is not None and math.isfinite(value):
+            if line["stage"] == stage and isinstance(value, int | float) and math.isfinite(value):
                 steps.append(line["step"])
                 values.append(value)
         return Curve(metric, tuple(steps), tuple(values))

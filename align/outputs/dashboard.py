@@ -11,8 +11,8 @@ from typing import Any
 from align.config.schema import Experiment
 from align.runs.folder import RunFolder
 from align.runs.metric_catalogue import SECTIONS, Panel, Section, all_metrics
+from align.runs.record_files import METRICS, read_lines
 from align.runs.sink import SAMPLE_TABLE
-from align.runs.tracking import METRICS, read_lines
 from align.runs.wandb_run import stop_wandb, tracking_mode, wandb_environment
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError, first_line

@@ -1,7 +1,7 @@
 """The runs in a folder: where each of them is, and its newest figures."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -9,18 +9,16 @@ from typing import Any
 
 from rich.table import Table
 
-from align.diagnosis.diagnose import diagnose
+from align.diagnosis.diagnose import verdicts
+from align.diagnosis.run_figures import RunFigures, read_figures
 from align.runs.folder import find_run
 from align.runs.products import state_of
-from align.runs.tracking import METRICS, read_lines
 from align.runtime.consoles import escaped
 from align.runtime.wording import clock
 from policies.errors import UserError, first_line
 
 LAST_STEPS = 10
 """Last steps whose mean time the rest of PPO is expected to take."""
-SHOWN = {"score": "reward/mean", "gold": "reward/gold_mean", "kl": "kl/per_sequence"}
-"""The metrics of PPO that are listed, by their columns."""
 SOMETIMES_SHOWN = ("score", "gold", "KL", "diagnosis")
 """Columns of the table that are left out where no run has anything in them."""
 LEAST_WIDTH = {"diagnosis": 10}
@@ -67,7 +65,7 @@ def list_runs(runs: Path) -> list[RunSummary]:
         UserError: There is no such folder.
     """
     if not runs.is_dir():
-        raise UserError(f"{runs} is not a folder: --runs names the folder that holds the runs")
+        raise UserError(f"{runs} is not a folder: name the folder that holds the runs")
     found = [summarise(config.parent) for config in runs.glob("[!.]*/config.yaml")]
     return sorted(found, key=lambda run: run.updated or 0.0, reverse=True)
 
@@ -77,27 +75,48 @@ def summarise(folder: Path) -> RunSummary:
     updated = max(path.stat().st_mtime for path in folder.iterdir())
     try:
         run, experiment = find_run(str(folder))
-        rows = read_lines(folder / METRICS)
-        found = diagnose(folder)
+        figures = read_figures(folder)
     except UserError as error:
         return RunSummary(folder.name, "unreadable", updated=updated, problem=first_line(error))
     state = state_of(experiment, run)
-    if not rows:
+    if not figures.lines:
         return RunSummary(folder.name, state, updated=updated)
-    last = rows[-1]
-    ppo = [row for row in rows if "reward/mean" in row]
+    last = figures.lines[-1]
     steps = experiment.ppo.steps if last["stage"] == "ppo" else None
+    left = None
+    if state == "running" and steps:
+        left = seconds_left(figures.curve("time/step").values, steps - last["step"])
+    found = verdicts(figures)
     return RunSummary(
         name=folder.name,
         state=state,
         stage=last["stage"],
         step=last["step"],
         steps=steps,
-        seconds_left=_seconds_left(ppo, steps) if state == "running" and steps else None,
+        seconds_left=left,
         verdict=found[0].name if found else None,
         updated=updated,
-        **{column: ppo[-1].get(metric) if ppo else None for column, metric in SHOWN.items()},
+        score=_of_last_step(figures, "reward/mean"),
+        gold=_of_last_step(figures, "reward/gold_mean"),
+        kl=_of_last_step(figures, "kl/per_sequence"),
     )
+
+
+def seconds_left(step_seconds: Sequence[float], steps: int) -> float | None:
+    """How long the remaining steps of PPO take at the pace of the last ones, without evaluations.
+
+    Args:
+        step_seconds: The seconds of each step so far; where there are none, nothing is known.
+        steps: How many steps remain; less than 0 counts as 0.
+    """
+    return max(0, steps) * fmean(step_seconds[-LAST_STEPS:]) if step_seconds else None
+
+
+def _of_last_step(figures: RunFigures, metric: str) -> float | None:
+    """A metric at the last step of PPO; None where it is not finite there, or not logged."""
+    curve = figures.curve(metric)
+    last = max((line["step"] for line in figures.lines if line["stage"] == "ppo"), default=None)
+    return curve.values[-1] if last is not None and curve.steps[-1:] == (last,) else None
 
 
 def records(found: Sequence[RunSummary]) -> list[dict[str, Any]]:
@@ -122,7 +141,7 @@ def runs_table(found: Sequence[RunSummary]) -> Table:
 
 def _cells(run: RunSummary) -> dict[str, str]:
     """The text of each column."""
-    step = "" if run.step is None else f"{run.stage} {run.step:,}"
+    step = "" if run.step is None else f"{escaped(run.stage)} {run.step:,}"
     written = "" if run.updated is None else _ago(time.time() - run.updated)
     figures = {"score": run.score, "gold": run.gold, "KL": run.kl}
     return {
@@ -133,12 +152,6 @@ def _cells(run: RunSummary) -> dict[str, str]:
         "written": written if run.seconds_left is None else f"ETA {clock(run.seconds_left)}",
         "diagnosis": escaped(run.problem or run.verdict or ""),
     }
-
-
-def _seconds_left(ppo: Sequence[Mapping[str, Any]], steps: int) -> float:
-    """How long the remaining steps of PPO take at the pace of the last ones, without evaluations."""
-    remaining: int = steps - ppo[-1]["step"]
-    return remaining * fmean(row["time/step"] for row in ppo[-LAST_STEPS:])
 
 
 def _ago(seconds: float) -> str:

@@ -9,7 +9,7 @@ from align.evaluation.tables import figure_rows
 from align.report.figures import FigureSection, training_sections, upstream_sections
 from align.report.headline import sentence, tiles
 from align.report.render import render, render_within_limit, short_title
-from align.report.run_record import RunRecord, read_run_record
+from align.report.run_record import RunRecord
 from align.report.sample_rows import first_and_last, pairs
 from align.report.settings_rows import changed_settings
 from align.report.usage import plan_beside_use, stage_shares, step_shares
@@ -18,21 +18,20 @@ from align.runtime.atomic_files import new_folder
 DIGITS_OF_A_HASH = 16
 
 
-def write_report(run: Path, evaluation: dict[str, Any]) -> Path:
-    """Write `report/` of a run from what it has logged so far, replacing an earlier report.
+def write_report(run: RunRecord) -> Path:
+    """Write `report/` of a run, replacing an earlier report.
 
     Args:
-        run: The run's folder.
-        evaluation: The contents of its `evaluation.json`.
+        run: What the run's folder holds.
 
     Returns:
         The path of `index.html`.
     """
-    page = report_page(read_run_record(run, evaluation))
-    with new_folder(run / "report") as folder:
+    page = report_page(run)
+    with new_folder(run.path / "report") as folder:
         # replace: a lone surrogate, which a tokenizer can produce, is no text.
         (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
-    return run / "report" / "index.html"
+    return run.path / "report" / "index.html"
 
 
 def report_page(run: RunRecord, **live: Any) -> str:

@@ -14,7 +14,7 @@ from align.diagnosis.verdict import Verdict
 from align.runs.folder import RunFolder, is_locked, read_facts, read_peaks
 from align.runs.histogram import Histogram
 from align.runs.products import state_of
-from align.runs.tracking import EVENTS, SAMPLES, read_lines
+from align.runs.record_files import EVENTS, SAMPLES, read_lines
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
 
@@ -107,7 +107,7 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         evaluation: The contents of its `evaluation.json`.
 
     Raises:
-        UserError: A line of the metrics, samples or events is damaged.
+        UserError: One of its files is damaged.
     """
     folder = RunFolder(run)
     if "policy" in evaluation and "reference" not in evaluation:
@@ -119,8 +119,8 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         name=run.resolve().name,
         state=_state(folder, experiment),
         history=MetricHistory(figures.lines),
-        samples=_lines_with(run / SAMPLES, "prompt", "response"),
-        events=_lines_with(run / EVENTS, "time", "event", "text"),
+        samples=read_lines(run / SAMPLES, ("prompt", "response")),
+        events=read_lines(run / EVENTS, ("time", "event", "text")),
         evaluation=evaluation,
         diagnostics=figures.diagnostics,
         experiment=experiment,
@@ -143,16 +143,6 @@ def _state(folder: RunFolder, experiment: Experiment | None) -> str:
     if experiment is None:
         return "running" if is_locked(folder) else ""
     return state_of(experiment, folder)
-
-
-def _lines_with(path: Path, *keys: str) -> list[Line]:
-    """The lines of a file of the tracker, each with these keys."""
-    lines = read_lines(path)
-    for number, line in enumerate(lines, start=1):
-        for key in keys:
-            if key not in line:
-                raise UserError(f"{path}, line {number} has no {key}. Remove the line to continue without it")
-    return lines
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from align.outputs.run_list import summarise
+from align.outputs.run_list import seconds_left
 from align.report.compare import compare_page, read_runs
 from align.report.lamps import lamps
 from align.report.page import report_page
 from align.report.run_record import RunRecord, read_run_record
 from align.runs.folder import RunFolder, is_locked
-from align.runs.tracking import EVENTS, METRICS, SAMPLES
+from align.runs.record_files import EVENTS, METRICS, SAMPLES
 from align.runtime.wording import clock
 from policies.errors import UserError
 
@@ -137,10 +137,23 @@ def _title(record: RunRecord) -> str:
     """What the tab says: how long PPO will still take, or why that is not known."""
     if _is_stale(record):
         return f"stale · {record.name}"
-    left = summarise(record.path).seconds_left
+    left = _seconds_left(record)
     if left is not None:
         return f"{clock(left)} left · {record.name}"
     return f"{record.state} · {record.name}" if record.state else record.name
+
+
+def _seconds_left(record: RunRecord) -> float | None:
+    """How long PPO will still take; None where it is not running."""
+    done = record.history.last_step("ppo")
+    if record.state != "running" or record.experiment is None or done is None:
+        return None
+    return seconds_left(_step_seconds(record), record.experiment.ppo.steps - done)
+
+
+def _step_seconds(record: RunRecord) -> list[float]:
+    """The seconds of each step of PPO."""
+    return [value for value in record.history.values("ppo", "time/step").values() if value is not None]
 
 
 def _is_stale(record: RunRecord) -> bool:
@@ -155,7 +168,7 @@ def _silence(run: Path) -> float:
 
 def _longest_silence(record: RunRecord) -> float:
     """How long a healthy run may be silent."""
-    seconds = [value for value in record.history.values("ppo", "time/step").values() if value is not None]
+    seconds = _step_seconds(record)
     return max(SHORTEST_SILENCE, STEPS_OF_SILENCE * median(seconds)) if seconds else SHORTEST_SILENCE * STEPS_OF_SILENCE
 
 

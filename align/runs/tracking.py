@@ -11,15 +11,11 @@ from align.config.schema import TrackingSettings
 from align.config.stage import stage_names
 from align.runs.histogram import MetricValue
 from align.runs.logged_figures import LoggedFigures
+from align.runs.record_files import EVENTS, METRICS, SAMPLES, read_lines
 from align.runs.sink import PROBE_TABLE, SAMPLE_TABLE, RunProduct, Sink, strict_json
 from align.runs.tensorboard import TensorBoard
 from align.runs.wandb_run import forget_wandb_run, start_wandb
 from align.runtime.atomic_files import sync
-from policies.errors import UserError
-
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
-EVENTS = "events.jsonl"
 
 
 class Tracker:
@@ -214,35 +210,6 @@ def drop_stages(run: Path, stages: Collection[str]) -> None:
         if len(kept) < len(rows):
             forget_wandb_run(run)
             _rewrite(run / name, kept)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of the tracker.
-
-    Args:
-        path: `metrics.jsonl` or `samples.jsonl`, which may not exist.
-
-    Returns:
-        The rows, without a last line that was only partly written because the process was killed.
-
-    Raises:
-        UserError: Another line is damaged; the message names it.
-    """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    while lines and not lines[-1].strip():
-        lines.pop()
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not {"stage", "step"} <= row.keys():
-                raise ValueError("expected an object with `stage` and `step`")
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: {error}. Remove the line to continue without it") from None
-        else:
-            rows.append(row)
-    return rows
 
 
 def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

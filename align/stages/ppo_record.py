@@ -10,7 +10,7 @@ from align.ppo.loop import Step
 from align.ppo.metrics import step_histograms, step_metrics, step_samples
 from align.resources.actors import RANK, WORKER
 from align.runs.checkpoint import CheckpointTimer, new_checkpoint
-from align.runs.tracking import EVENTS, read_lines
+from align.runs.record_files import EVENTS, read_lines
 from align.runtime.atomic_files import new_folder, write_json
 from align.runtime.failures import Fault
 from align.runtime.progress import ProgressBar

@@ -9,7 +9,7 @@ import pytest
 from align.config.schema import Experiment
 from align.runs.folder import begin_run, find_run, folder_of
 from align.runs.metric_catalogue import find_metric
-from align.runs.tracking import SAMPLES, read_lines
+from align.runs.record_files import SAMPLES, read_lines
 from align.stages import launch
 from policies.errors import UserError
 from tests.integration.tiny_run import figures, run_in_process

@@ -16,7 +16,7 @@ from align.ppo.learner import PpoLearner
 from align.ppo.learners import ray_learners
 from align.resources.ray_cluster import ray_cluster
 from align.roles.build import Blueprint
-from align.runs.tracking import EVENTS, read_lines
+from align.runs.record_files import EVENTS, read_lines
 from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 from tests.integration.tiny_run import COMMAND, ENVIRONMENT, figures, make_settings, write_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from align.runs.tracking import read_lines
+from align.runs.record_files import read_lines
 from tests.documents import ROOT
 
 QUICKSTART = ROOT / "experiments" / "quickstart"

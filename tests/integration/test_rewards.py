@@ -17,7 +17,7 @@ from align.data.datasets import read_preferences
 from align.evaluation.reward_model import DIAGNOSTICS, RELIABILITY, WORST
 from align.outputs.trained_run import evaluate_reward_model
 from align.runs.folder import RunFolder, find_run
-from align.runs.tracking import METRICS, read_lines
+from align.runs.record_files import METRICS, read_lines
 from align.runtime.signals import StopRequest
 from align.stages.pipeline import load_datasets, run_stages
 from policies.errors import UserError

@@ -104,13 +104,13 @@ def test_runs_are_listed_by_when_they_were_written(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a folder: --runs names the folder"):
+    with pytest.raises(UserError, match="is not a folder: name the folder that holds the runs"):
         list_runs(tmp_path / "nowhere")
 
 
 def test_the_command_prints_json(tmp_path: Path) -> None:
     make_run(tmp_path, "a", step(0.25))
-    command = [sys.executable, "-m", "align", "runs", "--runs", str(tmp_path), "--json"]
+    command = [sys.executable, "-m", "align", "runs", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (run,) = json.loads(done.stdout)
     assert (run["name"], run["state"], run["step"], run["score"]) == ("a", "stopped", 1, 0.25)

@@ -12,6 +12,7 @@ import pytest
 
 from align.report.compare import write_comparison
 from align.report.page import write_report
+from align.report.run_record import read_run_record
 from align.runs.folder import RunFolder
 from tests.align.report.runs import CHROMIUM, write_run
 
@@ -45,7 +46,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     write_run(folder / "first")
     write_run(folder / "second", steps=20, beta=0.2, gain=1.0)
     evaluation = json.loads((folder / "first" / "evaluation.json").read_text())
-    report = write_report(folder / "first", evaluation)
+    report = write_report(read_run_record(folder / "first", evaluation))
     write_comparison([RunFolder(folder / "first"), RunFolder(folder / "second")], folder / "compare.html")
     return {"report": report.as_uri(), "compare": (folder / "compare.html").as_uri()}
 

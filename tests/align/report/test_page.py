@@ -9,6 +9,7 @@ import pytest
 from align.diagnosis.verdict import Evidence, Severity, Verdict
 from align.report.page import report_page, write_report
 from align.report.render import LARGEST_PAGE, render_within_limit
+from align.report.run_record import read_run_record
 from policies.errors import UserError
 from tests.align.report.runs import EVALUATION, REWARD_MODEL, record, sample, step, write_lines, write_run
 
@@ -23,7 +24,7 @@ VERDICT = Verdict(
 
 
 def page_of(run: Path, evaluation: dict[str, Any] | None = None) -> str:
-    return write_report(run, evaluation or {}).read_text("utf-8")
+    return write_report(read_run_record(run, evaluation or {})).read_text("utf-8")
 
 
 def texts(page: str) -> str:
@@ -123,8 +124,8 @@ def test_a_run_without_problems_has_a_card_that_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "row", "words"),
     [
-        ("samples.jsonl", {"stage": "ppo", "step": 1, "response": "r", "score": 1.0}, "line 1 has no prompt"),
-        ("events.jsonl", {"stage": "ppo", "step": 1, "event": "e", "text": "t"}, "line 1 has no time"),
+        ("samples.jsonl", {"stage": "ppo", "step": 1, "response": "r", "score": 1.0}, "line 1: it has no prompt"),
+        ("events.jsonl", {"stage": "ppo", "step": 1, "event": "e", "text": "t"}, "line 1: it has no time"),
     ],
 )
 def test_a_line_that_lacks_something_is_an_error_with_its_number(

@@ -14,7 +14,8 @@ import pytest
 from align.config.schema import TrackingSettings
 from align.runs import wandb_run
 from align.runs.histogram import Histogram
-from align.runs.tracking import Tracker, drop_stages, open_tracker, read_lines, truncate_after
+from align.runs.record_files import read_lines
+from align.runs.tracking import Tracker, drop_stages, open_tracker, truncate_after
 from policies.errors import UserError
 from tests.align.runs.wandb_files import records_in_wandb
 

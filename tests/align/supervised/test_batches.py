@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.runs.tracking import read_lines
+from align.runs.record_files import read_lines
 from align.runtime.signals import Interrupted, StopRequest
 from align.supervised.batches import batches_from, epoch_batches
 from align.supervised.fit import fit

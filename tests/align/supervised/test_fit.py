@@ -11,7 +11,7 @@ import torch
 
 from align.learner.schedules import schedule_factor
 from align.runs.checkpoint import checkpoints, step_of
-from align.runs.tracking import read_lines
+from align.runs.record_files import read_lines
 from align.runtime.failures import Fault
 from align.runtime.signals import Interrupted
 from align.supervised.fit import FitResult, finished, fit, fitted_weights

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch.optim import Optimizer
 
-from align.runs.tracking import read_lines
+from align.runs.record_files import read_lines
 from align.supervised.fit import fit
 from align.supervised.learner import SupervisedLearner
 from tests.align.supervised.small import LORA, random_adapter, reward_blueprint

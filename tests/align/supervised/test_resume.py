@@ -18,7 +18,7 @@ from align.learner.ray_ranks import RayRanks
 from align.learner.state import TrainedWeights
 from align.resources.ray_cluster import ray_cluster
 from align.runs.checkpoint import latest, step_of
-from align.runs.tracking import read_lines
+from align.runs.record_files import read_lines
 from align.runtime.signals import Interrupted, StopRequest
 from align.supervised.fit import FitContext, finished, fit, fitted_weights
 from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
