@@ -120,7 +120,17 @@ FIGURES_COMPARED: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Estimate |
 
 
 def comparison_sentence(runs: Sequence[RunRecord]) -> str:
-    """Which runs differ clearly from the first in what their responses are worth."""
+    """Which runs differ clearly from the first in what their responses are worth, and which have gone on since."""
+    sentences = [_clear_differences(runs)]
+    for run in runs:
+        if run.is_extended:
+            step = run.evaluation["policy"]["step"]
+            sentences.append(f"{run.name} was evaluated at step {step:,} and has been extended since.")
+    return " ".join(sentences)
+
+
+def _clear_differences(runs: Sequence[RunRecord]) -> str:
+    """Which runs differ clearly from the first, by the gold score where all have one."""
     for name, noun in (("gold", "gold score"), ("score", "score")):
         gains = [gain for run in runs if (gain := _gain(run.evaluation, name)) is not None]
         if len(gains) == len(runs):

@@ -29,15 +29,12 @@ class Tile:
 
 def sentence(run: RunRecord) -> str:
     """What has come of the run so far."""
+    if run.is_extended:
+        return f"{_outcome(run.evaluation, trainer_of(run))} It has been extended since: {_newest_step(run)}."
     if "policy" in run.evaluation:
         return _outcome(run.evaluation, trainer_of(run))
-    steps = run.experiment.ppo.steps if run.experiment else None
-    step = run.history.last_step("ppo")
-    if step is not None:
-        of = f" of {steps:,}" if steps else ""
-        score = run.history.last("ppo", "reward/mean")
-        newest = "" if score is None else f", where the mean score is {score:.3g}"
-        return f"PPO has not ended: it is at step {step:,}{of}{newest}."
+    if run.history.last_step("ppo") is not None:
+        return f"PPO has not ended: {_newest_step(run)}."
     for stage in reversed(all_stages()):
         step = run.history.last_step(stage.name)
         if step is not None:
@@ -52,6 +49,14 @@ def sentence(run: RunRecord) -> str:
 def trainer_of(run: RunRecord) -> str:
     """What trains the policy of a run."""
     return "DPO" if run.experiment and "dpo" in run.experiment.stages else "PPO"
+
+
+def _newest_step(run: RunRecord) -> str:
+    """Where PPO is, of how many steps, and its newest score."""
+    steps = f" of {run.experiment.ppo.steps:,}" if run.experiment else ""
+    score = run.history.last("ppo", "reward/mean")
+    newest = "" if score is None else f", where the mean score is {score:.3g}"
+    return f"it is at step {run.history.last_step('ppo'):,}{steps}{newest}"
 
 
 def _outcome(evaluation: Mapping[str, Any], trainer: str) -> str:
@@ -79,6 +84,11 @@ def tiles(run: RunRecord) -> list[Tile]:
     return [_change(run), _distance(run), _wins(run), _accuracy(run)]
 
 
+def _evaluated_at(run: RunRecord) -> tuple[str, ...]:
+    """The step of the evaluation, where PPO has gone on since."""
+    return (f"evaluated at step {run.evaluation['policy']['step']:,}",) if run.is_extended else ()
+
+
 def _change(run: RunRecord) -> Tile:
     if "policy" not in run.evaluation:
         score = run.history.last("ppo", "reward/mean")
@@ -93,7 +103,7 @@ def _change(run: RunRecord) -> Tile:
         low = policy[f"{key}_gain_low"]
         high = policy[f"{key}_gain_high"]
         details.insert(0, f"95% interval {low:+.3g} to {high:+.3g}")
-    return Tile(f"Change of the {noun}", f"{after - before:+.3g}", tuple(details))
+    return Tile(f"Change of the {noun}", f"{after - before:+.3g}", (*details, *_evaluated_at(run)))
 
 
 def _distance(run: RunRecord) -> Tile:
@@ -101,7 +111,8 @@ def _distance(run: RunRecord) -> Tile:
     unit = "nats per sequence"
     if "policy" in run.evaluation:
         policy = run.evaluation["policy"]
-        return Tile(label, f"{policy['kl_per_sequence']:.3g}", (unit, f"{policy['kl_per_token']:.3g} per token"))
+        details = (unit, f"{policy['kl_per_token']:.3g} per token", *_evaluated_at(run))
+        return Tile(label, f"{policy['kl_per_sequence']:.3g}", details)
     newest = run.history.last("ppo", "kl/per_sequence")
     if newest is None:
         return Tile(label, UNKNOWN, ("known once PPO has begun",))
@@ -125,7 +136,7 @@ def _wins(run: RunRecord) -> Tile:
     ]
     if by_gold:
         details.append(f"{policy['win_rate']:.0%} by score")
-    return Tile(label, f"{share:.0%}", tuple(details))
+    return Tile(label, f"{share:.0%}", (*details, *_evaluated_at(run)))
 
 
 def _accuracy(run: RunRecord) -> Tile:

@@ -76,6 +76,7 @@ class RunRecord:
         samples: The lines of `samples.jsonl`.
         events: The lines of `events.jsonl`.
         evaluation: The contents of `evaluation.json`.
+        is_extended: Whether PPO has gone on to more steps since that evaluation, and has not ended again.
         diagnostics: The contents of `diagnostics.json` of its reward model, its own or the one that it uses.
         experiment: Its settings; None where they cannot be read.
         fingerprint: The contents of `fingerprint.json`.
@@ -91,6 +92,7 @@ class RunRecord:
     samples: Sequence[Line]
     events: Sequence[Line]
     evaluation: Mapping[str, Any]
+    is_extended: bool
     diagnostics: Mapping[str, Any]
     experiment: Experiment | None
     fingerprint: Mapping[str, Any]
@@ -114,14 +116,16 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         raise UserError(f"{run}/evaluation.json has a policy and no reference: `align eval {run}` writes it again")
     experiment = _read_settings(folder)
     figures = read_figures(run)
+    history = MetricHistory(figures.lines)
     return RunRecord(
         path=run,
         name=run.resolve().name,
         state=_state(folder, experiment),
-        history=MetricHistory(figures.lines),
+        history=history,
         samples=read_lines(run / SAMPLES, ("prompt", "response")),
         events=read_lines(run / EVENTS, ("time", "event", "text")),
         evaluation=evaluation,
+        is_extended=not folder.done("ppo") and _is_older(evaluation, history),
         diagnostics=figures.diagnostics,
         experiment=experiment,
         fingerprint=_read_if_there(folder.fingerprint),
@@ -129,6 +133,12 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         peaks=read_peaks(folder, stage_names()),
         verdicts=verdicts(figures),
     )
+
+
+def _is_older(evaluation: Mapping[str, Any], history: MetricHistory) -> bool:
+    """Whether the policy that was evaluated is not that of the last step."""
+    last = history.last_step("ppo")
+    return "policy" in evaluation and last is not None and evaluation["policy"]["step"] < last
 
 
 def _read_settings(folder: RunFolder) -> Experiment | None:

@@ -94,7 +94,7 @@ def _problem_of_line(row: Any, needs: Sequence[str]) -> str | None:
         return "expected an object with `stage` and `step`"
     if not isinstance(row["stage"], str):
         return _unexpected(row, "stage", "a text")
-    if not _is_whole(row["step"]):
+    if row["step"] != -1 and not _is_whole(row["step"]):  # -1: an event before the first step
         return _unexpected(row, "step", "a whole number from 0 on")
     for key in needs:
         if key not in row:

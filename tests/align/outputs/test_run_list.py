@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
+from align.cli import app
 from align.config.schema import Experiment
 from align.outputs.run_list import RunSummary, list_runs, runs_table, summarise
 from align.runs.folder import RunFolder, begin_run, folder_of, locked
@@ -114,3 +116,14 @@ def test_the_command_prints_json(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (run,) = json.loads(done.stdout)
     assert (run["name"], run["state"], run["step"], run["score"]) == ("a", "stopped", 1, 0.25)
+
+
+def test_the_folder_of_the_command_is_runs_unless_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, name in (("runs", "a"), ("others", "b")):
+        make_run(tmp_path / folder, name, step(0.25))
+    monkeypatch.chdir(tmp_path)
+    for arguments, name in ((["runs"], "a"), (["runs", "others"], "b")):
+        typer.main.get_command(app)([*arguments, "--json"], standalone_mode=False)
+        assert [run["name"] for run in json.loads(capsys.readouterr().out)] == [name]

@@ -4,6 +4,8 @@
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from align.report.compare import write_comparison
 from align.report.page import write_report
 from align.report.run_record import read_run_record
 from align.runs.folder import RunFolder
-from tests.align.report.runs import CHROMIUM, write_run
+from tests.align.report.runs import CHROMIUM, step, write_lines, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright  # noqa: E402
@@ -201,6 +203,29 @@ def test_the_curves_of_a_comparison_stand_over_another_axis(
     page.keyboard.press("ArrowLeft")
     page.locator('#axes input[value="step"]').check()
     assert figure.locator("path.curve.s1").last.get_attribute("d") == by_step
+
+
+def test_the_points_between_those_of_a_thinned_axis_stand_at_their_seconds(page: Page, tmp_path: Path) -> None:
+    """An axis of 998 steps has every third and the last; steps take 1 s and, after step 500, 9 s."""
+    rows = [step(1, reward__mean=0.5)]  # before the first step of the axis
+    for n in range(2, 1000):
+        rows.append(step(n, reward__mean=math.sin(n), kl__per_sequence=1.0, time__step=1.0 if n <= 500 else 9.0))
+    rows.append(step(1000, reward__mean=0.5))  # after its last
+    for name in ("a", "b"):
+        write_lines(tmp_path / name / "metrics.jsonl", rows)
+    write_comparison([RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")], tmp_path / "compare.html")
+    page.goto((tmp_path / "compare.html").as_uri())
+    page.locator('#axes input[value="seconds"]').check()
+    figure = page.locator("#figure-score")
+    left, right = map(float, str(figure.locator("svg.chart").get_attribute("data-plot")).split()[:2])
+    drawn = re.findall(r"[ML]([\d.]+) ", str(figure.locator("path.curve").first.get_attribute("d")))
+    expected = []
+    for n in map(int, figure.locator("tbody th").all_text_contents()):
+        known = min(max(n, 2), 999)
+        seconds = known - 1 if known <= 500 else 499 + 9 * (known - 500)
+        expected.append(left + (seconds - 1) / (4990 - 1) * (right - left))
+    assert len(expected) > 100
+    assert list(map(float, drawn)) == pytest.approx(expected, abs=0.051)
 
 
 def test_without_scripts_the_page_is_complete(browser: Browser, pages: dict[str, str]) -> None:

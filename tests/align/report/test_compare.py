@@ -2,6 +2,7 @@ import json
 import os
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,11 @@ def test_the_sentence_names_clear_differences_alone(two: list[RunRecord], tmp_pa
     assert comparison_sentence([first, first]) == "No run changed the score clearly more or less than first."
     unfinished = record(tmp_path / "third", [step(1, reward__mean=1.0)])
     assert comparison_sentence([first, unfinished]) == "2 runs, of which not all have been evaluated."
+
+
+def test_the_sentence_names_extended_runs(two: list[RunRecord]) -> None:
+    said = comparison_sentence([two[0], replace(two[1], is_extended=True)])
+    assert said.endswith("+0.25 of first. second was evaluated at step 20 and has been extended since.")
 
 
 def test_a_clear_fall_is_marked_too(two: list[RunRecord]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from align.report.headline import sentence, tiles
-from tests.align.report.runs import EVALUATION, POLICY, REFERENCE, record, step
+from tests.align.report.runs import EVALUATION, POLICY, REFERENCE, SETTINGS, record, step
 
 
 def test_a_change_whose_interval_holds_zero_is_not_called_one(tmp_path: Path) -> None:
@@ -61,3 +61,22 @@ def test_the_accuracy_is_beside_its_ceiling_and_the_length_alone(tmp_path: Path)
         "at most 95%, as certain as the labels are",
         "60% by length alone",
     )
+
+
+def test_an_extended_run_says_at_which_step_it_was_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(SETTINGS.format(name="a", beta=0.05).replace("steps: 40", "steps: 80"))
+    run = record(tmp_path, [step(40, reward__mean=0.5), step(47, reward__mean=0.75)], **EVALUATION)
+    assert sentence(run) == (
+        "PPO raised the score by 0.25 over the SFT model in 40 steps, at a KL of 3 nats per sequence. "
+        "It has been extended since: it is at step 47 of 80, where the mean score is 0.75."
+    )
+    assert [tile.details[-1] == "evaluated at step 40" for tile in tiles(run)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("last", "is_done"), [(40, False), (47, True)])
+def test_a_run_whose_evaluation_is_of_its_end_is_not_called_extended(tmp_path: Path, last: int, is_done: bool) -> None:
+    if is_done:  # the policy that PPO ends with may be that of an earlier step
+        (tmp_path / "policy").mkdir()
+    run = record(tmp_path, [step(last, reward__mean=0.5)], **EVALUATION)
+    assert sentence(run).endswith("at a KL of 3 nats per sequence.")
+    assert "evaluated at step 40" not in str(tiles(run))

@@ -45,13 +45,17 @@ def test_a_new_step_appears_and_what_is_open_stays_open(address: str, tmp_path: 
         page.goto(address)
         page.locator("#figure-score summary").click()
         page.evaluate("window.notReloaded = true")
-        page.evaluate("window.settings = document.querySelector('#settings table')")
+        page.evaluate("window.kept = [...document.querySelectorAll('h1, #settings tbody, [data-stage=sft] svg')]")
+        page.evaluate("window.replaced = document.querySelector('#figure-score svg')")
         with (tmp_path / "first" / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(step(41, reward__mean=7.5)) + "\n")
         page.locator("#figure-score .value", has_text="7.5").wait_for(timeout=60_000)
         assert page.locator("#figure-score tbody tr").last.inner_text().split() == ["41", "7.5"]
         assert page.evaluate("window.notReloaded")
-        assert page.evaluate("window.settings === document.querySelector('#settings table')")
+        assert page.evaluate("window.kept.length > 2 && window.kept.every((node) => node.isConnected)")
+        assert not page.evaluate("window.replaced.isConnected")
+        main = "watched.served.querySelector('main')"
+        assert page.evaluate(f"update(document.querySelector('main'), {main}, {main})") is False
         assert page.locator("#cursor input").get_attribute("max") == "41"
         assert page.locator(".lamp").count() == 10
         browser.close()
