@@ -218,7 +218,7 @@ def test_the_points_between_those_of_a_thinned_axis_stand_at_their_seconds(page:
     page.locator('#axes input[value="seconds"]').check()
     figure = page.locator("#figure-score")
     left, right = map(float, str(figure.locator("svg.chart").get_attribute("data-plot")).split()[:2])
-    drawn = re.findall(r"[ML]([\d.]+) ", str(figure.locator("path.curve").first.get_attribute("d")))
+    drawn = re.findall(r"[ML]([\d.]+) ", str(figure.locator("svg.chart path.curve").first.get_attribute("d")))
     expected = []
     for n in map(int, figure.locator("tbody th").all_text_contents()):
         known = min(max(n, 2), 999)
