@@ -312,7 +312,7 @@ def runs_command(
     if as_json:
         print(json.dumps(records(found)))
     elif found:
-        console.print(runs_table(found))
+        console.print(runs_table(found, console.width))
     else:
         console.print(f"no runs in {escaped(folder)}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from align.diagnosis.diagnose import verdicts
@@ -21,8 +22,12 @@ LAST_STEPS = 10
 """Last steps whose mean time the rest of PPO is expected to take."""
 SOMETIMES_SHOWN = ("score", "gold", "KL", "diagnosis")
 """Columns of the table that are left out where no run has anything in them."""
-LEAST_WIDTH = {"diagnosis": 10}
-"""Widths below which words would break, in characters."""
+LEAST_WIDTH = 10
+"""Characters of the column `diagnosis`, below which words would break."""
+SHORTEST_NAME = 20
+"""Characters of a name that are always in one line."""
+OTHER_COLUMNS = 60
+"""Characters that the other columns need."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +129,27 @@ def records(found: Sequence[RunSummary]) -> list[dict[str, Any]]:
     return [asdict(run) for run in found]
 
 
-def runs_table(found: Sequence[RunSummary]) -> Table:
-    """The runs as a table for the terminal."""
+def runs_table(found: Sequence[RunSummary], width: int) -> Table:
+    """The runs as a table for the terminal.
+
+    Args:
+        found: At least one run.
+        width: The characters of a line. Longer names are folded, so that the other columns can be seen.
+    """
     rows = [_cells(run) for run in found]
     shown = dict.fromkeys(_cells(RunSummary("", "")))
     for column in SOMETIMES_SHOWN:
         if not any(row[column] for row in rows):
             del shown[column]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    name_width = min(max(cell_len(run.name) for run in found), max(SHORTEST_NAME, width - OTHER_COLUMNS))
     for column in shown:
-        table.add_column(column, no_wrap=column != "diagnosis", overflow="fold", min_width=LEAST_WIDTH.get(column))
+        if column == "run":
+            table.add_column(column, overflow="fold", width=max(name_width, len(column)))
+        elif column == "diagnosis":
+            table.add_column(column, overflow="fold", min_width=LEAST_WIDTH)
+        else:
+            table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*(row[column] for column in shown))
     return table

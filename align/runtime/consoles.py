@@ -1,11 +1,14 @@
 """Where the commands print: results on standard output, everything else on standard error."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters other than tab and line feed."""
 console = Console()
 errors = Console(stderr=True)
 progress_console = Console(stderr=True)
@@ -26,5 +29,5 @@ def quiet_consoles(*, results: bool, progress: bool) -> Iterator[None]:
 
 
 def escaped(text: object) -> str:
-    """A text in which rich takes brackets for brackets."""
-    return escape(str(text))
+    """A text in which rich takes brackets for brackets, and which cannot control the terminal, as a file name could."""
+    return escape(CONTROL.sub("\ufffd", str(text)))

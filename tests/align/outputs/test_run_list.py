@@ -85,10 +85,22 @@ def test_a_list_with_everything_fits_a_narrow_terminal() -> None:
     running = RunSummary("quickstart-0", "running", "ppo", 10, 20, -10.25, -10.25, 12.5, 36000, "KL too strong", 0.0)
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(runs_table([running, replace(running, name="b", verdict="critic does not learn")]))
+        console.print(runs_table([running, replace(running, name="b", verdict="critic does not learn")], 80))
     text = capture.get()
     assert "quickstart-0 running ppo 10/20 -10.2 -10.2 12.5 ETA 10:00:00" in text
     assert "critic does" in text
+
+
+def test_a_long_name_leaves_room_for_the_other_columns() -> None:
+    run = RunSummary("x" * 120, "running", "ppo", 10, 20, -10.25, -10.25, 12.5, 36000, "KL too strong", 0.0)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(runs_table([run, replace(run, name="\x1b[31mb")], 80))
+    text = capture.get()
+    assert "running ppo 10/20 -10.2 -10.2 12.5 ETA 10:00:00" in text
+    assert text.count("x") == 120
+    assert {"too", "strong"} <= set(text.split())
+    assert "\ufffd[31mb" in text
 
 
 def test_runs_are_listed_by_when_they_were_written(tmp_path: Path) -> None:
@@ -99,7 +111,7 @@ def test_runs_are_listed_by_when_they_were_written(tmp_path: Path) -> None:
     assert [run.name for run in found] == ["new", "old", "older"]
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(runs_table(found))
+        console.print(runs_table(found, 80))
     lines = capture.get().splitlines()
     assert [line.split("  0.5 ")[-1].strip() for line in lines[1:]] == ["now", "2 h ago", "2 d ago"]
     assert "diagnosis" not in lines[0]
