@@ -18,6 +18,8 @@ from align.runs.record_files import EVENTS, SAMPLES, read_lines
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
 
+EVALUATED = ("step", "score_mean", "win_rate", "kl_per_sequence", "kl_per_token")
+"""The figures that every evaluation of a policy has."""
 Line = dict[str, Any]
 """A line of `metrics.jsonl`, `samples.jsonl` or `events.jsonl`."""
 
@@ -112,8 +114,8 @@ def read_run_record(run: Path, evaluation: Mapping[str, Any]) -> RunRecord:
         UserError: One of its files is damaged.
     """
     folder = RunFolder(run)
-    if "policy" in evaluation and "reference" not in evaluation:
-        raise UserError(f"{run}/evaluation.json has a policy and no reference: `align eval {run}` writes it again")
+    if problem := _problem_of(evaluation):
+        raise UserError(f"{run}/evaluation.json {problem}: `align eval {run}` writes it again")
     experiment = _read_settings(folder)
     figures = read_figures(run)
     history = MetricHistory(figures.lines)
@@ -139,6 +141,23 @@ def _is_older(evaluation: Mapping[str, Any], history: MetricHistory) -> bool:
     """Whether the policy that was evaluated is not that of the last step."""
     last = history.last_step("ppo")
     return "policy" in evaluation and last is not None and evaluation["policy"]["step"] < last
+
+
+def _problem_of(evaluation: Mapping[str, Any]) -> str | None:
+    """What is wrong with the evaluation of a policy; None: nothing, or there is none yet."""
+    if "policy" not in evaluation:
+        return None
+    if "reference" not in evaluation:
+        return "has a policy and no reference"
+    needs = {"policy": EVALUATED, "reference": ("score_mean",)}
+    for section, names in needs.items():
+        figures = evaluation[section]
+        if not isinstance(figures, dict):
+            return f"has no figures in {section}"
+        for name in figures.keys() | set(names):
+            if not isinstance(figures.get(name), int | float):
+                return f"has no number in {section}.{name}"
+    return None if isinstance(evaluation.get("prompts"), int) else "has no number of prompts"
 
 
 def _read_settings(folder: RunFolder) -> Experiment | None:

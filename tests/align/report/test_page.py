@@ -11,7 +11,17 @@ from align.report.page import report_page, write_report
 from align.report.render import LARGEST_PAGE, render_within_limit
 from align.report.run_record import read_run_record
 from policies.errors import UserError
-from tests.align.report.runs import EVALUATION, REWARD_MODEL, record, sample, step, write_lines, write_run
+from tests.align.report.runs import (
+    EVALUATION,
+    POLICY,
+    REFERENCE,
+    REWARD_MODEL,
+    record,
+    sample,
+    step,
+    write_lines,
+    write_run,
+)
 
 VERDICT = Verdict(
     name="reward hacking",
@@ -139,6 +149,21 @@ def test_a_line_that_lacks_something_is_an_error_with_its_number(
 def test_an_evaluation_without_its_reference_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation\.json has a policy and no reference: `align eval"):
         page_of(tmp_path, {"policy": EVALUATION["policy"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"policy": {}}, r"has no number in policy\.\w+"),
+        ({"policy": POLICY | {"length_mean": "long"}}, r"has no number in policy\.length_mean"),
+        ({"reference": REFERENCE | {"score_mean": None}}, r"has no number in reference\.score_mean"),
+        ({"reference": "sft"}, "has no figures in reference"),
+        ({"prompts": None}, "has no number of prompts"),
+    ],
+)
+def test_a_damaged_evaluation_is_an_error(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"evaluation\.json {words}: `align eval"):
+        page_of(tmp_path, EVALUATION | change)
 
 
 def test_the_rules_of_the_diagnosis_read_the_run(tmp_path: Path) -> None:
