@@ -13,7 +13,7 @@ EVENTS = "events.jsonl"
 
 TEXTS = frozenset({"prompt", "response", "reference", "event", "time", "text"})
 """Keys of samples and of events whose values are texts."""
-FIGURES = frozenset({"score", "gold"})
+SAMPLE_SCORES = frozenset({"score", "gold"})
 """Keys of a sample whose values are numbers, or null for one that is not finite."""
 LARGEST = 1e300
 """A larger number counts as not finite: differences and means of numbers up to here are finite."""
@@ -28,7 +28,7 @@ def read_lines(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
 
     Each line is an object with `stage`, a text, and `step`, a whole number. The other values of `metrics.jsonl` are
     numbers, histograms, or null for a number that is not finite. NaN, Infinity and numbers beyond `LARGEST` are read as
-    null. `TEXTS` and `FIGURES` say what the values of samples and events are.
+    null. `TEXTS` and `SAMPLE_SCORES` say what the values of samples and events are.
 
     Args:
         path: One of the three files, which may not exist.
@@ -107,7 +107,7 @@ def _problem_of_texts(row: Mapping[str, Any]) -> str | None:
     for key in TEXTS & row.keys():
         if not isinstance(row[key], str):
             return _unexpected(row, key, "a text")
-    for key in FIGURES & row.keys():
+    for key in SAMPLE_SCORES & row.keys():
         if row[key] is not None and not _is_number(row[key]):
             return _unexpected(row, key, "a number or null")
     return None
