@@ -147,7 +147,7 @@ def case_of(model: Path, name: str) -> Case:
         seed=0,
         sft=sft,
         examples=examples(preferences),
-        heldout=examples(preferences, 4),
+        heldout=examples(preferences, 10)[3:7],
         settings=DpoSettings(learning_rate=1.0, **settings),
     )
     return Case(blueprint, policy)
