@@ -148,12 +148,14 @@ def large_updates(run: RunFigures) -> Verdict | None:
 
 
 def dead_critic(run: RunFigures) -> Verdict | None:
-    """The critic explains nothing of the returns."""
+    """The critic explains nothing of the returns, and does not get better."""
     explained = run.curve("value/explained_variance")
     if len(explained) < thresholds.CRITIC_STEPS.value:
         return None
     best = max(explained.values)  # once scores differ little, it can be below 0 again
-    if best >= thresholds.EXPLAINED.value:
+    newer = explained.from_position(len(explained) // 2)
+    gets_better = 1 - newer.end < thresholds.UNEXPLAINED_LEFT.value * (1 - newer.start)
+    if best >= thresholds.EXPLAINED.value or gets_better:
         return None
     policy_rate = run.curve("policy/learning_rate")
     rate = run.curve("value/learning_rate")

@@ -67,8 +67,13 @@ EXPLAINED = Threshold(
     "largest explained variance of the critic",
     "a constant explains 0; " + RUNS + "below -0.7 where it does not learn, at least 0.13 in healthy ones",
 )
+UNEXPLAINED_LEFT = Threshold(
+    0.75,
+    "variance of the returns that the critic does not explain at the end, by that in the middle of the steps",
+    RUNS + "at least 0.9 where it does not learn; 0.51 in a healthy run whose critic explains nothing in eight steps",
+)
 CRITIC_STEPS = Threshold(
-    8, "steps that a critic has before it is judged", RUNS + "by then it explains at least 0.1 in healthy ones"
+    8, "steps that a critic has before it is judged", RUNS + "by then it explains at least 0.1 in healthy ones, or gets better"
 )
 SKIPPED = Threshold(0.2, "share of steps with skipped updates", UNMEASURED)
 
