@@ -29,7 +29,7 @@ class SourceSettings(Settings):
     """One source of rows. A string or a list of strings alone is short for `path`."""
 
     path: str | list[str] = Field(
-        description="file (JSONL, JSON, CSV, Parquet), folder of such files, or dataset on the hub; or a list of these"
+        description="file (JSONL, JSON, CSV, Parquet; TXT and MD: a row each), folder of such files, or dataset on the hub; or a list"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="align's name of a column: its name in the data")
     subset: str | None = Field(None, description="configuration of a dataset on the hub, such as main of openai/gsm8k")
@@ -136,10 +136,10 @@ class SftSettings(FitSettings):
     turns: Literal["all", "last"] = Field(
         "all", description="the assistant's turns in `messages` that are trained; a `completion` is one turn"
     )
-    truncate: Literal["start", "end"] | None = Field(
+    truncate: Literal["start", "end", "split"] | None = Field(
         None,
-        description="cut rows with more than max_tokens at their start or end, where trained tokens remain; "
-        "unset: they are refused or skipped, depending on data.on_bad_row",
+        description="cut rows with more than max_tokens at their start or end, where trained tokens remain; or split "
+        "plain `text` into pieces; unset: they are refused or skipped, depending on data.on_bad_row",
     )
     neftune_alpha: float = Field(
         0.0, ge=0, description="α of NEFTune, noise on the embeddings while training; 5 is usual; 0: none"

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from align.data.examples import (
     TokenizedPreference,
     demonstration_parser,
     dpo_parser,
+    pieces_of,
     preference_parser,
     request_parser,
 )
@@ -91,7 +93,7 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         UserError: There are invalid rows, or a source is not set. The message names source, file and line of the first
             invalid rows, or the key of the missing source.
     """
-    reader = _Reader(experiment)
+    reader = _Reader(experiment, max_positions)
     datasets = Datasets(skipped=reader.skipped, notes=reader.notes)
     needed = _needed_sources(experiment)
     encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
@@ -210,8 +212,9 @@ def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request) -> 
 class _Reader:
     """Reads the sources of `data`, and splits those without a held-out source."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, max_positions: int | None = None) -> None:
         self.data = experiment.data
+        self.longest = min(experiment.sft.max_tokens, max_positions or experiment.sft.max_tokens)
         self.seed = experiment.seed
         self.skipped: dict[str, list[str]] = {}
         self.notes: dict[str, list[str]] = {}
@@ -222,7 +225,8 @@ class _Reader:
         """The demonstrations, mixed where there are several datasets, and the held-out ones."""
         mixture = self.data.mixture
         if not mixture:
-            return self.read_and_split("demonstrations", parse)
+            items, others = self.read_and_split("demonstrations", parse)
+            return self._in_pieces(items), self._in_pieces(others)
         parts = {name: self._read_part(name, source, parse) for name, source in mixture.items()}
         weights = {name: source.weight for name, source in mixture.items()}
         sizes = {name: len(kept) for name, (kept, _) in parts.items()}
@@ -241,8 +245,14 @@ class _Reader:
         key = f"mixture.{name}"
         items = self._read_source(key, source, parse)
         if source.heldout:
-            return items, self._read_source(f"{key}.heldout", source.heldout, parse)
-        return self._split(key, items, f"data.{key}.heldout")
+            heldout = self._read_source(f"{key}.heldout", source.heldout, parse)
+        else:
+            items, heldout = self._split(key, items, f"data.{key}.heldout")
+        return self._in_pieces(items), self._in_pieces(heldout)
+
+    def _in_pieces(self, items: Sequence[TokenizedDemonstration]) -> list[TokenizedDemonstration]:
+        """The demonstrations, those texts in pieces that are longer than a row may be."""
+        return list(chain.from_iterable(pieces_of(item, self.longest) for item in items))
 
     def read(self, name: str, parse: Parser[Example]) -> list[Example]:
         source: SourceSettings | None = getattr(self.data, name)

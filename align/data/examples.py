@@ -1,7 +1,7 @@
 """Rows of data as tokens: demonstrations, preference examples and requests."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from align.config.dpo_settings import DpoSettings
@@ -57,6 +57,11 @@ class TokenizedDemonstration:
         """The tokens before the first trained turn."""
         start, _ = self.turns[0]
         return self.ids[:start]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text without a prompt, all of which is trained but for the token that it begins with."""
+        return self.turns == [(1, self.length)]
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,10 @@ def demonstration_parser(
 
     def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
         demonstration = _tokenized(encoder, settings, values)
-        if settings.truncate and demonstration.length > limit.tokens:
+        is_split = settings.truncate == "split" and demonstration.is_text
+        if demonstration.length <= limit.tokens or is_split:
+            return demonstration
+        if settings.truncate in ("start", "end"):
             return truncated(demonstration, limit.tokens, settings.truncate)
         limit.check(demonstration.length)
         return demonstration
@@ -155,6 +163,20 @@ def truncated(
     if not turns:
         raise ValueError(f"its first {tokens} tokens have none that is trained, and sft.truncate cuts off its {where}")
     return TokenizedDemonstration(ids, turns, was_cut=True)
+
+
+def pieces_of(demonstration: TokenizedDemonstration, tokens: int) -> list[TokenizedDemonstration]:
+    """A text in pieces of at most so many tokens, each of which begins with the last token of the one before.
+
+    So each token is trained once, as in the whole text. What is no text, or fits, is one piece.
+    """
+    if not demonstration.is_text or demonstration.length <= tokens:
+        return [demonstration]
+    pieces = []
+    for start in range(0, demonstration.length - 1, tokens - 1):
+        ids = demonstration.ids[start : start + tokens]
+        pieces.append(replace(demonstration, ids=ids, turns=[(1, len(ids))], was_cut=True))
+    return pieces
 
 
 def _tokenized(encoder: TextEncoder, settings: SftSettings, values: Mapping[str, Any]) -> TokenizedDemonstration:

@@ -18,6 +18,9 @@ from align.data.source_row import SourceRow
 from policies.errors import UserError, first_line
 from policies.text.columns import RepeatedKey, kind, parse_json, unique_keys
 
+DOCUMENTS = (".txt", ".md")
+"""Suffixes of files that are one row each."""
+
 
 def read_rows(source: SourceSettings, note: Callable[[str], None] = lambda text: None) -> list[SourceRow]:
     """Read all rows of a source.
@@ -105,7 +108,8 @@ def _files_in(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if _reader(file) and file.is_file())
     if not files:
         raise UserError(f"folder {folder} contains no {', '.join(READERS)} file")
-    return files
+    tables = [file for file in files if file.suffix not in DOCUMENTS]
+    return tables or files  # documents beside tables are about them, such as README.md
 
 
 def _may_be_on_the_hub(name: str) -> bool:
@@ -237,12 +241,22 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[SourceRow]:
         yield SourceRow(f"{name} ({split}), row {number}", values)
 
 
+def _read_text(path: Path) -> Iterator[SourceRow]:
+    """A document as one row."""
+    try:
+        yield SourceRow(str(path), {"text": path.read_text(encoding="utf-8-sig")})
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}") from None
+
+
 READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
+    ".md": _read_text,
 }
 """The reader of each kind of file, by the suffix of its name."""
 

@@ -73,7 +73,9 @@ UNEXPLAINED_LEFT = Threshold(
     RUNS + "at least 0.9 where it does not learn; 0.51 in a healthy run whose critic explains nothing in eight steps",
 )
 CRITIC_STEPS = Threshold(
-    8, "steps that a critic has before it is judged", RUNS + "by then it explains at least 0.1 in healthy ones, or gets better"
+    8,
+    "steps that a critic has before it is judged",
+    RUNS + "by then it explains at least 0.1 in healthy ones, or gets better",
 )
 SKIPPED = Threshold(0.2, "share of steps with skipped updates", UNMEASURED)
 

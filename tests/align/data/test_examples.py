@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from align.config.schema import Experiment, SftSettings, SourceSettings
@@ -12,11 +14,14 @@ from align.data.datasets import Datasets, context_length, read_datasets
 from align.data.examples import (
     TokenizedDemonstration,
     demonstration_parser,
+    pieces_of,
     preference_parser,
     request_parser,
     truncated,
 )
+from align.data.readers import read_rows
 from align.roles.build import SFT_ROLE
+from align.stages.pipeline import load_datasets
 from align.supervised.objective import SupervisedModule
 from align.supervised.sft_objective import SftObjective
 from policies.build import build_trunk
@@ -263,3 +268,49 @@ def test_a_parser_cuts_rows_only_where_it_is_told_to(chat: TextEncoder) -> None:
         demonstration_parser(chat, SftSettings(max_tokens=limit), None)(row)
     cut = demonstration_parser(chat, SftSettings(max_tokens=limit, truncate="end"), None)(row)
     assert (cut.ids, cut.was_cut, whole.was_cut) == (whole.ids[:limit], True, False)
+
+
+@given(length=st.integers(2, 60), tokens=st.integers(2, 70))
+def test_pieces_of_a_text_train_each_of_its_tokens_once_after_the_one_before_it(length: int, tokens: int) -> None:
+    whole = TokenizedDemonstration(list(range(length)), [(1, length)])
+    pieces = pieces_of(whole, tokens)
+    assert all(2 <= piece.length <= tokens or piece == whole for piece in pieces)
+    trained = []
+    for piece in pieces:
+        for start, end in piece.turns:
+            trained += [(piece.ids[i - 1], piece.ids[i]) for i in range(start, end)]
+    assert trained == [(token - 1, token) for token in range(1, length)]
+
+
+def test_only_texts_are_split(chat: TextEncoder) -> None:
+    settings = SftSettings(max_tokens=6, truncate="split")
+    parse = demonstration_parser(chat, settings, None)
+    text = parse({"text": "a b c d e f g h i j"})
+    assert text.length > 6
+    assert len(pieces_of(text, 6)) > 1
+    with pytest.raises(ValueError, match=r"more than sft\.max_tokens"):
+        parse({"prompt": "a b c d e f g", "completion": "h i j k"})
+
+
+def test_documents_are_rows_and_are_split_in_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path)
+    settings["stages"] = ["sft"]
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.{'md' if number % 2 else 'txt'}").write_text("red cat " * (20 + number))
+    settings["data"]["demonstrations"] = str(folder)
+    settings["sft"] |= {"max_tokens": 16, "truncate": "split"}
+    datasets = load_datasets(Experiment.model_validate(settings))
+    assert max(example.length for example in datasets.demonstrations) == 16
+    assert len(datasets.demonstrations) > 20
+    settings["sft"]["truncate"] = None
+    with pytest.raises(UserError, match=r"0\.txt: .* more than sft\.max_tokens, 16"):
+        load_datasets(Experiment.model_validate(settings))
+
+
+def test_documents_beside_tables_are_not_rows(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("About the data.")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    assert [row.values for row in read_rows(SourceSettings(path=str(tmp_path)))] == [{"text": "a"}]
+    assert read_rows(SourceSettings(path=str(tmp_path / "README.md")))[0].values == {"text": "About the data."}

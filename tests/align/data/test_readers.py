@@ -77,7 +77,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
         ("r.json", "{", "r.json: not valid JSON"),
         ("r.json", "{}", "a list of objects was expected"),
         ("r.parquet", "PAR0", "cannot be read as Parquet"),
-        ("r.txt", "text", "rows are read from .jsonl"),
+        ("r.xlsx", "text", "rows are read from .jsonl"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str, reason: str) -> None:
