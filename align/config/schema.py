@@ -29,7 +29,7 @@ class SourceSettings(Settings):
     """One source of rows. A string or a list of strings alone is short for `path`."""
 
     path: str | list[str] = Field(
-        description="file (JSONL, JSON, CSV, Parquet; TXT and MD: one row), folder of such files, or dataset on the hub; "
+        description="file (JSONL, JSON, CSV, Parquet; TXT, MD: a row), folder of such files, or dataset on the hub; "
         "or a list of these"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="align's name of a column: its name in the data")
