@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,6 +18,14 @@ Label = str | int | float
 
 MAX_NAMED = 12
 """Classes that a message names: more would hide the rest of it."""
+
+
+class Labelled(Protocol):
+    """Anything with a label."""
+
+    @property
+    def label(self) -> Label:
+        """Its label."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Classes:
         if not any(type(label) is type(known) and label == known for known in self.labels):
             raise ValueError(f"label {shown(label)} is not one of the training labels: {_named(self.labels)}")
 
-    def targets(self, examples: Sequence[LabelledText]) -> list[int]:
+    def targets(self, examples: Sequence[Labelled]) -> list[int]:
         """The number of each example's class."""
         labels: Sequence[Label] = self.labels
         numbers = {label: number for number, label in enumerate(labels)}
@@ -94,7 +102,7 @@ class Numbers:
         if isinstance(label, str):
             raise ValueError(f"label {shown(label)} is text; a number was expected, as in the training data")
 
-    def targets(self, examples: Sequence[LabelledText]) -> list[float]:
+    def targets(self, examples: Sequence[Labelled]) -> list[float]:
         """Each example's label in standard deviations from the mean."""
         return [(float(example.label) - self.mean) / self.std for example in examples]
 

@@ -41,9 +41,12 @@ class TextClassifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Outputs `[B, C]` float32 of the texts of a batch."""
-        states = self.trunk.hidden_packed(batch.ids, batch.lengths, CLASSIFIER_ROLE)  # [N, H]
-        outputs: Tensor = self.head(states[batch.last])  # [B, C]
+        outputs: Tensor = self.head(self.last_states(batch))
         return outputs
+
+    def last_states(self, batch: Batch) -> Tensor:
+        """Hidden states `[B, H]` of the last tokens of the texts of a batch, in the base's dtype."""
+        return self.trunk.hidden_packed(batch.ids, batch.lengths, CLASSIFIER_ROLE)[batch.last]
 
     @torch.no_grad()
     def outputs(self, texts: Sequence[Sequence[int]], tokens: int | None = None) -> Tensor:

@@ -7,18 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from align.data.labels import Classes, LabelledText, LabelSpace
+from align.learner.rank import Rank
 from align.roles.build import build_sft_trunk
 from align.roles.text_classifier import CLASSIFIER_ROLE, TextClassifier, collate_texts
 from align.runtime.seeds import seed_for
 from align.supervised.objective import Objective, SupervisedModule
+from align.supervised.text_states import TextState, text_states
 from policies.batching import Batch
 from policies.heads import LinearHead
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
 
+LabelExample = LabelledText | TextState
 
-class LabelObjective(Objective[LabelledText]):
-    """A mean over labelled texts. The subclasses say of what."""
+
+class LabelObjective(Objective[LabelExample]):
+    """A mean over labelled texts. The subclasses say of what.
+
+    Where the head alone is trained, the hidden states that it reads never change: they are computed once.
+    """
 
     def __init__(
         self,
@@ -39,31 +46,44 @@ class LabelObjective(Objective[LabelledText]):
         """
         self.model = model
         self.module = SupervisedModule(model.trunk, CLASSIFIER_ROLE, trains_adapter, nn.ModuleList([model.head]))
+        self.texts = examples
+        self.heldout_texts = heldout
         self.examples = examples
         self.heldout = heldout
         self.peak_rates = {CLASSIFIER_ROLE: learning_rate}
 
-    def weight(self, examples: Sequence[LabelledText]) -> float:
+    def prepare(self, rank: Rank) -> None:
+        """Compute the hidden states of all texts, if they do not change."""
+        if not self.module.trains_adapter:
+            self.examples = text_states(rank, self.model, self.texts)
+            self.heldout = text_states(rank, self.model, self.heldout_texts)
+
+    def weight(self, examples: Sequence[LabelExample]) -> float:
         return len(examples)
 
-    def collate(self, examples: Sequence[LabelledText], device: torch.device) -> tuple[Batch, Tensor]:
-        batch = collate_texts([example.ids for example in examples])
+    def collate(self, examples: Sequence[LabelExample], device: torch.device) -> tuple[Batch | Tensor, Tensor]:
         targets = torch.tensor(self.model.space.targets(examples))  # [B]
-        return batch.to(device), targets.to(device)
+        return collate_inputs(examples).to(device), targets.to(device)
+
+    def outputs(self, inputs: Batch | Tensor) -> Tensor:
+        """Outputs `[B, C]` of texts, or of their hidden states `[B, H]`."""
+        if isinstance(inputs, Batch):
+            return self.model(inputs)
+        return self.model.head(inputs)
 
 
 class ClassificationObjective(LabelObjective):
     """Negative log-likelihood of the classes under a softmax over the logits (cross-entropy), in nats per text."""
 
-    def loss(self, module: SupervisedModule, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, module: SupervisedModule, inputs: Batch | Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The summed loss `[]` of a microbatch with targets `[B]` int64; and `[2]`: its sum, and the number right."""
-        logits = self.model(batch)  # [B, C]
+        logits = self.outputs(inputs)  # [B, C]
         loss = class_loss(logits, targets)
         right = (logits.detach().argmax(-1) == targets).sum()
         return loss, torch.stack([loss.detach(), right])
 
-    def heldout_loss(self, module: SupervisedModule, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss, statistics = self.loss(module, batch, targets)
+    def heldout_loss(self, module: SupervisedModule, inputs: Batch | Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss, statistics = self.loss(module, inputs, targets)
         return loss, statistics[0]
 
     def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:
@@ -74,13 +94,21 @@ class ClassificationObjective(LabelObjective):
 class RegressionObjective(LabelObjective):
     """Squared error per text, in units of the variance of the training labels: 1 for their mean."""
 
-    def loss(self, module: SupervisedModule, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, module: SupervisedModule, inputs: Batch | Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The summed loss `[]` of a microbatch with targets `[B]` float32, which is also its only statistic."""
-        loss = number_loss(self.model(batch), targets)
+        loss = number_loss(self.outputs(inputs), targets)
         return loss, loss.detach()
 
     def metrics(self, sums: Tensor, weight: float) -> dict[str, float]:
         return {"loss": float(sums) / weight}
+
+
+def collate_inputs(examples: Sequence[LabelExample]) -> Batch | Tensor:
+    """Texts as a batch, or hidden states `[B, H]`."""
+    states = [example.state for example in examples if isinstance(example, TextState)]
+    if states:
+        return torch.stack(states)
+    return collate_texts([example.ids for example in examples if isinstance(example, LabelledText)])
 
 
 def class_loss(logits: Tensor, targets: Tensor) -> Tensor:
