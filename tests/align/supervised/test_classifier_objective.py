@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ from align.learner.group import LocalRank, Ranks
 from align.learner.ray_ranks import RayRanks
 from align.learner.state import TrainedWeights
 from align.resources.ray_cluster import ray_cluster
-from align.roles.text_classifier import CLASSIFIER_ROLE
+from align.roles.text_classifier import CLASSIFIER_ROLE, collate_texts
 from align.supervised.classifier_objective import ClassifierBlueprint, class_loss, number_loss
+from align.supervised.learner import SupervisedLearner
+from align.supervised.text_states import TEXTS_AT_ONCE, TextState
 from policies.build import build_trunk
 from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
+from rewards.schema import FitSettings
 from tests.align.supervised.small import labelled_texts, random_adapter
 from tests.integration.plain_gradients import Parts, PlainModel, parts_of
 from tests.integration.split_objectives import STEEP, SteepRank, Step
@@ -144,10 +148,29 @@ def test_the_head_alone_has_the_gradient_of_a_linear_probe(task: str, one: Ranks
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("trains_adapter", [True, False])
 @pytest.mark.parametrize("task", SPACES)
-def test_two_ranks_have_the_gradient_of_float64(task: str, zero: int, two: Ranks[SteepRank], model: Path) -> None:
-    blueprint = blueprint_of(model, task)
+def test_two_ranks_have_the_gradient_of_float64(
+    task: str, trains_adapter: bool, zero: int, two: Ranks[SteepRank], model: Path
+) -> None:
+    blueprint = blueprint_of(model, task, trains_adapter)
     check_step(step_of(two, blueprint, zero, tokens=20), blueprint, model)
+
+
+def test_states_that_are_computed_once_are_those_of_each_text_alone(model: Path, process_group: None) -> None:
+    blueprint = blueprint_of(model, "classification", trains_adapter=False)
+    blueprint = replace(blueprint, examples=labelled_texts("classification", TEXTS_AT_ONCE + 6))  # more than one block
+    objective = blueprint.build()
+    learner = SupervisedLearner(objective, FitSettings(tokens_per_microbatch=40), zero=0, seed=0)
+    assert len(objective.examples) == len(blueprint.examples)
+    for text, computed in zip(blueprint.examples, objective.examples, strict=True):
+        assert isinstance(computed, TextState)
+        with torch.no_grad():
+            alone = objective.model.last_states(collate_texts([text.ids]))[0]
+        assert computed.label == text.label
+        assert computed.state.untyped_storage().nbytes() == computed.state.nbytes
+        torch.testing.assert_close(computed.state, alone, rtol=0, atol=1e-5)
+    learner.close()
 
 
 def test_the_accuracy_of_a_batch_is_the_share_of_likeliest_classes(one: Ranks[SteepRank], model: Path) -> None:
