@@ -1,9 +1,7 @@
 """The evaluation of a classifier or regression model on held-out texts, written to `classifier/` by the stage."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +10,8 @@ from torch import Tensor
 
 from align.data.labels import Classes, LabelledText, LabelSpace, Numbers
 from align.evaluation.label_figures import class_figures, number_figures
-from align.evaluation.reward_model import DIAGNOSTICS, MAX_WORST, WORST
+from align.evaluation.reward_model import MAX_WORST
 from align.roles.text_classifier import TextClassifier
-from align.runtime.atomic_files import write_json
 from policies.text.tokenization import prompt_text
 
 Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -96,12 +93,3 @@ def _error(text: LabelledText, predicted: float | str) -> dict[str, Any]:
 def headline_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     """The classifier's part of `evaluation.json`."""
     return {name: value for name, value in figures.items() if name not in IN_DIAGNOSTICS}
-
-
-def write_label_diagnostics(
-    folder: Path, figures: Mapping[str, Any], worst_errors: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write figures and worst errors to a folder, which exists."""
-    write_json(folder / DIAGNOSTICS, figures)
-    lines = [json.dumps(error, ensure_ascii=False) + "\n" for error in worst_errors]
-    (folder / WORST).write_text("".join(lines), encoding="utf-8")

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from align.evaluation.classifier import evaluate_classifier, headline_figures, write_label_diagnostics
+from align.evaluation.classifier import evaluate_classifier, headline_figures
+from align.evaluation.reward_model import write_diagnostics
 from align.roles.build import build_sft_trunk
 from align.roles.text_classifier import CLASSIFIER_ROLE, TextClassifier
 from align.runs.folder import RunFolder, read_facts
@@ -32,7 +33,7 @@ def run_classify(context: StageContext) -> None:
     facts = asdict(result) | skipped | {"heldout": headline_figures(figures)}
     with context.new_product(context.run.product(STAGE_NAME), facts, started) as folder:
         model.save(folder)
-        write_label_diagnostics(folder, figures, worst_errors)
+        write_diagnostics(folder, figures, worst_errors)
 
 
 def _metrics(figures: Mapping[str, Any]) -> dict[str, float]:
