@@ -226,20 +226,21 @@ def generate(  # noqa: PLR0913 - one parameter per option
 
 
 @app.command(epilog=_example("align export runs/second --merge --to model"))
-def export(
+def export(  # noqa: PLR0913 - one parameter per option
     run: Run,
     to: Annotated[Path, typer.Option("--to", help="the folder to write", show_default=False)],
     merge: Annotated[
         bool, typer.Option("--merge", help="a complete model, the adapter merged into its weights")
     ] = False,
     reward: Annotated[bool, typer.Option("--reward", help="the reward model, as a sequence classifier")] = False,
+    classifier: Annotated[bool, typer.Option("--classifier", help="the classifier of `align classify`")] = False,
     member: Annotated[
         int | None, typer.Option(min=0, help="with --reward: which member of an ensemble, counted from 0")
     ] = None,
     task: Annotated[str, typer.Option(help="add the soft prompt under this name to the prompt table --to")] = "",
     dtype: Annotated[str, typer.Option(help="with --merge: float32, bfloat16 or float16")] = "float32",
 ) -> None:
-    """Export a run's policy for other programs, check it, and describe it in a model card."""
+    """Export a run's policy, reward model or classifier for other programs, check it, and write a model card."""
     from align.outputs.export import Product, export_prompt, export_run
     from align.runs.folder import find_run
 
@@ -248,28 +249,42 @@ def export(
         export_prompt(settings, folder, to, task)
         errors.print(f"soft prompt of {folder.path} added to {to} as {task}; sft.adapter={to}#{task} starts from it")
         return
-    _check_export(to, merge, reward, member, dtype)
+    _check_export(to, merge=merge, reward=reward, classifier=classifier, member=member, dtype=dtype)
     product: Product = "adapter"
     if merge:
         product = "model"
-    if reward:
+    elif reward:
         product = "reward model"
+    elif classifier:
+        product = "classifier"
     product, difference, changes = export_run(settings, folder, to, product, dtype=dtype, member=member)
-    compared = f"log-probabilities differ from the run's by at most {difference:.2g} nats"
-    if product == "reward model":
-        compared = f"scores differ from the run's by at most {difference:.2g}"
+    compared = COMPARED.get(product, "log-probabilities differ from the run's by at most {:.2g} nats").format(
+        difference
+    )
     errors.print(f"{product} of {folder.path} written to {to}; reloaded, its {compared}", soft_wrap=True)
     for change in changes:
         errors.print(f"generation config of {to}: {change}", soft_wrap=True, markup=False)
 
 
-def _check_export(to: Path, merge: bool, reward: bool, member: int | None, dtype: str) -> None:
+COMPARED = {
+    "adapter": "log-probabilities differ from the run's by at most {:.2g} nats",
+    "model": "log-probabilities differ from the run's by at most {:.2g} nats",
+    "reward model": "scores differ from the run's by at most {:.2g}",
+    "classifier": "outputs differ from the run's by at most {:.2g}",
+}
+"""How an export compares with the run's own model."""
+
+
+def _check_export(to: Path, *, merge: bool, reward: bool, classifier: bool, member: int | None, dtype: str) -> None:
     if to.exists():
         raise UserError(f"--to {to} already exists: choose a new folder")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
-    if merge and reward:
-        raise UserError("--merge is for the policy; a reward model is always exported complete: remove one of the two")
+    if merge and (reward or classifier):
+        other = "reward model" if reward else "classifier"
+        raise UserError(f"--merge is for the policy; a {other} is always exported complete: remove one of the two")
+    if reward and classifier:
+        raise UserError("--reward and --classifier are two products: export one after the other")
     if dtype != "float32" and not merge:
         raise UserError("--dtype needs --merge: add it")
     if member is not None and not reward:

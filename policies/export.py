@@ -1,8 +1,9 @@
-"""Exports a trained policy or reward model for other programs, and checks the export against the live model."""
+"""Exports a trained model for other programs, and checks the export against the live model."""
 
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,11 +35,11 @@ EXPORT_ROLE = "policy"
 MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5}
 """Largest difference of log-probabilities, in nats, that rounding explains, by the coarser dtype of the two."""
 MAX_SCORE_DIFFERENCE = 1e-3
-"""Largest difference of reward scores that rounding explains, relative to the largest score or to 1."""
+"""Largest difference of a head's outputs that rounding explains, relative to the largest output or to 1."""
 PROBE_SHAPE = (4, 16)
 """Sequences, and tokens of each, that an export is compared on."""
 PROBE_TEXTS = (("Is it late?", " No."), ("What is it that you do there?", " I read."))
-"""Prompts and responses that an exported reward model is compared on besides, padded in one batch."""
+"""Prompts and responses that an exported head is compared on besides, padded in one batch."""
 
 
 def export_adapter(
@@ -60,7 +61,7 @@ def export_adapter(
         UserError: The adapter does not match `policy`.
         RuntimeError: The export differs from the live policy (see `compare`).
     """
-    live = _load_live(model, policy, source)
+    live = load_live(model, policy, source)
     ids = _probe(live)
     expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
     base_log_probs = _log_probs_of_model(load_base(model, policy), ids)
@@ -74,7 +75,7 @@ def export_adapter(
     if policy.spec.in_peft:
         reloaded = _log_probs_of_model(PeftModel.from_pretrained(base, str(folder)).eval(), ids)
     else:
-        reloaded = _log_probs_of_role(_load_live(model, policy, folder), EXPORT_ROLE, ids)
+        reloaded = _log_probs_of_role(load_live(model, policy, folder), EXPORT_ROLE, ids)
     return compare(reloaded, expected, base_log_probs, model.dtype_for(policy))
 
 
@@ -103,7 +104,7 @@ def export_merged(
         UserError: The method cannot be merged, or the model family has no parameters for what the method adds.
         RuntimeError: The export differs from the live policy (see `compare`).
     """
-    live = _load_live(model, policy, source)
+    live = load_live(model, policy, source)
     ids = _probe(live)
     expected = _log_probs_of_role(live, EXPORT_ROLE, ids)
     base_log_probs = _log_probs_of_model(load_base(model, policy), ids)
@@ -171,30 +172,57 @@ def export_reward(
         UserError: The method cannot be merged, or the model family has no parameters for what the method adds.
         RuntimeError: The scores differ by more than rounding explains.
     """
-    live = _load_live(model, policy, source, "reward")
+    live = load_live(model, policy, source, "reward")
     head = load_head(source)
+    difference = export_head(model, live, head["weight"].unsqueeze(0), tokenizer, folder)
+    return difference, float(head["bias"])
+
+
+def export_head(
+    model: ModelSettings, live: Trunk, weight: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path, **config: Any
+) -> float:
+    """Write a base model with a linear head as a sequence classifier, reload it with plain transformers, and compare.
+
+    Args:
+        model: The base model.
+        live: The live model, with the adapter of one role; it is not used afterwards.
+        weight: The head's weight `[C, H]`.
+        tokenizer: The base model's tokenizer.
+        folder: The folder to write to.
+        **config: Attributes of the classifier's config.
+
+    Returns:
+        The largest difference of the outputs, on short sequences in one padded batch.
+
+    Raises:
+        UserError: The method cannot be merged, or the model family has no parameters for what the method adds.
+        RuntimeError: The outputs differ by more than rounding explains.
+    """
     scoring = scoring_tokenizer(tokenizer)
     sequences = [*_probe(live).tolist(), *_probe_texts(tokenizer)]
-    scores = _live_scores(live, head["weight"], sequences)
-    write_model(model, live.merged_weights("reward"), folder, "float32")
+    expected = _live_outputs(live, weight, sequences)  # [B, C]
+    write_model(model, live.merged_weights(live.roles[0]), folder, "float32")
     scoring.save_pretrained(folder)
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **SAFE)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(weight), **SAFE)
+    for name, value in config.items():
+        setattr(classifier.config, name, value)
     classifier.config.pad_token_id = scoring.pad_token_id
     classifier.config.get_text_config().pad_token_id = scoring.pad_token_id
     if scoring.pad_token_id >= classifier.get_input_embeddings().num_embeddings:
         classifier.resize_token_embeddings(scoring.pad_token_id + 1, mean_resizing=False)
-    classifier.score.weight.data.copy_(head["weight"].unsqueeze(0))  # [1, H]
+    classifier.score.weight.data.copy_(weight)
     save_model(classifier, folder)
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder, **SAFE).to(default_device()).eval()
     padded = scoring.pad({"input_ids": sequences}, return_tensors="pt").to(reloaded.device)
     with torch.no_grad():
-        logits = reloaded(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits  # [B, 1]
-    difference = float((logits.squeeze(-1).cpu() - scores).abs().max())
-    if not difference <= MAX_SCORE_DIFFERENCE * max(1.0, float(scores.abs().max())):  # NaN too
+        logits = reloaded(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits  # [B, C]
+    difference = float((logits.cpu() - expected).abs().max())
+    if not difference <= MAX_SCORE_DIFFERENCE * max(1.0, float(expected.abs().max())):  # NaN too
         raise RuntimeError(
-            f"the exported reward model differs from the live one by {difference:.2g}, more than rounding explains"
+            f"the exported {live.roles[0]} model differs from the live one by {difference:.2g}, more than rounding "
+            "explains"
         )
-    return difference, float(head["bias"])
+    return difference
 
 
 def compare(exported: Tensor, expected: Tensor, base: Tensor, dtype: str) -> float:
@@ -223,8 +251,8 @@ def compare(exported: Tensor, expected: Tensor, base: Tensor, dtype: str) -> flo
     return difference
 
 
-def _load_live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = EXPORT_ROLE) -> Trunk:
-    """The live model: a trunk whose role has the saved adapter."""
+def load_live(model: ModelSettings, policy: PolicySettings, source: Path, role: str = EXPORT_ROLE) -> Trunk:
+    """The live model: a trunk with one role, which has the saved adapter."""
     trunk = build_trunk(model, policy, (role,))
     trunk.write_adapter(role, load_adapter(source, policy))
     return trunk
@@ -253,14 +281,14 @@ def _probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _live_scores(trunk: Trunk, weight: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """The scores `[B]` of sequences, each alone, by the weight `[H]` of the reward's head, on the CPU."""
-    scores: list[Tensor] = []
+def _live_outputs(trunk: Trunk, weight: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The outputs `[B, C]` of sequences, each alone, by the weight `[C, H]` of the role's head, on the CPU."""
+    outputs: list[Tensor] = []
     for sequence in sequences:
         ids = torch.tensor([sequence], device=trunk.causal.device)
-        hidden = trunk.hidden(ids, "reward")[0, -1].float()  # [H]
-        scores.append(hidden @ weight.to(hidden.device))
-    return torch.stack(scores).cpu()
+        hidden = trunk.hidden(ids, trunk.roles[0])[0, -1].float()  # [H]
+        outputs.append(weight.to(hidden.device) @ hidden)
+    return torch.stack(outputs).cpu()
 
 
 @torch.no_grad()

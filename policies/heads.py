@@ -1,4 +1,4 @@
-"""The scalar head that turns a hidden state into a value or a reward."""
+"""The heads that turn a hidden state into a value, a reward, or the outputs of a classifier."""
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +39,26 @@ class ScalarHead(nn.Module):
         """Change the head in place so that its scores become (score - mean) / std."""
         self.bias.sub_(mean).div_(std)
         self.weight.div_(std)
+
+
+class LinearHead(nn.Module):
+    """A linear layer from hidden states to C outputs, in float32, without a bias.
+
+    transformers' sequence classifiers have none, so that an exported model has the same outputs. The weights start as
+    those of `ScalarHead` do.
+    """
+
+    def __init__(self, width: int, outputs: int, generator: torch.Generator | None = None) -> None:
+        """Initialise the weights.
+
+        Args:
+            width: The hidden size H.
+            outputs: The number of outputs C.
+            generator: The random generator of the initial weights; None: torch's global one.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, width, generator=generator) / (width + 1) ** 0.5)  # [C, H]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Outputs `[..., C]`, float32, of hidden states `[..., H]` of any float dtype."""
+        return hidden.float() @ self.weight.T

@@ -1,20 +1,25 @@
 """The names of settings in TRL, OpenRLHF, verl and Hugging Face libraries, for messages about unknown keys."""
 
+FITTED = ("sft", "classify", "reward", "dpo")
+"""The sections of the supervised stages, which have the settings of `FitSettings`."""
+
+
+def _each(setting: str) -> tuple[str, ...]:
+    """A setting of every supervised stage."""
+    return tuple(f"{section}.{setting}" for section in FITTED)
+
+
 BOTH_CLIPS = ("ppo.clip_low and ppo.clip_high",)
 LEARNING_RATES = (
     "learner.policy_learning_rate and learner.critic_learning_rate",
-    "sft.learning_rate",
-    "reward.learning_rate",
-    "dpo.learning_rate",
+    *_each("learning_rate"),
 )
-STEPS = ("ppo.steps", "sft.epochs", "reward.epochs", "dpo.epochs")
+STEPS = ("ppo.steps", *_each("epochs"))
 LENGTHS = (
     "rollouts.max_new_tokens and rollouts.max_prompt_tokens",
-    "sft.max_tokens",
-    "reward.max_tokens",
-    "dpo.max_tokens",
+    *_each("max_tokens"),
 )
-EACH_STAGE = "settings of each stage: `sft`, `reward`, `dpo`, `ppo`, `learner`"
+EACH_STAGE = "settings of each stage: `sft`, `classify`, `reward`, `dpo`, `ppo`, `learner`"
 
 FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     # Sections
@@ -35,29 +40,29 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "critic.learning_rate": ("learner.critic_learning_rate",),
     "actor_learning_rate": ("learner.policy_learning_rate",),
     "critic_learning_rate": ("learner.critic_learning_rate",),
-    "optim": ("learner.optimizer", "sft.optimizer", "reward.optimizer", "dpo.optimizer"),
-    "optimizer": ("learner.optimizer", "sft.optimizer", "reward.optimizer", "dpo.optimizer"),
-    "lr_scheduler_type": ("learner.schedule", "sft.schedule", "reward.schedule", "dpo.schedule"),
-    "lr_scheduler": ("learner.schedule", "sft.schedule", "reward.schedule", "dpo.schedule"),
-    "warmup_ratio": ("learner.warmup", "sft.warmup", "reward.warmup", "dpo.warmup"),
-    "lr_warmup_ratio": ("learner.warmup", "sft.warmup", "reward.warmup", "dpo.warmup"),
-    "lr_warmup_steps_ratio": ("learner.warmup", "sft.warmup", "reward.warmup", "dpo.warmup"),
+    "optim": ("learner.optimizer", *_each("optimizer")),
+    "optimizer": ("learner.optimizer", *_each("optimizer")),
+    "lr_scheduler_type": ("learner.schedule", *_each("schedule")),
+    "lr_scheduler": ("learner.schedule", *_each("schedule")),
+    "warmup_ratio": ("learner.warmup", *_each("warmup")),
+    "lr_warmup_ratio": ("learner.warmup", *_each("warmup")),
+    "lr_warmup_steps_ratio": ("learner.warmup", *_each("warmup")),
     "warmup_steps": "warmup is a share of the steps: set `learner.warmup`, `sft.warmup`, `reward.warmup` or "
     "`dpo.warmup`",
-    "adam_eps": ("learner.adam_epsilon", "sft.adam_epsilon", "reward.adam_epsilon", "dpo.adam_epsilon"),
-    "adam_epsilon": ("learner.adam_epsilon", "sft.adam_epsilon", "reward.adam_epsilon", "dpo.adam_epsilon"),
-    "weight_decay": ("learner.weight_decay", "sft.weight_decay", "reward.weight_decay", "dpo.weight_decay"),
-    "l2": ("learner.weight_decay", "sft.weight_decay", "reward.weight_decay", "dpo.weight_decay"),
-    "max_grad_norm": ("learner.max_grad_norm", "sft.max_grad_norm", "reward.max_grad_norm", "dpo.max_grad_norm"),
-    "max_norm": ("learner.max_grad_norm", "sft.max_grad_norm", "reward.max_grad_norm", "dpo.max_grad_norm"),
-    "grad_clip": ("learner.max_grad_norm", "sft.max_grad_norm", "reward.max_grad_norm", "dpo.max_grad_norm"),
+    "adam_eps": ("learner.adam_epsilon", *_each("adam_epsilon")),
+    "adam_epsilon": ("learner.adam_epsilon", *_each("adam_epsilon")),
+    "weight_decay": ("learner.weight_decay", *_each("weight_decay")),
+    "l2": ("learner.weight_decay", *_each("weight_decay")),
+    "max_grad_norm": ("learner.max_grad_norm", *_each("max_grad_norm")),
+    "max_norm": ("learner.max_grad_norm", *_each("max_grad_norm")),
+    "grad_clip": ("learner.max_grad_norm", *_each("max_grad_norm")),
     "gradient_checkpointing": ("model.gradient_checkpointing",),
     "enable_gradient_checkpointing": ("model.gradient_checkpointing",),
     "gradient_accumulation_steps": "a batch is split into microbatches by tokens: set "
     "`learner.tokens_per_microbatch`, `sft.tokens_per_microbatch` or `reward.tokens_per_microbatch`",
     # Batches, steps and epochs
-    "num_train_epochs": ("sft.epochs", "reward.epochs", "dpo.epochs", "ppo.epochs"),
-    "max_epochs": ("ppo.epochs", "sft.epochs", "reward.epochs", "dpo.epochs"),
+    "num_train_epochs": (*_each("epochs"), "ppo.epochs"),
+    "max_epochs": ("ppo.epochs", *_each("epochs")),
     "num_ppo_epochs": ("ppo.epochs",),
     "ppo_epochs": ("ppo.epochs",),
     "num_iterations": ("ppo.epochs",),
@@ -181,8 +186,8 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "torch_dtype": ("model.dtype",),
     "attn_implementation": "the attention kernel is chosen for the device",
     "flash_attn": "the attention kernel is chosen for the device",
-    "zero_stage": ("learner.zero", "sft.zero", "reward.zero", "dpo.zero"),
-    "deepspeed": ("learner.zero", "sft.zero", "reward.zero", "dpo.zero"),
+    "zero_stage": ("learner.zero", *_each("zero")),
+    "deepspeed": ("learner.zero", *_each("zero")),
     "actor_num_gpus_per_node": ("learner.ranks",),
     # Adapters
     "use_peft": ("policy.method",),
@@ -202,7 +207,7 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "packing": "sequences are always packed, without padding",
     "packing_samples": "sequences are always packed, without padding",
     "max_length": LENGTHS,
-    "max_seq_length": ("sft.max_tokens", "reward.max_tokens", "dpo.max_tokens"),
+    "max_seq_length": _each("max_tokens"),
     "max_len": LENGTHS,
     "dataset": ("data.demonstrations", "data.preferences", "data.prompts"),
     "dataset_name": ("data.demonstrations", "data.preferences", "data.prompts"),
@@ -226,12 +231,12 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     "wandb_project": ("tracking.project",),
     "report_to": ("tracking.wandb",),
     "use_wandb": ("tracking.wandb",),
-    "save_steps": ("checkpoint.every", "sft.checkpoint_every", "reward.checkpoint_every", "dpo.checkpoint_every"),
-    "save_freq": ("checkpoint.every", "sft.checkpoint_every", "reward.checkpoint_every", "dpo.checkpoint_every"),
+    "save_steps": ("checkpoint.every", *_each("checkpoint_every")),
+    "save_freq": ("checkpoint.every", *_each("checkpoint_every")),
     "save_total_limit": ("checkpoint.keep",),
     "max_ckpt_num": ("checkpoint.keep",),
-    "eval_steps": ("evaluation.every", "sft.evaluate_every", "reward.evaluate_every", "dpo.evaluate_every"),
-    "test_freq": ("evaluation.every", "sft.evaluate_every", "reward.evaluate_every", "dpo.evaluate_every"),
+    "eval_steps": ("evaluation.every", *_each("evaluate_every")),
+    "test_freq": ("evaluation.every", *_each("evaluate_every")),
     "logging_steps": "every step is logged",
     "local_rank": "ranks are Ray actors that align starts: set `learner.ranks`",
 }

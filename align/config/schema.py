@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from align.config.classify_settings import ClassifySettings
 from align.config.dpo_settings import DpoSettings
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
@@ -87,6 +88,8 @@ class DataSettings(Settings):
     mixture_temperature: float = Field(
         1.0, gt=0, description="T of the mixture: 1: datasets have the shares of their sizes; larger: more alike"
     )
+    labels: SourceSettings | None = Field(None, description="classify: text or prompt, and label")
+    labels_heldout: SourceSettings | None = Field(None, description="evaluates the classifier")
     preferences: SourceSettings | None = Field(None, description="reward: pairs, rankings, choices, ratings")
     preferences_heldout: SourceSettings | None = Field(None, description="evaluates the reward model")
     prompts: SourceSettings | None = Field(None, description="PPO: prompt")
@@ -329,12 +332,13 @@ class Experiment(Settings):
     stages: list[Annotated[str, AfterValidator(_known_stage)]] = Field(
         default_factory=lambda: [stage.name for stage in all_stages() if stage.default],
         min_length=1,
-        description="the stages to run: sft, reward, ppo, or any other in align/config/stages/",
+        description="the stages to run: sft, classify, reward, ppo, or any other in align/config/stages/",
     )
     model: ModelSettings
     policy: PolicySettings = PolicySettings()
     data: DataSettings = DataSettings()
     sft: SftSettings = SftSettings()
+    classify: ClassifySettings = ClassifySettings()
     reward: RewardSettings = RewardSettings()
     dpo: DpoSettings = DpoSettings()
     rollouts: RolloutSettings = RolloutSettings()
@@ -434,6 +438,7 @@ class Experiment(Settings):
         zeros = {
             "learner": self.learner.zero,
             "sft": self.sft.zero,
+            "classify": self.classify.zero,
             "reward": self.reward.zero,
             "dpo": self.dpo.zero,
         }
@@ -447,6 +452,7 @@ class Experiment(Settings):
             raise ValueError(f"model.gradient_checkpointing {spec.checkpointing_conflict}")
         decays: dict[str, FitSettings | LearnerSettings] = {
             "sft": self.sft,
+            "classify": self.classify,
             "reward": self.reward,
             "dpo": self.dpo,
             "learner": self.learner,

@@ -30,6 +30,7 @@ class Stage:
         product: What its product is as an artifact in W&B, such as `adapter`; None: W&B does not get it.
         evaluation: The function from the `RunFolder` to its part of `evaluation.json`, if it has one.
         default: Whether it runs in an experiment that does not set `stages`.
+        standalone: Whether no later stage starts from its product, so that it can be run again without them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     product: str | None = None
     evaluation: str | None = None
     default: bool = False
+    standalone: bool = False
 
     def load_runner(self) -> Callable[[Any], None]:
         """Import the function that runs the stage."""
@@ -84,9 +86,11 @@ def section_of(stage: str) -> str:
 
 
 def stages_from(name: str) -> list[Stage]:
-    """This stage and those after it."""
-    first = find_stage(name).order
-    return [stage for stage in all_stages() if stage.order >= first]
+    """This stage, and those after it unless none of them starts from its product."""
+    first = find_stage(name)
+    if first.standalone:
+        return [first]
+    return [stage for stage in all_stages() if stage.order >= first.order]
 
 
 def stages_table() -> str:

@@ -1,11 +1,11 @@
 """Reads, checks and tokenizes all the data of a run before its first stage starts."""
 
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,10 +18,12 @@ from align.data.examples import (
     TokenizedPreference,
     demonstration_parser,
     dpo_parser,
+    labelled_text_parser,
     pieces_of,
     preference_parser,
     request_parser,
 )
+from align.data.labels import LabelledText, LabelSpace, Numbers, label_space
 from align.data.mixture import drawn, mixture_sizes
 from align.data.parsing import parse_rows
 from align.data.readers import read_rows
@@ -42,6 +44,9 @@ class Datasets:
     Attributes:
         demonstrations: What SFT trains on, and ptx.
         demonstrations_heldout: What SFT is evaluated on.
+        labels: What the classifier trains on.
+        labels_heldout: What the classifier is evaluated on.
+        label_space: What their labels mean; None without any.
         preferences: What the reward model trains on.
         preferences_heldout: What the reward model is evaluated on.
         prompts: What PPO samples responses to.
@@ -52,6 +57,9 @@ class Datasets:
 
     demonstrations: list[TokenizedDemonstration] = field(default_factory=list)
     demonstrations_heldout: list[TokenizedDemonstration] = field(default_factory=list)
+    labels: list[LabelledText] = field(default_factory=list)
+    labels_heldout: list[LabelledText] = field(default_factory=list)
+    label_space: LabelSpace | None = None
     preferences: list[TokenizedPreference] = field(default_factory=list)
     preferences_heldout: list[TokenizedPreference] = field(default_factory=list)
     prompts: list[Request] = field(default_factory=list)
@@ -100,6 +108,8 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
     if "demonstrations" in needed:
         parse_demonstrations = demonstration_parser(encoder, experiment.sft, max_positions)
         datasets.demonstrations, datasets.demonstrations_heldout = reader.read_demonstrations(parse_demonstrations)
+    if "labels" in needed:
+        _read_labels(datasets, reader, labelled_text_parser(encoder, experiment.classify, max_positions), experiment)
     parse_preferences = preference_parser(encoder, _preference_settings(experiment), max_positions)
     if "dpo" in experiment.stages:
         parse_preferences = dpo_parser(parse_preferences, experiment.dpo, max_positions)
@@ -119,6 +129,33 @@ def _preference_settings(experiment: Experiment) -> RewardSettings:
     if "dpo" in experiment.stages and not trains_reward(experiment):
         return experiment.reward.model_copy(update={"max_tokens": experiment.dpo.max_tokens})
     return experiment.reward
+
+
+def _read_labels(datasets: Datasets, reader: "_Reader", parse: Parser[LabelledText], experiment: Experiment) -> None:
+    """Read labelled texts; every held-out label must be one that the training data has."""
+    texts = reader.read("labels", parse)
+    task = experiment.classify.task
+    try:
+        space = label_space([text.label for text in texts], task)
+    except ValueError as error:
+        raise UserError(f"data.labels: {error}") from None
+
+    def parse_known(values: Mapping[str, Any]) -> LabelledText:
+        text = parse(values)
+        space.check(text.label)
+        return text
+
+    datasets.labels, datasets.labels_heldout = reader.with_heldout("labels", texts, parse_known)
+    trained = {text.label for text in datasets.labels}
+    for text in datasets.labels_heldout:
+        if not isinstance(space, Numbers) and text.label not in trained:
+            raise UserError(
+                f"data.labels: all rows of class {text.label!r} are among those held out, by data.heldout_share: set "
+                "data.labels_heldout, or add rows of it"
+            )
+    if isinstance(space, Numbers) and task is None:
+        reader.note("labels", "labels are numbers: the task is regression; classify.task sets it")
+    datasets.label_space = space
 
 
 def _needed_sources(experiment: Experiment) -> set[str]:
@@ -202,8 +239,10 @@ def split_heldout(
     return kept, heldout
 
 
-def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request) -> Hashable:
+def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request | LabelledText) -> Hashable:
     """The part that must not be on both sides of a split: the prompt or, for plain text without a prompt, the text."""
+    if isinstance(item, LabelledText):
+        return tuple(item.ids)
     if isinstance(item, TokenizedDemonstration) and len(item.prompt_ids) == 1:  # BOS alone
         return tuple(item.ids[1:])
     return tuple(item.prompt_ids)
@@ -268,13 +307,22 @@ class _Reader:
             raise UserError(f"data.{name}: {error}") from None
         if parsed.skipped:
             self.skipped[name] = parsed.skipped
-        if notes:
-            self.notes[name] = notes
+        for text in notes:
+            self.note(name, text)
         return parsed.items
 
+    def note(self, name: str, text: str) -> None:
+        """Note what is to be known of a source."""
+        self.notes.setdefault(name, []).append(text)
+
     def read_and_split(self, name: str, parse: Parser[Example]) -> tuple[list[Example], list[Example]]:
+        return self.with_heldout(name, self.read(name, parse), parse)
+
+    def with_heldout(
+        self, name: str, items: list[Example], parse: Parser[Example]
+    ) -> tuple[list[Example], list[Example]]:
+        """The items to train on, and those of the held-out source or, where none is set, a share of the items."""
         heldout_name = f"{name}_heldout"
-        items = self.read(name, parse)
         if getattr(self.data, heldout_name):
             return items, self.read(heldout_name, parse)
         return self._split(name, items, f"data.{heldout_name}")

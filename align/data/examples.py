@@ -4,12 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from align.config.classify_settings import ClassifySettings
 from align.config.dpo_settings import DpoSettings
 from align.config.schema import SftSettings
+from align.data.labels import Label, LabelledText
 from align.data.parsing import RowTooLong, Transcript, parse_demonstration, parse_prompt
 from policies.batching import Batch, collate_turns
 from policies.text import columns
-from policies.text.encoder import TextEncoder
+from policies.text.encoder import ASSISTANT, TextEncoder, Tools
+from policies.text.tokenization import Prompt
 from rewards.preferences import (
     OVERALL,
     TIE,
@@ -88,7 +91,7 @@ class TokenizedPreference:
         return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
 
 
-Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request)
+Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request, LabelledText)
 Parser = Callable[[Mapping[str, Any]], Example]
 """Turns a row's columns into an example; raises ValueError, with the reason, for an invalid row."""
 
@@ -272,6 +275,62 @@ def _check_attributes(example: PreferenceExample, settings: RewardSettings) -> N
         if attribute != OVERALL and attribute not in settings.attributes:
             valid = ", ".join(settings.attributes) or "none"
             raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({valid})")
+
+
+def labelled_text_parser(
+    encoder: TextEncoder, settings: ClassifySettings, max_positions: int | None
+) -> Parser[LabelledText]:
+    """A parser that turns a row's columns into a labelled text, for `parse_rows`.
+
+    Args:
+        encoder: Of the model's tokenizer.
+        settings: The task, and the most tokens of a text.
+        max_positions: The model's context length in tokens, where it is known.
+    """
+    limit = _limit("classify.max_tokens", settings.max_tokens, max_positions)
+
+    def parse(values: Mapping[str, Any]) -> LabelledText:
+        text = columns.text(values, "text") if columns.has(values, "text") else columns.prompt(values)
+        ids = complete_ids(encoder, text, columns.tools(values, text))
+        limit.check(len(ids))
+        return LabelledText(text, ids, _label(values, settings))
+
+    return parse
+
+
+def complete_ids(encoder: TextEncoder, text: Prompt, tools: Tools | None = None) -> list[int]:
+    """The tokens of a complete text or conversation, up to the one whose hidden state a head reads.
+
+    A text ends with EOS, a conversation as the chat template ends an assistant's turn, or asks for a reply.
+    Raises ValueError as `TextEncoder.prompt` does.
+    """
+    if isinstance(text, str):
+        ids = encoder.prompt(text)
+        return ids if ids[-1] in encoder.end_ids else [*ids, encoder.tokenizer.eos_token_id]
+    if text[-1]["role"] == ASSISTANT:
+        return encoder.conversation(text, "last", tools).ids
+    return encoder.prompt(text, tools)
+
+
+def _label(values: Mapping[str, Any], settings: ClassifySettings) -> Label:
+    """The label in a row, as the task reads it."""
+    if settings.task == "regression":
+        return columns.number(values, "label")
+    value = columns.present(values, "label")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return columns.text(values, "label")
+    if not isinstance(value, int | float):
+        raise ValueError(f"`label` is {columns.kind(value)}; text or a number was expected")
+    number = columns.number(values, "label")
+    if isinstance(value, int):
+        return value
+    if settings.task == "classification":
+        if number.is_integer():
+            return int(number)
+        raise ValueError(f"`label` is {value}, which is no class: text or an integer was expected")
+    return number
 
 
 def request_parser(encoder: TextEncoder, settings: RolloutSettings, max_positions: int | None) -> Parser[Request]:

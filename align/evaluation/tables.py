@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from align.runtime.consoles import escaped
 from align.runtime.wording import counted
 
 FIGURES = (
@@ -32,9 +33,24 @@ INVARIANCE = {
 """How the scores were computed that are compared with those of each response alone, by key in `diagnostics.json`."""
 
 
+LABEL_FIGURES = (
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("f1_macro", "macro F1", "{:.3f}"),
+    ("rmse", "RMSE", "{:.4g}"),
+    ("mae", "MAE", "{:.4g}"),
+    ("pearson", "Pearson's r", "{:.3f}"),
+    ("spearman", "Spearman's r", "{:.3f}"),
+)
+"""The same of a classifier or regression model."""
+MAX_CLASSES = 30
+"""Classes that have rows in a table of the terminal: as many as a screen shows."""
+
+
 def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
-    """Show the contents of `evaluation.json`: the reward model's accuracy, then the models side by side."""
+    """Show the contents of `evaluation.json`: classifier, the reward model's accuracy, then the models side by side."""
     parts: list[RenderableType] = []
+    if classifier := evaluation.get("classifier"):
+        parts += _label_tables(classifier)
     if reward_model := evaluation.get("reward_model"):
         low = reward_model["accuracy_low"]
         high = reward_model["accuracy_high"]
@@ -46,6 +62,28 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
         parts.append(_models_table(evaluation))
     times = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in evaluation.get("seconds", {}).items())
     return Group(*parts, f"time: {times or 'nothing ran'}")
+
+
+def _label_tables(figures: Mapping[str, Any]) -> list[RenderableType]:
+    """The figures of a classifier or regression model with their 95 % intervals, then those of each class."""
+    title = f"{figures['task']}: {counted(figures['rows'], 'held-out row')}, with 95 % intervals"
+    whole = Table(show_header=False, box=None, padding=(0, 0, 0, 2))
+    for label, cell in label_rows(figures):
+        whole.add_row(label, cell)
+    by_class: Mapping[str, Any] = figures.get("by_class", {})
+    if not 0 < len(by_class) <= MAX_CLASSES:
+        return [title, whole]
+    columns = ("class", "rows", "precision", "recall", "F1")
+    table = Table(*columns, box=None, padding=(0, 0, 0, 2))
+    for name, own in by_class.items():
+        shares = [_cell(own, key, "{:.1%}") for key in ("precision", "recall")]
+        table.add_row(escaped(name), f"{own['rows']:,}", *shares, _cell(own, "f1", "{:.3f}"))
+    return [title, whole, table]
+
+
+def label_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and formatted cell of each figure that a classifier or regression model has."""
+    return [(label, _cell(figures, key, form)) for key, label, form in LABEL_FIGURES if key in figures]
 
 
 def _models_table(evaluation: dict[str, Any]) -> Table:

@@ -48,3 +48,10 @@ def reward_folder(experiment: Experiment, run: RunFolder, member: int | None) ->
     if member is not None and member >= members:
         raise UserError(f"--member {member}: {run.reward} holds {members}, counted from 0")
     return member_folder(run.reward, member or 0)
+
+
+def classifier_folder(experiment: Experiment, run: RunFolder) -> Path:
+    """The folder of the run's classifier. Raises UserError where the run has none."""
+    if not run.done("classify"):
+        raise missing_product(experiment, run, "classify")
+    return run.product("classify")

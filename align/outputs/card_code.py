@@ -6,6 +6,7 @@ from string import Template
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
+from align.data.labels import Classes, LabelSpace
 from policies.files.base_model import load_generation_config, stop_ids
 from policies.text.encoder import TextEncoder
 
@@ -74,6 +75,35 @@ BOTH_MESSAGES = """\
     if not isinstance(prompt, str):
         return render([*prompt, {"role": "assistant", "content": response}], tools)
 """
+LABEL = Template("""\
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+start = $start  # what a text begins with
+ends = $ends  # a text ends with one of these; the label is read off there
+
+$functions
+def complete(text$tools):
+$messages    ids = begun(encode(text))
+    return ids if ids[-1] in ends else [*ids, tokenizer.eos_token_id]
+
+
+def label(text$tools):
+    ids = torch.tensor([complete(text$passed)])
+    with torch.no_grad():
+        outputs = model(ids).logits[0]
+    return $result
+
+
+print(label($prompt))
+""")
+COMPLETE_MESSAGES = """\
+    if not isinstance(text, str):
+        return render(text, tools, add_generation_prompt=text[-1]["role"] != "assistant")
+"""
 GENERATE = Template("""\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer$imports
@@ -121,6 +151,27 @@ def reward_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, bias
         bias=bias,
         both=BOTH_MESSAGES if encoder.has_template else "",
         passed=", tools" if encoder.has_template else "",
+    )
+
+
+def label_code(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, space: LabelSpace) -> str:
+    """Code that labels a text as the run's classifier does, by an exported one.
+
+    Args:
+        experiment: The run's settings.
+        tokenizer: The base model's tokenizer.
+        space: What the labels mean.
+    """
+    encoder = TextEncoder(tokenizer, experiment.data.special_tokens)
+    result = "outputs.item() + model.config.label_mean"
+    if isinstance(space, Classes):
+        result = "model.config.id2label[int(outputs.argmax())]"
+    return LABEL.substitute(
+        _common(experiment, encoder),
+        ends=sorted(encoder.end_ids),
+        messages=COMPLETE_MESSAGES if encoder.has_template else "",
+        passed=", tools" if encoder.has_template else "",
+        result=result,
     )
 
 

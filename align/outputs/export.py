@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from align.config.schema import Experiment
 from align.outputs.artifacts import policy_folder, policy_weights, reward_folder
 from align.outputs.card_code import policy_code, reward_code
+from align.outputs.classifier_export import export_classifier
 from align.outputs.model_card import model_card
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import new_folder
@@ -16,7 +17,7 @@ from policies.files.base_model import load_tokenizer
 from policies.files.generation import valid_generation
 from policies.files.prompt_table import add_task
 
-Product = Literal["adapter", "model", "reward model"]
+Product = Literal["adapter", "model", "reward model", "classifier"]
 
 
 class Exported(NamedTuple):
@@ -48,12 +49,12 @@ def export_run(
         run: The run.
         to: The folder to write; it must not exist.
         product: `adapter`: the policy's adapter. `model`: the complete policy, also if `adapter` is requested and the
-            policy has none. `reward model`: a sequence classifier.
+            policy has none. `reward model` and `classifier`: a sequence classifier.
         dtype: Dtype of a complete policy's weights.
         member: Which reward model of an ensemble, counted from 0.
 
     Returns:
-        What was written, and the difference: of log-probabilities in nats, or of scores.
+        What was written, and the difference: of log-probabilities in nats, of scores, or of logits.
 
     Raises:
         UserError: The run does not have the product, or its method cannot export it.
@@ -66,7 +67,7 @@ def export_run(
         product = "model"
     notes: list[str] = []
     changes: tuple[str, ...] = ()
-    if product != "reward model":
+    if product in ("adapter", "model"):
         changes = valid_generation(model.path).changes
     code = ""
     with new_folder(to) as folder:
@@ -75,6 +76,8 @@ def export_run(
             difference, bias = export_reward(model, policy, source=source, tokenizer=tokenizer, folder=folder)
             notes = ["", f"Its scores are the run's minus {bias:.6g}: a sequence classifier has no bias."]
             code = reward_code(experiment, tokenizer, bias)
+        elif product == "classifier":
+            difference, notes, code = export_classifier(experiment, run, tokenizer, folder)
         elif product == "model":
             source = policy_folder(experiment, run)
             difference = export_merged(model, policy, source=source, tokenizer=tokenizer, folder=folder, dtype=dtype)

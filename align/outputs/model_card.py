@@ -4,7 +4,7 @@ from typing import Any
 
 from align.config.schema import DataSettings, Experiment, SourceSettings
 from align.config.stage import all_stages
-from align.evaluation.tables import figure_rows
+from align.evaluation.tables import figure_rows, label_rows
 from align.runs.folder import RunFolder, read_facts
 from align.runtime.wording import counted
 
@@ -15,7 +15,7 @@ def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list
     Args:
         experiment: The run's settings.
         run: The run.
-        product: `adapter`, `model` or `reward model`.
+        product: `adapter`, `model`, `reward model` or `classifier`.
         notes: Further lines about this export.
         code: How to use it, in Python.
     """
@@ -39,7 +39,7 @@ def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list
         *_data(experiment.data),
     ]
     if evaluation := run.read_evaluation():
-        lines += ["", *_figures(evaluation)]
+        lines += ["", *_figures(evaluation, product)]
     return "\n".join(lines) + "\n"
 
 
@@ -48,6 +48,7 @@ def _stages(experiment: Experiment, run: RunFolder) -> list[str]:
     ppo = experiment.ppo
     texts = {
         "sft": f"{experiment.policy.method}, {counted(experiment.sft.epochs, 'epoch')}",
+        "classify": counted(experiment.classify.epochs, "epoch"),
         "reward": counted(experiment.reward.epochs, "epoch"),
         "dpo": f"{experiment.dpo.loss}, β {experiment.dpo.effective_beta:g}, {counted(experiment.dpo.epochs, 'epoch')}",
         "ppo": f"{ppo.estimator}, {counted(ppo.steps, 'step')} of {counted(ppo.batch_size, 'episode')}, "
@@ -71,8 +72,11 @@ def _data(data: DataSettings) -> list[str]:
     return items
 
 
-def _figures(evaluation: dict[str, Any]) -> list[str]:
-    """The evaluation as a Markdown table."""
+def _figures(evaluation: dict[str, Any], product: str) -> list[str]:
+    """The evaluation of a product as a Markdown table."""
+    if product == "classifier":
+        rows = [f"| {label} | {cell} |" for label, cell in label_rows(evaluation["classifier"])]
+        return ["| held out | classifier |", "|---|---|", *rows]
     names = [name for name in ("reference", "policy", "best_of") if name in evaluation]
     lines = [f"| held out | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for label, cells in figure_rows([evaluation[name] for name in names]):

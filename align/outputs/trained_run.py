@@ -11,10 +11,12 @@ from align.config.schema import Experiment
 from align.data.datasets import Datasets, context_length
 from align.data.examples import TokenizedPreference
 from align.evaluation.reward_model import compute_diagnostics
-from align.outputs.artifacts import policy_weights
+from align.outputs.artifacts import classifier_folder, policy_weights
 from align.outputs.export import Exported, Product, export_run
+from align.outputs.predictions import Prediction, predict_labels
 from align.outputs.prompt_checks import check_fits, check_lists, check_prompt, check_room, check_text
 from align.outputs.response_stream import ResponseStream
+from align.roles.text_classifier import TextClassifier, load_text_classifier
 from align.runs.folder import RunFolder, find_run, read_facts
 from align.runs.products import missing_product
 from align.runtime.atomic_files import write_json
@@ -187,6 +189,21 @@ class TrainedRun:
         rescore = reward.scorers.evaluation_scorer(reward.score_roles, ("reward",))(trajectories)
         return [output.score for output in rescore()]
 
+    def classify(self, texts: Sequence[Prompt]) -> list[Prediction]:
+        """Label texts by the run's classifier or regression model.
+
+        Args:
+            texts: Texts, or lists of messages with `role` and `content`.
+
+        Raises:
+            UserError: The run has no classifier; or a text is not text or messages, or contains special tokens.
+            TypeError: A text is given instead of a list.
+        """
+        check_lists(texts=texts)
+        for number, text in enumerate(texts, start=1):
+            check_prompt(text, f"text {number}")
+        return predict_labels(self._text_classifier, self.encoder, texts)
+
     def evaluate(self) -> dict[str, Any]:
         """Compare the policy with its reference on the held-out prompts again, and update `evaluation.json`.
 
@@ -250,6 +267,11 @@ class TrainedRun:
         tokens = len(exchange.prompt_ids) + len(exchange.response_ids)
         check_fits(f"response {number} and its prompt have", tokens, self._context_length)
         return exchange
+
+    @cached_property
+    def _text_classifier(self) -> TextClassifier:
+        folder = classifier_folder(self.experiment, self.folder)
+        return load_text_classifier(self.experiment.model, self.experiment.policy, folder)
 
     @cached_property
     def _context_length(self) -> int | None:

@@ -33,7 +33,7 @@ SHORTEST_SILENCE = 60.0
 """Seconds without a new step after which a run may count as stale."""
 STEPS_OF_SILENCE = 10
 """How many times the usual time of a step a run must be silent for that."""
-READ = ("config.yaml", METRICS, SAMPLES, EVENTS, "evaluation.json", "sft", "reward", "policy")
+READ = ("config.yaml", METRICS, SAMPLES, EVENTS, "evaluation.json", "sft", "classifier", "reward", "policy")
 """Files and folders of a run on which its page depends."""
 
 

@@ -77,6 +77,14 @@ class ActivationEstimate:
         yield _role(microbatch), self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
         yield _logits(trunk, microbatch)
 
+    def classify(self) -> Iterator[tuple[str, float]]:
+        """The activations of a classifier's training, whose head reads one token per sequence."""
+        settings = self._experiment.classify
+        trunk = self._trunk_at(self._experiment.zero_of(settings))
+        microbatch = _largest(trunk, settings, settings.max_tokens, training=True)
+        if settings.trains == "adapter":
+            yield _role(microbatch), self._saved(trunk, microbatch)
+
     def dpo(self) -> Iterator[tuple[str, float]]:
         """The activations of preference optimisation: those of SFT on the responses of several rows."""
         settings = self._experiment.dpo

@@ -14,6 +14,8 @@ def actors_by_stage(experiment: Experiment) -> dict[str, dict[str, int]]:
     wanted: dict[str, dict[str, int]] = {}
     if trains_sft(experiment):
         wanted["sft"] = {RANK: experiment.ranks_of(experiment.sft)}
+    if "classify" in experiment.stages:
+        wanted["classify"] = {RANK: experiment.ranks_of(experiment.classify)}
     if trains_reward(experiment):
         wanted["reward"] = {RANK: experiment.ranks_of(experiment.reward)}
     if "dpo" in experiment.stages:

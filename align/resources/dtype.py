@@ -91,6 +91,7 @@ def _controller_computes(experiment: Experiment) -> bool:
     reward = experiment.reward
     return (
         (trains_sft(experiment) and not experiment.ranks_of(experiment.sft))
+        or "classify" in experiment.stages
         or ("reward" in wanted_stages(experiment) and (reward.classifier is None or reward.normalise > 0))
         or ("ppo" in experiment.stages and not ppo_in_actors)
     )

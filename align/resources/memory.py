@@ -26,7 +26,7 @@ from rewards.model import members_in
 from rewards.schema import FitSettings
 from rewards.terms.classifier import ClassifierTerm
 
-STAGES = ("sft", "reward", "dpo", "ppo")
+STAGES = ("sft", "classify", "reward", "dpo", "ppo")
 """The stages whose memory is estimated."""
 FLOAT32 = 4
 """Bytes of a number in adapters and heads, which are float32 whatever `model.dtype` is."""
@@ -171,7 +171,13 @@ def estimate_memory(
     held = list(_held(experiment, stages, sizes))
     filled = _with_microbatches(experiment, held, sizes.trunk, gpu_bytes)
     activations = ActivationEstimate(filled, sizes.trunk)
-    roles = {"sft": activations.sft, "reward": activations.reward, "dpo": activations.dpo, "ppo": activations.ppo}
+    roles = {
+        "sft": activations.sft,
+        "classify": activations.classify,
+        "reward": activations.reward,
+        "dpo": activations.dpo,
+        "ppo": activations.ppo,
+    }
     training = _training_processes(experiment)
     uses: list[TensorUse] = []
     for (stage, process), group in groupby(held, lambda use: use.owner):
@@ -207,6 +213,9 @@ def _held(experiment: Experiment, stages: list[str], sizes: ModelSizes) -> Itera
     training = _training_processes(experiment)
     if trains_sft(experiment) and "sft" in stages:
         yield from _uses("sft", training["sft"], _sft(experiment, sizes))
+    if "classify" in stages:
+        yield from _uses("classify", training["classify"], _classifier(experiment, sizes))
+        yield from _uses("classify", "evaluation", _evaluated_classifier(experiment, sizes))
     if trains_reward(experiment) and "reward" in stages:
         yield from _uses("reward", training["reward"], _reward(experiment, sizes))
         yield from _uses("reward", "evaluation", _evaluated_reward(experiment, sizes))
@@ -250,6 +259,22 @@ def _sft(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float
     sharding = sharding_of(experiment, "sft")
     yield "base model", _base_bytes(experiment, sizes) / sharding.shards
     yield "reference, trained", sharding.trained_bytes(sizes.adapter)
+
+
+def _classifier(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    """The head counts as one of a single output: each class has a row of H numbers, which no plan depends on."""
+    sharding = sharding_of(experiment, "classify")
+    yield "base model", _base_bytes(experiment, sizes) / sharding.shards
+    frozen = sizes.scalar_adapter if experiment.classify.trains == "head" else 0
+    trained = sizes.scalar_adapter + sizes.head - frozen
+    yield "classifier, trained", sharding.trained_bytes(trained) + frozen * FLOAT32 / sharding.shards
+
+
+def _evaluated_classifier(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
+    """The controller evaluates it; where it has trained it, that takes less than before."""
+    if experiment.ranks_of(experiment.classify):
+        yield "base model", _base_bytes(experiment, sizes)
+        yield "classifier", (sizes.scalar_adapter + sizes.head) * FLOAT32
 
 
 def _reward(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:

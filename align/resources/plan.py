@@ -13,6 +13,7 @@ from align.config.estimators import is_user_function
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, evaluates_policy, trains_reward, trains_sft
 from align.data.examples import TokenizedDemonstration
+from align.data.labels import describe_space
 from align.resources.actors import most_actors, reserved_cpus
 from align.resources.gpu_fit import MORE_GPUS, compare_with_gpu
 from align.resources.memory import FLOAT32, ModelSizes, estimate_memory, measure
@@ -129,6 +130,9 @@ def _stages(
         if experiment.data.mixture:
             lines.append(("sft mixture", _mixture(datasets.demonstrations)))
         lines.append(("sft loss", _trained(datasets.demonstrations)))
+    if "classify" in stages and datasets.label_space:
+        lines.append(("classify", _fit(experiment, experiment.classify, len(datasets.labels), "labelled text")))
+        lines.append(("labels", describe_space(datasets.label_space, datasets.labels)))
     if trains_reward(experiment) and "reward" in stages:
         lines.append(("reward", _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")))
     if "dpo" in stages:

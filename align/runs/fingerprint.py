@@ -49,6 +49,9 @@ CHANGEABLE = (
     "sft.ranks",
     "sft.zero",
     "sft.tokens_per_microbatch",
+    "classify.ranks",
+    "classify.zero",
+    "classify.tokens_per_microbatch",
     "reward.ranks",
     "reward.zero",
     "reward.tokens_per_microbatch",
@@ -71,6 +74,8 @@ MODEL_KEYS = ("model.path", "ppo.critic.model", "reward.classifier")
 DATASET_KEYS = {
     "demonstrations": "data.demonstrations",
     "demonstrations_heldout": "data.demonstrations",
+    "labels": "data.labels",
+    "labels_heldout": "data.labels",
     "preferences": "data.preferences",
     "preferences_heldout": "data.preferences_heldout",
     "prompts": "data.prompts",

@@ -22,9 +22,13 @@ def stage_products(experiment: Experiment, run: RunFolder) -> list[RunProduct]:
         run: The run.
     """
     products: list[RunProduct] = []
+    sources: list[RunProduct] = []
     for stage in all_stages():
         if stage.product and run.done(stage.name):
-            products.append(_stage_product(experiment, run, stage, products))
+            product = _stage_product(experiment, run, stage, sources)
+            products.append(product)
+            if not stage.standalone:
+                sources.append(product)
     return products
 
 

@@ -68,6 +68,8 @@ WITH_GOLD = "with `evaluation.gold`"
 WITH_CRITIC = "with a critic"
 WITH_ENSEMBLE = "with an ensemble of reward models"
 AT_EVALUATIONS = "at evaluations"
+WITH_CLASSES = "in classification"
+WITH_NUMBERS = "in regression"
 
 
 def _distribution(name: str, of: str, condition: str = "") -> tuple[Metric, ...]:
@@ -145,6 +147,48 @@ DPO = (
     Metric("dpo/tokens_per_second", "tokens of the batch, prompts included, per second", "tokens per second"),
 )
 """Metrics of preference optimisation, one line per optimizer step."""
+
+CLASSIFIER = (
+    Metric(
+        "classifier/loss",
+        "mean over the texts of the batch: cross-entropy in nats; or the squared error by the variance of the training "
+        "labels",
+        "loss per text",
+    ),
+    Metric(
+        "classifier/heldout_loss", "the same on the held-out rows, without dropout", "loss per text", AT_EVALUATIONS
+    ),
+    Metric("classifier/accuracy", "share of the batch's texts whose class is right", "share", WITH_CLASSES),
+    Metric("classifier/heldout_accuracy", "the same on the held-out rows", "share", f"at the end, {WITH_CLASSES}"),
+    Metric(
+        "classifier/heldout_f1_macro",
+        "F1 on the held-out rows: mean over the classes",
+        "share",
+        f"at the end, {WITH_CLASSES}",
+    ),
+    Metric(
+        "classifier/heldout_rmse",
+        "root of the mean squared error on the held-out rows",
+        "label",
+        f"at the end, {WITH_NUMBERS}",
+    ),
+    Metric("classifier/heldout_mae", "mean absolute error on them", "label", f"at the end, {WITH_NUMBERS}"),
+    Metric(
+        "classifier/heldout_pearson",
+        "Pearson's correlation of labels and predictions on them",
+        "correlation",
+        f"at the end, {WITH_NUMBERS}",
+    ),
+    Metric("classifier/heldout_spearman", "Spearman's", "correlation", f"at the end, {WITH_NUMBERS}"),
+    Metric("classifier/learning_rate", "learning rate of this step", "number"),
+    Metric(
+        "classifier/gradient_norm",
+        "before clipping, over everything that is trained; null where it is not finite and the step is skipped",
+        "number",
+    ),
+    Metric("classifier/tokens_per_second", "tokens of the batch per second", "tokens per second"),
+)
+"""Metrics of a classifier's training, one line per optimizer step."""
 
 REWARD_MODEL = (
     Metric("reward_model/loss", "mean over the preference examples of the batch", "nats per example"),
@@ -337,6 +381,35 @@ UPSTREAM = (
         ),
     ),
     Section(
+        name="classifier",
+        title="Classifier",
+        question="Does it label texts that it has not seen?",
+        axis="classifier/step",
+        panels=(
+            Panel("classifier-loss", "Loss", "loss per text", ("classifier/loss", "classifier/heldout_loss")),
+            Panel(
+                "classifier-accuracy",
+                "Accuracy and F1",
+                "share",
+                ("classifier/accuracy", "classifier/heldout_accuracy", "classifier/heldout_f1_macro"),
+            ),
+            Panel(
+                "classifier-error",
+                "Error of the numbers",
+                "label",
+                ("classifier/heldout_rmse", "classifier/heldout_mae"),
+            ),
+            Panel(
+                "classifier-correlation",
+                "Correlation of labels and predictions",
+                "correlation",
+                ("classifier/heldout_pearson", "classifier/heldout_spearman"),
+            ),
+            Panel("classifier-gradient", "Gradient norm", "number", ("classifier/gradient_norm",)),
+            Panel("classifier-speed", "Throughput", "tokens per second", ("classifier/tokens_per_second",)),
+        ),
+    ),
+    Section(
         "reward-model",
         "Reward model",
         "Does it order responses as the annotators do?",
@@ -459,6 +532,7 @@ WITHOUT_PANEL = {
     "policy/learning_rate": "it follows from the settings",
     "value/learning_rate": "it follows from the settings",
     "sft/learning_rate": "it follows from the settings",
+    "classifier/learning_rate": "it follows from the settings",
     "reward_model/learning_rate": "it follows from the settings",
     "dpo/learning_rate": "it follows from the settings",
     "reward/histogram": "the report draws it for three steps, W&B and TensorBoard draw it by themselves",
@@ -496,7 +570,7 @@ WITHOUT_PANEL = {
 
 def all_metrics() -> tuple[Metric, ...]:
     """The whole catalogue."""
-    return SFT + REWARD_MODEL + DPO + PPO + EVALUATION
+    return SFT + CLASSIFIER + REWARD_MODEL + DPO + PPO + EVALUATION
 
 
 def find_metric(name: str) -> Metric | None:
@@ -528,6 +602,7 @@ def _document() -> Iterator[str]:
     )
     for title, metrics in (
         ("SFT", SFT),
+        ("Classifier training", CLASSIFIER),
         ("Reward training", REWARD_MODEL),
         ("Preference optimisation", DPO),
         ("PPO", PPO),

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from align.config.schema import TrackingSettings
-from align.config.stage import stage_names
+from align.config.stage import find_stage, stage_names
 from align.runs.histogram import MetricValue
 from align.runs.logged_figures import LoggedFigures
 from align.runs.record_files import EVENTS, METRICS, SAMPLES, read_lines
@@ -188,7 +188,7 @@ def truncate_after(run: Path, stage: str, step: int) -> None:
 
     Args:
         run: The run's folder.
-        stage: The stage that is resumed; the lines of later stages are dropped too.
+        stage: The stage that is resumed; the lines of later stages are dropped too, if they may start from it.
         step: The last step whose lines are kept; -1: none of the stage.
     """
     for name in (METRICS, SAMPLES):
@@ -242,10 +242,10 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _is_up_to(row: Mapping[str, Any], stage: str, step: int) -> bool:
-    """Whether a row is not after a step of a stage."""
-    position = _position(row["stage"])
-    last = _position(stage)
-    return position < last or (position == last and row["step"] <= step)
+    """Whether a row is not after a step of a stage, nor of a stage that starts from its product."""
+    if row["stage"] == stage:
+        return bool(row["step"] <= step)
+    return find_stage(stage).standalone or _position(row["stage"]) < _position(stage)
 
 
 def _position(stage: str) -> int:

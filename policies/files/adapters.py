@@ -79,7 +79,7 @@ def adapted_modules(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def save_head(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write the weights of a scalar head to the folder of the adapter that it belongs to."""
+    """Write the weights of a head to the folder of the adapter that it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors({name: tensor.detach().cpu() for name, tensor in weights.items()}, folder / HEAD)
 
@@ -155,19 +155,20 @@ def _read_adapter_config(folder: Path, settings: PolicySettings) -> dict[str, An
     return saved
 
 
-def load_head(folder: str | Path) -> dict[str, Tensor]:
-    """Read the scalar head of a reward model or critic.
+def load_head(folder: str | Path, kind: str = "a reward model of align") -> dict[str, Tensor]:
+    """Read the head of a reward model, critic or classifier.
 
     Args:
-        folder: The folder of the reward model or critic.
+        folder: The folder of the model.
+        kind: What the folder should be, for messages.
 
     Returns:
-        Its tensors, `weight` `[H]` and `bias` `[1]`, on the CPU.
+        Its tensors on the CPU: `weight` `[H]` and `bias` `[1]` of a scalar head, `weight` `[C, H]` of a classifier's.
 
     Raises:
         UserError: The folder or the file does not exist, or the file is damaged.
     """
-    return _read_weights(Path(folder), HEAD, "a reward model of align")
+    return _read_weights(Path(folder), HEAD, kind)
 
 
 def tensor_digests(weights: Mapping[str, Tensor]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from policies.files.adapters import PREFIX
 from policies.module_names import is_undecayed
 from policies.trunk import Trunk
 
-SCALAR_ROLES = ("reward", "critic")
-"""Roles with a scalar head in place of the base's LM head; `reward_1` is a member of an ensemble."""
+SCALAR_ROLES = ("reward", "critic", "classifier")
+"""Roles with a head of their own in place of the base's LM head; `reward_1` is a member of an ensemble."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from policies.heads import ScalarHead
+from policies.heads import LinearHead, ScalarHead
 
 
 @pytest.mark.parametrize("width", [64, 4096])
@@ -55,3 +55,12 @@ def test_folding_normalises_the_scores_that_it_was_measured_on() -> None:
     head.fold(float(scores.mean()), float(scores.std()))
     assert float(head(hidden).mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(head(hidden).std()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_linear_head_is_one_product_without_a_bias() -> None:
+    head = LinearHead(8, 3, torch.Generator().manual_seed(3))
+    hidden = torch.randn(2, 5, 8)
+    assert [name for name, _ in head.named_parameters()] == ["weight"]
+    torch.testing.assert_close(head(hidden), torch.einsum("bth,ch->btc", hidden, head.weight))
+    assert head(hidden.bfloat16()).dtype == torch.float32
+    assert torch.equal(head.weight, LinearHead(8, 3, torch.Generator().manual_seed(3)).weight)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_stages_run_in_this_order_unless_an_experiment_says_otherwise() -> None:
-    assert stage_names() == ["sft", "reward", "dpo", "ppo"]
+    assert stage_names() == ["sft", "classify", "reward", "dpo", "ppo"]
     assert Experiment.model_validate({"name": "x", "model": {"path": "m"}}).stages == ["sft", "reward", "ppo"]
 
 
@@ -43,6 +43,8 @@ def test_no_two_stages_share_a_folder_or_a_group_of_metrics() -> None:
 def test_a_stage_is_found_by_its_name_and_comes_before_the_later_ones() -> None:
     assert find_stage("reward").folder == "reward"
     assert [stage.name for stage in stages_from("reward")] == ["reward", "dpo", "ppo"]
+    assert [stage.name for stage in stages_from("classify")] == ["classify"]  # no other stage starts from a classifier
+    assert [stage.name for stage in stages_from("sft")] == ["sft", "classify", "reward", "dpo", "ppo"]
     with pytest.raises(KeyError):
         find_stage("nothing")
 

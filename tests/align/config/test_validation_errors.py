@@ -100,7 +100,8 @@ BOTH_CLIPS = "align calls it ppo.clip_low and ppo.clip_high"
 BOTH_RATES = "align calls it learner.policy_learning_rate and learner.critic_learning_rate"
 CRITIC_COEFFICIENT = "align calls it ppo.critic.coefficient"
 MICROBATCH = "a microbatch is measured in tokens: set `learner.tokens_per_microbatch`"
-STAGES = "settings of each stage: `sft`, `reward`, `dpo`, `ppo`, `learner`"
+FITTED_RATES = "sft.learning_rate, or classify.learning_rate, or reward.learning_rate, or dpo.learning_rate"
+STAGES = "settings of each stage: `sft`, `classify`, `reward`, `dpo`, `ppo`, `learner`"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ STAGES = "settings of each stage: `sft`, `reward`, `dpo`, `ppo`, `learner`"
         ("learner.lr", BOTH_RATES),
         ("policy.lr", BOTH_RATES),
         ("reward.lr", "align calls it reward.learning_rate"),
-        ("lr", f"{BOTH_RATES}, or sft.learning_rate, or reward.learning_rate, or dpo.learning_rate"),
+        ("lr", f"{BOTH_RATES}, or {FITTED_RATES}"),
         ("rollouts.max_length", "align calls it rollouts.max_new_tokens and rollouts.max_prompt_tokens"),
         ("ppo.max_length", "align calls it rollouts.max_new_tokens and rollouts.max_prompt_tokens"),
         ("sft.max_steps", "align calls it sft.epochs"),

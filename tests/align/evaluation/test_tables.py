@@ -70,6 +70,28 @@ def test_the_models_are_side_by_side() -> None:
     assert "gold" not in text
 
 
+def test_a_classifier_has_its_figures_with_intervals_and_a_row_per_class() -> None:
+    own = {"rows": 20, "recall": 0.9, "recall_low": 0.7, "recall_high": 0.97}
+    own |= {"f1": 0.5, "f1_low": 0.25, "f1_high": 0.75}
+    figures = {"task": "classification", "rows": 1234, **ACCURACY, "by_class": {"[good]": own}}
+    text = shown({"classifier": figures})
+    assert "classification: 1,234 held-out rows, with 95 % intervals" in text
+    assert "accuracy 75.0% (50.0% to 100.0%)" in text
+    assert re.search(r"\[good\] 20 90.0% \(70.0% to 97.0%\) 0.500 \(0.250 to 0.750\)", text)
+    many = {str(number): own for number in range(31)}
+    assert "90.0%" not in shown({"classifier": figures | {"by_class": many}})
+
+
+def test_a_regression_has_its_errors_and_correlations() -> None:
+    figures: dict[str, Any] = {"task": "regression", "rows": 1}
+    for name in ("rmse", "pearson"):
+        figures |= {name: 0.5, f"{name}_low": 0.25, f"{name}_high": 0.75}
+    text = shown({"classifier": figures})
+    assert "regression: 1 held-out row, with 95 % intervals" in text
+    assert "RMSE 0.5 (0.25 to 0.75)" in text
+    assert "Pearson's r 0.500 (0.250 to 0.750)" in text
+
+
 def test_a_run_without_an_evaluation_has_no_table() -> None:
     assert shown({}) == "time: nothing ran\n"
 

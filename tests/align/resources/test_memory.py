@@ -18,7 +18,7 @@ from policies.module_names import linears
 from policies.schema import ModelSettings, PolicySettings
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
 from tests.align.ppo.test_learner_kinds import ALL, RATES, episodes
-from tests.align.supervised.small import random_adapter, reward_blueprint, sft_blueprint
+from tests.align.supervised.small import classifier_blueprint, random_adapter, reward_blueprint, sft_blueprint
 from tests.integration.tiny_run import make_settings
 
 POLICIES = {
@@ -76,20 +76,22 @@ def test_the_learner_with_its_sampler_holds_what_the_plan_says(
     assert measured[-1] == pytest.approx(planned, rel=0.15)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", ["sft", "classify", "reward"])
 def test_a_supervised_learner_holds_what_the_plan_says(
     stage: str, tiny_model: Path, tmp_path: Path, process_group: None
 ) -> None:
     experiment = Experiment.model_validate(make_settings(tiny_model, tmp_path) | {"policy": POLICIES["lora"]})
     uses = estimate_memory(experiment, [stage], measure(experiment.model, experiment.policy))
     planned = sum(use.bytes for use in uses if use.process == "learner" and not use.transient)
-    blueprint = sft_blueprint(tiny_model, experiment.policy)
     adapter = random_adapter(tiny_model, experiment.policy)
-    of_reward = reward_blueprint(tiny_model, "pairs", experiment.policy, adapter)
+    blueprints: dict[str, Any] = {
+        "sft": sft_blueprint(tiny_model, experiment.policy),
+        "classify": classifier_blueprint(tiny_model, "classification", experiment.policy, adapter),
+        "reward": reward_blueprint(tiny_model, "pairs", experiment.policy, adapter),
+    }
 
     before = storages()
-    objective = blueprint.build() if stage == "sft" else of_reward.build()
-    learner = SupervisedLearner(objective, experiment.sft, zero=0, seed=0)
+    learner = SupervisedLearner(blueprints[stage].build(), experiment.sft, zero=0, seed=0)
     measured: list[int] = []
 
     def note(*_: Any) -> None:

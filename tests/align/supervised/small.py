@@ -9,7 +9,9 @@ from torch import Tensor
 
 from align.config.schema import SftSettings
 from align.data.examples import TokenizedDemonstration, TokenizedPreference
+from align.data.labels import Classes, LabelledText, Numbers
 from align.learner.state import TrainedWeights
+from align.supervised.classifier_objective import ClassifierBlueprint
 from align.supervised.reward_objective import RewardBlueprint
 from align.supervised.sft_objective import SftBlueprint
 from policies.build import build_trunk
@@ -68,6 +70,16 @@ def preferences(kind: str, count: int, seed: int = 0) -> list[TokenizedPreferenc
     return made
 
 
+def labelled_texts(task: str, count: int, seed: int = 0) -> list[LabelledText]:
+    """Labelled texts of different lengths, of three classes or with numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        label = "abc"[number * number % 3] if task == "classification" else 0.5 * (number % 5) - 1.0
+        made.append(LabelledText("", random_ids(3 + 3 * number % 8, generator), label))
+    return made
+
+
 def random_adapter(model: Path, policy: PolicySettings) -> AdapterWeights:
     """An adapter far from its start: where B is zero, A has no gradient."""
     torch.manual_seed(0)
@@ -108,6 +120,23 @@ def reward_blueprint(
         examples=preferences(kind, 10),
         heldout=preferences(kind, 5, seed=1),
         settings=RewardSettings(**{"batch_size": 4, "learning_rate": 1e-2, **settings}),
+    )
+
+
+def classifier_blueprint(
+    model: Path, task: str, policy: PolicySettings = LORA, sft: AdapterWeights | None = None, trains: str = "adapter"
+) -> ClassifierBlueprint:
+    """A classifier, or a regression model, trained on ten texts."""
+    return ClassifierBlueprint(
+        model=ModelSettings(path=str(model)),
+        policy=policy,
+        seed=0,
+        sft=sft,
+        trains_adapter=trains == "adapter",
+        space=Classes(("a", "b", "c")) if task == "classification" else Numbers(0.1, 0.7),
+        examples=labelled_texts(task, 10),
+        heldout=labelled_texts(task, 5, seed=1),
+        learning_rate=1e-2,
     )
 
 

@@ -20,6 +20,7 @@ from align.resources.ray_cluster import ray_cluster
 from align.runs.checkpoint import latest, step_of
 from align.runs.record_files import read_lines
 from align.runtime.signals import Interrupted, StopRequest
+from align.supervised.classifier_objective import ClassifierBlueprint
 from align.supervised.fit import FitContext, finished, fit, fitted_weights
 from align.supervised.learner import SupervisedLearner, SupervisedLearners, build_learner
 from align.supervised.reward_objective import RewardBlueprint
@@ -27,7 +28,14 @@ from align.supervised.sft_objective import SftBlueprint
 from policies.device import ActorOptions, ComputeSettings
 from policies.schema import PolicySettings
 from rewards.schema import FitSettings
-from tests.align.supervised.small import LORA, flat, random_adapter, reward_blueprint, sft_blueprint
+from tests.align.supervised.small import (
+    LORA,
+    classifier_blueprint,
+    flat,
+    random_adapter,
+    reward_blueprint,
+    sft_blueprint,
+)
 from tests.align.supervised.toy import context_in
 from tests.integration.tiny_run import is_timed
 
@@ -56,7 +64,7 @@ class Case:
         first: Number of steps of the stage before it.
     """
 
-    blueprint: SftBlueprint | RewardBlueprint
+    blueprint: SftBlueprint | RewardBlueprint | ClassifierBlueprint
     settings: FitSettings
     zero: int = 0
     ranks: "KeptRanks | None" = None
@@ -191,6 +199,15 @@ def test_attributes(ratings: str, zero: int, tiny_model: Path, tmp_path: Path) -
 @pytest.mark.parametrize("zero", [0, 2])
 def test_the_head_alone(zero: int, tiny_model: Path, tmp_path: Path) -> None:
     check([reward(tiny_model, "pairs", zero=zero, trains="head")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "trains", "zero"),
+    [("classification", "adapter", 0), ("classification", "head", 2), ("regression", "adapter", 3)],
+)
+def test_a_classifier(task: str, trains: str, zero: int, tiny_model: Path, tmp_path: Path) -> None:
+    blueprint = classifier_blueprint(tiny_model, task, DROPOUT, random_adapter(tiny_model, DROPOUT), trains)
+    check([Case(blueprint, FitSettings(**SETTINGS), zero)], tmp_path)
 
 
 def test_an_ensemble_of_two(tiny_model: Path, tmp_path: Path) -> None:
