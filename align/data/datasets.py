@@ -20,9 +20,9 @@ from align.data.examples import (
     preference_parser,
     request_parser,
 )
+from align.data.forms import DATA_KINDS, read_source_rows
 from align.data.mixture import drawn, mixture_sizes
 from align.data.parsing import parse_rows
-from align.data.readers import read_rows
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
 from policies.files.base_model import load_model_config, load_tokenizer
@@ -150,7 +150,7 @@ def read_preferences(experiment: Experiment, path: Path | None) -> list[Tokenize
     if path is not None:
         source = SourceSettings(path=str(path))
         try:
-            return parse_rows(read_rows(source), parse, experiment.data.on_bad_row).items
+            return parse_rows(read_source_rows(source, "preferences"), parse, experiment.data.on_bad_row).items
         except UserError as error:
             raise UserError(f"--data: {error}") from None
     _, heldout = _Reader(experiment).read_and_split("preferences", parse)
@@ -251,9 +251,10 @@ class _Reader:
         return self._read_source(name, source, parse)
 
     def _read_source(self, name: str, source: SourceSettings, parse: Parser[Example]) -> list[Example]:
+        kind = next((kind for kind in DATA_KINDS if name.startswith(kind)), "demonstrations")  # of a mixture
         notes: list[str] = []
         try:
-            parsed = parse_rows(read_rows(source, notes.append), parse, self.data.on_bad_row)
+            parsed = parse_rows(read_source_rows(source, kind, notes.append), parse, self.data.on_bad_row)
         except UserError as error:
             raise UserError(f"data.{name}: {error}") from None
         if parsed.skipped:
