@@ -68,9 +68,63 @@ def check_command(  # noqa: PLR0913 - one parameter per option
         sys.exit(1)
 
 
+@data.command(name="prepare", epilog="Example: align data prepare pairs.jsonl --to clean.jsonl --heldout-share 0.1")
+def prepare_command(  # noqa: PLR0913 - one parameter per option
+    files: Files,
+    to: Annotated[Path, typer.Option(help="the file to write, of JSON lines", show_default=False)],
+    steps: Annotated[
+        str | None, typer.Option(help="names of steps, separated by commas; unset: the default of docs/data-check.md")
+    ] = None,
+    kind: Kind = None,
+    column: Columns = None,
+    heldout: Heldout = None,
+    model: Model = None,
+    max_length: MaxLength = None,
+    heldout_share: Annotated[
+        float | None, typer.Option(help="share of the prompts whose rows go to NAME-heldout.jsonl, beside --to")
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="YAML list of texts with {prompt}: each prompt is put into one of them")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of the split and of the choice of templates")] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="replace the files that are written")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """Clean data by steps, split it by prompt, and put prompts into templates."""
+    _check_target(to, heldout_share, replace)
+    from align.data.quality.prepare import prepare, prepared_record, prepared_table, write_prepared
+    from align.data.quality.steps import chosen_steps
+    from align.data.quality.templates import read_templates
+
+    templates = read_templates(template) if template else []
+    with errors.status("preparing"):
+        corpus = open_corpus(files, kind, column, heldout, model=model, max_length=max_length)
+        names = None if steps is None else [name.strip() for name in steps.split(",") if name.strip()]
+        chosen = chosen_steps(names, corpus)
+        prepared = prepare(corpus, chosen, to, heldout_share=heldout_share, templates=templates, seed=seed)
+        write_prepared(prepared)
+    if as_json:
+        print(json.dumps(prepared_record(prepared)))
+    else:
+        console.print(prepared_table(prepared))
+
+
+def _check_target(to: Path, heldout_share: float | None, replace: bool) -> None:
+    if to.suffix != ".jsonl":
+        raise UserError(f"--to {to}: a file that ends in .jsonl was expected")
+    _refuse_existing(to, replace)
+    if heldout_share is None:
+        return
+    if not 0 < heldout_share < 1:
+        raise UserError(f"--heldout-share {heldout_share:g}: a number between 0 and 1 was expected")
+    from align.data.quality.prepare import heldout_path
+
+    _refuse_existing(heldout_path(to), replace)
+
+
 def _refuse_existing(path: Path | None, replace: bool) -> None:
     if path and path.exists() and not replace:
-        raise UserError(f"--to {path} already exists: choose a new name, or add --replace")
+        raise UserError(f"{path} already exists: choose a new name, or add --replace")
 
 
 def open_corpus(

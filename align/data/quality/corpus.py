@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -58,6 +58,10 @@ class Corpus:
     heldout: Sequence[str] | None = None
     heldout_files: Sequence[str] = ()
     template_problems: dict[int, str] = field(default_factory=dict)
+
+    def with_rows(self, rows: Sequence[CheckedRow]) -> "Corpus":
+        """The same with other rows."""
+        return replace(self, rows=rows, template_problems={})
 
     @property
     def unit(self) -> str:
