@@ -67,10 +67,10 @@ def instruction_prompt(values: Values) -> list[Values]:
 
 def is_binarised(values: Values) -> bool:
     """Whether both sides of a pair are conversations that contain the prompt, which or whose scores the row has."""
-    sides = (values["chosen"], values["rejected"])
-    has_scores = any(columns.has(values, first) for first, _ in SCORES)
-    are_conversations = all(isinstance(side, list) and len(side) > 1 for side in sides)
-    return are_conversations and (isinstance(values.get("prompt"), str) or has_scores)
+    chosen, rejected = values["chosen"], values["rejected"]
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1):
+        return False
+    return isinstance(values.get("prompt"), str) or any(columns.has(values, first) for first, _ in SCORES)
 
 
 def binarised(values: Values) -> list[Values]:

@@ -13,7 +13,7 @@ from align.data import conversions
 from align.data.readers import read_rows
 from align.data.source_row import SourceRow
 from policies.errors import UserError
-from policies.text.columns import Values, has
+from policies.text.columns import Values
 
 DataKind = Literal["demonstrations", "preferences", "prompts"]
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
@@ -128,17 +128,21 @@ FORMS = (
     ),
 )
 """All forms; of those that a row could have, the first of its kind counts."""
+FORMS_BY_KIND: dict[DataKind, list[Form]] = {}
+for _form in FORMS:
+    FORMS_BY_KIND.setdefault(_form.kind, []).append(_form)
 
 
 def forms_of(kind: DataKind) -> dict[str, Form]:
     """The forms of a kind by name."""
-    return {form.name: form for form in FORMS if form.kind == kind}
+    return {form.name: form for form in FORMS_BY_KIND[kind]}
 
 
 def form_of_row(values: Values, kind: DataKind) -> Form | None:
     """The form of a row; None where it is of none."""
-    for form in FORMS:
-        if form.kind == kind and all(has(values, name) for name in form.columns) and form.suits(values):
+    filled = {name for name, value in values.items() if value is not None}
+    for form in FORMS_BY_KIND[kind]:
+        if filled.issuperset(form.columns) and form.suits(values):
             return form
     return None
 
@@ -155,7 +159,7 @@ def in_align_columns(row: SourceRow, kind: DataKind, form: Form | None = None) -
         One row, or several where the form holds several examples. A row that cannot be converted has a problem.
     """
     form = form or form_of_row(row.values, kind)
-    if row.problem or form is None:
+    if row.problem or form is None or form.convert is _as_it_is:
         return [row]
     try:
         return [replace(row, values=dict(values)) for values in form.convert(row.values)]

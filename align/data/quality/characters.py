@@ -33,7 +33,11 @@ ODD = {
     "private or unassigned characters": re.compile(PRIVATE),
 }
 """What each kind of odd characters is called, worst first."""
-ANY_ODD = re.compile("|".join(f"(?:{pattern.pattern})" for pattern in ODD.values()))
+MAY_BE_ODD = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u180e\u200b-\u200d\u202a-\u202e\u2060-\u2069\ufeff"
+    "\ud800-\udfff\ue000-\uf8ff\ufff0-\uffffÂÃâðÄÅÎÏÐÑ]"
+)
+"""A character with which odd ones begin; one set of characters is searched for in a fraction of the time."""
 
 WELL_KNOWN = (
     "</s>",
@@ -69,9 +73,9 @@ BETWEEN_BARS = r"<\|[A-Za-z][A-Za-z0-9_]*\|>"
 
 def odd_characters(text: str) -> str | None:
     """The first kind of odd characters in a text; None where it has none."""
-    if not ANY_ODD.search(text):
+    if not MAY_BE_ODD.search(text):
         return None
-    return next(name for name, pattern in ODD.items() if pattern.search(text))
+    return next((name for name, pattern in ODD.items() if pattern.search(text)), None)
 
 
 def odd_in_row(row: CheckedRow) -> str | None:
@@ -94,20 +98,27 @@ def find_odd_characters(corpus: Corpus) -> Flagged | None:
 
 def control_tokens(corpus: Corpus) -> re.Pattern[str]:
     """Finds the control tokens of the model's tokenizer, and those of widespread models."""
+    return re.compile("|".join([*map(re.escape, _names_of_tokens(corpus)), BETWEEN_BARS]))
+
+
+def _names_of_tokens(corpus: Corpus) -> list[str]:
+    """The texts of control tokens, the longest first."""
     names: list[str] = [*WELL_KNOWN]
     if corpus.encoder:
         tokenizer = corpus.encoder.tokenizer
         names += [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         names += tokenizer.all_special_tokens
-    longest_first = sorted({name for name in names if name.strip()}, key=len, reverse=True)
-    return re.compile("|".join([*map(re.escape, longest_first), BETWEEN_BARS]))
+    return sorted({name for name in names if name.strip()}, key=len, reverse=True)
 
 
 def find_control_tokens(corpus: Corpus) -> Flagged | None:
     """Rows with the text of a control token."""
     pattern = control_tokens(corpus)
+    firsts = {name[0] for name in _names_of_tokens(corpus)}
 
     def token_in(text: str) -> str | None:
+        if not any(first in text for first in firsts):
+            return None  # most texts, in a fraction of the time
         found = pattern.search(text)
         return found.group() if found else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from align.config.schema import SourceSettings
 from align.data.forms import DATA_KINDS, FORMS, DataKind, Form, form_of_row
 from align.data.quality.rows import CheckedRow, Content, check_row, compared_text
-from align.data.quality.words import words_of
+from align.data.quality.words import count_words
 from align.data.readers import read_rows
 from align.data.source_row import SourceRow
 from policies.errors import UserError
@@ -22,7 +22,7 @@ RECOGNISED_BY = 1000
 """How many rows of a file decide what it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowLength:
     """How long the parts of a row are, in tokens or words."""
 
@@ -173,13 +173,8 @@ def _usual_form(rows: Sequence[SourceRow], kind: DataKind) -> Form | None:
 
 
 def _word_length(content: Content) -> RowLength:
-    responses = tuple(map(_word_count, content.responses))
-    return RowLength(_word_count(prompt_text(content.prompt)), responses)
-
-
-def _word_count(text: str) -> int:
-    """The number of words; 1 for a text without any, such as an emoji."""
-    return len(words_of(text)) or bool(text.strip())
+    responses = tuple(map(count_words, content.responses))
+    return RowLength(count_words(prompt_text(content.prompt)), responses)
 
 
 def _token_length(encoder: TextEncoder, content: Content) -> RowLength:

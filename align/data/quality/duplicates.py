@@ -6,13 +6,15 @@ from align.data.quality.check import FaultSeverity, Flagged
 from align.data.quality.corpus import Corpus
 from align.data.quality.rows import Content, compared_text, spoken
 from align.data.quality.similar import Parts, near_copies
-from align.data.quality.words import normalised
+from align.data.quality.words import normalised, words_of
 from align.runtime.wording import counted
 
 NEAR_SHARE = 0.002
 """Fewer near copies than this are in any text that people write."""
 ECHO_SHARE = 0.05
 """Some responses quote; where so many do, prompts have got into the responses."""
+BEGINNING = 80
+"""Characters that hold the first two words."""
 FEWEST_WORDS = 6
 """Shorter texts are in others by chance."""
 
@@ -93,9 +95,14 @@ def find_echoes(corpus: Corpus) -> Flagged | None:
 
 
 def _echoes(content: Content) -> bool:
-    prompt = normalised(spoken(content.prompt))
-    for response in map(normalised, content.responses):
-        shorter = min(prompt, response, key=len)
-        if shorter.count(" ") + 1 >= FEWEST_WORDS and (response in prompt or response.startswith(prompt)):
-            return True
-    return False
+    prompt = spoken(content.prompt)
+    return any(_echoes_prompt(prompt, response) for response in content.responses)
+
+
+def _echoes_prompt(prompt: str, response: str) -> bool:
+    if len(response) > 2 * len(prompt) and words_of(prompt[:BEGINNING])[:2] != words_of(response[:BEGINNING])[:2]:
+        return False  # too long to be in it, and begins otherwise
+    prompt = normalised(prompt)
+    response = normalised(response)
+    shorter = min(prompt, response, key=len)
+    return shorter.count(" ") + 1 >= FEWEST_WORDS and (response in prompt or response.startswith(prompt))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from align.data.quality.check import Flagged
 from align.data.quality.corpus import Corpus
-from align.data.quality.words import words_of
+from align.data.quality.words import folded, words_of
 from align.runtime.wording import counted
 
 FINISHED_SHARE = 0.8
@@ -24,7 +24,7 @@ FINISHED = re.compile(
 """The end of a text: of a sentence, a list's introduction, a code block, a table, or an emoji."""
 END_TOKEN = re.compile(r"(?:</?s>|<\|[A-Za-z_]+\|>|<end_of_turn>|<eos>|\[/?(?:EOS|INST|SEP)\])\s*$")
 """The text of a token that ends a response."""
-WORD_BEFORE_END = re.compile(r"""([^\W_]+(?:['’][^\W_]+)*)\s?["'”’»)\]*_]*\s?[.!?。！？]""")
+WORD_BEFORE_END = re.compile(r"""([^\W_]+)\s?["”»)\]*_]*\s?[.!?。！？]""")
 
 
 def find_cut_off(corpus: Corpus) -> Flagged | None:
@@ -90,7 +90,7 @@ def _are_cut(texts: Mapping[int, Sequence[str]], unfinished: Mapping[int, str]) 
     for responses in texts.values():
         for response in responses:
             words.update(words_of(response))
-            last.update(WORD_BEFORE_END.findall(response.casefold()))
+            last.update(WORD_BEFORE_END.findall(folded(response)))
     average = sum(last.values()) / max(1, sum(words.values()))
     seldom_last = 0
     for text in unfinished.values():

@@ -35,7 +35,7 @@ def find_outlier_lengths(corpus: Corpus) -> Flagged | None:
         for index, each in lengths.items():
             if max(each) > high:
                 reasons.setdefault(index, f"a {name} of more than {high:,.0f} {unit}, far more than others")
-            elif 0 < min(each) < low:
+            elif 0 < min(each) < low:  # an empty one is a finding of its own
                 reasons.setdefault(index, f"a {name} of fewer than {low:,.0f} {unit}, far fewer than others")
     return flagged_by_reason(reasons, "with an outlying length")
 

@@ -32,7 +32,7 @@ TEXT_COLUMNS = (
 """The columns of all forms that contain text, messages, or lists of these."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Content:
     """What a row says.
 
@@ -53,7 +53,7 @@ class Content:
     messages: list[Message] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CheckedRow:
     """A row of a file that is checked.
 
@@ -63,6 +63,7 @@ class CheckedRow:
         form: Its form or, where it has none, that of most rows of its file.
         columns: Its columns as they are in the file, renamed.
         values: Its columns in align's form; as in the file where they cannot be converted.
+        text_columns: The columns of `values` that contain its texts.
         content: What it says; None where it cannot be read.
         problem: Why it cannot be read.
     """
@@ -72,17 +73,9 @@ class CheckedRow:
     form: Form | None
     columns: Values
     values: Values
+    text_columns: tuple[str, ...]
     content: Content | None
     problem: str | None
-
-    @property
-    def text_columns(self) -> list[str]:
-        """The columns that contain its texts."""
-        if self.content is None:
-            return [name for name in TEXT_COLUMNS if name in self.values]
-        form = form_of_row(self.values, self.form.kind) if self.form else None
-        names = ("prompt", *(form.columns if form else ()))
-        return [name for name in dict.fromkeys(names) if name in self.values and name in TEXT_COLUMNS]
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Each text with the name of its column."""
@@ -109,15 +102,26 @@ def check_row(row: SourceRow, file: int, kind: DataKind, usual: Form | None) -> 
             content = _content(aligned.values, kind)
         except ValueError as error:
             problem = str(error)
+    values = row.values if aligned.problem else aligned.values
     return CheckedRow(
         where=row.where,
         file=file,
         form=form or usual,
         columns=row.values,
-        values=row.values if aligned.problem else aligned.values,
+        values=values,
+        text_columns=_text_columns(values, kind, is_read=content is not None),
         content=content,
         problem=problem,
     )
+
+
+def _text_columns(values: Values, kind: DataKind, is_read: bool) -> tuple[str, ...]:
+    """The columns with text: those of the row's form or, of a row that cannot be read, of all forms."""
+    names: tuple[str, ...] = TEXT_COLUMNS
+    if is_read:
+        form = form_of_row(values, kind)
+        names = ("prompt", *(form.columns if form and form.columns != ("prompt",) else ()))
+    return tuple(name for name in names if name in values and name in TEXT_COLUMNS)
 
 
 def _content(values: Values, kind: DataKind) -> Content:

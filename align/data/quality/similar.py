@@ -39,6 +39,8 @@ def near_copies(rows: Sequence[Parts]) -> dict[int, int]:
         The index of each such row, with that of an earlier row that it is similar to. Only rows that share a band are
         compared, each with the first one and the one before it in the band, so that the time is linear.
     """
+    if len(rows) < 2:
+        return {}
     boilerplate = _boilerplate(rows)
     copies: dict[int, int] = {}
     for first, second in _candidates(rows, boilerplate):
@@ -73,7 +75,7 @@ def _candidates(rows: Sequence[Parts], boilerplate: frozenset[str]) -> Iterator[
             later_keys = keys[later, band]
             paired = (earlier < later) & (keys[earlier, band] == later_keys)
             codes.append(later[paired].astype(np.int64) * len(rows) + earlier[paired])
-    for code in np.unique(np.concatenate(codes)) if codes else ():
+    for code in np.unique(np.concatenate(codes)):
         later_row, earlier_row = divmod(int(code), len(rows))
         yield earlier_row, later_row
 
@@ -109,7 +111,7 @@ def _word_pairs(text: str) -> list[str]:
     words = words_of(text)
     if len(words) < 2:
         return words or [text.strip()]
-    return [f"{first} {second}" for first, second in pairwise(words)]
+    return list(map(" ".join, pairwise(words)))
 
 
 def _are_similar(first: Parts, second: Parts, boilerplate: frozenset[str]) -> bool:

@@ -353,3 +353,10 @@ def test_real_word_problems_are_clean_but_for_one_invisible_character(tmp_path: 
     solved = [json.loads(line) for line in lines]
     rows = [{"prompt": row["question"], "completion": row["answer"]} for row in solved]
     assert problems(checked(tmp_path, rows)).keys() == {"odd-characters"}
+
+
+def test_a_file_of_unreadable_rows_is_checked(tmp_path: Path) -> None:
+    file = write_rows_to(tmp_path / "rows.jsonl", ["no JSON", "[]"])
+    record = report_record(check_corpus(read_corpus([file], "demonstrations")), 9)
+    assert problems(record) == {"unreadable-rows": [1, 2]}
+    assert record["lengths"] == {}
