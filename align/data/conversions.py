@@ -61,8 +61,9 @@ def instruction_and_reply(values: Values) -> list[Values]:
 
 
 def instruction_prompt(values: Values) -> list[Values]:
-    """A row with `prompt` in place of `instruction` and `input`."""
-    return [_without(values, "instruction", "input", "system") | {"prompt": _instruction_messages(values)}]
+    """A row with `prompt` in place of `instruction` and `input`, except where the source's template has made one."""
+    prompt = values["prompt"] if columns.has(values, "prompt") else _instruction_messages(values)
+    return [_without(values, "instruction", "input", "system") | {"prompt": prompt}]
 
 
 def is_binarised(values: Values) -> bool:

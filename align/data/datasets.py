@@ -20,7 +20,7 @@ from align.data.examples import (
     preference_parser,
     request_parser,
 )
-from align.data.forms import DATA_KINDS, read_source_rows
+from align.data.forms import DATA_KINDS, DataKind, read_source_rows
 from align.data.mixture import drawn, mixture_sizes
 from align.data.parsing import parse_rows
 from align.runtime.seeds import seed_for
@@ -207,6 +207,11 @@ def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request) -> 
     return tuple(item.prompt_ids)
 
 
+def _kind_of_source(name: str) -> DataKind:
+    """What the rows of a source are; the datasets of a mixture have demonstrations."""
+    return next((kind for kind in DATA_KINDS if name.startswith(kind)), DATA_KINDS[0])
+
+
 class _Reader:
     """Reads the sources of `data`, and splits those without a held-out source."""
 
@@ -251,10 +256,11 @@ class _Reader:
         return self._read_source(name, source, parse)
 
     def _read_source(self, name: str, source: SourceSettings, parse: Parser[Example]) -> list[Example]:
-        kind = next((kind for kind in DATA_KINDS if name.startswith(kind)), "demonstrations")  # of a mixture
         notes: list[str] = []
         try:
-            parsed = parse_rows(read_source_rows(source, kind, notes.append), parse, self.data.on_bad_row)
+            parsed = parse_rows(
+                read_source_rows(source, _kind_of_source(name), notes.append), parse, self.data.on_bad_row
+            )
         except UserError as error:
             raise UserError(f"data.{name}: {error}") from None
         if parsed.skipped:

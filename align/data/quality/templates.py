@@ -1,6 +1,5 @@
 """Instruction templates: each row's prompt is put into one of them."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -8,17 +7,15 @@ from typing import Any
 
 import yaml
 
+from align.config.schema import columns_in
 from align.data.quality.rows import CheckedRow
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
 from policies.text.columns import Values
 
-PLACE = re.compile(r"\{(\w+)\}")
-"""Where the text of a column goes."""
-
 
 def read_templates(file: Path) -> list[str]:
-    """Read a YAML list of texts, each with the place `{prompt}`. Raises UserError for anything else."""
+    """Read a YAML list of texts with columns in braces, `{prompt}` among them. Raises UserError for anything else."""
     try:
         listed = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -26,7 +23,11 @@ def read_templates(file: Path) -> list[str]:
     if not isinstance(listed, list) or not listed:
         raise UserError(f"--template {file}: a YAML list of texts was expected")
     for number, template in enumerate(listed, start=1):
-        if not isinstance(template, str) or "prompt" not in PLACE.findall(template):
+        try:
+            is_valid = isinstance(template, str) and "prompt" in columns_in(template)
+        except ValueError as error:
+            raise UserError(f"--template {file}: number {number}: {error}") from None
+        if not is_valid:
             raise UserError(f"--template {file}: number {number} is not a text with {{prompt}}")
     return listed
 
@@ -55,11 +56,8 @@ def rendered(row: CheckedRow, templates: Sequence[str], seed: int, number: int) 
 
 
 def _filled(template: str, prompt: str, values: Values, where: str) -> str:
-    def text(place: re.Match[str]) -> str:
-        name = place.group(1)
-        value = prompt if name == "prompt" else values.get(name)
-        if not isinstance(value, str | int | float):
+    filled = {**values, "prompt": prompt}
+    for name in columns_in(template):
+        if not isinstance(filled.get(name), str | int | float):
             raise UserError(f"{where}: the template names `{name}`, and the row has no text or number there")
-        return str(value)
-
-    return PLACE.sub(text, template)
+    return template.format_map(filled)

@@ -193,3 +193,11 @@ def test_the_table_in_the_documentation_is_current() -> None:
     assert forms_table() in (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), (
         "write the output of `python -m align.data.forms` into docs/settings.md"
     )
+
+
+def test_a_template_of_the_source_makes_the_prompt_of_an_alpaca_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ALPACA | {"input": "Not red."}))
+    source = SourceSettings(path=str(file), template="{instruction} ({input}) ")
+    (row,) = read_source_rows(source, "demonstrations")
+    assert row.values == {"prompt": "Name a colour. (Not red.) ", "completion": "Blue."}
