@@ -41,7 +41,7 @@ CHECKS = (
     DataCheck(
         kind="near-duplicates",
         finds="rows that differ from an earlier one in case, punctuation or few words: a Jaccard similarity of 0.8 of "
-        "the pairs of adjacent words, of the prompt and of each response, and the same numbers",
+        "the pairs of adjacent words (0.6 in the prompt and in each response alone), and the same numbers",
         problem_when="at least 0.2 % of the rows",
         advice="`drop-near-duplicates` keeps the first of each",
         find=find_near_duplicates,
@@ -55,13 +55,13 @@ CHECKS = (
     ),
     DataCheck(
         kind="cut-off-texts",
-        finds="responses without the end, of a sentence or by a token, that at least 80 % have; and many of one "
+        finds="responses, or prompts where there are no others, "
+        "without the end, of a sentence or by a token, that at least 80 % have; and many of one "
         "greatest length",
         problem_when="at least half end in a word, or a part of one, that seldom ends a sentence; or many are of one "
         "length",
         advice="raise the limit of what wrote them, or `drop-cut-off`",
         find=find_cut_off,
-        missing=_needs_responses,
     ),
     DataCheck(
         kind="odd-characters",
@@ -89,7 +89,8 @@ CHECKS = (
     ),
     DataCheck(
         kind="heldout-overlap",
-        finds="rows whose prompt is in a file of `--heldout`, compared as near duplicates are",
+        finds="rows whose prompt, or first message by the user, is in a file of `--heldout`, "
+        "compared as near duplicates are",
         problem_when="always",
         advice="`drop-heldout-overlap` drops the rows",
         find=find_heldout_overlap,

@@ -20,7 +20,10 @@ REPLACEMENT = "\ufffd"
 _CONTINUED = "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
 """A byte from 0x80 to 0xbf, read in Windows-1252 or Latin-1."""
 MOJIBAKE = (
-    f"[ÂÃ]{_CONTINUED}|â[€\x80]{_CONTINUED}?|ðŸ{_CONTINUED}{{2}}|ð\x9f{_CONTINUED}{{2}}|(?:[ÄÅÎÏÐÑ]{_CONTINUED}){{2,}}"
+    f"[ÂÃ]{_CONTINUED}|â[€\x80]{_CONTINUED}?|ðŸ{_CONTINUED}{{2}}|ð\x9f{_CONTINUED}{{2}}"
+    f"|(?:[ÄÅÎÏÐÑ]{_CONTINUED}){{2,}}"  # Latin Extended, Greek, Cyrillic
+    f"|(?:[à-ï]{_CONTINUED}{{2}}){{2,}}"  # Chinese, Japanese, Korean
+    "|ï¿½|ï»¿"  # the replacement character and the byte order mark
 )
 """UTF-8 that was read in Windows-1252 or Latin-1, as `Ã©` for `é` and `â€™` for `’`."""
 
@@ -35,7 +38,7 @@ ODD = {
 """What each kind of odd characters is called, worst first."""
 MAY_BE_ODD = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u180e\u200b-\u200d\u202a-\u202e\u2060-\u2069\ufeff"
-    "\ud800-\udfff\ue000-\uf8ff\ufff0-\uffffÂÃâðÄÅÎÏÐÑ]"
+    "\ud800-\udfff\ue000-\uf8ff\ufff0-\uffffÂÃðÄÅÎÏÐÑà-ï]"
 )
 """A character with which odd ones begin; one set of characters is searched for in a fraction of the time."""
 

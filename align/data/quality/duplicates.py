@@ -1,6 +1,6 @@
 """Rows that say the same as an earlier one, exactly or nearly, and prompts that are held out."""
 
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 
 from align.data.quality.check import FaultSeverity, Flagged
 from align.data.quality.corpus import Corpus
@@ -69,7 +69,7 @@ def find_heldout_overlap(corpus: Corpus) -> Flagged | None:
     """Rows whose prompt, case, punctuation and small changes aside, is held out."""
     heldout = dict.fromkeys(normalised(text) for text in corpus.heldout or ())
     prompts = {index: compared_text(content) for index, content in corpus.contents.items()}
-    same = {index for index, prompt in prompts.items() if normalised(prompt) in heldout}
+    same = {index for index, content in corpus.contents.items() if _is_held_out(content, heldout)}
     others = [index for index in prompts if index not in same]
     texts = [*heldout, *map(prompts.__getitem__, others)]
     copies = near_copies([(text,) for text in texts])
@@ -82,6 +82,12 @@ def find_heldout_overlap(corpus: Corpus) -> Flagged | None:
         return None
     found = f"the prompts of {counted(len(same), 'row')} are held out, those of {len(near):,} more nearly"
     return Flagged(sorted(same | near), found)
+
+
+def _is_held_out(content: Content, heldout: Container[str]) -> bool:
+    """Whether the prompt, or the first message by the user, which may be trained too, is among held-out prompts."""
+    first = next((each["content"] for each in content.messages or () if each["role"] == "user"), "")
+    return normalised(compared_text(content)) in heldout or (bool(first) and normalised(first) in heldout)
 
 
 def find_echoes(corpus: Corpus) -> Flagged | None:

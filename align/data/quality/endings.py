@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from align.data.quality.check import Flagged
 from align.data.quality.corpus import Corpus
+from align.data.quality.rows import spoken
 from align.data.quality.words import folded, words_of
 from align.runtime.wording import counted
 
@@ -28,10 +29,13 @@ WORD_BEFORE_END = re.compile(r"""([^\W_]+)\s?["”»)\]*_]*\s?[.!?。！？]""")
 
 
 def find_cut_off(corpus: Corpus) -> Flagged | None:
-    """Rows with a response, or a text, that ends in the middle."""
-    texts = {
-        index: filled for index, content in corpus.contents.items() if (filled := _without_empty(content.responses))
-    }
+    """Rows with a response, or a prompt where there are no responses, that ends in the middle."""
+    texts: dict[int, list[str]] = {}
+    for index, content in corpus.contents.items():
+        written = content.responses or (spoken(content.prompt),)
+        filled = [text for text in written if text.strip()]
+        if filled:
+            texts[index] = filled
     unfinished = _unfinished(texts)
     piled = _piled(texts)
     rows = sorted({*unfinished, *piled})
@@ -44,10 +48,6 @@ def find_cut_off(corpus: Corpus) -> Flagged | None:
         words.append(f"{counted(len(piled), 'row')} cut off at one length")
     is_cut = bool(piled) or _are_cut(texts, unfinished)
     return Flagged(rows, "; ".join(words), "problem" if is_cut else "fact")
-
-
-def _without_empty(responses: Sequence[str]) -> list[str]:
-    return [response for response in responses if response.strip()]
 
 
 def _is_finished(text: str) -> bool:

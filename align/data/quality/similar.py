@@ -12,7 +12,9 @@ from align.data.quality.check import FEWEST_ROWS
 from align.data.quality.words import words_of
 
 SIMILAR = 0.8
-"""The least Jaccard similarity of near copies: of the pairs of adjacent words, in each part of a row."""
+"""The least Jaccard similarity of near copies, of the pairs of adjacent words in all their parts."""
+SIMILAR_PART = 0.6
+"""The least similarity of each part: another short response to a long prompt is no near copy."""
 BANDS = 21
 BAND_ROWS = 6
 """Texts of a similarity of 0.8 share one of 21 bands of 6 values with a probability of 0.998, of 0.4 with 0.08."""
@@ -30,7 +32,7 @@ Parts = tuple[str, ...]
 def near_copies(rows: Sequence[Parts]) -> dict[int, int]:
     """Find rows that are similar to an earlier one.
 
-    Two rows are similar if they have as many parts, and each part of one is similar to that of the other.
+    Two rows are similar if they have as many parts, the same numbers in each, and similar words in each and in all.
 
     Args:
         rows: The texts of each row.
@@ -117,22 +119,26 @@ def _word_pairs(text: str) -> list[str]:
 def _are_similar(first: Parts, second: Parts, boilerplate: frozenset[str]) -> bool:
     if len(first) != len(second):
         return False
-    return all(_similarity(a, b, boilerplate) >= SIMILAR for a, b in zip(first, second, strict=True))
+    shared = 0
+    different = 0
+    for each, other in zip(first, second, strict=True):
+        if _numbers(each) != _numbers(other):
+            return False
+        common, unlike = _overlap(each, other, boilerplate)
+        if common < SIMILAR_PART * (common + unlike):
+            return False
+        shared += common
+        different += unlike
+    return shared >= SIMILAR * (shared + different)
 
 
-def _similarity(first: str, second: str, boilerplate: frozenset[str]) -> float:
-    """The Jaccard similarity of the word pairs of two texts; 0 where their numbers differ."""
-    if first == second:
-        return 1.0
-    if _numbers(first) != _numbers(second):
-        return 0.0
+def _overlap(first: str, second: str, boilerplate: frozenset[str]) -> tuple[int, int]:
+    """How many word pairs two texts have both, and how many only one of them."""
     pairs = (set(_word_pairs(first)), set(_word_pairs(second)))
-    if pairs[0] == pairs[1]:
-        return 1.0
     telling = (pairs[0] - boilerplate, pairs[1] - boilerplate)
-    if not telling[0] and not telling[1]:
+    if pairs[0] == pairs[1] or not (telling[0] or telling[1]):
         telling = pairs
-    return len(telling[0] & telling[1]) / len(telling[0] | telling[1])
+    return len(telling[0] & telling[1]), len(telling[0] ^ telling[1])
 
 
 def _numbers(text: str) -> list[str]:

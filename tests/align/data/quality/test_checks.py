@@ -71,11 +71,14 @@ CASES = {
         (demonstration, setting("completion", lambda text: text[: len(text) // 2].rstrip(" ."))),
         (conversation, messages(lambda turns: [*turns[:-1], turns[-1] | {"content": turns[-1]["content"][:33]}])),
         (pair, setting("rejected", lambda text: text.rpartition(" the ")[0] + " the")),
+        (prompt, setting("prompt", lambda text: text[:41])),
     ],
     "odd-characters": [
         (demonstration, text_with("cafÃ©")),
         (demonstration, text_with("itâ€™s")),
         (demonstration, text_with("Ð¿Ñ€Ð¸")),
+        (demonstration, text_with("ä½\xa0å¥½")),
+        (demonstration, text_with("ï¿½")),
         (demonstration, text_with("\ufffd")),
         (demonstration, text_with("\x07")),
         (demonstration, text_with("\u200b")),
@@ -232,6 +235,12 @@ def test_held_out_prompts_are_found_however_they_are_written(tmp_path: Path, cha
     rows = rows_of(demonstration)
     heldout = [{"prompt": change(rows[place - 1]["prompt"])} for place in PLACES] + rows_of(prompt, 40, seed=1)
     assert problems(checked(tmp_path, rows, heldout)) == {"heldout-overlap": list(PLACES)}
+
+
+def test_the_first_question_of_a_conversation_is_a_prompt_too(tmp_path: Path) -> None:
+    rows = rows_of(conversation)
+    heldout = [{"prompt": rows[6]["messages"][0]["content"]}, {"prompt": "Why?"}]
+    assert problems(checked(tmp_path, rows, heldout)) == {"heldout-overlap": [7]}
 
 
 def reversed_pair(row: Row) -> Row:

@@ -231,7 +231,7 @@ def test_mistakes_are_named(tmp_path: Path, words: str, options: Sequence[object
         ("{a: b}", "a YAML list of texts was expected"),
         ("['no place']", "number 1 is not a text with {prompt}"),
         ("['{prompt} {price}']", "rows.jsonl:1: the template names `price`"),
-        ("['{prompt} {0}']", "number 1: {0} is not the name of a column alone"),
+        ("['{prompt} {0}']", "number 1: .0. is not the name of a column alone"),
         ("[", "cannot be read"),
     ],
 )

@@ -46,6 +46,14 @@ def test_each_part_must_be_similar_and_numbers_equal() -> None:
     assert near_copies([("",), ("!",), ("",)]) == {2: 0}
 
 
+def test_a_short_part_may_differ_a_little_where_a_long_one_is_the_same() -> None:
+    long = " ".join(WORDS)
+    response = "it is as blue as the sea was when we saw it"
+    changed = "it is as blue as the sea was when we left it"
+    other = "no one knows of what colour it was"
+    assert near_copies([(long, response), (long, changed), (long, other)]) == {1: 0}
+
+
 def test_a_hundred_copies_are_found_beside_others() -> None:
     random = Random(0)
     others = [(" ".join(random.choices(WORDS, k=30)) + f" {index}",) for index in range(300)]
