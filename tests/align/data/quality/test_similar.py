@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data.quality.similar import SIMILAR, near_copies
+from align.data.quality.similar import near_copies
 from align.data.quality.words import count_words, normalised, words_of
 
 WORDS = ("few", "plain", "words", "that", "make", "texts", "which", "differ", "here", "there", "but", "not", "much")
@@ -32,7 +32,7 @@ def test_near_copies_are_those_of_a_comparison_of_all_pairs(seed: int) -> None:
             words[random.randrange(len(words))] = "changed"
     found = near_copies([(text,) for text in texts])
     for later, text in enumerate(texts):
-        similar = {earlier for earlier in range(later) if jaccard(texts[earlier], text) >= SIMILAR}
+        similar = {earlier for earlier in range(later) if jaccard(texts[earlier], text) >= 0.8}
         assert (later in found) == bool(similar)
         assert not similar or found[later] in similar
 
