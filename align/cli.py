@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align.config.stage import Stage, all_stages, stages_from
+from align.data import commands as data_commands
 from align.jobs import commands as job_commands
 from align.runtime.consoles import console, errors, escaped, quiet_consoles
 from align.runtime.garbage import no_collections
@@ -114,6 +115,7 @@ app.command(
     name="submit", epilog=_example("align submit experiment.yaml --address http://10.0.0.1:8265 --env HF_TOKEN")
 )(job_commands.submit)
 app.add_typer(job_commands.jobs, name="jobs")
+app.add_typer(data_commands.data, name="data")
 
 
 @app.command(name="resume", epilog=_example("align resume runs/second ppo.steps=100"))

@@ -37,6 +37,7 @@ class SourceSettings(Settings):
     subset: str | None = Field(None, description="configuration of a dataset on the hub, such as main of openai/gsm8k")
     split: str = Field("train", description="split of a dataset on the hub")
     limit: int | None = Field(None, ge=1, description="read only the first rows")
+    form: str | None = Field(None, description="how rows are read, such as sharegpt; unset: recognised by columns")
     template: str | None = Field(
         None,
         description="what a text prompt becomes: a text with columns of the row in braces, such as "

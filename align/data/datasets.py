@@ -23,10 +23,12 @@ from align.data.examples import (
     preference_parser,
     request_parser,
 )
+from align.data.forms import DATA_KINDS, read_source_rows
 from align.data.labels import LabelledText, LabelSpace, Numbers, label_space
 from align.data.mixture import drawn, mixture_sizes
 from align.data.parsing import parse_rows
 from align.data.readers import read_rows
+from align.data.source_row import SourceRow
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
 from policies.files.base_model import load_model_config, load_tokenizer
@@ -189,7 +191,7 @@ def read_preferences(experiment: Experiment, path: Path | None) -> list[Tokenize
     if path is not None:
         source = SourceSettings(path=str(path))
         try:
-            return parse_rows(read_rows(source), parse, experiment.data.on_bad_row).items
+            return parse_rows(read_source_rows(source, "preferences"), parse, experiment.data.on_bad_row).items
         except UserError as error:
             raise UserError(f"--data: {error}") from None
     _, heldout = _Reader(experiment).read_and_split("preferences", parse)
@@ -248,6 +250,14 @@ def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request | La
     return tuple(item.prompt_ids)
 
 
+def _rows_of(name: str, source: SourceSettings, note: Callable[[str], None]) -> list[SourceRow]:
+    """The rows of a source by its name, in align's columns; the datasets of a mixture have demonstrations."""
+    if name.startswith("labels"):
+        return read_rows(source, note)
+    kind = next((kind for kind in DATA_KINDS if name.startswith(kind)), DATA_KINDS[0])
+    return read_source_rows(source, kind, note)
+
+
 class _Reader:
     """Reads the sources of `data`, and splits those without a held-out source."""
 
@@ -302,7 +312,7 @@ class _Reader:
     def _read_source(self, name: str, source: SourceSettings, parse: Parser[Example]) -> list[Example]:
         notes: list[str] = []
         try:
-            parsed = parse_rows(read_rows(source, notes.append), parse, self.data.on_bad_row)
+            parsed = parse_rows(_rows_of(name, source, notes.append), parse, self.data.on_bad_row)
         except UserError as error:
             raise UserError(f"data.{name}: {error}") from None
         if parsed.skipped:

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from align.config.schema import SourceSettings
+from align.data.forms import read_source_rows
 from align.data.parsing import PromptRow, parse_prompt, parse_rows
-from align.data.readers import read_rows
 from align.outputs.chat import Chat, line_reader
 from align.outputs.trained_run import TrainedRun
 from align.runtime.wording import counted
@@ -68,7 +68,7 @@ def print_responses(trained: TrainedRun, texts: Sequence[str], file: Path | None
     if rows and template:
         tell("--prompt is a message for the chat template; --raw continues it as text")
     if file:
-        from_file = parse_rows(read_rows(SourceSettings(path=str(file))), parse_prompt, "error").items
+        from_file = parse_rows(read_source_rows(SourceSettings(path=str(file)), "prompts"), parse_prompt, "error").items
         plain = sum(isinstance(row.prompt, str) for row in from_file)
         if plain and trained.encoder.has_template:
             prompts = counted(plain, "prompt")

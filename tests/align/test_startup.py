@@ -40,7 +40,9 @@ def command(*arguments: str) -> str:
     return f"sys.argv = {['align', *arguments]!r}\nfrom align.cli import main\nmain()\n"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("export", "--help"), ("doctor", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("export", "--help"), ("data", "check", "--help")]
+)
 def test_help_imports_no_settings_and_no_large_library(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert not imported(tmp_path, command(*arguments), 0, (*LARGE, "omegaconf", "align.config.schema"))
 
