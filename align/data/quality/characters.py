@@ -11,7 +11,7 @@ from policies.text.columns import SURROGATE
 RENDERED_SHARE = 0.8
 """Where so many rows have control tokens, a chat template has rendered them on purpose."""
 
-CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+CONTROL_CHARACTERS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 JOINER_IN_LATIN = "(?<=[\x21-\u024f])[\u200c\u200d](?=[\x21-\u024f])"
 """A zero-width joiner or non-joiner, which belong to emoji and to scripts such as Persian."""
 INVISIBLE = "[\u00ad\u180e\u200b\u202a-\u202e\u2060-\u2069\ufeff]|" + JOINER_IN_LATIN
@@ -31,7 +31,7 @@ ODD = {
     "half of a surrogate pair": SURROGATE,
     "the replacement character U+FFFD": re.compile(REPLACEMENT),
     "mojibake": re.compile(MOJIBAKE),
-    "control characters": re.compile(CONTROL),
+    "control characters": re.compile(CONTROL_CHARACTERS),
     "invisible characters": re.compile(INVISIBLE),
     "private or unassigned characters": re.compile(PRIVATE),
 }

@@ -28,7 +28,7 @@ TIE_SHARE = 0.5
 """Where so many rows are ties, little is compared."""
 MOST_LABELS = 20
 """A column with more values is no label."""
-LABELS = ("label", "labels", "rating", "tie", "best")
+JUDGED = ("label", "labels", "rating", "tie", "best")
 """Columns whose values are counted."""
 
 
@@ -117,7 +117,7 @@ def find_label_imbalance(corpus: Corpus) -> Flagged | None:
     """The distribution of labels, ratings, ties and choices; a problem where nearly all rows have one value."""
     by_value: dict[str, dict[str, list[int]]] = {}
     for index, row in enumerate(corpus.rows):
-        for name in LABELS:
+        for name in JUDGED:
             if has(row.columns, name):
                 for label, value in _labels(name, row.columns[name]):
                     by_value.setdefault(label, {}).setdefault(value, []).append(index)

@@ -5,13 +5,13 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from align.data.quality.characters import CONTROL, INVISIBLE, MOJIBAKE, PRIVATE
+from align.data.quality.characters import CONTROL_CHARACTERS, INVISIBLE, MOJIBAKE, PRIVATE
 from align.data.quality.rows import TEXT_COLUMNS
 from policies.text.columns import SURROGATE, Values
 
 Change = Callable[[str], str]
 
-REMOVED = re.compile("|".join((CONTROL, INVISIBLE, PRIVATE, SURROGATE.pattern)))
+REMOVED = re.compile("|".join((CONTROL_CHARACTERS, INVISIBLE, PRIVATE, SURROGATE.pattern)))
 MISREAD = re.compile(MOJIBAKE)
 
 
