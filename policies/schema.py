@@ -115,14 +115,17 @@ class PolicySettings(Settings):
     """The adaptation method: what is trained, for each role separately."""
 
     method: str = Field("lora", description="what is trained; docs/methods.md compares them")
-    rank: int = Field(16, ge=1, description="LoRA: rank of the low-rank matrices")
-    alpha: float = Field(32.0, gt=0, description="LoRA: the product of the matrices is multiplied by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: on the adapter's input, in SFT and reward training only")
+    rank: int = Field(16, ge=1, description="LoRA, LoHa, LoKr, VeRA: rank of the low-rank matrices")
+    alpha: float = Field(
+        32.0, gt=0, description="LoRA, LoHa, LoKr: the product of the matrices is multiplied by alpha / rank"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="LoRA, VeRA: on the adapter's input, in SFT and reward training only"
+    )
     targets: str | list[str] | None = Field(
         None,
-        description="LoRA, (IA)³, bottleneck: names of the layers to adapt, not LM head or embeddings; unset: all "
-        "linear layers; key and value projections and the MLP's last layer; the last layers of attention and MLP, in "
-        "this order",
+        description="names of the layers to adapt, not LM head or embeddings; unset: all linear layers; for (IA)³ key "
+        "and value projections and the MLP's last layer; for bottleneck the last layers of attention and MLP",
     )
     rslora: bool = Field(False, description="LoRA: scale by alpha / √rank instead")
     dora: bool = Field(False, description="LoRA: train magnitudes of the weights' columns too")
@@ -147,6 +150,14 @@ class PolicySettings(Settings):
         "gelu", description="bottleneck: non-linearity of the adapter"
     )
     layers: int = Field(1, ge=1, description="top_layers: number of decoder layers, counted from the last")
+    projection_seed: int = Field(0, ge=0, description="VeRA: seed of the frozen random matrices, which are not saved")
+    kronecker_factor: int = Field(
+        -1,
+        ge=-1,
+        description="LoKr: most rows and columns of the first factor of a Kronecker product; -1: as near to those of "
+        "the second as divisors of the layer's sizes allow",
+    )
+    block_size: int = Field(32, ge=2, description="OFT: inputs that are rotated together")
 
     @field_validator("method")
     @classmethod
@@ -154,6 +165,13 @@ class PolicySettings(Settings):
         if method not in methods():
             raise ValueError(f"expected one of {', '.join(methods())}")
         return method
+
+    @field_validator("kronecker_factor")
+    @classmethod
+    def _is_a_size(cls, factor: int) -> int:
+        if factor == 0:
+            raise ValueError("0 rows are no matrix: set at least 1, or -1")
+        return factor
 
     @property
     def spec(self) -> MethodSpec:

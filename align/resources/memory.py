@@ -40,7 +40,7 @@ class ModelSizes:
 
     Attributes:
         base: Parameters of the base model.
-        base_bytes: Bytes of the base model in memory.
+        base_bytes: Bytes of the base model in memory, with the frozen tensors that the method adds for all roles.
         adapter: Parameters of a policy's adapter.
         scalar_adapter: Parameters of a reward model's or a critic's adapter, which has nothing on the LM head.
         head: Parameters of a scalar head.
@@ -115,7 +115,9 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
     # Adapters in layers have nothing on the LM head: those of all roles are alike, and adding one takes a moment.
     are_alike = issubclass(policy.spec.load_trunk(), LayerAdapterTrunk)
     roles = ("policy",) if are_alike else ("policy", "critic")
+    own_buffers = {id(buffer) for buffer in base.buffers()}
     trunk = trunk_without_weights(base, policy, roles)
+    base_bytes += sum(buffer.nbytes for buffer in trunk.buffers() if id(buffer) not in own_buffers)
     merges = policy.spec.merges_for_sampling.allows(policy)
     return ModelSizes(
         base=parameters,

@@ -26,6 +26,7 @@ from policies.trunk import Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
+from tests.policies.gradients import flat_gradients
 
 METHODS = {
     "lora": PolicySettings(rank=4, alpha=8),
@@ -35,6 +36,11 @@ METHODS = {
     "qlora": PolicySettings(method="qlora", rank=4, alpha=8),
     "qlora-fp4": PolicySettings(method="qlora", rank=4, alpha=8, quant_type="fp4", double_quantization=False),
     "loftq": PolicySettings(method="qlora", rank=4, alpha=8, init="loftq"),
+    "loha": PolicySettings(method="loha", rank=4, alpha=8),
+    "lokr": PolicySettings(method="lokr", rank=2, alpha=4),
+    "krona": PolicySettings(method="lokr", rank=8, alpha=8, kronecker_factor=4),
+    "oft": PolicySettings(method="oft", block_size=8),
+    "vera": PolicySettings(method="vera", rank=16),
     "ia3": PolicySettings(method="ia3"),
     "bottleneck": PolicySettings(method="bottleneck", bottleneck=8),
     "bitfit": PolicySettings(method="bitfit"),
@@ -108,6 +114,31 @@ def test_gradients_reach_the_trained_role_and_nothing_else(name: str, tiny_model
     trained = {id(p) for p in trunk.adapter("policy").values()}
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trunk.adapter("policy").values())
     assert all(p.grad is None for p in trunk.parameters() if id(p) not in trained)
+
+
+@every_method
+def test_a_packed_batch_has_the_gradient_of_its_sequences_alone(name: str, tiny_model: Path) -> None:
+    trunk = perturbed(make(name, tiny_model), "policy", 1)
+    trunk.train_only("policy")
+    batch = collate([[5, 6, 7], [8, 9], [10]], [[10, 11], [12, 13, 14], [15, 16, 17, 18]])
+
+    def gradient_of(backward: Callable[[], None]) -> Tensor:
+        trunk.zero_grad()
+        backward()
+        return flat_gradients(trunk.adapter("policy").values()).double()
+
+    def packed() -> None:
+        loss_of(trunk.hidden_packed(batch.ids, batch.lengths, "policy")).backward()
+
+    def alone() -> None:
+        for ids in batch.ids.split(list(batch.lengths)):
+            loss_of(trunk.hidden(ids.unsqueeze(0), "policy")).backward()
+
+    def loss_of(states: Tensor) -> Tensor:
+        return trunk.head(states, "policy").float().logsumexp(-1).square().sum()
+
+    expected = gradient_of(alone)
+    assert (gradient_of(packed) - expected).norm() <= 1e-5 * expected.norm()
 
 
 @every_method
