@@ -1,5 +1,6 @@
 """Settings of the base model and of the adaptation method, and the base class of all settings."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -150,6 +151,18 @@ class PolicySettings(Settings):
         "gelu", description="bottleneck: non-linearity of the adapter"
     )
     layers: int = Field(1, ge=1, description="top_layers: number of decoder layers, counted from the last")
+    initial_rank: int | None = Field(
+        None, ge=1, description="AdaLoRA: rank of every layer at first; unset: half as much again as `rank`"
+    )
+    allocation_start: float = Field(
+        0.1, ge=0, lt=1, description="AdaLoRA: share of SFT's steps after which ranks are cut, to `rank` on average"
+    )
+    allocation_end: float = Field(
+        0.5, gt=0, le=1, description="AdaLoRA: share of SFT's steps after which the ranks stay as they are"
+    )
+    orthogonality: float = Field(
+        0.5, ge=0, description="AdaLoRA: weight of the penalty on singular vectors that are not orthogonal"
+    )
     projection_seed: int = Field(0, ge=0, description="VeRA: seed of the frozen random matrices, which are not saved")
     kronecker_factor: int = Field(
         -1,
@@ -188,6 +201,11 @@ class PolicySettings(Settings):
         return self.rank * (2 if self.init == "pissa" else 1)
 
     @property
+    def full_initial_rank(self) -> int:
+        """`initial_rank`, where it is unset 1.5 times the rank, as in the experiments of AdaLoRA's paper."""
+        return self.initial_rank or math.ceil(1.5 * self.rank)
+
+    @property
     def full_alpha(self) -> float:
         """Alpha that is saved with `full_rank`: the scale stays that of `rank` and `alpha`."""
         return self.alpha * self.full_rank / self.rank
@@ -210,6 +228,16 @@ class PolicySettings(Settings):
             f"remove {'it' if len(unread) == 1 else 'them'}",
             *unread,
         )
+
+    @model_validator(mode="after")
+    def _ranks_are_cut(self) -> "PolicySettings":
+        if self.full_initial_rank < self.rank:
+            raise ValueError(f"initial_rank {self.initial_rank} is below rank {self.rank}, to which ranks are cut")
+        if self.allocation_start >= self.allocation_end:
+            raise ValueError(
+                f"allocation_start {self.allocation_start} is not before allocation_end {self.allocation_end}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _init_fits(self) -> "PolicySettings":

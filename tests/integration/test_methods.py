@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_tuning": {"method": "p_tuning", "virtual_tokens": 3, "encoder_width": 8},
     "pissa": {"rank": 2, "alpha": 4, "init": "pissa"},
     "dora": {"rank": 2, "alpha": 4, "dora": True},
+    "adalora": {"method": "adalora", "rank": 2, "alpha": 4},
     "loha": {"method": "loha", "rank": 2, "alpha": 4},
     "lokr": {"method": "lokr", "rank": 2, "alpha": 4},
     "oft": {"method": "oft", "block_size": 8},

@@ -36,6 +36,7 @@ METHODS = {
     "qlora": PolicySettings(method="qlora", rank=4, alpha=8),
     "qlora-fp4": PolicySettings(method="qlora", rank=4, alpha=8, quant_type="fp4", double_quantization=False),
     "loftq": PolicySettings(method="qlora", rank=4, alpha=8, init="loftq"),
+    "adalora": PolicySettings(method="adalora", rank=4, alpha=24),
     "loha": PolicySettings(method="loha", rank=4, alpha=8),
     "lokr": PolicySettings(method="lokr", rank=2, alpha=4),
     "krona": PolicySettings(method="lokr", rank=8, alpha=8, kronecker_factor=4),
@@ -382,7 +383,10 @@ def bytes_of_adapters(trunk: Trunk) -> int:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "bitfit", "rank": 8}, "method bitfit does not read rank, which is for lora or qlora: remove it"),
+        (
+            {"method": "bitfit", "rank": 8},
+            "method bitfit does not read rank, which is for adalora or loha or lokr or lora",
+        ),
         ({"init": "loftq"}, "use it with method qlora"),
         ({"method": "qlora", "init": "pissa"}, "use loftq"),
         ({"dora": True, "init": "pissa"}, "do not go together"),
