@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora, PiSSA": {"rank": 8, "alpha": 16, "init": "pissa"},
     "lora, LoRA-plus": {"rank": 8, "alpha": 16, "lora_plus": 4},
     "qlora": {"method": "qlora", "rank": 8, "alpha": 16},
+    "adalora": {"method": "adalora", "rank": 8, "alpha": 24},
     "loha": {"method": "loha", "rank": 8, "alpha": 16},
     "lokr": {"method": "lokr", "rank": 8, "alpha": 16},
     "oft": {"method": "oft", "block_size": 16},
@@ -42,7 +43,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"method": "prefix_tuning"},
     "full": {"method": "full"},
 }
-RATES = {"bitfit": 5e-2, "lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
+RATES = {
+    "bitfit": 5e-2,
+    "top_layers": 1e-3,
+    "full": 5e-4,
+    **dict.fromkeys(("lora", "qlora", "adalora", "loha", "oft", "bottleneck"), 2e-3),
+}
 """Learning rates of SFT and the reward model by method; others use HIGH_RATE."""
 HIGH_RATE = 1e-2
 """Methods that train few parameters need a higher rate."""
