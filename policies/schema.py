@@ -126,7 +126,8 @@ class PolicySettings(Settings):
     targets: str | list[str] | None = Field(
         None,
         description="names of the layers to adapt, not LM head or embeddings; unset: all linear layers; for (IA)³ key "
-        "and value projections and the MLP's last layer; for bottleneck the last layers of attention and MLP",
+        "and value projections and the MLP's last layer; for bottleneck and Compacter the last layers of "
+        "attention and MLP",
     )
     rslora: bool = Field(False, description="LoRA: scale by alpha / √rank instead")
     dora: bool = Field(False, description="LoRA: train magnitudes of the weights' columns too")
@@ -146,10 +147,14 @@ class PolicySettings(Settings):
     )
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the virtual tokens in SFT")
     encoder_width: int = Field(128, ge=1, description="p-tuning: hidden units of the encoder")
-    bottleneck: int = Field(64, ge=1, description="bottleneck: hidden units of the adapter")
+    bottleneck: int = Field(64, ge=1, description="bottleneck, Compacter: hidden units of the adapter")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field(
-        "gelu", description="bottleneck: non-linearity of the adapter"
+        "gelu", description="bottleneck, Compacter: non-linearity of the adapter"
     )
+    kronecker_terms: int = Field(
+        4, ge=1, description="Compacter: number of Kronecker products, and rows and columns of their shared factors"
+    )
+    kronecker_rank: int = Field(1, ge=1, description="Compacter: rank of the factors that are not shared")
     layers: int = Field(1, ge=1, description="top_layers: number of decoder layers, counted from the last")
     initial_rank: int | None = Field(
         None, ge=1, description="AdaLoRA: rank of every layer at first; unset: half as much again as `rank`"

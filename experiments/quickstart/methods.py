@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"method": "vera", "rank": 64},
     "ia3": {"method": "ia3"},
     "bottleneck": {"method": "bottleneck", "bottleneck": 16},
+    "compacter": {"method": "compacter", "bottleneck": 16},
     "bitfit": {"method": "bitfit"},
     "layer_norm": {"method": "layer_norm"},
     "top_layers": {"method": "top_layers", "layers": 2},

@@ -44,6 +44,7 @@ METHODS = {
     "vera": PolicySettings(method="vera", rank=16),
     "ia3": PolicySettings(method="ia3"),
     "bottleneck": PolicySettings(method="bottleneck", bottleneck=8),
+    "compacter": PolicySettings(method="compacter", bottleneck=8, kronecker_terms=4, kronecker_rank=2),
     "bitfit": PolicySettings(method="bitfit"),
     "layer_norm": PolicySettings(method="layer_norm"),
     "top_layers": PolicySettings(method="top_layers", layers=1),
@@ -55,7 +56,7 @@ METHODS = {
     "full": PolicySettings(method="full"),
 }
 MERGED = [name for name, settings in METHODS.items() if settings.spec.merges_at_export]
-NOT_IN_PEFT = ("bottleneck", "bitfit", "top_layers", "feature", "full")
+NOT_IN_PEFT = ("bottleneck", "compacter", "bitfit", "top_layers", "feature", "full")
 IN_PEFT = [name for name, settings in METHODS.items() if settings.method not in NOT_IN_PEFT]
 ROLES = ("policy", "critic")
 IDS = torch.arange(40).reshape(2, 20) + 5
@@ -403,6 +404,10 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         (
             PolicySettings(method="bottleneck", targets=["nowhere"]),
             "no layer of LlamaForCausalLM that can be adapted is named nowhere",
+        ),
+        (
+            PolicySettings(method="compacter", kronecker_terms=5),
+            "policy.kronecker_terms 5 does not divide the hidden size, 32",
         ),
         (
             PolicySettings(method="top_layers", layers=9),
