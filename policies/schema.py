@@ -143,7 +143,8 @@ class PolicySettings(Settings):
     double_quantization: bool = Field(True, description="qlora: quantise the scales too")
     virtual_tokens: int = Field(20, ge=1, description="soft prompts: number of virtual tokens before the prompt")
     init_text: str | None = Field(
-        None, description="prompt and prefix tuning: text whose tokens they start as; unset: random tokens"
+        None,
+        description="prompt, prefix and intrinsic prompt tuning: text whose tokens they start as; unset: random tokens",
     )
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the virtual tokens in SFT")
     encoder_width: int = Field(128, ge=1, description="p-tuning: hidden units of the encoder")
@@ -168,7 +169,17 @@ class PolicySettings(Settings):
     orthogonality: float = Field(
         0.5, ge=0, description="AdaLoRA: weight of the penalty on singular vectors that are not orthogonal"
     )
-    projection_seed: int = Field(0, ge=0, description="VeRA: seed of the frozen random matrices, which are not saved")
+    projection_seed: int = Field(
+        0, ge=0, description="VeRA, intrinsic prompt: seed of the frozen random directions, which are not saved"
+    )
+    intrinsic_dimension: int = Field(
+        64, ge=1, description="intrinsic prompt: dimensions of the subspace in which the prompt is trained"
+    )
+    subspace: str | None = Field(
+        None,
+        description="intrinsic prompt: prompt table whose tasks span the subspace by their principal components "
+        "(`align export RUN --to FILE --task NAME` adds one); unset: random directions",
+    )
     kronecker_factor: int = Field(
         -1,
         ge=-1,

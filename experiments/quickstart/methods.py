@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "top_layers": {"method": "top_layers", "layers": 2},
     "feature": {"method": "feature"},
     "prompt_tuning": {"method": "prompt_tuning"},
+    "intrinsic_prompt": {"method": "intrinsic_prompt"},
     "p_tuning": {"method": "p_tuning"},
     "prefix_tuning": {"method": "prefix_tuning"},
     "full": {"method": "full"},
@@ -60,6 +61,7 @@ SOFT_PROMPT = {
 }
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "prompt_tuning": SOFT_PROMPT,
+    "intrinsic_prompt": SOFT_PROMPT,
     "p_tuning": {
         "sft": {"learning_rate": 1e-2},
         "reward": {"learning_rate": 1e-1, "epochs": 3},

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from align.cli import app
 from align.config.load import load_experiment
 from policies.errors import UserError
-from policies.files.adapters import load_adapter
+from policies.files.adapters import PROMPT, load_adapter
 from policies.files.prompt_table import read_task
 from tests.integration.tiny_run import make_settings, run_in_process
 
@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "top_layers": {"method": "top_layers"},
     "feature": {"method": "feature"},
     "prompt_tuning": {"method": "prompt_tuning", "virtual_tokens": 3},
+    "intrinsic_prompt": {"method": "intrinsic_prompt", "virtual_tokens": 3, "intrinsic_dimension": 4},
     "prefix_tuning": {"method": "prefix_tuning", "virtual_tokens": 3},
 }
 QUICK = ("qlora", "bitfit", "p_tuning")
@@ -62,8 +63,7 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
     if policy.spec.prompt_kind is not None:
         table = tmp_path / "prompts.safetensors"
         assert CliRunner().invoke(app, ["export", str(run), "--to", str(table), "--task", "one"]).exit_code == 0
-        (tokens,) = trained.values()
-        assert torch.equal(read_task(f"{table}#one"), tokens)
+        assert torch.equal(read_task(f"{table}#one"), trained[PROMPT])
     for mixed_up in (["--merge", "--reward"], ["--dtype", "bfloat16"], ["--member", "0"]):
         result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "no"), *mixed_up])
         assert isinstance(result.exception, UserError)

@@ -18,9 +18,11 @@ from policies.errors import UserError
 from policies.export import export_adapter, export_merged, export_reward
 from policies.files.adapters import PROMPT, load_adapter, save_adapter, save_head
 from policies.files.base_model import load_base
+from policies.files.prompt_table import add_task
 from policies.files.quantization import dequantise
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
+from policies.methods.intrinsic_prompt_trunk import COORDINATES
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
@@ -50,6 +52,7 @@ METHODS = {
     "top_layers": PolicySettings(method="top_layers", layers=1),
     "feature": PolicySettings(method="feature"),
     "prompt_tuning": PolicySettings(method="prompt_tuning", virtual_tokens=5),
+    "intrinsic_prompt": PolicySettings(method="intrinsic_prompt", virtual_tokens=5, intrinsic_dimension=6),
     "p_tuning": PolicySettings(method="p_tuning", virtual_tokens=5, encoder_width=16),
     "p_tuning-lstm": PolicySettings(method="p_tuning", virtual_tokens=5, encoder_width=16, encoder="lstm"),
     "prefix_tuning": PolicySettings(method="prefix_tuning", virtual_tokens=5),
@@ -73,6 +76,8 @@ def perturbed(trunk: Trunk, role: str, seed: int) -> Trunk:
     """The trunk, with a role well away from where it starts."""
     generator = torch.Generator().manual_seed(seed)
     weights = {n: w + 0.15 * torch.randn(w.shape, generator=generator) for n, w in trunk.read_adapter(role).items()}
+    if COORDINATES in weights:
+        del weights[PROMPT]  # it follows from the coordinates
     trunk.write_adapter(role, weights)
     return trunk
 
@@ -351,6 +356,39 @@ def test_prompt_tuning_starts_from_a_text(tiny_model: Path, tiny_tokenizer: PreT
     assert torch.equal(trunk.read_adapter("policy")[PROMPT], trunk.causal.get_input_embeddings().weight[ids])
     before = logits(trunk, "", torch.cat([torch.tensor([ids] * 2), IDS], dim=1))[:, 7:]
     torch.testing.assert_close(logits(trunk, "policy"), before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_prompts_of_tasks_span_the_subspace(tiny_model: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, *axes = torch.randn(3, 5, 32, generator=generator)  # [T, H] each
+    axes = list(torch.linalg.qr(torch.stack(axes).flatten(1).T).Q.T.reshape(2, 5, 32))
+    table = tmp_path / "prompts.safetensors"
+    places = [(3.0, 1.0), (-3.0, 1.0), (3.0, -1.0), (-3.0, -1.0)]
+    for number, (first, second) in enumerate(places):
+        add_task(table, f"task {number}", mean + first * axes[0] + second * axes[1], {"base": "any"})
+    settings = METHODS["intrinsic_prompt"].model_copy(update={"subspace": str(table), "intrinsic_dimension": 2})
+    trunk = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
+    torch.testing.assert_close(trunk.read_adapter("policy")[PROMPT], mean)
+    trunk.write_adapter("policy", {COORDINATES: torch.tensor([1.0, -2.0])})
+    moved = trunk.read_adapter("policy")[PROMPT] - mean
+    along = [abs(float((moved * axis).sum())) for axis in axes]
+    assert along == pytest.approx([3, 2], rel=1e-4)
+    assert float(moved.square().sum()) == pytest.approx(3**2 + 2**2, rel=1e-4)
+
+    too_many = settings.model_copy(update={"intrinsic_dimension": 4})
+    with pytest.raises(UserError, match="4 tasks differ in 3 dimensions at most"):
+        build_trunk(ModelSettings(path=str(tiny_model)), too_many, ("policy",))
+    other_size = settings.model_copy(update={"virtual_tokens": 6})
+    with pytest.raises(UserError, match=r"prompt of task 'task 0' is \[5, 32\], but .* are \[6, 32\]"):
+        build_trunk(ModelSettings(path=str(tiny_model)), other_size, ("policy",))
+
+
+def test_a_prompt_of_another_subspace_is_refused(tiny_model: Path) -> None:
+    weights = perturbed(make("intrinsic_prompt", tiny_model), "policy", 1).read_adapter("policy")
+    settings = METHODS["intrinsic_prompt"].model_copy(update={"projection_seed": 1})
+    other = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
+    with pytest.raises(UserError, match=r"not in this subspace: set policy.subspace, policy.projection_seed"):
+        other.write_adapter("policy", weights)
 
 
 def test_a_prefix_from_a_text_is_that_text_before_the_prompt(
