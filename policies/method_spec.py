@@ -137,7 +137,7 @@ def methods() -> Mapping[str, MethodSpec]:
 
 
 def supporting(option: str) -> str:
-    """The methods that work with an option, each with its condition: "bottleneck, full or lora without dora and init".
+    """The methods that work with an option, each with its condition: "full or lora without dora and init".
 
     Args:
         option: Name of a field of `MethodSpec` that is a `Support`.

@@ -126,8 +126,8 @@ class PolicySettings(Settings):
     targets: str | list[str] | None = Field(
         None,
         description="names of the layers to adapt, not LM head or embeddings; unset: all linear layers; for (IA)³ key "
-        "and value projections and the MLP's last layer; for bottleneck and Compacter the last layers of "
-        "attention and MLP",
+        "and value projections and the MLP's last layer; for bottleneck, Compacter and AdaMix the last "
+        "layers of attention and MLP",
     )
     rslora: bool = Field(False, description="LoRA: scale by alpha / √rank instead")
     dora: bool = Field(False, description="LoRA: train magnitudes of the weights' columns too")
@@ -148,10 +148,11 @@ class PolicySettings(Settings):
     )
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the virtual tokens in SFT")
     encoder_width: int = Field(128, ge=1, description="p-tuning: hidden units of the encoder")
-    bottleneck: int = Field(64, ge=1, description="bottleneck, Compacter: hidden units of the adapter")
+    bottleneck: int = Field(64, ge=1, description="bottleneck, Compacter, AdaMix: hidden units of the adapter")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field(
-        "gelu", description="bottleneck, Compacter: non-linearity of the adapter"
+        "gelu", description="bottleneck, Compacter, AdaMix: non-linearity of the adapter"
     )
+    experts: int = Field(4, ge=2, description="AdaMix: bottleneck adapters per layer in SFT, which are then averaged")
     kronecker_terms: int = Field(
         4, ge=1, description="Compacter: number of Kronecker products, and rows and columns of their shared factors"
     )

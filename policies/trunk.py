@@ -279,8 +279,21 @@ class Trunk(nn.Module, ABC):
         """What the steps of a supervised stage change besides a role's adapter, for checkpoints; None: nothing."""
         return None
 
-    def start_step(self, role: str, progress: float) -> None:
-        """Prepare for a step of a supervised stage; progress: the share of its steps that are done after this one."""
+    def start_step(self, role: str, progress: float, seed: int) -> None:
+        """Prepare for a step of a supervised stage.
+
+        Args:
+            role: The role that is trained.
+            progress: The share of the stage's steps that are done after this one.
+            seed: Seed of what the method draws in this step, the same on all ranks.
+        """
+
+    def routes(self, role: str) -> int:
+        """Number of forward passes of a training step of SFT, which are drawn together where there are two."""
+        return 1
+
+    def take_route(self, role: str, number: int) -> None:
+        """Make the next forward passes in training those of one of the routes."""
 
     def before_step(self, role: str) -> None:
         """Called before each optimizer step at ZeRO stage 0, when a role's gradients are complete and not clipped."""

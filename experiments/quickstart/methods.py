@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"method": "vera", "rank": 64},
     "ia3": {"method": "ia3"},
     "bottleneck": {"method": "bottleneck", "bottleneck": 16},
+    "adamix": {"method": "adamix", "bottleneck": 16},
     "compacter": {"method": "compacter", "bottleneck": 16},
     "bitfit": {"method": "bitfit"},
     "layer_norm": {"method": "layer_norm"},
@@ -49,7 +50,7 @@ RATES = {
     "bitfit": 5e-2,
     "top_layers": 1e-3,
     "full": 5e-4,
-    **dict.fromkeys(("lora", "qlora", "adalora", "loha", "oft", "bottleneck"), 2e-3),
+    **dict.fromkeys(("lora", "qlora", "adalora", "loha", "oft", "bottleneck", "adamix", "compacter"), 2e-3),
 }
 """Learning rates of SFT and the reward model by method; others use HIGH_RATE."""
 HIGH_RATE = 1e-2

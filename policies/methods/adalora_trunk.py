@@ -39,7 +39,7 @@ class AdaLoraTrunk(LinearAdapterTrunk):
     def step_state(self, role: str) -> nn.Module | None:
         return self._allocators.get(role)
 
-    def start_step(self, role: str, progress: float) -> None:
+    def start_step(self, role: str, progress: float, seed: int) -> None:
         self._progress[role] = progress
 
     def before_step(self, role: str) -> None:

@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"method": "vera", "rank": 8},
     "ia3": {"method": "ia3"},
     "bottleneck": {"method": "bottleneck", "bottleneck": 4},
+    "adamix": {"method": "adamix", "bottleneck": 4},
     "compacter": {"method": "compacter", "bottleneck": 4, "kronecker_terms": 2},
     "layer_norm": {"method": "layer_norm"},
     "top_layers": {"method": "top_layers"},

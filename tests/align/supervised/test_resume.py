@@ -178,6 +178,8 @@ def test_rankings_with_ties(zero: int, tiny_model: Path, tmp_path: Path) -> None
         (PolicySettings(method="prompt_tuning", virtual_tokens=3), 1),
         (PolicySettings(method="bitfit"), 2),
         (PolicySettings(method="adalora", rank=2, dropout=0.3), 0),
+        (PolicySettings(method="adamix", bottleneck=4), 0),
+        (PolicySettings(method="adamix", bottleneck=4), 3),
         (PolicySettings(method="full"), 0),
         (PolicySettings(method="full"), 3),
     ],

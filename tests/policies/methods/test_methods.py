@@ -46,6 +46,7 @@ METHODS = {
     "vera": PolicySettings(method="vera", rank=16),
     "ia3": PolicySettings(method="ia3"),
     "bottleneck": PolicySettings(method="bottleneck", bottleneck=8),
+    "adamix": PolicySettings(method="adamix", bottleneck=8, experts=3),
     "compacter": PolicySettings(method="compacter", bottleneck=8, kronecker_terms=4, kronecker_rank=2),
     "bitfit": PolicySettings(method="bitfit"),
     "layer_norm": PolicySettings(method="layer_norm"),
@@ -59,7 +60,7 @@ METHODS = {
     "full": PolicySettings(method="full"),
 }
 MERGED = [name for name, settings in METHODS.items() if settings.spec.merges_at_export]
-NOT_IN_PEFT = ("bottleneck", "compacter", "bitfit", "top_layers", "feature", "full")
+NOT_IN_PEFT = ("bottleneck", "adamix", "compacter", "bitfit", "top_layers", "feature", "full")
 IN_PEFT = [name for name, settings in METHODS.items() if settings.method not in NOT_IN_PEFT]
 ROLES = ("policy", "critic")
 IDS = torch.arange(40).reshape(2, 20) + 5

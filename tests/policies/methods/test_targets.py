@@ -33,7 +33,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def test_the_methods_that_read_targets_are_these() -> None:
-    assert METHODS == ["adalora", "bottleneck", "compacter", "ia3", "loha", "lokr", "lora", "oft", "vera"]
+    assert METHODS == ["adalora", "adamix", "bottleneck", "compacter", "ia3", "loha", "lokr", "lora", "oft", "vera"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
