@@ -69,6 +69,7 @@ class MethodSpec:
         merges_at_export: Whether `export --merge` can write the adapter into the base's weights.
         vllm: Whether vLLM can swap its adapters.
         zero3: Whether ZeRO stage 3 can shard its trunk.
+        sft_passes: Forward passes of each microbatch in SFT; the predictions of two are drawn together.
         needs_sft: What it does in SFT, without which it cannot start; empty where it can.
         last_weights_only: Why the weights of an earlier step of SFT cannot be kept; empty where they can.
         zero_conflict: Why ZeRO stages 1 to 3 do not work with it, and what to use instead; empty where they do.
@@ -92,6 +93,7 @@ class MethodSpec:
     merges_at_export: bool = False
     vllm: Support = NO
     zero3: Support = NO
+    sft_passes: Literal[1, 2] = 1
     needs_sft: str = ""
     last_weights_only: str = ""
     zero_conflict: str = ""

@@ -288,12 +288,8 @@ class Trunk(nn.Module, ABC):
             seed: Seed of what the method draws in this step, the same on all ranks.
         """
 
-    def routes(self, role: str) -> int:
-        """Number of forward passes of a training step of SFT, which are drawn together where there are two."""
-        return 1
-
     def take_route(self, role: str, number: int) -> None:
-        """Make the next forward passes in training those of one of the routes."""
+        """Make the next forward passes in training those of one of the method's `sft_passes` routes."""
 
     def before_step(self, role: str) -> None:
         """Called before each optimizer step at ZeRO stage 0, when a role's gradients are complete and not clipped."""

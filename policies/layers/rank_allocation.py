@@ -13,7 +13,8 @@ from torch import Tensor, nn
 SMOOTHING = 0.85
 """β₁ and β₂, the weights of the past in the moving averages, for all tasks of the paper."""
 
-NAMES = ("left", "values", "right")
+TRIPLET_NAMES = ("left", "values", "right")
+"""The tensors of a layer, in the order of `Triplets.tensors`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class RankAllocator(nn.Module):
         self.layers = list(layers)
         self.initial = sum(len(layer.values) for layer in layers)
         for number, layer in enumerate(layers):
-            for name, tensor in zip(NAMES, layer.tensors, strict=True):
+            for name, tensor in zip(TRIPLET_NAMES, layer.tensors, strict=True):
                 self.register_buffer(f"{number}_{name}_sensitivity", torch.zeros_like(tensor))
                 self.register_buffer(f"{number}_{name}_uncertainty", torch.zeros_like(tensor))
 
@@ -85,7 +86,7 @@ class RankAllocator(nn.Module):
         """Update the averages with the gradients of the loss (section 3.2), unless one of them is not finite."""
         importances: list[tuple[int, str, Tensor]] = []
         for number, layer in enumerate(self.layers):
-            for name, tensor in zip(NAMES, layer.tensors, strict=True):
+            for name, tensor in zip(TRIPLET_NAMES, layer.tensors, strict=True):
                 if tensor.grad is None or not tensor.grad.isfinite().all():
                     return
                 importances.append((number, name, (tensor * tensor.grad).abs()))
@@ -106,7 +107,7 @@ class RankAllocator(nn.Module):
 
     def _scores(self, number: int) -> Tensor:
         """The importance `[rank]` of each triplet of a layer: of its singular value and its vectors (section 3.2)."""
-        left, values, right = (torch.mul(*self._averages(number, name)) for name in NAMES)
+        left, values, right = (torch.mul(*self._averages(number, name)) for name in TRIPLET_NAMES)
         return values.squeeze(1) + left.mean(0) + right.mean(1)
 
     def _averages(self, number: int, name: str) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,9 @@ class AdaLoraTrunk(LinearAdapterTrunk):
             allocator.keep(count)
 
     def _add_penalty(self, layers: Sequence[Triplets]) -> None:
-        trained = [tensor for layer in layers for tensor in (layer.left, layer.right)]
+        trained: list[nn.Parameter] = []
+        for layer in layers:
+            trained += [layer.left, layer.right]
         penalty = self.settings.orthogonality * orthogonality(layers)
         for tensor, gradient in zip(trained, torch.autograd.grad(penalty, trained), strict=True):
             if tensor.grad is not None:

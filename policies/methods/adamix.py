@@ -18,5 +18,6 @@ SPEC = MethodSpec(
     saved_settings={"bottleneck": "bottleneck", "activation": "activation"},
     below_float32=True,
     zero3=YES,
+    sft_passes=2,
     needs_sft="mixes adapters in SFT, and averages them for later stages",
 )

@@ -10,9 +10,6 @@ from transformers import PreTrainedModel
 from policies.layers.mixture import Mixture
 from policies.methods.bottleneck_trunk import BottleneckTrunk
 
-ROUTES = 2
-"""Forward passes of a training step, whose predictions are drawn together."""
-
 
 class AdaMixTrunk(BottleneckTrunk):
     """A trunk with bottleneck adapters, and mixtures of them for roles that are trained from scratch."""
@@ -25,19 +22,21 @@ class AdaMixTrunk(BottleneckTrunk):
 
     def start_training(self, role: str) -> None:
         """Put mixtures in the place of the role's adapters; one of the experts is the adapter itself."""
-        self._mixtures[role] = []
+        mixtures: list[Mixture] = []
         for layer in self._layers:
-            for projections in (layer.bottleneck_down, layer.bottleneck_up):
-                mixture = Mixture(self._experts(projections[role]))
-                projections[role] = mixture
-                self._mixtures[role].append(mixture)
+            down = Mixture(self._experts(layer.bottleneck_down[role], fresh=True))
+            up = Mixture(self._experts(layer.bottleneck_up[role], fresh=False))
+            layer.bottleneck_down[role] = down
+            layer.bottleneck_up[role] = up
+            mixtures += [down, up]
+        self._mixtures[role] = mixtures
 
-    def _experts(self, first: nn.Linear) -> list[nn.Linear]:
-        """Several layers that differ, or, of up-projections, that start at zero like the first."""
+    def _experts(self, first: nn.Linear, fresh: bool) -> list[nn.Linear]:
+        """The experts of a projection; fresh: each with its own initial weights, otherwise with those of the first."""
         experts = [first]
         for _ in range(1, self.settings.experts):
             expert = nn.Linear(first.in_features, first.out_features, device=first.weight.device)
-            if not first.weight.any():
+            if not fresh:
                 expert.load_state_dict(first.state_dict())
             experts.append(expert)
         return experts
@@ -62,14 +61,11 @@ class AdaMixTrunk(BottleneckTrunk):
                     projections[role] = nn.Linear(inputs, outputs, device=projections[role].weight.device)
         super().write_adapter(role, weights)
 
-    def routes(self, role: str) -> int:
-        return ROUTES if role in self._mixtures else 1
-
     def start_step(self, role: str, progress: float, seed: int) -> None:
         """Draw the routes of a step, the same for all its microbatches and on all ranks."""
         if role in self._mixtures:
             generator = torch.Generator(device="cpu").manual_seed(seed)
-            shape = (ROUTES, len(self._mixtures[role]))
+            shape = (self.settings.spec.sft_passes, len(self._mixtures[role]))
             self._routes = torch.randint(self.settings.experts, shape, generator=generator, device="cpu").tolist()
 
     def take_route(self, role: str, number: int) -> None:

@@ -18,7 +18,7 @@ from policies.trunk import Trunk
 
 COORDINATES = "prompt_coordinates"
 """Name in the file of the trained vector. The prompt itself is beside it, under PEFT's name, for PEFT to load."""
-ROUNDING = 1e-3
+PROMPT_ROUNDING = 1e-3
 """Largest difference, relative to the largest number or to 1, of a prompt that is computed again from its vector."""
 
 
@@ -92,7 +92,7 @@ class IntrinsicPromptTrunk(SoftPromptTrunk):
             return
         expected = weights[PROMPT].to(self.origin)
         difference = (self._virtual_tokens(role).detach() - expected).abs().max()
-        if not difference <= ROUNDING * max(1.0, float(expected.abs().max())):
+        if not difference <= PROMPT_ROUNDING * max(1.0, float(expected.abs().max())):
             raise UserError(
                 "the adapter's prompt is not in this subspace: set policy.subspace, policy.projection_seed and "
                 "policy.init_text as they were in its training"
