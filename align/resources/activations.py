@@ -75,7 +75,8 @@ class ActivationEstimate:
         trunk = self._trunk_at(self._experiment.zero_of(settings))
         microbatch = _largest(trunk, settings, settings.max_tokens, training=True)
         passes = self._experiment.policy.spec.sft_passes
-        yield _role(microbatch), passes * self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
+        saved = self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)  # of one pass
+        yield _role(microbatch), passes * saved
         yield _logits(trunk, microbatch, learn_entropy=passes > 1)
 
     def classify(self) -> Iterator[tuple[str, float]]:

@@ -467,5 +467,7 @@ def test_an_adapter_of_another_method_is_refused(saved: tuple[Path, dict[str, Te
         load_adapter(root / "ia3", METHODS["lora"])
     with pytest.raises(UserError, match="use_dora is True"):
         load_adapter(root / "dora", METHODS["lora"])
+    with pytest.raises(UserError, match=r"projection_prng_key is 0, but policy.projection_seed is 1"):
+        load_adapter(root / "vera", METHODS["vera"].model_copy(update={"projection_seed": 1}))
     with pytest.raises(UserError, match="set both to the same value"):
         load_adapter(root / "prompt_tuning", PolicySettings(method="prompt_tuning", virtual_tokens=6))
