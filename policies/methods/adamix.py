@@ -2,7 +2,7 @@
 
 Wang et al. 2022, "AdaMix: mixture-of-adaptations for parameter-efficient model tuning". In each step of SFT one of the
 `experts` is drawn for each down-projection and one for each up-projection, twice, and the two predictions are drawn
-together (`consistency_objective` in `align/learner/likelihood.py`). Evaluation and all later stages use the average of
+together (`routed_logprobs` in `align/learner/likelihood.py`). Evaluation and all later stages use the average of
 the experts, an ordinary bottleneck adapter, which the later stages train: samples and ratios of PPO need one policy.
 """
 

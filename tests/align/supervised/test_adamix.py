@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.learner.likelihood import collate_demonstrations, consistency_objective, likelihood_objective
+from align.learner.likelihood import collate_demonstrations, likelihood_objective
 from align.roles.build import SFT_ROLE
 from align.supervised.learner import SupervisedLearner
 from align.supervised.sft_objective import SftObjective
@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_the_first_route_and_the_divergence_of_both(tiny_mod
     trunk = module.trunk
     (batch,) = collate_demonstrations(demonstrations(3), CPU)
     trunk.start_step(SFT_ROLE, progress=0.5, seed=1)
-    loss, statistic = objective.loss(module, batch)
+    loss, statistics = objective.loss(module, batch, None)
     logprobs = []
     for route in range(2):
         trunk.take_route(SFT_ROLE, route)
@@ -56,17 +56,18 @@ def test_the_loss_is_that_of_the_first_route_and_the_divergence_of_both(tiny_mod
     likelihood = first.gather(1, batch.response_ids.unsqueeze(1)).sum()
     divergence = 0.5 * ((first.exp() - second.exp()) * (first - second)).sum()
     assert divergence > 0.1
-    torch.testing.assert_close(statistic.double(), -likelihood, rtol=1e-5, atol=0)
+    torch.testing.assert_close(statistics.double(), -likelihood[None], rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), divergence - likelihood, rtol=1e-5, atol=0)
 
 
 def test_routes_change_with_the_step_and_not_with_the_microbatch(tiny_model: Path) -> None:
-    module = moved_objective(tiny_model).module
+    objective = moved_objective(tiny_model)
+    module = objective.module
     (batch,) = collate_demonstrations(demonstrations(3), CPU)
 
     def loss(seed: int) -> float:
         module.trunk.start_step(SFT_ROLE, progress=0.5, seed=seed)
-        return float(consistency_objective(module, batch, SFT_ROLE)[0].detach())
+        return float(objective.loss(module, batch, None)[0].detach())
 
     losses = {seed: loss(seed) for seed in range(4)}
     assert len(set(losses.values())) == 4
@@ -76,12 +77,13 @@ def test_routes_change_with_the_step_and_not_with_the_microbatch(tiny_model: Pat
 def test_recomputed_activations_are_of_their_own_route(tiny_model: Path) -> None:
     gradients = []
     for recomputes in (False, True):
-        module = moved_objective(tiny_model).module
+        objective = moved_objective(tiny_model)
+        module = objective.module
         if recomputes:
             module.trunk.enable_gradient_checkpointing()
         module.trunk.start_step(SFT_ROLE, progress=0.5, seed=2)
         (batch,) = collate_demonstrations(demonstrations(3), CPU)
-        consistency_objective(module, batch, SFT_ROLE)[0].backward()
+        objective.loss(module, batch, None)[0].backward()
         mixtures = module.trunk.encoder(SFT_ROLE)
         assert mixtures is not None
         gradients.append(flat_gradients(mixtures.parameters()))
@@ -94,7 +96,7 @@ def test_the_product_is_the_average_that_is_evaluated(tiny_model: Path) -> None:
     for step in range(2):
         learner.train([step, step + 2], step, 1.0)
     module = learner.objective.module
-    heldout = learner.heldout_loss()
+    heldout = learner.heldout_metrics()["heldout_loss"]
     adapter = learner.product().adapters[SFT_ROLE]
     learner.close()
     module.trunk.write_adapter(SFT_ROLE, adapter)
