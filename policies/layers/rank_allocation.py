@@ -98,14 +98,14 @@ class RankAllocator(nn.Module):
     @torch.no_grad()
     def keep(self, count: int) -> None:
         """Set all singular values to zero but those of the most important triplets, `count` over all layers."""
-        scores = [self._scores(number) for number in range(len(self.layers))]  # [rank] each
+        scores = [self.scores(number) for number in range(len(self.layers))]  # [rank] each
         joined = torch.cat(scores)
         kept = torch.zeros_like(joined, dtype=torch.bool)
         kept[joined.topk(count).indices] = True
         for layer, mask in zip(self.layers, kept.split([len(score) for score in scores]), strict=True):
             layer.values.masked_fill_(~mask.unsqueeze(1), 0.0)
 
-    def _scores(self, number: int) -> Tensor:
+    def scores(self, number: int) -> Tensor:
         """The importance `[rank]` of each triplet of a layer: of its singular value and its vectors (section 3.2)."""
         left, values, right = (torch.mul(*self._averages(number, name)) for name in TRIPLET_NAMES)
         return values.squeeze(1) + left.mean(0) + right.mean(1)

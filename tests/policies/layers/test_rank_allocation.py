@@ -66,6 +66,8 @@ def test_the_most_important_triplets_of_all_layers_are_kept() -> None:
         pairs = zip(layer.tensors, seen, strict=True)
         histories.append([(tensor.detach().clone(), torch.stack(past)) for tensor, past in pairs])
     scores = expected_scores(histories)
+    for number, expected in enumerate(scores):
+        torch.testing.assert_close(allocator.scores(number), torch.tensor(expected))
     threshold = sorted([*scores[0], *scores[1]], reverse=True)[1]
     allocator.keep(2)
     kept = [[bool(value != 0) for value in layer.values] for layer in layers]
