@@ -92,6 +92,30 @@ def _smoothed(hidden: Tensor, tokens: Tensor, head: Head, smoothing: float) -> t
     return ((1 - smoothing) * _select(all_logprobs, tokens) + smoothing * all_logprobs.mean(-1),)
 
 
+def symmetric_divergence(hidden: Tensor, other: Tensor, head: Head) -> Tensor:
+    """The mean of the two KL divergences between the distributions p and q that two states predict.
+
+    ½ (KL(p‖q) + KL(q‖p)) = ½ Σ (p − q) (log p − log q). Logits are computed for `CHUNK` positions at a time, and again
+    in the backward pass.
+
+    Args:
+        hidden: `[P, H]`, states that predict p.
+        other: `[P, H]`, states that predict q.
+        head: The LM head.
+
+    Returns:
+        `[P]` float32, in nats.
+    """
+    function = partial(checkpoint, partial(_symmetric_divergence, head=head), use_reentrant=False)
+    return torch.cat([function(*chunks) for chunks in zip(hidden.split(CHUNK), other.split(CHUNK), strict=True)])
+
+
+def _symmetric_divergence(hidden: Tensor, other: Tensor, head: Head) -> Tensor:
+    logprobs = _log_softmax(head(hidden), 1.0)  # [P, V]
+    other_logprobs = _log_softmax(head(other), 1.0)  # [P, V]
+    return 0.5 * torch.linalg.vecdot(logprobs.exp() - other_logprobs.exp(), logprobs - other_logprobs)  # [P]
+
+
 TF32_EPSILON = 2.0**-10
 """Spacing of TF32 numbers from 1 to 2, in which float32 products are computed where that is allowed."""
 

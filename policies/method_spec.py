@@ -69,6 +69,10 @@ class MethodSpec:
         merges_at_export: Whether `export --merge` can write the adapter into the base's weights.
         vllm: Whether vLLM can swap its adapters.
         zero3: Whether ZeRO stage 3 can shard its trunk.
+        sft_passes: Forward passes of each microbatch in SFT; the predictions of two are drawn together.
+        needs_sft: What it does in SFT, without which it cannot start; empty where it can.
+        last_weights_only: Why the weights of an earlier step of SFT cannot be kept; empty where they can.
+        zero_conflict: Why ZeRO stages 1 to 3 do not work with it, and what to use instead; empty where they do.
         checkpointing_conflict: Why `model.gradient_checkpointing` does not work with it, and what to use instead; empty
             where it does.
     """
@@ -89,6 +93,10 @@ class MethodSpec:
     merges_at_export: bool = False
     vllm: Support = NO
     zero3: Support = NO
+    sft_passes: Literal[1, 2] = 1
+    needs_sft: str = ""
+    last_weights_only: str = ""
+    zero_conflict: str = ""
     checkpointing_conflict: str = ""
 
     @property
@@ -131,7 +139,7 @@ def methods() -> Mapping[str, MethodSpec]:
 
 
 def supporting(option: str) -> str:
-    """The methods that work with an option, each with its condition: "bottleneck, full or lora without dora and init".
+    """The methods that work with an option, each with its condition: "full or lora without dora and init".
 
     Args:
         option: Name of a field of `MethodSpec` that is a `Support`.

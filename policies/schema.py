@@ -1,5 +1,6 @@
 """Settings of the base model and of the adaptation method, and the base class of all settings."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -115,14 +116,18 @@ class PolicySettings(Settings):
     """The adaptation method: what is trained, for each role separately."""
 
     method: str = Field("lora", description="what is trained; docs/methods.md compares them")
-    rank: int = Field(16, ge=1, description="LoRA: rank of the low-rank matrices")
-    alpha: float = Field(32.0, gt=0, description="LoRA: the product of the matrices is multiplied by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: on the adapter's input, in SFT and reward training only")
+    rank: int = Field(16, ge=1, description="LoRA, LoHa, LoKr, VeRA: rank of the low-rank matrices")
+    alpha: float = Field(
+        32.0, gt=0, description="LoRA, LoHa, LoKr: the product of the matrices is multiplied by alpha / rank"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="LoRA, VeRA: on the adapter's input, in SFT and reward training only"
+    )
     targets: str | list[str] | None = Field(
         None,
-        description="LoRA, (IA)³, bottleneck: names of the layers to adapt, not LM head or embeddings; unset: all "
-        "linear layers; key and value projections and the MLP's last layer; the last layers of attention and MLP, in "
-        "this order",
+        description="names of the layers to adapt, not LM head or embeddings; unset: all linear layers; for (IA)³ key "
+        "and value projections and the MLP's last layer; for bottleneck, Compacter and AdaMix the last "
+        "layers of attention and MLP",
     )
     rslora: bool = Field(False, description="LoRA: scale by alpha / √rank instead")
     dora: bool = Field(False, description="LoRA: train magnitudes of the weights' columns too")
@@ -138,15 +143,51 @@ class PolicySettings(Settings):
     double_quantization: bool = Field(True, description="qlora: quantise the scales too")
     virtual_tokens: int = Field(20, ge=1, description="soft prompts: number of virtual tokens before the prompt")
     init_text: str | None = Field(
-        None, description="prompt and prefix tuning: text whose tokens they start as; unset: random tokens"
+        None,
+        description="prompt, prefix and intrinsic prompt tuning: text whose tokens they start as; unset: random tokens",
     )
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="p-tuning: what makes the virtual tokens in SFT")
     encoder_width: int = Field(128, ge=1, description="p-tuning: hidden units of the encoder")
-    bottleneck: int = Field(64, ge=1, description="bottleneck: hidden units of the adapter")
+    bottleneck: int = Field(64, ge=1, description="bottleneck, Compacter, AdaMix: hidden units of the adapter")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field(
-        "gelu", description="bottleneck: non-linearity of the adapter"
+        "gelu", description="bottleneck, Compacter, AdaMix: non-linearity of the adapter"
     )
+    experts: int = Field(4, ge=2, description="AdaMix: bottleneck adapters per layer in SFT, which are then averaged")
+    kronecker_terms: int = Field(
+        4, ge=1, description="Compacter: number of Kronecker products, and rows and columns of their shared factors"
+    )
+    kronecker_rank: int = Field(1, ge=1, description="Compacter: rank of the factors that are not shared")
     layers: int = Field(1, ge=1, description="top_layers: number of decoder layers, counted from the last")
+    initial_rank: int | None = Field(
+        None, ge=1, description="AdaLoRA: rank of every layer at first; unset: half as much again as `rank`"
+    )
+    allocation_start: float = Field(
+        0.1, ge=0, lt=1, description="AdaLoRA: share of SFT's steps after which ranks are cut, to `rank` on average"
+    )
+    allocation_end: float = Field(
+        0.5, gt=0, le=1, description="AdaLoRA: share of SFT's steps after which the ranks stay as they are"
+    )
+    orthogonality: float = Field(
+        0.5, ge=0, description="AdaLoRA: weight of the penalty on singular vectors that are not orthogonal"
+    )
+    projection_seed: int = Field(
+        0, ge=0, description="VeRA, intrinsic prompt: seed of the frozen random directions, which are not saved"
+    )
+    intrinsic_dimension: int = Field(
+        64, ge=1, description="intrinsic prompt: dimensions of the subspace in which the prompt is trained"
+    )
+    subspace: str | None = Field(
+        None,
+        description="intrinsic prompt: prompt table whose tasks span the subspace by their principal components "
+        "(`align export RUN --to FILE --task NAME` adds one); unset: random directions",
+    )
+    kronecker_factor: int = Field(
+        -1,
+        ge=-1,
+        description="LoKr: most rows and columns of the first factor of a Kronecker product; -1: as near to those of "
+        "the second as divisors of the layer's sizes allow",
+    )
+    block_size: int = Field(32, ge=2, description="OFT: inputs that are rotated together")
 
     @field_validator("method")
     @classmethod
@@ -154,6 +195,13 @@ class PolicySettings(Settings):
         if method not in methods():
             raise ValueError(f"expected one of {', '.join(methods())}")
         return method
+
+    @field_validator("kronecker_factor")
+    @classmethod
+    def _is_a_size(cls, factor: int) -> int:
+        if factor == 0:
+            raise ValueError("0 rows are no matrix: set at least 1, or -1")
+        return factor
 
     @property
     def spec(self) -> MethodSpec:
@@ -168,6 +216,11 @@ class PolicySettings(Settings):
     def full_rank(self) -> int:
         """Rank of the matrices that are saved: PiSSA's hold both what is trained and what it started from."""
         return self.rank * (2 if self.init == "pissa" else 1)
+
+    @property
+    def full_initial_rank(self) -> int:
+        """`initial_rank`, where it is unset 1.5 times the rank, as in the experiments of AdaLoRA's paper."""
+        return self.initial_rank or math.ceil(1.5 * self.rank)
 
     @property
     def full_alpha(self) -> float:
@@ -192,6 +245,16 @@ class PolicySettings(Settings):
             f"remove {'it' if len(unread) == 1 else 'them'}",
             *unread,
         )
+
+    @model_validator(mode="after")
+    def _ranks_are_cut(self) -> "PolicySettings":
+        if self.full_initial_rank < self.rank:
+            raise ValueError(f"initial_rank {self.initial_rank} is below rank {self.rank}, to which ranks are cut")
+        if self.allocation_start >= self.allocation_end:
+            raise ValueError(
+                f"allocation_start {self.allocation_start} is not before allocation_end {self.allocation_end}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _init_fits(self) -> "PolicySettings":

@@ -275,6 +275,28 @@ class Trunk(nn.Module, ABC):
         """The module that is trained in place of a role's adapter, which it makes; None: the adapter itself is."""
         return None
 
+    def step_state(self, role: str) -> nn.Module | None:
+        """What the steps of a supervised stage change besides a role's adapter, for checkpoints; None: nothing."""
+        return None
+
+    def start_step(self, role: str, progress: float, seed: int) -> None:
+        """Prepare for a step of a supervised stage.
+
+        Args:
+            role: The role that is trained.
+            progress: The share of the stage's steps that are done after this one.
+            seed: Seed of what the method draws in this step, the same on all ranks.
+        """
+
+    def take_route(self, role: str, number: int) -> None:
+        """Make the next forward passes in training those of one of the method's `sft_passes` routes."""
+
+    def before_step(self, role: str) -> None:
+        """Called before each optimizer step at ZeRO stage 0, when a role's gradients are complete and not clipped."""
+
+    def after_step(self, role: str) -> None:
+        """Called after each optimizer step at ZeRO stage 0."""
+
     def merged_parameter_count(self) -> int:
         """The number of parameters of the copies that `merge` makes for one role."""
         return 0

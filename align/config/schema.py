@@ -444,11 +444,21 @@ class Experiment(Settings):
             "dpo": self.dpo.zero,
         }
         for name, zero in zeros.items():
+            if zero and spec.zero_conflict:
+                raise ValueError(f"{name}.zero {zero} {spec.zero_conflict}")
             if zero == 3 and not spec.zero3.allows(self.policy):
                 raise ValueError(
                     f"{name}.zero 3 shards weights by the layers that use them, which policy.method {spec.name} as it "
                     f"is set does not allow: use {name}.zero 0, 1 or 2, or policy.method {supporting('zero3')}"
                 )
+        if spec.needs_sft and "sft" not in self.stages and self.sft.adapter is None:
+            raise ValueError(f"policy.method {spec.name} {spec.needs_sft}: add sft to stages, or set sft.adapter")
+        if spec.last_weights_only and self.sft.evaluate_every:
+            raise unread_settings(
+                f"sft.evaluate_every keeps the weights with the best held-out loss, but policy.method {spec.name} "
+                f"{spec.last_weights_only}: remove it",
+                "sft.evaluate_every",
+            )
         if self.model.gradient_checkpointing and spec.checkpointing_conflict:
             raise ValueError(f"model.gradient_checkpointing {spec.checkpointing_conflict}")
         decays: dict[str, FitSettings | LearnerSettings] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from align.data.examples import TokenizedDemonstration, pack_demonstrations
 from align.roles.trained import TrainedModule
 from policies.batching import Batch
-from policies.logprobs import smoothed_logprobs, token_logprobs
+from policies.logprobs import Head, smoothed_logprobs, symmetric_divergence, token_logprobs
 
 
 def collate_demonstrations(demonstrations: Sequence[TokenizedDemonstration], device: torch.device) -> tuple[Batch]:
@@ -46,7 +46,30 @@ def trained_logprobs(
     """
     trunk = module.trunks[0]
     states = trunk.hidden_packed(batch.ids, batch.lengths, role, noise)[batch.predictors]  # [N, H] -> [P, H]
+    return _logprobs_of(states, batch, partial(trunk.head, role=role), smoothing)
+
+
+def routed_logprobs(
+    module: TrainedModule, batch: Batch, role: str, smoothing: float = 0.0, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `trained_logprobs`, under the first of two routes, and how far the second route predicts other tokens.
+
+    Arguments as of `trained_logprobs`.
+
+    Returns:
+        The log-probabilities, and the symmetric divergences of the consistency regularisation of AdaMix; both `[P]`, in
+        nats.
+    """
+    trunk = module.trunks[0]
+    states: list[Tensor] = []  # [P, H] each
+    for route in range(2):
+        trunk.take_route(role, route)
+        states.append(trunk.hidden_packed(batch.ids, batch.lengths, role, noise)[batch.predictors])
     head = partial(trunk.head, role=role)
+    return _logprobs_of(states[0], batch, head, smoothing), symmetric_divergence(states[0], states[1], head)
+
+
+def _logprobs_of(states: Tensor, batch: Batch, head: Head, smoothing: float) -> Tensor:
     if smoothing:
         return smoothed_logprobs(states, batch.response_ids, head, smoothing)
     return token_logprobs(states, batch.response_ids, head, temperature=1.0)

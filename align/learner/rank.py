@@ -84,6 +84,9 @@ class Rank:
         for group in groups:
             sizes.append([parameter.numel() for parameter in group.parameters])
         self.optimizer = make_optimizer(settings, groups)
+        if zero == 0:
+            self.optimizer.register_step_pre_hook(module.before_step)  # before the hook that clips
+            self.optimizer.register_step_post_hook(module.after_step)
         if zero == 3:
             for trunk in module.trunks:
                 trunk.use_module_forwards()

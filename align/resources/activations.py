@@ -74,8 +74,10 @@ class ActivationEstimate:
         settings = self._experiment.sft
         trunk = self._trunk_at(self._experiment.zero_of(settings))
         microbatch = _largest(trunk, settings, settings.max_tokens, training=True)
-        yield _role(microbatch), self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)
-        yield _logits(trunk, microbatch)
+        passes = self._experiment.policy.spec.sft_passes
+        saved = self._saved(trunk, microbatch) + _saved_by_likelihood(trunk, microbatch)  # of one pass
+        yield _role(microbatch), passes * saved
+        yield _logits(trunk, microbatch, learn_entropy=passes > 1)
 
     def classify(self) -> Iterator[tuple[str, float]]:
         """The activations of a classifier's training, whose head reads one token per sequence."""

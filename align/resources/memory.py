@@ -40,8 +40,10 @@ class ModelSizes:
 
     Attributes:
         base: Parameters of the base model.
-        base_bytes: Bytes of the base model in memory.
+        base_bytes: Bytes of the base model in memory, with the frozen tensors that the method adds for all roles.
         adapter: Parameters of a policy's adapter.
+        sft_trained: Parameters that SFT trains: those of the adapter, or of the encoder that makes it.
+        sft_state_bytes: Bytes of what else the steps of SFT change, besides the optimizer's state.
         scalar_adapter: Parameters of a reward model's or a critic's adapter, which has nothing on the LM head.
         head: Parameters of a scalar head.
         merged_bytes: Bytes of a merged copy of the weights that the adapter changes.
@@ -52,6 +54,8 @@ class ModelSizes:
     base: int
     base_bytes: int
     adapter: int
+    sft_trained: int
+    sft_state_bytes: int
     scalar_adapter: int
     head: int
     merged_bytes: int
@@ -115,18 +119,36 @@ def measure(model: ModelSettings, policy: PolicySettings) -> ModelSizes:
     # Adapters in layers have nothing on the LM head: those of all roles are alike, and adding one takes a moment.
     are_alike = issubclass(policy.spec.load_trunk(), LayerAdapterTrunk)
     roles = ("policy",) if are_alike else ("policy", "critic")
+    own_buffers = {id(buffer) for buffer in base.buffers()}
     trunk = trunk_without_weights(base, policy, roles)
+    sft_trained, sft_state_bytes = _measure_sft(trunk)
+    base_bytes += sum(buffer.nbytes for buffer in trunk.buffers() if id(buffer) not in own_buffers)
     merges = policy.spec.merges_for_sampling.allows(policy)
     return ModelSizes(
         base=parameters,
         base_bytes=base_bytes,
         adapter=sum(p.numel() for p in trunk.adapter("policy").values()),
+        sft_trained=sft_trained,
+        sft_state_bytes=sft_state_bytes,
         scalar_adapter=sum(p.numel() for p in trunk.adapter(roles[-1]).values()),
         head=trunk.width + 1,
         merged_bytes=trunk.merged_parameter_count() * itemsize if merges else 0,
         kv_bytes=_kv_elements(base.config) * itemsize,
         trunk=trunk,
     )
+
+
+def _measure_sft(trunk: Trunk) -> tuple[int, int]:
+    """Parameters that SFT trains, and bytes of what else its steps change. The trunk is as before afterwards."""
+    trunk.start_training("policy")
+    encoder = trunk.encoder("policy")
+    trained = trunk.adapter("policy").values() if encoder is None else encoder.parameters()
+    parameters = sum(parameter.numel() for parameter in trained)
+    state = trunk.step_state("policy")
+    state_bytes = 0 if state is None else sum(buffer.nbytes for buffer in state.buffers())
+    if encoder is not None:
+        trunk.write_adapter("policy", trunk.read_adapter("policy"))  # discards the encoder
+    return parameters, state_bytes
 
 
 def _parameter_count(model: PreTrainedModel) -> int:
@@ -258,7 +280,7 @@ def _base_bytes(experiment: Experiment, sizes: ModelSizes) -> int:
 def _sft(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:
     sharding = sharding_of(experiment, "sft")
     yield "base model", _base_bytes(experiment, sizes) / sharding.shards
-    yield "reference, trained", sharding.trained_bytes(sizes.adapter)
+    yield "reference, trained", sharding.trained_bytes(sizes.sft_trained) + sizes.sft_state_bytes
 
 
 def _classifier(experiment: Experiment, sizes: ModelSizes) -> Iterator[tuple[str, float]]:

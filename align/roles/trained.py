@@ -88,6 +88,16 @@ class TrainedModule(nn.Module, ABC):
         """Tokens per microbatch that suit the device and the memory that is free on it."""
         return self.trunks[0].default_microbatch_tokens()
 
+    def before_step(self, *_: Any) -> None:
+        """A hook before the optimizer's step: what the methods of the trained adapters do then."""
+        for role, trunk in self.trained_adapters.items():
+            trunk.before_step(role)
+
+    def after_step(self, *_: Any) -> None:
+        """A hook after the optimizer's step."""
+        for role, trunk in self.trained_adapters.items():
+            trunk.after_step(role)
+
     def groups(self) -> list[ParameterGroup]:
         """The parameter groups of the optimizer: of each role, by learning rate (LoRA+) and weight decay.
 

@@ -63,6 +63,7 @@ class SupervisedLearner:
         """
         self.objective = objective
         self.seed = seed
+        self.steps = settings.optimizer_steps(len(objective.examples))
         self.rank = Rank(objective.module, settings, zero, gradient_checkpointing)
         objective.prepare(self.rank)
 
@@ -76,13 +77,15 @@ class SupervisedLearner:
         """
         self._set_training(True)
         objective = self.objective
+        module = objective.module
+        module.trunk.start_step(module.role, (step + 1) / self.steps, seed_for(self.seed, "routes", step))
         rows = [Row(number, objective.examples[number]) for number in numbers]
         examples = [row.example for row in rows]
         weight = objective.weight(examples)
         objective.prepare_batch(self.rank, examples)
         sums = self.rank.backward(rows, weight, [objective.loss], partial(self._collate, step))
         outcome = self.rank.step({name: rate * factor for name, rate in objective.peak_rates.items()})
-        norms = {"gradient_norm": outcome.norms[objective.module.role]}
+        norms = {"gradient_norm": outcome.norms[module.role]}
         return StepResult(objective.metrics(sums, weight) | norms, outcome.skipped)
 
     def tokens_per_microbatch(self) -> int:

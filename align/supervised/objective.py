@@ -107,7 +107,9 @@ class SupervisedModule(TrainedModule):
             f"{self.role}.loss": self.loss_parameters,
             f"{self.role}.encoder": self.trunk.encoder(self.role) if self.trains_adapter else None,
         }
-        return {name: module for name, module in named.items() if module is not None and has_parameters(module)}
+        heads = {name: module for name, module in named.items() if module is not None and has_parameters(module)}
+        state = self.trunk.step_state(self.role)
+        return heads if state is None else heads | {f"{self.role}.steps": state}
 
 
 def has_parameters(module: nn.Module) -> bool:

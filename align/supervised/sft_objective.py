@@ -8,7 +8,7 @@ from torch import Tensor
 
 from align.config.schema import SftSettings
 from align.data.examples import TokenizedDemonstration
-from align.learner.likelihood import collate_demonstrations, trained_logprobs
+from align.learner.likelihood import collate_demonstrations, routed_logprobs, trained_logprobs
 from align.roles.build import SFT_ROLE, build_sft_trunk
 from align.supervised.objective import Objective, SupervisedModule
 from policies.batching import Batch
@@ -89,6 +89,15 @@ class SftObjective(Objective[TokenizedDemonstration]):
         return metrics
 
 
+class RoutedSftObjective(SftObjective):
+    """As `SftObjective`, with the divergence between the predictions under two routes (AdaMix)."""
+
+    def loss(self, module: SupervisedModule, batch: Batch, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The summed loss `[]` of a microbatch, and the statistics of its likelihood, see `_statistics`."""
+        logprobs, divergences = routed_logprobs(module, batch, module.role, self.smoothing, self.noise)
+        return (divergences - logprobs).sum(), self._statistics(-logprobs.detach(), indices)
+
+
 @dataclass(frozen=True)
 class SftBlueprint:
     """Everything that a process needs to build the objective of SFT.
@@ -115,4 +124,5 @@ class SftBlueprint:
         trunk.start_training(SFT_ROLE)
         trunk.train_only(SFT_ROLE)
         module = SupervisedModule(trunk, SFT_ROLE)
-        return SftObjective(module, self.examples, self.heldout, self.settings)
+        kind = SftObjective if self.policy.spec.sft_passes == 1 else RoutedSftObjective
+        return kind(module, self.examples, self.heldout, self.settings)

@@ -27,18 +27,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora, PiSSA": {"rank": 8, "alpha": 16, "init": "pissa"},
     "lora, LoRA-plus": {"rank": 8, "alpha": 16, "lora_plus": 4},
     "qlora": {"method": "qlora", "rank": 8, "alpha": 16},
+    "adalora": {"method": "adalora", "rank": 8, "alpha": 24},
+    "loha": {"method": "loha", "rank": 8, "alpha": 16},
+    "lokr": {"method": "lokr", "rank": 8, "alpha": 16},
+    "oft": {"method": "oft", "block_size": 16},
+    "vera": {"method": "vera", "rank": 64},
     "ia3": {"method": "ia3"},
     "bottleneck": {"method": "bottleneck", "bottleneck": 16},
+    "adamix": {"method": "adamix", "bottleneck": 16},
+    "compacter": {"method": "compacter", "bottleneck": 16},
     "bitfit": {"method": "bitfit"},
     "layer_norm": {"method": "layer_norm"},
     "top_layers": {"method": "top_layers", "layers": 2},
     "feature": {"method": "feature"},
     "prompt_tuning": {"method": "prompt_tuning"},
+    "intrinsic_prompt": {"method": "intrinsic_prompt"},
     "p_tuning": {"method": "p_tuning"},
     "prefix_tuning": {"method": "prefix_tuning"},
     "full": {"method": "full"},
 }
-RATES = {"bitfit": 5e-2, "lora": 2e-3, "qlora": 2e-3, "top_layers": 1e-3, "full": 5e-4, "bottleneck": 2e-3}
+RATES = {
+    "bitfit": 5e-2,
+    "top_layers": 1e-3,
+    "full": 5e-4,
+    **dict.fromkeys(("lora", "qlora", "adalora", "loha", "oft", "bottleneck", "adamix", "compacter"), 2e-3),
+}
 """Learning rates of SFT and the reward model by method; others use HIGH_RATE."""
 HIGH_RATE = 1e-2
 """Methods that train few parameters need a higher rate."""
@@ -49,6 +62,7 @@ SOFT_PROMPT = {
 }
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "prompt_tuning": SOFT_PROMPT,
+    "intrinsic_prompt": SOFT_PROMPT,
     "p_tuning": {
         "sft": {"learning_rate": 1e-2},
         "reward": {"learning_rate": 1e-1, "epochs": 3},

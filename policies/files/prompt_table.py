@@ -18,10 +18,22 @@ MARK = "#"
 def read_task(where: str) -> Tensor:
     """The virtual tokens of FILE#TASK, `[virtual_tokens, width]`. Raises UserError where file or task is missing."""
     file, _, task = where.rpartition(MARK)
-    tokens = _read(Path(file))
+    tokens = read_table(Path(file))
     if task not in tokens:
         raise UserError(f"prompt table {file} has no task {task!r}: it has {', '.join(sorted(tokens))}")
     return tokens[task]
+
+
+def read_table(path: Path) -> dict[str, Tensor]:
+    """The virtual tokens `[virtual_tokens, width]` of all tasks of a table, by the task's name.
+
+    Raises:
+        UserError: The file does not exist or is damaged.
+    """
+    try:
+        return read_tensors(path)
+    except UserError as error:
+        raise UserError(f"prompt table {error}") from error
 
 
 def add_task(path: Path, task: str, tokens: Tensor, metadata: Mapping[str, str]) -> None:
@@ -38,7 +50,7 @@ def add_task(path: Path, task: str, tokens: Tensor, metadata: Mapping[str, str])
     """
     tasks: dict[str, Tensor] = {}
     if path.exists():
-        tasks = _read(path)
+        tasks = read_table(path)
         _check_metadata(path, metadata)
         if task in tasks:
             raise UserError(f"prompt table {path} has a task {task!r} already: give another name")
@@ -56,10 +68,3 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
             raise UserError(
                 f"prompt table {path} is for {name} {saved.get(name)}, but this prompt for {value}: give another file"
             )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return read_tensors(path)
-    except UserError as error:
-        raise UserError(f"prompt table {error}") from error

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
-from policies.layers.bottleneck import Bottleneck
+from policies.layers.bottleneck import Bottleneck, dense_bottleneck
 from policies.methods.layer_adapter_trunk import LayerAdapterTrunk
 from policies.module_names import sublayer_outputs
 
@@ -14,6 +14,8 @@ class BottleneckTrunk(LayerAdapterTrunk):
 
     def _wrap(self, base: PreTrainedModel) -> Iterable[Bottleneck]:
         for parent, name in sublayer_outputs(base, self.settings.targets):
-            layer = Bottleneck(getattr(parent, name), self.width, self.settings, self.roles)
+            layer = dense_bottleneck(
+                getattr(parent, name), self.width, self.settings.bottleneck, self.settings.activation, self.roles
+            )
             setattr(parent, name, layer.to(base.device))
             yield layer

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from align.cli import app
 from align.config.load import load_experiment
 from policies.errors import UserError
-from policies.files.adapters import load_adapter
+from policies.files.adapters import PROMPT, load_adapter
 from policies.files.prompt_table import read_task
 from tests.integration.tiny_run import make_settings, run_in_process
 
@@ -22,12 +22,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_tuning": {"method": "p_tuning", "virtual_tokens": 3, "encoder_width": 8},
     "pissa": {"rank": 2, "alpha": 4, "init": "pissa"},
     "dora": {"rank": 2, "alpha": 4, "dora": True},
+    "adalora": {"method": "adalora", "rank": 2, "alpha": 4},
+    "loha": {"method": "loha", "rank": 2, "alpha": 4},
+    "lokr": {"method": "lokr", "rank": 2, "alpha": 4},
+    "oft": {"method": "oft", "block_size": 8},
+    "vera": {"method": "vera", "rank": 8},
     "ia3": {"method": "ia3"},
     "bottleneck": {"method": "bottleneck", "bottleneck": 4},
+    "adamix": {"method": "adamix", "bottleneck": 4},
+    "compacter": {"method": "compacter", "bottleneck": 4, "kronecker_terms": 2},
     "layer_norm": {"method": "layer_norm"},
     "top_layers": {"method": "top_layers"},
     "feature": {"method": "feature"},
     "prompt_tuning": {"method": "prompt_tuning", "virtual_tokens": 3},
+    "intrinsic_prompt": {"method": "intrinsic_prompt", "virtual_tokens": 3, "intrinsic_dimension": 4},
     "prefix_tuning": {"method": "prefix_tuning", "virtual_tokens": 3},
 }
 QUICK = ("qlora", "bitfit", "p_tuning")
@@ -56,8 +64,7 @@ def test_a_run_trains_by_the_method_and_is_exported(name: str, tiny_model: Path,
     if policy.spec.prompt_kind is not None:
         table = tmp_path / "prompts.safetensors"
         assert CliRunner().invoke(app, ["export", str(run), "--to", str(table), "--task", "one"]).exit_code == 0
-        (tokens,) = trained.values()
-        assert torch.equal(read_task(f"{table}#one"), tokens)
+        assert torch.equal(read_task(f"{table}#one"), trained[PROMPT])
     for mixed_up in (["--merge", "--reward"], ["--dtype", "bfloat16"], ["--member", "0"]):
         result = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "no"), *mixed_up])
         assert isinstance(result.exception, UserError)

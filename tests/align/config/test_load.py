@@ -403,13 +403,17 @@ def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFacto
         (["policy.rank=0"], "policy.rank"),
         (
             ["policy.method=ia3", "policy.rank=4"],
-            "method ia3 does not read rank, which is for lora or qlora: remove it",
+            "method ia3 does not read rank, which is for adalora or loha or lokr or lora or qlora or vera: remove it",
         ),
         (["policy.method=bitfit", "model.dtype=bfloat16"], "too coarse for: use float32"),
         (["policy.method=qlora", "learner.zero=3"], "use learner.zero 0, 1 or 2"),
         (["policy.dora=true", "learner.zero=3"], "lora without dora"),
         (["policy.method=qlora", "sft.zero=3"], "use sft.zero 0, 1 or 2"),
         (["policy.method=qlora", "reward.zero=3"], "use reward.zero 0, 1 or 2"),
+        (["policy.method=adalora", "learner.zero=1"], "shards the gradients"),
+        (["policy.method=adalora", "stages=[ppo]"], "distributes its ranks over the layers in SFT: add sft to stages"),
+        (["policy.method=adamix", "stages=[reward]"], "mixes adapters in SFT"),
+        (["policy.method=adalora", "sft.evaluate_every=2"], "has more ranks at earlier steps of SFT"),
         (["policy.method=prefix_tuning", "model.gradient_checkpointing=true"], "use policy.method prompt_tuning"),
         (["policy.init=pissa", "learner.weight_decay=0.1"], "set learner.weight_decay to 0"),
     ],
@@ -420,7 +424,7 @@ def test_methods_that_do_not_go_with_a_setting_say_what_does(
     assert expected in problem(tmp_path, MINIMAL, *overrides)
 
 
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "full"])
+@pytest.mark.parametrize("method", ["adamix", "lora", "bottleneck", "full"])
 def test_methods_that_zero_3_can_shard(tmp_path: Path, method: str) -> None:
     overrides = [f"policy.method={method}", "learner.zero=3"]
     assert load_experiment(write(tmp_path, MINIMAL), overrides).learner.zero == 3

@@ -62,6 +62,16 @@ POLICIES: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"method": "prompt_tuning"},
     "prefix_tuning": {"method": "prefix_tuning"},
 }
+OTHER_POLICIES: dict[str, dict[str, Any]] = {
+    "adalora": {"method": "adalora", "rank": 8},
+    "adamix": {"method": "adamix", "bottleneck": 16},
+    "compacter": {"method": "compacter", "bottleneck": 16},
+    "intrinsic_prompt": {"method": "intrinsic_prompt"},
+    "loha": {"method": "loha", "rank": 8},
+    "lokr": {"method": "lokr", "rank": 8},
+    "oft": {"method": "oft", "block_size": 16},
+    "vera": {"method": "vera", "rank": 32},
+}
 
 
 class Held:
@@ -288,6 +298,15 @@ def test_sft_holds_what_the_plan_says(
         pytest.skip(str(refusal))
     held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, checkpointing)
     assert expected == pytest.approx(held, rel=NEAR)
+
+
+@pytest.mark.parametrize("name", OTHER_POLICIES)
+def test_sft_of_other_methods_holds_what_the_plan_says(
+    name: str, model_of: Callable[[str], Path], tmp_path: Path, process_group: None
+) -> None:
+    experiment = experiment_of(model_of("llama"), tmp_path, OTHER_POLICIES[name])
+    held = measured(lambda checkpoint: sft_learner(experiment, checkpoint), train_supervised, False)
+    assert planned(experiment, "sft") == pytest.approx(held, rel=NEAR)
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "bottleneck", "prompt_tuning"])

@@ -173,3 +173,24 @@ def test_linear_weights_in_four_bits_take_a_third_of_those_in_bfloat16(tiny_mode
     base = load_base(ModelSettings(path=str(tiny_model)))
     linear = 2 * sum(layer.weight.numel() for layer in linears(base).values())
     assert in_four_bits - (in_bfloat16 - linear) <= 0.35 * linear
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained", "state"),
+    [({}, 1, 0), ({"method": "adamix", "bottleneck": 8, "experts": 3}, 3, 0), ({"method": "adalora", "rank": 4}, 1, 8)],
+    ids=["lora", "adamix", "adalora"],
+)
+def test_sft_trains_more_than_the_adapter_where_a_method_makes_it_from_more(
+    settings: dict[str, Any], trained: int, state: int, tiny_model: Path
+) -> None:
+    """trained: parameters of SFT per parameter of the adapter; state: bytes that its steps change per parameter."""
+    sizes = measure(ModelSettings(path=str(tiny_model)), PolicySettings(**settings))
+    assert sizes.sft_trained == trained * sizes.adapter
+    assert sizes.sft_state_bytes == state * sizes.adapter
+
+
+def test_frozen_matrices_of_a_method_are_counted_once(tiny_model: Path) -> None:
+    model = ModelSettings(path=str(tiny_model))
+    frozen = 16 * (64 + 64) * 4  # rank · (widest input + widest output), in float32
+    vera = measure(model, PolicySettings(method="vera", rank=16))
+    assert vera.base_bytes - measure(model, PolicySettings()).base_bytes == frozen

@@ -18,14 +18,17 @@ from policies.errors import UserError
 from policies.export import export_adapter, export_merged, export_reward
 from policies.files.adapters import PROMPT, load_adapter, save_adapter, save_head
 from policies.files.base_model import load_base
+from policies.files.prompt_table import add_task
 from policies.files.quantization import dequantise
 from policies.heads import ScalarHead
 from policies.logprobs import token_logprobs
+from policies.methods.intrinsic_prompt_trunk import COORDINATES
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine
+from tests.policies.gradients import flat_gradients
 
 METHODS = {
     "lora": PolicySettings(rank=4, alpha=8),
@@ -35,20 +38,29 @@ METHODS = {
     "qlora": PolicySettings(method="qlora", rank=4, alpha=8),
     "qlora-fp4": PolicySettings(method="qlora", rank=4, alpha=8, quant_type="fp4", double_quantization=False),
     "loftq": PolicySettings(method="qlora", rank=4, alpha=8, init="loftq"),
+    "adalora": PolicySettings(method="adalora", rank=4, alpha=24),
+    "loha": PolicySettings(method="loha", rank=4, alpha=8),
+    "lokr": PolicySettings(method="lokr", rank=2, alpha=4),
+    "krona": PolicySettings(method="lokr", rank=8, alpha=8, kronecker_factor=4),
+    "oft": PolicySettings(method="oft", block_size=8),
+    "vera": PolicySettings(method="vera", rank=16),
     "ia3": PolicySettings(method="ia3"),
     "bottleneck": PolicySettings(method="bottleneck", bottleneck=8),
+    "adamix": PolicySettings(method="adamix", bottleneck=8, experts=3),
+    "compacter": PolicySettings(method="compacter", bottleneck=8, kronecker_terms=4, kronecker_rank=2),
     "bitfit": PolicySettings(method="bitfit"),
     "layer_norm": PolicySettings(method="layer_norm"),
     "top_layers": PolicySettings(method="top_layers", layers=1),
     "feature": PolicySettings(method="feature"),
     "prompt_tuning": PolicySettings(method="prompt_tuning", virtual_tokens=5),
+    "intrinsic_prompt": PolicySettings(method="intrinsic_prompt", virtual_tokens=5, intrinsic_dimension=6),
     "p_tuning": PolicySettings(method="p_tuning", virtual_tokens=5, encoder_width=16),
     "p_tuning-lstm": PolicySettings(method="p_tuning", virtual_tokens=5, encoder_width=16, encoder="lstm"),
     "prefix_tuning": PolicySettings(method="prefix_tuning", virtual_tokens=5),
     "full": PolicySettings(method="full"),
 }
 MERGED = [name for name, settings in METHODS.items() if settings.spec.merges_at_export]
-NOT_IN_PEFT = ("bottleneck", "bitfit", "top_layers", "feature", "full")
+NOT_IN_PEFT = ("bottleneck", "adamix", "compacter", "bitfit", "top_layers", "feature", "full")
 IN_PEFT = [name for name, settings in METHODS.items() if settings.method not in NOT_IN_PEFT]
 ROLES = ("policy", "critic")
 IDS = torch.arange(40).reshape(2, 20) + 5
@@ -65,6 +77,8 @@ def perturbed(trunk: Trunk, role: str, seed: int) -> Trunk:
     """The trunk, with a role well away from where it starts."""
     generator = torch.Generator().manual_seed(seed)
     weights = {n: w + 0.15 * torch.randn(w.shape, generator=generator) for n, w in trunk.read_adapter(role).items()}
+    if COORDINATES in weights:
+        del weights[PROMPT]  # it follows from the coordinates
     trunk.write_adapter(role, weights)
     return trunk
 
@@ -108,6 +122,31 @@ def test_gradients_reach_the_trained_role_and_nothing_else(name: str, tiny_model
     trained = {id(p) for p in trunk.adapter("policy").values()}
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trunk.adapter("policy").values())
     assert all(p.grad is None for p in trunk.parameters() if id(p) not in trained)
+
+
+@every_method
+def test_a_packed_batch_has_the_gradient_of_its_sequences_alone(name: str, tiny_model: Path) -> None:
+    trunk = perturbed(make(name, tiny_model), "policy", 1)
+    trunk.train_only("policy")
+    batch = collate([[5, 6, 7], [8, 9], [10]], [[10, 11], [12, 13, 14], [15, 16, 17, 18]])
+
+    def gradient_of(backward: Callable[[], None]) -> Tensor:
+        trunk.zero_grad()
+        backward()
+        return flat_gradients(trunk.adapter("policy").values()).double()
+
+    def packed() -> None:
+        loss_of(trunk.hidden_packed(batch.ids, batch.lengths, "policy")).backward()
+
+    def alone() -> None:
+        for ids in batch.ids.split(list(batch.lengths)):
+            loss_of(trunk.hidden(ids.unsqueeze(0), "policy")).backward()
+
+    def loss_of(states: Tensor) -> Tensor:
+        return trunk.head(states, "policy").float().logsumexp(-1).square().sum()
+
+    expected = gradient_of(alone)
+    assert (gradient_of(packed) - expected).norm() <= 1e-5 * expected.norm()
 
 
 @every_method
@@ -320,6 +359,39 @@ def test_prompt_tuning_starts_from_a_text(tiny_model: Path, tiny_tokenizer: PreT
     torch.testing.assert_close(logits(trunk, "policy"), before, rtol=1e-4, atol=1e-4)
 
 
+def test_the_prompts_of_tasks_span_the_subspace(tiny_model: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, *axes = torch.randn(3, 5, 32, generator=generator)  # [T, H] each
+    axes = list(torch.linalg.qr(torch.stack(axes).flatten(1).T).Q.T.reshape(2, 5, 32))
+    table = tmp_path / "prompts.safetensors"
+    places = [(3.0, 1.0), (-3.0, 1.0), (3.0, -1.0), (-3.0, -1.0)]
+    for number, (first, second) in enumerate(places):
+        add_task(table, f"task {number}", mean + first * axes[0] + second * axes[1], {"base": "any"})
+    settings = METHODS["intrinsic_prompt"].model_copy(update={"subspace": str(table), "intrinsic_dimension": 2})
+    trunk = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
+    torch.testing.assert_close(trunk.read_adapter("policy")[PROMPT], mean)
+    trunk.write_adapter("policy", {COORDINATES: torch.tensor([1.0, -2.0])})
+    moved = trunk.read_adapter("policy")[PROMPT] - mean
+    along = [abs(float((moved * axis).sum())) for axis in axes]
+    assert along == pytest.approx([3, 2], rel=1e-4)
+    assert float(moved.square().sum()) == pytest.approx(3**2 + 2**2, rel=1e-4)
+
+    too_many = settings.model_copy(update={"intrinsic_dimension": 4})
+    with pytest.raises(UserError, match="4 tasks differ in 3 dimensions at most"):
+        build_trunk(ModelSettings(path=str(tiny_model)), too_many, ("policy",))
+    other_size = settings.model_copy(update={"virtual_tokens": 6})
+    with pytest.raises(UserError, match=r"prompt of task 'task 0' is \[5, 32\], but .* are \[6, 32\]"):
+        build_trunk(ModelSettings(path=str(tiny_model)), other_size, ("policy",))
+
+
+def test_a_prompt_of_another_subspace_is_refused(tiny_model: Path) -> None:
+    weights = perturbed(make("intrinsic_prompt", tiny_model), "policy", 1).read_adapter("policy")
+    settings = METHODS["intrinsic_prompt"].model_copy(update={"projection_seed": 1})
+    other = build_trunk(ModelSettings(path=str(tiny_model)), settings, ("policy",))
+    with pytest.raises(UserError, match=r"not in this subspace: set policy.subspace, policy.projection_seed"):
+        other.write_adapter("policy", weights)
+
+
 def test_a_prefix_from_a_text_is_that_text_before_the_prompt(
     tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -351,7 +423,10 @@ def bytes_of_adapters(trunk: Trunk) -> int:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "bitfit", "rank": 8}, "method bitfit does not read rank, which is for lora or qlora: remove it"),
+        (
+            {"method": "bitfit", "rank": 8},
+            "method bitfit does not read rank, which is for adalora or loha or lokr or lora",
+        ),
         ({"init": "loftq"}, "use it with method qlora"),
         ({"method": "qlora", "init": "pissa"}, "use loftq"),
         ({"dora": True, "init": "pissa"}, "do not go together"),
@@ -368,6 +443,10 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         (
             PolicySettings(method="bottleneck", targets=["nowhere"]),
             "no layer of LlamaForCausalLM that can be adapted is named nowhere",
+        ),
+        (
+            PolicySettings(method="compacter", kronecker_terms=5),
+            "policy.kronecker_terms 5 does not divide the hidden size, 32",
         ),
         (
             PolicySettings(method="top_layers", layers=9),
@@ -388,5 +467,7 @@ def test_an_adapter_of_another_method_is_refused(saved: tuple[Path, dict[str, Te
         load_adapter(root / "ia3", METHODS["lora"])
     with pytest.raises(UserError, match="use_dora is True"):
         load_adapter(root / "dora", METHODS["lora"])
+    with pytest.raises(UserError, match=r"projection_prng_key is 0, but policy.projection_seed is 1"):
+        load_adapter(root / "vera", METHODS["vera"].model_copy(update={"projection_seed": 1}))
     with pytest.raises(UserError, match="set both to the same value"):
         load_adapter(root / "prompt_tuning", PolicySettings(method="prompt_tuning", virtual_tokens=6))

@@ -105,7 +105,7 @@ def test_a_condition_is_checked_and_named() -> None:
     assert not support.allows(PolicySettings(init="pissa"))
     assert YES.allows(PolicySettings(dora=True))
     assert not NO.allows(PolicySettings())
-    assert supporting("zero3") == "bottleneck, full or lora without dora and init"
+    assert supporting("zero3") == "adamix, bottleneck, full or lora without dora and init"
     assert supporting("vllm") == "lora without dora"
 
 
