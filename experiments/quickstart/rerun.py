@@ -14,7 +14,7 @@ def require_run(run: Path) -> None:
         raise SystemExit(2)
 
 
-def rerun_ppo(run: Path, to: Path, name: str, settings: Mapping[str, object]) -> dict[str, float]:
+def rerun_ppo(run: Path, to: Path, name: str, settings: Mapping[str, object], stage: str = "ppo") -> dict[str, float]:
     """Run PPO as the run `to`/`name` with changed settings, unless that run is already finished.
 
     Args:
@@ -22,6 +22,7 @@ def rerun_ppo(run: Path, to: Path, name: str, settings: Mapping[str, object]) ->
         to: Folder of the new runs.
         name: Name of the new run.
         settings: Values by dotted key.
+        stage: The stage that trains the policy, `ppo` or `dpo`.
 
     Returns:
         The policy's results from the new run's evaluation.
@@ -31,7 +32,7 @@ def rerun_ppo(run: Path, to: Path, name: str, settings: Mapping[str, object]) ->
         changed: dict[str, object] = {
             "name": name,
             "runs": to,
-            "stages": "[ppo]",
+            "stages": f"[{stage}]",
             "sft.adapter": run / "sft",
             "reward.model": run / "reward",
             **settings,
