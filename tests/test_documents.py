@@ -31,7 +31,7 @@ FILE_ENDINGS = {"json", "jsonl", "py", "yaml", "md", "safetensors", "png", "html
 SETTING_IN_CODE = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)(?:=|: )\S.*")
 TESTED_ELSEWHERE = {"docs/python.md"}
 """Its Python blocks have a test of their own."""
-NOT_SETTINGS = {"model.generate"}
+NOT_SETTINGS = {"model.generate", "model.config", "model.config.label_mean"}
 """Dotted names that begin as a section does, and are something else."""
 SECTION_OF_PAGE = {"ppo.md": "ppo", "rollouts.md": "rollouts", "rewards.md": "reward"}
 """Pages that leave out the section of their settings."""
