@@ -159,6 +159,11 @@ def test_exact_duplicates_are_the_later_copies(tmp_path: Path) -> None:
         assert problems(checked(tmp_path, rows))["exact-duplicates"] == [151, 152, 153]
 
 
+def test_another_rating_of_the_same_response_is_no_exact_duplicate(tmp_path: Path) -> None:
+    rows = rows_of(rating)
+    assert "exact-duplicates" not in problems(checked(tmp_path, [*rows, rows[0] | {"rating": rows[0]["rating"] + 1}]))
+
+
 @pytest.mark.parametrize(
     "change",
     [
