@@ -301,6 +301,13 @@ def test_a_reward_model_is_a_classifier_that_transformers_loads(
     torch.testing.assert_close(scores, head(trunk.hidden(IDS, "reward")[:, -1]), rtol=1e-3, atol=1e-3)
 
 
+def test_oft_rotates_exactly(tiny_model: Path) -> None:
+    trunk = perturbed(make("oft", tiny_model), "policy", 1)
+    rotation = trunk.causal.get_submodule("model.layers.0.self_attn.q_proj").get_delta_weight("policy").detach()
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(32), rtol=0, atol=1e-5)
+    assert (rotation - torch.eye(32)).abs().max() > 0.1
+
+
 def test_pissa_trains_the_principal_half_alone(tiny_model: Path) -> None:
     trunk = make("pissa", tiny_model)
     trunk.initialise("policy")
