@@ -1,6 +1,6 @@
 """The composition of step rewards with the scores of whole responses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ STEP_SCORER = constant(torch.stack([rewards.sum() for rewards in STEPS]), STEPS)
 
 
 def make_reward(
-    tokenizer: PreTrainedTokenizerFast, terms: dict[str, tuple[TermSettings, TermScorer]], cost: str | None = None
+    tokenizer: PreTrainedTokenizerFast, terms: Mapping[str, tuple[TermSettings, TermScorer]], cost: str | None = None
 ) -> Reward:
     constraint = ConstraintSettings(term=cost, at_most=0.1, rate=1.0, start=3.0) if cost else None
     settings = {name: term for name, (term, _) in terms.items()}
