@@ -43,12 +43,12 @@ class Scores:
     """The scores of a batch.
 
     Attributes:
-        values: `[B]`.
+        values: `[B]`: scores, or what else the function returns for a response (see `FunctionSource.returns`).
         failed: The indices of the responses whose score is the fallback, because the call failed for them.
         reason: Why the first of them failed.
     """
 
-    values: list[float]
+    values: list[Any]
     failed: tuple[int, ...] = ()
     reason: str = ""
 
@@ -65,8 +65,8 @@ class Caller(Protocol):
         """Split a batch into the parts that have a call of their own."""
         ...
 
-    def call(self, batches: Sequence[Arguments]) -> list[list[float] | Failure]:
-        """Call the function on each of these batches. Returns one finite score per response, or why there are none."""
+    def call(self, batches: Sequence[Arguments]) -> list[list[Any] | Failure]:
+        """Call the function on each of these batches. Returns one value per response, or why there are none."""
         ...
 
     def close(self) -> None:
@@ -84,24 +84,24 @@ class InProcess:
     def parts(self, batch: Arguments) -> list[range]:
         return [range(len(batch))]
 
-    def call(self, batches: Sequence[Arguments]) -> list[list[float] | Failure]:
+    def call(self, batches: Sequence[Arguments]) -> list[list[Any] | Failure]:
         return [score_once(self.function, batch.prompts, batch.responses, batch.columns) for batch in batches]
 
     def close(self) -> None:
         pass
 
 
-def score_batch(caller: Caller, batch: Arguments, fallback: float | None = None, name: str = "the function") -> Scores:
-    """Score a batch by a function, which must return one finite number per response.
+def score_batch(caller: Caller, batch: Arguments, fallback: Any = None, name: str = "the function") -> Scores:
+    """Score a batch by a function, which must return one finite number per response, or one list of spans.
 
-    A call fails by an error, a result that is not one finite number per response, the time limit, or the end of its
+    A call fails by an error, another result, the time limit, or the end of its
     process. Then its responses are scored one by one, for about `SEARCH_SECONDS`, to find those that fail. These get
     the fallback, and so do those that were not tried in time.
 
     Args:
         caller: Calls the function.
         batch: The arguments `[B]`.
-        fallback: Score of a response for which the call fails; None: that is an error.
+        fallback: Value of a response for which the call fails; None: that is an error.
         name: The setting and the function, for messages.
 
     Raises:
@@ -111,7 +111,7 @@ def score_batch(caller: Caller, batch: Arguments, fallback: float | None = None,
         return Scores([])
     parts = caller.parts(batch)
     search = _Search(caller, batch, fallback, name)
-    values: list[float] = []
+    values: list[Any] = []
     for rows, outcome in zip(parts, caller.call([batch.part(rows) for rows in parts]), strict=True):
         values += search.scores(rows, outcome) if isinstance(outcome, Failure) else outcome
     return Scores(values, tuple(search.failed), search.reason)
@@ -132,7 +132,7 @@ def call_function(
 class _Search:
     """Finds the responses that make a call fail, and collects them in `failed`."""
 
-    def __init__(self, caller: Caller, batch: Arguments, fallback: float | None, name: str) -> None:
+    def __init__(self, caller: Caller, batch: Arguments, fallback: Any, name: str) -> None:
         self.caller = caller
         self.batch = batch
         self.fallback = fallback
@@ -141,11 +141,11 @@ class _Search:
         self.reason = ""
         self._end = time.monotonic() + SEARCH_SECONDS
 
-    def scores(self, rows: range, failure: Failure) -> list[float]:
-        """The scores of responses for which a call has failed together."""
+    def scores(self, rows: range, failure: Failure) -> list[Any]:
+        """The values of responses for which a call has failed together."""
         if len(rows) == 1:
             return [self._fallback(rows.start, failure, failure)]
-        values: list[float] = []
+        values: list[Any] = []
         for start in range(rows.start, rows.stop, self.caller.parallel):
             together = range(start, min(start + self.caller.parallel, rows.stop))
             for row, outcome in zip(together, self._outcomes(together, failure), strict=True):
@@ -154,7 +154,7 @@ class _Search:
             raise UserError(f"{self.name} {failure}, though not for any of the responses alone") from failure.__cause__
         return values
 
-    def _outcomes(self, rows: range, failure: Failure) -> list[list[float] | Failure]:
+    def _outcomes(self, rows: range, failure: Failure) -> list[list[Any] | Failure]:
         """The outcomes of these responses, each alone; those of their failed call where the time is over."""
         if time.monotonic() < self._end:
             return self.caller.call([self.batch.part(range(row, row + 1)) for row in rows])
@@ -164,7 +164,7 @@ class _Search:
             ) from failure.__cause__
         return [failure for _ in rows]
 
-    def _fallback(self, row: int, outcome: Failure, failure: Failure) -> float:
+    def _fallback(self, row: int, outcome: Failure, failure: Failure) -> Any:
         """The fallback for a response that fails alone by `outcome`, after the failure of the call that it was in."""
         if self.fallback is None:
             prompt = self.batch.prompts[row][-80:]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.terms.base import ConstraintSettings, TermSettings
+from rewards.constraint import ConstraintSettings
+from rewards.terms.base import TermSettings
 
 SMALLEST_STD = 1e-8
 SMALLEST_RELATIVE_STD = 1e-6
@@ -96,6 +97,14 @@ class Composition:
     def calibrated(self) -> list[str]:
         """The names of the terms that are normalised over SFT responses."""
         return [name for name, term in self.terms.items() if term.normalise == "sft"]
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The factor with which each term's score, normalised and clipped, enters the composed score now."""
+        factors = {name: term.weight for name, term in self.terms.items()}
+        if self.constraint:
+            factors[self.constraint.term] = -self.multiplier
+        return {name: factor / (1 + self.multiplier) for name, factor in factors.items()}
 
     def calibrate(self, raw: Mapping[str, Tensor]) -> None:
         """Set the moments of the terms that are normalised over SFT responses.

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from policies.schema import OptimizerSettings, Schedule, Settings, unread_settings
-from rewards.terms.base import ConstraintSettings
+from rewards.constraint import ConstraintSettings
 from rewards.terms.model import ModelTerm
 from rewards.terms.registry import Term
 

@@ -93,7 +93,11 @@ def describe_exception(function: Callable[..., Any], error: BaseException) -> st
 
 
 class Failure(Exception):
-    """A call did not return one finite score per response; the message says why."""
+    """A call did not return one finite score, or one list of spans, per response; the message says why."""
+
+
+ResultReader = Callable[[Any, Sequence[str]], list[Any] | Failure]
+"""From what a function has returned for responses `[B]` to one value per response, or why there are none."""
 
 
 def score_once(
@@ -101,7 +105,8 @@ def score_once(
     prompts: Sequence[str],
     responses: Sequence[str],
     columns: Sequence[Mapping[str, Any]],
-) -> list[float] | Failure:
+    read: ResultReader | None = None,
+) -> list[Any] | Failure:
     """Call a function on a batch.
 
     Args:
@@ -109,9 +114,10 @@ def score_once(
         prompts: Texts `[B]`.
         responses: Texts `[B]`.
         columns: The other columns of the prompts' rows `[B]`.
+        read: Checks and converts the result; None: `read_scores`.
 
     Returns:
-        One finite score per response, or why there are none.
+        One value per response, by default a finite score, or why there are none.
     """
     try:
         result: Any = function(prompts, responses, columns)
@@ -119,13 +125,18 @@ def score_once(
             import asyncio  # slow to import
 
             result = asyncio.run(result)
-        scores = to_scores(result)
+        return (read or read_scores)(result, responses)
     except (Exception, SystemExit) as error:
         failure = Failure(describe_exception(function, error))
         failure.__cause__ = error
         return failure
+
+
+def read_scores(result: Any, responses: Sequence[str]) -> list[float] | Failure:
+    """One finite score per response, or why the result is something else."""
+    scores = to_scores(result)
     if scores is None:
-        return Failure(f"returned {_shown(result)}; a list with one number per response was expected")
+        return Failure(f"returned {shown_result(result)}; a list with one number per response was expected")
     if len(scores) != len(responses):
         return Failure(f"returned {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses, strict=True):
@@ -159,7 +170,7 @@ def to_scores(result: Any) -> list[float] | None:
     return scores
 
 
-def _shown(result: Any) -> str:
+def shown_result(result: Any) -> str:
     """What a function has returned, on one short line."""
     shape = getattr(result, "shape", ())
     if len(shape) == 1:

@@ -15,7 +15,7 @@ from rollouts.ragged import Ragged
 from rollouts.trajectory import Request, RoleOutputs, ScoredTokens, Trajectory
 
 OUTPUT_COLUMNS = ("logprobs", "reference_logprobs", "values", "reward_outputs", "shortfalls", "logit_spacings")
-"""The tensors of `RoleOutputs`."""
+"""The tensors that all `RoleOutputs` have."""
 
 
 class TrajectoryBatch(list[Trajectory]):
@@ -96,16 +96,22 @@ class OutputBatch(list[RoleOutputs]):
         columns = {}
         for name in OUTPUT_COLUMNS:
             columns[name] = Ragged.from_tensors([getattr(output, name) for output in self])
+        steps = [output.step_rewards for output in self if output.step_rewards is not None]
+        step_rewards = Ragged.from_tensors(steps) if steps else None  # of all responses, or of none
         scores = np.array([output.score for output in self], dtype=np.float64)
         notes = [output.notes for output in self]
-        return _unpack_outputs, (columns, scores, notes)
+        return _unpack_outputs, (columns, step_rewards, scores, notes)
 
 
 def _unpack_outputs(
-    columns: dict[str, Ragged], scores: NDArray[np.float64], notes: Sequence[dict[str, float]]
+    columns: dict[str, Ragged],
+    step_rewards: Ragged | None,
+    scores: NDArray[np.float64],
+    notes: Sequence[dict[str, float]],
 ) -> OutputBatch:
     outputs = OutputBatch()
     for i, score in enumerate(scores.tolist()):
         tensors = {name: column.tensor(i) for name, column in columns.items()}
-        outputs.append(RoleOutputs(**tensors, score=score, notes=notes[i]))
+        steps = None if step_rewards is None else step_rewards.tensor(i)
+        outputs.append(RoleOutputs(**tensors, score=score, notes=notes[i], step_rewards=steps))
     return outputs

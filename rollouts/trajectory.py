@@ -132,13 +132,14 @@ class RoleOutputs:
         logprobs: `[T]`, in nats: each response token under the policy.
         reference_logprobs: `[T]`, in nats: each response token under the reference.
         values: `[T + 1]`: the critic's value before each response token and after the last; empty without a critic.
-        score: The reward of the whole response.
+        score: The reward of the whole response, its step rewards included.
         reward_outputs: `[C]`: the outputs of the reward heads on the base model; empty without such heads.
         notes: Further figures of the response by name, for logging.
         shortfalls: `[T]`, in nats: how much less likely the policy finds each token than its most likely one; empty
             where it was not requested.
         logit_spacings: `[T]`, in nats: the unit in the last place of the logits that predict each token; empty where
             it was not requested.
+        step_rewards: `[T]`: the part of the score that is the reward of each token; None without step rewards.
     """
 
     logprobs: Tensor
@@ -149,6 +150,12 @@ class RoleOutputs:
     notes: dict[str, float] = field(default_factory=dict)
     shortfalls: Tensor = field(default_factory=lambda: torch.empty(0))
     logit_spacings: Tensor = field(default_factory=lambda: torch.empty(0))
+    step_rewards: Tensor | None = None
+
+    @property
+    def outcome(self) -> float:
+        """The part of the score that the response gets at its end: the score minus the sum of the step rewards."""
+        return self.score if self.step_rewards is None else self.score - float(self.step_rewards.double().sum())
 
     @property
     def kl(self) -> float:

@@ -29,21 +29,24 @@ def has_spread(values: Tensor) -> Tensor:
     return ~(span <= ROUNDING * values.abs().amax(-1))
 
 
-def token_rewards(score: float, kl: Tensor, coefficient: float) -> Tensor:
-    """Reward of each token of a response: minus the weighted KL everywhere, plus the score on the last token.
+def token_rewards(outcome: float, kl: Tensor, coefficient: float, step_rewards: Tensor | None = None) -> Tensor:
+    """Reward of each token of a response: minus the weighted KL, plus its step reward, and on the last one the outcome.
 
-    r_t = -β·KL_t + [t = T-1]·score                                         Ziegler et al. 2019, eq. 2
+    r_t = -β·KL_t + s_t + [t = T-1]·outcome; without step rewards s_t             Ziegler et al. 2019, eq. 2
 
     Args:
-        score: Score of the complete response.
+        outcome: Reward of the complete response.
         kl: `[T]` float32, the estimated KL to the reference at each token, in nats.
         coefficient: β, in units of the score per nat.
+        step_rewards: `[T]` float32, s: rewards of single tokens; None: there are none.
 
     Returns:
         `[T]` float32; `kl` is not modified.
     """
     rewards = -coefficient * kl
-    rewards[-1] += score
+    if step_rewards is not None:
+        rewards += step_rewards
+    rewards[-1] += outcome
     return rewards
 
 

@@ -160,12 +160,12 @@ def _is_bootstrapped(trajectory: Trajectory, ppo: PpoSettings) -> bool:
 
 
 def _token_rewards(trajectory: Trajectory, outputs: RoleOutputs, ppo: PpoSettings, reward_coefficient: float) -> Tensor:
-    """Reward of each token, `[T]`; a bootstrapped response gets no score."""
+    """Reward of each token, `[T]`; a bootstrapped response gets its step rewards, but no outcome."""
     kl = estimate_kl(outputs.logprobs, outputs.reference_logprobs, ppo.kl_estimator)
-    score = shaped_score(outputs.score, trajectory.length, truncated=not trajectory.ended, ppo=ppo)
+    outcome = shaped_score(outputs.outcome, trajectory.length, truncated=not trajectory.ended, ppo=ppo)
     if _is_bootstrapped(trajectory, ppo):
-        score = 0.0
-    return token_rewards(score, kl, reward_coefficient)
+        outcome = 0.0
+    return token_rewards(outcome, kl, reward_coefficient, outputs.step_rewards)
 
 
 def _values(trajectory: Trajectory, outputs: RoleOutputs, ppo: PpoSettings) -> Tensor:

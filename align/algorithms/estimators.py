@@ -23,8 +23,8 @@ class EstimatorInput:
     """The input of an advantage estimator: a batch of B responses; those to one prompt are adjacent.
 
     Attributes:
-        rewards: Token rewards of each response, `[T]` float32: the score on its last token, minus the weighted KL of
-            every token where `ppo.kl.where` is `reward`.
+        rewards: Token rewards of each response, `[T]` float32: step rewards where a term gives them, the outcome on the
+            last token, minus the weighted KL of every token where `ppo.kl.where` is `reward`.
         values: The critic's values of each response, `[T + 1]` float32, before each token and after the last; the last
             is 0 where the response is terminal; empty without a critic.
         gamma: Discount per token.

@@ -181,6 +181,7 @@ def step_samples(
             "response": decode_response(tokenizer, trajectory.response_ids),
             "score": output.score,
             **output.notes,
+            **_rewarded_tokens(output),
             "kl": output.kl,
             "ended": trajectory.ended,
         }
@@ -189,3 +190,11 @@ def step_samples(
         for row, score in zip(rows, gold, strict=False):
             row["gold"] = score
     return rows
+
+
+def _rewarded_tokens(output: RoleOutputs) -> dict[str, list[tuple[int, float]]]:
+    """The tokens of a response, from 0, with a step reward, and these; nothing where no term gives any."""
+    if output.step_rewards is None:
+        return {}
+    tokens: list[int] = output.step_rewards.nonzero().flatten().tolist()
+    return {"step_rewards": [(token, float(output.step_rewards[token])) for token in tokens]}

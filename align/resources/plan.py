@@ -27,7 +27,7 @@ from policies.device import cores, default_device, gpu_memory
 from policies.errors import UserError
 from policies.layers import native
 from rewards.schema import FitSettings
-from rewards.terms.function import FunctionTerm
+from rewards.terms.function import UserFunctionSettings
 
 
 @dataclass(frozen=True)
@@ -267,12 +267,12 @@ def _evaluation(experiment: Experiment, datasets: Datasets) -> str:
 
 
 def _terms(experiment: Experiment) -> str:
-    """The reward's terms by name, each with its kind and, for a user's function, its name."""
+    """The reward's terms by name, each with its kind and, where there is one, the user's function."""
     terms = []
     for name, term in experiment.reward.terms.items():
         kind = term.model_dump(include={"kind"})["kind"]
-        if isinstance(term, FunctionTerm):
-            kind = f"function {term.function}"
+        if isinstance(term, UserFunctionSettings):
+            kind = f"{kind} {term.function}"
         terms.append(name if name == kind else f"{name} ({kind})")
     return ", ".join(terms)
 

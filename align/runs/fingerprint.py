@@ -18,7 +18,7 @@ from align.runs.folder import RunFolder
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
-from rewards.terms.function import FunctionTerm
+from rewards.terms.function import UserFunctionSettings
 
 CHANGEABLE = (
     "name",
@@ -204,7 +204,7 @@ def user_functions(experiment: Experiment) -> dict[str, str]:
         if is_user_function(name):
             functions[key] = name
     for name, term in experiment.reward.terms.items():
-        if isinstance(term, FunctionTerm):
+        if isinstance(term, UserFunctionSettings):
             functions[f"reward.terms.{name}.function"] = term.function
     if experiment.evaluation.gold:
         functions["evaluation.gold"] = experiment.evaluation.gold

@@ -229,7 +229,7 @@ REWARD_MODEL = (
 """Metrics of reward training, one line per optimizer step."""
 
 PPO = (
-    Metric("reward/mean", "final scores of the step's responses: mean", "score"),
+    Metric("reward/mean", "scores of the step's responses, step rewards included: mean", "score"),
     Metric("reward/std", "their standard deviation", "score"),
     Metric("reward/histogram", "their distribution: `counts` in equal bins from `low` to `high`", "responses"),
     Metric(
@@ -239,6 +239,7 @@ PPO = (
     ),
     Metric("reward/term/*", "mean of a term of the reward", "score", "with `reward.terms`"),
     Metric("reward/term_std/*", "its standard deviation", "score", "with `reward.terms`"),
+    Metric("reward/steps/*", "mean total of a term's step rewards per response", "score", "with terms of kind `steps`"),
     Metric("reward/attribute/*", "mean of a named attribute of the reward model", "score", "with attributes"),
     Metric(
         "reward/failed/*", "share of responses that received the term's fallback", "share", "with terms that can fail"
@@ -450,7 +451,7 @@ SECTIONS = (
         (
             Panel("score", "Score", "score", ("reward/mean", "reward/kl_penalized", "eval/score_mean")),
             Panel("gold", "Gold score", "gold score", ("reward/gold_mean", "eval/gold_mean")),
-            Panel("terms", "Terms of the reward", "score", ("reward/term/*", "reward/attribute/*")),
+            Panel("terms", "Terms of the reward", "score", ("reward/term/*", "reward/steps/*", "reward/attribute/*")),
             Panel("wins", "Wins over the reference", "share", ("eval/win_rate", "eval/gold_win_rate")),
             Panel("spread", "Spread of the scores", "score", ("reward/std", "reward/spread", "eval/spread_mean")),
         ),

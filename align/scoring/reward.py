@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from policies.text.alignment import TextAlignment
 from policies.text.tokenization import decode_response
 from rewards.calls import Arguments, Caller, score_batch
 from rewards.children.pool import FunctionPool
 from rewards.children.source import FunctionSource
 from rewards.compose import Composition
-from rewards.terms.base import LONGEST_CALL, FunctionScorer, TermInput, TermScorer
+from rewards.terms.base import LONGEST_CALL, FunctionScorer, TermInput, TermScorer, TermScores
 from rollouts.trajectory import RoleOutputs, Trajectory
 
 Notes = dict[str, Tensor]
@@ -64,11 +65,12 @@ class Reward:
         Returns:
             A function that returns the role outputs `[B]` with score and notes. The composition is not updated.
         """
-        raw, notes = self.raw_scores(trajectories, outputs)
+        scores = self.term_scores(trajectories, outputs)
 
         def rescore() -> list[RoleOutputs]:
-            total, parts = self.composition.score(raw)
-            return _with_scores(outputs, total, _term_notes(parts) | notes)
+            factors = self.composition.factors
+            total, parts = self.composition.score(_values(scores))
+            return _composed(outputs, scores, factors=factors, total=total, parts=parts)
 
         return rescore
 
@@ -82,13 +84,16 @@ class Reward:
         Returns:
             The role outputs `[B]` with score and notes.
         """
-        raw, notes = self.raw_scores(trajectories, outputs)
-        total, parts = self.composition.score_and_update(raw)
-        return _with_scores(outputs, total, _term_notes(parts) | notes)
+        scores = self.term_scores(trajectories, outputs)
+        factors = self.composition.factors  # before the update, as they are in the total
+        total, parts = self.composition.score_and_update(_values(scores))
+        return _composed(outputs, scores, factors=factors, total=total, parts=parts)
 
-    def raw_scores(
-        self, trajectories: Sequence[Trajectory], outputs: Sequence[RoleOutputs]
-    ) -> tuple[dict[str, Tensor], Notes]:
+    def raw_scores(self, trajectories: Sequence[Trajectory], outputs: Sequence[RoleOutputs]) -> dict[str, Tensor]:
+        """Scores `[B]` float64 by term, before they are normalised, clipped and weighted."""
+        return _values(self.term_scores(trajectories, outputs))
+
+    def term_scores(self, trajectories: Sequence[Trajectory], outputs: Sequence[RoleOutputs]) -> dict[str, TermScores]:
         """Score trajectories by all terms.
 
         Args:
@@ -96,16 +101,10 @@ class Reward:
             outputs: `[B]`, their role outputs, those of the reward role at least.
 
         Returns:
-            Scores `[B]` float64 by term, before they are normalised, clipped and weighted; and the notes of all terms.
+            The scores by term, before they are normalised, clipped and weighted.
         """
         batch = term_input(trajectories, self.tokenizer, outputs)
-        raw: dict[str, Tensor] = {}
-        notes: Notes = {}
-        for name, score in self.terms.items():
-            scores = score(batch)
-            raw[name] = scores.values
-            notes |= scores.notes
-        return raw, notes
+        return {name: score(batch) for name, score in self.terms.items()}
 
     def close(self) -> None:
         """End the processes in which terms call functions."""
@@ -123,6 +122,9 @@ def term_input(
     def decode_responses() -> list[str]:
         return [decode_response(tokenizer, trajectory.response_ids) for trajectory in trajectories]
 
+    def align_text(index: int) -> TextAlignment:
+        return TextAlignment(tokenizer, trajectories[index].response_ids)
+
     reward_outputs = None
     if outputs and outputs[0].reward_outputs.numel():
         reward_outputs = torch.stack([output.reward_outputs for output in outputs])  # [B, C]
@@ -134,6 +136,7 @@ def term_input(
         columns=columns,
         response_lengths=response_lengths,
         reward_outputs=reward_outputs,
+        align_text=align_text,
     )
 
 
@@ -153,9 +156,61 @@ def gold_scorer(caller: Caller, tokenizer: PreTrainedTokenizerBase, name: str = 
     return score
 
 
-def _term_notes(parts: Mapping[str, Tensor]) -> Notes:
-    """The scores of the terms as notes; none for a single term, whose score is the total."""
-    return {f"term/{name}": values for name, values in parts.items()} if len(parts) > 1 else {}
+def _values(scores: Mapping[str, TermScores]) -> dict[str, Tensor]:
+    """The scores `[B]` by term."""
+    return {name: term.values for name, term in scores.items()}
+
+
+def _composed(
+    outputs: Sequence[RoleOutputs],
+    scores: Mapping[str, TermScores],
+    factors: Mapping[str, float],
+    total: Tensor,
+    parts: Mapping[str, Tensor],
+) -> list[RoleOutputs]:
+    """The role outputs `[B]` with score, step rewards and notes filled in.
+
+    Args:
+        outputs: `[B]`.
+        scores: The scores of the terms, as they return them.
+        factors: The factor of each term in the composed scores.
+        total: The composed scores `[B]`.
+        parts: The scores `[B]` of each term, normalised and clipped.
+    """
+    steps = {name: term.step_rewards for name, term in scores.items() if term.step_rewards}
+    notes = _term_notes(parts, steps)
+    for term in scores.values():
+        notes |= term.notes
+    if not steps:
+        return _with_scores(outputs, total, notes)
+    outcome = torch.zeros_like(total)  # [B]
+    for name, values in parts.items():
+        if name not in steps:
+            outcome = outcome + factors[name] * values
+    step_rewards = _step_rewards(steps, factors)
+    # The score contains the step rewards as float32, so that the outcome is what is left without them.
+    step_totals = [float(rewards.double().sum()) for rewards in step_rewards]
+    scored = _with_scores(outputs, outcome + torch.tensor(step_totals, dtype=torch.float64), notes)
+    return [replace(output, step_rewards=rewards) for output, rewards in zip(scored, step_rewards, strict=True)]
+
+
+def _step_rewards(steps: Mapping[str, Sequence[Tensor]], factors: Mapping[str, float]) -> list[Tensor]:
+    """The sum over the terms of the factor times the rewards of each token: `[T]` float32 of each response."""
+    weighted = []
+    for name, responses in steps.items():
+        weighted.append([factors[name] * rewards for rewards in responses])
+    return [torch.stack(rewards).sum(0).float() for rewards in zip(*weighted, strict=True)]  # [terms, T] -> [T]
+
+
+def _term_notes(parts: Mapping[str, Tensor], steps: Collection[str]) -> Notes:
+    """The scores of the terms as notes; none for a single term, whose score is the total, unless it is of steps."""
+    notes: Notes = {}
+    for name, values in parts.items():
+        if name in steps:
+            notes[f"steps/{name}"] = values
+        elif len(parts) > 1:
+            notes[f"term/{name}"] = values
+    return notes
 
 
 def _with_scores(outputs: Sequence[RoleOutputs], total: Tensor, notes: Notes) -> list[RoleOutputs]:

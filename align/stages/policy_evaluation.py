@@ -140,5 +140,5 @@ def calibrate(
         requests.append(replace(prompts[i], seed=seed_for(experiment.seed, "normalise terms", i)))
     sampling = Sampling(experiment.rollouts.temperature, experiment.rollouts.max_new_tokens)
     trajectories = pool.generate(requests, sampling)
-    raw, _ = scorers.reward.raw_scores(trajectories, role_scorer(trajectories, ("reward",)))
+    raw = scorers.reward.raw_scores(trajectories, role_scorer(trajectories, ("reward",)))
     composition.calibrate(raw)

@@ -1,6 +1,7 @@
 """The text of a response while its tokens are still coming."""
 
 import re
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,18 +14,40 @@ CLEANED_UP = 8
 """Characters at the end that the cleaning of spaces by transformers may still change: its longest pattern is " n't"."""
 
 
+class CertainText:
+    """Finds the part of a text that no later token can change.
+
+    What may still change is half of a character, bytes that are decoded together with those after them, and spaces that
+    are cleaned up.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._margin = CLEANED_UP if tokenizer.clean_up_tokenization_spaces else 0
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """The certain beginning of the text of these tokens, at least one; empty where the last one leaves it open."""
+        name = self.tokenizer.convert_ids_to_tokens(ids[-1]) or ""  # models may have more ids than the tokenizer
+        if ids[-1] in self._special_ids or BYTE_TOKEN.fullmatch(name):
+            return ""
+        text = decode_response(self.tokenizer, ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        return text[: max(len(text) - self._margin, 0)]
+
+
 class IncrementalText:
     """Decodes tokens as they come, in pieces that never change earlier ones.
 
     Joined, the pieces are the text that `decode_response` gives for all tokens. A piece is held back while a later
-    token could still change it: half of a character, or bytes that are decoded together with those after them.
+    token could still change it, see `CertainText`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self._special_ids = frozenset(tokenizer.all_special_ids)
-        self._margin = CLEANED_UP if tokenizer.clean_up_tokenization_spaces else 0
+        self._certain_text = CertainText(tokenizer)
         self._given = 0
         """The number of characters in the pieces so far."""
 
@@ -35,13 +58,7 @@ class IncrementalText:
             The text that is certain now and was not before; often a word, sometimes nothing.
         """
         self.ids.append(token)
-        name = self.tokenizer.convert_ids_to_tokens(token) or ""  # models may have more ids than the tokenizer
-        if token in self._special_ids or BYTE_TOKEN.fullmatch(name):
-            return ""
-        text = decode_response(self.tokenizer, self.ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        return self._piece(text[: max(len(text) - self._margin, 0)])
+        return self._piece(self._certain_text(self.ids))
 
     def finish(self) -> str:
         """The rest of the text, after the last token."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from typing import Any
 
 from policies.errors import UserError
 from rewards.calls import Arguments
@@ -75,7 +76,7 @@ class FunctionPool:
                 start = i
         return parts
 
-    def call(self, batches: Sequence[Arguments]) -> list[list[float] | Failure]:
+    def call(self, batches: Sequence[Arguments]) -> list[list[Any] | Failure]:
         """Call the function on each of these batches, as many at a time as there are processes.
 
         Raises:
@@ -83,7 +84,7 @@ class FunctionPool:
         """
         waiting = deque((index, self._pickled(batch)) for index, batch in enumerate(batches))
         running: dict[ChildProcess, _Running] = {}
-        outcomes: dict[int, list[float] | Failure] = {}
+        outcomes: dict[int, list[Any] | Failure] = {}
         try:
             while waiting or running:
                 self._start(min(self.parallel, len(waiting) + len(running)), running)
@@ -118,9 +119,9 @@ class FunctionPool:
         for child in self._children[known:]:
             child.wait_until_loaded()
 
-    def _finished(self, running: dict[ChildProcess, _Running]) -> dict[int, list[float] | Failure]:
+    def _finished(self, running: dict[ChildProcess, _Running]) -> dict[int, list[Any] | Failure]:
         """Wait for calls to finish, and remove those that have finished or run out of time from `running`."""
-        outcomes: dict[int, list[float] | Failure] = {}
+        outcomes: dict[int, list[Any] | Failure] = {}
         ready = wait([child.channel.end for child in running], self._seconds_to_wait(running))
         for child, call in list(running.items()):
             seconds = time.monotonic() - call.start

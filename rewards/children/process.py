@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from policies.errors import UserError
 from rewards.children import keeper
@@ -43,6 +44,7 @@ class ChildProcess:
             "where": source.where,
             "key": source.key,
             "arguments": dict(source.arguments),
+            "returns": source.returns,
             "memory_gb": source.memory_gb,
         }
         try:
@@ -86,14 +88,14 @@ class ChildProcess:
         with contextlib.suppress(Closed, TimeoutError):
             self.channel.send(batch, SEND_SECONDS)
 
-    def outcome(self) -> tuple[list[float] | Failure, bool]:
-        """The scores that have arrived or why there are none, and whether the child can be sent another batch."""
+    def outcome(self) -> tuple[list[Any] | Failure, bool]:
+        """The values that have arrived or why there are none, and whether the child can be sent another batch."""
         try:
             reply = json.loads(self.channel.receive(SEND_SECONDS))
         except (Closed, TimeoutError):
             return Failure(self._how_it_ended()), False
-        if "scores" in reply:
-            return reply["scores"], True
+        if "values" in reply:
+            return reply["values"], True
         return Failure(reply["failure"]), not reply["is_exhausted"]
 
     def has_ended(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,11 @@ class FunctionSource:
         key: The setting that names it, for messages.
         arguments: Further arguments of each call, by name.
         memory_gb: Gigabytes that a process may allocate; None: no limit.
+        returns: What it returns for each response: a finite score, or a list of spans (see `rewards.spans`).
     """
 
     where: str
     key: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     memory_gb: float | None = None
+    returns: Literal["scores", "spans"] = "scores"

@@ -18,24 +18,29 @@ from typing import Any
 
 from policies.errors import UserError
 from rewards.children.channel import Channel, Closed
+from rewards.spans import read_spans
 from rewards.user_functions import (
     SCORE_ARGUMENTS,
     Failure,
+    ResultReader,
     ScoreFunction,
     check_parameters,
     describe_exception,
     load_function,
+    read_scores,
     score_once,
 )
 
 OUR_PACKAGES = ("policies", "rewards", "rollouts", "align")
+RESULT_READERS: dict[str, ResultReader] = {"scores": read_scores, "spans": read_spans}
+"""What reads the result of a function, by what it returns for each response."""
 
 
 def serve(setup: dict[str, Any]) -> None:
     """Load the function, say so, and answer batches until an empty message arrives.
 
     Args:
-        setup: `channel`, the file descriptor of the socket; `where`, `key` and `arguments` of the function.
+        setup: `channel`, the file descriptor of the socket; `where`, `key`, `arguments` and `returns` of the function.
     """
     channel = Channel(socket.socket(fileno=setup["channel"]))
     worker = os.getpid()
@@ -44,7 +49,7 @@ def serve(setup: dict[str, Any]) -> None:
     with contextlib.suppress(Closed):
         channel.send(json.dumps({"refused": refusal}).encode())
         while function and (request := channel.receive()):
-            outcome = _call(function, request)
+            outcome = _call(function, request, RESULT_READERS[setup["returns"]])
             _end_forked_copy(worker)
             _tidy()
             channel.send(json.dumps(outcome).encode())
@@ -70,16 +75,16 @@ def _load(setup: dict[str, Any]) -> tuple[ScoreFunction | None, str]:
     return function, ""
 
 
-def _call(function: ScoreFunction, request: bytes) -> dict[str, Any]:
-    """`scores`, or `failure` and whether this process should be replaced after it."""
+def _call(function: ScoreFunction, request: bytes, read: ResultReader) -> dict[str, Any]:
+    """`values`, or `failure` and whether this process should be replaced after it."""
     try:
         prompts, responses, columns = pickle.loads(request)
-        outcome = score_once(function, prompts, responses, columns)
+        outcome = score_once(function, prompts, responses, columns, read=read)
     except BaseException as error:
         outcome = Failure(describe_exception(function, error))
     if isinstance(outcome, Failure):
         return {"failure": str(outcome), "is_exhausted": isinstance(outcome.__cause__, MemoryError)}
-    return {"scores": outcome}
+    return {"values": outcome}
 
 
 def _tidy() -> None:

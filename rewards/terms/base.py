@@ -18,6 +18,7 @@ from rewards.user_functions import ScoreFunction
 if TYPE_CHECKING:  # settings are loaded without torch, transformers and multiprocessing
     from torch import Tensor
 
+    from policies.text.alignment import TextAlignment
     from policies.text.tokenization import Prompt
     from rewards.children.pool import FunctionPool
     from rewards.schema import RewardSettings
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 LONGEST_CALL = 3600.0
 """Default time limit of a call in seconds: far above what a batch takes, so that only a call that hangs meets it."""
+
+
+def _no_alignment(index: int) -> "TextAlignment":
+    raise ValueError("this batch is of texts alone, without tokens")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class TermInput:
         decode_responses: Returns the texts of the responses `[B]`; called at most once, when a term reads them.
         columns: `[B]`, the other columns of each prompt's row.
         response_lengths: `[B]`, in tokens.
+        align_text: Returns the alignment of a response's text, by its index, with its tokens.
         reward_outputs: `[B, C]` float32 of the reward heads on the shared base model: for each member of the ensemble
             its overall score, then its score of each attribute. None where the reward has no term of kind `model`, or
             its model is a pretrained classifier.
@@ -47,6 +53,7 @@ class TermInput:
     columns: Sequence[Mapping[str, Any]]
     response_lengths: Sequence[int]
     reward_outputs: "Tensor | None" = None
+    align_text: Callable[[int], "TextAlignment"] = _no_alignment
 
     @cached_property
     def responses(self) -> Sequence[str]:
@@ -68,10 +75,13 @@ class TermScores:
     Attributes:
         values: Scores `[B]` float64, before they are normalised, clipped and weighted.
         notes: Further figures `[B]` by the name under which they are logged.
+        step_rewards: Rewards of the tokens of each response, `[T]` float64, whose sum is its value; empty where the
+            score is of the response as a whole.
     """
 
     values: "Tensor"
     notes: dict[str, "Tensor"] = field(default_factory=dict)
+    step_rewards: "Sequence[Tensor]" = ()
 
 
 class TermScorer(Protocol):
@@ -242,6 +252,11 @@ class FunctionScorer:
     def __call__(self, batch: TermInput, /) -> TermScores:
         import torch
 
+        scores = self.call(batch, self.fallback)
+        return TermScores(torch.tensor(scores.values, dtype=torch.float64), self.failure_notes(scores))
+
+    def call(self, batch: TermInput, fallback: Any) -> Scores:
+        """Call the function on a batch; a response that the call fails for gets the fallback, unless that is None."""
         for row in batch.columns:
             for column in self.columns:
                 if column not in row:
@@ -249,14 +264,19 @@ class FunctionScorer:
                         f"{self.label}: prompt rows have no column {column!r}; they have {', '.join(row) or 'none'}"
                     )
         arguments = Arguments(batch.prompt_texts, batch.responses, batch.columns)
-        scores = score_batch(self.caller, arguments, self.fallback, self.label)
-        values = torch.tensor(scores.values, dtype=torch.float64)
-        if self.fallback is None:
-            return TermScores(values)
+        scores = score_batch(self.caller, arguments, fallback, self.label)
         self._report(scores)
-        failed = torch.zeros_like(values)
+        return scores
+
+    def failure_notes(self, scores: Scores) -> dict[str, "Tensor"]:
+        """The note that says where the fallback was used; none without a fallback."""
+        import torch
+
+        if self.fallback is None:
+            return {}
+        failed = torch.zeros(len(scores.values), dtype=torch.float64)
         failed[list(scores.failed)] = 1.0
-        return TermScores(values, {f"failed/{self.name}": failed})
+        return {f"failed/{self.name}": failed}
 
     def close(self) -> None:
         """End the processes in which the function is called; a further call starts new ones."""
@@ -273,16 +293,3 @@ class FunctionScorer:
                 self.fallback,
                 self.name,
             )
-
-
-class ConstraintSettings(Settings):
-    """A bound on a cost: the reward is maximised subject to a mean cost of at most `at_most`.
-
-    A multiplier λ ≥ 0 grows while the mean cost is above the bound, and the score is (reward - λ · cost) / (1 + λ)
-    (Dai et al. 2024, "Safe RLHF", eq. 9 and 10).
-    """
-
-    term: str = Field(description="the term that is the cost; it is not part of the sum")
-    at_most: float = Field(description="bound on the mean cost")
-    rate: float = Field(0.1, gt=0, description="growth of the multiplier per step, for each unit above the bound")
-    start: float = Field(0.0, ge=0, description="initial value of the multiplier")

@@ -17,7 +17,7 @@ from align.data.datasets import read_preferences
 from align.evaluation.reward_model import DIAGNOSTICS, RELIABILITY, WORST
 from align.outputs.trained_run import evaluate_reward_model
 from align.runs.folder import RunFolder, find_run
-from align.runs.record_files import METRICS, read_lines
+from align.runs.record_files import METRICS, SAMPLES, read_lines
 from align.runtime.signals import StopRequest
 from align.stages.pipeline import load_datasets, run_stages
 from policies.errors import UserError
@@ -42,6 +42,17 @@ def count(prompts, responses, columns):
         raise RuntimeError("too long")
     return [float(len(r)) for r in responses]
 """
+STEPS = """
+def words(prompts, responses, columns):
+    if any(len(r) > 12 for r in responses):
+        raise RuntimeError("too long")
+    return [[(i, i + 1, 0.1 * i + 0.1) for i, c in enumerate(r) if c == "e"] for r in responses]
+"""
+STEP_TERMS = {
+    "words": {"kind": "steps", "function": "{folder}/steps.py:words", "weight": 0.7, "fallback": -1.0},
+    "short": {"kind": "length", "max_tokens": 4, "window": 2},
+    "cost": {"kind": "regex", "pattern": "a"},
+}
 TERMS = {
     "model": {"kind": "model", "weight": 0.5},
     "count": {"kind": "function", "function": "{folder}/score.py:count", "fallback": -1.0, "normalise": "running"},
@@ -55,6 +66,7 @@ REWARDS: dict[str, dict[str, Any]] = {
     "patience": {"evaluate_every": 1, "patience": 1, "epochs": 3, "learning_rate": 0.5},
     "head": {"trains": "head"},
     "composed": {"terms": TERMS, "constraint": {"term": "cost", "at_most": 0.2, "rate": 0.5}},
+    "steps": {"terms": STEP_TERMS, "constraint": {"term": "cost", "at_most": 0.2, "rate": 0.5}},
     "rules": {"terms": {name: term for name, term in TERMS.items() if name != "model"}},
 }
 
@@ -67,6 +79,7 @@ def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
         few = {"system": "Answer.", "examples": [{"prompt": "User: 1 Assistant:", "completion": " one."}]}
         settings["evaluation"] |= {"temperature": 0.5, "prompt_styles": {"few": few}}
     (folder / "score.py").write_text(FUNCTION)
+    (folder / "steps.py").write_text(STEPS)
     settings["reward"] |= json.loads(json.dumps(reward).replace("{folder}", str(folder)))
     return settings
 
@@ -79,7 +92,7 @@ def ppo_steps(run: Path) -> list[dict[str, Any]]:
     return [row for row in of_stage(run, "ppo") if "policy/loss" in row]
 
 
-FAST = ("composed",)
+FAST = ("composed", "steps")
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in REWARDS])
@@ -180,6 +193,21 @@ def test_the_reference_is_evaluated_with_other_prompt_styles_too(tiny_model: Pat
     few = RunFolder(run).read_evaluation()["prompt_styles"]["few"]
     assert {"score_mean", "length_mean", "win_rate"} <= few.keys()
     assert few["score_mean"] != RunFolder(run).read_evaluation()["reference"]["score_mean"]
+
+
+def test_step_rewards_are_logged_and_part_of_every_score(tiny_model: Path, tmp_path: Path) -> None:
+    run = run_in_process(settings_of("steps", tiny_model, tmp_path))
+    steps = ppo_steps(run)
+    assert all({"reward/steps/words", "reward/term/short", "reward/failed/words"} <= row.keys() for row in steps)
+    samples = [row for row in read_lines(run / SAMPLES) if "step_rewards" in row]
+    assert len(samples) == 3 * 4
+    for row in samples:
+        factor = 0.7 / (1 + multiplier_before(steps, row["step"]))
+        assert sum(reward for _, reward in row["step_rewards"]) == pytest.approx(factor * row["steps/words"], rel=1e-5)
+
+
+def multiplier_before(steps: list[dict[str, Any]], step: int) -> float:
+    return steps[step - 2]["reward/multiplier"] if step > 1 else 0.0
 
 
 def test_rules_alone_need_no_reward_stage(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.compose import Composition, RunningMoments, combine, spread
-from rewards.terms.base import ConstraintSettings
+from rewards.constraint import ConstraintSettings
 from rewards.terms.regex import RegexTerm
 
 

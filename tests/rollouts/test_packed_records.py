@@ -56,6 +56,11 @@ def assert_arrives(outputs: list[RoleOutputs]) -> None:
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+def test_step_rewards_arrive_bit_for_bit() -> None:
+    outputs = random_outputs(5, 9)
+    assert_arrives([replace(output, step_rewards=output.logprobs.neg().exp()) for output in outputs])
+
+
 @pytest.mark.parametrize("critic", [True, False])
 @pytest.mark.parametrize("seed", range(10))
 def test_role_outputs_arrive_bit_for_bit_and_own_their_storage(seed: int, critic: bool) -> None:

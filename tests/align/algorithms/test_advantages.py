@@ -101,10 +101,17 @@ def test_score_lands_on_the_last_token_alone() -> None:
     torch.testing.assert_close(rewards, torch.tensor([-0.2, 0.4, 4.4]))
 
 
-def test_token_rewards_leave_the_kl_as_it_was() -> None:
+def test_a_step_reward_lands_on_its_token() -> None:
+    rewards = token_rewards(5.0, torch.tensor([0.1, -0.2, 0.3]), 2.0, torch.tensor([1.0, 0.0, -2.0]))
+    torch.testing.assert_close(rewards, torch.tensor([0.8, 0.4, 2.4]))
+
+
+def test_token_rewards_leave_their_inputs_as_they_were() -> None:
     kl = torch.tensor([0.1, 0.2])
-    token_rewards(5.0, kl, coefficient=1.0)
-    torch.testing.assert_close(kl, torch.tensor([0.1, 0.2]))
+    steps = torch.tensor([1.0, 2.0])
+    token_rewards(5.0, kl, 1.0, steps)
+    assert kl.tolist() == pytest.approx([0.1, 0.2])
+    assert steps.tolist() == [1.0, 2.0]
 
 
 @given(st.lists(NUMBERS, min_size=2, max_size=50))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -212,3 +214,38 @@ def test_a_mean_over_sequences_weighs_each_of_them_alike() -> None:
     made = rows([0.0] * 4, PLAIN.model_copy(update={"loss_aggregation": "sequence_mean"}))
     assert [e.weight * len(e.response_ids) for e in made] == pytest.approx([1.0] * 4)
     assert {e.weight for e in rows([0.0] * 4, PLAIN)} == {1.0}
+
+
+STEPS = torch.tensor([0.0, 1.0, 0.0, -0.5])
+
+
+def with_steps(score: float, kl: float = 0.0) -> RoleOutputs:
+    """A response of four tokens whose score contains step rewards of 0.5 in total."""
+    return replace(scored(4, score, kl), step_rewards=STEPS)
+
+
+def test_step_rewards_are_paid_at_their_tokens_and_the_rest_of_the_score_at_the_end() -> None:
+    episode = one(True, PLAIN, with_steps(score=2.5, kl=0.25), coefficient=2.0)
+    assert episode.returns.tolist() == [0.5, 1.0, 0.5, 1.0]  # rewards -0.5, 0.5, -0.5, and -0.5 - 0.5 + 2
+
+
+def test_a_response_that_is_bootstrapped_keeps_its_step_rewards() -> None:
+    ppo = PLAIN.model_copy(update={"on_truncation": "bootstrap"})
+    assert one(False, ppo, with_steps(score=2.5)).returns.tolist() == [0.5, 0.5, -0.5, -0.5]
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_group_estimators_see_the_total_alone(estimator: str) -> None:
+    ppo = PpoSettings(estimator=estimator, samples_per_prompt=2, whiten_advantages=False)
+    trajectories = [trajectory(4), trajectory(4)]
+    without = make_episodes(trajectories, [scored(4, 2.5), scored(4, 1.0)], ppo, 0.0)
+    with_them = make_episodes(trajectories, [with_steps(2.5), with_steps(1.0)], ppo, 0.0)
+    for episode, other in zip(with_them, without, strict=True):
+        torch.testing.assert_close(episode.advantages, other.advantages)
+
+
+def test_reinforce_pp_gives_each_token_the_rewards_that_follow_it() -> None:
+    ppo = PpoSettings(estimator="reinforce++", gamma=0.5, whiten_advantages=False)
+    said = replace(with_steps(score=2.5), values=torch.empty(0))
+    (episode,) = make_episodes([trajectory(4)], [said], ppo, 0.0)
+    assert episode.advantages.tolist() == [0.5 + 1.5 / 8, 1 + 1.5 / 4, 1.5 / 2, 1.5]  # rewards 0, 1, 0, -0.5 + 2
