@@ -182,6 +182,39 @@ def evaluate(
     _show(trained.evaluate(), as_json)
 
 
+@app.command(epilog=_example("align score runs/second responses.jsonl --to scored.jsonl"))
+def score(
+    run: Run,
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="rows with prompt and response, or with messages", show_default=False),
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="the JSONL file to write: each row with `score` and `terms`")
+    ] = None,
+    reward_model: Annotated[bool, typer.Option("--reward-model", help="score by the reward model alone")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="replace the file --to")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score the responses in a file by a run's reward, all its terms included, or by its reward model alone."""
+    from align.evaluation.tables import scores_table
+    from align.outputs.file_scores import check_target, score_file
+    from align.outputs.trained_run import open_run
+
+    if replace and not to:
+        raise UserError("--replace needs --to: add it")
+    if to:
+        check_target(to, replace)
+    scored = score_file(open_run(run), file, reward_model, _tell)
+    if to:
+        scored.write(to)
+        _tell(f"written to {to}")
+    if as_json:
+        print(json.dumps(scored.summary()))
+    else:
+        console.print(scores_table(scored.summary()))
+
+
 @app.command(epilog=_example("align generate runs/second --prompt 'Name a colour.' --temperature 0"))
 def generate(  # noqa: PLR0913 - one parameter per option
     run: Run,

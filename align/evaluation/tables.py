@@ -158,3 +158,14 @@ def _length_range(low: float, high: float) -> str:
 def _accuracy(figures: dict[str, Any]) -> str:
     """Accuracy with its interval."""
     return f"{figures['accuracy']:.1%} ({figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%})"
+
+
+def scores_table(summary: dict[str, Any]) -> Table:
+    """Number, mean and standard deviation of the scores of a file, and the mean of each term."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("responses", f"{summary['count']:,}")
+    table.add_row("score, mean", f"{summary['mean']:.3f}")
+    table.add_row("score, standard deviation", f"{summary['std']:.3f}")
+    for name, mean in summary["terms"].items():
+        table.add_row(f"{name}, mean", f"{mean:.3f}")
+    return table
