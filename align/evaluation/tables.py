@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from align.runtime.consoles import escaped
@@ -131,6 +132,10 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
         table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
         for group in facts["by_length_difference"]:
             table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
+    for name, accuracy in facts.get("subsets", {}).items():
+        table.add_row(f"subset {escape(name)}", f"{_accuracy(accuracy)} of {counted(accuracy['pairs'], 'row')}")
+    if "subset_mean" in facts:
+        table.add_row("mean over subsets", f"{facts['subset_mean']:.1%}")
     for name in ("agreement", "rank_correlation", "rating_correlation"):
         if name in facts:
             table.add_row(name.replace("_", " "), f"{facts[name]:.3f}")
