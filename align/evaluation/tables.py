@@ -19,6 +19,8 @@ FIGURES = (
     ("gold_gain", "change of the gold score", "{:+.3f}"),
     ("win_rate", "win rate by score", "{:.1%}"),
     ("gold_win_rate", "win rate by gold score", "{:.1%}"),
+    ("length_controlled_win_rate", "length-controlled win rate by score", "{:.1%}"),
+    ("gold_length_controlled_win_rate", "length-controlled win rate by gold score", "{:.1%}"),
     ("kl_per_sequence", "KL, nats per sequence", "{:.2f}"),
     ("kl_per_token", "KL, nats per token", "{:.3f}"),
     ("length_mean", "length, tokens", "{:.1f}"),
@@ -97,6 +99,16 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
     title = f"{evaluation['prompts']} held-out prompts; policy of step {evaluation['policy']['step']}"
     table = Table("", *columns, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
     for label, cells in figure_rows(list(columns.values())):
+        table.add_row(label, *cells)
+    return table
+
+
+def comparison_table(facts: dict[str, Any]) -> Table:
+    """The policies of two runs side by side, each figure with its 95 % interval."""
+    names = [escape(path) for path in facts["runs"]]
+    title = f"{facts['prompts']} held-out prompts of {names[0]}, 95 % intervals"
+    table = Table("", *names, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
+    for label, cells in figure_rows([facts["policy"], facts["against"]]):
         table.add_row(label, *cells)
     return table
 

@@ -10,6 +10,7 @@ import torch
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, context_length
 from align.data.examples import TokenizedPreference
+from align.evaluation.comparison import ScoredResponses
 from align.evaluation.reward_model import compute_diagnostics
 from align.outputs.artifacts import classifier_folder, policy_weights
 from align.outputs.export import Exported, Product, export_run
@@ -34,7 +35,7 @@ from policies.text.tokenization import Prompt, decode_response
 from rewards.classifier import Classifier
 from rewards.preferences import OVERALL
 from rollouts.engine import Sampling
-from rollouts.trajectory import Request, Trajectory
+from rollouts.trajectory import Request, Trajectory, lengths
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, make_transformers_engine
 
 
@@ -223,6 +224,18 @@ class TrainedRun:
         if not self.experiment.reward.has_model:
             raise UserError(f"the reward of run {self.path} has no term of kind model: score by the reward as a whole")
         return self._loaded_reward.score_by_model(self._trajectories(prompts, responses, columns)).tolist()
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        """Sample one response of the policy, or of the SFT model, per request."""
+        return self._engine.generate(requests, sampling)
+
+    def score_trajectories(self, trajectories: Sequence[Trajectory]) -> ScoredResponses:
+        """Score sampled responses by the run's reward and, where it has one, by its gold score."""
+        scores, _ = self._reward.score(trajectories)
+        gold = None
+        if self._reward.scorers.gold is not None:
+            gold = torch.tensor(self._reward.scorers.gold(trajectories), dtype=torch.float64)
+        return ScoredResponses(scores=scores, lengths=lengths(trajectories).double(), gold=gold)
 
     def _trajectories(
         self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Sequence[Mapping[str, Any]] | None

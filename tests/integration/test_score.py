@@ -1,7 +1,8 @@
-"""`align score`: the responses in a file, scored as `TrainedRun.score` scores them."""
+"""`align score`, and comparisons of runs: responses are scored as `TrainedRun.score` scores them."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from typer.testing import CliRunner, Result
 
 import align as library
 from align.cli import app
+from align.outputs.run_comparison import compare_runs
 from align.outputs.trained_run import TrainedRun
 from align.stages.reward import load_models
-from tests.integration.tiny_run import make_settings, run_in_process, write_rows
+from tests.integration.tiny_run import WORDS, make_settings, run_in_process, write_rows
 
 PROMPT = "User: two cat mat dog Assistant:"
 TERMS = {
@@ -33,6 +35,8 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
     folder = tmp_path_factory.mktemp("scoring")
     settings = make_settings(tiny_model, folder) | {"stages": ["sft", "reward"]}
     settings["reward"] |= {"terms": TERMS}
+    prompts = [{"prompt": f"User: {word} Assistant:", "answer": "red"} for word in WORDS]
+    settings["data"]["prompts"] = write_rows(folder / "prompts.jsonl", prompts)
     return library.open_run(run_in_process(settings))
 
 
@@ -118,3 +122,33 @@ def test_a_reward_without_a_model_cannot_score_by_it(tiny_model: Path, tmp_path:
     trained = library.open_run(run_in_process(settings))
     result = score(trained, write_rows(tmp_path / "rows.jsonl", ROWS[:1]), "--reward-model")
     assert "has no term of kind model" in str(result.exception)
+
+
+@pytest.fixture
+def other(trained: TrainedRun) -> TrainedRun:
+    """The same models under another name."""
+    folder = trained.path.parent / "other"
+    if not folder.exists():
+        shutil.copytree(trained.path, folder)
+    return library.open_run(folder)
+
+
+def with_prompts(trained: TrainedRun) -> TrainedRun:
+    """The run as one that evaluates its policy, which is still its SFT model."""
+    return library.open_run(trained.path, ["stages=[sft, reward, ppo]"])
+
+
+def test_a_run_ties_with_a_copy_of_itself(trained: TrainedRun, other: TrainedRun) -> None:
+    facts = compare_runs(with_prompts(trained), other)
+    assert json.loads((trained.path / "comparisons" / "other.json").read_text()) == facts
+    policy = facts["policy"]
+    assert policy["win_rate"] == 0.5
+    assert policy["score_gain"] == policy["score_gain_low"] == policy["score_gain_high"] == 0
+    assert "length_controlled_win_rate" not in policy  # the lengths do not differ
+    assert policy["score_mean"] == facts["against"]["score_mean"]
+
+
+def test_a_run_whose_prompts_become_other_tokens_is_refused(trained: TrainedRun, other: TrainedRun) -> None:
+    other.tokenizer.add_tokens(["two"])
+    with pytest.raises(library.UserError, match="tokenizers of their base models have different vocabularies"):
+        compare_runs(with_prompts(trained), other)
