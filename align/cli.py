@@ -159,7 +159,7 @@ def plan_command(
 
 
 @app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))
-def evaluate(  # noqa: PLR0913 - one parameter per option
+def evaluate(
     run: Run,
     reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
     data: Annotated[
