@@ -35,7 +35,7 @@ def test_a_response_cannot_be_chosen_and_rejected() -> None:
 
 
 def test_the_better_responses_must_score_higher_than_all_others() -> None:
-    rows = [FIRST, FIRST, SECOND, SECOND, SECOND, TIES, TIES]
+    rows: list[dict[str, Any]] = [FIRST, FIRST, SECOND, SECOND, SECOND, TIES, TIES]
     scores = [[2, 1], [1, 1], [4, 1, 2, 3], [3, 1, 4, 0], [3, 1, 3, 0], [3, 2, 1], [3, 1, 2]]
     flat = torch.tensor([score for row in scores for score in row], dtype=torch.float64)
     figures = subset_figures([tokenized(row) for row in rows], flat)
