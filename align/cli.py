@@ -25,6 +25,7 @@ from policies.errors import UserError
 
 if TYPE_CHECKING:
     from align.config.schema import Experiment
+    from align.outputs.trained_run import TrainedRun
     from align.runs.folder import RunFolder
     from align.stages.launch import Launch
 
@@ -168,18 +169,61 @@ def evaluate(
         str | None, typer.Option(help="with --reward: evaluate this sequence-classification model instead")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="with --reward: folder for the results and the plot")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN2", help="compare with the policy of this run, on the prompts of RUN")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model."""
+    """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
+
+    With --against, compare its policy with that of another run, by the reward of the first.
+    """
     from align.outputs.trained_run import open_run
 
+    if reward and against:
+        raise UserError("--reward and --against are different evaluations: choose one")
+    if not reward and (data or classifier or to):
+        raise UserError("--data, --classifier and --to need --reward: add it")
     trained = open_run(run)
     if reward:
         _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
-        return
-    if data or classifier or to:
-        raise UserError("--data, --classifier and --to need --reward: add it")
-    _show(trained.evaluate(), as_json)
+    elif against:
+        _compare_policies(trained, open_run(against), as_json)
+    else:
+        _show(trained.evaluate(), as_json)
+
+
+@app.command(epilog=_example("align score runs/second responses.jsonl --to scored.jsonl"))
+def score(
+    run: Run,
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="rows with prompt and response, or with messages", show_default=False),
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="the JSONL file to write: each row with `score` and `terms`")
+    ] = None,
+    reward_model: Annotated[bool, typer.Option("--reward-model", help="score by the reward model alone")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="replace the file --to")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score the responses in a file by a run's reward, all its terms included, or by its reward model alone."""
+    from align.evaluation.tables import scores_table
+    from align.outputs.file_scores import check_target, score_file
+    from align.outputs.trained_run import open_run
+
+    if replace and not to:
+        raise UserError("--replace needs --to: add it")
+    if to:
+        check_target(to, replace)
+    scored = score_file(open_run(run), file, reward_model, _tell)
+    if to:
+        scored.write(to)
+        _tell(f"written to {to}")
+    if as_json:
+        print(json.dumps(scored.summary()))
+    else:
+        console.print(scores_table(scored.summary()))
 
 
 @app.command(epilog=_example("align generate runs/second --prompt 'Name a colour.' --temperature 0"))
@@ -590,6 +634,18 @@ def _evaluate_reward_model(
         to.mkdir(parents=True, exist_ok=True)
         write_diagnostics(to, facts, worst_errors)
         errors.print(f"written to {to}", soft_wrap=True)
+
+
+def _compare_policies(trained: "TrainedRun", other: "TrainedRun", as_json: bool) -> None:
+    from align.evaluation.tables import comparison_table
+    from align.outputs.run_comparison import compare_runs, comparison_file
+
+    facts = compare_runs(trained, other)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print(comparison_table(facts))
+    _tell(f"written to {comparison_file(trained, other)}")
 
 
 def _tell(note: str) -> None:

@@ -1,7 +1,7 @@
 """Preference examples: pairs, rankings, choices and ratings of responses, parsed from rows of data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from os.path import commonprefix
 from typing import Any
@@ -66,12 +66,14 @@ class PreferenceExample:
         responses: Best first, where one is better than another.
         preference: A pair, a ranking or a rating of the responses.
         attribute: What they were compared by; ratings name their attributes themselves.
+        subset: The part of a benchmark that the example belongs to; empty without one.
     """
 
     prompt: Prompt
     responses: tuple[str, ...]
     preference: Preference
     attribute: str = OVERALL
+    subset: str = ""
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -83,11 +85,12 @@ def parse_preference(values: Mapping[str, Any], open_ties: bool = False) -> Pref
     """Parse a preference example; the columns of the row determine its kind.
 
     * `chosen`, `rejected`, after `prompt` or as complete transcripts without it; optional `margin`, `confidence`, `tie`
+    * `prompt`, `chosen`, `rejected`, both lists of texts (RewardBench 2): each of the first is better than all others
     * `prompt`, `responses`, `ranks` (1 is best, equal ranks are ties); optional `ties`: `judged` or `unknown`
     * `prompt`, `responses`, `best` (the index of the best, from 0)
     * `prompt`, `response`, `rating` (a number, or an object of numbers by attribute)
 
-    All but the last may have an `attribute`.
+    All but the last may have an `attribute`, and each a `subset`.
 
     Args:
         values: The row by column.
@@ -96,7 +99,14 @@ def parse_preference(values: Mapping[str, Any], open_ties: bool = False) -> Pref
     Raises:
         ValueError: The row is none of these; the message is for users.
     """
+    example = _parse(values, open_ties)
+    return replace(example, subset=fields.text(values, "subset")) if fields.has(values, "subset") else example
+
+
+def _parse(values: Mapping[str, Any], open_ties: bool) -> PreferenceExample:
     attribute = fields.text(values, "attribute") if fields.has(values, "attribute") else OVERALL
+    if _has_lists(values):
+        return _groups(values, attribute)
     if fields.has(values, "chosen") or fields.has(values, "rejected"):
         return _pair(values, attribute)
     if fields.has(values, "responses"):
@@ -108,6 +118,23 @@ def parse_preference(values: Mapping[str, Any], open_ties: bool = False) -> Pref
         "neither `chosen` and `rejected`, nor `responses` with `ranks` or `best`, nor `response` and `rating`; the row "
         f"has {names}, and the source's `columns` can rename them"
     )
+
+
+def _has_lists(values: Mapping[str, Any]) -> bool:
+    """Whether `chosen` and `rejected` are lists of texts, not messages."""
+    lists = [values.get("chosen"), values.get("rejected")]
+    return all(isinstance(texts, list) and texts and isinstance(texts[0], str) for texts in lists)
+
+
+def _groups(values: Mapping[str, Any], attribute: str) -> PreferenceExample:
+    prompt = fields.prompt(values)
+    groups = []
+    for name in ("chosen", "rejected"):
+        groups.append([fields.reply(response, f"{name}[{i}]") for i, response in enumerate(values[name])])
+    chosen, rejected = groups
+    if both := set(chosen) & set(rejected):
+        raise ValueError(f"{fields.shown(min(both))} is both in `chosen` and in `rejected`")
+    return PreferenceExample(prompt, (*chosen, *rejected), Ranking((len(chosen), len(rejected))), attribute)
 
 
 def _pair(values: Mapping[str, Any], attribute: str) -> PreferenceExample:

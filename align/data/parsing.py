@@ -65,7 +65,10 @@ class ParsedRows(Generic[T]):
 
 
 def parse_rows(
-    rows: Iterable[SourceRow], parse: Callable[[Mapping[str, Any]], T], on_bad_row: Literal["error", "skip"]
+    rows: Iterable[SourceRow],
+    parse: Callable[[Mapping[str, Any]], T],
+    on_bad_row: Literal["error", "skip"],
+    can_skip: bool = True,
 ) -> ParsedRows[T]:
     """Parse each row.
 
@@ -73,6 +76,7 @@ def parse_rows(
         rows: The rows that `read_rows` returned.
         parse: Turns a row's columns into an item; raises ValueError, with the reason, for an invalid row.
         on_bad_row: Whether invalid rows are an error or are skipped.
+        can_skip: Whether the error may advise to skip them.
 
     Raises:
         UserError: There are invalid rows and they are an error, or there is no valid row.
@@ -90,17 +94,20 @@ def parse_rows(
             if isinstance(error, RowTooLong) and error.key:
                 longest[error.key] = max(error.tokens, longest.get(error.key, 0))
     if skipped and (on_bad_row == "error" or not items):
-        raise UserError(_bad_rows_message(skipped, longest, some_are_good=bool(items)))
+        raise UserError(_bad_rows_message(skipped, longest, some_are_good=bool(items), can_skip=can_skip))
     return ParsedRows(items, skipped)
 
 
-def _bad_rows_message(bad_rows: list[str], longest: Mapping[str, int], some_are_good: bool) -> str:
+def _bad_rows_message(bad_rows: list[str], longest: Mapping[str, int], some_are_good: bool, can_skip: bool) -> str:
     lines = bad_rows[:MAX_REPORTED]
     further = len(bad_rows) - len(lines)
     if further:
         lines.append(f"… and {further} more invalid row{'s' if further > 1 else ''}")
     lines += [f"{key}={tokens} keeps every row that is too long" for key, tokens in longest.items()]
-    lines.append("data.on_bad_row=skip skips them" if some_are_good else "there is no good row")
+    if not some_are_good:
+        lines.append("there is no good row")
+    elif can_skip:
+        lines.append("data.on_bad_row=skip skips them")
     return "\n".join(lines)
 
 

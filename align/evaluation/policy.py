@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
+from align.evaluation.intervals import with_interval
 from align.evaluation.prompt_styles import PromptStyle, make_prompt_style
 from align.runtime.seeds import seed_for
 from align.scoring.build import Scorers
@@ -27,9 +28,6 @@ from rollouts.trajectory import Request, RoleOutputs, Trajectory, lengths
 
 REFERENCE_VERSION = -1
 """The version of the reference in the pool while it is sampled; the policy's versions count from 0."""
-
-NORMAL_QUANTILE = 1.959964
-"""97.5 % quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,7 @@ def _policy_figures(policy: ScoredSamples, reference: ScoredSamples) -> dict[str
 
 
 def paired_gain(policy: Tensor, reference: Tensor, name: str) -> dict[str, float]:
-    """How much higher the policy scores than the reference on the same prompts, with the normal 95 % interval.
+    """How much higher the policy scores than the reference on the same prompts, with Student's 95 % interval.
 
     Args:
         policy: The policy's scores `[prompts]`.
@@ -246,16 +244,10 @@ def paired_gain(policy: Tensor, reference: Tensor, name: str) -> dict[str, float
         name: The name of the score.
 
     Returns:
-        `NAME_gain`, the mean of the differences, and `NAME_gain_low` and `NAME_gain_high`, 1.96 standard errors below
-        and above it; without the latter two where there is only one prompt.
+        `NAME_gain`, the mean of the differences, and the ends of its interval, `NAME_gain_low` and `NAME_gain_high`;
+        without the latter two where there is only one prompt.
     """
-    difference = policy.double() - reference.double()
-    gain = float(difference.mean())
-    figures = {f"{name}_gain": gain}
-    if len(difference) > 1:
-        half_width = NORMAL_QUANTILE * float(difference.std()) / math.sqrt(len(difference))
-        figures |= {f"{name}_gain_low": gain - half_width, f"{name}_gain_high": gain + half_width}
-    return figures
+    return with_interval(f"{name}_gain", policy.double() - reference.double())
 
 
 def _kl_figures(policy: ScoredSamples) -> dict[str, float]:

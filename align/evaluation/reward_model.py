@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from align.data.examples import TokenizedPreference
+from align.evaluation.subsets import subset_figures
 from align.runtime.atomic_files import write_json
 from align.supervised.reward_objective import flatten_responses
 from policies.batching import collate, collate_shared_prompts
@@ -53,6 +54,7 @@ def compute_diagnostics(
     comparisons = figures.comparisons([preference.example for preference in preferences])
     starts = _starts(preferences)
     facts: dict[str, Any] = {"rows": len(preferences)} | _correlations(preferences, scores.mean(0), weights, starts)
+    facts |= subset_figures(preferences, _by_attribute(scores.mean(0, keepdim=True), weights)[0][OVERALL])
     if not comparisons:
         return facts, []
     differences = [_differences(comparisons, member, starts) for member in _by_attribute(scores, weights)]

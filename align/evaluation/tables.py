@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from align.runtime.consoles import escaped
@@ -18,6 +19,8 @@ FIGURES = (
     ("gold_gain", "change of the gold score", "{:+.3f}"),
     ("win_rate", "win rate by score", "{:.1%}"),
     ("gold_win_rate", "win rate by gold score", "{:.1%}"),
+    ("length_controlled_win_rate", "length-controlled win rate by score", "{:.1%}"),
+    ("gold_length_controlled_win_rate", "length-controlled win rate by gold score", "{:.1%}"),
     ("kl_per_sequence", "KL, nats per sequence", "{:.2f}"),
     ("kl_per_token", "KL, nats per token", "{:.3f}"),
     ("length_mean", "length, tokens", "{:.1f}"),
@@ -100,6 +103,16 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
+def comparison_table(facts: dict[str, Any]) -> Table:
+    """The policies of two runs side by side, each figure with its 95 % interval."""
+    names = [escape(path) for path in facts["runs"]]
+    title = f"{facts['prompts']} held-out prompts of {names[0]}, 95 % intervals"
+    table = Table("", *names, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
+    for label, cells in figure_rows([facts["policy"], facts["against"]]):
+        table.add_row(label, *cells)
+    return table
+
+
 def figure_rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Label and formatted cells of each figure that any column has; the cell is empty where a column lacks it."""
     rows = []
@@ -131,6 +144,10 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
         table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
         for group in facts["by_length_difference"]:
             table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
+    for name, accuracy in facts.get("subsets", {}).items():
+        table.add_row(f"subset {escape(name)}", f"{_accuracy(accuracy)} of {counted(accuracy['pairs'], 'row')}")
+    if "subset_mean" in facts:
+        table.add_row("mean over subsets", f"{facts['subset_mean']:.1%}")
     for name in ("agreement", "rank_correlation", "rating_correlation"):
         if name in facts:
             table.add_row(name.replace("_", " "), f"{facts[name]:.3f}")
@@ -158,3 +175,14 @@ def _length_range(low: float, high: float) -> str:
 def _accuracy(figures: dict[str, Any]) -> str:
     """Accuracy with its interval."""
     return f"{figures['accuracy']:.1%} ({figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%})"
+
+
+def scores_table(summary: dict[str, Any]) -> Table:
+    """Number, mean and standard deviation of the scores of a file, and the mean of each term."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("responses", f"{summary['count']:,}")
+    table.add_row("score, mean", f"{summary['mean']:.3f}")
+    table.add_row("score, standard deviation", f"{summary['std']:.3f}")
+    for name, mean in summary["terms"].items():
+        table.add_row(f"{name}, mean", f"{mean:.3f}")
+    return table

@@ -10,6 +10,7 @@ import torch
 from align.config.schema import Experiment
 from align.data.datasets import Datasets, context_length
 from align.data.examples import TokenizedPreference
+from align.evaluation.comparison import ScoredResponses
 from align.evaluation.reward_model import compute_diagnostics
 from align.outputs.artifacts import classifier_folder, policy_weights
 from align.outputs.export import Exported, Product, export_run
@@ -34,7 +35,7 @@ from policies.text.tokenization import Prompt, decode_response
 from rewards.classifier import Classifier
 from rewards.preferences import OVERALL
 from rollouts.engine import Sampling
-from rollouts.trajectory import Request, Trajectory
+from rollouts.trajectory import Request, Trajectory, lengths
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, make_transformers_engine
 
 
@@ -173,6 +174,73 @@ class TrainedRun:
                 response is not text, contains special tokens, or does not fit the model's context.
             TypeError: A text is given instead of a list.
         """
+        return self.score_terms(prompts, responses, columns)[0]
+
+    def score_terms(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        columns: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """Score responses as `score` does, and by each term of the reward.
+
+        Args:
+            prompts: As for `score`.
+            responses: As for `score`.
+            columns: As for `score`.
+
+        Returns:
+            One score per response; and by term its values, one per response, normalised and clipped as the term's
+            settings say, but not weighted.
+
+        Raises:
+            UserError: As for `score`.
+            TypeError: As for `score`.
+        """
+        trajectories = self._trajectories(prompts, responses, columns)
+        total, terms = self._reward.score(trajectories)
+        return total.tolist(), {name: values.tolist() for name, values in terms.items()}
+
+    def score_by_model(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        columns: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[float]:
+        """Score responses by the run's reward model alone, before the term's normalisation, clipping and weight.
+
+        Args:
+            prompts: As for `score`.
+            responses: As for `score`.
+            columns: Columns per prompt, of which `tools` are read; None: no columns.
+
+        Returns:
+            One score per response.
+
+        Raises:
+            UserError: The run has no reward model; or as for `score`.
+            TypeError: As for `score`.
+        """
+        if not self.experiment.reward.has_model:
+            raise UserError(f"the reward of run {self.path} has no term of kind model: score by the reward as a whole")
+        return self._loaded_reward.score_by_model(self._trajectories(prompts, responses, columns)).tolist()
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
+        """Sample one response of the policy, or of the SFT model, per request."""
+        return self._engine.generate(requests, sampling)
+
+    def score_trajectories(self, trajectories: Sequence[Trajectory]) -> ScoredResponses:
+        """Score sampled responses by the run's reward and, where it has one, by its gold score."""
+        scores, _ = self._reward.score(trajectories)
+        gold = None
+        if self._reward.scorers.gold is not None:
+            gold = torch.tensor(self._reward.scorers.gold(trajectories), dtype=torch.float64)
+        return ScoredResponses(scores=scores, lengths=lengths(trajectories).double(), gold=gold)
+
+    def _trajectories(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Sequence[Mapping[str, Any]] | None
+    ) -> list[Trajectory]:
+        """Responses that were not sampled, for the scorers."""
         check_lists(prompts=prompts, responses=responses, columns=columns)
         if not prompts:
             raise UserError("there are no responses to score")
@@ -185,9 +253,7 @@ class TrainedRun:
             ids = exchange.response_ids
             # Nothing was sampled: the sampler's log-probabilities and the version are not read.
             trajectories.append(Trajectory.from_tokens(request, ids, torch.zeros(len(ids)), ended=True, version=0))
-        reward = self._reward
-        rescore = reward.scorers.evaluation_scorer(reward.score_roles, ("reward",))(trajectories)
-        return [output.score for output in rescore()]
+        return trajectories
 
     def classify(self, texts: Sequence[Prompt]) -> list[Prediction]:
         """Label texts by the run's classifier or regression model.
@@ -286,11 +352,15 @@ class TrainedRun:
 
     @cached_property
     def _reward(self) -> LoadedReward:
+        """The reward, in the state in which the policy was evaluated."""
+        self._loaded_reward.restore(self.folder)
+        return self._loaded_reward
+
+    @cached_property
+    def _loaded_reward(self) -> LoadedReward:
         if self.experiment.reward.has_model and not self.folder.done("reward"):
             raise missing_product(self.experiment, self.folder, "reward")
-        reward = LoadedReward(self.experiment, self.folder)
-        reward.restore(self.folder)
-        return reward
+        return LoadedReward(self.experiment, self.folder)
 
 
 def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:

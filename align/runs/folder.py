@@ -30,7 +30,7 @@ WRITTEN = (
 )
 """What a run writes besides the products of its stages. Other files in its folder belong to the user."""
 
-DERIVED = ("evaluation.json", "report")
+DERIVED = ("evaluation.json", "comparisons", "report")
 """What it makes of the products of all stages at its end."""
 
 

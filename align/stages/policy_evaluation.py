@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
 from align.config.schema import Experiment
 from align.evaluation.policy import REFERENCE_VERSION, Evaluation, build_evaluator
@@ -13,11 +14,12 @@ from align.roles.scoring import score_microbatch, score_microbatches
 from align.runs.folder import RunFolder
 from align.runtime.seeds import permutation, seed_for
 from align.scoring.build import REWARD_STATE, Scorers, build_scorers
-from align.scoring.reward import RoleScorer
+from align.scoring.reward import RoleScorer, term_input
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
 from policies.trunk import AdapterWeights
+from rewards.terms.model import ModelTerm
 from rollouts.engine import Sampling
 from rollouts.pool import LocalPool, Pool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
@@ -87,6 +89,25 @@ class LoadedReward:
             requested_roles=requested_roles,
         )
         return score_microbatches(score, trajectories, microbatches)
+
+    def score(self, trajectories: Sequence[Trajectory]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score responses by the reward as a whole.
+
+        Args:
+            trajectories: The responses `[B]`.
+
+        Returns:
+            The scores `[B]` float64, and those of each term `[B]` float64, normalised and clipped, but not weighted.
+        """
+        raw, _ = self.scorers.reward.raw_scores(trajectories, self.score_roles(trajectories, ("reward",)))
+        return self.scorers.reward.composition.score(raw)
+
+    def score_by_model(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """Score responses `[B]` by the term of kind `model` alone: `[B]` float64, as the reward model's heads do."""
+        outputs = self.score_roles(trajectories, ("reward",))
+        model_terms = [name for name, term in self.experiment.reward.terms.items() if isinstance(term, ModelTerm)]
+        scorer = self.scorers.reward.terms[model_terms[0]]
+        return scorer(term_input(trajectories, self.tokenizer, outputs)).values
 
     def compare(self, policy: AdapterWeights, step: int, prompts: Sequence[Request]) -> Evaluation:
         """Compare a policy with the reference on held-out prompts.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 from transformers import PreTrainedTokenizerFast
 
 from align.evaluation.policy import (
@@ -144,8 +145,8 @@ def test_figures_of_policy_and_reference() -> None:
     policy = {"score_mean": 1.5, "score_std": 0.5, "gold_mean": 40.0, "distinct_2": 2 / 4}
     compared = {"win_rate": 0.5, "gold_win_rate": 0.75, "kl_per_sequence": 1.5, "kl_per_token": 0.5, "step": 5}
     assert figures["reference"] == pytest.approx(reference | both)
-    gains = {"score_gain": -1.0, "score_gain_low": -4.92, "score_gain_high": 2.92}
-    gold_gains = {"gold_gain": 15.0, "gold_gain_low": -14.4, "gold_gain_high": 44.4}
+    gains = {"score_gain": -1.0, "score_gain_low": -26.41, "score_gain_high": 24.41}
+    gold_gains = {"gold_gain": 15.0, "gold_gain_low": -175.6, "gold_gain_high": 205.6}
     assert figures["policy"] == pytest.approx(policy | both | compared | gains | gold_gains, rel=0.01)
 
 
@@ -153,11 +154,11 @@ def test_figures_of_policy_and_reference() -> None:
 def test_the_interval_of_the_gain_is_that_of_paired_differences(pairs: list[tuple[float, float]]) -> None:
     policy, reference = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
     differences = [higher - lower for higher, lower in pairs]
-    error = stdev(differences) / math.sqrt(len(pairs))
+    half_width = student.ppf(0.975, len(pairs) - 1) * stdev(differences) / math.sqrt(len(pairs))
     expected = {
         "gold_gain": fmean(differences),
-        "gold_gain_low": fmean(differences) - 1.959964 * error,
-        "gold_gain_high": fmean(differences) + 1.959964 * error,
+        "gold_gain_low": fmean(differences) - half_width,
+        "gold_gain_high": fmean(differences) + half_width,
     }
     assert paired_gain(policy, reference, "gold") == pytest.approx(expected, abs=1e-9)
 
