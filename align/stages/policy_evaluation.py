@@ -99,7 +99,7 @@ class LoadedReward:
         Returns:
             The scores `[B]` float64, and those of each term `[B]` float64, normalised and clipped, but not weighted.
         """
-        raw, _ = self.scorers.reward.raw_scores(trajectories, self.score_roles(trajectories, ("reward",)))
+        raw = self.scorers.reward.raw_scores(trajectories, self.score_roles(trajectories, ("reward",)))
         return self.scorers.reward.composition.score(raw)
 
     def score_by_model(self, trajectories: Sequence[Trajectory]) -> Tensor:
