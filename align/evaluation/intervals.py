@@ -5,7 +5,6 @@ import math
 from scipy.stats import t as student
 from torch import Tensor
 
-from align.algorithms.advantages import has_spread
 from rewards.diagnostics import Accuracy, wilson
 
 
@@ -16,11 +15,10 @@ def mean_interval(values: Tensor) -> tuple[float, float] | None:
         values: One value per prompt `[n]`; of a comparison, the differences on the same prompts.
 
     Returns:
-        The lower and the upper end; None for fewer than two values, and for values that are all alike, which say
-        nothing about how much others would differ.
+        The lower and the upper end; None for fewer than two values.
     """
     count = len(values)
-    if count < 2 or not has_spread(values):
+    if count < 2:
         return None
     values = values.double()
     mean = float(values.mean())
