@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import model_validator
-from torch import Tensor
 
 from policies.schema import unread_settings
 from rewards.children.source import FunctionSource
 from rewards.spans import Span
 from rewards.terms.base import FunctionScorer, RewardStage, TermInput, TermScores
 from rewards.terms.function import UserFunctionSettings
+
+if TYPE_CHECKING:  # settings are loaded without torch
+    from torch import Tensor
 
 
 class StepsTerm(UserFunctionSettings):
@@ -59,6 +60,8 @@ class StepsScorer(FunctionScorer):
     def __call__(self, batch: TermInput, /) -> TermScores:
         """Totals `[B]` and rewards of each token, `[T]` of each response."""
         scores = self.call(batch, None if self.fallback is None else [])
+        import torch
+
         step_rewards: list[Tensor] = []
         for index, spans in enumerate(scores.values):
             step_rewards.append(_rewards_of_tokens(batch, index, [Span(*span) for span in spans]))
@@ -69,8 +72,10 @@ class StepsScorer(FunctionScorer):
         return TermScores(totals, self.failure_notes(scores), step_rewards)
 
 
-def _rewards_of_tokens(batch: TermInput, index: int, spans: Sequence[Span]) -> Tensor:
+def _rewards_of_tokens(batch: TermInput, index: int, spans: Sequence[Span]) -> "Tensor":
     """The sum of the scores of the spans that each token of a response completes, `[T]` float64."""
+    import torch
+
     rewards = torch.zeros(batch.response_lengths[index], dtype=torch.float64)
     if spans:
         alignment = batch.align_text(index)
