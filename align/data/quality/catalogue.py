@@ -55,11 +55,11 @@ CHECKS = (
     ),
     DataCheck(
         kind="cut-off-texts",
-        finds="responses, or prompts where there are no others, "
-        "without the end, of a sentence or by a token, that at least 80 % have; and many of one "
-        "greatest length",
-        problem_when="at least half end in a word, or a part of one, that seldom ends a sentence; or many are of one "
-        "length",
+        finds="responses, or prompts where there are no others, that end in a part of a word, a function word, a comma, "
+        "or something opened; prose without the end, of a sentence or by a token, that at least 80 % have; the longest "
+        "texts where fewer have an end; and many of one greatest length",
+        problem_when="at least 3 and a third of them end so, or in a word that seldom ends a sentence; or many "
+        "are of one length",
         advice="raise the limit of what wrote them, or `drop-cut-off`",
         find=find_cut_off,
     ),
