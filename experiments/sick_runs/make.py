@@ -1,10 +1,9 @@
-"""Make runs that are sick on purpose, and healthy ones, and record their metrics.
+"""Make runs that are sick on purpose, and healthy ones, in the quickstart's world, and record their metrics.
 
     python experiments/sick_runs/make.py --to runs/sick --seeds 0 1 2
 
 For each seed: the environment, SFT, a reward model for each kind of annotators, and PPO with one thing wrong. What the
-rules of `align.diagnosis` read of each run goes to `recorded.jsonl.gz` beside this file. All but one are in the
-quickstart's world; the other one needs the sentences and the base model of experiments/reviews.
+rules of `align.diagnosis` read of each run goes to `recorded.jsonl.gz` beside this file.
 """
 
 import argparse
@@ -17,16 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.runs.record_files import METRICS, read_lines
+from align.runs.tracking import METRICS, read_lines
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart"
-REVIEWS = HERE.parent / "reviews"
 RECORDED = HERE / "recorded.jsonl.gz"
 PAIRS = 4000
 """Preferences that a reward model is trained on, a quarter of the quickstart's."""
-REVIEWS_ROWS = 2000
-"""Rows that each model of the reviews is trained on, a quarter of them and a half."""
 DIGITS = 5
 """Significant digits of a recorded figure."""
 
@@ -38,8 +34,7 @@ class Case:
     Attributes:
         cause: The verdict that should come first or second; None: the run is healthy.
         settings: What differs from the quickstart, by dotted key.
-        annotators: Whose preferences the reward model is trained on; "reviews": those of experiments/reviews, and
-            everything else as there.
+        annotators: Whose preferences the reward model is trained on.
         command: The module that runs instead of `align`.
     """
 
@@ -47,23 +42,6 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     annotators: str = "usual"
     command: tuple[str, ...] = ("-m", "align")
-
-
-@dataclass(frozen=True)
-class World:
-    """What a run is trained on.
-
-    Attributes:
-        experiment: The experiment file.
-        environment: Folder of the data.
-        sft: Name of the run that is the reference.
-        settings: What differs from the experiment file, by dotted key.
-    """
-
-    experiment: Path
-    environment: Path
-    sft: str
-    settings: dict[str, Any]
 
 
 GROUP = {"ppo.samples_per_prompt": 4, "learner.policy_learning_rate": 1e-3}
@@ -108,9 +86,8 @@ CASES = {
             }
         }
     ),
-    "reviews": Case(settings={"ppo.steps": 12}, annotators="reviews"),
 }
-"""Seven sick runs and eight healthy ones."""
+"""Seven sick runs and seven healthy ones."""
 
 
 def main() -> None:
@@ -129,55 +106,51 @@ def main() -> None:
 
 def train(folder: Path, seed: int, name: str, case: Case) -> None:
     """Run PPO, and whatever has to come before it and is not there yet."""
-    world = make_world(folder, seed, case.annotators)
-    sft = folder / world.sft / "sft"
-    reward = f"reward-{case.annotators}"
-    stages(world, folder, world.sft, {"stages": ["sft"], "seed": seed})
-    stages(world, folder, reward, {"stages": ["reward"], "seed": seed, "sft.adapter": sft})
-    upstream = {"sft.adapter": sft, "reward.model": folder / reward / "reward"}
+    environment = make_environment(folder, seed, "usual")
+    stages(folder, environment, "sft", {"stages": ["sft"], "seed": seed})
+    stages(
+        folder,
+        make_environment(folder, seed, case.annotators),
+        f"reward-{case.annotators}",
+        {"stages": ["reward"], "seed": seed, "sft.adapter": folder / "sft" / "sft"},
+    )
+    upstream = {"sft.adapter": folder / "sft" / "sft", "reward.model": folder / f"reward-{case.annotators}" / "reward"}
     settings = {"stages": ["ppo"], "seed": seed, "evaluation.every": 2, **upstream, **case.settings}
-    stages(world, folder, name.replace(" ", "-"), settings, case.command)
+    stages(folder, environment, name.replace(" ", "-"), settings, case.command)
 
 
-def make_world(folder: Path, seed: int, annotators: str) -> World:
-    """The data of these annotators, and the settings that read them."""
+def make_environment(folder: Path, seed: int, annotators: str) -> Path:
+    """The environment of these annotators."""
     environment = folder / f"environment-{annotators}"
-    make = ["--to", str(environment), "--seed", str(seed)]
-    if annotators == "reviews":
-        subprocess.run([sys.executable, str(REVIEWS / "make.py"), *make], check=True)
-        fewer = {
-            "data.demonstrations": {"path": environment / "demonstrations.jsonl", "limit": REVIEWS_ROWS},
-            "data.preferences": {"path": environment / "pairs.jsonl", "limit": REVIEWS_ROWS},
-            "reward.epochs": 1,
-        }
-        return World(REVIEWS / "experiment.yaml", environment, "sft-reviews", fewer)
-    subprocess.run([sys.executable, str(QUICKSTART / "make.py"), *make, "--annotators", annotators], check=True)
-    gold = {"model.path": environment / "base", "evaluation.gold": f"{QUICKSTART / 'synthetic.py'}:gold_scores"}
-    return World(QUICKSTART / "experiment.yaml", environment, "sft", gold)
+    make = [sys.executable, str(QUICKSTART / "make.py"), "--to", str(environment)]
+    subprocess.run([*make, "--seed", str(seed), "--annotators", annotators], check=True)
+    return environment
 
 
 def stages(
-    world: World, folder: Path, name: str, settings: dict[str, Any], command: tuple[str, ...] = ("-m", "align")
+    folder: Path, environment: Path, name: str, settings: dict[str, Any], command: tuple[str, ...] = ("-m", "align")
 ) -> None:
-    """Run stages with the experiment's settings but for some, unless that run is there."""
+    """Run stages with the quickstart's settings but for some, unless that run is there."""
     if (folder / name / "evaluation.json").is_file():
         return
     changed = {
         "name": name,
         "runs": folder,
-        "data.demonstrations": world.environment / "demonstrations.jsonl",
-        "data.preferences": {"path": world.environment / "pairs.jsonl", "limit": PAIRS},
-        "data.preferences_heldout": world.environment / "pairs_heldout.jsonl",
-        "data.prompts": world.environment / "prompts.jsonl",
-        "data.prompts_heldout": world.environment / "prompts_heldout.jsonl",
+        "model.path": environment / "base",
+        "data.demonstrations": environment / "demonstrations.jsonl",
+        "data.preferences": {"path": environment / "pairs.jsonl", "limit": PAIRS},
+        "data.preferences_heldout": environment / "pairs_heldout.jsonl",
+        "data.prompts": environment / "prompts.jsonl",
+        "data.prompts_heldout": environment / "prompts_heldout.jsonl",
+        "evaluation.gold": f"{QUICKSTART / 'synthetic.py'}:gold_scores",
         "evaluation.prompts": 128,
         "evaluation.best_of": 0,
         "tracking.wandb": "disabled",
-        **world.settings,
         **settings,
     }
     overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in changed.items()]
-    subprocess.run([sys.executable, *command, "run", str(world.experiment), "--replace", *overrides], check=True)
+    experiment = str(QUICKSTART / "experiment.yaml")
+    subprocess.run([sys.executable, *command, "run", experiment, "--replace", *overrides], check=True)
 
 
 def record(runs: Path, to: Path) -> None:

@@ -187,6 +187,14 @@ class TextEncoder:
             ids.append(self.tokenizer.eos_token_id)
         return Conversation(ids, [self._turn(ids, messages, index, tools) for index in trained])
 
+    def rendered(self, messages: list[Message], tools: Tools | None = None) -> str:
+        """What the chat template makes of messages: one text, which ends where the assistant's reply begins or ends.
+
+        Raises:
+            ValueError: The template fails on the messages.
+        """
+        return self._render(messages, tools, add_generation_prompt=messages[-1]["role"] != ASSISTANT)
+
     def _problem_of_turns(self, messages: list[Message], trained: Sequence[int], tools: Tools | None) -> str | None:
         """Why earlier turns cannot be trained; None where they can.
 

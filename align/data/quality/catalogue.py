@@ -55,11 +55,11 @@ CHECKS = (
     ),
     DataCheck(
         kind="cut-off-texts",
-        finds="responses, or prompts where there are no others, "
-        "without the end, of a sentence or by a token, that at least 80 % have; and many of one "
-        "greatest length",
-        problem_when="at least half end in a word, or a part of one, that seldom ends a sentence; or many are of one "
-        "length",
+        finds="responses, or prompts where there are no others, that end in a part of a word, a function word, a comma "
+        "or something opened; prose without the end, of a sentence or by a token, that at least 80 % have; the longest "
+        "texts where fewer have an end; and many of one greatest length",
+        problem_when="at least 3 and a third of them end so, or in a word that seldom ends a sentence; or many "
+        "are of one length",
         advice="raise the limit of what wrote them, or `drop-cut-off`",
         find=find_cut_off,
     ),
@@ -81,7 +81,8 @@ CHECKS = (
     ),
     DataCheck(
         kind="chat-template-failures",
-        finds="messages on which the model's chat template fails, or of which it drops a part",
+        finds="messages on which the model's chat template fails, or of which it drops a part: the text of a message "
+        "by the system, the user or the assistant is not whole in what it renders, white space aside",
         problem_when="always",
         advice="mend the messages, or give the tokenizer a chat template that renders them",
         find=find_template_failures,

@@ -1,31 +1,31 @@
-"""Texts that end in the middle: without the end that most have, or at a length at which many end."""
+"""Texts that end in the middle: with signs that they were cut off, or at a length at which many end."""
 
-import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 from align.data.quality.check import Flagged
 from align.data.quality.corpus import Corpus
+from align.data.quality.last_words import LastWords, has_end_token, is_finished, is_prose
 from align.data.quality.rows import spoken
-from align.data.quality.words import folded, words_of
 from align.runtime.wording import counted
 
 FINISHED_SHARE = 0.8
-"""Where so many texts end as texts do, the others are looked at."""
-CUT_SHARE = 0.5
-"""Of texts that were cut, at least so many end in a word that seldom ends a sentence."""
+"""Where fewer texts end as texts do, an end is not usual, and only the longest texts are looked at."""
+CUT_SHARE = 1 / 3
+"""Of texts that were cut, at least so many end in a part of a word, or in a word that seldom ends a sentence."""
+FEWEST_CUT = 3
+"""Fewer texts with such an end may be accidents."""
+LONGER_SHARE = 0.8
+"""Texts that a limit has cut are longer than the others in at least so many of the pairs of one of each."""
 PILE = 5
 """So many texts of one length, and so many times as many as of each length a little below, are cut there."""
 BELOW = 0.8
 """How far below the greatest length the lengths are counted for comparison."""
 
-FINISHED = re.compile(
-    r"""(?:[.!?…。！？:;]|`{3}|\|)[\s"'”’»)\]}*_`~]*$|[\u2190-\u2bff\U0001f000-\U0001faff\ufe0f]\s*$"""
-)
-"""The end of a text: of a sentence, a list's introduction, a code block, a table, or an emoji."""
-END_TOKEN = re.compile(r"(?:</?s>|<\|[A-Za-z_]+\|>|<end_of_turn>|<eos>|\[/?(?:EOS|INST|SEP)\])\s*$")
-"""The text of a token that ends a response."""
-WORD_BEFORE_END = re.compile(r"""([^\W_]+)\s?["”»)\]*_]*\s?[.!?。！？]""")
+Texts = Mapping[int, Sequence[str]]
+"""The responses, or the prompt, of each row by its index."""
 
 
 def find_cut_off(corpus: Corpus) -> Flagged | None:
@@ -36,86 +36,86 @@ def find_cut_off(corpus: Corpus) -> Flagged | None:
         filled = [text for text in written if text.strip()]
         if filled:
             texts[index] = filled
-    unfinished = _unfinished(texts)
-    piled = _piled(texts)
+    unfinished, are_cut = _unfinished(texts, are_prompts=corpus.kind == "prompts")
+    piled = _piled(corpus, texts)
     rows = sorted({*unfinished, *piled})
     if not rows:
         return None
     words = []
     if unfinished:
-        words.append(f"{counted(len(unfinished), 'row')} without the end that most have")
+        words.append(f"{counted(len(unfinished), 'row')} without an end")
     if piled:
         words.append(f"{counted(len(piled), 'row')} cut off at one length")
-    is_cut = bool(piled) or _are_cut(texts, unfinished)
-    return Flagged(rows, "; ".join(words), "problem" if is_cut else "fact")
+    return Flagged(rows, "; ".join(words), "problem" if piled or are_cut else "fact")
 
 
-def _is_finished(text: str) -> bool:
-    """Whether a text ends as texts do, the tokens at its end aside."""
-    tail = text[-80:]
-    while token := END_TOKEN.search(tail):
-        tail = tail[: token.start()]
-    return FINISHED.search(tail) is not None
+def _unfinished(texts: Texts, are_prompts: bool) -> tuple[set[int], bool]:
+    """The rows with a text without an end, and whether these were cut off."""
+    listed = list(chain.from_iterable(texts.values()))
+    usual = len(texts) * (1 - FINISHED_SHARE)
+    with_token = sum(map(has_end_token, listed))
+    is_complete = has_end_token if len(listed) - with_token <= usual else is_finished
+    without = _without(texts, is_complete)
+    last_words = LastWords(listed)
+    prose: dict[int, str] = {}
+    cut: dict[int, str] = {}
+    for index, text in without.items():
+        expects_end = not are_prompts and is_prose(text)
+        if expects_end:
+            prose[index] = text
+        if last_words.is_cut(text) or (expects_end and last_words.ends_in_rare_end(text)):
+            cut[index] = text
+    candidates = without if are_prompts else prose | cut
+    are_cut = len(cut) >= max(FEWEST_CUT, CUT_SHARE * len(candidates))
+    if len(without) <= usual:
+        return set(candidates if are_cut or not are_prompts else cut), are_cut
+    if are_cut and _are_longest(texts, without):
+        return set(without), True
+    return set(), False
 
 
-def _has_end_token(text: str) -> bool:
-    return END_TOKEN.search(text[-80:]) is not None
-
-
-def _unfinished(texts: Mapping[int, Sequence[str]]) -> dict[int, str]:
-    """The texts without an end by the index of their row; none where too many have none."""
-    for is_complete in (_has_end_token, _is_finished):
-        without: dict[int, str] = {}
-        count = 0
-        for index, responses in texts.items():
-            count += len(responses)
-            for response in responses:
-                if not is_complete(response):
-                    without[index] = response
-        if texts and len(without) <= (1 - FINISHED_SHARE) * len(texts):
-            return without
-    return {}
-
-
-def _are_cut(texts: Mapping[int, Sequence[str]], unfinished: Mapping[int, str]) -> bool:
-    """Whether most of these texts end in a word that does not end sentences more often than others do.
-
-    In complete texts without a full stop, the last word is of those that sentences end in. In texts that were cut it is
-    any word, or a part of one, which occurs nowhere else.
-    """
-    if not unfinished:
-        return False
-    words: Counter[str] = Counter()
-    last: Counter[str] = Counter()
-    for responses in texts.values():
+def _without(texts: Texts, is_complete: Callable[[str], bool]) -> dict[int, str]:
+    """The last incomplete text of each row that has one."""
+    without: dict[int, str] = {}
+    for index, responses in texts.items():
         for response in responses:
-            words.update(words_of(response))
-            last.update(WORD_BEFORE_END.findall(folded(response)))
-    average = sum(last.values()) / max(1, sum(words.values()))
-    seldom_last = 0
+            if not is_complete(response):
+                without[index] = response
+    return without
+
+
+def _are_longest(texts: Texts, unfinished: Mapping[int, str]) -> bool:
+    """Whether the unfinished texts are longer than those of the other rows (Mann and Whitney 1947)."""
+    complete = chain.from_iterable(responses for index, responses in texts.items() if index not in unfinished)
+    lengths = sorted(map(len, complete))
+    longer = 0.0
     for text in unfinished.values():
-        word = (words_of(text) or [""])[-1]
-        others = words[word] - 1
-        # Two occurrences, at the average rate, are added so that one occurrence alone decides little.
-        rate = (last[word] + 2 * average) / (others + 2)
-        seldom_last += others < 1 or rate <= average
-    return seldom_last >= CUT_SHARE * len(unfinished)
+        longer += (bisect_left(lengths, len(text)) + bisect_right(lengths, len(text))) / 2
+    return bool(lengths) and longer >= LONGER_SHARE * len(lengths) * len(unfinished)
 
 
-def _piled(texts: Mapping[int, Sequence[str]]) -> set[int]:
-    """The rows whose texts have the greatest length of all, in characters or words, where far too many have it."""
+def _piled(corpus: Corpus, texts: Texts) -> set[int]:
+    """The rows whose texts have the greatest length of all, where far too many have it."""
     piled: set[int] = set()
-    for length_of in (len, _count_words):
-        lengths = {index: list(map(length_of, responses)) for index, responses in texts.items()}
-        counts: Counter[int] = Counter()
-        for each in lengths.values():
-            counts.update(each)
+    for lengths in _lengths(corpus, texts):
+        counts = Counter(chain.from_iterable(lengths.values()))
         longest = max(counts, default=0)
         if _is_pile(counts, longest):
             rows = {index for index, each in lengths.items() if longest in each}
             if _are_mostly_unfinished(texts, rows):
                 piled |= rows
     return piled
+
+
+def _lengths(corpus: Corpus, texts: Texts) -> list[dict[int, Sequence[int]]]:
+    """The lengths of the texts in characters, in words and, with a model, in tokens."""
+    measured: list[dict[int, Sequence[int]]] = []
+    for length_of in (len, _count_words):
+        measured.append({index: list(map(length_of, responses)) for index, responses in texts.items()})
+    if corpus.encoder:
+        rendered = {index: length for index, length in corpus.lengths.items() if index in texts}
+        measured.append({index: length.responses or (length.prompt,) for index, length in rendered.items()})
+    return measured
 
 
 def _count_words(text: str) -> int:
@@ -129,7 +129,7 @@ def _is_pile(counts: Counter[int], longest: int) -> bool:
     return len(counts) > 1 and counts[longest] >= PILE and counts[longest] >= PILE * mean
 
 
-def _are_mostly_unfinished(texts: Mapping[int, Sequence[str]], rows: set[int]) -> bool:
+def _are_mostly_unfinished(texts: Texts, rows: set[int]) -> bool:
     """Whether the longest texts of these rows mostly have no end."""
-    without = sum(not _is_finished(max(texts[index], key=len)) for index in rows)
+    without = sum(not is_finished(max(texts[index], key=len)) for index in rows)
     return 2 * without > len(rows)

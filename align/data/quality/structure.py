@@ -108,7 +108,9 @@ def wrong_turns(row: CheckedRow) -> str | None:
             continue
         if name == "conversations" and kind == "demonstrations":
             ends[name] = "assistant"
-        problem = transcript_problem(value) if isinstance(value, str) else _problem_of_messages(value, ends.get(name))
+        names = SHAREGPT_ROLES if name == "conversations" else {}  # in other columns a run takes roles as they are
+        is_text = isinstance(value, str)
+        problem = transcript_problem(value) if is_text else _problem_of_messages(value, ends.get(name), names)
         if problem:
             return f"{problem} in `{name}`"
     return None
@@ -119,7 +121,8 @@ def transcript_problem(text: str) -> str | None:
     return _wrong_order(transcript_roles(text))
 
 
-def _problem_of_messages(value: Any, end: str | None) -> str | None:
+def _problem_of_messages(value: Any, end: str | None, names: Mapping[str, str]) -> str | None:
+    """What is wrong with the order or the roles of messages; end: who speaks last; names: other names of roles."""
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         return None
     roles: list[str] = []
@@ -127,7 +130,7 @@ def _problem_of_messages(value: Any, end: str | None) -> str | None:
         role = message.get("role", message.get("from"))
         if not isinstance(role, str) or not role:
             return "a message without a role"
-        role = role if role in SPEAKERS else SHAREGPT_ROLES.get(role, role)
+        role = role if role in SPEAKERS else names.get(role, role)
         if role not in SPEAKERS:
             return f"the unknown role {role!r}"
         roles.append(role)

@@ -6,6 +6,8 @@ SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 """Characters of scripts that write no spaces, or few."""
 WORD = re.compile(SPACELESS.pattern + r"|[^\W_]+")
 """A word; in Chinese, Japanese and Korean, a character."""
+LONGEST_WORD = 20
+"""Characters of a word; what is longer, such as a link or a picture in base64, is as long as several."""
 APOSTROPHES = str.maketrans("", "", "'’")
 BLANKS = str.maketrans({chr(code): " " for code in range(128) if not chr(code).isalnum()})
 """Blanks in place of what is no letter or digit of ASCII."""
@@ -23,8 +25,13 @@ def folded(text: str) -> str:
 
 
 def count_words(text: str) -> int:
-    """The number of words between white space; where there are characters that are words, of those of `words_of`."""
-    return len(words_of(text) if SPACELESS.search(text) else text.split())
+    """The length of a text in words.
+
+    A run of characters without white space counts as one word for each `LONGEST_WORD` characters or part of them. Where
+    there are characters that are words, the words are those of `words_of`.
+    """
+    words = words_of(text) if SPACELESS.search(text) else text.split()
+    return sum(-(-len(word) // LONGEST_WORD) for word in words)
 
 
 def normalised(text: str) -> str:
