@@ -135,14 +135,14 @@ class Trunk(nn.Module, ABC):
         embeddings = self.causal.get_input_embeddings()
         if not self.supports_packing:
             block = PaddedBlock.of(sizes, ids.device)
-            with noisy_embeddings(embeddings, torch.tensor(sizes, device=ids.device)[:, None], noise):
+            with noisy_embeddings(embeddings, lambda: torch.tensor(sizes, device=ids.device)[:, None], noise):
                 return block.unpad(self.hidden(block.pad(ids), role))
         self.switch(role)
         filler = -len(ids) % packed_multiple(self.causal)
         if filler:
             sizes.append(filler)  # a further sequence, whose states are dropped
         packed = PackedSequences.of(sizes, ids.device)
-        with noisy_embeddings(embeddings, lengths_by_token(packed.lengths, ids.device), noise):
+        with noisy_embeddings(embeddings, lambda: lengths_by_token(packed.lengths, ids.device), noise):
             states = self.packed_states(nn.functional.pad(ids, (0, filler)), packed)  # [N + filler, H]
         return states[: len(ids)]
 

@@ -108,7 +108,7 @@ class SupervisedModule(TrainedModule):
             f"{self.role}.encoder": self.trunk.encoder(self.role) if self.trains_adapter else None,
         }
         heads = {name: module for name, module in named.items() if module is not None and has_parameters(module)}
-        state = self.trunk.step_state(self.role)
+        state = self.trunk.step_state(self.role) if self.trains_adapter else None
         return heads if state is None else heads | {f"{self.role}.steps": state}
 
 

@@ -24,7 +24,7 @@ def test_noise_is_uniform_within_the_bounds_of_each_sequence() -> None:
     ids = torch.zeros(1, 400, dtype=torch.long)
     lengths = torch.full((1, 400), 100)
     lengths[0, :16] = 16
-    with noisy_embeddings(embeddings, lengths, ALPHA):
+    with noisy_embeddings(embeddings, lambda: lengths, ALPHA):
         noise = (embeddings(ids) - embeddings.weight[0]).detach()
     assert embeddings(ids).equal(embeddings.weight[0].expand(1, 400, WIDTH))
     for part, length in ((noise[0, :16], 16), (noise[0, 16:], 100)):
