@@ -78,7 +78,8 @@ class SupervisedLearner:
         self._set_training(True)
         objective = self.objective
         module = objective.module
-        module.trunk.start_step(module.role, (step + 1) / self.steps, seed_for(self.seed, "routes", step))
+        if module.trains_adapter:
+            module.trunk.start_step(module.role, (step + 1) / self.steps, seed_for(self.seed, "routes", step))
         rows = [Row(number, objective.examples[number]) for number in numbers]
         examples = [row.example for row in rows]
         weight = objective.weight(examples)
