@@ -31,7 +31,8 @@ def too_large(tokens: int, sequences: int = 4) -> MicrobatchTooLarge:
 
 def test_every_stage_that_trains_has_the_setting(experiment: Experiment) -> None:
     names = [setting_of(stage.name) for stage in all_stages()]
-    assert names == ["sft.tokens_per_microbatch", "reward.tokens_per_microbatch", "learner.tokens_per_microbatch"]
+    sections = ["sft", "classify", "reward", "dpo", "learner"]
+    assert names == [f"{section}.tokens_per_microbatch" for section in sections]
 
 
 def test_the_size_is_kept_in_the_configuration_and_nothing_else_changes(experiment: Experiment, run: RunFolder) -> None:
