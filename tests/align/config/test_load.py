@@ -283,8 +283,8 @@ def test_a_line_of_what_an_override_removed_is_not_named_again(tmp_path: Path) -
 def test_what_the_file_sets_in_vain_is_listed_with_how_to_remove_it(tmp_path: Path) -> None:
     message = problem(tmp_path, LORA, "policy.method=ia3")
     assert message.endswith(
-        "policy: method ia3 does not read alpha and rank, which are for adalora or loha or lokr or lora or qlora or vera: "
-        "remove them; on the command line: ~policy.alpha ~policy.rank"
+        "policy: method ia3 does not read alpha and rank, which are for adalora or loha or lokr or lora or qlora or "
+        "vera: remove them; on the command line: ~policy.alpha ~policy.rank"
     )
     assert "~policy.rank" not in problem(tmp_path, LORA + "  method: ia3\n")
     assert "~policy.rank" not in problem(tmp_path, MINIMAL, "policy.method=ia3", "policy.rank=4")

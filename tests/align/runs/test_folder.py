@@ -21,7 +21,9 @@ from policies.errors import UserError
 
 PARTS = {
     "sft": ("sft/adapter", "checkpoints/sft/step-1/state"),
+    "classify": ("classifier/adapter", "checkpoints/classify/step-1/state"),
     "reward": ("reward/adapter", "checkpoints/reward/step-1/state"),
+    "dpo": ("dpo/adapter", "checkpoints/dpo/step-1/state"),
     "ppo": ("policy/adapter", "best/adapter", "checkpoints/ppo/step-1/state"),
 }
 SHARED = ("metrics.jsonl", "samples.jsonl", "wandb/id")
