@@ -12,6 +12,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -23,6 +24,10 @@ from torch._C._distributed_c10d import HashStore  # torch.distributed has it, bu
 from transformers import PreTrainedTokenizerFast
 
 from tests.random_models import save_llama
+
+if TYPE_CHECKING:
+    from align.learner.group import Ranks
+    from tests.integration.split_objectives import SteepRank
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell has processes in the background ignore it, and so would the commands that tests interrupt.
@@ -92,3 +97,29 @@ def no_process_left_behind() -> Iterator[None]:
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive, f"left behind: {[' '.join(child.cmdline()) for child in alive]}"
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator["Ranks[SteepRank]"]:
+    """A rank in this process that takes a steep step of any supervised objective."""
+    from align.learner.group import LocalRank
+    from tests.integration.split_objectives import SteepRank
+
+    ranks = LocalRank(SteepRank)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator["Ranks[SteepRank]"]:
+    """Two such ranks as Ray actors."""
+    from align.config.schema import ClusterSettings
+    from align.learner.ray_ranks import RayRanks
+    from align.resources.ray_cluster import ray_cluster
+    from policies.device import ActorOptions, ComputeSettings
+    from tests.integration.split_objectives import SteepRank
+
+    with ray_cluster(ClusterSettings(), 2):
+        ranks = RayRanks(SteepRank, [ActorOptions(ComputeSettings(1))] * 2)
+        yield ranks
+        ranks.close()

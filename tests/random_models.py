@@ -30,3 +30,17 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **sizes: float 
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_precise_llama(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Save a random Llama with so little rounding that float32 gradients have six right digits. Returns the folder."""
+    return save_llama(
+        folder,
+        tokenizer,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+    )

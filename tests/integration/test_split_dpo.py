@@ -1,6 +1,6 @@
 """The loss of preference optimisation and its gradient, however a batch is split, against float64 formulas."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from align.config.dpo_settings import DpoSettings
-from align.config.schema import ClusterSettings
 from align.data.examples import TokenizedPreference
-from align.learner.group import LocalRank, Ranks
+from align.learner.group import Ranks
 from align.learner.rank import Rank
-from align.learner.ray_ranks import RayRanks
 from align.learner.state import TrainedWeights
-from align.resources.ray_cluster import ray_cluster
 from align.supervised.dpo_objective import DpoBlueprint, DpoObjective
-from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
 from rewards.preferences import Pair, Preference, PreferenceExample, Ranking, Rating
@@ -26,7 +22,7 @@ from tests.align.supervised.small import random_adapter, random_ids
 from tests.integration.plain_dpo import PlainDpo, gradients_of
 from tests.integration.plain_gradients import Parts, PlainModel, parts_of
 from tests.integration.split_objectives import STEEP, SteepRank, Step
-from tests.random_models import save_llama
+from tests.random_models import save_precise_llama
 
 POLICY = PolicySettings(rank=4, alpha=8.0)
 PAIRS: tuple[Preference, ...] = (Pair(), Pair(margin=0.3), Pair(certainty=0.8), Pair(certainty=0.5))
@@ -110,31 +106,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    return save_llama(
-        tmp_path_factory.mktemp("model"),
-        tiny_tokenizer,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[Ranks[SteepRank]]:
-    ranks = LocalRank(SteepRank)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks[SteepRank]]:
-    with ray_cluster(ClusterSettings(), 2):
-        ranks = RayRanks(SteepRank, [ActorOptions(ComputeSettings(1))] * 2)
-        yield ranks
-        ranks.close()
+    return save_precise_llama(tmp_path_factory.mktemp("model"), tiny_tokenizer)
 
 
 def case_of(model: Path, name: str) -> Case:
@@ -170,17 +142,17 @@ def check(case: Case, step: Step) -> None:
 @pytest.mark.parametrize("tokens", [1, 10_000])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_are_those_of_the_formulas(
-    one: Ranks[SteepRank], model: Path, name: str, tokens: int
+    one_rank: Ranks[SteepRank], model: Path, name: str, tokens: int
 ) -> None:
     case = case_of(model, name)
-    (step,) = one.call(SteepRank.step, case.build, BATCH, 0, tokens)
+    (step,) = one_rank.call(SteepRank.step, case.build, BATCH, 0, tokens)
     check(case, step)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_share_a_batch(two: Ranks[SteepRank], model: Path, name: str) -> None:
+def test_two_ranks_share_a_batch(two_ranks: Ranks[SteepRank], model: Path, name: str) -> None:
     case = case_of(model, name)
-    step, other = two.call(SteepRank.step, case.build, BATCH, 0, 40)
+    step, other = two_ranks.call(SteepRank.step, case.build, BATCH, 0, 40)
     assert step.metrics == other.metrics
     check(case, step)

@@ -1,23 +1,19 @@
 """The gradient of every supervised objective however its batch is split, against the plain sum over its examples."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from align.config.schema import ClusterSettings
-from align.learner.group import LocalRank, Ranks
-from align.learner.ray_ranks import RayRanks
-from align.resources.ray_cluster import ray_cluster
-from policies.device import ActorOptions, ComputeSettings
+from align.learner.group import Ranks
 from rewards.objective import largest_tie
 from rewards.preferences import Pair, Ranking, Rating
 from tests.integration.plain_gradients import Plain, parts_of
 from tests.integration.split_objectives import Case, SteepRank, Step, cases, sharing_prompts
-from tests.random_models import save_llama
+from tests.random_models import save_precise_llama
 
 STAGES = (0, 1, 2, 3)
 CUTS = (1, 90, 10_000)
@@ -39,36 +35,12 @@ PRECISION = 1e-6
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A random Llama with so little rounding that float32 gradients are right to half of `PRECISION`."""
-    return save_llama(
-        tmp_path_factory.mktemp("model"),
-        tiny_tokenizer,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
+    return save_precise_llama(tmp_path_factory.mktemp("model"), tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def objectives(model: Path) -> dict[str, Case]:
     return cases(model)
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[Ranks[SteepRank]]:
-    ranks = LocalRank(SteepRank)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks[SteepRank]]:
-    with ray_cluster(ClusterSettings(), 2):
-        ranks = RayRanks(SteepRank, [ActorOptions(ComputeSettings(1))] * 2)
-        yield ranks
-        ranks.close()
 
 
 def step_of(ranks: Ranks[SteepRank], case: Case, numbers: Sequence[int], zero: int, tokens: int) -> Step:
@@ -112,16 +84,16 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     ],
 )
 def test_two_ranks_have_the_gradient_of_the_plain_sum(
-    name: str, zero: int, tokens: int, shares_prompts: bool, objectives: dict[str, Case], two: Ranks[SteepRank]
+    name: str, zero: int, tokens: int, shares_prompts: bool, objectives: dict[str, Case], two_ranks: Ranks[SteepRank]
 ) -> None:
     case = sharing_prompts(objectives[name]) if shares_prompts else objectives[name]
-    step = step_of(two, case, case.batch, zero, tokens)
+    step = step_of(two_ranks, case, case.batch, zero, tokens)
     check(step, case, case.plain(step.before, case.batch), PARTS[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", STAGES)
-@pytest.mark.parametrize("count", ["one", "two"])
+@pytest.mark.parametrize("count", ["one_rank", "two_ranks"])
 @pytest.mark.parametrize("name", PARTS)
 def test_every_split_has_the_gradient_and_the_metrics_of_the_plain_sum(
     name: str, count: str, zero: int, objectives: dict[str, Case], request: pytest.FixtureRequest
@@ -141,11 +113,11 @@ def test_every_split_has_the_gradient_and_the_metrics_of_the_plain_sum(
 
 @pytest.mark.parametrize("name", ["sft", "mixed"])
 def test_two_ranks_have_the_metrics_and_the_held_out_loss_of_one(
-    name: str, objectives: dict[str, Case], one: Ranks[SteepRank], two: Ranks[SteepRank]
+    name: str, objectives: dict[str, Case], one_rank: Ranks[SteepRank], two_ranks: Ranks[SteepRank]
 ) -> None:
     case = objectives[name]
-    alone = step_of(one, case, case.batch, 0, 90)
-    together = step_of(two, case, case.batch, 2, 90)
+    alone = step_of(one_rank, case, case.batch, 0, 90)
+    together = step_of(two_ranks, case, case.batch, 2, 90)
     assert {"accuracy", "margin"} <= together.metrics.keys() or name == "sft"
     assert together.metrics == pytest.approx(alone.metrics, rel=PRECISION)
     assert together.heldout_loss == pytest.approx(alone.heldout_loss, rel=PRECISION)
@@ -158,33 +130,33 @@ ALL_STAGES = [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pyt
 @pytest.mark.parametrize("zero", ALL_STAGES)
 @pytest.mark.parametrize("kinds", [(Pair, Ranking), (Ranking, Pair), (Pair, Rating), (Rating, Pair), (Rating, Ranking)])
 def test_only_one_rank_may_have_ties_or_ratings(
-    kinds: tuple[type, type], zero: int, objectives: dict[str, Case], two: Ranks[SteepRank]
+    kinds: tuple[type, type], zero: int, objectives: dict[str, Case], two_ranks: Ranks[SteepRank]
 ) -> None:
     """The first rank takes the shorter example, and the second the longer one."""
     case = objectives["mixed"]
     shorter, longer = kinds
     numbers = [min(of_kind(case, shorter), key=case.length), max(of_kind(case, longer), key=case.length)]
     assert case.length(numbers[0]) < case.length(numbers[1])
-    step = step_of(two, case, numbers, zero, 90)
+    step = step_of(two_ranks, case, numbers, zero, 90)
     check(step, case, case.plain(step.before, numbers), PARTS["mixed"])
 
 
 @pytest.mark.parametrize("zero", ALL_STAGES)
 @pytest.mark.parametrize("name", ["sft", "pairs", "mixed"])
 def test_a_batch_may_have_fewer_examples_than_ranks(
-    name: str, zero: int, objectives: dict[str, Case], two: Ranks[SteepRank]
+    name: str, zero: int, objectives: dict[str, Case], two_ranks: Ranks[SteepRank]
 ) -> None:
     case = objectives[name]
-    step = step_of(two, case, case.batch[-1:], zero, 90)
+    step = step_of(two_ranks, case, case.batch[-1:], zero, 90)
     check(step, case, case.plain(step.before, case.batch[-1:]), PARTS[name])
 
 
 def test_the_gradient_of_a_part_that_is_ten_times_too_large_is_noticed(
-    objectives: dict[str, Case], one: Ranks[SteepRank]
+    objectives: dict[str, Case], one_rank: Ranks[SteepRank]
 ) -> None:
     """The tie parameters are less than a tenth of the whole gradient, of which their error would be a small part."""
     case = objectives["mixed"]
-    step = step_of(one, case, case.batch, 0, 90)
+    step = step_of(one_rank, case, case.batch, 0, 90)
     expected = case.plain(step.before, case.batch)
     check(step, case, expected, PARTS["mixed"])
     before = parts_of(step.before, case.role)["ties"]["ties.free"]

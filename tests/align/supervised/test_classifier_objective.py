@@ -1,7 +1,6 @@
 """The loss of labelled texts and its gradient, against float64 and finite differences, however a batch is split."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,24 +10,20 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import PreTrainedTokenizerFast
 
-from align.config.schema import ClusterSettings
 from align.data.labels import Classes, LabelledText, LabelSpace, Numbers
-from align.learner.group import LocalRank, Ranks
-from align.learner.ray_ranks import RayRanks
+from align.learner.group import Ranks
 from align.learner.state import TrainedWeights
-from align.resources.ray_cluster import ray_cluster
 from align.roles.text_classifier import CLASSIFIER_ROLE, collate_texts
 from align.supervised.classifier_objective import ClassifierBlueprint, class_loss, number_loss
 from align.supervised.learner import SupervisedLearner
 from align.supervised.text_states import TEXTS_AT_ONCE, TextState
 from policies.build import build_trunk
-from policies.device import ActorOptions, ComputeSettings
 from policies.schema import ModelSettings, PolicySettings
 from rewards.schema import FitSettings
 from tests.align.supervised.small import labelled_texts, random_adapter
 from tests.integration.plain_gradients import Parts, PlainModel, parts_of
 from tests.integration.split_objectives import STEEP, SteepRank, Step
-from tests.random_models import save_llama
+from tests.random_models import save_precise_llama
 
 POLICY = PolicySettings(rank=4, alpha=8.0)
 SPACES: dict[str, LabelSpace] = {"classification": Classes(("a", "b", "c")), "regression": Numbers(0.1, 0.7)}
@@ -40,16 +35,7 @@ BATCH = (0, 2, 3, 5, 6, 8, 9)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A random Llama with little rounding."""
-    return save_llama(
-        tmp_path_factory.mktemp("model"),
-        tiny_tokenizer,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
+    return save_precise_llama(tmp_path_factory.mktemp("model"), tiny_tokenizer)
 
 
 def blueprint_of(model: Path, task: str, trains_adapter: bool = True) -> ClassifierBlueprint:
@@ -112,36 +98,21 @@ def check_step(step: Step, blueprint: ClassifierBlueprint, model: Path) -> None:
     assert step.heldout_loss == pytest.approx(heldout.item(), rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[Ranks[SteepRank]]:
-    ranks = LocalRank(SteepRank)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks[SteepRank]]:
-    with ray_cluster(ClusterSettings(), 2):
-        ranks = RayRanks(SteepRank, [ActorOptions(ComputeSettings(1))] * 2)
-        yield ranks
-        ranks.close()
-
-
 @pytest.mark.parametrize(("tokens", "zero"), CUTS)
 @pytest.mark.parametrize("task", SPACES)
 def test_the_gradient_is_that_of_float64_however_the_batch_is_split(
-    task: str, tokens: int, zero: int, one: Ranks[SteepRank], model: Path
+    task: str, tokens: int, zero: int, one_rank: Ranks[SteepRank], model: Path
 ) -> None:
     blueprint = blueprint_of(model, task)
-    step = step_of(one, blueprint, zero, tokens)
+    step = step_of(one_rank, blueprint, zero, tokens)
     assert set(parts_of(step.after, CLASSIFIER_ROLE)) == {"adapter A", "adapter B", "heads"}
     check_step(step, blueprint, model)
 
 
 @pytest.mark.parametrize("task", SPACES)
-def test_the_head_alone_has_the_gradient_of_a_linear_probe(task: str, one: Ranks[SteepRank], model: Path) -> None:
+def test_the_head_alone_has_the_gradient_of_a_linear_probe(task: str, one_rank: Ranks[SteepRank], model: Path) -> None:
     blueprint = blueprint_of(model, task, trains_adapter=False)
-    step = step_of(one, blueprint, zero=0, tokens=20)
+    step = step_of(one_rank, blueprint, zero=0, tokens=20)
     assert set(parts_of(step.after, CLASSIFIER_ROLE)) == {"heads"}
     check_step(step, blueprint, model)
 
@@ -151,13 +122,13 @@ def test_the_head_alone_has_the_gradient_of_a_linear_probe(task: str, one: Ranks
 @pytest.mark.parametrize("trains_adapter", [True, False])
 @pytest.mark.parametrize("task", SPACES)
 def test_two_ranks_have_the_gradient_of_float64(
-    task: str, trains_adapter: bool, zero: int, two: Ranks[SteepRank], model: Path
+    task: str, trains_adapter: bool, zero: int, two_ranks: Ranks[SteepRank], model: Path
 ) -> None:
     blueprint = blueprint_of(model, task, trains_adapter)
-    check_step(step_of(two, blueprint, zero, tokens=20), blueprint, model)
+    check_step(step_of(two_ranks, blueprint, zero, tokens=20), blueprint, model)
 
 
-def test_states_that_are_computed_once_are_those_of_each_text_alone(model: Path, process_group: None) -> None:
+def test_states_that_are_computed_once_are_those_of_each_text_alone(model: Path, one_rank: Ranks[SteepRank]) -> None:
     blueprint = blueprint_of(model, "classification", trains_adapter=False)
     blueprint = replace(blueprint, examples=labelled_texts("classification", TEXTS_AT_ONCE + 6))  # more than one block
     objective = blueprint.build()
@@ -173,9 +144,9 @@ def test_states_that_are_computed_once_are_those_of_each_text_alone(model: Path,
     learner.close()
 
 
-def test_the_accuracy_of_a_batch_is_the_share_of_likeliest_classes(one: Ranks[SteepRank], model: Path) -> None:
+def test_the_accuracy_of_a_batch_is_the_share_of_likeliest_classes(one_rank: Ranks[SteepRank], model: Path) -> None:
     blueprint = blueprint_of(model, "classification")
-    step = step_of(one, blueprint, zero=0, tokens=20)
+    step = step_of(one_rank, blueprint, zero=0, tokens=20)
     plain = PlainModel(model, POLICY.alpha / POLICY.rank)
     parts = parts_of(step.before, CLASSIFIER_ROLE)
     right = 0
