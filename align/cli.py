@@ -159,7 +159,7 @@ def plan_command(
 
 
 @app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one parameter per option
     run: Run,
     reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
     data: Annotated[
@@ -172,23 +172,38 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="RUN2", help="compare with the policy of this run, on the prompts of RUN")
     ] = None,
+    perplexity: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="measure the perplexity of this file's texts under each model; may be repeated"
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="with --perplexity: most tokens that a model reads at a time; unset: the run's"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
 
-    With --against, compare its policy with that of another run, by the reward of the first.
+    With --against, compare its policy with that of another run, by the reward of the first. With --perplexity, measure
+    how likely texts and held-out demonstrations are under the base model and under what each stage has made of it.
     """
     from align.outputs.trained_run import open_run
 
-    if reward and against:
-        raise UserError("--reward and --against are different evaluations: choose one")
+    if sum(map(bool, (reward, against, perplexity))) > 1:
+        raise UserError("--reward, --against and --perplexity are different evaluations: choose one")
     if not reward and (data or classifier or to):
         raise UserError("--data, --classifier and --to need --reward: add it")
+    if window and not perplexity:
+        raise UserError("--window needs --perplexity: add it")
     trained = open_run(run)
     if reward:
         _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
     elif against:
         _compare_policies(trained, open_run(against), as_json)
+    elif perplexity:
+        _measure_perplexity(trained, perplexity, window, as_json)
     else:
         _show(trained.evaluate(), as_json)
 
@@ -634,6 +649,16 @@ def _evaluate_reward_model(
         to.mkdir(parents=True, exist_ok=True)
         write_diagnostics(to, facts, worst_errors)
         errors.print(f"written to {to}", soft_wrap=True)
+
+
+def _measure_perplexity(trained: "TrainedRun", files: Sequence[Path], window: int | None, as_json: bool) -> None:
+    from align.evaluation.tables import perplexity_table
+
+    section = trained.measure_perplexity(files, window)
+    if as_json:
+        print(json.dumps(section))
+    else:
+        console.print(perplexity_table(section))
 
 
 def _compare_policies(trained: "TrainedRun", other: "TrainedRun", as_json: bool) -> None:

@@ -220,6 +220,17 @@ class EvaluationSettings(Settings):
         default_factory=dict, description="NAME: a prompting baseline to evaluate too"
     )
     best_of: int = Field(0, ge=0, description="also evaluate the best of this many reference samples; 0: do not")
+    texts: dict[str, SourceSettings] = Field(
+        default_factory=dict,
+        description="NAME: texts, or demonstrations, whose perplexity under the base model and the product of each "
+        "stage is measured at the end of the run",
+    )
+    window: int = Field(
+        2048,
+        ge=2,
+        description="most tokens of a document that a model reads at a time to measure its perplexity; at most its "
+        "context length",
+    )
     seed: int = Field(1234, description="of the samples; the same in every run, so that runs can be compared")
 
     @model_validator(mode="after")
@@ -228,6 +239,9 @@ class EvaluationSettings(Settings):
             raise ValueError("best_of: greedy samples (`temperature: 0`) are all the same")
         if self.best == "gold_mean" and not self.gold:
             raise ValueError("`best: gold_mean` needs `gold`")
+        for name in self.texts:
+            if not name.isidentifier():
+                raise ValueError(f"texts: {name!r} is not a valid name: letters, digits and _ were expected")
         return self
 
 

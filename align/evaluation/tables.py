@@ -36,6 +36,13 @@ INVARIANCE = {
 """How the scores were computed that are compared with those of each response alone, by key in `diagnostics.json`."""
 
 
+PERPLEXITY_FIGURES = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("bits_per_byte", "bits per byte", "{:.3f}"),
+    ("perplexity_ratio", "perplexity over base", "{:.3f}"),
+)
+"""The same of a model's likelihood of texts."""
+
 LABEL_FIGURES = (
     ("accuracy", "accuracy", "{:.1%}"),
     ("f1_macro", "macro F1", "{:.3f}"),
@@ -63,6 +70,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
         )
     if "policy" in evaluation:
         parts.append(_models_table(evaluation))
+    if perplexity := evaluation.get("perplexity"):
+        parts.append(perplexity_table(perplexity))
     times = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in evaluation.get("seconds", {}).items())
     return Group(*parts, f"time: {times or 'nothing ran'}")
 
@@ -100,6 +109,24 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
     table = Table("", *columns, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
     for label, cells in figure_rows(list(columns.values())):
         table.add_row(label, *cells)
+    return table
+
+
+def perplexity_table(section: Mapping[str, Any]) -> Table:
+    """The likelihood of each set of texts, and of held-out demonstrations, under each model."""
+    title = f"perplexity, read in windows of {counted(section['window'], 'token')}, with 95 % intervals"
+    headings = [label for _, label, _ in PERPLEXITY_FIGURES]
+    table = Table(
+        "", "documents", "model", *headings, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2)
+    )
+    named = dict(section["texts"])
+    named |= {f"held-out {name}": figures for name, figures in section["heldout"].items()}
+    for name, figures in named.items():
+        first = [escape(name), f"{figures['documents']:,}"]
+        for model, own in figures["models"].items():
+            cells = [_cell(own, key, form) for key, _, form in PERPLEXITY_FIGURES]
+            table.add_row(*first, model, *cells)
+            first = ["", ""]
     return table
 
 
