@@ -45,6 +45,14 @@ RunOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help=f"settings that replace the run's; {OTHERS}", show_default=False),
 ]
+EvaluationOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help=f"settings under `evaluation` that replace the run's; {OTHERS}",
+        show_default=False,
+    ),
+]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors, and the object of --json")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
@@ -161,6 +169,7 @@ def plan_command(
 @app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))
 def evaluate(  # noqa: PLR0913 - one parameter per option
     run: Run,
+    overrides: EvaluationOverrides = None,
     reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
     data: Annotated[
         Path | None, typer.Option(help="with --reward: preferences to evaluate it on; unset: the run's held-out ones")
@@ -178,10 +187,6 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
             metavar="FILE", help="measure the perplexity of this file's texts under each model; may be repeated"
         ),
     ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(min=2, help="with --perplexity: most tokens that a model reads at a time; unset: the run's"),
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
@@ -195,15 +200,16 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
         raise UserError("--reward, --against and --perplexity are different evaluations: choose one")
     if not reward and (data or classifier or to):
         raise UserError("--data, --classifier and --to need --reward: add it")
-    if window and not perplexity:
-        raise UserError("--window needs --perplexity: add it")
-    trained = open_run(run)
+    for override in overrides or []:
+        if not override.removeprefix("~").startswith("evaluation."):
+            raise UserError(f"{override}: an evaluation can change settings of the section evaluation alone")
+    trained = open_run(run, overrides or [])
     if reward:
         _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
     elif against:
         _compare_policies(trained, open_run(against), as_json)
     elif perplexity:
-        _measure_perplexity(trained, perplexity, window, as_json)
+        _measure_perplexity(trained, perplexity, as_json)
     else:
         _show(trained.evaluate(), as_json)
 
@@ -651,10 +657,10 @@ def _evaluate_reward_model(
         errors.print(f"written to {to}", soft_wrap=True)
 
 
-def _measure_perplexity(trained: "TrainedRun", files: Sequence[Path], window: int | None, as_json: bool) -> None:
+def _measure_perplexity(trained: "TrainedRun", files: Sequence[Path], as_json: bool) -> None:
     from align.evaluation.tables import perplexity_table
 
-    section = trained.measure_perplexity(files, window)
+    section = trained.measure_perplexity(files)
     if as_json:
         print(json.dumps(section))
     else:

@@ -1,5 +1,6 @@
 """Evaluations and diagnostics as tables for the terminal."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ INVARIANCE = {
 }
 """How the scores were computed that are compared with those of each response alone, by key in `diagnostics.json`."""
 
+
+PASS_AT_K = re.compile(r"pass_at_(\d+)")
+"""The first part of the key of pass@K; that of an end of its interval is another."""
 
 PERPLEXITY_FIGURES = (
     ("perplexity", "perplexity", "{:.2f}"),
@@ -143,10 +147,27 @@ def comparison_table(facts: dict[str, Any]) -> Table:
 def figure_rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Label and formatted cells of each figure that any column has; the cell is empty where a column lacks it."""
     rows = []
-    for key, label, form in FIGURES:
+    for key, label, form in (*FIGURES, *_rule_figures(columns)):
         cells = [_cell(column, key, form) for column in columns]
         if any(cells):
             rows.append((label, cells))
+    return rows
+
+
+def _rule_figures(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """The same as `FIGURES` of accuracy and pass@k by the terms that any column has."""
+    keys: dict[str, None] = {}  # a set that keeps the order
+    for column in columns:
+        keys |= dict.fromkeys(key for key in column if "/" in key)
+    rows = []
+    for key in keys:
+        kind, _, term = key.partition("/")
+        if kind == "accuracy":
+            rows.append((key, f"right by {term}", "{:.1%}"))
+        elif kind == "accuracy_gain":
+            rows.append((key, f"change of right by {term}", "{:+.1%}"))
+        elif match := PASS_AT_K.fullmatch(kind):
+            rows.append((key, f"pass@{match[1]} by {term}", "{:.1%}"))
     return rows
 
 
@@ -155,8 +176,11 @@ def _cell(figures: Mapping[str, Any], key: str, form: str) -> str:
     if key not in figures:
         return ""
     cell = form.format(figures[key])
-    if f"{key}_low" in figures:
-        cell += f" ({form.format(figures[f'{key}_low'])} to {form.format(figures[f'{key}_high'])})"
+    kind, slash, term = key.partition("/")
+    low = f"{kind}_low{slash}{term}"
+    high = f"{kind}_high{slash}{term}"
+    if low in figures:
+        cell += f" ({form.format(figures[low])} to {form.format(figures[high])})"
     return cell
 
 

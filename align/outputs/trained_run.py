@@ -288,14 +288,13 @@ class TrainedRun:
         write_json(self.folder.evaluation, evaluation)
         return evaluation
 
-    def measure_perplexity(self, texts: Sequence[Path | str] = (), window: int | None = None) -> dict[str, Any]:
+    def measure_perplexity(self, texts: Sequence[Path | str] = ()) -> dict[str, Any]:
         """Measure the perplexity of texts under the base model and each product, and update `evaluation.json`.
 
         It is also measured on the texts of `evaluation.texts` and on the held-out demonstrations.
 
         Args:
             texts: Files or folders with texts or demonstrations, as SFT reads them.
-            window: Most tokens of a document that a model reads at a time; None: `evaluation.window`.
 
         Returns:
             The section `perplexity` of `evaluation.json`; the texts have the names of their files.
@@ -305,14 +304,11 @@ class TrainedRun:
             TypeError: A text is given instead of a list of files.
         """
         check_lists(texts=texts)
-        experiment = self.experiment
-        if window is not None:
-            evaluation = experiment.evaluation.model_copy(update={"window": window})
-            experiment = experiment.model_copy(update={"evaluation": evaluation})
-        datasets = load_datasets(experiment)
+        sft = self.experiment.sft
+        datasets = load_datasets(self.experiment)
         for text in map(str, texts):
-            datasets.texts[text] = read_documents(SourceSettings(path=text), self.encoder, experiment.sft, "perplexity")
-        perplexity = measure_perplexity(experiment, self.folder, datasets)
+            datasets.texts[text] = read_documents(SourceSettings(path=text), self.encoder, sft, "perplexity")
+        perplexity = measure_perplexity(self.experiment, self.folder, datasets)
         write_json(self.folder.evaluation, self.evaluation | {"perplexity": perplexity})
         return perplexity
 

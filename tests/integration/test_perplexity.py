@@ -57,7 +57,7 @@ def test_the_command_measures_the_texts_that_it_names_and_those_of_the_run(
     monkeypatch.chdir(tmp_path)
     page = Path("page.txt")
     page.write_text("a long answer is a long answer. " * 30)
-    result = measure(run, "--perplexity", page, "--window", 64, "--json")
+    result = measure(run, "evaluation.window=64", "--perplexity", page, "--json")
     assert result.exit_code == 0, result.output
     section = json.loads(result.stdout)
     assert section == evaluation_of(run)
@@ -88,5 +88,5 @@ def test_mistakes_are_told(run: Path, tmp_path: Path) -> None:
     assert "none.txt does not exist" in str(missing.exception)
     both = measure(run, "--perplexity", tmp_path / "none.txt", "--reward")
     assert "different evaluations" in str(both.exception)
-    alone = measure(run, "--window", 64)
-    assert "--window needs --perplexity" in str(alone.exception)
+    other = measure(run, "ppo.steps=1")
+    assert "ppo.steps=1: an evaluation can change settings of the section evaluation alone" in str(other.exception)
