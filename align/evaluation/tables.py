@@ -195,10 +195,8 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
         table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
         for group in facts["by_length_difference"]:
             table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
-    for name, accuracy in facts.get("subsets", {}).items():
-        table.add_row(f"subset {escape(name)}", f"{_accuracy(accuracy)} of {counted(accuracy['pairs'], 'row')}")
-    if "subset_mean" in facts:
-        table.add_row("mean over subsets", f"{facts['subset_mean']:.1%}")
+    for row in _subset_rows(facts):
+        table.add_row(*row)
     for name in ("agreement", "rank_correlation", "rating_correlation"):
         if name in facts:
             table.add_row(name.replace("_", " "), f"{facts[name]:.3f}")
@@ -208,6 +206,18 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
             differences.append(f"{difference:.1g} {INVARIANCE[name]}")
         table.add_row("largest change of a score", ", ".join(differences))
     return table
+
+
+def _subset_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and cell of the accuracy on each subset of a benchmark, and of their mean."""
+    rows = []
+    for name, accuracy in facts.get("subsets", {}).items():
+        rows.append((f"subset {escape(name)}", f"{_accuracy(accuracy)} of {counted(accuracy['pairs'], 'row')}"))
+    if ties := facts.get("ties"):
+        rows.append(("weighted score of ties", f"{_cell(ties, 'score', '{:.1%}')} of {counted(ties['pairs'], 'pair')}"))
+    if "subset_mean" in facts:
+        rows.append(("mean over subsets", f"{facts['subset_mean']:.1%}"))
+    return rows
 
 
 def _length_range(low: float, high: float) -> str:
