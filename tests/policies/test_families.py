@@ -4,7 +4,8 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,30 @@ def test_log_probabilities_are_those_of_the_model_itself_row_by_row(family: tupl
         return "✓" if trunk.supports_packing else "padded"
 
     check(name, "log-probabilities", does)
+
+
+def test_the_gradient_of_a_packed_batch_is_that_of_its_sequences_alone(family: tuple[str, Path]) -> None:
+    _, folder = family
+    trunk = build_trunk(ModelSettings(path=str(folder), dtype="float32"), METHODS["full"], ("policy",))
+    trunk.train_only("policy")
+    parameters = trunk.adapter("policy")
+
+    def gradients(rows: Sequence[int]) -> dict[str, Tensor]:
+        batch = collate([PROMPTS[row] for row in rows], [RESPONSES[row] for row in rows])
+        states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
+        head = partial(trunk.head, role="policy")
+        loss = -token_logprobs(states[batch.predictors], batch.response_ids, head, 1.0).sum()
+        return dict(zip(parameters, torch.autograd.grad(loss, parameters.values(), allow_unused=True), strict=True))
+
+    packed = gradients([0, 1, 2])
+    alone = [gradients([row]) for row in (0, 1, 2)]
+    largest = max(float(gradient.abs().max()) for gradient in packed.values() if gradient is not None)
+    for name, gradient in packed.items():
+        parts = [of_row[name] for of_row in alone if of_row[name] is not None]
+        if gradient is None:
+            assert parts == []
+        else:
+            torch.testing.assert_close(gradient, sum(parts), rtol=1e-5, atol=1e-6 * largest)
 
 
 def test_a_model_without_one_of_its_tensors_is_refused(family: tuple[str, Path], tmp_path: Path) -> None:
