@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.evaluation.intervals import with_interval
-from align.evaluation.prompt_styles import PromptStyle, make_prompt_style
+from align.evaluation.prompt_styles import PromptStyle
 from align.runtime.seeds import seed_for
 from align.scoring.build import Scorers
 from align.scoring.reward import EvaluationScorer, GoldScorer, Rescore, RoleScorer
@@ -217,9 +217,10 @@ class Evaluator:
         self, requests: Sequence[Request], scorer: EvaluationScorer, style: PromptStyle | None = None
     ) -> Samples:
         """Responses of the model that the pool holds; they are scored as responses to the prompts without the style."""
-        styled = requests if style is None else [style(request) for request in requests]
-        sampled = self.pool.generate(styled, self.heldout.sampling)
-        trajectories = [replace(t, request=request) for t, request in zip(sampled, requests, strict=True)]
+        asked = requests if style is None else [style.ask(request) for request in requests]
+        sampled = self.pool.generate(asked, self.heldout.sampling)
+        answers = sampled if style is None else [style.answer(trajectory) for trajectory in sampled]
+        trajectories = [replace(answer, request=request) for answer, request in zip(answers, requests, strict=True)]
         gold = None
         if self.scorers.gold is not None:
             gold = torch.tensor(self.scorers.gold(trajectories), dtype=torch.float64)
@@ -359,7 +360,7 @@ def build_evaluator(
         sampling=Sampling(temperature, rollouts.max_new_tokens),
         seed=settings.seed,
         best_of=settings.best_of,
-        prompt_styles={name: make_prompt_style(style, encoder) for name, style in settings.prompt_styles.items()},
+        prompt_styles={name: PromptStyle(style, encoder) for name, style in settings.prompt_styles.items()},
     )
     evaluation_scorers = EvaluationScorers(
         policy=scorers.evaluation_scorer(role_scorer, ("policy", "reference", "reward")),

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.schema import Experiment
 from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
-from align.evaluation.prompt_styles import make_prompt_style
+from align.evaluation.prompt_styles import PromptStyle
 from align.resources.actors import actors_by_stage, most_actors, reserved_cpus
 from align.resources.peak_memory import PeakMemory
 from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
@@ -89,9 +89,9 @@ def _check_prompt_styles(
 ) -> None:
     max_prompt = math.inf if max_positions is None else max_positions - experiment.rollouts.max_new_tokens
     for name, settings in experiment.evaluation.prompt_styles.items():
-        style = make_prompt_style(settings, TextEncoder(tokenizer, experiment.data.special_tokens))
+        style = PromptStyle(settings, TextEncoder(tokenizer, experiment.data.special_tokens))
         try:
-            longest = max((len(style(request).prompt_ids) for request in datasets.prompts_heldout), default=0)
+            longest = max((len(style.ask(request).prompt_ids) for request in datasets.prompts_heldout), default=0)
         except ValueError as error:
             raise UserError(f"evaluation.prompt_styles.{name}: a prompt cannot be put in this form: {error}") from error
         if longest > max_prompt:
