@@ -24,7 +24,7 @@ from align.data.examples import (
     request_parser,
 )
 from align.data.forms import DATA_KINDS, read_source_rows
-from align.data.labels import LabelledText, LabelSpace, Numbers, label_space
+from align.data.labels import LabelledText, LabelSpace, Numbers, label_space, verbalizer_ids
 from align.data.mixture import drawn, mixture_sizes
 from align.data.parsing import parse_rows
 from align.data.readers import read_rows
@@ -111,7 +111,10 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         parse_demonstrations = demonstration_parser(encoder, experiment.sft, max_positions)
         datasets.demonstrations, datasets.demonstrations_heldout = reader.read_demonstrations(parse_demonstrations)
     if "labels" in needed:
-        _read_labels(datasets, reader, labelled_text_parser(encoder, experiment.classify, max_positions), experiment)
+        space = _read_labels(
+            datasets, reader, labelled_text_parser(encoder, experiment.classify, max_positions), experiment
+        )
+        verbalizer_ids(experiment.classify.verbalizers, space, tokenizer)  # raises where one cannot be used
     parse_preferences = preference_parser(encoder, _preference_settings(experiment), max_positions)
     if "dpo" in experiment.stages:
         parse_preferences = dpo_parser(parse_preferences, experiment.dpo, max_positions)
@@ -133,8 +136,10 @@ def _preference_settings(experiment: Experiment) -> RewardSettings:
     return experiment.reward
 
 
-def _read_labels(datasets: Datasets, reader: "_Reader", parse: Parser[LabelledText], experiment: Experiment) -> None:
-    """Read labelled texts; every held-out label must be one that the training data has."""
+def _read_labels(
+    datasets: Datasets, reader: "_Reader", parse: Parser[LabelledText], experiment: Experiment
+) -> LabelSpace:
+    """Read labelled texts, and give what their labels mean; the training data must have every held-out label."""
     texts = reader.read("labels", parse)
     task = experiment.classify.task
     try:
@@ -158,6 +163,7 @@ def _read_labels(datasets: Datasets, reader: "_Reader", parse: Parser[LabelledTe
     if isinstance(space, Numbers) and task is None:
         reader.note("labels", "labels are numbers: the task is regression; classify.task sets it")
     datasets.label_space = space
+    return space
 
 
 def _needed_sources(experiment: Experiment) -> set[str]:
