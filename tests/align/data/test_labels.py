@@ -205,18 +205,18 @@ def test_the_plan_names_the_classes_with_their_shares() -> None:
 
 
 def test_verbalizers_are_tokens_in_the_order_of_the_classes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    words = {"no": " red", "yes": " blue"}
+    words = {"no": " two", "yes": " long"}
     ids = verbalizer_ids(words, Classes(("yes", "no")), tiny_tokenizer)
     assert ids is not None
-    assert tiny_tokenizer.convert_ids_to_tokens(ids) == tiny_tokenizer.tokenize(" blue red")
+    assert tiny_tokenizer.convert_ids_to_tokens(ids) == tiny_tokenizer.tokenize(" long two")
     assert verbalizer_ids({}, Classes(("yes", "no")), tiny_tokenizer) is None
 
 
 @pytest.mark.parametrize(
     ("labels", "words", "problem"),
     [
-        (["yes", "no"], {"yes": " red"}, "words for the classes 'yes'; the training labels are 'no', 'yes'"),
-        (["yes", "no"], {"yes": " red", "no": " blue red"}, "verbalizers.no: ' blue red' is 2 tokens"),
+        (["yes", "no"], {"yes": " two"}, "words for the classes 'yes'; the training labels are 'no', 'yes'"),
+        (["yes", "no"], {"yes": " two", "no": " long two"}, "verbalizers.no: ' long two' is 2 tokens"),
         ([0.5, 1.5], {"0.5": "red"}, "the labels are numbers"),
     ],
 )
