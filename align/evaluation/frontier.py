@@ -21,7 +21,7 @@ LARGEST_BETA, SMALLEST_BETA = 1e4, 1e-4
 
 
 @dataclass(frozen=True)
-class Samples:
+class FrontierSamples:
     """N responses to each of P prompts. Weights turn them into samples of the best policy at a β.
 
     Attributes:
@@ -73,7 +73,7 @@ class BestMean:
     slope: float
 
 
-def frontier_point(samples: Samples, kl: float) -> FrontierPoint | None:
+def frontier_point(samples: FrontierSamples, kl: float) -> FrontierPoint | None:
     """Find the best policy at a mean KL, with one β for all prompts.
 
     Args:
@@ -91,7 +91,7 @@ def frontier_point(samples: Samples, kl: float) -> FrontierPoint | None:
     return point if point.effective_samples >= MIN_EFFECTIVE_SAMPLES else None
 
 
-def _beta_at(samples: Samples, kl: float) -> float | None:
+def _beta_at(samples: FrontierSamples, kl: float) -> float | None:
     """The β at which the mean KL is `kl`; None if there is none in the range."""
 
     def excess(log_beta: float) -> float:
@@ -105,13 +105,13 @@ def _beta_at(samples: Samples, kl: float) -> float | None:
     return math.exp(brentq(excess, smallest, largest, xtol=1e-9))
 
 
-def effective_samples(samples: Samples, beta: float) -> float:
+def effective_samples(samples: FrontierSamples, beta: float) -> float:
     """The mean over the prompts of 1 / Σ w², from 1 to N."""
     weights = samples.log_weights(beta).softmax(0)  # [N, P]
     return float((1 / weights.square().sum(0)).mean())
 
 
-def best_mean(samples: Samples, values: Tensor, point: FrontierPoint) -> BestMean:
+def best_mean(samples: FrontierSamples, values: Tensor, point: FrontierPoint) -> BestMean:
     """Estimate the mean of a score under the best policy.
 
     Args:
@@ -126,7 +126,7 @@ def best_mean(samples: Samples, values: Tensor, point: FrontierPoint) -> BestMea
     return BestMean(_best_values(samples, values, beta) - pulled, slope)
 
 
-def best_kl(samples: Samples, beta: float) -> Tensor:
+def best_kl(samples: FrontierSamples, beta: float) -> Tensor:
     """KL of the best policy to the reference `[P]`, in nats: E[r / β] - log E_ref[exp(r / β)], E under π*."""
 
     def estimate(part: slice) -> Tensor:
@@ -137,7 +137,7 @@ def best_kl(samples: Samples, beta: float) -> Tensor:
     return _corrected(estimate, len(samples.scores))
 
 
-def _best_values(samples: Samples, values: Tensor, beta: float) -> Tensor:
+def _best_values(samples: FrontierSamples, values: Tensor, beta: float) -> Tensor:
     """E[values] under the best policy `[P]`, by the normalised weights."""
 
     def estimate(part: slice) -> Tensor:
@@ -156,7 +156,7 @@ def _corrected(estimate: Callable[[slice], Tensor], count: int) -> Tensor:
     return 2 * estimate(slice(None)) - halves / 2
 
 
-def _slope(samples: Samples, values: Tensor, beta: float) -> float:
+def _slope(samples: FrontierSamples, values: Tensor, beta: float) -> float:
     """d E[values] / d KL along the frontier, per nat: β Cov(values, r) / Var(r) under π*, each a mean over the prompts.
 
     By 1/β, E[values] grows by Cov(values, r), and KL by Var(r) / β.

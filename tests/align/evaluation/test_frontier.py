@@ -13,7 +13,7 @@ from align.evaluation.frontier import (
     BestMean,
     Efficiency,
     FrontierPoint,
-    Samples,
+    FrontierSamples,
     best_kl,
     best_mean,
     effective_samples,
@@ -93,7 +93,7 @@ def look_up(table: Tensor, responses: Tensor) -> Tensor:
     return table.gather(1, responses.T).T
 
 
-def point_at(samples: Samples, kl: float) -> FrontierPoint:
+def point_at(samples: FrontierSamples, kl: float) -> FrontierPoint:
     point = frontier_point(samples, kl)
     assert point is not None
     return point
@@ -103,7 +103,7 @@ def point_at(samples: Samples, kl: float) -> FrontierPoint:
 class Drawn:
     """Responses to each prompt, and their gold scores `[N, prompts]`."""
 
-    samples: Samples
+    samples: FrontierSamples
     gold: Tensor
 
     def gains(self, kl: float) -> tuple[BestMean, BestMean]:
@@ -119,7 +119,7 @@ class Drawn:
 
 def drawn_from_reference(world: World, count: int, generator: torch.Generator) -> Drawn:
     responses = drawn(world.logprobs, count, generator)
-    return Drawn(Samples(look_up(world.rewards, responses)), look_up(world.gold, responses))
+    return Drawn(FrontierSamples(look_up(world.rewards, responses)), look_up(world.gold, responses))
 
 
 def share(inside: list[bool]) -> float:
@@ -210,7 +210,7 @@ def test_samples_of_a_policy_show_the_frontier_where_those_of_the_reference_do_n
     kl = 2.0
     policy = world.best_logprobs(world.beta_at(1.8))
     responses = drawn(policy, 64, generator)
-    samples = Samples(look_up(world.rewards, responses), look_up(policy - world.logprobs, responses))
+    samples = FrontierSamples(look_up(world.rewards, responses), look_up(policy - world.logprobs, responses))
     point = point_at(samples, kl)
     assert frontier_point(drawn_from_reference(world, 64, generator).samples, kl) is None
     assert point.beta == pytest.approx(world.beta_at(kl), rel=0.02)
@@ -235,7 +235,7 @@ def test_many_samples_give_what_the_definition_does(beta: float) -> None:
 
 def test_the_slope_is_the_derivative_along_the_frontier() -> None:
     reference = drawn_from_reference(WORLDS["bandit"].at(torch.arange(50)), 64, torch.Generator().manual_seed(6))
-    samples = Samples(reference.samples.scores.repeat(2, 1))  # equal halves: there is nothing to correct
+    samples = FrontierSamples(reference.samples.scores.repeat(2, 1))  # equal halves: there is nothing to correct
     gold = reference.gold.repeat(2, 1)
     low, middle, high = (point_at(samples, kl) for kl in (0.4 - 1e-5, 0.4, 0.4 + 1e-5))
     for values, slope in ((samples.scores, middle.beta), (gold, best_mean(samples, gold, middle).slope)):
@@ -246,13 +246,13 @@ def test_the_slope_is_the_derivative_along_the_frontier() -> None:
 
 def test_equal_weights_count_all_samples_and_one_large_weight_counts_one() -> None:
     scores = torch.zeros(8, 3, dtype=torch.float64)
-    assert effective_samples(Samples(scores), 1.0) == pytest.approx(8)
+    assert effective_samples(FrontierSamples(scores), 1.0) == pytest.approx(8)
     scores[0] = 1e3
-    assert effective_samples(Samples(scores), 1.0) == pytest.approx(1)
+    assert effective_samples(FrontierSamples(scores), 1.0) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kl", [0.2, 50.0])
 def test_no_point_is_given_where_the_samples_cannot_show_it(kl: float) -> None:
     scores = torch.randn(64, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    assert frontier_point(Samples(torch.zeros_like(scores)), kl) is None
-    assert (frontier_point(Samples(scores), kl) is None) == (kl == 50.0)
+    assert frontier_point(FrontierSamples(torch.zeros_like(scores)), kl) is None
+    assert (frontier_point(FrontierSamples(scores), kl) is None) == (kl == 50.0)
