@@ -47,6 +47,13 @@ RunOverrides = Annotated[
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors, and the object of --json")]
+Scale = Annotated[
+    float,
+    typer.Option(
+        "--scale",
+        help="a of the policy, reference + a · (policy - reference): 0 is the reference, 1 the trained policy",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
 
@@ -159,7 +166,7 @@ def plan_command(
 
 
 @app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one parameter per option
     run: Run,
     reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
     data: Annotated[
@@ -172,11 +179,13 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="RUN2", help="compare with the policy of this run, on the prompts of RUN")
     ] = None,
+    scale: Scale = 1.0,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
 
-    With --against, compare its policy with that of another run, by the reward of the first.
+    With --against, compare its policy with that of another run, by the reward of the first. With --scale, print the
+    figures of another policy on the line through both, and leave evaluation.json as it is.
     """
     from align.outputs.trained_run import open_run
 
@@ -184,7 +193,9 @@ def evaluate(
         raise UserError("--reward and --against are different evaluations: choose one")
     if not reward and (data or classifier or to):
         raise UserError("--data, --classifier and --to need --reward: add it")
-    trained = open_run(run)
+    if reward and scale != 1:
+        raise UserError("--scale is for the policy: remove it, or --reward")
+    trained = open_run(run, scale=scale)
     if reward:
         _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
     elif against:
@@ -248,6 +259,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         int | None, typer.Option(min=1, help="limit on the tokens of a response; unset: that of the run")
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    scale: Scale = 1.0,
 ) -> None:
     """Generate responses with a run's policy: to prompts, to those of a file, or, without either, in a chat.
 
@@ -264,7 +276,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         from align.outputs.trained_run import open_run
 
     options = Options(raw, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    trained = open_run(run)
+    trained = open_run(run, scale=scale)
     if prompt or file:
         print_responses(trained, prompt or [], file, options, _tell)
     else:
@@ -285,6 +297,7 @@ def export(  # noqa: PLR0913 - one parameter per option
     ] = None,
     task: Annotated[str, typer.Option(help="add the soft prompt under this name to the prompt table --to")] = "",
     dtype: Annotated[str, typer.Option(help="with --merge: float32, bfloat16 or float16")] = "float32",
+    scale: Scale = 1.0,
 ) -> None:
     """Export a run's policy, reward model or classifier for other programs, check it, and write a model card."""
     from align.outputs.export import Product, export_prompt, export_run
@@ -296,6 +309,8 @@ def export(  # noqa: PLR0913 - one parameter per option
         errors.print(f"soft prompt of {folder.path} added to {to} as {task}; sft.adapter={to}#{task} starts from it")
         return
     _check_export(to, merge=merge, reward=reward, classifier=classifier, member=member, dtype=dtype)
+    if scale != 1 and (reward or classifier):
+        raise UserError("--scale is for the policy: remove it, or --reward or --classifier")
     product: Product = "adapter"
     if merge:
         product = "model"
@@ -303,7 +318,7 @@ def export(  # noqa: PLR0913 - one parameter per option
         product = "reward model"
     elif classifier:
         product = "classifier"
-    product, difference, changes = export_run(settings, folder, to, product, dtype=dtype, member=member)
+    product, difference, changes = export_run(settings, folder, to, product, dtype=dtype, member=member, scale=scale)
     compared = COMPARED.get(product, "log-probabilities differ from the run's by at most {:.2g} nats").format(
         difference
     )

@@ -12,7 +12,7 @@ from align.data.datasets import Datasets, context_length
 from align.data.examples import TokenizedPreference
 from align.evaluation.comparison import ScoredResponses
 from align.evaluation.reward_model import compute_diagnostics
-from align.outputs.artifacts import classifier_folder, policy_weights
+from align.outputs.artifacts import classifier_folder, scaled_policy
 from align.outputs.export import Exported, Product, export_run
 from align.outputs.predictions import Prediction, predict_labels
 from align.outputs.prompt_checks import check_fits, check_lists, check_prompt, check_room, check_text
@@ -29,6 +29,7 @@ from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
+from policies.scaling import ScaledAdapter
 from policies.text.columns import tools as tools_in
 from policies.text.encoder import Exchange, TextEncoder, Tools
 from policies.text.tokenization import Prompt, decode_response
@@ -39,12 +40,13 @@ from rollouts.trajectory import Request, Trajectory, lengths
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, make_transformers_engine
 
 
-def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
+def open_run(path: Path | str, overrides: Sequence[str] = (), scale: float = 1.0) -> "TrainedRun":
     """Open a run to use what it has trained.
 
     Args:
         path: The run's folder, or its name under `runs/`.
         overrides: Settings that replace the run's, as `key.path=value`.
+        scale: a of the policy, reference + a · (policy - reference): 0 is the reference, 1 the policy as trained.
 
     Returns:
         The run.
@@ -53,7 +55,7 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
         UserError: There is no such run.
     """
     folder, experiment = find_run(str(path), overrides=overrides)
-    return TrainedRun(experiment, folder)
+    return TrainedRun(experiment, folder, scale)
 
 
 class TrainedRun:
@@ -62,11 +64,13 @@ class TrainedRun:
     Attributes:
         experiment: The run's settings.
         folder: The paths inside the run's folder.
+        scale: a of the policy, reference + a · (policy - reference).
     """
 
-    def __init__(self, experiment: Experiment, folder: RunFolder) -> None:
+    def __init__(self, experiment: Experiment, folder: RunFolder, scale: float = 1.0) -> None:
         self.experiment = experiment
         self.folder = folder
+        self.scale = scale
         self.tokenizer = load_tokenizer(experiment.model.path)
         self.encoder = TextEncoder(self.tokenizer, experiment.data.special_tokens)
 
@@ -273,8 +277,10 @@ class TrainedRun:
     def evaluate(self) -> dict[str, Any]:
         """Compare the policy with its reference on the held-out prompts again, and update `evaluation.json`.
 
+        With another `scale` than 1, the file stays as it is.
+
         Returns:
-            The contents of `evaluation.json`.
+            The contents of `evaluation.json`, with these figures.
 
         Raises:
             UserError: PPO has not finished.
@@ -282,8 +288,9 @@ class TrainedRun:
         if not self.folder.policy.is_dir():
             raise missing_product(self.experiment, self.folder, "ppo")
         datasets = load_datasets(self.experiment)
-        evaluation = self.evaluation | evaluate_run(self.experiment, self.folder, datasets)
-        write_json(self.folder.evaluation, evaluation)
+        evaluation = self.evaluation | evaluate_run(self.experiment, self.folder, datasets, self._policy)
+        if self.scale == 1:
+            write_json(self.folder.evaluation, evaluation)
         return evaluation
 
     def export(self, to: Path | str, merge: bool = False, dtype: str = "float32") -> Exported:
@@ -304,7 +311,7 @@ class TrainedRun:
         if Path(to).exists():
             raise UserError(f"{to} already exists: choose a new folder")
         product: Product = "model" if merge else "adapter"
-        return export_run(self.experiment, self.folder, Path(to), product, dtype=dtype)
+        return export_run(self.experiment, self.folder, Path(to), product, dtype=dtype, scale=self.scale)
 
     def _sampling(self, temperature: float | None, max_new_tokens: int | None) -> Sampling:
         rollouts = self.experiment.rollouts
@@ -344,10 +351,14 @@ class TrainedRun:
         return context_length(self.experiment)
 
     @cached_property
+    def _policy(self) -> ScaledAdapter:
+        return scaled_policy(self.experiment, self.folder, self.scale)
+
+    @cached_property
     def _engine(self) -> TransformersEngine:
-        trunk = build_trunk(self.experiment.model, self.experiment.policy, (SAMPLER_ROLE,))
+        trunk = build_trunk(self.experiment.model, self._policy.settings, (SAMPLER_ROLE,))
         engine = make_transformers_engine(trunk, self.tokenizer, self.experiment.rollouts)
-        engine.load_adapter(0, policy_weights(self.experiment, self.folder))
+        engine.load_adapter(0, self._policy.weights)
         return engine
 
     @cached_property
@@ -363,23 +374,23 @@ class TrainedRun:
         return LoadedReward(self.experiment, self.folder)
 
 
-def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
+def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets, policy: ScaledAdapter) -> dict[str, Any]:
     """Compare the run's policy with its reference again.
 
     Args:
         experiment: The run's settings.
         run: The run.
         datasets: Its data, of which the held-out prompts are used.
+        policy: The policy.
 
     Returns:
         The sections of `evaluation.json` that `Evaluator.evaluate` returns.
     """
-    policy = policy_weights(experiment, run)
-    reward = LoadedReward(experiment, run)
+    reward = LoadedReward(experiment, run, policy.settings)
     reward.restore(run)
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
     try:
-        return reward.compare(policy, step, datasets.prompts_heldout).sections
+        return reward.compare(policy.weights, step, datasets.prompts_heldout).sections
     finally:
         reward.close()
 

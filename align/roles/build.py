@@ -1,7 +1,7 @@
 """Builds the four roles of the learner from the products of the earlier stages."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from align.roles.roles import Critic, Roles
 from align.runtime.seeds import seed_for
 from policies.build import build_trunk
 from policies.heads import ScalarHead
+from policies.scaling import widened
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rewards.model import role_of
@@ -49,6 +50,12 @@ class Blueprint:
     seed: int
     reference: AdapterWeights | None
     rewards: tuple[RewardRole, ...] = ()
+
+    def widened(self, policy: PolicySettings) -> "Blueprint":
+        """The same roles with adapters of the rank of other settings (see `policies.scaling.widened`)."""
+        reference = None if self.reference is None else widened(self.reference, policy)
+        rewards = tuple(replace(reward, adapter=widened(reward.adapter, policy)) for reward in self.rewards)
+        return replace(self, policy=policy, reference=reference, rewards=rewards)
 
 
 def build_sft_trunk(

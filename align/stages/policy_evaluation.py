@@ -18,6 +18,7 @@ from align.scoring.reward import RoleScorer, term_input
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
+from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
 from rewards.terms.model import ModelTerm
 from rollouts.engine import Sampling
@@ -36,12 +37,20 @@ class LoadedReward:
         reference: The reference's adapter.
     """
 
-    def __init__(self, experiment: Experiment, run: RunFolder) -> None:
+    def __init__(self, experiment: Experiment, run: RunFolder, adapters: PolicySettings | None = None) -> None:
+        """Load the models.
+
+        Args:
+            experiment: The run's settings.
+            run: The run.
+            adapters: Settings of the adapters, where they have a higher rank than the run's; None: the run's.
+        """
         self.experiment = experiment
         self.tokenizer = load_tokenizer(experiment.model.path)
         self.scorers = build_scorers(experiment, run, self.tokenizer)
-        self.roles = build_roles(self.scorers.blueprint, None, (SAMPLER_ROLE,))
-        self.reference = self.scorers.blueprint.reference or self.roles.trunk.read_adapter("reference")
+        blueprint = self.scorers.blueprint.widened(adapters or experiment.policy)
+        self.roles = build_roles(blueprint, None, (SAMPLER_ROLE,))
+        self.reference = blueprint.reference or self.roles.trunk.read_adapter("reference")
 
     def restore(self, run: RunFolder) -> None:
         """Give the reward the state in which the run's policy was evaluated.
