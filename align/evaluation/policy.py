@@ -273,7 +273,7 @@ def _best_of(draws: Sequence[ScoredSamples]) -> dict[str, Any]:
     """
     scores = torch.stack([samples.scores.double() for samples in draws])
     gold = _stacked_gold(draws)
-    curve = [best_of_n(scores, gold, n) for n in _powers_of_two_to(len(draws))]
+    curve = best_of_curve(scores, gold)
     figures: dict[str, Any] = {name: value for name, value in curve[-1].items() if name != "kl"}
     figures["curve"] = curve
     if gold is not None:
@@ -291,6 +291,11 @@ def _powers_of_two_to(largest: int) -> list[int]:
     """1, 2, 4, … and the largest."""
     powers = [2**exponent for exponent in range(largest.bit_length())]
     return [power for power in powers if power < largest] + [largest]
+
+
+def best_of_curve(scores: Tensor, gold: Tensor | None) -> list[dict[str, float]]:
+    """`best_of_n` for 1, 2, 4, … and all of the N samples per prompt; arguments as there."""
+    return [best_of_n(scores, gold, n) for n in _powers_of_two_to(len(scores))]
 
 
 def best_of_n(scores: Tensor, gold: Tensor | None, n: int) -> dict[str, float]:

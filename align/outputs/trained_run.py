@@ -14,6 +14,7 @@ from align.evaluation.comparison import ScoredResponses
 from align.evaluation.reward_model import compute_diagnostics
 from align.outputs.artifacts import classifier_folder, scaled_policy
 from align.outputs.export import Exported, Product, export_run
+from align.outputs.frontier import measure_frontier
 from align.outputs.predictions import Prediction, predict_labels
 from align.outputs.prompt_checks import check_fits, check_lists, check_prompt, check_room, check_text
 from align.outputs.response_stream import ResponseStream
@@ -292,6 +293,26 @@ class TrainedRun:
         if self.scale == 1:
             write_json(self.folder.evaluation, evaluation)
         return evaluation
+
+    def frontier(self, samples: int = 256, scales: Sequence[float] = (1.0,)) -> dict[str, Any]:
+        """Estimate the best policy at each distance from the reference, and compare the run's policy with it.
+
+        The figures become the section `frontier` of `evaluation.json`, and a plot is written to `frontier/`.
+
+        Args:
+            samples: Responses of the reference to each held-out prompt; an even number. They are kept for later calls.
+            scales: a of each policy that is compared, reference + a · (policy - reference).
+
+        Returns:
+            The section (see `align.outputs.frontier.measure_frontier`).
+
+        Raises:
+            UserError: The reward changes while it is maximised, or the run has no policy that can be scaled like this.
+        """
+        datasets = load_datasets(self.experiment)
+        figures = measure_frontier(self.experiment, self.folder, datasets, samples, scales)
+        write_json(self.folder.evaluation, self.evaluation | {"frontier": figures})
+        return figures
 
     def export(self, to: Path | str, merge: bool = False, dtype: str = "float32") -> Exported:
         """Export the policy for other programs, with tokenizer and model card, and compare it with the run's own.
