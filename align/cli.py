@@ -47,7 +47,7 @@ RunOverrides = Annotated[
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors, and the object of --json")]
-Scale = Annotated[
+PolicyScale = Annotated[
     float,
     typer.Option(
         "--scale",
@@ -179,7 +179,7 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     against: Annotated[
         str | None, typer.Option(metavar="RUN2", help="compare with the policy of this run, on the prompts of RUN")
     ] = None,
-    scale: Scale = 1.0,
+    scale: PolicyScale = 1.0,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
@@ -259,7 +259,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         int | None, typer.Option(min=1, help="limit on the tokens of a response; unset: that of the run")
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
-    scale: Scale = 1.0,
+    scale: PolicyScale = 1.0,
 ) -> None:
     """Generate responses with a run's policy: to prompts, to those of a file, or, without either, in a chat.
 
@@ -297,7 +297,7 @@ def export(  # noqa: PLR0913 - one parameter per option
     ] = None,
     task: Annotated[str, typer.Option(help="add the soft prompt under this name to the prompt table --to")] = "",
     dtype: Annotated[str, typer.Option(help="with --merge: float32, bfloat16 or float16")] = "float32",
-    scale: Scale = 1.0,
+    scale: PolicyScale = 1.0,
 ) -> None:
     """Export a run's policy, reward model or classifier for other programs, check it, and write a model card."""
     from align.outputs.export import Product, export_prompt, export_run

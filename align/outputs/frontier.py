@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors.torch import save
@@ -107,24 +108,27 @@ def draw_frontier(figures: dict[str, Any], path: Path) -> None:
 
 
 def _draw_gains(axes: Axes, figures: dict[str, Any], gain: str) -> None:
-    best = [policy["best"] for policy in figures["policies"] if "best" in policy]
-    points = sorted([*figures["points"], *best], key=lambda point: float(point["kl"]))
-    kls = [point["kl"] for point in points]
-    axes.plot(kls, [point[gain] for point in points], color="black", linewidth=1, label="best policy at this KL")
-    low, high = ([point[f"{gain}_{end}"] for point in points] for end in ("low", "high"))
-    axes.fill_between(kls, low, high, color="black", alpha=0.15, linewidth=0)
-    draws = figures["best_of"]
-    axes.plot([p["kl"] for p in draws], [p[gain] for p in draws], "o", markersize=3, color="#ee7733", label="best of n")
     policies = figures["policies"]
-    errors = [[policy[gain] - policy[f"{gain}_low"] for policy in policies]]
-    errors.append([policy[f"{gain}_high"] - policy[gain] for policy in policies])
+    best = [policy["best"] for policy in policies if "best" in policy]
+    points = sorted([*figures["points"], *best], key=lambda point: float(point["kl"]))
+    axes.plot(_column(points, "kl"), _column(points, gain), color="black", linewidth=1, label="best policy at this KL")
+    low, high = _column(points, f"{gain}_low"), _column(points, f"{gain}_high")
+    axes.fill_between(_column(points, "kl"), low, high, color="black", alpha=0.15, linewidth=0)
+    draws = figures["best_of"]
+    axes.plot(_column(draws, "kl"), _column(draws, gain), "o", markersize=3, color="#ee7733", label="best of n")
+    middle = _column(policies, gain)
+    ends = [_column(policies, f"{gain}_{end}") for end in ("low", "high")]
     axes.errorbar(
-        x=[policy["kl"] for policy in policies],
-        y=[policy[gain] for policy in policies],
-        yerr=errors,
+        x=_column(policies, "kl"),
+        y=middle,
+        yerr=np.abs(np.array(ends) - np.array(middle)),
         marker="s",
         markersize=4,
         linewidth=1,
         color="#0077bb",
         label="policy, scaled" if len(policies) > 1 else "policy",
     )
+
+
+def _column(rows: Sequence[dict[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows]

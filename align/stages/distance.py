@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from align.algorithms.episodes import shaped_score
 from align.config.ppo_settings import PpoSettings
@@ -72,22 +71,27 @@ class DistanceStudy:
 
     def _draw(self, count: int, roles: Sequence[str], purpose: str) -> DrawnResponses:
         """Sample and score what the pool holds, one response per prompt at a time."""
-        rollouts = self.reward.experiment.rollouts
-        sampling = Sampling(rollouts.temperature, rollouts.max_new_tokens)
-        score = self.reward.scorers.evaluation_scorer(self.reward.score_roles, roles)
-        draws: list[tuple[list[Trajectory], list[RoleOutputs]]] = []
-        gold: list[list[float]] = []
+        rows: dict[str, list[list[float]]] = {}
         for draw in range(count):
-            trajectories = self.reward.pool.generate(self._requests(purpose, draw), sampling)
-            draws.append((trajectories, score(trajectories)()))
-            if self.reward.scorers.gold is not None:
-                gold.append(list(self.reward.scorers.gold(trajectories)))
-        ppo = self.reward.experiment.ppo
-        return DrawnResponses(
-            scores=_stacked([[_shaped(t, o, ppo) for t, o in zip(*draw, strict=True)] for draw in draws]),
-            gold=_stacked(gold) if gold else None,
-            log_ratios=_stacked([[o.kl for o in outputs] for _, outputs in draws]) if "policy" in roles else None,
-        )
+            for name, values in self._draw_once(self._requests(purpose, draw), roles).items():
+                rows.setdefault(name, []).append(values)
+        return DrawnResponses(**{name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()})
+
+    def _draw_once(self, requests: Sequence[Request], roles: Sequence[str]) -> dict[str, list[float]]:
+        """One response per request: `scores`, and where they are asked for `gold` and `log_ratios`."""
+        experiment = self.reward.experiment
+        scorers = self.reward.scorers
+        sampling = Sampling(experiment.rollouts.temperature, experiment.rollouts.max_new_tokens)
+        trajectories = self.reward.pool.generate(requests, sampling)
+        outputs = scorers.evaluation_scorer(self.reward.score_roles, roles)(trajectories)()
+        values = {
+            "scores": [_shaped(t, output, experiment.ppo) for t, output in zip(trajectories, outputs, strict=True)]
+        }
+        if scorers.gold is not None:
+            values["gold"] = list(scorers.gold(trajectories))
+        if "policy" in roles:
+            values["log_ratios"] = [output.kl for output in outputs]
+        return values
 
     def _requests(self, purpose: str, draw: int) -> list[Request]:
         seed = self.reward.experiment.evaluation.seed
@@ -99,10 +103,6 @@ class DistanceStudy:
 
 def _shaped(trajectory: Trajectory, outputs: RoleOutputs, ppo: PpoSettings) -> float:
     return shaped_score(outputs.score, trajectory.length, truncated=not trajectory.ended, ppo=ppo)
-
-
-def _stacked(rows: list[list[float]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _gains(figures: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
