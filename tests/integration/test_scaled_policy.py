@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.outputs.trained_run import open_run
+from align.stages.distance import DistanceStudy
 from policies.errors import UserError
 from policies.files.adapters import CONFIG
 
@@ -38,6 +39,37 @@ def test_1_is_the_policy(finished: Path) -> None:
     nearly = open_run(finished, scale=1.0 + 1e-12)  # by the joined matrices
     assert nearly._policy.settings.rank == 2 * plain.experiment.policy.rank
     assert plain.generate(PROMPTS, temperature=0) == nearly.generate(PROMPTS, temperature=0)
+
+
+def test_the_frontier_is_measured_once_and_policies_beside_it(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(finished)
+    figures = run.frontier(samples=8, scales=(0.0, 30.0, 60.0))
+    assert run.evaluation["frontier"] == figures
+    assert (finished / "frontier" / "frontier.png").is_file()
+    still, near, far = figures["policies"]
+    assert (still["scale"], still["kl"]) == (0, 0)
+    assert 0 < near["kl"] < far["kl"]
+    assert [draw["n"] for draw in figures["best_of"]] == [2, 4, 8]
+    assert all(draw["score_gain"] > 0 for draw in figures["best_of"])
+    monkeypatch.delattr(DistanceStudy, "_draw_reference")  # its responses are kept
+    assert run.frontier(samples=8, scales=(0.0, 30.0, 60.0)) == figures
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ("reward.terms.model.normalise=running", "the reward changes"),
+        ("ppo.on_truncation=bootstrap", "truncated responses have no score"),
+    ],
+)
+def test_a_reward_that_is_not_fixed_has_no_frontier(finished: Path, settings: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        open_run(finished, [settings]).frontier(samples=8)
+
+
+def test_an_odd_number_of_samples_is_refused(finished: Path) -> None:
+    with pytest.raises(UserError, match="an even number"):
+        open_run(finished).frontier(samples=7)
 
 
 def test_an_exported_scaled_adapter_is_what_plain_peft_loads(finished: Path, tmp_path: Path) -> None:
