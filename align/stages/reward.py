@@ -88,11 +88,11 @@ def run_reward(context: StageContext) -> None:
         outcome = _train_or_load_process(context)
     else:
         outcome = _train_or_load(context)
-    accuracy = {name: outcome.figures[name] for name in MEASURED if name in outcome.figures}
-    if accuracy:
+    measured = {name: outcome.figures[name] for name in MEASURED if name in outcome.figures}
+    if "accuracy" in measured:
         step = _last_step(context, outcome.facts)
-        context.tracker.log("reward", step, {"reward_model/heldout_accuracy": accuracy["accuracy"]})
-    with context.new_product(context.run.reward, outcome.facts | accuracy, started) as folder:
+        context.tracker.log("reward", step, {"reward_model/heldout_accuracy": measured["accuracy"]})
+    with context.new_product(context.run.reward, outcome.facts | measured, started) as folder:
         outcome.save(folder)
         write_diagnostics(folder, outcome.figures, outcome.worst_errors)
         _show_errors(context, outcome, folder / RELIABILITY)
