@@ -632,15 +632,14 @@ def _evaluate_reward_model(
     to: Path | None,
     as_json: bool,
 ) -> None:
-    from align.data.datasets import read_preferences
     from align.evaluation.reward_model import write_diagnostics
     from align.evaluation.tables import diagnostics_table
-    from align.outputs.trained_run import evaluate_reward_model
+    from align.outputs.trained_run import evaluate_on_file
     from align.runs.products import missing_product
 
     if not classifier and not folder.done("reward"):
         raise missing_product(settings, folder, "reward")
-    facts, worst_errors = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
+    facts, worst_errors = evaluate_on_file(settings, folder, data, classifier)
     if as_json:
         print(json.dumps(facts))
     else:

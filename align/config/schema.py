@@ -93,6 +93,10 @@ class DataSettings(Settings):
     labels_heldout: SourceSettings | None = Field(None, description="evaluates the classifier")
     preferences: SourceSettings | None = Field(None, description="reward: pairs, rankings, choices, ratings")
     preferences_heldout: SourceSettings | None = Field(None, description="evaluates the reward model")
+    step_labels: SourceSettings | None = Field(
+        None, description="reward, where reward.terms has one of kind process: prompt, steps and labels"
+    )
+    step_labels_heldout: SourceSettings | None = Field(None, description="evaluates the process reward model")
     prompts: SourceSettings | None = Field(None, description="PPO: prompt")
     prompts_heldout: SourceSettings | None = Field(None, description="evaluates the reference and the policy")
     heldout_share: float = Field(

@@ -137,12 +137,12 @@ def open_corpus(
     max_length: int | None,
 ) -> "Corpus":
     """Read the files, the held-out ones and the tokenizer."""
-    from align.data.forms import DATA_KINDS
+    from align.data.forms import CHECKED_KINDS
     from align.data.quality.corpus import heldout_texts, read_corpus
 
-    if kind is not None and kind not in DATA_KINDS:
-        raise UserError(f"--kind {kind}: expected one of {', '.join(DATA_KINDS)}")
-    known = next((each for each in DATA_KINDS if each == kind), None)
+    if kind is not None and kind not in CHECKED_KINDS:
+        raise UserError(f"--kind {kind}: expected one of {', '.join(CHECKED_KINDS)}")
+    known = next((each for each in CHECKED_KINDS if each == kind), None)
     corpus = read_corpus(files, known, _renamed_columns(columns or []))
     corpus.max_length = max_length
     if heldout:

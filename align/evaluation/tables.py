@@ -58,7 +58,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
         low = reward_model["accuracy_low"]
         high = reward_model["accuracy_high"]
         parts.append(
-            f"reward model: accuracy {reward_model['accuracy']:.1%} on {reward_model['pairs']:,} held-out pairs "
+            f"reward model: accuracy {reward_model['accuracy']:.1%} on {_judged(reward_model)} "
             f"(95 % interval {low:.1%} to {high:.1%})"
         )
     if "policy" in evaluation:
@@ -136,14 +136,10 @@ def _cell(figures: Mapping[str, Any], key: str, form: str) -> str:
 def diagnostics_table(facts: dict[str, Any]) -> Table:
     """The main figures of `diagnostics.json`."""
     table = Table(show_header=False, box=None, padding=(0, 2))
-    if "accuracy" in facts:
-        table.add_row("accuracy, 95 % interval", f"{_accuracy(facts)} of {facts['pairs']:,} comparisons")
-        for name, baseline in facts["baselines"].items():
-            table.add_row(f"length alone: {name.replace('_', ' ')}", _accuracy(baseline))
-        table.add_row("log loss, Brier score", f"{facts['log_loss']:.4f} nats, {facts['brier']:.4f}")
-        table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
-        for group in facts["by_length_difference"]:
-            table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
+    if "labelled_steps" in facts:
+        _add_step_rows(table, facts)
+    elif "accuracy" in facts:
+        _add_comparison_rows(table, facts)
     for name, accuracy in facts.get("subsets", {}).items():
         table.add_row(f"subset {escape(name)}", f"{_accuracy(accuracy)} of {counted(accuracy['pairs'], 'row')}")
     if "subset_mean" in facts:
@@ -159,6 +155,53 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
     return table
 
 
+def _add_comparison_rows(table: Table, facts: Mapping[str, Any]) -> None:
+    """The figures of a reward model on comparisons."""
+    table.add_row("accuracy, 95 % interval", f"{_accuracy(facts)} of {facts['pairs']:,} comparisons")
+    for name, baseline in facts["baselines"].items():
+        table.add_row(f"length alone: {name.replace('_', ' ')}", _accuracy(baseline))
+    _add_calibration_rows(table, facts)
+    for group in facts["by_length_difference"]:
+        table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
+
+
+def _add_calibration_rows(table: Table, facts: Mapping[str, Any]) -> None:
+    table.add_row("log loss, Brier score", f"{facts['log_loss']:.4f} nats, {facts['brier']:.4f}")
+    table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
+
+
+def _judged(facts: Mapping[str, Any]) -> str:
+    """What a reward model's accuracy is over."""
+    if "labelled_steps" in facts:
+        return f"{facts['labelled_steps']:,} held-out steps"
+    return f"{facts['pairs']:,} held-out pairs"
+
+
+def _add_step_rows(table: Table, facts: Mapping[str, Any]) -> None:
+    """The figures of a process reward model."""
+    steps = counted(facts["labelled_steps"], "step")
+    constant = facts.get("baselines", {}).get("constant")
+    if "rmse" in facts:
+        table.add_row("root mean squared error", f"{facts['rmse']:.4g} of {steps}")
+        if constant:
+            table.add_row("the mean label for every step", f"{constant['rmse']:.4g}")
+        return
+    table.add_row("accuracy, 95 % interval", f"{_accuracy(facts)} of {steps}")
+    for name in ("right_steps", "wrong_steps"):
+        if name in facts:
+            number = counted(facts[name]["labelled_steps"], "step")
+            table.add_row(f"of {name.replace('_', ' ')}", f"{_accuracy(facts[name])} of {number}")
+    if constant:
+        table.add_row("one judgement for every step", _accuracy(constant))
+    for name in ("with_error", "without_error"):
+        if found := facts.get("first_error", {}).get(name):
+            label = "first error found, responses " + name.replace("_", " ")
+            table.add_row(label, f"{_accuracy(found)} of {counted(found['rows'], 'row')}")
+    if "f1" in facts.get("first_error", {}):
+        table.add_row("F1 of the first error", f"{facts['first_error']['f1']:.3f}")
+    _add_calibration_rows(table, facts)
+
+
 def _length_range(low: float, high: float) -> str:
     """How much longer a response is than another, from `low` to `high` tokens; negative: shorter."""
     if low < 0 < high:
@@ -172,7 +215,7 @@ def _length_range(low: float, high: float) -> str:
     return f"{direction} by {least:g} to {counted(most, 'token')}"
 
 
-def _accuracy(figures: dict[str, Any]) -> str:
+def _accuracy(figures: Mapping[str, Any]) -> str:
     """Accuracy with its interval."""
     return f"{figures['accuracy']:.1%} ({figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%})"
 

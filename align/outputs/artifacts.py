@@ -11,6 +11,7 @@ from policies.files.adapters import load_adapter
 from policies.scaling import ScaledAdapter, scale_adapter
 from policies.trunk import AdapterWeights
 from rewards.model import member_folder, members_in
+from rewards.terms.process import STEP_LABELS
 
 
 def policy_folder(experiment: Experiment, run: RunFolder) -> Path:
@@ -57,7 +58,13 @@ def reward_folder(experiment: Experiment, run: RunFolder, member: int | None) ->
     """
     if not run.reward.is_dir():
         raise missing_product(experiment, run, "reward")
-    if classifier := read_facts(run.reward).get("classifier"):
+    facts = read_facts(run.reward)
+    if STEP_LABELS in facts:
+        raise UserError(
+            f"the reward model of run {run.path} was trained on labels of steps: it is read inside a response, and a "
+            "sequence classifier is not"
+        )
+    if classifier := facts.get("classifier"):
         raise UserError(f"the reward of run {run.path} is the model {classifier} itself: there is nothing to export")
     members = members_in(run.reward)
     if member is None and members > 1:

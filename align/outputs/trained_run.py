@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from align.config.schema import Experiment
-from align.data.datasets import Datasets, context_length
+from align.data.datasets import Datasets, context_length, read_preferences, read_step_labels
 from align.data.examples import TokenizedPreference
 from align.evaluation.comparison import ScoredResponses
 from align.evaluation.reward_model import compute_diagnostics
@@ -25,7 +25,13 @@ from align.runtime.atomic_files import write_json
 from align.runtime.seeds import seed_for
 from align.stages.pipeline import load_datasets
 from align.stages.policy_evaluation import LoadedReward
-from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
+from align.stages.reward import (
+    classifier_scores,
+    evaluate_models,
+    evaluate_process_model,
+    folded_moments,
+    load_models,
+)
 from policies.build import build_trunk
 from policies.errors import UserError
 from policies.files.base_model import load_tokenizer
@@ -227,7 +233,9 @@ class TrainedRun:
             TypeError: As for `score`.
         """
         if not self.experiment.reward.has_model:
-            raise UserError(f"the reward of run {self.path} has no term of kind model: score by the reward as a whole")
+            raise UserError(
+                f"the reward of run {self.path} has no term of kind model or process: score by the reward as a whole"
+            )
         return self._loaded_reward.score_by_model(self._trajectories(prompts, responses, columns)).tolist()
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
@@ -414,6 +422,32 @@ def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets, pol
         return reward.compare(policy.weights, step, datasets.prompts_heldout).sections
     finally:
         reward.close()
+
+
+def evaluate_on_file(
+    experiment: Experiment, run: RunFolder, data: Path | None, classifier: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate the run's reward model, or a classifier in its place, on preferences or on labels of steps.
+
+    Args:
+        experiment: The run's settings.
+        run: The run.
+        data: A file of rows such as the model learns from; None: the run's held-out ones.
+        classifier: Folder or hub name of a sequence-classification model; None: the run's reward model.
+
+    Returns:
+        The figures of `diagnostics.json`, and the worst errors.
+
+    Raises:
+        UserError: The rows cannot be used, or a classifier is to judge steps.
+    """
+    if experiment.reward.process is None:
+        return evaluate_reward_model(experiment, run, read_preferences(experiment, data), classifier)
+    if classifier:
+        raise UserError("--classifier scores whole responses, and the reward of this run is of kind process")
+    examples = read_step_labels(experiment, data)
+    (model,) = load_models(experiment, run.reward)
+    return evaluate_process_model(model, read_facts(run.reward), examples)
 
 
 def evaluate_reward_model(

@@ -134,7 +134,7 @@ def _stages(
         lines.append(("classify", _fit(experiment, experiment.classify, len(datasets.labels), "labelled text")))
         lines.append(("labels", describe_space(datasets.label_space, datasets.labels)))
     if trains_reward(experiment) and "reward" in stages:
-        lines.append(("reward", _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")))
+        lines.append(("reward", _reward_fit(experiment, datasets)))
     if "dpo" in stages:
         lines.append(("dpo", _fit(experiment, experiment.dpo, len(datasets.preferences), "preference example")))
         lines.append(("dpo loss", f"{experiment.dpo.loss}, β {experiment.dpo.effective_beta:g}"))
@@ -144,6 +144,15 @@ def _stages(
         lines.append(("reward terms", _terms(experiment)))
         lines += _user_functions(experiment)
     return lines
+
+
+def _reward_fit(experiment: Experiment, datasets: Datasets) -> str:
+    """What the reward stage trains on, and for how many steps."""
+    if experiment.reward.process is None:
+        return _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")
+    labels = sum(len(example.labels) for example in datasets.step_labels)
+    responses = _fit(experiment, experiment.reward, len(datasets.step_labels), "response")
+    return f"{responses}; {counted(labels, 'labelled step')}"
 
 
 def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:

@@ -78,6 +78,8 @@ DATASET_KEYS = {
     "labels_heldout": "data.labels",
     "preferences": "data.preferences",
     "preferences_heldout": "data.preferences_heldout",
+    "step_labels": "data.step_labels",
+    "step_labels_heldout": "data.step_labels_heldout",
     "prompts": "data.prompts",
     "prompts_heldout": "data.prompts_heldout",
 }

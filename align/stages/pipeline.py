@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,8 @@ from policies.files.adapters import load_adapter
 from policies.files.base_model import check_model_folder, check_weights, load_tokenizer
 from policies.text.encoder import TextEncoder
 from rewards.model import member_folder, members_in, read_heads
+from rewards.terms.model import check_reads_responses
+from rewards.terms.process import check_reads_steps
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +136,9 @@ def _check_reward_folder(experiment: Experiment, folder: str) -> None:
         path = member_folder(folder, member)
         load_adapter(path, experiment.policy)
         read_heads(path, experiment.reward.weights)
+    where = f"reward.terms.{experiment.reward.model_term}"
+    check = check_reads_steps if experiment.reward.process else check_reads_responses
+    check(read_facts(Path(folder)), where)
 
 
 def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop: StopRequest) -> dict[str, Any]:

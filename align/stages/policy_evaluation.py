@@ -20,7 +20,6 @@ from policies.files.base_model import load_tokenizer
 from policies.files.safe_reading import read_object
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
-from rewards.terms.model import ModelTerm
 from rollouts.engine import Sampling
 from rollouts.pool import LocalPool, Pool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
@@ -112,10 +111,11 @@ class LoadedReward:
         return self.scorers.reward.composition.score(raw)
 
     def score_by_model(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """Score responses `[B]` by the term of kind `model` alone: `[B]` float64, as the reward model's heads do."""
+        """Score responses `[B]` by the term that is the reward model alone: `[B]` float64, as the model's heads do."""
+        name = self.experiment.reward.model_term
+        assert name is not None, "there is no reward model"
         outputs = self.score_roles(trajectories, ("reward",))
-        model_terms = [name for name, term in self.experiment.reward.terms.items() if isinstance(term, ModelTerm)]
-        scorer = self.scorers.reward.terms[model_terms[0]]
+        scorer = self.scorers.reward.terms[name]
         return scorer(term_input(trajectories, self.tokenizer, outputs)).values
 
     def compare(self, policy: AdapterWeights, step: int, prompts: Sequence[Request]) -> Evaluation:
