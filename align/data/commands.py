@@ -143,10 +143,10 @@ def open_corpus(
     if kind is not None and kind not in DATA_KINDS:
         raise UserError(f"--kind {kind}: expected one of {', '.join(DATA_KINDS)}")
     known = next((each for each in DATA_KINDS if each == kind), None)
-    corpus = read_corpus(files, known, _renamed_columns(columns or []))
+    corpus = read_corpus(files, known, renamed_columns(columns or []))
     corpus.max_length = max_length
     if heldout:
-        corpus.heldout = heldout_texts(heldout, _renamed_columns(columns or []))
+        corpus.heldout = heldout_texts(heldout, renamed_columns(columns or []))
         corpus.heldout_files = [str(path) for path in heldout]
     if model:
         _add_tokenizer(corpus, model)
@@ -163,7 +163,8 @@ def _add_tokenizer(corpus: "Corpus", model: Path) -> None:
         corpus.max_length = getattr(load_model_config(str(model)), "max_position_embeddings", None)
 
 
-def _renamed_columns(columns: Sequence[str]) -> dict[str, str]:
+def renamed_columns(columns: Sequence[str]) -> dict[str, str]:
+    """The values of `--column`: align's name of a column: its name in the data. Raises UserError where one is none."""
     renamed: dict[str, str] = {}
     for each in columns:
         new_name, equals, name = each.partition("=")
