@@ -31,7 +31,7 @@ from align.data.readers import read_rows
 from align.data.source_row import SourceRow
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
-from policies.files.base_model import load_model_config, load_tokenizer
+from policies.files.base_model import load_model_config, load_model_tokenizer
 from policies.text.encoder import TextEncoder
 from rewards.schema import RewardSettings
 from rollouts.trajectory import Request
@@ -186,7 +186,7 @@ def read_preferences(experiment: Experiment, path: Path | None) -> list[Tokenize
     Raises:
         UserError: There are invalid rows, or no preferences.
     """
-    encoder = TextEncoder(load_tokenizer(experiment.model.path), experiment.data.special_tokens)
+    encoder = TextEncoder(load_model_tokenizer(experiment.model), experiment.data.special_tokens)
     parse = preference_parser(encoder, experiment.reward, context_length(experiment))
     if path is not None:
         source = SourceSettings(path=str(path))

@@ -13,7 +13,7 @@ from align.runtime.atomic_files import new_folder
 from policies.errors import UserError
 from policies.export import export_adapter, export_merged, export_reward
 from policies.files.adapters import PROMPT
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.generation import valid_generation
 from policies.files.prompt_table import add_task
 
@@ -62,7 +62,7 @@ def export_run(
     """
     model = experiment.model
     policy = experiment.policy
-    tokenizer = load_tokenizer(model.path)
+    tokenizer = load_model_tokenizer(model)
     if product == "adapter" and not policy.spec.shares_base:
         product = "model"
     notes: list[str] = []

@@ -27,7 +27,7 @@ from align.stages.policy_evaluation import LoadedReward
 from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
 from policies.build import build_trunk
 from policies.errors import UserError
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.safe_reading import read_object
 from policies.text.columns import tools as tools_in
 from policies.text.encoder import Exchange, TextEncoder, Tools
@@ -67,7 +67,7 @@ class TrainedRun:
     def __init__(self, experiment: Experiment, folder: RunFolder) -> None:
         self.experiment = experiment
         self.folder = folder
-        self.tokenizer = load_tokenizer(experiment.model.path)
+        self.tokenizer = load_model_tokenizer(experiment.model)
         self.encoder = TextEncoder(self.tokenizer, experiment.data.special_tokens)
 
     @property

@@ -16,7 +16,7 @@ from align.runtime.seeds import permutation, seed_for
 from align.scoring.build import REWARD_STATE, Scorers, build_scorers
 from align.scoring.reward import RoleScorer, term_input
 from policies.errors import UserError
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.safe_reading import read_object
 from policies.trunk import AdapterWeights
 from rewards.terms.model import ModelTerm
@@ -38,7 +38,7 @@ class LoadedReward:
 
     def __init__(self, experiment: Experiment, run: RunFolder) -> None:
         self.experiment = experiment
-        self.tokenizer = load_tokenizer(experiment.model.path)
+        self.tokenizer = load_model_tokenizer(experiment.model)
         self.scorers = build_scorers(experiment, run, self.tokenizer)
         self.roles = build_roles(self.scorers.blueprint, None, (SAMPLER_ROLE,))
         self.reference = self.scorers.blueprint.reference or self.roles.trunk.read_adapter("reference")
