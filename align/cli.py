@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from align.choice.command import choose_command
 from align.config.stage import Stage, all_stages, stages_from
 from align.data import commands as data_commands
 from align.jobs import commands as job_commands
@@ -163,6 +164,11 @@ def plan_command(
         print(json.dumps({"name": plan.name, "lines": plan.lines}))
     else:
         console.print(plan_table(plan))
+
+
+app.command(name="choose", epilog=_example("align choose --task prefer --data pairs.jsonl --model my-model"))(
+    choose_command
+)
 
 
 @app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))

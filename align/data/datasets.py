@@ -33,7 +33,7 @@ from align.data.readers import read_rows
 from align.data.source_row import SourceRow
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
-from policies.files.base_model import load_model_config, load_tokenizer
+from policies.files.base_model import load_model_config, load_model_tokenizer
 from policies.text.encoder import TextEncoder
 from rewards.schema import RewardSettings
 from rewards.step_labels import label_scale
@@ -240,7 +240,7 @@ def _sources_of(stage: str, experiment: Experiment) -> set[str]:
 
 def read_step_labels(experiment: Experiment, path: Path | None) -> list[TokenizedSteps]:
     """Read the labelled steps to evaluate a process reward model on; arguments and errors as of `read_preferences`."""
-    encoder = TextEncoder(load_tokenizer(experiment.model.path), experiment.data.special_tokens)
+    encoder = TextEncoder(load_model_tokenizer(experiment.model), experiment.data.special_tokens)
     parse = _step_parser(experiment, encoder, context_length(experiment))
     return _read_heldout(experiment, "step_labels", parse, path)
 
@@ -255,7 +255,7 @@ def read_preferences(experiment: Experiment, path: Path | None) -> list[Tokenize
     Raises:
         UserError: There are invalid rows, or no preferences.
     """
-    encoder = TextEncoder(load_tokenizer(experiment.model.path), experiment.data.special_tokens)
+    encoder = TextEncoder(load_model_tokenizer(experiment.model), experiment.data.special_tokens)
     parse = preference_parser(encoder, experiment.reward, context_length(experiment))
     return _read_heldout(experiment, "preferences", parse, path)
 

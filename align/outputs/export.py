@@ -14,7 +14,7 @@ from align.runtime.atomic_files import new_folder
 from policies.errors import UserError
 from policies.export import export_adapter, export_merged, export_reward
 from policies.files.adapters import PROMPT, save_adapter
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.generation import valid_generation
 from policies.files.prompt_table import add_task
 from policies.schema import PolicySettings
@@ -66,7 +66,7 @@ def export_run(
     """
     model = experiment.model
     policy = experiment.policy
-    tokenizer = load_tokenizer(model.path)
+    tokenizer = load_model_tokenizer(model)
     if product == "adapter" and not policy.spec.shares_base:
         product = "model"
     notes = [] if scale == 1 else ["", f"The policy is reference + {scale:g} · (trained policy - reference)."]

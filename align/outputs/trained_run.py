@@ -34,7 +34,7 @@ from align.stages.reward import (
 )
 from policies.build import build_trunk
 from policies.errors import UserError
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.safe_reading import read_object
 from policies.scaling import ScaledAdapter
 from policies.text.columns import tools as tools_in
@@ -78,7 +78,7 @@ class TrainedRun:
         self.experiment = experiment
         self.folder = folder
         self.scale = scale
-        self.tokenizer = load_tokenizer(experiment.model.path)
+        self.tokenizer = load_model_tokenizer(experiment.model)
         self.encoder = TextEncoder(self.tokenizer, experiment.data.special_tokens)
 
     @property

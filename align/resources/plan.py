@@ -47,7 +47,7 @@ class Plan:
 
 def plan_table(plan: Plan) -> Table:
     """The plan as a table for the terminal."""
-    return _table(f"plan of {plan.name}", plan.lines)
+    return text_table(f"plan of {plan.name}", plan.lines)
 
 
 def use_table(plan: Plan, peaks: Mapping[str, Mapping[str, int]]) -> Table:
@@ -60,10 +60,11 @@ def use_table(plan: Plan, peaks: Mapping[str, Mapping[str, int]]) -> Table:
     lines = []
     for stage, process, planned, peak in beside_plan(plan.uses, peaks):
         lines.append((f"{stage}: {process}", f"{byte_count(peak)}, planned {byte_count(planned)}"))
-    return _table("peak memory", lines)
+    return text_table("peak memory", lines)
 
 
-def _table(title: str, lines: Sequence[tuple[str, str]]) -> Table:
+def text_table(title: str, lines: Sequence[tuple[str, str]]) -> Table:
+    """Lines of a name and a text as a table for the terminal."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

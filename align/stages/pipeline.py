@@ -34,7 +34,7 @@ from align.stages.microbatch_size import halve_size, setting_of
 from policies.device import free_memory
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
-from policies.files.base_model import check_model_folder, check_weights, load_tokenizer
+from policies.files.base_model import check_model_folder, check_weights, load_model_tokenizer
 from policies.text.encoder import TextEncoder
 from rewards.model import member_folder, members_in, read_heads
 from rewards.terms.model import check_reads_responses
@@ -62,7 +62,7 @@ def load_datasets(experiment: Experiment) -> Datasets:
     Raises:
         UserError: A model, adapter, function, source or row cannot be used.
     """
-    tokenizer = load_tokenizer(experiment.model.path)
+    tokenizer = load_model_tokenizer(experiment.model)
     check_weights(experiment.model.path)
     remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)
@@ -161,7 +161,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
     if remaining := remaining_stages(experiment, run):
         last = _return_to_checkpoint(run, remaining[0], experiment.checkpoint.keep)
         truncate_after(run.path, remaining[0], last)
-        tokenizer = load_tokenizer(experiment.model.path)
+        tokenizer = load_model_tokenizer(experiment.model)
         config = experiment.model_dump(mode="json")
         job_type = "-".join(experiment.stages)
         with open_tracker(run.path, experiment.tracking, experiment.name, config, job_type) as tracker:

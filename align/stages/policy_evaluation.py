@@ -16,7 +16,7 @@ from align.runtime.seeds import permutation, seed_for
 from align.scoring.build import REWARD_STATE, Scorers, build_scorers
 from align.scoring.reward import RoleScorer, term_input
 from policies.errors import UserError
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.safe_reading import read_object
 from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
@@ -45,7 +45,7 @@ class LoadedReward:
             adapters: Settings of the adapters, where they have a higher rank than the run's; None: the run's.
         """
         self.experiment = experiment
-        self.tokenizer = load_tokenizer(experiment.model.path)
+        self.tokenizer = load_model_tokenizer(experiment.model)
         self.scorers = build_scorers(experiment, run, self.tokenizer)
         blueprint = self.scorers.blueprint.widened(adapters or experiment.policy)
         self.roles = build_roles(blueprint, None, (SAMPLER_ROLE,))
