@@ -46,6 +46,14 @@ RunOverrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help=f"settings that replace the run's; {OTHERS}", show_default=False),
 ]
+EvaluationOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help=f"settings under `evaluation` that replace the run's; {OTHERS}",
+        show_default=False,
+    ),
+]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors, and the object of --json")]
 PolicyScale = Annotated[
@@ -174,6 +182,7 @@ app.command(name="choose", epilog=_example("align choose --task prefer --data pa
 @app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))
 def evaluate(  # noqa: PLR0913 - one parameter per option
     run: Run,
+    overrides: EvaluationOverrides = None,
     reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
     data: Annotated[
         Path | None, typer.Option(help="with --reward: preferences to evaluate it on; unset: the run's held-out ones")
@@ -185,27 +194,39 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     against: Annotated[
         str | None, typer.Option(metavar="RUN2", help="compare with the policy of this run, on the prompts of RUN")
     ] = None,
+    perplexity: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="measure the perplexity of this file's texts under each model; may be repeated"
+        ),
+    ] = None,
     scale: PolicyScale = 1.0,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
 
-    With --against, compare its policy with that of another run, by the reward of the first. With --scale, print the
-    figures of another policy on the line through both, and leave evaluation.json as it is.
+    With --against, compare its policy with that of another run, by the reward of the first. With --perplexity, measure
+    how likely texts and held-out demonstrations are under the base model and under what each stage has made of it. With
+    --scale, print the figures of another policy on the line through both, and leave evaluation.json as it is.
     """
     from align.outputs.trained_run import open_run
 
-    if reward and against:
-        raise UserError("--reward and --against are different evaluations: choose one")
+    if sum(map(bool, (reward, against, perplexity))) > 1:
+        raise UserError("--reward, --against and --perplexity are different evaluations: choose one")
     if not reward and (data or classifier or to):
         raise UserError("--data, --classifier and --to need --reward: add it")
-    if reward and scale != 1:
-        raise UserError("--scale is for the policy: remove it, or --reward")
-    trained = open_run(run, scale=scale)
+    if scale != 1 and (reward or perplexity):
+        raise UserError("--scale is for the policy: remove it, or --reward or --perplexity")
+    for override in overrides or []:
+        if not override.removeprefix("~").startswith("evaluation."):
+            raise UserError(f"{override}: an evaluation can change settings of the section evaluation alone")
+    trained = open_run(run, overrides or [], scale)
     if reward:
         _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
     elif against:
         _compare_policies(trained, open_run(against), as_json)
+    elif perplexity:
+        _measure_perplexity(trained, perplexity, as_json)
     else:
         _show(trained.evaluate(), as_json)
 
@@ -654,6 +675,16 @@ def _evaluate_reward_model(
         to.mkdir(parents=True, exist_ok=True)
         write_diagnostics(to, facts, worst_errors)
         errors.print(f"written to {to}", soft_wrap=True)
+
+
+def _measure_perplexity(trained: "TrainedRun", files: Sequence[Path], as_json: bool) -> None:
+    from align.evaluation.tables import perplexity_table
+
+    section = trained.measure_perplexity(files)
+    if as_json:
+        print(json.dumps(section))
+    else:
+        console.print(perplexity_table(section))
 
 
 def _compare_policies(trained: "TrainedRun", other: "TrainedRun", as_json: bool) -> None:

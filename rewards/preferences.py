@@ -67,6 +67,7 @@ class PreferenceExample:
         preference: A pair, a ranking or a rating of the responses.
         attribute: What they were compared by; ratings name their attributes themselves.
         subset: The part of a benchmark that the example belongs to; empty without one.
+        row_id: What the benchmark calls the example; empty without a subset.
     """
 
     prompt: Prompt
@@ -74,6 +75,7 @@ class PreferenceExample:
     preference: Preference
     attribute: str = OVERALL
     subset: str = ""
+    row_id: str = field(default="", repr=False)  # the digest of the data is of the `repr`, and does not depend on names
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ def parse_preference(values: Mapping[str, Any], open_ties: bool = False) -> Pref
     * `prompt`, `responses`, `best` (the index of the best, from 0)
     * `prompt`, `response`, `rating` (a number, or an object of numbers by attribute)
 
-    All but the last may have an `attribute`, and each a `subset`.
+    All but the last may have an `attribute`, and each a `subset` of a benchmark, with an `id` in it.
 
     Args:
         values: The row by column.
@@ -100,7 +102,9 @@ def parse_preference(values: Mapping[str, Any], open_ties: bool = False) -> Pref
         ValueError: The row is none of these; the message is for users.
     """
     example = _parse(values, open_ties)
-    return replace(example, subset=fields.text(values, "subset")) if fields.has(values, "subset") else example
+    if not fields.has(values, "subset"):
+        return example
+    return replace(example, subset=fields.text(values, "subset"), row_id=str(values.get("id", "")))
 
 
 def _parse(values: Mapping[str, Any], open_ties: bool) -> PreferenceExample:

@@ -239,14 +239,36 @@ class EvaluationSettings(Settings):
         default_factory=dict, description="NAME: a prompting baseline to evaluate too"
     )
     best_of: int = Field(0, ge=0, description="also evaluate the best of this many reference samples; 0: do not")
+    samples_per_prompt: int = Field(
+        1,
+        ge=1,
+        description="responses per held-out prompt, of each side, from which accuracy and pass@k are computed where a "
+        "term of the reward is verifiable; all other figures are of the first one",
+    )
+    texts: dict[str, SourceSettings] = Field(
+        default_factory=dict,
+        description="NAME: texts, or demonstrations, whose perplexity under the base model and the product of each "
+        "stage is measured at the end of the run",
+    )
+    window: int = Field(
+        2048,
+        ge=2,
+        description="most tokens of a document that a model reads at a time to measure its perplexity; at most its "
+        "context length",
+    )
     seed: int = Field(1234, description="of the samples; the same in every run, so that runs can be compared")
 
     @model_validator(mode="after")
     def _has_gold(self) -> "EvaluationSettings":
         if self.best_of > 1 and self.temperature == 0:
             raise ValueError("best_of: greedy samples (`temperature: 0`) are all the same")
+        if self.samples_per_prompt > 1 and self.temperature == 0:
+            raise ValueError("samples_per_prompt: greedy samples (`temperature: 0`) are all the same")
         if self.best == "gold_mean" and not self.gold:
             raise ValueError("`best: gold_mean` needs `gold`")
+        for name in self.texts:
+            if not name.isidentifier():
+                raise ValueError(f"texts: {name!r} is not a valid name: letters, digits and _ were expected")
         return self
 
 
@@ -416,6 +438,16 @@ class Experiment(Settings):
             raise ValueError(
                 f"rollouts.engine vllm swaps adapters of policy.method {supporting('vllm')}, of rank "
                 f"{LARGEST_VLLM_RANK} at most; this policy is another: use engine transformers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_verifiable(self) -> "Experiment":
+        if self.evaluation.samples_per_prompt > 1 and not any(t.is_verifiable for t in self.reward.terms.values()):
+            raise unread_settings(
+                "evaluation.samples_per_prompt has no effect: accuracy and pass@k need a verifiable term in "
+                "reward.terms, of kind exact, number, math, json or regex, or a function with `verifiable: true`",
+                "evaluation.samples_per_prompt",
             )
         return self
 

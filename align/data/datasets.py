@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment, MixedSource, SourceSettings
 from align.config.stage import find_stage
+from align.data.documents import Document, read_documents
 from align.data.examples import (
     Example,
     Parser,
@@ -58,6 +59,7 @@ class Datasets:
         step_labels_heldout: What it is evaluated on.
         prompts: What PPO samples responses to.
         prompts_heldout: What the policy and the reference are evaluated on.
+        texts: What the perplexity of the base model and of each stage's product is measured on, by name.
         skipped: For each source, the location and problem of each invalid row.
         notes: For each source, what is to be known of how its columns are read.
     """
@@ -73,6 +75,7 @@ class Datasets:
     step_labels_heldout: list[TokenizedSteps] = field(default_factory=list)
     prompts: list[Request] = field(default_factory=list)
     prompts_heldout: list[Request] = field(default_factory=list)
+    texts: dict[str, list[Document]] = field(default_factory=dict)
     skipped: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -135,6 +138,8 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         parse_requests = request_parser(encoder, experiment.rollouts, max_positions)
         datasets.prompts, heldout = reader.read_and_split("prompts", parse_requests)
         datasets.prompts_heldout = heldout[: experiment.evaluation.prompts]
+    for name, source in experiment.evaluation.texts.items():
+        datasets.texts[name] = read_documents(source, encoder, experiment.sft, f"evaluation.texts.{name}")
     return datasets
 
 

@@ -170,7 +170,7 @@ def demonstration_parser(
     limit = _limit("sft.max_tokens", settings.max_tokens, max_positions)
 
     def parse(values: Mapping[str, Any]) -> TokenizedDemonstration:
-        demonstration = _tokenized(encoder, settings, values)
+        demonstration = tokenized_demonstration(encoder, settings, values)
         is_split = settings.truncate == "split" and demonstration.is_text
         if demonstration.length <= limit.tokens or is_split:
             return demonstration
@@ -191,15 +191,17 @@ def truncated(
     """
     excess = demonstration.length - tokens if where == "start" else 0
     ids = demonstration.ids[excess : excess + tokens]
-    turns = []
-    for start, end in demonstration.turns:
-        first = max(1, start - excess)  # a token is predicted from the one before it
-        last = min(tokens, end - excess)
-        if first < last:
-            turns.append((first, last))
+    within = turns_within(demonstration.turns, excess + 1, excess + tokens)  # a token is predicted from the one before
+    turns = [(start - excess, end - excess) for start, end in within]
     if not turns:
         raise ValueError(f"its first {tokens} tokens have none that is trained, and sft.truncate cuts off its {where}")
     return TokenizedDemonstration(ids, turns, was_cut=True)
+
+
+def turns_within(turns: Sequence[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """The parts of turns, each its first token and one past its last, that lie from `start` up to before `end`."""
+    clipped = [(max(start, first), min(end, last)) for first, last in turns]
+    return [(first, last) for first, last in clipped if first < last]
 
 
 def pieces_of(demonstration: TokenizedDemonstration, tokens: int) -> list[TokenizedDemonstration]:
@@ -216,7 +218,10 @@ def pieces_of(demonstration: TokenizedDemonstration, tokens: int) -> list[Tokeni
     return pieces
 
 
-def _tokenized(encoder: TextEncoder, settings: SftSettings, values: Mapping[str, Any]) -> TokenizedDemonstration:
+def tokenized_demonstration(
+    encoder: TextEncoder, settings: SftSettings, values: Mapping[str, Any]
+) -> TokenizedDemonstration:
+    """The tokens of a row with a demonstration, of any length; raises ValueError where it is not valid."""
     row = parse_demonstration(values)
     if isinstance(row, Transcript):
         conversation = encoder.conversation(row.messages, settings.turns, row.tools)

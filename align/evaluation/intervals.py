@@ -26,6 +26,31 @@ def mean_interval(values: Tensor) -> tuple[float, float] | None:
     return mean - half_width, mean + half_width
 
 
+def ratio_interval(totals: Tensor, sizes: Tensor) -> tuple[float, float] | None:
+    """Student's t interval of a ratio of sums, R = Σ totals / Σ sizes, such as nats per token of documents.
+
+    The variance is that of the linearised ratio, n / (n - 1) · Σ (totals - R · sizes)² / (Σ sizes)² (Cochran 1977,
+    "Sampling techniques", section 6.4).
+
+    Args:
+        totals: One total per document `[n]`.
+        sizes: The size of each document `[n]`, not negative.
+
+    Returns:
+        The lower and the upper end; None for fewer than two documents.
+    """
+    count = len(totals)
+    if count < 2:
+        return None
+    totals = totals.double()
+    sizes = sizes.double()
+    ratio = float(totals.sum() / sizes.sum())
+    deviations = totals - ratio * sizes  # [n]
+    standard_error = float((deviations.square().sum() * count / (count - 1)).sqrt() / sizes.sum())
+    half_width = float(student.ppf(0.975, count - 1)) * standard_error
+    return ratio - half_width, ratio + half_width
+
+
 def share_interval(values: Tensor) -> Accuracy:
     """Wilson's score interval of a mean of values from 0 to 1, such as wins with ties counted half.
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from align.config.schema import Experiment
 from align.evaluation.intervals import with_interval
 from align.evaluation.prompt_styles import PromptStyle
+from align.evaluation.rules import accuracy_gains, powers_of_two_to, rule_figures
 from align.runtime.seeds import seed_for
 from align.scoring.build import Scorers
-from align.scoring.reward import EvaluationScorer, GoldScorer, Rescore, RoleScorer
+from align.scoring.reward import RIGHT_NOTE, EvaluationScorer, GoldScorer, Rescore, RoleScorer
 from policies.text.encoder import TextEncoder
 from policies.text.tokenization import decode_response, prompt_text
 from policies.trunk import AdapterWeights
@@ -42,6 +43,14 @@ class ScoredSamples:
     def scores(self) -> Tensor:
         """The reward's scores `[prompts]`."""
         return torch.tensor([output.score for output in self.outputs])
+
+    def right(self) -> dict[str, Tensor]:
+        """Whether each response is right, 1 or 0, by verifiable term: `[prompts]` float64."""
+        names = [name for name in self.outputs[0].notes if name.startswith(RIGHT_NOTE)]
+        return {name.removeprefix(RIGHT_NOTE): self._notes(name) for name in names}
+
+    def _notes(self, name: str) -> Tensor:
+        return torch.tensor([output.notes[name] for output in self.outputs], dtype=torch.float64)
 
     def figures(self) -> dict[str, float]:
         """The figures of `evaluation.json` that policy and reference both have."""
@@ -89,7 +98,7 @@ class EvaluationScorers:
 
     Attributes:
         policy: Scores the policy's responses, and computes their KL to the reference.
-        reference: Scores the reference's responses.
+        reference: Scores responses alone: those of the reference, and further samples of the policy.
         gold: The true score; None where the experiment has none.
     """
 
@@ -107,6 +116,8 @@ class HeldoutPlan:
         sampling: How responses are sampled.
         seed: Seed of the sampling.
         best_of: Number of reference samples per prompt to pick the best from; 0: none.
+        samples_per_prompt: Number of samples per prompt, of each model, that accuracy and pass@k are computed from; all
+            other figures are of the first one.
         prompt_styles: Prompting baselines: the reference is also prompted in these styles, and its responses are scored
             as responses to the plain prompts.
     """
@@ -115,11 +126,12 @@ class HeldoutPlan:
     sampling: Sampling
     seed: int
     best_of: int = 0
+    samples_per_prompt: int = 1
     prompt_styles: Mapping[str, PromptStyle] = field(default_factory=dict)
 
     def draws(self) -> list[list[Request]]:
         """The prompts once per draw, each with its own seed."""
-        return [self._draw(draw) for draw in range(max(1, self.best_of))]
+        return [self._draw(draw) for draw in range(max(self.samples_per_prompt, self.best_of))]
 
     def _draw(self, draw: int) -> list[Request]:
         requests = []
@@ -186,22 +198,30 @@ class Evaluator:
         references = [samples.score() for samples in self._reference_samples.draws]
         self.pool.load_adapter(version, policy)
         sampled = self._sample(self.draws[0], self.scorers.policy).score()
+        right = _right([sampled, *self._further_samples()])
+        reference_right = _right(references[: self.heldout.samples_per_prompt])
+        policy_figures = _policy_figures(sampled, references[0]) | rule_figures(right)
         sections: dict[str, Any] = {
-            "reference": references[0].figures(),
-            "policy": _policy_figures(sampled, references[0]) | {"step": version},
+            "reference": references[0].figures() | rule_figures(reference_right),
+            "policy": policy_figures | accuracy_gains(right, reference_right) | {"step": version},
         }
         if self.heldout.best_of:
-            sections["best_of"] = _best_of(references)
+            sections["best_of"] = _best_of(references[: self.heldout.best_of])
         if self.heldout.prompt_styles:
             sections["prompt_styles"] = self._style_figures(sampled)
         return Evaluation(sections | {"prompts": len(sampled.trajectories)}, sampled, references[0])
+
+    def _further_samples(self) -> list[ScoredSamples]:
+        """The policy's samples after its first; of these only the reward is of interest."""
+        further = self.draws[1 : self.heldout.samples_per_prompt]
+        return [self._sample(requests, self.scorers.reference).score() for requests in further]
 
     def _style_figures(self, policy: ScoredSamples) -> dict[str, dict[str, float]]:
         """Figures of the reference in each style, and how often the policy wins against it."""
         figures = {}
         for name, samples in self._reference_samples.styles.items():
             styled = samples.score()
-            figures[name] = styled.figures() | _wins(policy, styled)
+            figures[name] = styled.figures() | rule_figures(_right([styled])) | _wins(policy, styled)
         return figures
 
     @cached_property
@@ -234,6 +254,15 @@ def _policy_figures(policy: ScoredSamples, reference: ScoredSamples) -> dict[str
     if policy.gold is not None and reference.gold is not None:
         figures |= paired_gain(policy.gold, reference.gold, "gold")
     return figures
+
+
+def _right(draws: Sequence[ScoredSamples]) -> dict[str, Tensor]:
+    """Whether each sample is right by verifiable term, `[draws, prompts]`."""
+    by_term: dict[str, list[Tensor]] = {}
+    for samples in draws:
+        for name, right in samples.right().items():
+            by_term.setdefault(name, []).append(right)
+    return {name: torch.stack(rights) for name, rights in by_term.items()}
 
 
 def paired_gain(policy: Tensor, reference: Tensor, name: str) -> dict[str, float]:
@@ -287,15 +316,9 @@ def _stacked_gold(draws: Sequence[ScoredSamples]) -> Tensor | None:
     return torch.stack(gold) if gold else None
 
 
-def _powers_of_two_to(largest: int) -> list[int]:
-    """1, 2, 4, … and the largest."""
-    powers = [2**exponent for exponent in range(largest.bit_length())]
-    return [power for power in powers if power < largest] + [largest]
-
-
 def best_of_curve(scores: Tensor, gold: Tensor | None) -> list[dict[str, float]]:
     """`best_of_n` for 1, 2, 4, … and all of the N samples per prompt; arguments as there."""
-    return [best_of_n(scores, gold, n) for n in _powers_of_two_to(len(scores))]
+    return [best_of_n(scores, gold, n) for n in powers_of_two_to(len(scores))]
 
 
 def best_of_n(scores: Tensor, gold: Tensor | None, n: int) -> dict[str, float]:
@@ -365,6 +388,7 @@ def build_evaluator(
         sampling=Sampling(temperature, rollouts.max_new_tokens),
         seed=settings.seed,
         best_of=settings.best_of,
+        samples_per_prompt=settings.samples_per_prompt,
         prompt_styles={name: PromptStyle(style, encoder) for name, style in settings.prompt_styles.items()},
     )
     evaluation_scorers = EvaluationScorers(

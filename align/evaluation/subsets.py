@@ -1,14 +1,18 @@
 """Accuracy by the subsets of a benchmark of reward models, such as RewardBench 1 and 2."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from align.data.examples import TokenizedPreference
+from align.evaluation.ties import paired, ties_figures
 from rewards.diagnostics import wilson
 from rewards.preferences import Pair, PreferenceExample, Ranking
+
+TIES_IDS = ("ref:", "tied:")
+"""What the ids of pairs begin with: of the prompt with one right response, and of that with several."""
 
 
 def subset_figures(preferences: Sequence[TokenizedPreference], scores: Tensor) -> dict[str, Any]:
@@ -16,31 +20,43 @@ def subset_figures(preferences: Sequence[TokenizedPreference], scores: Tensor) -
 
     With one better response this is RewardBench's accuracy (Lambert et al. 2024), and the best-of-4 accuracy of
     RewardBench 2 (Malik et al. 2025); equal scores are errors. In the subset Ties of the latter, several responses are
-    right: all of them must score higher than all wrong ones.
+    right: all of them must score higher than all wrong ones. Its prompts have ids in pairs, and a weighted score, which
+    also compares margins.
 
     Args:
         preferences: The examples.
         scores: Overall scores `[N]` of all their responses in order.
 
     Returns:
-        `subsets`, the fields of an `Accuracy` with Wilson's interval by subset, and `subset_mean`, the mean of their
-        accuracies; empty where no example has a subset.
+        `subsets`, the fields of an `Accuracy` with Wilson's interval by subset; where there are such pairs `ties`, see
+        `ties_figures`; and `subset_mean`, the mean of the accuracies, but of this score for the subset of the pairs.
+        Empty where no example has a subset.
     """
     right: dict[str, list[bool]] = {}
+    ties: dict[str, tuple[list[float], list[float]]] = {}
+    ties_subset = ""
     start = 0
     for preference in preferences:
         example = preference.example
         end = start + len(example.responses)
         better = _better_count(example)
         if example.subset and better:
-            margin = scores[start : start + better].min() - scores[start + better : end].max()
-            right.setdefault(example.subset, []).append(bool(margin > 0))
+            best = scores[start : start + better].tolist()
+            others = scores[start + better : end].tolist()
+            right.setdefault(example.subset, []).append(min(best) > max(others))
+            if example.row_id.startswith(TIES_IDS):
+                ties[example.row_id] = (best, others)
+                ties_subset = example.subset
         start = end
     if not right:
         return {}
     accuracies = {name: wilson(sum(results) / len(results), len(results)) for name, results in right.items()}
-    mean = torch.tensor([accuracy.accuracy for accuracy in accuracies.values()], dtype=torch.float64).mean()
-    return {"subsets": {name: vars(accuracy) for name, accuracy in accuracies.items()}, "subset_mean": float(mean)}
+    figures: dict[str, Any] = {"subsets": {name: vars(accuracy) for name, accuracy in accuracies.items()}}
+    by_subset = {name: accuracy.accuracy for name, accuracy in accuracies.items()}
+    if pairs := paired(ties):
+        figures["ties"] = ties_figures(pairs)
+        by_subset[ties_subset] = figures["ties"]["score"]
+    return figures | {"subset_mean": fmean(by_subset.values())}
 
 
 def _better_count(example: PreferenceExample) -> int:

@@ -1,5 +1,6 @@
 """Evaluations and diagnostics as tables for the terminal."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,16 @@ INVARIANCE = {
 """How the scores were computed that are compared with those of each response alone, by key in `diagnostics.json`."""
 
 
+PASS_AT_K = re.compile(r"pass_at_(\d+)")
+"""The first part of the key of pass@K; that of an end of its interval is another."""
+
+PERPLEXITY_FIGURES = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("bits_per_byte", "bits per byte", "{:.3f}"),
+    ("perplexity_ratio", "perplexity over base", "{:.3f}"),
+)
+"""The same of a model's likelihood of texts."""
+
 LABEL_FIGURES = (
     ("accuracy", "accuracy", "{:.1%}"),
     ("f1_macro", "macro F1", "{:.3f}"),
@@ -63,6 +74,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
         )
     if "policy" in evaluation:
         parts.append(_models_table(evaluation))
+    if perplexity := evaluation.get("perplexity"):
+        parts.append(perplexity_table(perplexity))
     times = "  ".join(f"{stage} {seconds:.0f} s" for stage, seconds in evaluation.get("seconds", {}).items())
     return Group(*parts, f"time: {times or 'nothing ran'}")
 
@@ -103,6 +116,24 @@ def _models_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
+def perplexity_table(section: Mapping[str, Any]) -> Table:
+    """The likelihood of each set of texts, and of held-out demonstrations, under each model."""
+    title = f"perplexity, read in windows of {counted(section['window'], 'token')}, with 95 % intervals"
+    headings = [label for _, label, _ in PERPLEXITY_FIGURES]
+    table = Table(
+        "", "documents", "model", *headings, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2)
+    )
+    named = dict(section["texts"])
+    named |= {f"held-out {name}": figures for name, figures in section["heldout"].items()}
+    for name, figures in named.items():
+        first = [escape(name), f"{figures['documents']:,}"]
+        for model, own in figures["models"].items():
+            cells = [_cell(own, key, form) for key, _, form in PERPLEXITY_FIGURES]
+            table.add_row(*first, model, *cells)
+            first = ["", ""]
+    return table
+
+
 def comparison_table(facts: dict[str, Any]) -> Table:
     """The policies of two runs side by side, each figure with its 95 % interval."""
     names = [escape(path) for path in facts["runs"]]
@@ -116,10 +147,27 @@ def comparison_table(facts: dict[str, Any]) -> Table:
 def figure_rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Label and formatted cells of each figure that any column has; the cell is empty where a column lacks it."""
     rows = []
-    for key, label, form in FIGURES:
+    for key, label, form in (*FIGURES, *_rule_figures(columns)):
         cells = [_cell(column, key, form) for column in columns]
         if any(cells):
             rows.append((label, cells))
+    return rows
+
+
+def _rule_figures(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """The same as `FIGURES` of accuracy and pass@k by the terms that any column has."""
+    keys: dict[str, None] = {}  # a set that keeps the order
+    for column in columns:
+        keys |= dict.fromkeys(key for key in column if "/" in key)
+    rows = []
+    for key in keys:
+        kind, _, term = key.partition("/")
+        if kind == "accuracy":
+            rows.append((key, f"right by {term}", "{:.1%}"))
+        elif kind == "accuracy_gain":
+            rows.append((key, f"change of right by {term}", "{:+.1%}"))
+        elif match := PASS_AT_K.fullmatch(kind):
+            rows.append((key, f"pass@{match[1]} by {term}", "{:.1%}"))
     return rows
 
 
@@ -128,8 +176,11 @@ def _cell(figures: Mapping[str, Any], key: str, form: str) -> str:
     if key not in figures:
         return ""
     cell = form.format(figures[key])
-    if f"{key}_low" in figures:
-        cell += f" ({form.format(figures[f'{key}_low'])} to {form.format(figures[f'{key}_high'])})"
+    kind, slash, term = key.partition("/")
+    low = f"{kind}_low{slash}{term}"
+    high = f"{kind}_high{slash}{term}"
+    if low in figures:
+        cell += f" ({form.format(figures[low])} to {form.format(figures[high])})"
     return cell
 
 
@@ -140,10 +191,8 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
         _add_step_rows(table, facts)
     elif "accuracy" in facts:
         _add_comparison_rows(table, facts)
-    for name, accuracy in facts.get("subsets", {}).items():
-        table.add_row(f"subset {escape(name)}", f"{_accuracy(accuracy)} of {counted(accuracy['pairs'], 'row')}")
-    if "subset_mean" in facts:
-        table.add_row("mean over subsets", f"{facts['subset_mean']:.1%}")
+    for row in _subset_rows(facts):
+        table.add_row(*row)
     for name in ("agreement", "rank_correlation", "rating_correlation"):
         if name in facts:
             table.add_row(name.replace("_", " "), f"{facts[name]:.3f}")
@@ -200,6 +249,18 @@ def _add_step_rows(table: Table, facts: Mapping[str, Any]) -> None:
     if "f1" in facts.get("first_error", {}):
         table.add_row("F1 of the first error", f"{facts['first_error']['f1']:.3f}")
     _add_calibration_rows(table, facts)
+
+
+def _subset_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and cell of the accuracy on each subset of a benchmark, and of their mean."""
+    rows = []
+    for name, accuracy in facts.get("subsets", {}).items():
+        rows.append((f"subset {escape(name)}", f"{_accuracy(accuracy)} of {counted(accuracy['pairs'], 'row')}"))
+    if ties := facts.get("ties"):
+        rows.append(("weighted score of ties", f"{_cell(ties, 'score', '{:.1%}')} of {counted(ties['pairs'], 'pair')}"))
+    if "subset_mean" in facts:
+        rows.append(("mean over subsets", f"{facts['subset_mean']:.1%}"))
+    return rows
 
 
 def _length_range(low: float, high: float) -> str:

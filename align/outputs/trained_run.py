@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from align.config.schema import Experiment
+from align.config.schema import Experiment, SourceSettings
 from align.data.datasets import Datasets, context_length, read_preferences, read_step_labels
+from align.data.documents import read_documents
 from align.data.examples import TokenizedPreference
 from align.evaluation.comparison import ScoredResponses
 from align.evaluation.reward_model import compute_diagnostics
@@ -23,6 +24,7 @@ from align.runs.folder import RunFolder, find_run, read_facts
 from align.runs.products import missing_product
 from align.runtime.atomic_files import write_json
 from align.runtime.seeds import seed_for
+from align.stages.perplexity import measure_perplexity
 from align.stages.pipeline import load_datasets
 from align.stages.policy_evaluation import LoadedReward
 from align.stages.reward import (
@@ -321,6 +323,30 @@ class TrainedRun:
         figures = measure_frontier(self.experiment, self.folder, datasets, samples, scales)
         write_json(self.folder.evaluation, self.evaluation | {"frontier": figures})
         return figures
+
+    def measure_perplexity(self, texts: Sequence[Path | str] = ()) -> dict[str, Any]:
+        """Measure the perplexity of texts under the base model and each product, and update `evaluation.json`.
+
+        It is also measured on the texts of `evaluation.texts` and on the held-out demonstrations.
+
+        Args:
+            texts: Files or folders with texts or demonstrations, as SFT reads them.
+
+        Returns:
+            The section `perplexity` of `evaluation.json`; the texts have the names of their files.
+
+        Raises:
+            UserError: A text cannot be read, or there is nothing to measure on.
+            TypeError: A text is given instead of a list of files.
+        """
+        check_lists(texts=texts)
+        sft = self.experiment.sft
+        datasets = load_datasets(self.experiment)
+        for text in map(str, texts):
+            datasets.texts[text] = read_documents(SourceSettings(path=text), self.encoder, sft, "perplexity")
+        perplexity = measure_perplexity(self.experiment, self.folder, datasets)
+        write_json(self.folder.evaluation, self.evaluation | {"perplexity": perplexity})
+        return perplexity
 
     def export(self, to: Path | str, merge: bool = False, dtype: str = "float32") -> Exported:
         """Export the policy for other programs, with tokenizer and model card, and compare it with the run's own.

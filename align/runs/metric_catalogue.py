@@ -66,6 +66,8 @@ NATS_PER_TOKEN = "nats per token"
 NATS_PER_SEQUENCE = "nats per sequence"
 WITH_GOLD = "with `evaluation.gold`"
 WITH_CRITIC = "with a critic"
+WITH_RULES = "with a verifiable term"
+WITH_SAMPLES = "with a verifiable term and `evaluation.samples_per_prompt`"
 WITH_ENSEMBLE = "with an ensemble of reward models"
 AT_EVALUATIONS = "at evaluations"
 WITH_CLASSES = "in classification"
@@ -370,6 +372,19 @@ EVALUATION = (
         "eval/win_rate", "share of prompts on which the policy scores higher than the reference, ties one half", "share"
     ),
     Metric("eval/gold_win_rate", "the same by the true scores", "share", WITH_GOLD),
+    Metric("eval/accuracy/*", "share of responses that a verifiable term finds right", "share", WITH_RULES),
+    Metric("eval/accuracy_low/*", "the same: lower end of its 95 % interval", "share", WITH_RULES),
+    Metric("eval/accuracy_high/*", "the same: upper end of its 95 % interval", "share", WITH_RULES),
+    Metric("eval/accuracy_gain/*", "this share less the reference's on the same prompts", "share", WITH_RULES),
+    Metric("eval/accuracy_gain_low/*", "the same: lower end of its 95 % interval", "share", WITH_RULES),
+    Metric("eval/accuracy_gain_high/*", "the same: upper end of its 95 % interval", "share", WITH_RULES),
+    Metric(
+        "eval/pass_at_*",
+        "chance that at least one of K samples is right, `pass_at_K/NAME`, and the ends of its 95 % interval, "
+        "`pass_at_K_low/NAME` and `pass_at_K_high/NAME`",
+        "share",
+        WITH_SAMPLES,
+    ),
     Metric("eval/kl_per_sequence", "KL to the reference", NATS_PER_SEQUENCE),
     Metric("eval/kl_per_token", "the same, by tokens", NATS_PER_TOKEN),
     Metric("eval/length_mean", "tokens per response: mean", "tokens"),
@@ -463,6 +478,7 @@ SECTIONS = (
             Panel("gold", "Gold score", "gold score", ("reward/gold_mean", "eval/gold_mean")),
             Panel("terms", "Terms of the reward", "score", ("reward/term/*", "reward/steps/*", "reward/attribute/*")),
             Panel("wins", "Wins over the reference", "share", ("eval/win_rate", "eval/gold_win_rate")),
+            Panel("accuracy", "Right responses", "share", ("eval/accuracy/*",)),
             Panel("spread", "Spread of the scores", "score", ("reward/std", "reward/spread", "eval/spread_mean")),
         ),
     ),

@@ -100,7 +100,12 @@ def build_scorers(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedT
         blueprint = replace(blueprint, rewards=_reward_roles(experiment, run), reads_tokens=is_process)
     stage = RewardStage(settings, facts)
     terms = {name: term.make_scorer(name, stage) for name, term in settings.terms.items()}
-    reward = Reward(terms, Composition(settings.terms, settings.constraint), tokenizer)
+    reward = Reward(
+        terms=terms,
+        composition=Composition(settings.terms, settings.constraint),
+        tokenizer=tokenizer,
+        verifiable=[name for name, term in settings.terms.items() if term.is_verifiable],
+    )
     return Scorers(blueprint=blueprint, reward=reward, gold=gold, gold_pool=gold_pool)
 
 

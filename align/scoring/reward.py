@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from policies.errors import UserError
 from policies.text.alignment import TextAlignment
 from policies.text.tokenization import decode_response
 from rewards.calls import Arguments, Caller, score_batch
@@ -16,6 +17,9 @@ from rewards.children.source import FunctionSource
 from rewards.compose import Composition
 from rewards.terms.base import LONGEST_CALL, FunctionScorer, TermInput, TermScorer, TermScores
 from rollouts.trajectory import RoleOutputs, Trajectory
+
+RIGHT_NOTE = "right/"
+"""What the name of a note begins with that says whether a response is right by a term, 1 or 0."""
 
 Notes = dict[str, Tensor]
 """Further values of the trajectories, `[B]` each, by the name under which they are logged."""
@@ -49,11 +53,13 @@ class Reward:
         terms: The scorer of each term by name.
         composition: Normalises, clips, weights and adds up the scores of the terms.
         tokenizer: Tokenizer of the base model, which decodes responses.
+        verifiable: The terms whose scores say whether a response is right.
     """
 
     terms: Mapping[str, TermScorer]
     composition: Composition
     tokenizer: PreTrainedTokenizerBase
+    verifiable: Collection[str] = ()
 
     def score_for_evaluation(self, trajectories: Sequence[Trajectory], outputs: list[RoleOutputs]) -> Rescore:
         """Score trajectories by all terms immediately, and compose the scores whenever the result is called.
@@ -63,9 +69,12 @@ class Reward:
             outputs: `[B]`, their role outputs, those of the reward role at least.
 
         Returns:
-            A function that returns the role outputs `[B]` with score and notes. The composition is not updated.
+            A function that returns the role outputs `[B]` with score and notes. The composition is not updated. Among
+            the notes is `right/NAME` of each verifiable term: 1 for a right response, else 0.
         """
         scores = self.term_scores(trajectories, outputs)
+        for name in self.verifiable:
+            scores[name] = _with_verdict(scores[name], name)
 
         def rescore() -> list[RoleOutputs]:
             factors = self.composition.factors
@@ -158,6 +167,19 @@ def gold_scorer(caller: Caller, tokenizer: PreTrainedTokenizerBase, name: str = 
         return score_batch(caller, arguments, name=name).values
 
     return score
+
+
+def _with_verdict(scores: TermScores, name: str) -> TermScores:
+    """The scores of a verifiable term with a note that says which responses are right; a failed call is not."""
+    failed = scores.notes.get(f"failed/{name}", torch.zeros_like(scores.values)) == 1  # [B]
+    right = (scores.values == 1) & ~failed  # [B]
+    other = scores.values[~(right | failed | (scores.values == 0))]
+    if len(other):
+        raise UserError(
+            f"reward.terms.{name} is verifiable: 1 for a right response or 0 for a wrong one was expected, and it has "
+            f"given {float(other[0]):g}; set verifiable to false where it is no rule"
+        )
+    return replace(scores, notes=scores.notes | {f"{RIGHT_NOTE}{name}": right.double()})
 
 
 def _values(scores: Mapping[str, TermScores]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from align.runtime.signals import Interrupted, StopRequest
 from align.scoring.reward import gold_function
 from align.stages.context import StageContext
 from align.stages.microbatch_size import halve_size, setting_of
+from align.stages.perplexity import measure_perplexity
 from policies.device import free_memory
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
@@ -171,11 +172,11 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
             _keep_products(context)
             with ExitStack() as stack:
                 _run_remaining(context, remaining, stack)
-            evaluation = _write_evaluation(run)
+            evaluation = _write_evaluation(experiment, run, datasets)
             if experiment.tracking.artifacts:
                 tracker.keep(evaluation_product(experiment, run))
             return evaluation
-    return _write_evaluation(run)
+    return _write_evaluation(experiment, run, datasets)
 
 
 def _run_remaining(context: StageContext, stages: Sequence[str], stack: ExitStack) -> None:
@@ -311,9 +312,11 @@ def _return_to_checkpoint(run: RunFolder, stage: str, keep: int) -> int:
     return step_of(last)
 
 
-def _write_evaluation(run: RunFolder) -> dict[str, Any]:
-    """Write `evaluation.json`, and return it."""
+def _write_evaluation(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
+    """Write `evaluation.json`, and return it: what the stages report and, on the texts that are set, perplexity."""
     evaluation = _evaluation(run)
+    if datasets.texts:
+        evaluation["perplexity"] = measure_perplexity(experiment, run, datasets)
     write_json(run.evaluation, evaluation)
     return evaluation
 

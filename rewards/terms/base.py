@@ -133,6 +133,13 @@ class TermSettings(Settings, ABC):
         """The columns that every prompt's row must have."""
         return []
 
+    @property
+    def is_verifiable(self) -> bool:
+        """Whether the score, before it is normalised, clipped and weighted, says by a rule that a response is right, 1,
+        or wrong, 0; then an evaluation reports its accuracy and pass@k.
+        """
+        return False
+
     def check(self, name: str) -> None:
         """Check, before a run starts, that what the settings name exists.
 

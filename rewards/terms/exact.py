@@ -18,6 +18,11 @@ class ExactTerm(TextTermSettings):
         """The column of the answer."""
         return [self.column]
 
+    @property
+    def is_verifiable(self) -> bool:
+        """Yes."""
+        return True
+
     def make_function(self, name: str) -> ScoreFunction:
         """A function that compares response and answer without case and white space."""
         return compare_with_column(self.column, lambda response, answer: _fold(response) == _fold(answer))

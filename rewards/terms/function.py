@@ -24,3 +24,13 @@ class FunctionTerm(UserFunctionSettings):
     """
 
     kind: Literal["function"]
+    verifiable: bool = Field(
+        False,
+        description="the function returns 1 for a right response and 0 for a wrong one: an evaluation reports its "
+        "accuracy and pass@k",
+    )
+
+    @property
+    def is_verifiable(self) -> bool:
+        """Where the user says so."""
+        return self.verifiable

@@ -41,6 +41,11 @@ class JsonTerm(TextTermSettings):
             raise ValueError(f"not a JSON schema: {error.message}") from None
         return schema
 
+    @property
+    def is_verifiable(self) -> bool:
+        """Yes."""
+        return True
+
     def make_function(self, name: str) -> ScoreFunction:
         """A function that validates responses."""
         from jsonschema.validators import validator_for

@@ -37,6 +37,11 @@ class MathTerm(ChildSettings):
         """The column of the answer."""
         return [self.column]
 
+    @property
+    def is_verifiable(self) -> bool:
+        """Yes."""
+        return True
+
     def source(self, name: str) -> FunctionSource:
         """The comparison. Raises UserError where math-verify is not installed."""
         if find_spec("math_verify") is None:

@@ -33,6 +33,11 @@ class NumberTerm(TextTermSettings):
         """The column of the answer."""
         return [self.column]
 
+    @property
+    def is_verifiable(self) -> bool:
+        """Yes."""
+        return True
+
     def make_function(self, name: str) -> ScoreFunction:
         """A function that compares the final numbers."""
 

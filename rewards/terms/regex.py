@@ -26,6 +26,11 @@ class RegexTerm(TextTermSettings):
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 
+    @property
+    def is_verifiable(self) -> bool:
+        """Yes."""
+        return True
+
     def make_function(self, name: str) -> ScoreFunction:
         """A function that searches for, or matches, the pattern."""
         pattern = re.compile(self.pattern)

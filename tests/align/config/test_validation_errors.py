@@ -185,7 +185,7 @@ KINDS = ", ".join(sorted(TERMS))
         (
             "evaluation:",
             "evaluation: expected a section with keys prompts, every, best, gold, temperature, prompt_styles, best_of, "
-            "seed, not null",
+            "samples_per_prompt, …, not null",
         ),
         ("stages: []", "stages: expected at least one item, not []"),
         ("stages: ppo", "stages: expected a list, such as [ppo], not 'ppo'"),

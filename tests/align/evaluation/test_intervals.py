@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.evaluation.intervals import mean_interval, share_interval, with_interval
+from align.evaluation.intervals import mean_interval, ratio_interval, share_interval, with_interval
 from align.evaluation.length_control import length_controlled_win_rate
 from align.evaluation.policy import paired_gain
 from rewards.diagnostics import accuracy, wilson
@@ -43,6 +43,17 @@ def test_the_interval_of_a_paired_difference_covers_it(rows: int) -> None:
         gain = paired_gain(ours, theirs, "score")
         ends.append((gain["score_gain_low"], gain["score_gain_high"]))
     assert 0.93 <= covered(ends, 1.0) <= 0.97
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_the_interval_of_a_ratio_covers_it(rows: int) -> None:
+    """Long documents have fewer nats per token, as they have more context."""
+    sizes = (50 + 200 * torch.rand(TRIALS, rows, generator=generator(9), dtype=torch.float64)).round()
+    totals = sizes * (3 + exponential(TRIALS, rows)) - 0.002 * sizes**2
+    mean, variance = 150.0, 200**2 / 12
+    truth = 4 - 0.002 * (variance + mean**2) / mean
+    ends = [ratio_interval(*trial) for trial in zip(totals, sizes, strict=True)]
+    assert 0.93 <= covered(ends, truth) <= 0.97  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chance", [0.15, 0.5, 0.8])
