@@ -201,25 +201,32 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
         ),
     ] = None,
     scale: PolicyScale = 1.0,
+    frontier: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="compare with the best policy at each KL, estimated from N samples of each prompt"
+        ),
+    ] = None,
+    dial: Annotated[
+        bool, typer.Option("--dial", help="with --frontier: compare the policy at scales from 0.25 to 1.75")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
 
     With --against, compare its policy with that of another run, by the reward of the first. With --perplexity, measure
     how likely texts and held-out demonstrations are under the base model and under what each stage has made of it. With
-    --scale, print the figures of another policy on the line through both, and leave evaluation.json as it is.
+    --scale, print the figures of another policy on the line through both, and leave evaluation.json as it is. With
+    --frontier, estimate the best policy at each KL, 256 samples being a good number, and how close the policy comes.
     """
     from align.outputs.trained_run import open_run
 
-    if sum(map(bool, (reward, against, perplexity))) > 1:
-        raise UserError("--reward, --against and --perplexity are different evaluations: choose one")
+    if sum(map(bool, (reward, against, perplexity, frontier))) > 1:
+        raise UserError("--reward, --against, --perplexity and --frontier are different evaluations: choose one")
     if not reward and (data or classifier or to):
         raise UserError("--data, --classifier and --to need --reward: add it")
-    if scale != 1 and (reward or perplexity):
-        raise UserError("--scale is for the policy: remove it, or --reward or --perplexity")
-    for override in overrides or []:
-        if not override.removeprefix("~").startswith("evaluation."):
-            raise UserError(f"{override}: an evaluation can change settings of the section evaluation alone")
+    _check_scales(scale, dial, bool(reward or perplexity), frontier)
+    _check_evaluation_overrides(overrides or [])
     trained = open_run(run, overrides or [], scale)
     if reward:
         _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
@@ -227,6 +234,8 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
         _compare_policies(trained, open_run(against), as_json)
     elif perplexity:
         _measure_perplexity(trained, perplexity, as_json)
+    elif frontier:
+        _measure_frontier(trained, frontier, dial, as_json)
     else:
         _show(trained.evaluate(), as_json)
 
@@ -675,6 +684,32 @@ def _evaluate_reward_model(
         to.mkdir(parents=True, exist_ok=True)
         write_diagnostics(to, facts, worst_errors)
         errors.print(f"written to {to}", soft_wrap=True)
+
+
+def _check_scales(scale: float, dial: bool, measures_others: bool, frontier: int | None) -> None:
+    if scale != 1 and measures_others:
+        raise UserError("--scale is for the policy: remove it, or --reward or --perplexity")
+    if dial and not frontier:
+        raise UserError("--dial needs --frontier: add it, such as --frontier 256")
+    if dial and scale != 1:
+        raise UserError("--dial compares several scales: remove --scale")
+
+
+def _check_evaluation_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not override.removeprefix("~").startswith("evaluation."):
+            raise UserError(f"{override}: an evaluation can change settings of the section evaluation alone")
+
+
+def _measure_frontier(trained: "TrainedRun", samples: int, dial: bool, as_json: bool) -> None:
+    from align.evaluation.tables import frontier_table
+    from align.outputs.frontier import DIAL
+
+    figures = trained.frontier(samples, DIAL if dial else (trained.scale,))
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        console.print(frontier_table(figures))
 
 
 def _measure_perplexity(trained: "TrainedRun", files: Sequence[Path], as_json: bool) -> None:

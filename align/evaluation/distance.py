@@ -3,7 +3,7 @@
 Scores are those that PPO maximises: the reward less the penalties for length and truncation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,14 +73,19 @@ def _best_gains(samples: DrawnResponses, reference: DrawnResponses, point: Front
     return gains
 
 
-def policy_distance(policy: DrawnResponses, reference: DrawnResponses) -> dict[str, Any]:
+def policy_distance(
+    policy: DrawnResponses, reference: DrawnResponses, further: Callable[[], DrawnResponses] | None = None
+) -> dict[str, Any]:
     """How far a policy is from the reference, what it gains, and which share of the best policy's gain that is.
 
-    The best policy is estimated from the reference's samples or, where these do not show it, from the policy's own.
+    The best policy is estimated from the reference's samples or, where these do not show it, from those of a policy
+    that is as far away.
 
     Args:
         policy: Responses of the policy, with their log-ratios.
         reference: Responses of the reference to the same prompts.
+        further: Gives many responses of such a policy, with their log-ratios; it is called where they are needed. None:
+            there are none.
 
     Returns:
         `kl`, `score_gain` and, with a gold score, `gold_gain`, each with `…_low` and `…_high`. Where samples show the
@@ -97,8 +102,9 @@ def policy_distance(policy: DrawnResponses, reference: DrawnResponses) -> dict[s
     distance = figures["kl"]
     if distance < MIN_KL:
         return figures
-    for origin, samples in {"reference": reference, "policy": policy}.items():
-        if point := frontier_point(samples.weighted, distance):
+    for origin, draw in {"reference": lambda: reference, "policy": further}.items():
+        samples = draw() if draw else None
+        if samples and (point := frontier_point(samples.weighted, distance)):
             best = {"from": origin} | _point_figures(point) | _best_gains(samples, reference, point)
             figures |= _efficiencies(gains, kl, samples, reference, point)
             return figures | {"best": best}

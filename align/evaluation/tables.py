@@ -134,6 +134,32 @@ def perplexity_table(section: Mapping[str, Any]) -> Table:
     return table
 
 
+FRONTIER_FIGURES = (
+    ("kl", "KL, nats", "{:.2f}"),
+    ("score_gain", "gain of score", "{:+.3f}"),
+    ("gold_gain", "of gold score", "{:+.3f}"),
+    ("score_efficiency", "efficiency", "{:.1%}"),
+    ("gold_efficiency", "of gold score", "{:.1%}"),
+)
+"""Key in the section `frontier` of `evaluation.json`, heading, format."""
+
+
+def frontier_table(section: Mapping[str, Any]) -> Table:
+    """The best policy at each KL, best-of-n of the reference, and the run's policy at some scales."""
+    rows = [("best policy", point) for point in section["points"]]
+    rows += [(f"best of {draws['n']}", draws) for draws in section["best_of"]]
+    rows += [(f"policy, scale {policy['scale']:g}", policy) for policy in section["policies"]]
+    present: set[str] = set().union(*(figures for _, figures in rows))
+    shown = [entry for entry in FRONTIER_FIGURES if entry[0] in present]
+    samples = counted(section["samples"], "sample")
+    title = f"{counted(section['prompts'], 'held-out prompt')}, {samples} of the reference for each, 95 % intervals"
+    headings = [heading for _, heading, _ in shown]
+    table = Table("", *headings, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
+    for name, figures in rows:
+        table.add_row(name, *(_cell(figures, key, form) for key, _, form in shown))
+    return table
+
+
 def comparison_table(facts: dict[str, Any]) -> Table:
     """The policies of two runs side by side, each figure with its 95 % interval."""
     names = [escape(path) for path in facts["runs"]]

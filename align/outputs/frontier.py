@@ -14,7 +14,7 @@ from safetensors.torch import save
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
 from align.evaluation.distance import DrawnResponses
-from align.outputs.artifacts import scaled_policy
+from align.outputs.artifacts import policy_weights, scaled_policy
 from align.runs.fingerprint import product_digests, run_fingerprint
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import new_file
@@ -61,7 +61,8 @@ def measure_frontier(
         reward.restore(run)
         check_has_frontier(experiment, reward.scorers.reward.composition.is_stateful)
         kept = run.path / FRONTIER_FOLDER / f"reference-{_key(experiment, run, datasets, samples)}.safetensors"
-        study = DistanceStudy(reward, datasets.prompts_heldout, samples, _load(kept))
+        trained = widened(policy_weights(experiment, run), widest)
+        study = DistanceStudy(reward, datasets.prompts_heldout, samples, trained, _load(kept))
         _save(kept, study.reference)
         compared = []
         for version, (scale, policy) in enumerate(zip(scales, policies, strict=True)):

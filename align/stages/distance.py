@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
 
+TRAINED_VERSION = -2
+"""The version of the trained policy in the pool while its responses show the frontier."""
 MIN_POLICY_SAMPLES = 1024
 """Responses of a policy, over all prompts, at least."""
 
@@ -26,7 +29,12 @@ class DistanceStudy:
     """The frontier of a run's reward, estimated once, and policies that are compared with it."""
 
     def __init__(
-        self, reward: LoadedReward, prompts: Sequence[Request], samples: int, reference: DrawnResponses | None = None
+        self,
+        reward: LoadedReward,
+        prompts: Sequence[Request],
+        samples: int,
+        trained: AdapterWeights,
+        reference: DrawnResponses | None = None,
     ) -> None:
         """Sample the reference, unless its responses are known.
 
@@ -34,11 +42,13 @@ class DistanceStudy:
             reward: The reward, whose trunk has adapters as wide as those of the policies.
             prompts: The held-out prompts.
             samples: Responses of the reference to each prompt; an even number.
-            reference: Those responses; None: they are sampled.
+            trained: The trained policy, as many of whose responses show the frontier where the reference's do not.
+            reference: The reference's responses; None: they are sampled.
         """
         self.reward = reward
         self.prompts = prompts
         self.samples = samples
+        self.trained = trained
         self.reference = reference or self._draw_reference()
 
     def frontier(self) -> dict[str, Any]:
@@ -53,21 +63,23 @@ class DistanceStudy:
         }
 
     def compare(self, version: int, policy: AdapterWeights) -> dict[str, Any]:
-        """The figures of a policy (see `policy_distance`), which the pool loads under a version of its own."""
-        self.reward.roles.trunk.write_adapter("policy", policy)
-        self.reward.pool.load_adapter(version, policy)
-        count = max(2, -(-MIN_POLICY_SAMPLES // len(self.prompts)))
-        figures = policy_distance(self._draw_policy(count), self.reference)
-        if "best" in figures or count >= self.samples:
-            return figures
-        return policy_distance(self._draw_policy(self.samples), self.reference)
+        """The figures of a policy (see `policy_distance`), which the pool loads under a version of its own, from 0."""
+        count = -(-MIN_POLICY_SAMPLES // len(self.prompts))
+        return policy_distance(self._draw_policy(version, policy, count), self.reference, lambda: self._further)
+
+    @cached_property
+    def _further(self) -> DrawnResponses:
+        """Many responses of the trained policy."""
+        return self._draw_policy(TRAINED_VERSION, self.trained, self.samples)
 
     def _draw_reference(self) -> DrawnResponses:
         self.reward.pool.load_adapter(REFERENCE_VERSION, self.reward.reference)
         return self._draw(self.samples, ("reward",), "reference")
 
-    def _draw_policy(self, count: int) -> DrawnResponses:
-        return self._draw(count + count % 2, ("policy", "reference", "reward"), "policy")
+    def _draw_policy(self, version: int, policy: AdapterWeights, count: int) -> DrawnResponses:
+        self.reward.roles.trunk.write_adapter("policy", policy)
+        self.reward.pool.load_adapter(version, policy)
+        return self._draw(count, ("policy", "reference", "reward"), "policy")
 
     def _draw(self, count: int, roles: Sequence[str], purpose: str) -> DrawnResponses:
         """Sample and score what the pool holds, one response per prompt at a time."""
