@@ -151,6 +151,7 @@ def test_training_ends_early_and_keeps_the_best(tiny_model: Path, tmp_path: Path
     assert facts["heldout_loss"] == min(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["patience", "ensemble"])
 def test_a_kill_between_the_last_checkpoint_and_the_product_costs_no_step(
     name: str, tiny_model: Path, tmp_path: Path
@@ -219,6 +220,7 @@ def test_rules_alone_need_no_reward_stage(tiny_model: Path, tmp_path: Path) -> N
     assert not of_stage(run, "reward")
 
 
+@pytest.mark.slow
 def test_a_rule_ends_ppo_and_the_best_policy_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
     settings["ppo"] |= {"stop": {"metric": "kl/per_sequence", "above": -1e9, "patience": 2}}

@@ -148,6 +148,7 @@ def score(prompts, responses, columns):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["ppo.estimator", "ppo.policy_loss", "reward.terms.own.function", "evaluation.gold"])
 def test_a_changed_function_of_the_users_is_refused_by_name(key: str, settings: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / f"{key.replace('.', '_')}.py"
