@@ -25,7 +25,7 @@ from align.stages.pipeline import load_datasets, remaining_stages, run_stages, w
 from align.stages.ppo_parts import PpoParts, assemble, gpus_left_to_actors
 from policies.errors import UserError
 from policies.files.adapters import save_adapter
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 
 
 def plan(experiment: Experiment) -> list[tuple[str, str]]:
@@ -155,7 +155,7 @@ def build_ppo(experiment: Experiment) -> Iterator[PpoSession]:
     datasets = load_datasets(experiment)
     experiment = settle_dtype(experiment, recorded_dtype(run)).experiment
     compute_settings(experiment).apply()
-    tokenizer = load_tokenizer(experiment.model.path)
+    tokenizer = load_model_tokenizer(experiment.model)
     context = StageContext(
         experiment=experiment,
         run=run,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from align.choice.command import choose_command
 from align.config.stage import Stage, all_stages, stages_from
 from align.data import commands as data_commands
 from align.jobs import commands as job_commands
@@ -55,6 +56,13 @@ EvaluationOverrides = Annotated[
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors, and the object of --json")]
+PolicyScale = Annotated[
+    float,
+    typer.Option(
+        "--scale",
+        help="a of the policy, reference + a · (policy - reference): 0 is the reference, 1 the trained policy",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Replace = Annotated[bool, typer.Option("--replace", help="start again, replacing the run of this name")]
 
@@ -166,6 +174,11 @@ def plan_command(
         console.print(plan_table(plan))
 
 
+app.command(name="choose", epilog=_example("align choose --task prefer --data pairs.jsonl --model my-model"))(
+    choose_command
+)
+
+
 @app.command(name="eval", epilog=_example("align eval runs/second --reward --data pairs.jsonl"))
 def evaluate(  # noqa: PLR0913 - one parameter per option
     run: Run,
@@ -187,29 +200,42 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
             metavar="FILE", help="measure the perplexity of this file's texts under each model; may be repeated"
         ),
     ] = None,
+    scale: PolicyScale = 1.0,
+    frontier: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="compare with the best policy at each KL, estimated from N samples of each prompt"
+        ),
+    ] = None,
+    dial: Annotated[
+        bool, typer.Option("--dial", help="with --frontier: compare the policy at scales from 0.25 to 1.75")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's policy against its reference again and update evaluation.json, or evaluate its reward model.
 
     With --against, compare its policy with that of another run, by the reward of the first. With --perplexity, measure
-    how likely texts and held-out demonstrations are under the base model and under what each stage has made of it.
+    how likely texts and held-out demonstrations are under the base model and under what each stage has made of it. With
+    --scale, print the figures of another policy on the line through both, and leave evaluation.json as it is. With
+    --frontier, estimate the best policy at each KL, 256 samples being a good number, and how close the policy comes.
     """
     from align.outputs.trained_run import open_run
 
-    if sum(map(bool, (reward, against, perplexity))) > 1:
-        raise UserError("--reward, --against and --perplexity are different evaluations: choose one")
+    if sum(map(bool, (reward, against, perplexity, frontier))) > 1:
+        raise UserError("--reward, --against, --perplexity and --frontier are different evaluations: choose one")
     if not reward and (data or classifier or to):
         raise UserError("--data, --classifier and --to need --reward: add it")
-    for override in overrides or []:
-        if not override.removeprefix("~").startswith("evaluation."):
-            raise UserError(f"{override}: an evaluation can change settings of the section evaluation alone")
-    trained = open_run(run, overrides or [])
+    _check_scales(scale, dial, bool(reward or perplexity), frontier)
+    _check_evaluation_overrides(overrides or [])
+    trained = open_run(run, overrides or [], scale)
     if reward:
         _evaluate_reward_model(trained.folder, trained.experiment, data, classifier, to, as_json)
     elif against:
         _compare_policies(trained, open_run(against), as_json)
     elif perplexity:
         _measure_perplexity(trained, perplexity, as_json)
+    elif frontier:
+        _measure_frontier(trained, frontier, dial, as_json)
     else:
         _show(trained.evaluate(), as_json)
 
@@ -269,6 +295,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         int | None, typer.Option(min=1, help="limit on the tokens of a response; unset: that of the run")
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    scale: PolicyScale = 1.0,
 ) -> None:
     """Generate responses with a run's policy: to prompts, to those of a file, or, without either, in a chat.
 
@@ -285,7 +312,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         from align.outputs.trained_run import open_run
 
     options = Options(raw, system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    trained = open_run(run)
+    trained = open_run(run, scale=scale)
     if prompt or file:
         print_responses(trained, prompt or [], file, options, _tell)
     else:
@@ -306,6 +333,7 @@ def export(  # noqa: PLR0913 - one parameter per option
     ] = None,
     task: Annotated[str, typer.Option(help="add the soft prompt under this name to the prompt table --to")] = "",
     dtype: Annotated[str, typer.Option(help="with --merge: float32, bfloat16 or float16")] = "float32",
+    scale: PolicyScale = 1.0,
 ) -> None:
     """Export a run's policy, reward model or classifier for other programs, check it, and write a model card."""
     from align.outputs.export import Product, export_prompt, export_run
@@ -317,6 +345,8 @@ def export(  # noqa: PLR0913 - one parameter per option
         errors.print(f"soft prompt of {folder.path} added to {to} as {task}; sft.adapter={to}#{task} starts from it")
         return
     _check_export(to, merge=merge, reward=reward, classifier=classifier, member=member, dtype=dtype)
+    if scale != 1 and (reward or classifier):
+        raise UserError("--scale is for the policy: remove it, or --reward or --classifier")
     product: Product = "adapter"
     if merge:
         product = "model"
@@ -324,7 +354,7 @@ def export(  # noqa: PLR0913 - one parameter per option
         product = "reward model"
     elif classifier:
         product = "classifier"
-    product, difference, changes = export_run(settings, folder, to, product, dtype=dtype, member=member)
+    product, difference, changes = export_run(settings, folder, to, product, dtype=dtype, member=member, scale=scale)
     compared = COMPARED.get(product, "log-probabilities differ from the run's by at most {:.2g} nats").format(
         difference
     )
@@ -638,15 +668,14 @@ def _evaluate_reward_model(
     to: Path | None,
     as_json: bool,
 ) -> None:
-    from align.data.datasets import read_preferences
     from align.evaluation.reward_model import write_diagnostics
     from align.evaluation.tables import diagnostics_table
-    from align.outputs.trained_run import evaluate_reward_model
+    from align.outputs.trained_run import evaluate_on_file
     from align.runs.products import missing_product
 
     if not classifier and not folder.done("reward"):
         raise missing_product(settings, folder, "reward")
-    facts, worst_errors = evaluate_reward_model(settings, folder, read_preferences(settings, data), classifier)
+    facts, worst_errors = evaluate_on_file(settings, folder, data, classifier)
     if as_json:
         print(json.dumps(facts))
     else:
@@ -655,6 +684,32 @@ def _evaluate_reward_model(
         to.mkdir(parents=True, exist_ok=True)
         write_diagnostics(to, facts, worst_errors)
         errors.print(f"written to {to}", soft_wrap=True)
+
+
+def _check_scales(scale: float, dial: bool, measures_others: bool, frontier: int | None) -> None:
+    if scale != 1 and measures_others:
+        raise UserError("--scale is for the policy: remove it, or --reward or --perplexity")
+    if dial and not frontier:
+        raise UserError("--dial needs --frontier: add it, such as --frontier 256")
+    if dial and scale != 1:
+        raise UserError("--dial compares several scales: remove --scale")
+
+
+def _check_evaluation_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not override.removeprefix("~").startswith("evaluation."):
+            raise UserError(f"{override}: an evaluation can change settings of the section evaluation alone")
+
+
+def _measure_frontier(trained: "TrainedRun", samples: int, dial: bool, as_json: bool) -> None:
+    from align.evaluation.tables import frontier_table
+    from align.outputs.frontier import DIAL
+
+    figures = trained.frontier(samples, DIAL if dial else (trained.scale,))
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        console.print(frontier_table(figures))
 
 
 def _measure_perplexity(trained: "TrainedRun", files: Sequence[Path], as_json: bool) -> None:

@@ -24,6 +24,7 @@ DESCRIPTIONS = {
     "align.api": "the Python interface",
     "align.report": "pages about runs",
     "align.outputs": "model card, export, trained runs, the list of runs",
+    "align.choice": "which technique fits, and an experiment to start with",
     "align.stages": "SFT, reward model, PPO, and the pipeline of stages",
     "align.jobs": "runs as jobs of a Ray cluster",
     "align.resources": "plan, memory and Ray cluster of a run; checks of an installation",

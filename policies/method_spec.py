@@ -67,6 +67,9 @@ class MethodSpec:
         below_float32: Whether `model.dtype` may be of lower precision than float32.
         merges_for_sampling: Whether `rollouts.merge` can decode with a copy of the weights that contains the adapter.
         merges_at_export: Whether `export --merge` can write the adapter into the base's weights.
+        scales: Whether `--scale` can move the policy along its line through the reference: the model's weights depend
+            linearly on the adapter's parameters, or on the product of its low-rank matrices.
+        is_low_rank: Whether the adapter is LoRA's matrices A and B.
         vllm: Whether vLLM can swap its adapters.
         zero3: Whether ZeRO stage 3 can shard its trunk.
         sft_passes: Forward passes of each microbatch in SFT; the predictions of two are drawn together.
@@ -91,6 +94,8 @@ class MethodSpec:
     below_float32: bool = False
     merges_for_sampling: Support = NO
     merges_at_export: bool = False
+    scales: Support = NO
+    is_low_rank: bool = False
     vllm: Support = NO
     zero3: Support = NO
     sft_passes: Literal[1, 2] = 1

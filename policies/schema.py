@@ -83,6 +83,11 @@ class ModelSettings(Settings):
         "bfloat16 if the devices that compute multiply in it natively (GPUs since Ampere, CPUs with AMX) and the "
         "method does not train the weights themselves, else float32",
     )
+    chat_template: str | None = Field(
+        None,
+        description="chat template in place of the tokenizer's own, for base models without one: a file in Jinja, or "
+        "chatml, llama3 or plain; unset: the tokenizer's own",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )

@@ -60,6 +60,22 @@ def ordinal_loss(scores: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     return between[levels] - logsigmoid(above) - logsigmoid(-below)
 
 
+def step_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of the labels of steps (Lightman et al. 2023; Wang et al. 2024, "Math-Shepherd").
+
+    With probabilities as labels, such as the share of continuations from a step that reach the answer, the minimum is
+    at these probabilities.
+
+    Args:
+        logits: z `[S]` float; σ(z) is the predicted probability that a step is right.
+        labels: y `[S]` float, from 0 to 1.
+
+    Returns:
+        Losses `[S]`, -y log σ(z) - (1 - y) log σ(-z), in nats.
+    """
+    return -labels * logsigmoid(logits) - (1 - labels) * logsigmoid(-logits)
+
+
 def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Share of pairs in the right order; equal scores count half.
 

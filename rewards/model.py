@@ -71,7 +71,10 @@ class RewardModel(nn.Module):
         return self.scores_packed(batch.ids, batch.lengths, batch.last)
 
     def scores_packed(self, ids: Tensor, lengths: Sequence[int], last: Tensor) -> Tensor:
-        """Scores by attribute `[B, A]` float32 of packed sequences; arguments as in `Batch`."""
+        """Scores by attribute `[B, A]` float32 of packed sequences; arguments as in `Batch`.
+
+        At other tokens than the last ones, of any number, it gives the scores there: those of a process reward model.
+        """
         return self._scores(self.trunk.hidden_packed(ids, lengths, self.role)[last])
 
     def scores_shared_prompts(self, ids: Tensor, positions: Tensor, attention_mask: Tensor, last: Tensor) -> Tensor:

@@ -117,6 +117,11 @@ def _parse(values: Mapping[str, Any], open_ties: bool) -> PreferenceExample:
         return _choice(values, attribute) if fields.has(values, "best") else _ranking(values, attribute, open_ties)
     if fields.has(values, "rating"):
         return _rating(values)
+    if fields.has(values, "labels"):
+        raise ValueError(
+            "the row has `labels` of steps: a reward model learns preferences or labels of steps, not both; set "
+            "data.step_labels to a source of its own, and a term of kind process in reward.terms"
+        )
     names = ", ".join(f"`{key}`" for key in values) or "no columns"
     raise ValueError(
         "neither `chosen` and `rejected`, nor `responses` with `ranks` or `best`, nor `response` and `rating`; the row "

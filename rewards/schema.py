@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from policies.schema import OptimizerSettings, Schedule, Settings, unread_settings
 from rewards.constraint import ConstraintSettings
 from rewards.terms.model import ModelTerm
+from rewards.terms.process import ProcessTerm
 from rewards.terms.registry import Term
 
 
@@ -101,7 +102,7 @@ class RewardSettings(FitSettings):
         description="NAME: weight of the attribute's score in the overall one, as in {helpful: 0.7, harmless: 0.3}",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of the comparisons that are assumed to be wrong"
+        0.0, ge=0, lt=0.5, description="share of the comparisons, or labels of steps, that are assumed to be wrong"
     )
     ties: Literal["judged", "unknown"] = Field(
         "judged", description="what equal ranks mean: judged equally good, or of unknown order"
@@ -121,7 +122,8 @@ class RewardSettings(FitSettings):
     normalise: int = Field(
         256,
         ge=0,
-        description="SFT responses over which the score is shifted and scaled to mean 0, standard deviation 1; 0: off",
+        description="SFT responses over which the score is shifted and scaled to mean 0, standard deviation 1, but for "
+        "the probabilities of a process reward model; 0: off",
     )
 
     @property
@@ -130,9 +132,20 @@ class RewardSettings(FitSettings):
         return self.attributes or {"": 1.0}
 
     @property
+    def model_term(self) -> str | None:
+        """The name of the term that is the reward model; None where there is none."""
+        names = [name for name, term in self.terms.items() if isinstance(term, ModelTerm | ProcessTerm)]
+        return names[0] if names else None
+
+    @property
     def has_model(self) -> bool:
         """Whether the reward model is one of the terms."""
-        return any(isinstance(term, ModelTerm) for term in self.terms.values())
+        return self.model_term is not None
+
+    @property
+    def process(self) -> ProcessTerm | None:
+        """The term that reads the reward model at the end of each step; None: it is read at the end of a response."""
+        return next((term for term in self.terms.values() if isinstance(term, ProcessTerm)), None)
 
     @model_validator(mode="after")
     def _one_source(self) -> "RewardSettings":
@@ -156,8 +169,8 @@ class RewardSettings(FitSettings):
         for name in self.terms:
             if not name.isidentifier():
                 raise ValueError(f"terms: {name!r} is not a valid name: letters, digits and _ were expected")
-        if sum(isinstance(term, ModelTerm) for term in self.terms.values()) > 1:
-            raise ValueError("terms: more than one is of kind `model`")
+        if sum(isinstance(term, ModelTerm | ProcessTerm) for term in self.terms.values()) > 1:
+            raise ValueError("terms: more than one is of kind `model` or `process`, and there is one reward model")
         if not self.normalise and any(term.normalise == "sft" for term in self.terms.values()):
             raise ValueError("terms: `normalise: sft` needs SFT responses, and reward.normalise is 0")
         if not self.has_model and self.attributes:
@@ -166,6 +179,22 @@ class RewardSettings(FitSettings):
             raise unread_settings(
                 "terms: none is of kind `model`, so that `model` and `classifier` have no effect", "model", "classifier"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _process_is_consistent(self) -> "RewardSettings":
+        if self.process is None:
+            return self
+        if self.classifier:
+            raise ValueError(
+                "terms: one is of kind `process`, and `classifier` scores whole responses: set `model` to a reward "
+                "model that was trained on labels of steps, or use a term of kind `model`"
+            )
+        for name in ("attributes", "ensemble", "ties", "ratings", "centering"):
+            if getattr(self, name) != RewardSettings.model_fields[name].get_default(call_default_factory=True):
+                raise unread_settings(
+                    f"terms: one is of kind `process`, whose model learns labels of steps: `{name}` has no effect", name
+                )
         return self
 
     @model_validator(mode="after")

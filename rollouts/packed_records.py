@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from rollouts.ragged import Ragged
 from rollouts.trajectory import Request, RoleOutputs, ScoredTokens, Trajectory
 
-OUTPUT_COLUMNS = ("logprobs", "reference_logprobs", "values", "reward_outputs", "shortfalls", "logit_spacings")
+OUTPUT_COLUMNS = (
+    "logprobs",
+    "reference_logprobs",
+    "values",
+    "reward_outputs",
+    "token_scores",
+    "shortfalls",
+    "logit_spacings",
+)
 """The tensors that all `RoleOutputs` have."""
 
 

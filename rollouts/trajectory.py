@@ -140,6 +140,8 @@ class RoleOutputs:
         logit_spacings: `[T]`, in nats: the unit in the last place of the logits that predict each token; empty where
             it was not requested.
         step_rewards: `[T]`: the part of the score that is the reward of each token; None without step rewards.
+        token_scores: `[T]`: the outputs of the head of a process reward model at each response token; empty without
+            such a model on the base model.
     """
 
     logprobs: Tensor
@@ -151,6 +153,7 @@ class RoleOutputs:
     shortfalls: Tensor = field(default_factory=lambda: torch.empty(0))
     logit_spacings: Tensor = field(default_factory=lambda: torch.empty(0))
     step_rewards: Tensor | None = None
+    token_scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def outcome(self) -> float:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from policies.build import build_trunk
 from policies.files.adapters import tensor_digests, weights_digest
-from policies.files.base_model import load_tokenizer, stop_ids
+from policies.files.base_model import load_model_tokenizer, stop_ids
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.decoding import Decoder
@@ -285,7 +285,7 @@ def build_transformers_engine(
 ) -> TransformersEngine:
     """Load the base model, and create an engine on it."""
     trunk = build_trunk(model, policy, (SAMPLER_ROLE,))
-    return make_transformers_engine(trunk, load_tokenizer(model.path), rollouts)
+    return make_transformers_engine(trunk, load_model_tokenizer(model), rollouts)
 
 
 def _take_last(waiting: list[Response], count: int) -> list[Response]:

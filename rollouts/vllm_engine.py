@@ -10,7 +10,7 @@ import torch
 
 from policies.errors import UserError
 from policies.files.adapters import load_adapter, save_adapter, tensor_digests, weights_digest
-from policies.files.base_model import load_generation_config, load_tokenizer, stop_ids
+from policies.files.base_model import load_generation_config, load_model_tokenizer, stop_ids
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights
 from rollouts.engine import Sampling
@@ -56,7 +56,7 @@ class VllmEngine:
         self._lora_request = LoRARequest
         self.policy = policy
         self.base = model.path
-        self.stop_ids = sorted(stop_ids(load_generation_config(model.path), load_tokenizer(model.path)))
+        self.stop_ids = sorted(stop_ids(load_generation_config(model.path), load_model_tokenizer(model)))
         self.stop = rollouts.stop
         self.llm = vllm.LLM(
             model=model.path,

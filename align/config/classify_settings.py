@@ -21,3 +21,8 @@ class ClassifySettings(FitSettings):
         "adapter",
         description="what policy.method trains, with the head; or the head alone, on the SFT model's hidden states",
     )
+    verbalizers: dict[str, str] = Field(
+        default_factory=dict,
+        description="CLASS: a word of one token for each class, such as ` good`; the head's row of the class starts as "
+        "the language model's of this word. Unset: rows start at random",
+    )

@@ -173,6 +173,9 @@ FOREIGN_NAMES: dict[str, str | tuple[str, ...]] = {
     # Models and precision
     "model_name_or_path": ("model.path",),
     "pretrain": ("model.path",),
+    "chat_template_path": ("model.chat_template",),
+    "tokenizer_chat_template": ("model.chat_template",),
+    "custom_chat_template": ("model.chat_template",),
     "ref_model": "the reference is the SFT model: set `sft.adapter`, or leave `sft` out of `stages` for the base model",
     "sft_model_path": ("sft.adapter",),
     "reward_model_path": ("reward.model", "reward.classifier"),

@@ -94,6 +94,10 @@ class DataSettings(Settings):
     labels_heldout: SourceSettings | None = Field(None, description="evaluates the classifier")
     preferences: SourceSettings | None = Field(None, description="reward: pairs, rankings, choices, ratings")
     preferences_heldout: SourceSettings | None = Field(None, description="evaluates the reward model")
+    step_labels: SourceSettings | None = Field(
+        None, description="reward, where reward.terms has one of kind process: prompt, steps and labels"
+    )
+    step_labels_heldout: SourceSettings | None = Field(None, description="evaluates the process reward model")
     prompts: SourceSettings | None = Field(None, description="PPO: prompt")
     prompts_heldout: SourceSettings | None = Field(None, description="evaluates the reference and the policy")
     heldout_share: float = Field(
@@ -191,12 +195,27 @@ class FewShotExample(Settings):
     completion: str
 
 
+class RetrievalSettings(Settings):
+    """Documents whose passages are put before a prompt: those that share the most telling words with it (BM25)."""
+
+    documents: str = Field(description="file or folder of documents: text, Markdown, or rows with the column `text`")
+    passages: int = Field(3, ge=1, description="passages before a prompt, at most")
+    words: int = Field(100, ge=1, description="words of a passage, at most")
+
+
 class PromptStyleSettings(Settings):
     """A prompting baseline: how the held-out prompts are given to the reference."""
 
     system: str | None = Field(None, description="a system prompt")
     examples: list[FewShotExample] = Field(default_factory=list, description="few-shot examples before the prompt")
+    retrieval: RetrievalSettings | None = Field(None, description="documents to quote before the prompt")
     suffix: str = Field("", description="text after the prompt, such as ` Think step by step.`")
+    answer_after: str | None = Field(
+        None,
+        min_length=1,
+        description="text after which the answer begins, such as `Answer:`; what comes before its last occurrence in a "
+        "response, such as a chain of thought, is not scored",
+    )
 
 
 class EvaluationSettings(Settings):

@@ -24,7 +24,7 @@ class Stage:
         scratch: Other files and folders that it writes there, removed when it starts again.
         axis: The metric that W&B plots its metrics over; it must only ever increase.
         metric_groups: First parts of the names of its metrics.
-        sources: The sources of `data` that it trains on, each read with its held-out source.
+        sources: The sources of `data` that it may train on, each read with its held-out source.
         runner: The function that runs it, from a `StageContext` to None.
         section: The section of the settings with its `tokens_per_microbatch`, if it trains anything.
         product: What its product is as an artifact in W&B, such as `adapter`; None: W&B does not get it.

@@ -10,6 +10,7 @@ import typer
 
 from align.runtime.consoles import console, errors, escaped
 from policies.errors import UserError
+from policies.schema import ModelSettings
 
 if TYPE_CHECKING:
     from align.data.quality.corpus import Corpus
@@ -29,6 +30,10 @@ Heldout = Annotated[
     list[Path] | None, typer.Option(help="a file of prompts that must not be among the rows; may be repeated")
 ]
 Model = Annotated[Path | None, typer.Option(help="folder of a model, for its tokenizer and chat template")]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(help="with --model: chat template in place of its own, as model.chat_template of an experiment"),
+]
 MaxLength = Annotated[
     int | None,
     typer.Option(min=1, help="most tokens of a row, or words without --model; unset: the model's context length"),
@@ -42,6 +47,7 @@ def check_command(  # noqa: PLR0913 - one parameter per option
     column: Columns = None,
     heldout: Heldout = None,
     model: Model = None,
+    chat_template: ChatTemplate = None,
     max_length: MaxLength = None,
     locations: Annotated[int, typer.Option(min=0, help="how many locations each finding lists")] = 5,
     to: Annotated[Path | None, typer.Option(help="folder for check.json and lengths.png")] = None,
@@ -56,7 +62,9 @@ def check_command(  # noqa: PLR0913 - one parameter per option
     from align.data.quality.report import check_corpus, report_record, report_tables, write_data_report
 
     with errors.status("checking"):
-        report = check_corpus(open_corpus(files, kind, column, heldout, model=model, max_length=max_length))
+        report = check_corpus(
+            open_corpus(files, kind, column, heldout, model=model, chat_template=chat_template, max_length=max_length)
+        )
     if as_json:
         print(json.dumps(report_record(report, locations)))
     else:
@@ -79,6 +87,7 @@ def prepare_command(  # noqa: PLR0913 - one parameter per option
     column: Columns = None,
     heldout: Heldout = None,
     model: Model = None,
+    chat_template: ChatTemplate = None,
     max_length: MaxLength = None,
     heldout_share: Annotated[
         float | None, typer.Option(help="share of the prompts whose rows go to NAME-heldout.jsonl, beside --to")
@@ -98,7 +107,9 @@ def prepare_command(  # noqa: PLR0913 - one parameter per option
 
     templates = read_templates(template) if template else []
     with errors.status("preparing"):
-        corpus = open_corpus(files, kind, column, heldout, model=model, max_length=max_length)
+        corpus = open_corpus(
+            files, kind, column, heldout, model=model, chat_template=chat_template, max_length=max_length
+        )
         names = None if steps is None else [name.strip() for name in steps.split(",") if name.strip()]
         chosen = chosen_steps(names, corpus)
         prepared = prepare(corpus, chosen, to, heldout_share=heldout_share, templates=templates, seed=seed)
@@ -134,36 +145,40 @@ def open_corpus(
     heldout: Sequence[Path] | None,
     *,
     model: Path | None,
+    chat_template: str | None = None,
     max_length: int | None,
 ) -> "Corpus":
     """Read the files, the held-out ones and the tokenizer."""
-    from align.data.forms import DATA_KINDS
+    from align.data.forms import CHECKED_KINDS
     from align.data.quality.corpus import heldout_texts, read_corpus
 
-    if kind is not None and kind not in DATA_KINDS:
-        raise UserError(f"--kind {kind}: expected one of {', '.join(DATA_KINDS)}")
-    known = next((each for each in DATA_KINDS if each == kind), None)
-    corpus = read_corpus(files, known, _renamed_columns(columns or []))
+    if chat_template and not model:
+        raise UserError("--chat-template needs --model: add it")
+    if kind is not None and kind not in CHECKED_KINDS:
+        raise UserError(f"--kind {kind}: expected one of {', '.join(CHECKED_KINDS)}")
+    known = next((each for each in CHECKED_KINDS if each == kind), None)
+    corpus = read_corpus(files, known, renamed_columns(columns or []))
     corpus.max_length = max_length
     if heldout:
-        corpus.heldout = heldout_texts(heldout, _renamed_columns(columns or []))
+        corpus.heldout = heldout_texts(heldout, renamed_columns(columns or []))
         corpus.heldout_files = [str(path) for path in heldout]
     if model:
-        _add_tokenizer(corpus, model)
+        _add_tokenizer(corpus, ModelSettings(path=str(model), chat_template=chat_template))
     return corpus
 
 
-def _add_tokenizer(corpus: "Corpus", model: Path) -> None:
-    from policies.files.base_model import load_model_config, load_tokenizer
+def _add_tokenizer(corpus: "Corpus", model: ModelSettings) -> None:
+    from policies.files.base_model import load_model_config, load_model_tokenizer
     from policies.text.encoder import TextEncoder
 
     # Control tokens are a finding of their own, so that they are no reason not to encode a row.
-    corpus.encoder = TextEncoder(load_tokenizer(str(model)), "control")
+    corpus.encoder = TextEncoder(load_model_tokenizer(model), "control")
     if corpus.max_length is None:
-        corpus.max_length = getattr(load_model_config(str(model)), "max_position_embeddings", None)
+        corpus.max_length = getattr(load_model_config(model.path), "max_position_embeddings", None)
 
 
-def _renamed_columns(columns: Sequence[str]) -> dict[str, str]:
+def renamed_columns(columns: Sequence[str]) -> dict[str, str]:
+    """The values of `--column`: align's name of a column: its name in the data. Raises UserError where one is none."""
     renamed: dict[str, str] = {}
     for each in columns:
         new_name, equals, name = each.partition("=")

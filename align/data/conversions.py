@@ -1,4 +1,4 @@
-"""Rows of public data sets in align's columns: ShareGPT, Alpaca and UltraFeedback.
+"""Rows of public data sets in align's columns: ShareGPT, Alpaca, UltraFeedback, and those with labels of steps.
 
 Every function takes a row's values and raises ValueError with the reason where one of them is wrong.
 """
@@ -25,6 +25,10 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 """align's role of each value of `from`."""
+SHEPHERD_MARK = "ки"
+"""What ends a step in Math-Shepherd; its place has the label in `label`."""
+SHEPHERD_START = "Step 1:"
+SHEPHERD_LABELS = {"+": 1, "-": 0}
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 """Columns with the scores of the two sides of a binarised comparison."""
 
@@ -107,6 +111,99 @@ def ultrafeedback_ratings(values: Values) -> list[Values]:
         ratings = _annotated_ratings(completion, f"completions[{i}]")
         rows.append(others | {"prompt": prompt, "response": completion["response"], "rating": ratings})
     return rows
+
+
+def math_shepherd(values: Values) -> list[Values]:
+    """A solution of Math-Shepherd (Wang et al. 2024): its steps, and their labels by hard estimation."""
+    marked = columns.text(values, "input")
+    labelled = columns.text(values, "label")
+    problem, start, solution = marked.partition(SHEPHERD_START)
+    if not start:
+        raise ValueError(f"`input` has no {SHEPHERD_START!r}, at which the solution begins")
+    *parts, rest = (start + solution).split(SHEPHERD_MARK)
+    if rest.strip():
+        raise ValueError(f"`input` does not end with {SHEPHERD_MARK!r}")
+    labels: list[int] = []
+    position = len(problem)
+    for part in parts:
+        position += len(part)
+        label = labelled[position : position + 1]
+        if label not in SHEPHERD_LABELS:
+            raise ValueError(f"`label` has no + or - where step {len(labels) + 1} ends in `input`")
+        labels.append(SHEPHERD_LABELS[label])
+        position += len(label)
+    steps = [part.strip() for part in parts]
+    others = _without(values, "input", "label")
+    return [others | {"prompt": problem.strip(), "steps": steps, "labels": labels, "complete": True}]
+
+
+def prm800k(values: Values) -> list[Values]:
+    """The solutions of a row of PRM800K (Lightman et al. 2023): that of the chosen steps, and one for each other step.
+
+    Each completion is labelled in one of them, and a step that people wrote is right. Where none of the completions of
+    a step was chosen, the solution ends before it.
+    """
+    problem = _prm800k_text(values["question"], "problem", "question")
+    label = values["label"]
+    steps = label.get("steps") if isinstance(label, Mapping) else None
+    if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
+        raise ValueError("`label` has no list `steps` of objects")
+    rows: list[Values] = []
+    texts: list[str] = []
+    labels: list[int | None] = []
+    unlabelled: list[int | None] = []
+    for number, step in enumerate(steps):
+        name = f"label.steps[{number}]"
+        completions = [_prm800k_completion(completion, name) for completion in step.get("completions") or []]
+        chosen = step.get("chosen_completion")
+        for index, (text, rating) in enumerate(completions):
+            if index != chosen and rating is not None:
+                rows.append({"prompt": problem, "steps": [*texts, text], "labels": [*unlabelled, rating]})
+        human = step.get("human_completion")
+        if isinstance(chosen, int) and 0 <= chosen < len(completions):
+            text, rating = completions[chosen]
+        elif human is not None:
+            text, rating = _prm800k_text(human, "text", f"{name}.human_completion"), 1
+        else:
+            break
+        texts.append(text)
+        labels.append(rating)
+        unlabelled.append(None)
+    if any(rating is not None for rating in labels):
+        is_complete = label.get("finish_reason") == "solution"
+        rows.insert(0, {"prompt": problem, "steps": texts, "labels": labels, "complete": is_complete})
+    if not rows:
+        raise ValueError("no step has a rating")
+    return rows
+
+
+def processbench(values: Values) -> list[Values]:
+    """A solution of ProcessBench (Zheng et al. 2024): labels up to its first wrong step."""
+    steps = columns.items(values, "steps")
+    first = columns.number(values, "label")
+    if not isinstance(steps, list) or first not in range(-1, len(steps)):
+        raise ValueError(f"`label` is {first:g}: the index of the first wrong one of `steps`, or -1, was expected")
+    labels: list[int | None] = [1] * len(steps)
+    if first >= 0:
+        labels = [1] * int(first) + [0] + [None] * (len(steps) - int(first) - 1)
+    others = _without(values, "problem", "steps", "label")
+    return [others | {"prompt": columns.text(values, "problem"), "steps": steps, "labels": labels, "complete": True}]
+
+
+def _prm800k_completion(completion: Any, name: str) -> tuple[str, int | None]:
+    """Text and label of a completion of a step; None where it has no rating."""
+    text = _prm800k_text(completion, "text", name)
+    rating = completion.get("rating")
+    if rating not in (-1, 0, 1, None):
+        raise ValueError(f"`{name}` has the rating {columns.shown(rating)}; -1, 0 or 1 was expected")
+    return text, None if rating is None else int(rating >= 0)
+
+
+def _prm800k_text(value: Any, key: str, name: str) -> str:
+    """A text in an object of a row."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"`{name}` is {columns.kind(value)}; an object was expected")
+    return columns.text({f"{name}.{key}": value.get(key)}, f"{name}.{key}")
 
 
 def _without(values: Values, *names: str) -> dict[str, Any]:

@@ -17,24 +17,27 @@ from align.data.examples import (
     Parser,
     TokenizedDemonstration,
     TokenizedPreference,
+    TokenizedSteps,
     demonstration_parser,
     dpo_parser,
     labelled_text_parser,
     pieces_of,
     preference_parser,
     request_parser,
+    step_parser,
 )
-from align.data.forms import DATA_KINDS, read_source_rows
-from align.data.labels import LabelledText, LabelSpace, Numbers, label_space
+from align.data.forms import DATA_KINDS, DataKind, read_source_rows
+from align.data.labels import LabelledText, LabelSpace, Numbers, label_space, verbalizer_ids
 from align.data.mixture import drawn, mixture_sizes
 from align.data.parsing import parse_rows
 from align.data.readers import read_rows
 from align.data.source_row import SourceRow
 from align.runtime.seeds import seed_for
 from policies.errors import UserError
-from policies.files.base_model import load_model_config, load_tokenizer
+from policies.files.base_model import load_model_config, load_model_tokenizer
 from policies.text.encoder import TextEncoder
 from rewards.schema import RewardSettings
+from rewards.step_labels import label_scale
 from rollouts.trajectory import Request
 
 Item = TypeVar("Item")
@@ -52,6 +55,8 @@ class Datasets:
         label_space: What their labels mean; None without any.
         preferences: What the reward model trains on.
         preferences_heldout: What the reward model is evaluated on.
+        step_labels: What a process reward model trains on.
+        step_labels_heldout: What it is evaluated on.
         prompts: What PPO samples responses to.
         prompts_heldout: What the policy and the reference are evaluated on.
         texts: What the perplexity of the base model and of each stage's product is measured on, by name.
@@ -66,6 +71,8 @@ class Datasets:
     label_space: LabelSpace | None = None
     preferences: list[TokenizedPreference] = field(default_factory=list)
     preferences_heldout: list[TokenizedPreference] = field(default_factory=list)
+    step_labels: list[TokenizedSteps] = field(default_factory=list)
+    step_labels_heldout: list[TokenizedSteps] = field(default_factory=list)
     prompts: list[Request] = field(default_factory=list)
     prompts_heldout: list[Request] = field(default_factory=list)
     texts: dict[str, list[Document]] = field(default_factory=dict)
@@ -114,7 +121,10 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         parse_demonstrations = demonstration_parser(encoder, experiment.sft, max_positions)
         datasets.demonstrations, datasets.demonstrations_heldout = reader.read_demonstrations(parse_demonstrations)
     if "labels" in needed:
-        _read_labels(datasets, reader, labelled_text_parser(encoder, experiment.classify, max_positions), experiment)
+        space = _read_labels(
+            datasets, reader, labelled_text_parser(encoder, experiment.classify, max_positions), experiment
+        )
+        verbalizer_ids(experiment.classify.verbalizers, space, tokenizer)  # raises where one cannot be used
     parse_preferences = preference_parser(encoder, _preference_settings(experiment), max_positions)
     if "dpo" in experiment.stages:
         parse_preferences = dpo_parser(parse_preferences, experiment.dpo, max_positions)
@@ -122,6 +132,8 @@ def read_datasets(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ma
         datasets.preferences, datasets.preferences_heldout = reader.read_and_split("preferences", parse_preferences)
     elif experiment.data.preferences_heldout:
         datasets.preferences_heldout = reader.read("preferences_heldout", parse_preferences)
+    if experiment.reward.process:
+        _read_step_labels(datasets, reader, _step_parser(experiment, encoder, max_positions), "step_labels" in needed)
     if "prompts" in needed:
         parse_requests = request_parser(encoder, experiment.rollouts, max_positions)
         datasets.prompts, heldout = reader.read_and_split("prompts", parse_requests)
@@ -138,8 +150,49 @@ def _preference_settings(experiment: Experiment) -> RewardSettings:
     return experiment.reward
 
 
-def _read_labels(datasets: Datasets, reader: "_Reader", parse: Parser[LabelledText], experiment: Experiment) -> None:
-    """Read labelled texts; every held-out label must be one that the training data has."""
+def _step_parser(experiment: Experiment, encoder: TextEncoder, max_positions: int | None) -> Parser[TokenizedSteps]:
+    """The parser of labelled steps. Raises UserError where no term reads a reward model at steps."""
+    reward = experiment.reward
+    if reward.process is None:
+        raise UserError("reward.terms has no term of kind process, which labels of steps are for")
+    return step_parser(encoder, reward.process, reward.max_tokens, max_positions)
+
+
+def _read_step_labels(
+    datasets: Datasets, reader: "_Reader", parse: Parser[TokenizedSteps], are_trained_on: bool
+) -> None:
+    """Read the labelled steps that a process reward model trains on, and those that it is evaluated on."""
+    if are_trained_on:
+        datasets.step_labels, datasets.step_labels_heldout = reader.read_and_split("step_labels", parse)
+    elif reader.data.step_labels_heldout:
+        datasets.step_labels_heldout = reader.read("step_labels_heldout", parse)
+    _check_label_scale(datasets, reader)
+    inner = sum(example.has_inner_marks for example in datasets.step_labels)
+    if inner:
+        reader.note(
+            "step_labels",
+            f"{inner} of {len(datasets.step_labels)} rows have a step with the separator, or what `pattern` matches, "
+            "in it: in responses, such a step is read as several",
+        )
+
+
+def _check_label_scale(datasets: Datasets, reader: "_Reader") -> None:
+    """Held-out labels must be of the kind of the training labels."""
+    scale = label_scale([example.example for example in datasets.step_labels])
+    if not scale.are_probabilities:
+        reader.note("step_labels", "labels are numbers beyond 0 to 1: the reward model learns them by regression")
+        if reader.label_smoothing:
+            raise UserError("reward.label_smoothing has no effect where the labels of data.step_labels are numbers")
+    elif not label_scale([example.example for example in datasets.step_labels_heldout]).are_probabilities:
+        raise UserError(
+            "data.step_labels_heldout has labels beyond 0 to 1, and those that the model learns are probabilities"
+        )
+
+
+def _read_labels(
+    datasets: Datasets, reader: "_Reader", parse: Parser[LabelledText], experiment: Experiment
+) -> LabelSpace:
+    """Read labelled texts, and give what their labels mean; the training data must have every held-out label."""
     texts = reader.read("labels", parse)
     task = experiment.classify.task
     try:
@@ -163,6 +216,7 @@ def _read_labels(datasets: Datasets, reader: "_Reader", parse: Parser[LabelledTe
     if isinstance(space, Numbers) and task is None:
         reader.note("labels", "labels are numbers: the task is regression; classify.task sets it")
     datasets.label_space = space
+    return space
 
 
 def _needed_sources(experiment: Experiment) -> set[str]:
@@ -173,12 +227,27 @@ def _needed_sources(experiment: Experiment) -> set[str]:
             continue
         if name == "reward" and not trains_reward(experiment):
             continue
-        needed.update(find_stage(name).sources)
+        needed.update(_sources_of(name, experiment))
     if "ppo" in experiment.stages and experiment.ppo.ptx_coefficient:
         needed.add("demonstrations")
     if evaluates_policy(experiment):
         needed.add("prompts")
     return needed
+
+
+def _sources_of(stage: str, experiment: Experiment) -> set[str]:
+    """The sources that a stage trains on; a reward model learns preferences or, for a term `process`, step labels."""
+    sources = set(find_stage(stage).sources)
+    if stage == "reward":
+        sources.remove("preferences" if experiment.reward.process else "step_labels")
+    return sources
+
+
+def read_step_labels(experiment: Experiment, path: Path | None) -> list[TokenizedSteps]:
+    """Read the labelled steps to evaluate a process reward model on; arguments and errors as of `read_preferences`."""
+    encoder = TextEncoder(load_model_tokenizer(experiment.model), experiment.data.special_tokens)
+    parse = _step_parser(experiment, encoder, context_length(experiment))
+    return _read_heldout(experiment, "step_labels", parse, path)
 
 
 def read_preferences(experiment: Experiment, path: Path | None) -> list[TokenizedPreference]:
@@ -191,15 +260,20 @@ def read_preferences(experiment: Experiment, path: Path | None) -> list[Tokenize
     Raises:
         UserError: There are invalid rows, or no preferences.
     """
-    encoder = TextEncoder(load_tokenizer(experiment.model.path), experiment.data.special_tokens)
+    encoder = TextEncoder(load_model_tokenizer(experiment.model), experiment.data.special_tokens)
     parse = preference_parser(encoder, experiment.reward, context_length(experiment))
+    return _read_heldout(experiment, "preferences", parse, path)
+
+
+def _read_heldout(experiment: Experiment, kind: DataKind, parse: Parser[Example], path: Path | None) -> list[Example]:
+    """The rows of a file; None: the experiment's held-out rows of a kind."""
     if path is not None:
         source = SourceSettings(path=str(path))
         try:
-            return parse_rows(read_source_rows(source, "preferences"), parse, experiment.data.on_bad_row).items
+            return parse_rows(read_source_rows(source, kind), parse, experiment.data.on_bad_row).items
         except UserError as error:
             raise UserError(f"--data: {error}") from None
-    _, heldout = _Reader(experiment).read_and_split("preferences", parse)
+    _, heldout = _Reader(experiment).read_and_split(kind, parse)
     return heldout
 
 
@@ -246,7 +320,9 @@ def split_heldout(
     return kept, heldout
 
 
-def _split_key(item: TokenizedDemonstration | TokenizedPreference | Request | LabelledText) -> Hashable:
+def _split_key(
+    item: TokenizedDemonstration | TokenizedPreference | TokenizedSteps | Request | LabelledText,
+) -> Hashable:
     """The part that must not be on both sides of a split: the prompt or, for plain text without a prompt, the text."""
     if isinstance(item, LabelledText):
         return tuple(item.ids)
@@ -270,6 +346,7 @@ class _Reader:
         self.data = experiment.data
         self.longest = min(experiment.sft.max_tokens, max_positions or experiment.sft.max_tokens)
         self.seed = experiment.seed
+        self.label_smoothing = experiment.reward.label_smoothing
         self.skipped: dict[str, list[str]] = {}
         self.notes: dict[str, list[str]] = {}
 
@@ -311,7 +388,7 @@ class _Reader:
     def read(self, name: str, parse: Parser[Example]) -> list[Example]:
         source: SourceSettings | None = getattr(self.data, name)
         if source is None:
-            raise UserError(f"data.{name} is not set, and a stage of this experiment needs it")
+            raise UserError(f"data.{name} is not set, and a stage of this experiment needs it{self._hint(name)}")
         return self._read_source(name, source, parse)
 
     def _read_source(self, name: str, source: SourceSettings, parse: Parser[Example]) -> list[Example]:
@@ -325,6 +402,14 @@ class _Reader:
         for text in notes:
             self.note(name, text)
         return parsed.items
+
+    def _hint(self, name: str) -> str:
+        """What the experiment may have meant where a source is not set."""
+        if name == "preferences" and self.data.step_labels:
+            return ": to train the reward model on data.step_labels, set reward.terms to {process: {kind: process}}"
+        if name == "step_labels" and self.data.preferences:
+            return ": reward.terms has one of kind process; a reward model of preferences is a term of kind model"
+        return ""
 
     def note(self, name: str, text: str) -> None:
         """Note what is to be known of a source."""

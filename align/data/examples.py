@@ -11,6 +11,7 @@ from align.data.labels import Label, LabelledText
 from align.data.parsing import RowTooLong, Transcript, parse_demonstration, parse_prompt
 from policies.batching import Batch, collate_turns
 from policies.text import columns
+from policies.text.alignment import TextAlignment
 from policies.text.encoder import ASSISTANT, TextEncoder, Tools
 from policies.text.tokenization import Prompt
 from rewards.preferences import (
@@ -25,6 +26,8 @@ from rewards.preferences import (
 )
 from rewards.rankings import MAX_OPEN_TIE
 from rewards.schema import RewardSettings
+from rewards.step_labels import LabelledSteps, labelled_ends, parse_steps, step_ends
+from rewards.terms.process import ProcessTerm
 from rollouts.schema import RolloutSettings
 from rollouts.trajectory import Request
 
@@ -91,7 +94,38 @@ class TokenizedPreference:
         return len(self.responses_ids) * (len(self.prompt_ids) + max(map(len, self.responses_ids)))
 
 
-Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, Request, LabelledText)
+@dataclass(frozen=True)
+class TokenizedSteps:
+    """A response in labelled steps as token ids.
+
+    Attributes:
+        example: The prompt, the steps and their labels.
+        ids: Tokens of prompt and response.
+        prompt_length: Number of tokens of the prompt.
+        ends: Index into `ids` of the token that completes each labelled step, increasing.
+        labels: The labels of these steps.
+        has_inner_marks: Whether a step contains what separates steps, so that more steps would be read in it.
+    """
+
+    example: LabelledSteps
+    ids: list[int]
+    prompt_length: int
+    ends: list[int]
+    labels: list[float]
+    has_inner_marks: bool = False
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in its forward pass."""
+        return len(self.ids)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens of the prompt."""
+        return self.ids[: self.prompt_length]
+
+
+Example = TypeVar("Example", TokenizedDemonstration, TokenizedPreference, TokenizedSteps, Request, LabelledText)
 Parser = Callable[[Mapping[str, Any]], Example]
 """Turns a row's columns into an example; raises ValueError, with the reason, for an invalid row."""
 
@@ -280,6 +314,49 @@ def _check_attributes(example: PreferenceExample, settings: RewardSettings) -> N
         if attribute != OVERALL and attribute not in settings.attributes:
             valid = ", ".join(settings.attributes) or "none"
             raise ValueError(f"attribute {attribute!r} is not in reward.attributes ({valid})")
+
+
+def step_parser(
+    encoder: TextEncoder, term: ProcessTerm, max_tokens: int, max_positions: int | None
+) -> Parser[TokenizedSteps]:
+    """A parser that turns a row's columns into a response in labelled steps, for `parse_rows`.
+
+    The response is tokenized as a whole, as the policy writes it, and a step is read at the token that completes its
+    last character.
+
+    Args:
+        encoder: Of the model's tokenizer.
+        term: What separates steps.
+        max_tokens: The most tokens of a prompt with a response.
+        max_positions: The model's context length in tokens, where it is known.
+    """
+    limit = _limit("reward.max_tokens", max_tokens, max_positions)
+
+    def parse(values: Mapping[str, Any]) -> TokenizedSteps:
+        example = parse_steps(values)
+        tools = columns.tools(values, example.prompt)
+        exchange = encoder.exchange(example.prompt, example.text(term.separator), tools)
+        ids = exchange.prompt_ids + exchange.response_ids
+        limit.check(len(ids))
+        alignment = TextAlignment(encoder.tokenizer, exchange.response_ids)
+        characters = labelled_ends(alignment.text, example.steps)
+        label_at: dict[int, float] = {}
+        for end, label in zip(characters, example.labels, strict=True):
+            if label is not None:
+                token = len(exchange.prompt_ids) + alignment.completing_token(end)
+                if token in label_at:
+                    raise ValueError("one token completes two labelled steps: the separator does not separate them")
+                label_at[token] = label
+        return TokenizedSteps(
+            example=example,
+            ids=ids,
+            prompt_length=len(exchange.prompt_ids),
+            ends=list(label_at),
+            labels=list(label_at.values()),
+            has_inner_marks=step_ends(alignment.text, term.mark) != characters,
+        )
+
+    return parse
 
 
 def labelled_text_parser(

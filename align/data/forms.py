@@ -15,8 +15,10 @@ from align.data.source_row import SourceRow
 from policies.errors import UserError
 from policies.text.columns import Values
 
-DataKind = Literal["demonstrations", "preferences", "prompts"]
+DataKind = Literal["demonstrations", "preferences", "step_labels", "prompts"]
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
+CHECKED_KINDS: tuple[DataKind, ...] = ("demonstrations", "preferences", "prompts")
+"""The kinds of rows that `align data check` checks."""
 
 
 def _as_it_is(values: Values) -> list[Values]:
@@ -110,6 +112,36 @@ FORMS = (
         meaning="a rating of each `response` by the attributes of its `annotations`; only where `form` names it",
         convert=conversions.ultrafeedback_ratings,
         suits=_never,
+    ),
+    Form(
+        "step_labels",
+        "steps",
+        ("prompt", "steps", "labels"),
+        meaning="a response in steps, with a label for each: true, false, a number, or null for none; optional "
+        "`complete`: the response ends with the last step",
+    ),
+    Form("step_labels", "trl", ("prompt", "completions", "labels"), meaning="the same, as TRL's PRMTrainer reads it"),
+    Form(
+        "step_labels",
+        "math-shepherd",
+        ("input", "label", "task"),
+        meaning="a problem with a solution whose steps end with `ки` in `input`, and with `+` or `-` in `label`",
+        convert=conversions.math_shepherd,
+    ),
+    Form(
+        "step_labels",
+        "prm800k",
+        ("question", "label"),
+        meaning="a response for the chosen steps, and one for each other completion of a step, whose label alone is "
+        "new; ratings of 0 and 1 are right, -1 is wrong",
+        convert=conversions.prm800k,
+    ),
+    Form(
+        "step_labels",
+        "processbench",
+        ("problem", "steps", "label"),
+        meaning="a solution and the index of its first wrong step, or -1; the steps after it have no labels",
+        convert=conversions.processbench,
     ),
     Form("prompts", "prompt", ("prompt",), meaning="text, or messages"),
     Form(

@@ -1,12 +1,13 @@
 """Labelled texts, and what their labels mean: classes or numbers."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev
 from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from align.config.classify_settings import LabelTask
 from policies.errors import UserError
@@ -111,6 +112,33 @@ LabelSpace = Classes | Numbers
 
 _CLASSES = TypeAdapter(Classes)
 _NUMBERS = TypeAdapter(Numbers)
+
+
+def verbalizer_ids(
+    verbalizers: Mapping[str, str], space: LabelSpace, tokenizer: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """The token of each class's word, in the order of the classes; None without verbalizers.
+
+    Raises:
+        UserError: There are no classes, a class has no word, a word belongs to no class, or it is not one token.
+    """
+    if not verbalizers:
+        return None
+    if not isinstance(space, Classes):
+        raise UserError("classify.verbalizers: the labels are numbers, which have no words")
+    if verbalizers.keys() != set(space.names):
+        raise UserError(
+            f"classify.verbalizers: words for the classes {_named(list(verbalizers))}; the training labels are "
+            f"{_named(space.labels)}"
+        )
+    tokens = {name: tokenizer(verbalizers[name], add_special_tokens=False)["input_ids"] for name in space.names}
+    for name, ids in tokens.items():
+        if len(ids) != 1:
+            raise UserError(
+                f"classify.verbalizers.{name}: {verbalizers[name]!r} is {len(ids)} tokens; a word of one token is "
+                "needed (most tokenizers have more of them with a space in front)"
+            )
+    return [ids[0] for ids in tokens.values()]
 
 
 def label_space(labels: Sequence[Label], task: LabelTask | None) -> LabelSpace:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.evaluation.intervals import with_interval
-from align.evaluation.prompt_styles import PromptStyle, make_prompt_style
+from align.evaluation.prompt_styles import PromptStyle
 from align.evaluation.rules import accuracy_gains, powers_of_two_to, rule_figures
 from align.runtime.seeds import seed_for
 from align.scoring.build import Scorers
@@ -237,9 +237,10 @@ class Evaluator:
         self, requests: Sequence[Request], scorer: EvaluationScorer, style: PromptStyle | None = None
     ) -> Samples:
         """Responses of the model that the pool holds; they are scored as responses to the prompts without the style."""
-        styled = requests if style is None else [style(request) for request in requests]
-        sampled = self.pool.generate(styled, self.heldout.sampling)
-        trajectories = [replace(t, request=request) for t, request in zip(sampled, requests, strict=True)]
+        asked = requests if style is None else [style.ask(request) for request in requests]
+        sampled = self.pool.generate(asked, self.heldout.sampling)
+        answers = sampled if style is None else [style.answer(trajectory) for trajectory in sampled]
+        trajectories = [replace(answer, request=request) for answer, request in zip(answers, requests, strict=True)]
         gold = None
         if self.scorers.gold is not None:
             gold = torch.tensor(self.scorers.gold(trajectories), dtype=torch.float64)
@@ -301,7 +302,7 @@ def _best_of(draws: Sequence[ScoredSamples]) -> dict[str, Any]:
     """
     scores = torch.stack([samples.scores.double() for samples in draws])
     gold = _stacked_gold(draws)
-    curve = [best_of_n(scores, gold, n) for n in powers_of_two_to(len(draws))]
+    curve = best_of_curve(scores, gold)
     figures: dict[str, Any] = {name: value for name, value in curve[-1].items() if name != "kl"}
     figures["curve"] = curve
     if gold is not None:
@@ -313,6 +314,11 @@ def _stacked_gold(draws: Sequence[ScoredSamples]) -> Tensor | None:
     """Gold scores `[draws, prompts]`."""
     gold = [samples.gold for samples in draws if samples.gold is not None]
     return torch.stack(gold) if gold else None
+
+
+def best_of_curve(scores: Tensor, gold: Tensor | None) -> list[dict[str, float]]:
+    """`best_of_n` for 1, 2, 4, … and all of the N samples per prompt; arguments as there."""
+    return [best_of_n(scores, gold, n) for n in powers_of_two_to(len(scores))]
 
 
 def best_of_n(scores: Tensor, gold: Tensor | None, n: int) -> dict[str, float]:
@@ -383,7 +389,7 @@ def build_evaluator(
         seed=settings.seed,
         best_of=settings.best_of,
         samples_per_prompt=settings.samples_per_prompt,
-        prompt_styles={name: make_prompt_style(style, encoder) for name, style in settings.prompt_styles.items()},
+        prompt_styles={name: PromptStyle(style, encoder) for name, style in settings.prompt_styles.items()},
     )
     evaluation_scorers = EvaluationScorers(
         policy=scorers.evaluation_scorer(role_scorer, ("policy", "reference", "reward")),

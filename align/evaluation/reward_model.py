@@ -165,7 +165,8 @@ def write_diagnostics(folder: Path, facts: Mapping[str, Any], worst_errors: Sequ
     lines = [json.dumps(error, ensure_ascii=False) + "\n" for error in worst_errors]
     (folder / WORST).write_text("".join(lines), encoding="utf-8")
     if "reliability" in facts:
-        _draw_reliability(facts["reliability"], folder / RELIABILITY)
+        judged = "steps" if "labelled_steps" in facts else "comparisons"
+        _draw_reliability(facts["reliability"], f"held-out {judged}", folder / RELIABILITY)
 
 
 def _clusters(comparisons: Sequence[Comparison]) -> list[int]:
@@ -302,7 +303,7 @@ def _texts(comparison: Comparison, preferences: Sequence[TokenizedPreference]) -
     return texts
 
 
-def _draw_reliability(bins: Sequence[Mapping[str, float]], path: Path) -> None:
+def _draw_reliability(bins: Sequence[Mapping[str, float]], label: str, path: Path) -> None:
     figure = Figure(figsize=(4, 4), dpi=120, layout="constrained")
     axes: Axes = figure.add_subplot()
     axes.plot([0.5, 1], [0.5, 1], color="grey", linewidth=1, linestyle="--", label="perfectly calibrated")
@@ -311,8 +312,8 @@ def _draw_reliability(bins: Sequence[Mapping[str, float]], path: Path) -> None:
     total = sum(interval["pairs"] for interval in bins)
     sizes = [12 + 200 * interval["pairs"] / total for interval in bins]
     axes.plot(confidences, accuracies, linewidth=1)
-    axes.scatter(confidences, accuracies, s=sizes, label="held-out comparisons")
-    axes.set(title="Reliability of the reward model", xlabel="confidence", ylabel="share in the right order")
+    axes.scatter(confidences, accuracies, s=sizes, label=label)
+    axes.set(title="Reliability of the reward model", xlabel="confidence", ylabel="share judged right")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path)

@@ -76,7 +76,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
         low = reward_model["accuracy_low"]
         high = reward_model["accuracy_high"]
         parts.append(
-            f"reward model: accuracy {reward_model['accuracy']:.1%} on {reward_model['pairs']:,} held-out pairs "
+            f"reward model: accuracy {reward_model['accuracy']:.1%} on {_judged(reward_model)} "
             f"(95 % interval {low:.1%} to {high:.1%})"
         )
     if "policy" in evaluation:
@@ -138,6 +138,32 @@ def perplexity_table(section: Mapping[str, Any]) -> Table:
             cells = [_cell(own, key, form) for key, _, form in PERPLEXITY_FIGURES]
             table.add_row(*first, model, *cells)
             first = ["", ""]
+    return table
+
+
+FRONTIER_FIGURES = (
+    ("kl", "KL, nats", "{:.2f}"),
+    ("score_gain", "gain of score", "{:+.3f}"),
+    ("gold_gain", "of gold score", "{:+.3f}"),
+    ("score_efficiency", "efficiency", "{:.1%}"),
+    ("gold_efficiency", "of gold score", "{:.1%}"),
+)
+"""Key in the section `frontier` of `evaluation.json`, heading, format."""
+
+
+def frontier_table(section: Mapping[str, Any]) -> Table:
+    """The best policy at each KL, best-of-n of the reference, and the run's policy at some scales."""
+    rows = [("best policy", point) for point in section["points"]]
+    rows += [(f"best of {draws['n']}", draws) for draws in section["best_of"]]
+    rows += [(f"policy, scale {policy['scale']:g}", policy) for policy in section["policies"]]
+    present: set[str] = set().union(*(figures for _, figures in rows))
+    shown = [entry for entry in FRONTIER_FIGURES if entry[0] in present]
+    samples = counted(section["samples"], "sample")
+    title = f"{counted(section['prompts'], 'held-out prompt')}, {samples} of the reference for each, 95 % intervals"
+    headings = [heading for _, heading, _ in shown]
+    table = Table("", *headings, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
+    for name, figures in rows:
+        table.add_row(name, *(_cell(figures, key, form) for key, _, form in shown))
     return table
 
 
@@ -208,14 +234,10 @@ def _cell(figures: Mapping[str, Any], key: str, form: str) -> str:
 def diagnostics_table(facts: dict[str, Any]) -> Table:
     """The main figures of `diagnostics.json`."""
     table = Table(show_header=False, box=None, padding=(0, 2))
-    if "accuracy" in facts:
-        table.add_row("accuracy, 95 % interval", f"{_accuracy(facts)} of {facts['pairs']:,} comparisons")
-        for name, baseline in facts["baselines"].items():
-            table.add_row(f"length alone: {name.replace('_', ' ')}", _accuracy(baseline))
-        table.add_row("log loss, Brier score", f"{facts['log_loss']:.4f} nats, {facts['brier']:.4f}")
-        table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
-        for group in facts["by_length_difference"]:
-            table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
+    if "labelled_steps" in facts:
+        _add_step_rows(table, facts)
+    elif "accuracy" in facts:
+        _add_comparison_rows(table, facts)
     for row in _subset_rows(facts):
         table.add_row(*row)
     for name in ("agreement", "rank_correlation", "rating_correlation"):
@@ -227,6 +249,53 @@ def diagnostics_table(facts: dict[str, Any]) -> Table:
             differences.append(f"{difference:.1g} {INVARIANCE[name]}")
         table.add_row("largest change of a score", ", ".join(differences))
     return table
+
+
+def _add_comparison_rows(table: Table, facts: Mapping[str, Any]) -> None:
+    """The figures of a reward model on comparisons."""
+    table.add_row("accuracy, 95 % interval", f"{_accuracy(facts)} of {facts['pairs']:,} comparisons")
+    for name, baseline in facts["baselines"].items():
+        table.add_row(f"length alone: {name.replace('_', ' ')}", _accuracy(baseline))
+    _add_calibration_rows(table, facts)
+    for group in facts["by_length_difference"]:
+        table.add_row(f"better response {_length_range(group['from'], group['to'])}", _accuracy(group))
+
+
+def _add_calibration_rows(table: Table, facts: Mapping[str, Any]) -> None:
+    table.add_row("log loss, Brier score", f"{facts['log_loss']:.4f} nats, {facts['brier']:.4f}")
+    table.add_row("expected calibration error", f"{facts['calibration_error']:.3f}")
+
+
+def _judged(facts: Mapping[str, Any]) -> str:
+    """What a reward model's accuracy is over."""
+    if "labelled_steps" in facts:
+        return f"{facts['labelled_steps']:,} held-out steps"
+    return f"{facts['pairs']:,} held-out pairs"
+
+
+def _add_step_rows(table: Table, facts: Mapping[str, Any]) -> None:
+    """The figures of a process reward model."""
+    steps = counted(facts["labelled_steps"], "step")
+    constant = facts.get("baselines", {}).get("constant")
+    if "rmse" in facts:
+        table.add_row("root mean squared error", f"{facts['rmse']:.4g} of {steps}")
+        if constant:
+            table.add_row("the mean label for every step", f"{constant['rmse']:.4g}")
+        return
+    table.add_row("accuracy, 95 % interval", f"{_accuracy(facts)} of {steps}")
+    for name in ("right_steps", "wrong_steps"):
+        if name in facts:
+            number = counted(facts[name]["labelled_steps"], "step")
+            table.add_row(f"of {name.replace('_', ' ')}", f"{_accuracy(facts[name])} of {number}")
+    if constant:
+        table.add_row("one judgement for every step", _accuracy(constant))
+    for name in ("with_error", "without_error"):
+        if found := facts.get("first_error", {}).get(name):
+            label = "first error found, responses " + name.replace("_", " ")
+            table.add_row(label, f"{_accuracy(found)} of {counted(found['rows'], 'row')}")
+    if "f1" in facts.get("first_error", {}):
+        table.add_row("F1 of the first error", f"{facts['first_error']['f1']:.3f}")
+    _add_calibration_rows(table, facts)
 
 
 def _subset_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -254,7 +323,7 @@ def _length_range(low: float, high: float) -> str:
     return f"{direction} by {least:g} to {counted(most, 'token')}"
 
 
-def _accuracy(figures: dict[str, Any]) -> str:
+def _accuracy(figures: Mapping[str, Any]) -> str:
     """Accuracy with its interval."""
     return f"{figures['accuracy']:.1%} ({figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%})"
 

@@ -16,6 +16,7 @@ from align.resources.actors import RANK, actors_by_stage
 from align.runs.fingerprint import flatten, user_functions
 from align.runs.folder import folder_of
 from policies.errors import UserError
+from policies.text.chat_templates import BUILT_IN
 
 PATHS = (
     "model.path",
@@ -134,6 +135,9 @@ def submission_of(
     arguments += job_overrides(experiment)
     if options.replace:
         arguments.append("--replace")
+    template = experiment.model.chat_template
+    if template is not None and template not in BUILT_IN:
+        _within(here, Path(template), "model.chat_template")
     for key, function in user_functions(experiment).items():
         source = function.rpartition(":")[0]
         if source.endswith(".py"):

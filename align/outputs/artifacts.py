@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from align.config.schema import Experiment
+from align.roles.build import SFT_ROLE, build_sft_trunk
 from align.runs.folder import RunFolder, read_facts
 from align.runs.products import missing_product, wanted_stages
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
+from policies.scaling import ScaledAdapter, scale_adapter
 from policies.trunk import AdapterWeights
 from rewards.model import member_folder, members_in
+from rewards.terms.process import STEP_LABELS
 
 
 def policy_folder(experiment: Experiment, run: RunFolder) -> Path:
@@ -28,6 +31,25 @@ def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
     return load_adapter(policy_folder(experiment, run), experiment.policy)
 
 
+def scaled_policy(experiment: Experiment, run: RunFolder, scale: float) -> ScaledAdapter:
+    """The adapter at reference + scale · (policy - reference); at 1, that of `policy_folder`.
+
+    Raises:
+        UserError: The run has no policy; or it is scaled, and its method does not allow it, or training is not done.
+    """
+    policy = policy_weights(experiment, run)
+    if scale == 1:
+        return ScaledAdapter(experiment.policy, policy)
+    if not run.policy.is_dir():
+        raise missing_product(experiment, run, "ppo")
+    if run.sft.is_dir():
+        reference = load_adapter(run.sft, experiment.policy)
+    else:
+        trunk = build_sft_trunk(experiment.model, experiment.policy, experiment.seed, "reference")
+        reference = trunk.read_adapter(SFT_ROLE)
+    return scale_adapter(experiment.policy, reference, policy, scale)
+
+
 def reward_folder(experiment: Experiment, run: RunFolder, member: int | None) -> Path:
     """The folder of the run's reward model, or of one member of an ensemble.
 
@@ -36,7 +58,13 @@ def reward_folder(experiment: Experiment, run: RunFolder, member: int | None) ->
     """
     if not run.reward.is_dir():
         raise missing_product(experiment, run, "reward")
-    if classifier := read_facts(run.reward).get("classifier"):
+    facts = read_facts(run.reward)
+    if STEP_LABELS in facts:
+        raise UserError(
+            f"the reward model of run {run.path} was trained on labels of steps: it is read inside a response, and a "
+            "sequence classifier is not"
+        )
+    if classifier := facts.get("classifier"):
         raise UserError(f"the reward of run {run.path} is the model {classifier} itself: there is nothing to export")
     members = members_in(run.reward)
     if member is None and members > 1:

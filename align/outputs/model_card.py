@@ -29,6 +29,7 @@ def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list
         f"# {experiment.name}",
         "",
         f"The {product} of run `{experiment.name}`, on `{experiment.model.path}`, by align.",
+        *_template(experiment),
         *notes,
         *(["", "```python", *code.splitlines(), "```"] if code else []),
         "",
@@ -41,6 +42,12 @@ def model_card(experiment: Experiment, run: RunFolder, product: str, notes: list
     if evaluation := run.read_evaluation():
         lines += ["", *_figures(evaluation, product)]
     return "\n".join(lines) + "\n"
+
+
+def _template(experiment: Experiment) -> list[str]:
+    """A line on a chat template that is not the base model's own."""
+    name = experiment.model.chat_template
+    return [] if name is None else ["", f"Its tokenizer has the chat template `{name}`, not one of the base model."]
 
 
 def _stages(experiment: Experiment, run: RunFolder) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from align.config.schema import Experiment, SourceSettings
-from align.data.datasets import Datasets, context_length
+from align.data.datasets import Datasets, context_length, read_preferences, read_step_labels
 from align.data.documents import read_documents
 from align.data.examples import TokenizedPreference
 from align.evaluation.comparison import ScoredResponses
 from align.evaluation.reward_model import compute_diagnostics
-from align.outputs.artifacts import classifier_folder, policy_weights
+from align.outputs.artifacts import classifier_folder, scaled_policy
 from align.outputs.export import Exported, Product, export_run
+from align.outputs.frontier import measure_frontier
 from align.outputs.predictions import Prediction, predict_labels
 from align.outputs.prompt_checks import check_fits, check_lists, check_prompt, check_room, check_text
 from align.outputs.response_stream import ResponseStream
@@ -26,11 +27,18 @@ from align.runtime.seeds import seed_for
 from align.stages.perplexity import measure_perplexity
 from align.stages.pipeline import load_datasets
 from align.stages.policy_evaluation import LoadedReward
-from align.stages.reward import classifier_scores, evaluate_models, folded_moments, load_models
+from align.stages.reward import (
+    classifier_scores,
+    evaluate_models,
+    evaluate_process_model,
+    folded_moments,
+    load_models,
+)
 from policies.build import build_trunk
 from policies.errors import UserError
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.safe_reading import read_object
+from policies.scaling import ScaledAdapter
 from policies.text.columns import tools as tools_in
 from policies.text.encoder import Exchange, TextEncoder, Tools
 from policies.text.tokenization import Prompt, decode_response
@@ -41,12 +49,13 @@ from rollouts.trajectory import Request, Trajectory, lengths
 from rollouts.transformers_engine import SAMPLER_ROLE, TransformersEngine, make_transformers_engine
 
 
-def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
+def open_run(path: Path | str, overrides: Sequence[str] = (), scale: float = 1.0) -> "TrainedRun":
     """Open a run to use what it has trained.
 
     Args:
         path: The run's folder, or its name under `runs/`.
         overrides: Settings that replace the run's, as `key.path=value`.
+        scale: a of the policy, reference + a · (policy - reference): 0 is the reference, 1 the policy as trained.
 
     Returns:
         The run.
@@ -55,7 +64,7 @@ def open_run(path: Path | str, overrides: Sequence[str] = ()) -> "TrainedRun":
         UserError: There is no such run.
     """
     folder, experiment = find_run(str(path), overrides=overrides)
-    return TrainedRun(experiment, folder)
+    return TrainedRun(experiment, folder, scale)
 
 
 class TrainedRun:
@@ -64,12 +73,14 @@ class TrainedRun:
     Attributes:
         experiment: The run's settings.
         folder: The paths inside the run's folder.
+        scale: a of the policy, reference + a · (policy - reference).
     """
 
-    def __init__(self, experiment: Experiment, folder: RunFolder) -> None:
+    def __init__(self, experiment: Experiment, folder: RunFolder, scale: float = 1.0) -> None:
         self.experiment = experiment
         self.folder = folder
-        self.tokenizer = load_tokenizer(experiment.model.path)
+        self.scale = scale
+        self.tokenizer = load_model_tokenizer(experiment.model)
         self.encoder = TextEncoder(self.tokenizer, experiment.data.special_tokens)
 
     @property
@@ -224,7 +235,9 @@ class TrainedRun:
             TypeError: As for `score`.
         """
         if not self.experiment.reward.has_model:
-            raise UserError(f"the reward of run {self.path} has no term of kind model: score by the reward as a whole")
+            raise UserError(
+                f"the reward of run {self.path} has no term of kind model or process: score by the reward as a whole"
+            )
         return self._loaded_reward.score_by_model(self._trajectories(prompts, responses, columns)).tolist()
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Trajectory]:
@@ -275,8 +288,10 @@ class TrainedRun:
     def evaluate(self) -> dict[str, Any]:
         """Compare the policy with its reference on the held-out prompts again, and update `evaluation.json`.
 
+        With another `scale` than 1, the file stays as it is.
+
         Returns:
-            The contents of `evaluation.json`.
+            The contents of `evaluation.json`, with these figures.
 
         Raises:
             UserError: PPO has not finished.
@@ -284,9 +299,30 @@ class TrainedRun:
         if not self.folder.policy.is_dir():
             raise missing_product(self.experiment, self.folder, "ppo")
         datasets = load_datasets(self.experiment)
-        evaluation = self.evaluation | evaluate_run(self.experiment, self.folder, datasets)
-        write_json(self.folder.evaluation, evaluation)
+        evaluation = self.evaluation | evaluate_run(self.experiment, self.folder, datasets, self._policy)
+        if self.scale == 1:
+            write_json(self.folder.evaluation, evaluation)
         return evaluation
+
+    def frontier(self, samples: int = 256, scales: Sequence[float] = (1.0,)) -> dict[str, Any]:
+        """Estimate the best policy at each distance from the reference, and compare the run's policy with it.
+
+        The figures become the section `frontier` of `evaluation.json`, and a plot is written to `frontier/`.
+
+        Args:
+            samples: Responses of the reference to each held-out prompt; an even number. They are kept for later calls.
+            scales: a of each policy that is compared, reference + a · (policy - reference).
+
+        Returns:
+            The section (see `align.outputs.frontier.measure_frontier`).
+
+        Raises:
+            UserError: The reward changes while it is maximised, or the run has no policy that can be scaled like this.
+        """
+        datasets = load_datasets(self.experiment)
+        figures = measure_frontier(self.experiment, self.folder, datasets, samples, scales)
+        write_json(self.folder.evaluation, self.evaluation | {"frontier": figures})
+        return figures
 
     def measure_perplexity(self, texts: Sequence[Path | str] = ()) -> dict[str, Any]:
         """Measure the perplexity of texts under the base model and each product, and update `evaluation.json`.
@@ -330,7 +366,7 @@ class TrainedRun:
         if Path(to).exists():
             raise UserError(f"{to} already exists: choose a new folder")
         product: Product = "model" if merge else "adapter"
-        return export_run(self.experiment, self.folder, Path(to), product, dtype=dtype)
+        return export_run(self.experiment, self.folder, Path(to), product, dtype=dtype, scale=self.scale)
 
     def _sampling(self, temperature: float | None, max_new_tokens: int | None) -> Sampling:
         rollouts = self.experiment.rollouts
@@ -370,10 +406,14 @@ class TrainedRun:
         return context_length(self.experiment)
 
     @cached_property
+    def _policy(self) -> ScaledAdapter:
+        return scaled_policy(self.experiment, self.folder, self.scale)
+
+    @cached_property
     def _engine(self) -> TransformersEngine:
-        trunk = build_trunk(self.experiment.model, self.experiment.policy, (SAMPLER_ROLE,))
+        trunk = build_trunk(self.experiment.model, self._policy.settings, (SAMPLER_ROLE,))
         engine = make_transformers_engine(trunk, self.tokenizer, self.experiment.rollouts)
-        engine.load_adapter(0, policy_weights(self.experiment, self.folder))
+        engine.load_adapter(0, self._policy.weights)
         return engine
 
     @cached_property
@@ -389,25 +429,51 @@ class TrainedRun:
         return LoadedReward(self.experiment, self.folder)
 
 
-def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets) -> dict[str, Any]:
+def evaluate_run(experiment: Experiment, run: RunFolder, datasets: Datasets, policy: ScaledAdapter) -> dict[str, Any]:
     """Compare the run's policy with its reference again.
 
     Args:
         experiment: The run's settings.
         run: The run.
         datasets: Its data, of which the held-out prompts are used.
+        policy: The policy.
 
     Returns:
         The sections of `evaluation.json` that `Evaluator.evaluate` returns.
     """
-    policy = policy_weights(experiment, run)
-    reward = LoadedReward(experiment, run)
+    reward = LoadedReward(experiment, run, policy.settings)
     reward.restore(run)
     step = read_object(run.policy / "evaluation.json")["policy"]["step"]
     try:
-        return reward.compare(policy, step, datasets.prompts_heldout).sections
+        return reward.compare(policy.weights, step, datasets.prompts_heldout).sections
     finally:
         reward.close()
+
+
+def evaluate_on_file(
+    experiment: Experiment, run: RunFolder, data: Path | None, classifier: str | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate the run's reward model, or a classifier in its place, on preferences or on labels of steps.
+
+    Args:
+        experiment: The run's settings.
+        run: The run.
+        data: A file of rows such as the model learns from; None: the run's held-out ones.
+        classifier: Folder or hub name of a sequence-classification model; None: the run's reward model.
+
+    Returns:
+        The figures of `diagnostics.json`, and the worst errors.
+
+    Raises:
+        UserError: The rows cannot be used, or a classifier is to judge steps.
+    """
+    if experiment.reward.process is None:
+        return evaluate_reward_model(experiment, run, read_preferences(experiment, data), classifier)
+    if classifier:
+        raise UserError("--classifier scores whole responses, and the reward of this run is of kind process")
+    examples = read_step_labels(experiment, data)
+    (model,) = load_models(experiment, run.reward)
+    return evaluate_process_model(model, read_facts(run.reward), examples)
 
 
 def evaluate_reward_model(

@@ -300,7 +300,8 @@ def reliability_figure(diagnostics: Mapping[str, Any]) -> Figure | None:
     points = tuple((interval["confidence"], interval["accuracy"]) for interval in bins)
     if not points:
         return None
-    line = ChartLine("held-out comparisons", tuple(sorted(points)))
+    judged = "steps" if "labelled_steps" in diagnostics else "comparisons"
+    line = ChartLine(f"held-out {judged}", tuple(sorted(points)))
     title = "Reliability"
     chart = Chart(
         name="figure-reliability",

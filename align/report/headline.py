@@ -147,6 +147,8 @@ def _accuracy(run: RunRecord) -> Tile:
     details = [f"95% interval {measured['accuracy_low']:.0%} to {measured['accuracy_high']:.0%}"]
     if "ceiling" in run.diagnostics:
         details.append(f"at most {run.diagnostics['ceiling']:.0%}, as certain as the labels are")
+    if constant := run.diagnostics.get("baselines", {}).get("constant"):
+        details.append(f"{constant['accuracy']:.0%} by one judgement for every step")
     if longer := run.diagnostics.get("baselines", {}).get("longer"):
         details.append(f"{longer['accuracy']:.0%} by length alone")
     return Tile(label, f"{measured['accuracy']:.0%}", tuple(details))

@@ -14,6 +14,7 @@ from align.config.schema import Experiment
 from align.resources.actors import RANK, WORKER
 from align.runs.fingerprint import user_functions
 from policies.errors import UserError
+from policies.text.chat_templates import BUILT_IN
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 """`name` or `organisation/name`; not a path that begins with `/` or `.`."""
@@ -38,13 +39,17 @@ def check_files_on_nodes(experiment: Experiment, nodes: Mapping[str, Collection[
 
 
 def paths_of_workers(experiment: Experiment) -> dict[str, str]:
-    """The folder that rollout workers read, by the setting that names it; none where it is a hub name."""
-    return _without_hub_names({"model.path": experiment.model.path})
+    """What rollout workers read, by the settings that name it; without names of models on the hub."""
+    paths = _without_hub_names({"model.path": experiment.model.path})
+    template = experiment.model.chat_template
+    if template is not None and template not in BUILT_IN:
+        paths["model.chat_template"] = template
+    return paths
 
 
 def paths_of_ranks(experiment: Experiment) -> dict[str, str]:
     """The folders and files that ranks read, by the settings that name them."""
-    paths = paths_of_workers(experiment)
+    paths = _without_hub_names({"model.path": experiment.model.path})
     if "ppo" not in experiment.stages:
         return paths
     critic = experiment.ppo.active_critic

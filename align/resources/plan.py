@@ -47,7 +47,7 @@ class Plan:
 
 def plan_table(plan: Plan) -> Table:
     """The plan as a table for the terminal."""
-    return _table(f"plan of {plan.name}", plan.lines)
+    return text_table(f"plan of {plan.name}", plan.lines)
 
 
 def use_table(plan: Plan, peaks: Mapping[str, Mapping[str, int]]) -> Table:
@@ -60,10 +60,11 @@ def use_table(plan: Plan, peaks: Mapping[str, Mapping[str, int]]) -> Table:
     lines = []
     for stage, process, planned, peak in beside_plan(plan.uses, peaks):
         lines.append((f"{stage}: {process}", f"{byte_count(peak)}, planned {byte_count(planned)}"))
-    return _table("peak memory", lines)
+    return text_table("peak memory", lines)
 
 
-def _table(title: str, lines: Sequence[tuple[str, str]]) -> Table:
+def text_table(title: str, lines: Sequence[tuple[str, str]]) -> Table:
+    """Lines of a name and a text as a table for the terminal."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -134,7 +135,7 @@ def _stages(
         lines.append(("classify", _fit(experiment, experiment.classify, len(datasets.labels), "labelled text")))
         lines.append(("labels", describe_space(datasets.label_space, datasets.labels)))
     if trains_reward(experiment) and "reward" in stages:
-        lines.append(("reward", _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")))
+        lines.append(("reward", _reward_fit(experiment, datasets)))
     if "dpo" in stages:
         lines.append(("dpo", _fit(experiment, experiment.dpo, len(datasets.preferences), "preference example")))
         lines.append(("dpo loss", f"{experiment.dpo.loss}, β {experiment.dpo.effective_beta:g}"))
@@ -144,6 +145,15 @@ def _stages(
         lines.append(("reward terms", _terms(experiment)))
         lines += _user_functions(experiment)
     return lines
+
+
+def _reward_fit(experiment: Experiment, datasets: Datasets) -> str:
+    """What the reward stage trains on, and for how many steps."""
+    if experiment.reward.process is None:
+        return _fit(experiment, experiment.reward, len(datasets.preferences), "preference example")
+    labels = sum(len(example.labels) for example in datasets.step_labels)
+    responses = _fit(experiment, experiment.reward, len(datasets.step_labels), "response")
+    return f"{responses}; {counted(labels, 'labelled step')}"
 
 
 def describe_placement(experiment: Experiment, stages: Sequence[str]) -> str:

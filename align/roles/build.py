@@ -1,7 +1,7 @@
 """Builds the four roles of the learner from the products of the earlier stages."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from align.roles.roles import Critic, Roles
 from align.runtime.seeds import seed_for
 from policies.build import build_trunk
 from policies.heads import ScalarHead
+from policies.scaling import widened
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rewards.model import role_of
@@ -42,6 +43,7 @@ class Blueprint:
         seed: Seed of the run.
         reference: The SFT adapter; None where the base model itself is the reference.
         rewards: The members of the reward model on the base model; empty where the reward comes from elsewhere.
+        reads_tokens: Whether the reward model is a process reward model, which is read inside a response.
     """
 
     model: ModelSettings
@@ -49,6 +51,13 @@ class Blueprint:
     seed: int
     reference: AdapterWeights | None
     rewards: tuple[RewardRole, ...] = ()
+    reads_tokens: bool = False
+
+    def widened(self, policy: PolicySettings) -> "Blueprint":
+        """The same roles with adapters of the rank of other settings (see `policies.scaling.widened`)."""
+        reference = None if self.reference is None else widened(self.reference, policy)
+        rewards = tuple(replace(reward, adapter=widened(reward.adapter, policy)) for reward in self.rewards)
+        return replace(self, policy=policy, reference=reference, rewards=rewards)
 
 
 def build_sft_trunk(
@@ -84,7 +93,8 @@ def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles
     The policy and the reference start from the SFT adapter, or from a new adapter where there is none. The adapter and
     the head of the critic start from the reward model (the first member of an ensemble). Without a reward model on the
     shared base model, the critic's adapter starts as the policy's, and its head outputs 0, the mean of a normalised
-    reward; so does the head of a critic on the policy's states or on another base model.
+    reward; so does the head of a critic on the policy's states, on another base model, or beside a process reward
+    model, whose scores are not returns.
 
     Args:
         blueprint: The models, adapters and heads of the roles.
@@ -109,12 +119,13 @@ def build_roles(blueprint: Blueprint, critic: CriticSettings | None, extra_roles
     reward_heads = {}
     for member, reward in enumerate(blueprint.rewards):
         reward_heads[role_of(member)] = [_build_head(trunk, weights) for weights in reward.heads]
-    return Roles(trunk, None if critic is None else _build_critic(blueprint, critic, trunk), reward_heads)
+    built_critic = None if critic is None else _build_critic(blueprint, critic, trunk)
+    return Roles(trunk, built_critic, reward_heads, blueprint.reads_tokens)
 
 
 def _build_critic(blueprint: Blueprint, settings: CriticSettings, trunk: Trunk) -> Critic:
     reward = blueprint.rewards[0] if blueprint.rewards else None
-    head = None if reward is None else reward.heads[0]
+    head = None if reward is None or blueprint.reads_tokens else reward.heads[0]
     if settings.kind == "head":
         return Critic(_build_head(trunk, None), "policy")
     if settings.kind == "adapter":

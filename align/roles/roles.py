@@ -44,7 +44,11 @@ class Roles(TrainedModule):
     """All modules of PPO's learner, of which the policy and the critic are trained."""
 
     def __init__(
-        self, trunk: Trunk, critic: Critic | None, rewards: Mapping[str, Sequence[ScalarHead]] = MappingProxyType({})
+        self,
+        trunk: Trunk,
+        critic: Critic | None,
+        rewards: Mapping[str, Sequence[ScalarHead]] = MappingProxyType({}),
+        reads_tokens: bool = False,
     ) -> None:
         """Put the modules together.
 
@@ -52,8 +56,10 @@ class Roles(TrainedModule):
             trunk: The shared base model with its adapters.
             critic: None where the advantage estimator needs none.
             rewards: The heads of each reward role.
+            reads_tokens: Whether the one reward head is that of a process reward model, and is read at each token.
         """
         super().__init__()
+        self.reads_tokens = reads_tokens
         self.trunk = trunk
         self.critic = critic
         self.reward_heads = nn.ModuleDict({role: nn.ModuleList(heads) for role, heads in rewards.items()})
@@ -100,6 +106,14 @@ class Roles(TrainedModule):
             states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)[batch.last]  # [N, H] -> [B, H]
             outputs += [head(states) for head in heads.children()]  # [B] each
         return torch.stack(outputs, dim=-1)  # [B, C]
+
+    def token_scores(self, batch: Batch) -> Tensor:
+        """Outputs `[P]` of the process reward model's head at each response token."""
+        [(role, heads)] = self.reward_heads.items()
+        [head] = heads.children()
+        states = self.trunk.hidden_packed(batch.ids, batch.lengths, role)  # [N, H]
+        scores: Tensor = head(states[batch.predictors + 1])  # [N, H] -> [P, H] -> [P]; each token follows its predictor
+        return scores
 
     def critic_states(self, batch: Batch, policy_states: Tensor) -> Tensor:
         """Hidden states `[N, H]` that the critic's head reads; one more forward pass unless they are the policy's."""

@@ -34,6 +34,7 @@ class BatchOutputs:
         values: `[P]`, the critic's values before each response token.
         last_values: `[B]`, the critic's values after the last token of each response.
         reward_outputs: `[B, C]`, outputs of the reward heads.
+        token_scores: `[P]`, outputs of the head of a process reward model at each response token.
         shortfalls: `[P]`, see `RoleOutputs`.
         logit_spacings: `[P]`, see `RoleOutputs`.
     """
@@ -43,6 +44,7 @@ class BatchOutputs:
     values: Tensor | None = None
     last_values: Tensor | None = None
     reward_outputs: Tensor | None = None
+    token_scores: Tensor | None = None
     shortfalls: Tensor | None = None
     logit_spacings: Tensor | None = None
 
@@ -63,7 +65,10 @@ def forward_roles(roles: Roles, batch: Batch, temperature: float, requested_role
         states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "reference")  # [N, H]
         outputs["reference_logprobs"] = roles.logprobs("reference", states, batch, temperature)
     if "reward" in requested_roles and roles.reward_heads:
-        outputs["reward_outputs"] = roles.reward_outputs(batch)
+        if roles.reads_tokens:
+            outputs["token_scores"] = roles.token_scores(batch)
+        else:
+            outputs["reward_outputs"] = roles.reward_outputs(batch)
     if GREEDY in requested_roles:
         states = roles.trunk.hidden_packed(batch.ids, batch.lengths, "policy")[batch.predictors]  # [N, H] -> [P, H]
         head = partial(roles.trunk.head, role="policy")
@@ -122,6 +127,7 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
     reference_logprobs = per_token(outputs.reference_logprobs)
     shortfalls = per_token(outputs.shortfalls)
     logit_spacings = per_token(outputs.logit_spacings)
+    token_scores = per_token(outputs.token_scores)
     values = per_token(outputs.values)
     last_values: Sequence[Tensor] = empty
     if outputs.last_values is not None:
@@ -137,6 +143,7 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
             values=torch.cat([values[i], last_values[i]]),  # [T + 1], or empty
             score=float(reward_outputs[i][0]) if len(reward_outputs[i]) else math.nan,
             reward_outputs=reward_outputs[i].clone(),
+            token_scores=token_scores[i].clone(),
             shortfalls=shortfalls[i].clone(),
             logit_spacings=logit_spacings[i].clone(),
         )

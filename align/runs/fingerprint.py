@@ -18,6 +18,7 @@ from align.runs.folder import RunFolder
 from align.runtime.atomic_files import write_json
 from policies.errors import UserError
 from policies.files.safe_reading import read_object
+from policies.text.chat_templates import read_template
 from rewards.terms.function import UserFunctionSettings
 
 CHANGEABLE = (
@@ -81,6 +82,8 @@ DATASET_KEYS = {
     "labels_heldout": "data.labels",
     "preferences": "data.preferences",
     "preferences_heldout": "data.preferences_heldout",
+    "step_labels": "data.step_labels",
+    "step_labels_heldout": "data.step_labels_heldout",
     "prompts": "data.prompts",
     "prompts_heldout": "data.prompts_heldout",
 }
@@ -101,16 +104,17 @@ def run_fingerprint(experiment: Experiment, datasets: Datasets) -> dict[str, Any
         datasets: The tokenized data.
 
     Returns:
-        `settings`: every setting by its dotted name; `models`: by setting, a hash of the model; `functions`: by
-        setting, a hash of the file with the user's function; `rows`: by field of `Datasets`, a hash of the tokenized
-        rows.
+        `settings`: every setting by its dotted name; `models`: by setting, a hash of the model; `template`: a hash of
+        the chat template that `model.chat_template` names, or None; `functions`: by setting, a hash of the file with
+        the user's function; `rows`: by field of `Datasets`, a hash of the tokenized rows.
     """
     settings = dict(flatten(experiment.model_dump(mode="json")))
     model_locations = {key: settings[key] for key in MODEL_KEYS if settings.get(key)}
     models = {key: model_digest(location) for key, location in model_locations.items()}
+    template = _template_digest(experiment.model.chat_template)
     functions = {key: _function_digest(where, key) for key, where in user_functions(experiment).items()}
     rows = {field: _rows_digest(getattr(datasets, field)) for field in DATASET_KEYS}
-    return {"settings": settings, "models": models, "functions": functions, "rows": rows}
+    return {"settings": settings, "models": models, "template": template, "functions": functions, "rows": rows}
 
 
 def write_fingerprint(run: RunFolder, experiment: Experiment, datasets: Datasets) -> None:
@@ -164,6 +168,12 @@ def find_difference(run: RunFolder, experiment: Experiment, datasets: Datasets) 
         if started["models"].get(key) != digest:
             location = current["settings"][key]
             return Difference(f"{key}: {location} is not the model that {run.path} was started with")
+    if current["template"] != started.get("template"):
+        file = experiment.model.chat_template
+        return Difference(
+            f"model.chat_template: {file} has changed since {run.path} was started",
+            ": restore it, or start another run",
+        )
     for key, digest in current["functions"].items():
         if started["functions"].get(key) != digest:
             file = user_functions(experiment)[key].rpartition(":")[0]
@@ -198,6 +208,11 @@ def model_digest(location: str) -> str:
         config_file = cached_file(location, "config.json")
         return str(extract_commit_hash(config_file, None))
     return files_digest(path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILE_SUFFIXES)
+
+
+def _template_digest(name: str | None) -> str | None:
+    """A hash of a chat template; None where the tokenizer's own is used."""
+    return None if name is None else hashlib.blake2b(read_template(name).encode()).hexdigest()
 
 
 def user_functions(experiment: Experiment) -> dict[str, str]:

@@ -193,7 +193,11 @@ CLASSIFIER = (
 """Metrics of a classifier's training, one line per optimizer step."""
 
 REWARD_MODEL = (
-    Metric("reward_model/loss", "mean over the preference examples of the batch", "nats per example"),
+    Metric(
+        "reward_model/loss",
+        "mean over the preference examples of the batch, or over its labelled steps",
+        "nats per example",
+    ),
     Metric(
         "reward_model/heldout_loss",
         "the same on the held-out rows, without dropout, label smoothing and centering",
@@ -203,16 +207,16 @@ REWARD_MODEL = (
     Metric(
         "reward_model/accuracy",
         "share of the batch's comparisons in the correct order, where equal scores count one half; ratings are not "
-        "compared",
+        "compared; or share of its labelled steps that are judged right",
         "share",
-        "with preferences",
+        "with preferences, or labels of steps from 0 to 1",
     ),
     Metric(
         "reward_model/margin", "mean difference of the scores, better minus worse response", "score", "with preferences"
     ),
     Metric(
         "reward_model/heldout_accuracy",
-        "accuracy on the held-out preferences of the model that the stage keeps",
+        "accuracy, on the held-out preferences or steps, of the model that the stage keeps",
         "share",
         "at the end",
     ),
@@ -241,7 +245,13 @@ PPO = (
     ),
     Metric("reward/term/*", "mean of a term of the reward", "score", "with `reward.terms`"),
     Metric("reward/term_std/*", "its standard deviation", "score", "with `reward.terms`"),
-    Metric("reward/steps/*", "mean total of a term's step rewards per response", "score", "with terms of kind `steps`"),
+    Metric(
+        "reward/steps/*",
+        "mean total of a term's step rewards per response",
+        "score",
+        "with terms of kind `steps`, and of kind `process` unless `credit` is `minimum`",
+    ),
+    Metric("reward/step_count/*", "mean number of steps of a response", "number", "with a term of kind `process`"),
     Metric("reward/attribute/*", "mean of a named attribute of the reward model", "score", "with attributes"),
     Metric(
         "reward/failed/*", "share of responses that received the term's fallback", "share", "with terms that can fail"
@@ -508,6 +518,7 @@ SECTIONS = (
         (
             Panel("length", "Response length", "tokens", ("rollout/length_mean", "eval/length_mean")),
             Panel("eos", "Responses that end by themselves", "share", ("rollout/eos_share", "eval/eos_share")),
+            Panel("steps", "Steps of a response", "number", ("reward/step_count/*",)),
             Panel("distinct", "Distinct-2", "share", ("eval/distinct_2",)),
             Panel(
                 "unscored",
@@ -563,13 +574,13 @@ WITHOUT_PANEL = {
     "eval/gold_gain": "it is the gold score less that of the reference, which does not change",
     "eval/gold_gain_low": "it is for the page's first screen and comparisons",
     "eval/gold_gain_high": "it is for the page's first screen and comparisons",
-    "eval/score_std": "the spread in training shows the same",
-    "eval/accuracy_low/*": "it is for the evaluation's table",
-    "eval/accuracy_high/*": "it is for the evaluation's table",
     "eval/accuracy_gain/*": "it is the accuracy less that of the reference, which does not change",
-    "eval/accuracy_gain_low/*": "it is for the evaluation's table",
-    "eval/accuracy_gain_high/*": "it is for the evaluation's table",
-    "eval/pass_at_*": "it is for the evaluation's table",
+    "eval/accuracy_low/*": "it is for comparisons",
+    "eval/accuracy_high/*": "it is for comparisons",
+    "eval/accuracy_gain_low/*": "it is for comparisons",
+    "eval/accuracy_gain_high/*": "it is for comparisons",
+    "eval/pass_at_*": "it grows with the accuracy",
+    "eval/score_std": "the spread in training shows the same",
     "rollout/tokens": "it is the length by the batch size",
     "rollout/prompt_tokens": "it depends on the prompts alone",
     "rollout/mismatch_share": "it is for the check of the sampler, which stops a run",

@@ -75,8 +75,8 @@ class Scorers:
 def build_scorers(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> Scorers:
     """Build the scorers of an experiment.
 
-    The SFT model is the reference. A term of kind `model` adds its adapters and heads to the roles on the shared base
-    model, unless the reward model is a ready-made classifier.
+    The SFT model is the reference. A term of kind `model` or `process` adds its adapters and heads to the roles on the
+    shared base model, unless the reward model is a ready-made classifier.
 
     Args:
         experiment: The settings.
@@ -96,7 +96,8 @@ def build_scorers(experiment: Experiment, run: RunFolder, tokenizer: PreTrainedT
     blueprint = Blueprint(experiment.model, experiment.policy, experiment.seed, reference)
     facts = read_facts(run.reward)
     if settings.has_model and "classifier" not in facts:
-        blueprint = replace(blueprint, rewards=_reward_roles(experiment, run))
+        is_process = settings.process is not None
+        blueprint = replace(blueprint, rewards=_reward_roles(experiment, run), reads_tokens=is_process)
     stage = RewardStage(settings, facts)
     terms = {name: term.make_scorer(name, stage) for name, term in settings.terms.items()}
     reward = Reward(

@@ -137,6 +137,9 @@ def term_input(
     reward_outputs = None
     if outputs and outputs[0].reward_outputs.numel():
         reward_outputs = torch.stack([output.reward_outputs for output in outputs])  # [B, C]
+    token_scores: list[Tensor] = []
+    if outputs and outputs[0].token_scores.numel():
+        token_scores = [output.token_scores for output in outputs]  # [T] each
     columns = [request.columns for request in requests]
     response_lengths = [trajectory.length for trajectory in trajectories]
     return TermInput(
@@ -146,6 +149,7 @@ def term_input(
         response_lengths=response_lengths,
         reward_outputs=reward_outputs,
         align_text=align_text,
+        token_scores=token_scores,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from align.data.labels import verbalizer_ids
 from align.evaluation.classifier import evaluate_classifier, headline_figures
 from align.evaluation.reward_model import write_diagnostics
 from align.roles.build import build_sft_trunk
@@ -58,6 +59,7 @@ def _train(context: StageContext) -> tuple[TextClassifier, FitResult]:
         examples=datasets.labels,
         heldout=datasets.labels_heldout,
         learning_rate=settings.learning_rate,
+        verbalizers=verbalizer_ids(settings.verbalizers, datasets.label_space, context.tokenizer),
     )
     fit_context = context.fit_context(STAGE_NAME, settings)
     result = train(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.schema import Experiment
 from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
-from align.evaluation.prompt_styles import make_prompt_style
+from align.evaluation.prompt_styles import PromptStyle
 from align.resources.actors import actors_by_stage, most_actors, reserved_cpus
 from align.resources.peak_memory import PeakMemory
 from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
@@ -34,9 +35,11 @@ from align.stages.perplexity import measure_perplexity
 from policies.device import free_memory
 from policies.errors import UserError
 from policies.files.adapters import load_adapter
-from policies.files.base_model import check_model_folder, check_weights, load_tokenizer
+from policies.files.base_model import check_model_folder, check_weights, load_model_tokenizer
 from policies.text.encoder import TextEncoder
 from rewards.model import member_folder, members_in, read_heads
+from rewards.terms.model import check_reads_responses
+from rewards.terms.process import check_reads_steps
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def load_datasets(experiment: Experiment) -> Datasets:
     Raises:
         UserError: A model, adapter, function, source or row cannot be used.
     """
-    tokenizer = load_tokenizer(experiment.model.path)
+    tokenizer = load_model_tokenizer(experiment.model)
     check_weights(experiment.model.path)
     remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)
@@ -90,9 +93,9 @@ def _check_prompt_styles(
 ) -> None:
     max_prompt = math.inf if max_positions is None else max_positions - experiment.rollouts.max_new_tokens
     for name, settings in experiment.evaluation.prompt_styles.items():
-        style = make_prompt_style(settings, TextEncoder(tokenizer, experiment.data.special_tokens))
+        style = PromptStyle(settings, TextEncoder(tokenizer, experiment.data.special_tokens))
         try:
-            longest = max((len(style(request).prompt_ids) for request in datasets.prompts_heldout), default=0)
+            longest = max((len(style.ask(request).prompt_ids) for request in datasets.prompts_heldout), default=0)
         except ValueError as error:
             raise UserError(f"evaluation.prompt_styles.{name}: a prompt cannot be put in this form: {error}") from error
         if longest > max_prompt:
@@ -134,6 +137,9 @@ def _check_reward_folder(experiment: Experiment, folder: str) -> None:
         path = member_folder(folder, member)
         load_adapter(path, experiment.policy)
         read_heads(path, experiment.reward.weights)
+    where = f"reward.terms.{experiment.reward.model_term}"
+    check = check_reads_steps if experiment.reward.process else check_reads_responses
+    check(read_facts(Path(folder)), where)
 
 
 def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop: StopRequest) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def run_stages(experiment: Experiment, run: RunFolder, datasets: Datasets, stop:
     if remaining := remaining_stages(experiment, run):
         last = _return_to_checkpoint(run, remaining[0], experiment.checkpoint.keep)
         truncate_after(run.path, remaining[0], last)
-        tokenizer = load_tokenizer(experiment.model.path)
+        tokenizer = load_model_tokenizer(experiment.model)
         config = experiment.model_dump(mode="json")
         job_type = "-".join(experiment.stages)
         with open_tracker(run.path, experiment.tracking, experiment.name, config, job_type) as tracker:

@@ -16,10 +16,10 @@ from align.runtime.seeds import permutation, seed_for
 from align.scoring.build import REWARD_STATE, Scorers, build_scorers
 from align.scoring.reward import RoleScorer, term_input
 from policies.errors import UserError
-from policies.files.base_model import load_tokenizer
+from policies.files.base_model import load_model_tokenizer
 from policies.files.safe_reading import read_object
+from policies.schema import PolicySettings
 from policies.trunk import AdapterWeights
-from rewards.terms.model import ModelTerm
 from rollouts.engine import Sampling
 from rollouts.pool import LocalPool, Pool
 from rollouts.trajectory import Request, RoleOutputs, Trajectory
@@ -36,12 +36,20 @@ class LoadedReward:
         reference: The reference's adapter.
     """
 
-    def __init__(self, experiment: Experiment, run: RunFolder) -> None:
+    def __init__(self, experiment: Experiment, run: RunFolder, adapters: PolicySettings | None = None) -> None:
+        """Load the models.
+
+        Args:
+            experiment: The run's settings.
+            run: The run.
+            adapters: Settings of the adapters, where they have a higher rank than the run's; None: the run's.
+        """
         self.experiment = experiment
-        self.tokenizer = load_tokenizer(experiment.model.path)
+        self.tokenizer = load_model_tokenizer(experiment.model)
         self.scorers = build_scorers(experiment, run, self.tokenizer)
-        self.roles = build_roles(self.scorers.blueprint, None, (SAMPLER_ROLE,))
-        self.reference = self.scorers.blueprint.reference or self.roles.trunk.read_adapter("reference")
+        blueprint = self.scorers.blueprint.widened(adapters or experiment.policy)
+        self.roles = build_roles(blueprint, None, (SAMPLER_ROLE,))
+        self.reference = blueprint.reference or self.roles.trunk.read_adapter("reference")
 
     def restore(self, run: RunFolder) -> None:
         """Give the reward the state in which the run's policy was evaluated.
@@ -103,10 +111,11 @@ class LoadedReward:
         return self.scorers.reward.composition.score(raw)
 
     def score_by_model(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """Score responses `[B]` by the term of kind `model` alone: `[B]` float64, as the reward model's heads do."""
+        """Score responses `[B]` by the term that is the reward model alone: `[B]` float64, as the model's heads do."""
+        name = self.experiment.reward.model_term
+        assert name is not None, "there is no reward model"
         outputs = self.score_roles(trajectories, ("reward",))
-        model_terms = [name for name, term in self.experiment.reward.terms.items() if isinstance(term, ModelTerm)]
-        scorer = self.scorers.reward.terms[model_terms[0]]
+        scorer = self.scorers.reward.terms[name]
         return scorer(term_input(trajectories, self.tokenizer, outputs)).values
 
     def compare(self, policy: AdapterWeights, step: int, prompts: Sequence[Request]) -> Evaluation:

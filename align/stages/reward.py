@@ -1,8 +1,8 @@
-"""The reward stage: trains a reward model on preferences, or adopts a ready-made one, and evaluates it."""
+"""The reward stage: trains a reward model on preferences or labels of steps, or adopts one, and evaluates it."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from align.algorithms.advantages import has_spread
 from align.config.schema import Experiment
-from align.data.examples import TokenizedPreference
+from align.data.examples import TokenizedPreference, TokenizedSteps
+from align.evaluation.process_model import LABELLED_STEPS, step_diagnostics
 from align.evaluation.reward_model import RELIABILITY, compute_diagnostics, invariance, write_diagnostics
 from align.roles.build import SFT_ROLE
 from align.runs.folder import RunFolder, read_facts
@@ -20,7 +21,9 @@ from align.stages.context import StageContext
 from align.stages.microbatch_size import with_kept_size
 from align.stages.supervised import train
 from align.supervised.fit import FitResult, fitted_weights
+from align.supervised.objective import Objective
 from align.supervised.reward_objective import RewardBlueprint, score_preferences
+from align.supervised.step_objective import StepBlueprint, score_steps
 from policies.build import build_trunk
 from policies.files.adapters import load_adapter
 from policies.heads import ScalarHead
@@ -31,12 +34,17 @@ from rewards.diagnostics import ACCURACY, distribution
 from rewards.model import RewardModel, load_heads, member_folder, members_in, read_heads, role_of
 from rewards.preferences import OVERALL
 from rewards.schema import RewardSettings
+from rewards.step_labels import LabelScale, label_scale
+from rewards.terms.process import NUMBERS, PROBABILITIES, STEP_LABELS
 
 Moments = tuple[float, float]
 """Mean and standard deviation of scores."""
 
 IDENTITY: Moments = (0.0, 1.0)
 """Scores normalised by these are unchanged."""
+
+MEASURED = (*ACCURACY, LABELLED_STEPS)
+"""The figures that are also facts of the stage; those of preferences have no steps, and those of steps no pairs."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +80,19 @@ class _Member:
 
 
 def run_reward(context: StageContext) -> None:
-    """Train the reward model on the preferences, or adopt a ready-made one; write it and its figures to `reward/`."""
+    """Train the reward model on its data, or adopt a ready-made one; write it and its figures to `reward/`."""
     started = time.perf_counter()
     if context.experiment.reward.classifier:
         outcome = _adopt_classifier(context, context.experiment.reward.classifier)
+    elif context.experiment.reward.process:
+        outcome = _train_or_load_process(context)
     else:
         outcome = _train_or_load(context)
-    accuracy = {name: outcome.figures[name] for name in ACCURACY if name in outcome.figures}
-    if accuracy:
+    measured = {name: outcome.figures[name] for name in MEASURED if name in outcome.figures}
+    if "accuracy" in measured:
         step = _last_step(context, outcome.facts)
-        context.tracker.log("reward", step, {"reward_model/heldout_accuracy": accuracy["accuracy"]})
-    with context.new_product(context.run.reward, outcome.facts | accuracy, started) as folder:
+        context.tracker.log("reward", step, {"reward_model/heldout_accuracy": measured["accuracy"]})
+    with context.new_product(context.run.reward, outcome.facts | measured, started) as folder:
         outcome.save(folder)
         write_diagnostics(folder, outcome.figures, outcome.worst_errors)
         _show_errors(context, outcome, folder / RELIABILITY)
@@ -124,6 +134,74 @@ def _train_or_load(context: StageContext) -> _Outcome:
     return _Outcome(facts, figures, worst_errors, save=partial(_save_members, models, to_fold))
 
 
+def _train_or_load_process(context: StageContext) -> _Outcome:
+    """Train or load a process reward model, and evaluate it. Its scores are not normalised: they mean something."""
+    experiment = context.experiment
+    settings = experiment.reward
+    facts: dict[str, Any] = {"members": 1}
+    if settings.model:
+        member = _read_member(experiment, settings.model, 0)
+        facts |= {"model": settings.model, STEP_LABELS: read_facts(Path(settings.model))[STEP_LABELS]}
+    else:
+        member, results = _train_on_steps(context)
+        facts |= results
+    models = _put_on(context.new_trunk("reward", *_roles([member])), [member], settings)
+    figures: dict[str, Any] = {}
+    worst_errors: list[dict[str, Any]] = []
+    if heldout := context.datasets.step_labels_heldout:
+        figures, worst_errors = evaluate_process_model(models[0], facts, heldout, context.datasets.step_labels)
+    return _Outcome(facts, figures, worst_errors, save=partial(_save_members, models, [IDENTITY]))
+
+
+def _train_on_steps(context: StageContext) -> tuple[_Member, dict[str, Any]]:
+    """Train a process reward model on labels of steps. Its head computes logits, or labels that are numbers."""
+    context = with_kept_size(context, "reward")
+    experiment = context.experiment
+    examples = context.datasets.step_labels
+    blueprint = StepBlueprint(
+        model=experiment.model,
+        policy=experiment.policy,
+        seed=experiment.seed,
+        sft=context.sft_weights(),
+        examples=examples,
+        heldout=context.datasets.step_labels_heldout,
+        settings=experiment.reward,
+    )
+    member, result = _fit(context, blueprint.build, examples, number=0)
+    scale = label_scale([example.example for example in examples])
+    facts = asdict(result) | {"skipped_rows": len(context.datasets.skipped.get("step_labels", []))}
+    facts[STEP_LABELS] = PROBABILITIES if scale.are_probabilities else NUMBERS
+    return _in_units_of_labels(member, scale), facts
+
+
+def _in_units_of_labels(member: _Member, scale: LabelScale) -> _Member:
+    """The member with a head that computes labels instead of standardised ones."""
+    (head,) = member.heads
+    unscaled = {"weight": head["weight"] * scale.std, "bias": head["bias"] * scale.std + scale.mean}
+    return replace(member, heads=[unscaled])
+
+
+def evaluate_process_model(
+    model: RewardModel,
+    facts: Mapping[str, Any],
+    examples: Sequence[TokenizedSteps],
+    trained: Sequence[TokenizedSteps] = (),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate a process reward model on labels of steps.
+
+    Args:
+        model: The model.
+        facts: The facts of its stage, which say what its labels were.
+        examples: Held-out examples.
+        trained: The training examples, by which the baseline is chosen.
+
+    Returns:
+        The figures of `diagnostics.json`, and the worst errors in full.
+    """
+    scores = score_steps(model, examples, model.trunk.default_microbatch_tokens())
+    return step_diagnostics(examples, scores, facts[STEP_LABELS] == PROBABILITIES, trained)
+
+
 def _train_members(context: StageContext, count: int) -> tuple[list[_Member], dict[str, Any]]:
     """Train the members of an ensemble one after another. Returns their facts, as lists where there are several."""
     members = []
@@ -156,10 +234,21 @@ def _train(context: StageContext, number: int) -> tuple[_Member, FitResult]:
         heldout=context.datasets.preferences_heldout,
         settings=settings,
     )
+    return _fit(context, blueprint.build, preferences, number)
+
+
+def _fit(
+    context: StageContext,
+    build: Callable[[], Objective[Any]],
+    examples: Sequence[TokenizedPreference] | Sequence[TokenizedSteps],
+    number: int,
+) -> tuple[_Member, FitResult]:
+    """Train a member on its examples."""
+    settings = context.experiment.reward
     role = role_of(number)
     fit_context = context.fit_context("reward", settings, number)
-    lengths = [preference.length for preference in preferences]
-    result = train(context, blueprint.build, lengths, settings, fit_context)
+    lengths = [example.length for example in examples]
+    result = train(context, build, lengths, settings, fit_context)
     trained = [role] if settings.trains == "adapter" else []
     weights = fitted_weights(fit_context, trained, [role])
     heads = []
@@ -290,11 +379,11 @@ def _save_members(models: Sequence[RewardModel], to_fold: Sequence[Moments], fol
 
 
 def accuracy_figures(run: RunFolder) -> dict[str, Any]:
-    """The reward model's part of `evaluation.json`: its accuracy on held-out preferences, where it has any."""
+    """The reward model's part of `evaluation.json`: its accuracy on held-out preferences or steps, where it has any."""
     facts = read_facts(run.reward)
     if "accuracy" not in facts:
         return {}
-    return {"reward_model": {name: facts[name] for name in ACCURACY}}
+    return {"reward_model": {name: facts[name] for name in MEASURED if name in facts}}
 
 
 def moments(scores: Tensor) -> Moments:

@@ -16,7 +16,7 @@ from align.supervised.text_states import TextState, text_states
 from policies.batching import Batch
 from policies.heads import LinearHead
 from policies.schema import ModelSettings, PolicySettings
-from policies.trunk import AdapterWeights
+from policies.trunk import AdapterWeights, Trunk
 
 LabelExample = LabelledText | TextState
 
@@ -137,6 +137,8 @@ class ClassifierBlueprint:
         examples: The labelled texts.
         heldout: The held-out ones.
         learning_rate: Peak learning rate.
+        verbalizers: The token of each class, whose row of the language model's head the class starts with; None: the
+            head starts at random.
     """
 
     model: ModelSettings
@@ -148,6 +150,7 @@ class ClassifierBlueprint:
     examples: Sequence[LabelledText]
     heldout: Sequence[LabelledText]
     learning_rate: float
+    verbalizers: Sequence[int] | None = None
 
     def build(self) -> LabelObjective:
         """Load the base model, and build the objective around a classifier that starts from the SFT model."""
@@ -162,13 +165,20 @@ class ClassifierBlueprint:
         if self.trains_adapter and not self.sft:
             trunk.start_training(CLASSIFIER_ROLE)
         trunk.train_only(*[CLASSIFIER_ROLE] * self.trains_adapter)
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "classifier head"))
-        head = LinearHead(trunk.width, self.space.outputs, generator).to(trunk.causal.device)
         kind = ClassificationObjective if isinstance(self.space, Classes) else RegressionObjective
         return kind(
-            model=TextClassifier(trunk, head, self.space),
+            model=TextClassifier(trunk, self._initial_head(trunk), self.space),
             trains_adapter=self.trains_adapter,
             examples=self.examples,
             heldout=self.heldout,
             learning_rate=self.learning_rate,
         )
+
+    def _initial_head(self, trunk: Trunk) -> LinearHead:
+        """A head that starts at random, or with the rows of the verbalizers."""
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "classifier head"))
+        head = LinearHead(trunk.width, self.space.outputs, generator)
+        if self.verbalizers:
+            words = trunk.causal.get_output_embeddings().weight  # [V, H]
+            head.weight.data.copy_(words[list(self.verbalizers)])
+        return head.to(trunk.causal.device)

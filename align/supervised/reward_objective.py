@@ -186,13 +186,15 @@ class RewardBlueprint:
 
     def build(self) -> RewardObjective:
         """Load the base model, and build the objective around a reward model that starts from the SFT model."""
-        role = role_of(self.member)
-        trunk = build_sft_trunk(self.model, self.policy, self.seed, "reward", (role,), self.sft)
-        model = RewardModel(trunk, new_heads(trunk, self.settings, self.seed, self.member), self.settings.weights, role)
-        trains_adapter = self.settings.trains == "adapter"
-        if trains_adapter and not self.sft:
-            trunk.start_training(role)
-        trunk.train_only(*[role] * trains_adapter)
+        model = build_reward_model(
+            model=self.model,
+            policy=self.policy,
+            seed=self.seed,
+            member=self.member,
+            sft=self.sft,
+            settings=self.settings,
+        )
+        trunk = model.trunk
         heldout = [preference.example for preference in self.heldout]
         loss = PreferenceLoss(
             examples=[preference.example for preference in self.examples],
@@ -200,9 +202,38 @@ class RewardBlueprint:
             ratings=self.settings.ratings,
             heldout=heldout,
         )
-        shares_prompts = should_share_prompts(trunk, role, self.examples)
+        shares_prompts = should_share_prompts(trunk, model.role, self.examples)
+        trains_adapter = self.settings.trains == "adapter"
         module = RewardModule(model, loss.to(trunk.causal.device), trains_adapter, shares_prompts)
         return RewardObjective(model, module, self.examples, self.heldout, self.settings)
+
+
+def build_reward_model(
+    model: ModelSettings,
+    policy: PolicySettings,
+    seed: int,
+    member: int,
+    sft: AdapterWeights | None,
+    settings: RewardSettings,
+) -> RewardModel:
+    """Load the base model with a reward model that starts from the SFT model, ready to be trained.
+
+    Args:
+        model: Settings of the base model.
+        policy: Settings of the adapter.
+        seed: Seed of the run.
+        member: The index of the ensemble's member.
+        sft: The SFT adapter; None: the base itself is the SFT model.
+        settings: The settings of the reward stage.
+    """
+    role = role_of(member)
+    trunk = build_sft_trunk(model, policy, seed, "reward", (role,), sft)
+    reward_model = RewardModel(trunk, new_heads(trunk, settings, seed, member), settings.weights, role)
+    trains_adapter = settings.trains == "adapter"
+    if trains_adapter and not sft:
+        trunk.start_training(role)
+    trunk.train_only(*[role] * trains_adapter)
+    return reward_model
 
 
 def new_heads(trunk: Trunk, settings: RewardSettings, seed: int, member: int) -> list[ScalarHead]:

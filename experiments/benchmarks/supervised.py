@@ -4,9 +4,9 @@
 
 DATA is a folder with gsm8k/train.jsonl (`question`, `answer`) and hh/harmless.jsonl (`chosen`, `rejected`). Each round
 runs both sides in turn, in separate processes, on the same rows with the same threads; TRL's SFT with packing and
-without, of which the faster counts. Tokens are those of the rows, by the time from the start of training to its end,
-the reference's log-probabilities of DPO included. Held-out losses are computed here for both sides. The figures go to
-`supervised.json`.
+without, of which the faster counts. Tokens are those of the rows; the time is that of training and, for DPO, of the
+reference's log-probabilities, without loading and tokenizing. Held-out losses are computed here for both sides. The
+figures go to `supervised.json`.
 """
 
 import argparse
@@ -196,16 +196,16 @@ def run_job(job: dict[str, Any]) -> dict[str, float]:
     settings = getattr(experiment, job["task"])
     examples = datasets.demonstrations if job["task"] == "sft" else datasets.preferences
     tokens = sum(example.length for example in examples)
-    blueprint.build()  # the first model of a process takes longer to load
+    objective = blueprint.build()
     started = time.perf_counter()
     learners = SupervisedLearners(
-        LocalRank(lambda: build_learner(blueprint.build, settings, zero=0, seed=0, gradient_checkpointing=False))
+        LocalRank(lambda: build_learner(lambda: objective, settings, zero=0, seed=0, gradient_checkpointing=False))
     )
     if job["trained"]:
         if not is_base(job):
             load_adapter_of(job, experiment, learners)
         return {"tokens": tokens, "heldout_loss": learners.heldout_metrics()["heldout_loss"]}
-    before = time.perf_counter() - started  # loading, and the reference of DPO
+    before = time.perf_counter() - started  # the optimizer, and the reference of DPO
     figures = fit_all(job, experiment, learners, [example.length for example in examples])
     seconds = before + figures["seconds"]
     return figures | {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
@@ -216,6 +216,7 @@ def settings_of(job: dict[str, Any]) -> dict[str, Any]:
     source = "demonstrations" if job["task"] == "sft" else "preferences"
     policy = {"method": "full"} if job["method"] == "full" else {"rank": job["rank"], "alpha": 2 * job["rank"]}
     own = {"batch_size": job["batch"], "learning_rate": job["learning_rate"], "max_tokens": job["max_tokens"]}
+    own["warmup"] = 0.0
     if job["task"] == "dpo":
         own["beta"] = job["beta"]
     return {

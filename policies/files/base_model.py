@@ -20,6 +20,7 @@ from policies.files.complete_weights import load_complete
 from policies.files.quantization import four_bits, leave_packed
 from policies.files.safe_reading import NO_CODE, read_object
 from policies.schema import ModelSettings, PolicySettings
+from policies.text.chat_templates import use_template
 from policies.text.encoder import TextEncoder
 
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
@@ -82,6 +83,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer of {path} has no eos_token: without one no response would ever end")
     check_token_ids(tokenizer, path)
+    return tokenizer
+
+
+def load_model_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model as the settings say, with their chat template.
+
+    Raises:
+        UserError: As for `load_tokenizer`, and for the chat template as for `use_template`.
+    """
+    tokenizer = load_tokenizer(model.path)
+    if model.chat_template is not None:
+        use_template(tokenizer, model.chat_template)
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 Ben Zaken et al. 2022, "BitFit: simple parameter-efficient fine-tuning for transformer-based masked language-models".
 """
 
-from policies.method_spec import MethodSpec
+from policies.method_spec import YES, MethodSpec
 
 SPEC = MethodSpec(
     name="bitfit",
@@ -12,4 +12,5 @@ SPEC = MethodSpec(
     trunk="policies.methods.bitfit_trunk:BitFitTrunk",
     peft_type="BITFIT",
     merges_at_export=True,
+    scales=YES,
 )

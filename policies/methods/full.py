@@ -8,5 +8,6 @@ SPEC = MethodSpec(
     trunk="policies.methods.full_trunk:FullTrunk",
     shares_base=False,
     merges_at_export=True,
+    scales=YES,
     zero3=YES,
 )

@@ -3,7 +3,7 @@
 Liu et al. 2022, "Few-shot parameter-efficient fine-tuning is better and cheaper than in-context learning".
 """
 
-from policies.method_spec import MethodSpec
+from policies.method_spec import YES, MethodSpec
 
 SPEC = MethodSpec(
     name="ia3",
@@ -15,4 +15,5 @@ SPEC = MethodSpec(
     peft_config="policies.methods.ia3_trunk:saved_ia3_config",
     below_float32=True,
     merges_at_export=True,
+    scales=YES,
 )

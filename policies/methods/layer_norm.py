@@ -3,7 +3,7 @@
 Zhao et al. 2024, "Tuning LayerNorm in attention: towards efficient multi-modal LLM finetuning".
 """
 
-from policies.method_spec import MethodSpec
+from policies.method_spec import YES, MethodSpec
 
 SPEC = MethodSpec(
     name="layer_norm",
@@ -13,4 +13,5 @@ SPEC = MethodSpec(
     peft_type="LN_TUNING",
     peft_config="policies.methods.layer_norm_trunk:saved_layer_norm_config",
     merges_at_export=True,
+    scales=YES,
 )

@@ -22,6 +22,8 @@ SPEC = MethodSpec(
     below_float32=True,
     merges_for_sampling=Support(True, without=("dora",)),
     merges_at_export=True,
+    scales=Support(True, without=("dora",)),
+    is_low_rank=True,
     vllm=Support(True, without=("dora",)),
     zero3=Support(True, without=("dora", "init")),
 )

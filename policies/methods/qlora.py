@@ -4,7 +4,7 @@ Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs". See `poli
 `init: loftq` (Li et al. 2023) is in `policies/lora_init.py`.
 """
 
-from policies.method_spec import MethodSpec
+from policies.method_spec import MethodSpec, Support
 from policies.methods.lora import LORA_SAVED_SETTINGS, LORA_SETTINGS
 
 SPEC = MethodSpec(
@@ -19,4 +19,6 @@ SPEC = MethodSpec(
     four_bits=True,
     below_float32=True,
     merges_at_export=True,
+    scales=Support(True, without=("dora",)),
+    is_low_rank=True,
 )

@@ -1,6 +1,6 @@
 """Fine-tuning of the last decoder layers, the final norm and the LM head; everything below stays frozen."""
 
-from policies.method_spec import MethodSpec
+from policies.method_spec import YES, MethodSpec
 
 SPEC = MethodSpec(
     name="top_layers",
@@ -10,4 +10,5 @@ SPEC = MethodSpec(
     peft_type="TOP_LAYERS",
     saved_settings={"layers": "layers"},
     merges_at_export=True,
+    scales=YES,
 )

@@ -28,8 +28,9 @@ class CertainText:
 
     def __call__(self, ids: Sequence[int]) -> str:
         """The certain beginning of the text of these tokens, at least one; empty where the last one leaves it open."""
-        name = self.tokenizer.convert_ids_to_tokens(ids[-1]) or ""  # models may have more ids than the tokenizer
-        if ids[-1] in self._special_ids or BYTE_TOKEN.fullmatch(name):
+        name = self.tokenizer.convert_ids_to_tokens(ids[-1])
+        has_no_text = name is None or ids[-1] in self._special_ids  # models may have more ids than the tokenizer
+        if has_no_text or BYTE_TOKEN.fullmatch(name):
             return ""
         text = decode_response(self.tokenizer, ids)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -46,6 +46,8 @@ class TermInput:
         reward_outputs: `[B, C]` float32 of the reward heads on the shared base model: for each member of the ensemble
             its overall score, then its score of each attribute. None where the reward has no term of kind `model`, or
             its model is a pretrained classifier.
+        token_scores: `[B]`, of each response `[T]` float32 of the head of the process reward model on the shared base
+            model, at each token; empty where the reward has no term of kind `process`.
     """
 
     prompts: Sequence["Prompt"]
@@ -54,6 +56,7 @@ class TermInput:
     response_lengths: Sequence[int]
     reward_outputs: "Tensor | None" = None
     align_text: Callable[[int], "TextAlignment"] = _no_alignment
+    token_scores: "Sequence[Tensor]" = ()
 
     @cached_property
     def responses(self) -> Sequence[str]:

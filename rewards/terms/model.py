@@ -1,11 +1,13 @@
 """The reward model as a term."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from policies.errors import UserError
 from rewards.terms.base import RewardStage, TermInput, TermScorer, TermScores, TermSettings
 from rewards.terms.classifier import ClassifierScorer
+from rewards.terms.process import STEP_LABELS
 
 
 class ModelTerm(TermSettings):
@@ -14,13 +16,32 @@ class ModelTerm(TermSettings):
     kind: Literal["model"]
 
     def make_scorer(self, name: str, stage: RewardStage) -> TermScorer:
-        """A scorer by the reward heads on the shared base model, or by the classifier that is used in their place."""
+        """A scorer by the reward heads on the shared base model, or by the classifier that is used in their place.
+
+        Raises:
+            UserError: The reward model was trained on labels of steps, and is not read at the end of a response.
+        """
+        check_reads_responses(stage.facts, f"reward.terms.{name}")
         if path := stage.facts.get("classifier"):
             from rewards.classifier import Classifier
 
             return ClassifierScorer(Classifier(path), name, mean=stage.facts["mean"], std=stage.facts["std"])
         ensemble = stage.settings.ensemble
         return RewardHeadsScorer(ensemble.combine, ensemble.penalty or 1.0, tuple(stage.settings.attributes))
+
+
+def check_reads_responses(facts: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where a reward model, by the facts in its folder, was trained on labels of steps.
+
+    Args:
+        facts: The content of its `stage.json`.
+        where: What needs a model of whole responses, for the message.
+    """
+    if STEP_LABELS in facts:
+        raise UserError(
+            f"{where} is of kind model, and the reward model was trained on labels of steps: a term of kind process "
+            "reads it at the end of each step"
+        )
 
 
 @dataclass(frozen=True)

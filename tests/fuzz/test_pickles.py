@@ -239,6 +239,7 @@ PICKLES = (
 """The names under which Torch, transformers, PEFT and DeepSpeed keep pickles."""
 
 
+@pytest.mark.slow
 def test_the_libraries_own_pickles_are_neither_written_nor_read(
     stopped: dict[str, Any], tmp_path: Path, marker: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_attention_is_counted_half_and_three_times(operations: ModuleType) -> No
     assert operations.update_operations(shape, [(3, 7)], critic_forward=True) == 2 * 3 * (4 * 10**2 * 8) / 2
 
 
+@pytest.mark.slow
 def test_the_rate_is_measured_around_each_epoch_except_in_the_first_update(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_the_rate_is_measured_around_each_epoch_except_in_the_first_update(
     assert all(0 < epoch["update_per_s"] < epoch["matrix_per_s"] for epoch in epochs)
 
 
+@pytest.mark.slow
 def test_this_librarys_side_of_the_benchmark_of_reward_models_times_each_step(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     pair = {"prompt": "a b", "chosen": "c d", "rejected": "e"}
@@ -116,6 +118,7 @@ def test_what_the_controller_sends_and_receives_grows_with_the_batch(tmp_path: P
         assert all(seconds >= 0 for seconds in results[str(count)]["seconds"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "reason"), [("", "a model is needed: give"), ("missing", "missing does not exist")])
 def test_a_missing_model_is_one_message(model: str, reason: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "mixed.py")]

@@ -96,6 +96,7 @@ def write_run(settings: dict[str, Any], folder: Path, deeds: tuple[str, ...], **
     return path
 
 
+@pytest.mark.slow
 def test_a_run_with_a_fallback_goes_on_whatever_a_function_does(
     settings: dict[str, Any], processes_of: Path, align: Command
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_run_with_a_fallback_goes_on_whatever_a_function_does(
     assert [row["reward/failed/own"] for row in steps] == [len(FAIL) / 8] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deed", "reason"),
     [("fork_and_hang", "took longer than 1.5 s"), ("leave", "raised SystemExit: 3"), ("alarm", "SIGALRM")],
@@ -161,6 +163,7 @@ def write_estimator(settings: dict[str, Any], folder: Path, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_estimator_may_fork_and_import_what_is_beside_it(
     settings: dict[str, Any], processes_of: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -171,6 +174,7 @@ def test_an_estimator_may_fork_and_import_what_is_beside_it(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_an_estimator_that_exits_is_named(
     settings: dict[str, Any], processes_of: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

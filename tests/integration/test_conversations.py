@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from align.outputs.export import export_run
 from align.outputs.trained_run import open_run
 from rollouts.engine import Sampling
 from rollouts.trajectory import Request
@@ -68,3 +70,20 @@ def test_what_is_sampled_is_what_was_trained_token_for_token(run: Path) -> None:
         (trajectory,) = trained._engine.generate([Request("", ids, 0)], Sampling(0.0, 12))
         assert list(ids) == whole.ids[:start]
         assert list(trajectory.response_ids) == whole.ids[start:stop]
+
+
+def test_a_base_without_a_template_is_given_one_everywhere(tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path)
+    rows = [{"messages": messages(*REPLIES)}] * 12
+    settings["model"]["chat_template"] = "plain"
+    settings["data"]["demonstrations"] = write_rows(tmp_path / "chat.jsonl", rows)
+    settings["data"]["demonstrations_heldout"] = write_rows(tmp_path / "heldout.jsonl", rows[:2])
+    trained = open_run(run_in_process(settings | {"stages": ["sft"]}))
+    prompt = messages(*REPLIES)[:1]
+    expected = "User:\nMy lamp is broken.\n\nAssistant:\n"
+    assert trained.tokenizer.decode(trained.encoder.prompt(prompt)) == expected
+    assert len(trained.generate([prompt], temperature=0)) == 1
+    export_run(trained.experiment, trained.folder, tmp_path / "model", "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) == expected
+    assert "the chat template `plain`" in (tmp_path / "model" / "README.md").read_text()

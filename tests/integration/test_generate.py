@@ -134,6 +134,7 @@ def chat(run: TrainedRun, lines: str, options: Options, monkeypatch: pytest.Monk
     return output.getvalue(), "\n".join(notes)
 
 
+@pytest.mark.slow
 def test_a_chat_on_a_pipe_has_history(chat_run: Path, chatting: TrainedRun) -> None:
     first = [user("two dogs")]
     (reply,) = chatting.generate([first], temperature=0.0)
@@ -236,6 +237,7 @@ def started(command: list[str], terminal: int) -> Iterator[subprocess.Popen[byte
             process.kill()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_control_c_stops_a_reply_and_control_d_ends_the_chat(chat_run: Path) -> None:
     ours, theirs = pty.openpty()
     terminal = Terminal(ours)

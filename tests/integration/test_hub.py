@@ -83,6 +83,7 @@ def test_a_run_takes_model_and_prompts_from_the_hub(hub: Path, from_the_hub: dic
     assert adapter["base_model_name_or_path"] == "owner/tiny"
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_prompts_from_the_hub(hub: Path, from_the_hub: dict[str, Any], tmp_path: Path) -> None:
     ended = align(hub, "plan", from_the_hub, tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -112,6 +113,7 @@ def test_a_wrong_split_is_one_message(hub: Path, from_the_hub: dict[str, Any], t
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_subset_is_read_by_its_name(hub: Path, from_the_hub: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"question": f"User: count to {i}. Assistant:", "answer": str(i)} for i in range(10)]
     cache_data_set(hub, "owner", "several", rows, subset="main")
@@ -122,6 +124,7 @@ def test_a_subset_is_read_by_its_name(hub: Path, from_the_hub: dict[str, Any], t
     assert "9 prompts" in ended.stdout  # and one held out
 
 
+@pytest.mark.slow
 def test_a_wrong_subset_is_one_message(hub: Path, from_the_hub: dict[str, Any], tmp_path: Path) -> None:
     from_the_hub["data"]["prompts"]["subset"] = "nowhere"
     ended = align(hub, "plan", from_the_hub, tmp_path)

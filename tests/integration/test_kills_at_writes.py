@@ -67,6 +67,7 @@ def kill_at(sweeps: list[Sweep], operations: slice) -> None:
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_killed_at_some_writes_resumes_to_the_same_files(
     small: dict[str, Any], tmp_path: Path, start_process: StartProcess

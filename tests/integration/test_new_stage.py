@@ -70,6 +70,7 @@ def test_the_documented_table_has_it(tree: Path) -> None:
     assert "count" not in stage_names()
 
 
+@pytest.mark.slow
 def test_it_is_planned_run_and_done(tree: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= {"stages": ["count"], "learner": {"ranks": 1}}
     settings["rollouts"] |= {"workers": 1}

@@ -138,6 +138,7 @@ def build_with_less_memory_on_rank_1(*arguments: Any) -> PpoLearner:
 build_ppo_learner = ppo_learners.build_ppo_learner
 
 
+@pytest.mark.slow
 def test_the_default_is_what_suits_the_rank_with_the_least_memory(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def piped(folder: Path, *arguments: str, lines: int = 2, encoding: str = "utf-8"
         return process.wait(200), "".join(head), errors
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_its_end_after_its_reader_is_gone(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(settings))
     status, head, errors = piped(tmp_path, "run", "experiment.yaml")
@@ -37,6 +38,7 @@ def test_a_run_goes_on_to_its_end_after_its_reader_is_gone(settings: dict[str, A
     assert (tmp_path / "runs" / "tiny" / "report" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_readers_of_its_progress(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(settings | {"stages": ["sft"]}))
     command = 'set -o pipefail; "$@" 2>&1 | head -1'
@@ -51,6 +53,7 @@ def test_a_run_goes_on_without_readers_of_its_progress(settings: dict[str, Any],
     assert (tmp_path / "runs" / "tiny" / "report" / "index.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["report", "plan", "eval", "generate"])
 def test_no_command_fails_where_nobody_reads(command: str, finished: Path) -> None:
     arguments = [str(finished / "config.yaml" if command == "plan" else finished)]
@@ -60,6 +63,7 @@ def test_no_command_fails_where_nobody_reads(command: str, finished: Path) -> No
     assert (status, "Traceback" in errors) == (0, False), errors
 
 
+@pytest.mark.slow
 def test_ascii_output_reads_well(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(settings))
     status, head, errors = piped(tmp_path, "plan", "experiment.yaml", lines=3, encoding="ascii")

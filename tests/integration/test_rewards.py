@@ -77,7 +77,9 @@ def settings_of(name: str, model: Path, folder: Path) -> dict[str, Any]:
         settings["data"]["preferences"] = write_rows(folder / "feedback.jsonl", rows)
     if name == "composed":
         few = {"system": "Answer.", "examples": [{"prompt": "User: 1 Assistant:", "completion": " one."}]}
-        settings["evaluation"] |= {"temperature": 0.5, "prompt_styles": {"few": few}}
+        (folder / "colours.txt").write_text("Answer: red.")
+        lookup = {"retrieval": {"documents": str(folder / "colours.txt")}, "answer_after": "e"}
+        settings["evaluation"] |= {"temperature": 0.5, "prompt_styles": {"few": few, "lookup": lookup}}
     (folder / "score.py").write_text(FUNCTION)
     (folder / "steps.py").write_text(STEPS)
     settings["reward"] |= json.loads(json.dumps(reward).replace("{folder}", str(folder)))
@@ -149,6 +151,7 @@ def test_training_ends_early_and_keeps_the_best(tiny_model: Path, tmp_path: Path
     assert facts["heldout_loss"] == min(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["patience", "ensemble"])
 def test_a_kill_between_the_last_checkpoint_and_the_product_costs_no_step(
     name: str, tiny_model: Path, tmp_path: Path
@@ -190,9 +193,10 @@ def test_every_term_is_logged_by_its_name(tiny_model: Path, tmp_path: Path) -> N
 
 def test_the_reference_is_evaluated_with_other_prompt_styles_too(tiny_model: Path, tmp_path: Path) -> None:
     run = run_in_process(settings_of("composed", tiny_model, tmp_path))
-    few = RunFolder(run).read_evaluation()["prompt_styles"]["few"]
-    assert {"score_mean", "length_mean", "win_rate"} <= few.keys()
-    assert few["score_mean"] != RunFolder(run).read_evaluation()["reference"]["score_mean"]
+    evaluation = RunFolder(run).read_evaluation()
+    for style in evaluation["prompt_styles"].values():
+        assert {"score_mean", "length_mean", "win_rate"} <= style.keys()
+        assert style["score_mean"] != evaluation["reference"]["score_mean"]
 
 
 def test_step_rewards_are_logged_and_part_of_every_score(tiny_model: Path, tmp_path: Path) -> None:
@@ -216,6 +220,7 @@ def test_rules_alone_need_no_reward_stage(tiny_model: Path, tmp_path: Path) -> N
     assert not of_stage(run, "reward")
 
 
+@pytest.mark.slow
 def test_a_rule_ends_ppo_and_the_best_policy_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
     settings["ppo"] |= {"stop": {"metric": "kl/per_sequence", "above": -1e9, "patience": 2}}

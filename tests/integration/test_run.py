@@ -84,6 +84,7 @@ def test_the_same_seed_gives_the_same_run(finished: Path, settings: dict[str, An
     assert any((again / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(
     finished: Path, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def interrupted(line: tuple[str, ...], run: Path, stage: str, folder: Path) -> t
     return process.returncode, errors
 
 
+@pytest.mark.slow
 def test_generate_responds_and_repeats_itself(finished: Path, align: Command) -> None:
     line = ("generate", finished, "--prompt", "User: two?", "--prompt", "User: red?", "--seed", "3")
     first = align(*line)

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from align.config.load import dump_experiment
 from align.config.schema import Experiment
 from tests.integration.conftest import Command
@@ -42,6 +44,7 @@ def test_a_plan_for_programs_has_every_line(settings: dict[str, Any], align: Com
     assert skipped == ["1 of data.demonstrations", "1 of data.prompts"]
 
 
+@pytest.mark.slow
 def test_a_quiet_run_prints_nothing_and_one_for_programs_a_single_object(
     settings: dict[str, Any], align: Command, tmp_path: Path
 ) -> None:

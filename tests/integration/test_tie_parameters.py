@@ -93,6 +93,7 @@ def test_one_epoch_brings_the_tie_parameter_to_its_optimum(
     assert loss.ties()[1].exp().item() == pytest.approx(best, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_plus", [None, 4.0])
 def test_a_resumed_stage_trains_the_tie_parameter_as_one_without_interruption(
     tmp_path: Path, tiny_model: Path, lora_plus: float | None

@@ -103,6 +103,7 @@ def score(learners: PpoLearners) -> list[Episode]:
     return make_episodes(trajectories(), scored, PPO, 0.1)
 
 
+@pytest.mark.slow
 def test_a_step_puts_hardly_more_than_its_data(learners: PpoLearners, put: list[int]) -> None:
     episodes = score(learners)
     data = data_bytes(episodes)

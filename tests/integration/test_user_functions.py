@@ -59,6 +59,7 @@ def own(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return settings
 
 
+@pytest.mark.slow
 def test_functions_from_files_train_in_actors_as_the_built_in_ones_do(own: dict[str, Any]) -> None:
     built_in = own | {"name": "built-in", "ppo": own["ppo"] | {"estimator": "rloo", "policy_loss": "clip"}}
     ours, theirs = figures(run_in_process(own)), figures(run_in_process(built_in))

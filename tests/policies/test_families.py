@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from policies.errors import UserError
 from policies.export import export_adapter, export_merged
 from policies.files.adapters import save_adapter
 from policies.files.base_model import load_base
+from policies.layers import native
 from policies.logprobs import token_logprobs
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import Trunk
@@ -130,6 +132,34 @@ def test_log_probabilities_are_those_of_the_model_itself_row_by_row(family: tupl
         return "✓" if trunk.supports_packing else "padded"
 
     check(name, "log-probabilities", does)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_gradient_of_a_packed_batch_is_the_sum_of_the_model_itself_row_by_row(
+    family: tuple[str, Path], kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = family
+    if not kernels:
+        monkeypatch.setattr(native, "library", lambda: None)
+    trunk = build_trunk(ModelSettings(path=str(folder), dtype="float32"), METHODS["full"], ("policy",))
+    trunk.train_only("policy")
+    batch = collate(PROMPTS, RESPONSES)
+    states = trunk.hidden_packed(batch.ids, batch.lengths, "policy")
+    (
+        -token_logprobs(states[batch.predictors], batch.response_ids, partial(trunk.head, role="policy"), 1.0).sum()
+    ).backward()
+    packed = {name: weight.grad for name, weight in trunk.adapter("policy").items()}
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum").backward()
+    alone = {name: weight.grad for name, weight in model.named_parameters()}
+
+    largest = max(float(gradient.abs().max()) for gradient in alone.values())
+    assert packed.keys() == alone.keys()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_a_model_without_one_of_its_tensors_is_refused(family: tuple[str, Path], tmp_path: Path) -> None:

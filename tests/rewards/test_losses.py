@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rewards.losses import bradley_terry_loss, pair_accuracy
+from rewards.losses import bradley_terry_loss, pair_accuracy, step_loss
 
 SCORES = st.floats(-30, 30, width=32)
 PAIRS = st.lists(st.tuples(SCORES, SCORES, st.floats(-3, 3, width=32), st.floats(0, 1, width=32)), min_size=1)
@@ -84,3 +84,10 @@ def test_accuracy_is_the_share_of_right_pairs_and_half_the_ties(pairs: list[tupl
 def test_accuracy_of_no_pairs_is_zero() -> None:
     empty: Tensor = torch.tensor([])
     assert pair_accuracy(empty, empty).item() == 0.0
+
+
+@given(st.lists(st.tuples(SCORES, st.floats(0, 1, width=32)), min_size=1))
+def test_the_loss_of_steps_is_their_cross_entropy(steps: list[tuple[float, float]]) -> None:
+    logits, labels = torch.tensor(steps, dtype=torch.float64).unbind(-1)
+    expected = [label * softplus(-logit) + (1 - label) * softplus(logit) for logit, label in steps]
+    torch.testing.assert_close(step_loss(logits, labels), torch.tensor(expected, dtype=torch.float64))

@@ -185,6 +185,7 @@ def test_a_pool_for_whose_workers_there_is_no_room_ends(tiny_model: Path, cluste
     pool.close()
 
 
+@pytest.mark.slow
 def test_a_pool_looks_for_room_only_while_no_worker_runs(
     tiny_model: Path, versions: list[AdapterWeights], cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_worker_with_a_wrong_adapter_never_serves(
     pool.close()
 
 
+@pytest.mark.slow
 def test_queued_batches_are_each_generated_with_their_own_weights(
     tiny_model: Path, local: LocalPool, versions: list[AdapterWeights], cluster: None
 ) -> None:
@@ -284,6 +286,7 @@ def test_an_error_for_the_user_to_fix_is_raised_at_once(pool: RayPool, versions:
     assert str(caught.value).endswith(f"(in a rollout worker on node {ray.util.get_node_ip_address()})")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", [UserError("no such model"), ValueError("seven\neight")])
 def test_an_engine_that_cannot_be_built_is_reported_by_its_cause(cause: Exception, cluster: None) -> None:
     def build() -> Engine:

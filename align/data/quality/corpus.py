@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from align.config.schema import SourceSettings
-from align.data.forms import DATA_KINDS, FORMS, DataKind, Form, form_of_row
+from align.data.forms import CHECKED_KINDS, FORMS, DataKind, Form, form_of_row
 from align.data.quality.rows import CheckedRow, Content, check_row, compared_text
 from align.data.quality.words import count_words
 from align.data.readers import read_rows
@@ -144,7 +144,7 @@ def _recognised(paths: Sequence[Path], sources: Sequence[Sequence[SourceRow]]) -
             names = ", ".join(dict.fromkeys(listed)) or "none"
             raise UserError(
                 f"{path}: it is not recognised what the rows are; columns: {names}. --column prompt=NAME renames one, "
-                f"and --kind is one of {', '.join(DATA_KINDS)}"
+                f"and --kind is one of {', '.join(CHECKED_KINDS)}"
             )
     if len(set(found)) > 1:
         each = ", ".join(f"{path} has {kind}" for path, kind in zip(paths, found, strict=True))

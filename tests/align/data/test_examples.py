@@ -13,12 +13,15 @@ from align.config.schema import Experiment, SftSettings, SourceSettings
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.data.examples import (
     TokenizedDemonstration,
+    TokenizedSteps,
     demonstration_parser,
     pieces_of,
     preference_parser,
     request_parser,
+    step_parser,
     truncated,
 )
+from align.data.parsing import RowTooLong
 from align.data.readers import read_rows
 from align.roles.build import SFT_ROLE
 from align.stages.pipeline import load_datasets
@@ -29,6 +32,7 @@ from policies.errors import UserError
 from policies.schema import ModelSettings, PolicySettings
 from policies.text.encoder import TextEncoder
 from rewards.schema import FitSettings, RewardSettings
+from rewards.terms.process import ProcessTerm
 from rollouts.schema import RolloutSettings
 from tests.align.supervised.toy import local_learners
 from tests.integration.tiny_run import make_settings, write_rows
@@ -314,3 +318,75 @@ def test_documents_beside_tables_are_not_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     assert [row.values for row in read_rows(SourceSettings(path=str(tmp_path)))] == [{"text": "a"}]
     assert read_rows(SourceSettings(path=str(tmp_path / "README.md")))[0].values == {"text": "About the data."}
+
+
+def steps_of(encoder: TextEncoder, values: dict[str, Any], separator: str = "\n") -> TokenizedSteps:
+    term = ProcessTerm(kind="process", separator=separator)
+    return step_parser(encoder, term, max_tokens=100, max_positions=None)(values)
+
+
+@pytest.mark.parametrize("prompt", ["Is it new?", CONVERSATION[:1]])
+def test_a_labelled_step_is_read_where_its_text_is_complete(chat: TextEncoder, prompt: Any) -> None:
+    row = {"prompt": prompt, "steps": ["The bulb is 日.", "So, no. ", "Yes"], "labels": [1, None, 0.5]}
+    example = steps_of(chat, row)
+    decoded = [chat.tokenizer.decode(example.ids[example.prompt_length : end + 1]) for end in example.ends]
+    assert [text.rstrip("\n") for text in decoded] == ["The bulb is 日.", "The bulb is 日.\nSo, no. \nYes"]
+    before = [chat.tokenizer.decode(example.ids[example.prompt_length : end]) for end in example.ends]
+    assert not before[0].startswith("The bulb is 日.")
+    assert not before[1].endswith("Yes")
+    assert example.labels == [1.0, 0.5]
+    assert example.prompt_ids == chat.prompt(prompt)
+    assert not example.has_inner_marks
+
+
+def test_a_step_that_contains_the_separator_is_noted(chat: TextEncoder) -> None:
+    row = {"prompt": "a", "steps": ["The bulb\n\nis new.", "Yes"], "labels": [1, 0]}
+    assert steps_of(chat, row, "\n\n").has_inner_marks
+    assert not steps_of(chat, row, "\n\n\n").has_inner_marks
+    with pytest.raises(RowTooLong, match=r"more than reward\.max_tokens, 100"):
+        steps_of(chat, row | {"prompt": "a " * 100})
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "message"),
+    [
+        ([3, 0], {"label_smoothing": 0.1}, "reward.label_smoothing has no effect where the labels of data.step_labels"),
+        ([1], {}, r"data.step_labels: .*steps.jsonl:1: 1 `labels` for 2 `steps`"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused(
+    labels: list[float], settings: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{number}", "steps": ["a", "b"], "labels": labels} for number in range(20)]
+    experiment = step_experiment(tiny_model, tmp_path, rows, settings)
+    with pytest.raises(UserError, match=message):
+        load_datasets(experiment)
+
+
+def test_held_out_labels_are_of_the_kind_of_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number}", "steps": ["a", "b"], "labels": [1, 0]} for number in range(20)]
+    assert len(load_datasets(step_experiment(tiny_model, tmp_path, rows, {})).step_labels) == 18
+    others = write_rows(tmp_path / "others.jsonl", [rows[0] | {"labels": [2, 0]}])
+    experiment = step_experiment(tiny_model, tmp_path, rows, {}, step_labels_heldout=others)
+    with pytest.raises(UserError, match=r"data\.step_labels_heldout has labels beyond 0 to 1"):
+        load_datasets(experiment)
+
+
+def test_a_source_of_the_other_kind_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    settings = make_settings(tiny_model, tmp_path) | {"stages": ["reward"]}
+    settings["reward"]["terms"] = {"process": {"kind": "process"}}
+    with pytest.raises(UserError, match=r"data.step_labels is not set, .* preferences is a term of kind model"):
+        load_datasets(Experiment.model_validate(settings))
+    del settings["reward"]["terms"]
+    settings["data"]["step_labels"] = settings["data"].pop("preferences")
+    with pytest.raises(UserError, match=r"data.preferences is not set, .*\{process: \{kind: process\}\}"):
+        load_datasets(Experiment.model_validate(settings))
+
+
+def step_experiment(
+    model: Path, folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any], **sources: str
+) -> Experiment:
+    made = make_settings(model, folder) | {"stages": ["reward"]}
+    made["data"] |= {"step_labels": write_rows(folder / "steps.jsonl", rows), **sources}
+    made["reward"] = {"terms": {"process": {"kind": "process"}}} | settings
+    return Experiment.model_validate(made)

@@ -1,4 +1,4 @@
-"""Rows of ShareGPT, Alpaca and UltraFeedback are read as align's own."""
+"""Rows of ShareGPT, Alpaca, UltraFeedback and of data sets with labels of steps are read as align's own."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from align.data.parsing import parse_demonstration, parse_prompt
 from align.data.source_row import SourceRow
 from policies.errors import UserError
 from rewards.preferences import Pair, Ranking, Rating, parse_preference
+from rewards.step_labels import LabelledSteps, parse_steps
 from tests.documents import ROOT
 
 ASKED = {"role": "user", "content": "Name a colour."}
@@ -150,11 +151,60 @@ def test_a_binarised_pair_has_its_prompt_in_both_conversations() -> None:
     assert "`prompt` is not among the messages" in problem(binarised(8, 3, "Something else."), "preferences")
 
 
+def test_a_solution_of_math_shepherd_has_its_labels_at_the_marks() -> None:
+    solution = "Add 1 and 1: it is 2+0. Step 1: 1+1 = 2 {0}\nStep 2: 2-0 = 3 {1}\nStep 3: The answer is: 3 {1}"
+    row = {"input": solution.format("ки", "ки"), "label": solution.format("+", "-"), "task": "GSM8K"}
+    steps = ("Step 1: 1+1 = 2", "Step 2: 2-0 = 3", "Step 3: The answer is: 3")
+    example = LabelledSteps("Add 1 and 1: it is 2+0.", steps, (1.0, 0.0, 0.0), is_complete=True)
+    assert parse_steps(one(row, "step_labels")) == example
+    assert "no 'Step 1:'" in problem(row | {"input": "2 ки"}, "step_labels")
+    assert "`input` does not end with 'ки'" in problem(row | {"input": "Step 1: 2"}, "step_labels")
+    assert "no + or - where step 1 ends" in problem(row | {"label": row["input"]}, "step_labels")
+
+
+def prm800k(*steps: dict[str, Any], reason: str = "found_error") -> dict[str, Any]:
+    return {"question": {"problem": "1+1?"}, "label": {"steps": list(steps), "finish_reason": reason}}
+
+
+def prm800k_step(*ratings: int | None, chosen: int | None = None, human: str | None = None) -> dict[str, Any]:
+    completions = [{"text": f"rated {rating}", "rating": rating} for rating in ratings]
+    written = None if human is None else {"text": human}
+    return {"completions": completions, "chosen_completion": chosen, "human_completion": written}
+
+
+def test_each_completion_of_prm800k_is_labelled_once() -> None:
+    row = prm800k(prm800k_step(0, -1, chosen=0), prm800k_step(-1, human="written"), prm800k_step(-1, None))
+    parsed = [parse_steps(converted_row.values) for converted_row in converted(row, "step_labels")]
+    assert parsed == [
+        LabelledSteps("1+1?", ("rated 0", "written"), (1.0, 1.0)),
+        LabelledSteps("1+1?", ("rated -1",), (0.0,)),
+        LabelledSteps("1+1?", ("rated 0", "rated -1"), (None, 0.0)),
+        LabelledSteps("1+1?", ("rated 0", "written", "rated -1"), (None, None, 0.0)),
+    ]
+
+
+def test_a_solution_of_prm800k_that_reaches_the_answer_is_complete() -> None:
+    (row,) = converted(prm800k(prm800k_step(1, chosen=0), reason="solution"), "step_labels")
+    assert parse_steps(row.values) == LabelledSteps("1+1?", ("rated 1",), (1.0,), is_complete=True)
+    assert "has the rating 2; -1, 0 or 1 was expected" in problem(prm800k(prm800k_step(2)), "step_labels")
+    assert "no step has a rating" in problem(prm800k(prm800k_step(None)), "step_labels")
+    assert "`question` is text; an object was expected" in problem(prm800k() | {"question": "1+1?"}, "step_labels")
+
+
+def test_a_solution_of_processbench_is_labelled_up_to_its_first_error() -> None:
+    row = {"id": 1, "problem": "1+1?", "steps": ["a", "b", "c"], "label": 1}
+    assert parse_steps(one(row, "step_labels")).labels == (1.0, 0.0, None)
+    assert parse_steps(one(row | {"label": -1}, "step_labels")).labels == (1.0, 1.0, 1.0)
+    assert "`label` is 3: the index of the first wrong one of `steps`" in problem(row | {"label": 3}, "step_labels")
+
+
 def test_rows_in_align_columns_stay_as_they_are() -> None:
     rows: list[tuple[DataKind, dict[str, Any]]] = [
         ("demonstrations", {"prompt": "a", "completion": "b", "instruction": "c", "output": "d"}),
         ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c"}),
         ("preferences", {"chosen": [ASKED, REPLY], "rejected": [ASKED, REPLY]}),
+        ("step_labels", {"prompt": "a", "steps": ["b"], "labels": [1]}),
+        ("step_labels", {"prompt": "a", "completions": ["b"], "labels": [1]}),
         ("prompts", {"prompt": "a", "instruction": "b"}),
         ("prompts", {"something": "else"}),
     ]

@@ -20,6 +20,7 @@ from align.data.labels import (
     label_space,
     read_space,
     space_record,
+    verbalizer_ids,
 )
 from policies.errors import UserError
 from policies.text.encoder import TextEncoder
@@ -201,3 +202,26 @@ def test_the_plan_names_the_classes_with_their_shares() -> None:
     many = Classes(tuple(range(20)))
     assert describe_space(many, [LabelledText("", [1], 3)]).endswith("11 0.0% and 8 more")
     assert "mean 0.1 and standard deviation 0.3333" in describe_space(Numbers(0.1, 1 / 3), [])
+
+
+def test_verbalizers_are_tokens_in_the_order_of_the_classes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    words = {"no": " two", "yes": " long"}
+    ids = verbalizer_ids(words, Classes(("yes", "no")), tiny_tokenizer)
+    assert ids is not None
+    assert tiny_tokenizer.convert_ids_to_tokens(ids) == tiny_tokenizer.tokenize(" long two")
+    assert verbalizer_ids({}, Classes(("yes", "no")), tiny_tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "problem"),
+    [
+        (["yes", "no"], {"yes": " two"}, "words for the classes 'yes'; the training labels are 'no', 'yes'"),
+        (["yes", "no"], {"yes": " two", "no": " long two"}, "verbalizers.no: ' long two' is 2 tokens"),
+        ([0.5, 1.5], {"0.5": "red"}, "the labels are numbers"),
+    ],
+)
+def test_verbalizers_that_do_not_fit_the_labels_are_refused(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, labels: list[Label], words: dict[str, str], problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        read(tiny_tokenizer, tmp_path, rows(*labels * 20), verbalizers=words)

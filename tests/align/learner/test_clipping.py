@@ -160,6 +160,7 @@ def test_lora_plus_is_clipped_by_role_on_one_rank(zero: int, tiny_model: Path, u
     check(one_rank, tiny_model, zero, unclipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", STAGES)
 def test_lora_plus_is_clipped_by_role_on_two_ranks(
     zero: int, tiny_model: Path, unclipped: list[Weights], cluster: None

@@ -94,6 +94,7 @@ def rank_processes() -> set[int]:
     return {process.pid for process in every if "_Rank" in process.name()}
 
 
+@pytest.mark.slow
 def test_a_rank_that_works_does_not_outlive_one_that_dies_at_the_start(ranks: RayRanks[Learner]) -> None:
     before = rank_processes()
     with pytest.raises(RankLost, match=f"rank 1 of the learner has died on node {node()}: "):

@@ -76,6 +76,7 @@ def test_a_run_that_is_not_logged_in_gets_a_file_and_the_command_that_saves_it(r
     assert "eval/gold_mean" not in text
 
 
+@pytest.mark.slow
 def test_a_dashboard_is_saved_and_then_replaced(run: RunFolder) -> None:
     with serving() as server:
         first = dashboard(run, **server.environment)
@@ -88,6 +89,7 @@ def test_a_dashboard_is_saved_and_then_replaced(run: RunFolder) -> None:
     assert "Score against" in view["spec"]
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached_leaves_the_file(run: RunFolder) -> None:
     said = dashboard(run, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9").stderr
     assert "W&B cannot save it" in said

@@ -224,6 +224,7 @@ def cluster(folder: Path, python_path: str) -> Iterator[str]:
             head.stdin.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three processes start or join a cluster
 def test_the_nodes_of_a_cluster_are_compared_with_this_machine(tmp_path: Path) -> None:
     other = package(tmp_path / "other", "wandb", "0.1")
@@ -284,6 +285,7 @@ def test_ray_without_a_folder_for_sockets_is_told(tmp_path: Path) -> None:
     assert found.cure == f"set TMPDIR to a folder whose path has at most {LONGEST_TMPDIR} bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_no_mounts() is not None, reason=str(why_no_mounts()))
 def test_little_shared_memory_is_a_warning(tmp_path: Path) -> None:
     found = mounted("mount -t tmpfs -o size=64m tmpfs /dev/shm", tmp_path)
@@ -354,6 +356,7 @@ class _Answer(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_servers_that_answer_and_servers_that_do_not_are_told_apart(tmp_path: Path) -> None:
     key = {"WANDB_MODE": None, "WANDB_API_KEY": "0" * 40, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)

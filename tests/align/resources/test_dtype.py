@@ -220,6 +220,7 @@ def gpu_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_the_actors_of_a_cluster_settle_the_dtype(only_ppo: dict[str, Any], gpu_cluster: str) -> None:
     only_ppo["cluster"]["address"] = gpu_cluster
     with new_run(validate(only_ppo)) as launch:

@@ -60,6 +60,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     started.cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_the_smallest_gpu_is_named_with_its_node_where_nodes_differ(nodes: Nodes) -> None:
     expected = GpuMemory(SMALL * MEBIBYTE, SECOND)
     assert nodes.smallest(f"echo {LARGE}; echo {LARGE}", f"echo {LARGE}; echo {SMALL}") == expected

@@ -187,6 +187,7 @@ def run_beside(cluster: Cluster, settings: Experiment) -> "subprocess.Popen[str]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_runs_never_hold_half_of_what_each_needs(cluster: Cluster) -> None:
     """Each needs six of eight GPUs, three for its ranks: one gets all, and the other when the first has ended."""
     settings = experiment(3, 3, wait=120.0)

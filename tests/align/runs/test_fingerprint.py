@@ -14,6 +14,7 @@ from align.runs.fingerprint import check_fingerprint, run_fingerprint, write_fin
 from align.runs.folder import RunFolder, locked
 from align.stages.pipeline import load_datasets
 from policies.errors import UserError
+from policies.text.chat_templates import BUILT_IN
 from tests.integration.tiny_run import make_settings
 
 
@@ -117,6 +118,20 @@ def test_only_one_process_writes_a_run(tmp_path: Path) -> None:
         pass
 
 
+def test_another_chat_template_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(BUILT_IN["plain"])
+    settings["model"]["chat_template"] = str(file)
+    run = start_run(settings, tmp_path)
+    check_fingerprint(run, *experiment_and_data(settings))
+    file.write_text(BUILT_IN["plain"] + "{# another version #}")
+    with pytest.raises(UserError, match=r"^model\.chat_template: .*template\.jinja has changed since"):
+        check_fingerprint(run, *experiment_and_data(settings))
+    settings["model"]["chat_template"] = None
+    with pytest.raises(UserError, match=r"was started with model\.chat_template"):
+        check_fingerprint(run, *experiment_and_data(settings))
+
+
 USER_FUNCTIONS = """
 import torch
 from align.config.estimators import advantage_estimator
@@ -133,6 +148,7 @@ def score(prompts, responses, columns):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["ppo.estimator", "ppo.policy_loss", "reward.terms.own.function", "evaluation.gold"])
 def test_a_changed_function_of_the_users_is_refused_by_name(key: str, settings: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / f"{key.replace('.', '_')}.py"

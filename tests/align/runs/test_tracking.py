@@ -471,6 +471,7 @@ def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
 LOGIN = {"WANDB_API_KEY": "a" * 40}
 
 
+@pytest.mark.slow
 def test_auto_goes_offline_with_a_word_where_the_server_does_not_answer_in_time(
     tmp_path: Path, unreachable: str
 ) -> None:
@@ -480,6 +481,7 @@ def test_auto_goes_offline_with_a_word_where_the_server_does_not_answer_in_time(
     assert logged_to_wandb(tmp_path / "run") == [(1, 0.5)]
 
 
+@pytest.mark.slow
 def test_online_says_what_to_set_where_the_server_does_not_answer_in_time(tmp_path: Path, unreachable: str) -> None:
     output = open_in_subprocess(tmp_path / "run", "online", tmp_path, **LOGIN, WANDB_BASE_URL=unreachable)
     assert output.startswith("W&B cannot start")

@@ -158,6 +158,7 @@ def test_an_artifact_has_its_files_and_what_it_was_made_from(tmp_path: Path, ser
     assert server.used == ["tiny-sft"]
 
 
+@pytest.mark.slow
 def test_an_offline_run_that_was_resumed_is_sent_with_each_figure_once(tmp_path: Path, server: Server) -> None:
     track(EVERYTHING, tmp_path, {}, mode="offline")
     track(AGAIN_FROM_STEP_1, tmp_path, {}, mode="offline")

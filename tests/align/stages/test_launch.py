@@ -59,6 +59,7 @@ def test_other_settings_of_a_finished_run_would_be_trained_again(settings: dict[
     assert "was started with sft.batch_size 12, and it is 5 now; --replace" in lines["earlier run"]
 
 
+@pytest.mark.slow
 def test_more_steps_of_ppo_are_left_to_do(settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= {"stages": ["sft", "reward", "ppo"], "name": "whole"}
     run = align.run(Experiment.model_validate(settings)).path

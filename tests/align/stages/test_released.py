@@ -46,6 +46,7 @@ def alive() -> list[str]:
     return [type(module).__name__ for reference in loaded if (module := reference()) is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 3])
 def test_nothing_of_a_base_is_left_after_any_stage(
     recorded: None, tiny_model: Path, tmp_path: Path, zero: int, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from align.data.labels import Classes, LabelledText, LabelSpace, Numbers
 from align.learner.group import Ranks
@@ -96,6 +96,15 @@ def check_step(step: Step, blueprint: ClassifierBlueprint, model: Path) -> None:
     assert step.metrics["gradient_norm"] == pytest.approx(math.sqrt(square), rel=1e-6)
     heldout = plain_loss(plain, frozen | before, blueprint.space, list(blueprint.heldout))
     assert step.heldout_loss == pytest.approx(heldout.item(), rel=1e-6)
+
+
+def test_the_head_starts_with_the_rows_of_the_verbalizers(model: Path) -> None:
+    blueprint = replace(blueprint_of(model, "classification"), sft=None, verbalizers=[9, 4, 30])
+    objective = blueprint.build()
+    text = blueprint.examples[0]
+    outputs = objective.model.outputs([text.ids])[0]
+    logits = AutoModelForCausalLM.from_pretrained(model)(torch.tensor([text.ids])).logits[0, -1]
+    torch.testing.assert_close(outputs, logits[[9, 4, 30]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "zero"), CUTS)

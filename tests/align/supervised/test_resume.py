@@ -246,6 +246,7 @@ def two_ranks() -> Iterator[KeptRanks]:
         RayRanks.close(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_two_ranks_with_dropout(zero: int, two_ranks: KeptRanks, tiny_model: Path, tmp_path: Path) -> None:
     check([sft(tiny_model, DROPOUT, zero=zero, ranks=two_ranks)], tmp_path)

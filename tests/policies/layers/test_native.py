@@ -48,6 +48,7 @@ def test_they_are_compiled_once(cache_folder: Path) -> None:
     assert compiled.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_several_processes_may_compile_at_once(cache_folder: Path) -> None:
     command = [sys.executable, "-c", COMPILE]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]

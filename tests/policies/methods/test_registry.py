@@ -136,6 +136,7 @@ def command(tree: Path, *arguments: str) -> str:
     return process.stdout
 
 
+@pytest.mark.slow
 def test_a_method_is_one_added_file(tree: Path, tiny_model: Path, tmp_path: Path) -> None:
     settings = make_settings(tiny_model, tmp_path)
     settings["policy"] = {"method": "scaled_embeddings"}

@@ -42,6 +42,13 @@ def test_a_character_of_several_tokens_is_completed_by_the_last_of_them(name: st
     assert alignment.completing_token(len(EMOJI)) == len(ids) - 2  # the end-of-sequence token has no text
 
 
+def test_an_id_without_text_between_the_bytes_of_a_character_leaves_it_open() -> None:
+    tokenizer = TOKENIZERS["byte_fallback"]
+    byte_0, byte_128 = tokenizer.convert_tokens_to_ids(["<0x00>", "<0x80>"])
+    ids = [byte_0, len(tokenizer), byte_128]  # together no valid UTF-8, so that the first byte becomes U+FFFD too
+    assert TextAlignment(tokenizer, ids).completing_token(1) == 2
+
+
 @pytest.mark.parametrize("characters", [0, 4])
 def test_characters_outside_the_text_are_refused(characters: int) -> None:
     tokenizer = TOKENIZERS["byte_level"]
