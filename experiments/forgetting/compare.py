@@ -29,16 +29,16 @@ DATA = RUNS / "data"
 REPLAY = "data.mixture.replay={path: [runs/forgetting/data/replay.jsonl]}"
 METHODS: dict[str, list[str]] = {
     "full": ["policy.method=full", "sft.learning_rate=3e-4"],
-    "full-fast": ["policy.method=full", "sft.learning_rate=1.5e-3"],
     "lora": ["policy.method=lora", "policy.rank=16", "policy.alpha=32", "sft.learning_rate=3e-3"],
     "full-replay": ["policy.method=full", "sft.learning_rate=3e-4", REPLAY],
+    "full-fast": ["policy.method=full", "sft.learning_rate=1.5e-3"],
 }
 """Settings of each method besides those of experiment.yaml."""
 LABELS = {
     "full": "full weights",
-    "full-fast": "full weights, 5 × the rate",
     "lora": "LoRA",
     "full-replay": "full weights, replay",
+    "full-fast": "full weights, 5 × the rate",
 }
 MEASURED = ("gsm8k", "reviews", "sentences", "dialogues")
 """The new task, then the general texts; the replay has reviews and sentences, but no dialogues."""
@@ -154,7 +154,6 @@ def draw(results: Mapping[str, Sequence[Ratios]], path: Path) -> None:
             axes.errorbar(new, old, yerr=[below, above], fmt="o", markersize=5, capsize=2, label=LABELS[method])
         axes.axhline(1, color="grey", linewidth=1, linestyle="--")
         axes.set(title=text, xlabel="GSM8K, perplexity over base", ylabel="perplexity over base")
-        axes.set_yscale("log")
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
     figure.savefig(path)
