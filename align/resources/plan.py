@@ -288,8 +288,10 @@ def _terms(experiment: Experiment) -> str:
 
 
 def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:
-    """A line for the advantage estimator and one for the policy loss, where they are the user's functions."""
+    """A line for the advantage estimator, the policy loss and the environment, where they are the user's functions."""
     functions = [("estimator", experiment.ppo.estimator), ("policy loss", experiment.ppo.policy_loss)]
+    if experiment.rollouts.environment:
+        functions.append(("environment", experiment.rollouts.environment))
     return [(name, function) for name, function in functions if is_user_function(function)]
 
 
