@@ -99,6 +99,8 @@ def make_plan(
     lines = [("stages", " → ".join(stages) or "nothing is left to do")]
     if note:
         lines.append(("earlier run", note))
+    if experiment.model.architecture:
+        lines.append(("base", _made_base(experiment, sizes)))
     lines.append(("method", f"{method.name}: {method.trains}"))
     lines.append(("dtype", dtype or experiment.model.dtype))
     if placement:
@@ -119,6 +121,13 @@ def make_plan(
         lines.append(("skipped rows", f"{len(reasons)} of data.{source}"))
     lines.append(("written to", str(Path(experiment.runs) / experiment.name)))
     return Plan(experiment.name, lines, uses)
+
+
+def _made_base(experiment: Experiment, sizes: ModelSizes) -> str:
+    """What the base is that the run makes, or has made."""
+    config = sizes.trunk.causal.config
+    tokens = counted(config.get_text_config().vocab_size, "token")
+    return f"made from nothing: {config.model_type}, {_count(sizes.base)} parameters, a tokenizer of {tokens}"
 
 
 def _stages(

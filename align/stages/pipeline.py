@@ -65,7 +65,8 @@ def load_datasets(experiment: Experiment) -> Datasets:
         UserError: A model, adapter, function, source or row cannot be used.
     """
     tokenizer = load_model_tokenizer(experiment.model)
-    check_weights(experiment.model.path)
+    if experiment.model.architecture is None:  # the weights of a base that is made are align's own; a plan has none
+        check_weights(experiment.model.path)
     remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)
     _check_workers(experiment)
