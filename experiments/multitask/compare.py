@@ -21,6 +21,7 @@ import align
 HERE = Path(__file__).parent
 DATA = Path("runs/multitask/data")
 TASKS = ("problems", "reviews", "dialogues")
+SENTIMENTS = ("negative", "positive")
 TURN = "\n\nAssistant:"
 """What the assistant's turns of a dialogue begin with."""
 
@@ -59,7 +60,7 @@ def make(data: Path, rows: int, heldout: int) -> None:
         for row in read(data / "gsm8k" / "train.jsonl")
     ]
     reviews = [
-        {"prompt": f"Review: {row['text']}\nThe review is", "completion": f" {row['label']}."}
+        {"prompt": f"Review: {row['text']}\nThe review is", "completion": f" {SENTIMENTS[row['label']]}."}
         for row in read(data / "reviews" / "sentences.jsonl")
     ]
     dialogues = [last_turn(row["chosen"]) for row in read(data / "hh" / "harmless.jsonl")]
