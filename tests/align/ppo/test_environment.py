@@ -25,8 +25,8 @@ from rollouts.transformers_engine import SAMPLER_ROLE, make_transformers_engine
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=60)
 REQUESTS = [Request("p", (5, 6, 7 + seed), seed, {"limit": seed % 3}) for seed in range(12)]
-REPLY = "=e4 "
-"""It contains the stop string, which only the policy's own text may be ended by."""
+REPLY = "=4e"
+"""It ends with the stop string, which only the policy's own text may be ended by."""
 
 
 class Replies:
