@@ -80,7 +80,7 @@ class TokenizerSettings(Settings):
         4096, ge=300, description="tokens, 256 of which are single bytes; fewer where the texts are short"
     )
     special_tokens: list[str] = Field(
-        default_factory=list, description="tokens besides <pad> and </s>, such as those that chat_template writes"
+        default_factory=list, description="tokens besides <pad>, <s> and </s>, such as those that chat_template writes"
     )
 
 

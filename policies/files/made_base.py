@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -21,6 +22,8 @@ from policies.files.writing import save_model
 from policies.schema import TokenizerSettings
 
 PAD_TOKEN = "<pad>"
+BOS_TOKEN = "<s>"
+"""Begins every text, so that texts in training and prompts in sampling begin alike."""
 EOS_TOKEN = "</s>"
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 """The tokens of single bytes, so that the tokenizer can encode any text."""
@@ -40,11 +43,10 @@ def train_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> PreTra
     Raises:
         UserError: A special token is named twice, or is empty.
     """
-    special = [PAD_TOKEN, EOS_TOKEN, *settings.special_tokens]
+    own = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
+    special = [*own, *settings.special_tokens]
     if len(set(special)) < len(special) or "" in special:
-        raise UserError(
-            f"model.tokenizer.special_tokens: expected names, each once, and neither {PAD_TOKEN} nor {EOS_TOKEN}"
-        )
+        raise UserError(f"model.tokenizer.special_tokens: expected names, each once, and none of {', '.join(own)}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,9 +57,13 @@ def train_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> PreTra
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, tokenizer.token_to_id(BOS_TOKEN))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
         eos_token=EOS_TOKEN,
         additional_special_tokens=list(settings.special_tokens),
     )
@@ -99,7 +105,7 @@ def make_config(architecture: Mapping[str, Any], tokenizer: PreTrainedTokenizerF
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
+            bos_token_id=tokenizer.bos_token_id,
         )
     except Exception as error:  # configuration classes have exceptions of their own
         raise _unusable(error) from error

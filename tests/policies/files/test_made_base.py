@@ -13,6 +13,7 @@ from policies.errors import UserError
 from policies.files.base_model import load_base, load_tokenizer
 from policies.files.made_base import make_config, random_model, train_tokenizer, write_base
 from policies.schema import ModelSettings, TokenizerSettings
+from policies.text.encoder import TextEncoder
 
 TEXTS = [f"The cat number {number} sat on the mat, and the dog by the door." for number in range(60)]
 SMALL = TokenizerSettings(vocab_size=320)
@@ -43,7 +44,7 @@ def test_the_tokenizer_has_the_size_that_is_set_and_merges_what_is_frequent() ->
     for word in (" the", " cat", " mat"):
         assert len(TOKENIZER.tokenize(word)) == 1
     assert len(TOKENIZER.tokenize(" zebra")) > 1
-    assert TOKENIZER.convert_tokens_to_ids(["<pad>", "</s>"]) == [0, 1]
+    assert TOKENIZER.convert_tokens_to_ids(["<pad>", "<s>", "</s>"]) == [0, 1, 2]
 
 
 def test_merges_are_those_of_a_slow_count_of_pairs() -> None:
@@ -51,7 +52,7 @@ def test_merges_are_those_of_a_slow_count_of_pairs() -> None:
     expected = slow_merges(words, 4)
     trained = train_tokenizer(words, TokenizerSettings(vocab_size=300))
     learned = [
-        token for token, number in sorted(trained.get_vocab().items(), key=lambda item: item[1]) if number >= 258
+        token for token, number in sorted(trained.get_vocab().items(), key=lambda item: item[1]) if number >= 259
     ]
     assert learned[:4] == expected
 
@@ -88,7 +89,7 @@ def merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 def test_special_tokens_are_single_tokens() -> None:
     tokenizer = train_tokenizer(TEXTS, TokenizerSettings(special_tokens=["<|im_start|>", "<|im_end|>"]))
-    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [2, 3]
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [3, 4]
     with pytest.raises(UserError, match=r"model\.tokenizer\.special_tokens: expected names, each once"):
         train_tokenizer(TEXTS, TokenizerSettings(special_tokens=["</s>"]))
 
@@ -110,7 +111,7 @@ def test_a_base_is_loaded_as_any_model_and_is_the_same_for_the_same_seed(
     model = load_base(ModelSettings(path=str(tmp_path / "first"), dtype="float32"))
     assert model.config.num_hidden_layers == 2
     assert model.get_input_embeddings().num_embeddings == len(TOKENIZER)
-    assert load_tokenizer(str(tmp_path / "first")).eos_token_id == model.config.eos_token_id == 1
+    assert load_tokenizer(str(tmp_path / "first")).eos_token_id == model.config.eos_token_id == 2
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -139,3 +140,12 @@ def test_weights_have_the_spread_that_the_configuration_sets() -> None:
     config = make_config(LLAMA | {"hidden_size": 64, "initializer_range": 0.125}, TOKENIZER)
     weight = random_model(config, 0).get_input_embeddings().weight
     assert weight.std().item() == pytest.approx(0.125, rel=0.05)
+
+
+def test_texts_in_training_and_prompts_begin_alike() -> None:
+    encoder = TextEncoder(TOKENIZER)
+    trained = encoder.exchange("", "The cat sat.")
+    assert trained.prompt_ids == [TOKENIZER.bos_token_id]
+    assert trained.response_ids[-1] == TOKENIZER.eos_token_id
+    prompt = encoder.prompt("The cat")
+    assert prompt == (trained.prompt_ids + trained.response_ids)[: len(prompt)]
