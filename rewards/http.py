@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from policies.errors import UserError
+from policies.schema import Settings
 from rewards.terms.base import CallSettings
 
 if TYPE_CHECKING:  # settings are loaded without requests
@@ -22,8 +23,8 @@ LONGEST_WAIT = 60
 """Longest wait between two attempts, in seconds, that a server may demand."""
 
 
-class HttpSettings(CallSettings):
-    """The settings of terms that call a service over HTTP."""
+class ConnectionSettings(Settings):
+    """How a service at a `url` is called over HTTP."""
 
     timeout: float | None = Field(30.0, gt=0, description="seconds that one request may take")
     retries: int = Field(
@@ -37,7 +38,9 @@ class HttpSettings(CallSettings):
 
     @field_validator("url", check_fields=False)
     @classmethod
-    def _is_http(cls, url: str) -> str:
+    def _is_http(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
         if not url.startswith(("http://", "https://")):
             raise ValueError("an http:// or https:// address was expected")
         parts = urlsplit(url)
@@ -46,7 +49,11 @@ class HttpSettings(CallSettings):
         return url
 
 
-def open_session(settings: HttpSettings) -> "Session":
+class HttpSettings(ConnectionSettings, CallSettings):
+    """The settings of terms that call a service over HTTP."""
+
+
+def open_session(settings: ConnectionSettings) -> "Session":
     """Open a session that retries, after exponentially growing waits or as long as the server says.
 
     Args:

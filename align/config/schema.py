@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from align.config.classify_settings import ClassifySettings
 from align.config.dpo_settings import DpoSettings
+from align.config.judge_settings import JudgeSettings
 from align.config.ppo_settings import PpoSettings
 from align.config.stage import all_stages, stage_names
 from align.runtime.ray_job import address_of_job
@@ -237,6 +238,9 @@ class EvaluationSettings(Settings):
     )
     prompt_styles: dict[str, PromptStyleSettings] = Field(
         default_factory=dict, description="NAME: a prompting baseline to evaluate too"
+    )
+    judge: JudgeSettings | None = Field(
+        None, description="a language model that compares the responses of two runs, in `align eval --against`"
     )
     best_of: int = Field(0, ge=0, description="also evaluate the best of this many reference samples; 0: do not")
     samples_per_prompt: int = Field(

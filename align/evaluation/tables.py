@@ -37,6 +37,13 @@ INVARIANCE = {
 """How the scores were computed that are compared with those of each response alone, by key in `diagnostics.json`."""
 
 
+JUDGE_FIGURES = (
+    ("win_rate", "win rate by judge", "{:.1%}"),
+    ("length_controlled_win_rate", "length-controlled win rate by judge", "{:.1%}"),
+    ("first_share", "judge prefers the response shown first", "{:.1%}"),
+    ("agreement", "judge agrees with itself in both orders", "{:.1%}"),
+)
+"""The same of a judge."""
 PASS_AT_K = re.compile(r"pass_at_(\d+)")
 """The first part of the key of pass@K; that of an end of its interval is another."""
 
@@ -167,7 +174,21 @@ def comparison_table(facts: dict[str, Any]) -> Table:
     table = Table("", *names, title=title, title_justify="left", box=None, padding=(0, 0, 0, 2))
     for label, cells in figure_rows([facts["policy"], facts["against"]]):
         table.add_row(label, *cells)
+    for label, cell in _judge_rows(facts.get("judge", {})):
+        table.add_row(label, cell, "")
     return table
+
+
+def _judge_rows(judge: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and cell of each figure of a judge that has compared two runs; none without a judge."""
+    rows = [(label, _cell(judge, key, form)) for key, label, form in JUDGE_FIGURES if key in judge]
+    criteria: Mapping[str, Any] = judge.get("criteria", {})
+    if len(criteria) > 1:
+        for name, figures in criteria.items():
+            rows.append((f"win rate by judge, {name}", _cell(figures, "win_rate", "{:.1%}")))
+    if judge.get("without_verdict"):
+        rows.append(("replies of the judge without a verdict", f"{judge['without_verdict']:,}"))
+    return rows
 
 
 def figure_rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

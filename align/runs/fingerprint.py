@@ -65,11 +65,12 @@ CHANGEABLE = (
     "model.gradient_checkpointing",
     "ppo.steps",
     "ppo.stop",
+    "evaluation.judge",
     "evaluation.texts",
     "evaluation.window",
 )
 """Settings, and sections of settings, that may change before a run is resumed: they decide how long, where and in how
-many processes it computes, and on which texts perplexity is measured, not what it learns. A `*` stands for any name."""
+many processes it computes, and what is measured afterwards, not what it learns. A `*` stands for any name."""
 
 MODEL_KEYS = ("model.path", "ppo.critic.model", "reward.classifier")
 """Settings that name a model. The content of the model is compared, not its location."""

@@ -4,15 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rewards.http import HttpSettings, open_session, post
+from rewards.chat import ChatEndpoint
+from rewards.http import HttpSettings, open_session
 from rewards.user_functions import ScoreFunction
-
-if TYPE_CHECKING:
-    from requests import Session
 
 GRADE = re.compile(r"[-+]?\d+(?:\.\d+)?")
 DENOMINATOR = re.compile(r"/\s*\d+(?:\.\d+)?")
@@ -56,7 +54,14 @@ class JudgeTerm(HttpSettings):
 
     def make_function(self, name: str) -> ScoreFunction:
         """A function that lets the judge grade responses. Raises UserError where the variable `key_env` is not set."""
-        judge = Judge(self, open_session(self))
+        endpoint = ChatEndpoint(
+            session=open_session(self),
+            url=self.url,
+            model=self.model,
+            max_tokens=self.max_tokens,
+            timeout=self.timeout,
+        )
+        judge = Judge(self, endpoint)
 
         def score(
             prompts: Sequence[str], responses: Sequence[str], columns: Sequence[Mapping[str, Any]]
@@ -74,9 +79,9 @@ class JudgeTerm(HttpSettings):
 class Judge:
     """Lets a language model grade instructions. Each instruction is sent only once per process."""
 
-    def __init__(self, settings: JudgeTerm, session: "Session") -> None:
+    def __init__(self, settings: JudgeTerm, endpoint: ChatEndpoint) -> None:
         self.settings = settings
-        self.session = session
+        self.endpoint = endpoint
         self.graded: dict[str, float] = {}
 
     def grades(self, instructions: Sequence[str]) -> list[float]:
@@ -89,7 +94,7 @@ class Judge:
     def _grade(self, instruction: str) -> None:
         scale = self.settings.scale
         worst, best = scale
-        reply = self._reply(instruction)
+        reply = self.endpoint.reply(instruction)
         numbers = GRADE.findall(DENOMINATOR.sub("", reply or ""))
         if not numbers:
             raise ValueError(f"the judge gave no grade: {reply!r}")
@@ -97,20 +102,6 @@ class Judge:
         if not min(scale) <= grade <= max(scale):
             raise ValueError(f"the judge gave {grade:g}, which is not within scale {list(scale)}")
         self.graded[instruction] = (grade - worst) / (best - worst)
-
-    def _reply(self, instruction: str) -> Any:
-        body = {
-            "model": self.settings.model,
-            "messages": [{"role": "user", "content": instruction}],
-            "temperature": 0,
-            "max_tokens": self.settings.max_tokens,
-        }
-        url = self.settings.url
-        completion = post(self.session, f"{url.rstrip('/')}/chat/completions", body, self.settings.timeout)
-        try:
-            return completion["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"{url} returned {str(completion)[:80]!r}, which contains no message") from None
 
 
 def fill(instruction: str, fields: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import align
 from align.cli import app
 from tests.integration.tiny_run import WORDS, figures, make_settings, run_in_process, write_rows
 
@@ -28,7 +29,8 @@ def sft_settings(model: Path, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_in_process(sft_settings(tiny_model, tmp_path_factory.mktemp("perplexity")))
+    settings = sft_settings(tiny_model, tmp_path_factory.mktemp("perplexity"))
+    return align.run(align.Experiment.model_validate(settings)).path
 
 
 def measure(run: Path, *options: object) -> Result:
@@ -80,6 +82,15 @@ def test_full_fine_tuning_starts_from_the_same_base(run: Path, tiny_model: Path,
     assert full["base"] == pytest.approx(lora["base"], rel=1e-5)
     assert full["sft"]["perplexity"] != pytest.approx(full["base"]["perplexity"], rel=0.01)
     assert full["sft"]["perplexity"] != pytest.approx(lora["sft"]["perplexity"], rel=0.01)
+
+
+def test_a_finished_run_that_is_resumed_measures_further_texts(run: Path, tmp_path: Path) -> None:
+    before = evaluation_of(run)["texts"]["doors"]
+    (tmp_path / "more.md").write_text("the cat sat on the mat")
+    align.resume(run, [f"evaluation.texts.more={tmp_path / 'more.md'}"])
+    texts = evaluation_of(run)["texts"]
+    assert set(texts) == {"doors", "more"}
+    assert texts["doors"] == before
 
 
 def test_mistakes_are_told(run: Path, tmp_path: Path) -> None:

@@ -2,20 +2,31 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import align as library
 from align.cli import app
+from align.config.judge_settings import JudgeSettings
+from align.evaluation.policy import HeldoutPlan
+from align.outputs.judges import make_judge
 from align.outputs.run_comparison import compare_runs
 from align.outputs.trained_run import TrainedRun
+from align.stages.pipeline import load_datasets
 from align.stages.reward import load_models
+from policies.text.tokenization import decode_response
+from rollouts.engine import Sampling
 from tests.integration.tiny_run import WORDS, make_settings, run_in_process, write_rows
+from tests.rewards.servers import serving
 
 PROMPT = "User: two cat mat dog Assistant:"
 TERMS = {
@@ -146,6 +157,72 @@ def test_a_run_ties_with_a_copy_of_itself(trained: TrainedRun, other: TrainedRun
     assert policy["score_gain"] == 0
     assert "length_controlled_win_rate" not in policy  # the lengths do not differ
     assert policy["score_mean"] == facts["against"]["score_mean"]
+
+
+@pytest.fixture
+def changed(trained: TrainedRun, tmp_path: Path) -> TrainedRun:
+    """A copy of the run with another SFT model."""
+    folder = tmp_path / "changed"
+    shutil.copytree(trained.path, folder)
+    file = folder / "sft" / "adapter_model.safetensors"
+    pick = torch.Generator().manual_seed(0)
+    weights = {name: tensor + torch.randn(tensor.shape, generator=pick) for name, tensor in load_file(file).items()}
+    save_file(weights, file)
+    return library.open_run(folder)
+
+
+def test_a_judge_over_http_compares_every_pair_in_both_orders(trained: TrainedRun, changed: TrainedRun) -> None:
+    """The judge is simulated: it prefers more letters, or fewer where the criterion says so."""
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        (message,) = body["messages"]
+        first, second = re.findall(r"<response_[ab]>\n(.*?)\n</response_[ab]>", message["content"], re.DOTALL)
+        better = "A" if len(first) > len(second) else "B"
+        if "brief" in message["content"]:
+            better = "B" if better == "A" else "A"
+        verdict = "C" if len(first) == len(second) else better
+        return 200, {"choices": [{"message": {"content": f"[[{verdict}]]"}}]}
+
+    rubric = "{more: {description: more, weight: 2}, less: {description: brief}}"
+    with serving() as server:
+        server.reply = reply
+        judge = f"evaluation.judge={{url: {server.url}, model: simulated, rubric: {rubric}}}"
+        run = library.open_run(trained.path, ["stages=[sft, reward, ppo]", judge])
+        facts = compare_runs(run, changed)
+        server.reply = lambda body: (401, {})
+        with pytest.raises(library.UserError, match=r"evaluation.judge: simulated at http.*401"):
+            compare_runs(run, changed)
+    prompts = load_datasets(run.experiment).prompts_heldout
+    sampling = Sampling(1.0, 6)
+    (requests,) = HeldoutPlan(prompts, sampling, run.experiment.evaluation.seed).draws()
+    wins = []
+    for one, other in zip(run.sample(requests, sampling), changed.sample(requests, sampling), strict=True):
+        ours = len(decode_response(run.tokenizer, one.response_ids))
+        theirs = len(decode_response(run.tokenizer, other.response_ids))
+        wins.append(0.5 * (ours == theirs) + (ours > theirs))
+    more = fmean(wins)
+    assert more != 0.5
+    assert facts["judge"]["criteria"]["more"]["win_rate"] == pytest.approx(more)
+    assert facts["judge"]["win_rate"] == pytest.approx((2 * more + 1 - more) / 3)
+    assert facts["judge"]["agreement"] == 1
+    assert facts["judge"]["model"] == "simulated"
+    asked = [body["messages"][0]["content"] for _, body, _ in server.requests[: 2 * 2 * len(prompts)]]
+    assert len(set(asked)) == 2 * 2 * len(prompts)
+
+
+def test_a_judge_that_is_loaded_replies_greedily(tiny_model: Path) -> None:
+    replies = make_judge(JudgeSettings(model=str(tiny_model), max_tokens=5))
+    causal = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    messages = ["The cat sat on", "name a colour"]
+    expected = []
+    for message in messages:
+        ids = tokenizer(message, return_tensors="pt").input_ids
+        generated = causal.generate(ids, max_new_tokens=5, do_sample=False)
+        expected.append(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
+    assert replies(messages) == expected
+    with pytest.raises(library.UserError, match=r"evaluation.judge: message 1"):
+        replies(["long " * 2048])
 
 
 def test_a_run_whose_prompts_become_other_tokens_is_refused(trained: TrainedRun, other: TrainedRun) -> None:

@@ -1,10 +1,7 @@
 """Scores over HTTP, from a real server on this machine."""
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,45 +10,13 @@ from policies.errors import UserError
 from rewards.calls import call_function
 from rewards.terms.endpoint import EndpointTerm
 from rewards.terms.judge import JudgeTerm
-
-Reply = Callable[[dict[str, Any]], tuple[int, Any]]
-
-
-class Server:
-    """Replies as the test says, and records the requests."""
-
-    def __init__(self) -> None:
-        self.reply: Reply = lambda body: (200, {})
-        self.requests: list[tuple[str, dict[str, Any], str | None]] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.requests.append((self.path, body, self.headers["Authorization"]))
-                status, reply = server.reply(body)
-                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
+from tests.rewards.servers import Server, says, serving
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-    thread.join()
+    with serving() as server:
+        yield server
 
 
 def scored(server: Server, count: int = 2, fallback: float | None = None, **settings: Any) -> list[float]:
@@ -63,10 +28,6 @@ def scored(server: Server, count: int = 2, fallback: float | None = None, **sett
 def graded(server: Server, responses: list[str], **settings: Any) -> list[float]:
     term = JudgeTerm(kind="judge", url=server.url, model="grader", **settings)
     return call_function(term.make_function("grade"), ["p"] * len(responses), responses, [{}] * len(responses)).values
-
-
-def says(text: str) -> Reply:
-    return lambda body: (200, {"choices": [{"message": {"content": text}}]})
 
 
 def test_a_scorer_is_sent_prompts_responses_and_columns_in_batches(server: Server) -> None:

@@ -184,8 +184,8 @@ KINDS = ", ".join(sorted(TERMS))
         ),
         (
             "evaluation:",
-            "evaluation: expected a section with keys prompts, every, best, gold, temperature, prompt_styles, best_of, "
-            "samples_per_prompt, …, not null",
+            "evaluation: expected a section with keys prompts, every, best, gold, temperature, prompt_styles, judge, "
+            "best_of, …, not null",
         ),
         ("stages: []", "stages: expected at least one item, not []"),
         ("stages: ppo", "stages: expected a list, such as [ppo], not 'ppo'"),
