@@ -185,7 +185,10 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     overrides: EvaluationOverrides = None,
     reward: Annotated[bool, typer.Option("--reward", help="evaluate the reward model instead")] = False,
     data: Annotated[
-        Path | None, typer.Option(help="with --reward: preferences to evaluate it on; unset: the run's held-out ones")
+        Path | None,
+        typer.Option(
+            help="with --reward: preferences, or labelled steps, to evaluate it on; unset: the run's held-out ones"
+        ),
     ] = None,
     classifier: Annotated[
         str | None, typer.Option(help="with --reward: evaluate this sequence-classification model instead")

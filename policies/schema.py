@@ -73,10 +73,32 @@ Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "poly
 """Learning-rate schedules of transformers that need no further parameters."""
 
 
+class TokenizerSettings(Settings):
+    """The tokenizer of a base model that is made from nothing: byte-level BPE, trained on the demonstrations."""
+
+    vocab_size: int = Field(
+        4096, ge=300, description="tokens, 256 of which are single bytes; fewer where the texts are short"
+    )
+    special_tokens: list[str] = Field(
+        default_factory=list, description="tokens besides <pad>, <s> and </s>, such as those that chat_template writes"
+    )
+
+
 class ModelSettings(Settings):
     """The frozen base model that all roles share."""
 
-    path: str = Field(description="folder or hub name of a causal language model with its tokenizer")
+    path: str = Field(
+        description="folder or hub name of a causal language model with its tokenizer; with `architecture`, the folder "
+        "to make it in"
+    )
+    architecture: dict[str, Any] | None = Field(
+        None,
+        description="make the base from nothing: `model_type` and keys of its configuration in transformers, such as "
+        "hidden_size; unset: it exists",
+    )
+    tokenizer: TokenizerSettings | None = Field(
+        None, description="the tokenizer that is trained with `architecture`; unset: its defaults"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="precision of the frozen weights and of products with them; adapters and heads are float32. auto: "
@@ -91,6 +113,14 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
+
+    @model_validator(mode="after")
+    def _makes_a_base(self) -> "ModelSettings":
+        if self.tokenizer is not None and self.architecture is None:
+            raise unread_settings("`tokenizer` has no effect without `architecture`", "tokenizer")
+        if self.architecture is not None and not isinstance(self.architecture.get("model_type"), str):
+            raise ValueError("architecture: `model_type` is missing, such as llama")
+        return self
 
     @field_validator("dtype", mode="before")
     @classmethod

@@ -35,7 +35,8 @@ class TrajectoryBatch(list[Trajectory]):
         logprobs = Ragged.from_tensors([trajectory.sampler_logprobs for trajectory in self])
         ended = [trajectory.ended for trajectory in self]
         versions = [_runs(trajectory.versions) for trajectory in self]
-        return _unpack_trajectories, (requests, responses, logprobs, ended, versions)
+        inserted = [trajectory.inserted for trajectory in self]
+        return _unpack_trajectories, (requests, responses, logprobs, ended, versions, inserted)
 
 
 def _runs(versions: Iterable[int]) -> list[tuple[int, int]]:
@@ -57,6 +58,7 @@ def _unpack_trajectories(
     logprobs: Ragged,
     ended: Sequence[bool],
     versions: Sequence[Sequence[tuple[int, int]]],
+    inserted: Sequence[tuple[tuple[int, int], ...]],
 ) -> TrajectoryBatch:
     trajectories = TrajectoryBatch()
     for i, request in enumerate(requests):
@@ -66,6 +68,7 @@ def _unpack_trajectories(
             sampler_logprobs=logprobs.tensor(i),
             ended=ended[i],
             versions=_flat(versions[i]),
+            inserted=inserted[i],
         )
         trajectories.append(trajectory)
     return trajectories

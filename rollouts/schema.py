@@ -51,6 +51,11 @@ class RolloutSettings(ActorSettings):
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="strings that end a response, besides EOS; they are kept in its text"
     )
+    environment: str | None = Field(
+        None,
+        description="function that replies where a response ends, FILE.py:function or module:function: its reply, such "
+        "as the output of a tool, is appended, and the policy continues; unset: responses end there",
+    )
     temperature: float = Field(
         1.0, gt=0, description="sampling temperature; log-probabilities are those at this temperature"
     )
@@ -103,6 +108,10 @@ class RolloutSettings(ActorSettings):
                 "two",
                 "segment_tokens",
                 "stop",
+            )
+        if self.environment and self.max_staleness:
+            raise ValueError(
+                "environment: it replies while the learner waits, and max_staleness generates meanwhile: remove one"
             )
         if self.engine == "vllm" and not self.workers:
             raise ValueError("engine vllm runs only in workers: set workers to 1 or more")

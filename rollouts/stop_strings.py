@@ -14,9 +14,9 @@ class StopStrings:
         # Each token has at least one byte, and the first may hold only the beginning of the string at its end.
         self.window = max((len(string.encode()) for string in strings), default=0) + 1
 
-    def __call__(self, tokens: Sequence[int]) -> bool:
-        """Whether the last of these tokens ends the response."""
+    def __call__(self, tokens: Sequence[int], start: int = 0) -> bool:
+        """Whether the last of these tokens ends the response; those before `start` cannot belong to a stop string."""
         if not self.strings:
             return False
-        text = self.tokenizer.decode(list(tokens[-self.window :]))
+        text = self.tokenizer.decode(list(tokens[max(start, len(tokens) - self.window) :]))
         return any(string in text for string in self.strings)

@@ -1,7 +1,7 @@
 """The records of a rollout: a request, its response, and what the learner's roles compute for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +64,8 @@ class Trajectory:
             drawn from, as the engine computed it.
         ended: Whether the last token ends the response; otherwise it was truncated at the length limit.
         versions: Per token, the version of the adapter weights that it was drawn with; never decreasing.
+        inserted: The first of the tokens of each text that the policy has not sampled, and one past its last, in order;
+            their log-probability is 0, and their version that of the token before them.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Trajectory:
     sampler_logprobs: Tensor
     ended: bool
     versions: tuple[int, ...]
+    inserted: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_tokens(
@@ -105,6 +108,19 @@ class Trajectory:
             sampler_logprobs=torch.cat([partial.sampler_logprobs, new_logprobs]),  # [T]
             ended=ended,
             versions=partial.versions + new_versions,
+            inserted=partial.inserted,
+        )
+
+    def with_inserted(self, tokens: Sequence[int]) -> "Trajectory":
+        """The unfinished response that continues this one by tokens which the policy has not sampled."""
+        end = self.length + len(tokens)
+        return replace(
+            self,
+            response_ids=self.response_ids + tuple(tokens),
+            sampler_logprobs=torch.cat([self.sampler_logprobs, torch.zeros(len(tokens))]),  # [T]
+            ended=False,
+            versions=self.versions + self.versions[-1:] * len(tokens),
+            inserted=(*self.inserted, (self.length, end)),
         )
 
     @property
@@ -121,6 +137,23 @@ class Trajectory:
     def total_length(self) -> int:
         """The number of prompt and response tokens."""
         return len(self.prompt_ids) + self.length
+
+    @property
+    def sampled_length(self) -> int:
+        """The number of response tokens that the policy has sampled."""
+        return self.length - sum(end - start for start, end in self.inserted)
+
+    def of_policy(self, values: Tensor) -> Tensor:
+        """Of values `[T]` of the response tokens, those of the tokens that the policy has sampled."""
+        return values[policy_mask(self.length, self.inserted)] if self.inserted else values
+
+
+def policy_mask(length: int, inserted: Sequence[tuple[int, int]]) -> Tensor:
+    """Whether the policy has sampled each token of a response, `[T]` bool; `inserted` as of `Trajectory`."""
+    mask = torch.ones(length, dtype=torch.bool)
+    for start, end in inserted:
+        mask[start:end] = False
+    return mask
 
 
 @dataclass

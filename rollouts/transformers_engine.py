@@ -1,6 +1,6 @@
 """The engine on transformers, which runs wherever torch runs."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -172,7 +172,8 @@ class TransformersEngine:
         tokens, logprobs = sample_tokens(logits, uniforms.to(logits.device), temperature)  # [B], [B]
         for response, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
             if not response.finished:
-                response.append(token, logprob, self._ends)
+                response.append(token, logprob)
+                response.finished = self._ends(response) or len(response.tokens) == response.limit
         return tokens
 
     def _trajectory(self, response: "Response") -> Trajectory:
@@ -180,13 +181,15 @@ class TransformersEngine:
             response.request,
             tokens=response.new_tokens,
             logprobs=response.logprobs,
-            ended=self._ends(response.tokens),
+            ended=self._ends(response),
             version=self.version,
         )
 
-    def _ends(self, tokens: Sequence[int]) -> bool:
-        """Whether the last of these response tokens ends the response."""
-        return tokens[-1] in self.stop_ids or (self.stop_strings is not None and self.stop_strings(tokens))
+    def _ends(self, response: "Response") -> bool:
+        """Whether the last token of a response ends it."""
+        tokens = response.tokens
+        is_stopped = self.stop_strings is not None and self.stop_strings(tokens, response.turn_start)
+        return tokens[-1] in self.stop_ids or is_stopped
 
 
 @dataclass
@@ -227,6 +230,12 @@ class Response:
         return self.request.prompt_ids + self.request.partial_response_ids
 
     @property
+    def turn_start(self) -> int:
+        """The first token after the last one that the policy has not sampled."""
+        partial = self.request.partial_response
+        return partial.inserted[-1][1] if partial and partial.inserted else 0
+
+    @property
     def new_tokens(self) -> list[int]:
         """The tokens that this engine has drawn."""
         return self.tokens[len(self.request.partial_response_ids) :]
@@ -235,11 +244,10 @@ class Response:
         """The random number of the next token, a float64 scalar; a finished response may repeat its last one."""
         return self.uniforms[min(len(self.tokens), len(self.uniforms) - 1)]
 
-    def append(self, token: int, logprob: float, ends: Callable[[Sequence[int]], bool]) -> None:
-        """Add a token, and finish if it ends the response or reaches the limit."""
+    def append(self, token: int, logprob: float) -> None:
+        """Add a token."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.finished = ends(self.tokens) or len(self.tokens) == self.limit
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ def random_episodes(count: int, tokens: int, critic: bool, seed: int = 0) -> lis
             returns=parts[3].clone() if critic else none,
             old_values=parts[4].clone() if critic else none,
             weight=1.0 / (response + 1),
+            inserted=((0, response // 2),) if response % 3 == 2 else (),
         )
         episodes.append(episode)
     return episodes

@@ -9,8 +9,9 @@ from torch import Tensor
 from align.algorithms.advantages import scale_rewards, token_rewards, whiten
 from align.algorithms.estimators import EstimatorInput, load_estimator
 from align.algorithms.kl import estimate_kl
+from align.algorithms.policy_tokens import at_policy_tokens, policy_part
 from align.config.ppo_settings import PpoSettings
-from rollouts.trajectory import RoleOutputs, Trajectory
+from rollouts.trajectory import RoleOutputs, Trajectory, policy_mask
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Episode:
         returns: Targets of the critic, in units of the reward, never whitened; empty without a critic.
         old_values: Values of the critic before the update, in the same units; empty without a critic.
         weight: Weight of each token in the weighted mean that every loss is.
+        inserted: The spans of tokens that the policy has not sampled, as of `Trajectory`: their weight is 0, and so are
+            their advantages and returns.
     """
 
     prompt_ids: tuple[int, ...]
@@ -39,6 +42,7 @@ class Episode:
     returns: Tensor
     old_values: Tensor
     weight: float = 1.0
+    inserted: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
@@ -48,7 +52,19 @@ class Episode:
     @property
     def total_weight(self) -> float:
         """Weights of all response tokens."""
-        return self.weight * len(self.response_ids)
+        return self.weight * (len(self.response_ids) - sum(end - start for start, end in self.inserted))
+
+    @property
+    def token_weights(self) -> Tensor:
+        """The weight of each response token, `[T]` float32."""
+        weights = torch.full((len(self.response_ids),), self.weight)  # [T]
+        for start, end in self.inserted:
+            weights[start:end] = 0.0
+        return weights
+
+    def of_policy(self, values: Tensor) -> Tensor:
+        """Of values `[T]` of the response tokens, those of the tokens that the policy has sampled."""
+        return values[policy_mask(len(values), self.inserted)] if self.inserted else values
 
     def load(self) -> "Episode":
         """The episode itself, which is in memory; others are in a shard, see `StoredEpisode`."""
@@ -59,6 +75,8 @@ def make_episodes(
     trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs], ppo: PpoSettings, coefficient: float
 ) -> list[Episode]:
     """Compute advantages and returns of a whole batch.
+
+    Tokens that the policy has not sampled are left out: they take no time, and have neither loss nor KL.
 
     Args:
         trajectories: B trajectories; those of one prompt are adjacent.
@@ -72,11 +90,14 @@ def make_episodes(
     Raises:
         UserError: The user's advantage estimator failed, or returned something else than one tensor per response.
     """
-    advantages, returns = _estimate(trajectories, scored, ppo, coefficient)
+    parts = [policy_part(*pair) for pair in zip(trajectories, scored, strict=True)]
+    sampled = [trajectory for trajectory, _ in parts]
+    outputs_of_sampled = [outputs for _, outputs in parts]
+    advantages, returns = _estimate(sampled, outputs_of_sampled, ppo, coefficient)
     if ppo.whitens_advantages:
         advantages = _over_the_batch(whiten, advantages)
     if ppo.importance_ratio_cap:
-        advantages = _importance_weighted(advantages, trajectories, scored, ppo.importance_ratio_cap)
+        advantages = _importance_weighted(advantages, sampled, outputs_of_sampled, ppo.importance_ratio_cap)
     episodes = []
     for i, (trajectory, outputs) in enumerate(zip(trajectories, scored, strict=True)):
         episode = Episode(
@@ -85,13 +106,21 @@ def make_episodes(
             old_logprobs=outputs.logprobs,
             reference_logprobs=outputs.reference_logprobs,
             # Clones, because a view drags the whole batch along when it is sent to a rank.
-            advantages=advantages[i].clone(),
-            returns=returns[i].clone(),
+            advantages=_among_all_tokens(advantages[i], trajectory).clone(),
+            returns=_among_all_tokens(returns[i], trajectory).clone(),
             old_values=outputs.values[:-1].clone(),
-            weight=1.0 if ppo.loss_aggregation == "token_mean" else 1.0 / trajectory.length,
+            weight=1.0 if ppo.loss_aggregation == "token_mean" else 1.0 / sampled[i].length,
+            inserted=trajectory.inserted,
         )
         episodes.append(episode)
     return episodes
+
+
+def _among_all_tokens(estimates: Tensor, trajectory: Trajectory) -> Tensor:
+    """Estimates of the policy's tokens at their places among all T tokens of a response; 0 at the others."""
+    if not trajectory.inserted:
+        return estimates
+    return at_policy_tokens(estimates, policy_mask(trajectory.length, trajectory.inserted))
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:

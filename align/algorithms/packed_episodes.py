@@ -21,10 +21,12 @@ class PackedEpisodes:
     Attributes:
         columns: The token ids and tensors of `Episode` by their names.
         weights: `[B]` float64, the weights.
+        inserted: The spans of tokens that the policy has not sampled, of each episode.
     """
 
     columns: dict[str, Ragged]
     weights: NDArray[np.float64]
+    inserted: tuple[tuple[tuple[int, int], ...], ...]
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -36,7 +38,7 @@ class PackedEpisodes:
             values[name] = self.columns[name].ids(index)
         for name in TENSOR_COLUMNS:
             values[name] = self.columns[name].tensor(index)
-        return Episode(**values, weight=float(self.weights[index]))
+        return Episode(**values, weight=float(self.weights[index]), inserted=self.inserted[index])
 
 
 class EpisodeBatch(list[Episode]):
@@ -49,4 +51,5 @@ class EpisodeBatch(list[Episode]):
         for name in TENSOR_COLUMNS:
             columns[name] = Ragged.from_tensors([getattr(episode, name) for episode in self])
         weights = np.array([episode.weight for episode in self], dtype=np.float64)
-        return PackedEpisodes, (columns, weights)
+        inserted = tuple(episode.inserted for episode in self)
+        return PackedEpisodes, (columns, weights, inserted)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from align.algorithms.estimators import AdvantageEstimator, EstimatorInput
+from rollouts.trajectory import RoleOutputs, Trajectory, policy_mask
 
 
 def estimate_over_policy_tokens(
@@ -38,7 +39,9 @@ def estimate_over_policy_tokens(
         rewards.append(policy_rewards(response_rewards, mask))
         values.append(policy_values(response_values, mask))
     advantages, returns = estimate(replace(batch, rewards=rewards, values=values))
-    return _spread(advantages, masks), _spread(returns, masks)
+    spread_advantages = [at_policy_tokens(values, mask) for values, mask in zip(advantages, masks, strict=True)]
+    spread_returns = [at_policy_tokens(values, mask) for values, mask in zip(returns, masks, strict=True)]
+    return spread_advantages, spread_returns
 
 
 def policy_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -91,14 +94,50 @@ def token_weights(weight: float, mask: Tensor) -> Tensor:
     return weight * mask.float()
 
 
-def _spread(estimates: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    """Estimates `[A]` at the places of the policy's tokens, `[T]` with 0 elsewhere; empty ones stay empty."""
-    spread: list[Tensor] = []
-    for values, mask in zip(estimates, masks, strict=True):
-        if len(values) == 0:
-            spread.append(values)
-            continue
-        places = torch.zeros(len(mask), dtype=values.dtype)
-        places[mask] = values
-        spread.append(places)
-    return spread
+def at_policy_tokens(estimates: Tensor, mask: Tensor) -> Tensor:
+    """Put estimates at the places of the policy's tokens.
+
+    Args:
+        estimates: `[A]` float32, or empty without a critic.
+        mask: `[T]` bool, whether the policy has sampled the token.
+
+    Returns:
+        `[T]` float32, 0 where the token is not the policy's; or empty.
+    """
+    if len(estimates) == 0:
+        return estimates
+    places = torch.zeros(len(mask), dtype=estimates.dtype)
+    places[mask] = estimates
+    return places
+
+
+def policy_part(trajectory: Trajectory, outputs: RoleOutputs) -> tuple[Trajectory, RoleOutputs]:
+    """A response and its role outputs as if it consisted of the policy's tokens alone.
+
+    Args:
+        trajectory: T tokens.
+        outputs: Its role outputs, with log-probabilities, values and step rewards of all tokens.
+
+    Returns:
+        The same of its A tokens that the policy has sampled; unchanged where these are all.
+    """
+    if not trajectory.inserted:
+        return trajectory, outputs
+    mask = policy_mask(trajectory.length, trajectory.inserted)
+    tokens = [token for token, is_policys in zip(trajectory.response_ids, mask.tolist(), strict=True) if is_policys]
+    versions = [version for version, is_policys in zip(trajectory.versions, mask.tolist(), strict=True) if is_policys]
+    alone = replace(
+        trajectory,
+        response_ids=tuple(tokens),
+        sampler_logprobs=trajectory.sampler_logprobs[mask],
+        versions=tuple(versions),
+        inserted=(),
+    )
+    steps = outputs.step_rewards
+    return alone, replace(
+        outputs,
+        logprobs=outputs.logprobs[mask],
+        reference_logprobs=outputs.reference_logprobs[mask],
+        values=policy_values(outputs.values, mask),
+        step_rewards=None if steps is None else policy_rewards(steps, mask),
+    )

@@ -282,7 +282,7 @@ def paired_gain(policy: Tensor, reference: Tensor, name: str) -> dict[str, float
 
 def _kl_figures(policy: ScoredSamples) -> dict[str, float]:
     kl = torch.tensor([output.kl for output in policy.outputs], dtype=torch.float64)
-    tokens = int(lengths(policy.trajectories).sum())
+    tokens = sum(trajectory.sampled_length for trajectory in policy.trajectories)
     return {"kl_per_sequence": float(kl.mean()), "kl_per_token": float(kl.sum()) / tokens}
 
 

@@ -60,7 +60,7 @@ def _utilization(step: Step) -> dict[str, float]:
 def _reward_and_kl_metrics(step: Step) -> dict[str, float]:
     scores = torch.tensor([output.score for output in step.scored])
     kl = torch.tensor([output.kl for output in step.scored], dtype=torch.float64)
-    tokens = int(lengths(step.trajectories).sum())
+    tokens = sum(trajectory.sampled_length for trajectory in step.trajectories)
     return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
@@ -97,7 +97,7 @@ def zero_std_share(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutp
 
 
 def _policy_metrics(step: Step) -> dict[str, float]:
-    advantages = torch.cat([episode.advantages for episode in step.episodes])
+    advantages = torch.cat([episode.of_policy(episode.advantages) for episode in step.episodes])
     return {
         "policy/loss": step.statistics["policy_loss"],
         "policy/clip_fraction": step.statistics["policy_clipped"],
@@ -122,7 +122,10 @@ def _rollout_metrics(step: Step) -> dict[str, float]:
     tokens = lengths(step.trajectories)
     mismatch = sampler_mismatch(step.trajectories, step.scored)
     version_sum = sum(sum(trajectory.versions) for trajectory in step.trajectories)
+    sampled = sum(trajectory.sampled_length for trajectory in step.trajectories)
+    inserted = int(tokens.sum()) - sampled
     return {
+        **({"rollout/inserted_share": inserted / int(tokens.sum())} if inserted else {}),
         "rollout/length_mean": float(tokens.double().mean()),
         "rollout/eos_share": sum(t.ended for t in step.trajectories) / len(step.trajectories),
         "rollout/tokens": int(tokens.sum()),
@@ -136,8 +139,8 @@ def _rollout_metrics(step: Step) -> dict[str, float]:
 
 
 def _value_metrics(step: Step) -> dict[str, float]:
-    values = torch.cat([episode.old_values for episode in step.episodes])
-    returns = torch.cat([episode.returns for episode in step.episodes])
+    values = torch.cat([episode.of_policy(episode.old_values) for episode in step.episodes])
+    returns = torch.cat([episode.of_policy(episode.returns) for episode in step.episodes])
     return {
         "value/loss": step.statistics["value_loss"],
         "value/clip_fraction": step.statistics["value_clipped"],

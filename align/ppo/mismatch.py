@@ -74,9 +74,9 @@ class Mismatch:
 
 
 def sampler_mismatch(trajectories: Sequence[Trajectory], scored: Sequence[RoleOutputs]) -> Tensor:
-    """|log π_sampler - log π_learner| of every response token of a batch, in nats, one response after another."""
+    """|log π_sampler - log π_learner| of every token that was sampled, in nats, one response after another."""
     pairs = zip(trajectories, scored, strict=True)
-    return torch.cat([(t.sampler_logprobs - output.logprobs).abs() for t, output in pairs])
+    return torch.cat([t.of_policy((t.sampler_logprobs - output.logprobs).abs()) for t, output in pairs])
 
 
 @dataclass

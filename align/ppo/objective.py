@@ -69,7 +69,7 @@ def collate_episodes(stored: Sequence[Episode | StoredEpisode], device: torch.de
         advantages=cat(episode.advantages for episode in episodes),
         returns=cat(episode.returns for episode in episodes),
         old_values=cat(episode.old_values for episode in episodes),
-        weights=cat(torch.full((len(episode.response_ids),), episode.weight) for episode in episodes),
+        weights=cat(episode.token_weights for episode in episodes),
     )
     return collate(prompts, responses).to(device), targets
 
@@ -155,7 +155,8 @@ def policy_objective(
             ratio_change.square(),
         ]
     ).detach()  # [9, P]
-    ratio_max = 1 + ratio_change.detach().amax(0, keepdim=True)  # [1]
+    of_policy = ratio_change.detach().masked_fill(targets.weights == 0, -1.0)  # [P]; others have no ratio
+    ratio_max = 1 + of_policy.amax(0, keepdim=True)  # [1]
     return loss @ targets.weights, torch.cat([statistics @ targets.weights, ratio_max])  # [], [10]
 
 

@@ -83,7 +83,10 @@ def training_sections(runs: Sequence[RunRecord], limit: int = MAX_POINTS) -> lis
     tokens = distribution_figure(history, "rollout/length_histogram", "Distribution of the lengths", "tokens")
     sections = _with_figure(sections, "reward", scores)
     sections = _with_figure(sections, "text", tokens)
-    return _with_figure(sections, "distance", optimisation_figure(runs[0]))
+    sections = _with_figure(sections, "distance", optimisation_figure(runs[0]))
+    for figure in gain_figures(runs[0].evaluation):
+        sections = _with_figure(sections, "distance", figure)
+    return sections
 
 
 def upstream_sections(runs: Sequence[RunRecord], limit: int = MAX_POINTS) -> list[FigureSection]:
@@ -244,6 +247,36 @@ def optimisation_figure(run: RunRecord) -> Figure | None:
         name="figure-optimisation", title=title, x_label=f"√KL, {NATS_PER_SEQUENCE}", unit="score", lines=drawn
     )
     return make_figure(chart) if drawn else None
+
+
+def gain_figures(evaluation: Mapping[str, Any]) -> Iterator[Figure]:
+    """What the best policy at each KL, the best of n and the run's policy at its scales gain over the reference.
+
+    A figure of the score, and one of the gold score; none where `align eval --frontier` has not measured them.
+    """
+    section = evaluation.get("frontier", {})
+    policies = section.get("policies", [])
+    best = [*section.get("points", []), *(policy["best"] for policy in policies if "best" in policy)]
+    rows = {"best policy": best, "best of n": section.get("best_of", []), "policy, scaled": policies}
+    for key, label in (("score_gain", "score"), ("gold_gain", "gold score")):
+        lines = [_gain_line(name, points, key, style) for style, (name, points) in enumerate(rows.items())]
+        drawn = tuple(line for line in lines if line.finite)
+        if drawn:
+            yield make_figure(
+                Chart(
+                    name=f"figure-frontier-{key}",
+                    title=f"Gain of the {label} against KL",
+                    x_label=f"KL, {NATS_PER_SEQUENCE}",
+                    unit=label,
+                    lines=drawn,
+                )
+            )
+
+
+def _gain_line(name: str, rows: Sequence[Mapping[str, float]], key: str, style: int) -> ChartLine:
+    """The gains by rising KL, from the reference on."""
+    points = sorted((row["kl"], row[key]) for row in rows if key in row)
+    return ChartLine(name, ((0.0, 0.0), *points) if points else (), style)
 
 
 def distribution_figure(history: MetricHistory, metric: str, title: str, x_label: str) -> Figure | None:

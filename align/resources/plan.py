@@ -99,6 +99,8 @@ def make_plan(
     lines = [("stages", " → ".join(stages) or "nothing is left to do")]
     if note:
         lines.append(("earlier run", note))
+    if experiment.model.architecture:
+        lines.append(("base", _made_base(experiment, sizes)))
     lines.append(("method", f"{method.name}: {method.trains}"))
     lines.append(("dtype", dtype or experiment.model.dtype))
     if placement:
@@ -119,6 +121,13 @@ def make_plan(
         lines.append(("skipped rows", f"{len(reasons)} of data.{source}"))
     lines.append(("written to", str(Path(experiment.runs) / experiment.name)))
     return Plan(experiment.name, lines, uses)
+
+
+def _made_base(experiment: Experiment, sizes: ModelSizes) -> str:
+    """What the base is that the run makes, or has made."""
+    config = sizes.trunk.causal.config
+    tokens = counted(config.get_text_config().vocab_size, "token")
+    return f"made from nothing: {config.model_type}, {_count(sizes.base)} parameters, a tokenizer of {tokens}"
 
 
 def _stages(
@@ -288,8 +297,10 @@ def _terms(experiment: Experiment) -> str:
 
 
 def _user_functions(experiment: Experiment) -> list[tuple[str, str]]:
-    """A line for the advantage estimator and one for the policy loss, where they are the user's functions."""
+    """A line for the advantage estimator, the policy loss and the environment, where they are the user's functions."""
     functions = [("estimator", experiment.ppo.estimator), ("policy loss", experiment.ppo.policy_loss)]
+    if experiment.rollouts.environment:
+        functions.append(("environment", experiment.rollouts.environment))
     return [(name, function) for name, function in functions if is_user_function(function)]
 
 

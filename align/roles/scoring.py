@@ -5,7 +5,7 @@ Shapes: B sequences of a batch, N their packed tokens, P their response tokens, 
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from align.roles.roles import Roles
 from policies.batching import Batch, collate
 from policies.logprobs import shortfalls
-from rollouts.trajectory import RoleOutputs, ScoredTokens
+from rollouts.trajectory import RoleOutputs, ScoredTokens, Trajectory, policy_mask
 
 ALL_ROLES = ("policy", "reference", "critic", "reward")
 """The roles that score by default. The critic can be requested only with the policy, whose states it may read."""
@@ -149,6 +149,26 @@ def _by_trajectory(outputs: BatchOutputs, batch: Batch) -> list[RoleOutputs]:
         )
         records.append(record)
     return records
+
+
+def with_given_tokens(trajectories: Sequence[Trajectory], outputs: Sequence[RoleOutputs]) -> list[RoleOutputs]:
+    """The role outputs with the log-probability 0 for tokens that the policy has not sampled: they are given.
+
+    Args:
+        trajectories: `[B]`.
+        outputs: `[B]`, their role outputs.
+    """
+    given: list[RoleOutputs] = []
+    for trajectory, output in zip(trajectories, outputs, strict=True):
+        if trajectory.inserted and len(output.logprobs):
+            others = ~policy_mask(trajectory.length, trajectory.inserted)  # [T]
+            output = replace(
+                output,
+                logprobs=output.logprobs.masked_fill(others, 0.0),
+                reference_logprobs=output.reference_logprobs.masked_fill(others, 0.0),
+            )
+        given.append(output)
+    return given
 
 
 def score_microbatches(

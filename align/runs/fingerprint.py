@@ -224,6 +224,8 @@ def user_functions(experiment: Experiment) -> dict[str, str]:
     for name, term in experiment.reward.terms.items():
         if isinstance(term, UserFunctionSettings):
             functions[f"reward.terms.{name}.function"] = term.function
+    if experiment.rollouts.environment:
+        functions["rollouts.environment"] = experiment.rollouts.environment
     if experiment.evaluation.gold:
         functions["evaluation.gold"] = experiment.evaluation.gold
     return functions

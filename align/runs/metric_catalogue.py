@@ -310,6 +310,12 @@ PPO = (
     Metric("rollout/tokens", "tokens of the step's responses", "tokens"),
     Metric("rollout/prompt_tokens", "tokens of its prompts", "tokens"),
     Metric(
+        "rollout/inserted_share",
+        "share of the responses' tokens that the environment has inserted",
+        "share",
+        "at steps at which `rollouts.environment` has replied",
+    ),
+    Metric(
         "rollout/mismatch_mean",
         "absolute difference of the sampler's and the learner's log-probability of a token: mean",
         NATS_PER_TOKEN,
@@ -583,6 +589,7 @@ WITHOUT_PANEL = {
     "eval/score_std": "the spread in training shows the same",
     "rollout/tokens": "it is the length by the batch size",
     "rollout/prompt_tokens": "it depends on the prompts alone",
+    "rollout/inserted_share": "it is of few runs, and the length shows it",
     "rollout/mismatch_share": "it is for the check of the sampler, which stops a run",
     "rollout/version": "it is the step, less the staleness",
     "learner/optimizer_steps": "it follows from the settings and the skipped updates",

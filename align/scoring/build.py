@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.schema import Experiment
 from align.roles.build import Blueprint, RewardRole
-from align.roles.scoring import ALL_ROLES
+from align.roles.scoring import ALL_ROLES, with_given_tokens
 from align.runs.folder import RunFolder, read_facts
 from align.scoring.reward import (
     EvaluationScorer,
@@ -57,7 +57,7 @@ class Scorers:
         """A scorer that runs these roles and then the reward, without updating its composition."""
 
         def score(trajectories: Sequence[Trajectory]) -> Rescore:
-            outputs = role_scorer(trajectories, requested_roles)
+            outputs = with_given_tokens(trajectories, role_scorer(trajectories, requested_roles))
             return self.reward.score_for_evaluation(trajectories, outputs)
 
         return score
@@ -66,7 +66,7 @@ class Scorers:
         """A scorer of training batches that runs all roles and then the reward, and updates its composition."""
 
         def score(trajectories: Sequence[Trajectory]) -> list[RoleOutputs]:
-            outputs = role_scorer(trajectories, ALL_ROLES)
+            outputs = with_given_tokens(trajectories, role_scorer(trajectories, ALL_ROLES))
             return self.reward.score_and_update(trajectories, outputs)
 
         return score

@@ -14,6 +14,7 @@ from align.resources.ray_cluster import one_connection
 from align.runs.fingerprint import check_fingerprint, find_difference, recorded_dtype, write_fingerprint
 from align.runs.folder import RunFolder, begin_run, find_run, folder_of, locked
 from align.runs.products import wanted_stages
+from align.stages.made_base import make_base, planned_base
 from align.stages.pipeline import can_reopen, load_datasets, remaining_stages, reopen
 
 
@@ -67,6 +68,7 @@ def new_run(experiment: Experiment, stages: Sequence[str] | None = None) -> Iter
         UserError: Something that the settings refer to cannot be used, or another process writes the run.
     """
     folder = folder_of(experiment)
+    make_base(experiment)
     datasets = load_datasets(experiment)
     removed = stage_names() if stages is None else list(stages)
     kept = [stage for stage in stage_names() if folder.done(stage) and stage not in removed]
@@ -92,6 +94,7 @@ def resumed_run(name_or_path: str, overrides: Sequence[str] = ()) -> Iterator[La
         UserError: There is no such run, its settings or data have changed, or another process writes it.
     """
     folder, experiment = find_run(name_or_path, overrides=overrides)
+    make_base(experiment)
     datasets = load_datasets(experiment)
     settled = settle_dtype(experiment, recorded_dtype(folder))
     experiment = settled.experiment
@@ -113,9 +116,9 @@ def plan_run(experiment: Experiment, gpu_bytes: float | None = None) -> Plan:
     Raises:
         UserError: Something that the settings refer to cannot be used.
     """
-    datasets = load_datasets(experiment)
-    with one_connection():
-        planned = planned_stages(experiment, datasets)
+    with planned_base(experiment) as settings, one_connection():
+        datasets = load_datasets(settings)
+        planned = planned_stages(settings, datasets)
         return make_plan(
             planned.experiment,
             datasets,

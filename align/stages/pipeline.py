@@ -14,6 +14,7 @@ from align.config.schema import Experiment
 from align.config.stage import all_stages, find_stage
 from align.data.datasets import Datasets, context_length, read_datasets
 from align.evaluation.prompt_styles import PromptStyle
+from align.ppo.environment import environment_function
 from align.resources.actors import actors_by_stage, most_actors, reserved_cpus
 from align.resources.peak_memory import PeakMemory
 from align.resources.ray_cluster import compute_settings, head_address, ray_cluster
@@ -64,7 +65,8 @@ def load_datasets(experiment: Experiment) -> Datasets:
         UserError: A model, adapter, function, source or row cannot be used.
     """
     tokenizer = load_model_tokenizer(experiment.model)
-    check_weights(experiment.model.path)
+    if experiment.model.architecture is None:  # the weights of a base that is made are align's own; a plan has none
+        check_weights(experiment.model.path)
     remaining_stages(experiment, folder_of(experiment))  # raises where PPO would have no reward
     _check_ready_made(experiment)
     _check_workers(experiment)
@@ -117,6 +119,8 @@ def _check_ready_made(experiment: Experiment) -> None:
     if "ppo" in experiment.stages:
         for name, term in experiment.reward.terms.items():
             term.check(name)
+    if experiment.rollouts.environment:
+        environment_function(experiment.rollouts.environment).check()
     if experiment.evaluation.gold:
         gold_function(experiment.evaluation.gold).check()
 

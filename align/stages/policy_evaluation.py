@@ -9,6 +9,7 @@ from torch import Tensor
 
 from align.config.schema import Experiment
 from align.evaluation.policy import REFERENCE_VERSION, Evaluation, build_evaluator
+from align.ppo.environment import in_environment
 from align.roles.build import build_roles
 from align.roles.scoring import score_microbatch, score_microbatches
 from align.runs.folder import RunFolder
@@ -78,11 +79,11 @@ class LoadedReward:
         )
 
     @cached_property
-    def pool(self) -> LocalPool:
-        """An engine on the shared base model."""
+    def pool(self) -> Pool:
+        """An engine on the shared base model, in the run's environment if it has one."""
         rollouts = self.experiment.rollouts
         engine = make_transformers_engine(self.roles.trunk, self.tokenizer, rollouts)
-        return LocalPool(engine, rollouts.effective_chunk_size)
+        return in_environment(LocalPool(engine, rollouts.effective_chunk_size), rollouts.environment, self.tokenizer)
 
     @torch.no_grad()
     def score_roles(self, trajectories: Sequence[Trajectory], requested_roles: Collection[str]) -> list[RoleOutputs]:
@@ -141,6 +142,8 @@ class LoadedReward:
     def close(self) -> None:
         """End the processes in which functions are called."""
         self.scorers.close()
+        if "pool" in self.__dict__:  # it was made
+            self.pool.close()
 
 
 def calibrate(

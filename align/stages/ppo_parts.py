@@ -11,6 +11,7 @@ from align.config.schema import Experiment
 from align.evaluation.policy import Evaluator, build_evaluator
 from align.learner.files import read_states
 from align.ppo.checkpoint import PpoProgress, SavedBatch, read_pending, read_progress, trained_roles
+from align.ppo.environment import in_environment
 from align.ppo.learners import PpoLearners, local_learners, ray_learners
 from align.ppo.loop import Ppo, Step
 from align.ppo.mismatch import MismatchCheck, check_parity
@@ -87,7 +88,9 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
         SamplerMismatch: The pool does not sample from the learner's policy.
     """
     experiment = context.experiment
-    learners, pool = _build_learners_and_pool(context, scorers.blueprint, stack)
+    learners, sampler = _build_learners_and_pool(context, scorers.blueprint, stack)
+    pool = in_environment(sampler, experiment.rollouts.environment, context.tokenizer)
+    stack.callback(pool.close)
     # Without an SFT adapter the base model is the reference: the policy's adapter changes nothing before any update.
     reference = scorers.blueprint.reference or learners.policy_weights()
     evaluator = build_evaluator(
@@ -113,7 +116,7 @@ def assemble(context: StageContext, scorers: Scorers, stack: ExitStack) -> PpoPa
         )
     pool.load_adapter(progress.step, learners.policy_weights())
     requests = _prompt_stream(context).requests(progress.step)
-    spacing = check_parity(pool, learners.score, requests, _sampling(experiment))
+    spacing = check_parity(sampler, learners.score, requests, _sampling(experiment))
     # Measured once, so that a resumed run has the figures of an uninterrupted one.
     progress.logit_spacing = progress.logit_spacing or spacing
     mismatch = MismatchCheck(

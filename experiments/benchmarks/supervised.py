@@ -178,6 +178,7 @@ def call(job: dict[str, Any]) -> dict[str, float]:
 
 def run_job(job: dict[str, Any]) -> dict[str, float]:
     """Train, or load what one side has trained and compute its held-out loss."""
+    import deepspeed  # noqa: F401  # its import is no part of the training
     import torch
 
     from align.config.schema import Experiment

@@ -78,7 +78,8 @@ def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
     if missing:
         raise UserError(
             f"model.chat_template: {name} writes {' and '.join(missing)}, which the tokenizer does not have as special "
-            "tokens: use plain, whose turns end with the EOS token"
+            "tokens: use plain, whose turns end with the EOS token, or for a base of model.architecture add them to "
+            "model.tokenizer.special_tokens"
         )
 
 

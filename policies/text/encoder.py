@@ -157,6 +157,10 @@ class TextEncoder:
         start, _ = conversation.turns[0]
         return Exchange(conversation.ids[:start], conversation.ids[start:])
 
+    def continuation(self, text: str) -> list[int]:
+        """The tokens of a text that follows a response, in which the text of a special token is that token."""
+        return self._continuation_ids(text, splits=False)
+
     def conversation(self, messages: list[Message], turns: Turns, tools: Tools | None = None) -> Conversation:
         """The tokens of a conversation and the assistant's turns in it.
 

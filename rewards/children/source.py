@@ -14,11 +14,12 @@ class FunctionSource:
         key: The setting that names it, for messages.
         arguments: Further arguments of each call, by name.
         memory_gb: Gigabytes that a process may allocate; None: no limit.
-        returns: What it returns for each response: a finite score, or a list of spans (see `rewards.spans`).
+        returns: What it returns for each response: a finite score, a list of spans (see `rewards.spans`), or a reply to
+            it (see `rewards.replies`).
     """
 
     where: str
     key: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     memory_gb: float | None = None
-    returns: Literal["scores", "spans"] = "scores"
+    returns: Literal["scores", "spans", "replies"] = "scores"

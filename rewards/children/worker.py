@@ -18,6 +18,7 @@ from typing import Any
 
 from policies.errors import UserError
 from rewards.children.channel import Channel, Closed
+from rewards.replies import read_replies
 from rewards.spans import read_spans
 from rewards.user_functions import (
     SCORE_ARGUMENTS,
@@ -32,7 +33,7 @@ from rewards.user_functions import (
 )
 
 OUR_PACKAGES = ("policies", "rewards", "rollouts", "align")
-RESULT_READERS: dict[str, ResultReader] = {"scores": read_scores, "spans": read_spans}
+RESULT_READERS: dict[str, ResultReader] = {"scores": read_scores, "spans": read_spans, "replies": read_replies}
 """What reads the result of a function, by what it returns for each response."""
 
 

@@ -10,7 +10,9 @@ import torch
 
 from align.config.schema import Experiment
 from align.outputs.trained_run import TrainedRun, evaluate_on_file, open_run
+from align.roles.build import build_roles
 from align.runs.folder import find_run, read_facts
+from align.scoring.build import build_scorers
 from align.stages.pipeline import load_datasets
 from align.stages.reward import load_models
 from policies.errors import UserError
@@ -142,3 +144,12 @@ def test_numbers_are_learned_in_their_own_units(settings: dict[str, Any]) -> Non
     assert facts["rmse"] < 30  # of labels from 100 to 110: a head in other units would be off by 100
     (score,) = TrainedRun(experiment, path).score_by_model(["User: 1 Assistant:"], ["The cat"])
     assert 80 < score < 130
+
+
+def test_the_critic_starts_from_the_adapter_alone(run: TrainedRun) -> None:
+    blueprint = build_scorers(run.experiment, run.folder, run.tokenizer).blueprint
+    roles = build_roles(blueprint, run.experiment.ppo.active_critic)
+    assert roles.critic is not None
+    assert not roles.critic.head.weight.any()  # logits of steps are not returns
+    weights = roles.trunk.read_adapter("critic")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in blueprint.rewards[0].adapter.items())

@@ -56,6 +56,19 @@ def assert_arrives(outputs: list[RoleOutputs]) -> None:
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+def test_inserted_tokens_arrive_with_their_trajectories() -> None:
+    trajectories = random_trajectories(6, 9)
+    trajectories[2] = trajectories[2].with_inserted((4, 5)).with_inserted((6,))
+    arrived = pickle.loads(pickle.dumps(TrajectoryBatch(trajectories), protocol=5))
+    assert [trajectory.inserted for trajectory in arrived] == [trajectory.inserted for trajectory in trajectories]
+    assert arrived[2].response_ids == trajectories[2].response_ids
+
+
+def test_scores_of_tokens_arrive_bit_for_bit() -> None:
+    outputs = random_outputs(5, 9)
+    assert_arrives([replace(output, token_scores=output.logprobs.neg()) for output in outputs])
+
+
 def test_step_rewards_arrive_bit_for_bit() -> None:
     outputs = random_outputs(5, 9)
     assert_arrives([replace(output, step_rewards=output.logprobs.neg().exp()) for output in outputs])

@@ -24,6 +24,13 @@ def test_a_response_ends_with_the_token_that_completes_a_string(
     assert text[-4:] not in tiny_tokenizer.decode(tokens[: end - 1])
 
 
+def test_a_string_before_the_start_is_not_the_policys(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = tiny_tokenizer("a long answer. b", add_special_tokens=False)["input_ids"]
+    stops = StopStrings(["answer."], tiny_tokenizer)
+    assert stops(tokens)
+    assert not stops(tokens, start=len(tokens) - 2)
+
+
 def test_the_engine_ends_responses_at_stop_strings(tiny_model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     trunk = make_trunk(base, PolicySettings(rank=2), (SAMPLER_ROLE,))

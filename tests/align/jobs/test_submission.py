@@ -130,6 +130,7 @@ def test_odd_names_are_not_sent(folder: Path, name: str) -> None:
         ({"reward": {"terms": {"rule": {"kind": "function", "function": "../r.py:f"}}}}, "reward.terms.rule.function"),
         ({"evaluation": {"gold": "../r.py:f"}}, "evaluation.gold"),
         ({"include": "../part.yaml"}, "include"),
+        ({"model": {"path": "base", "chat_template": "../part.yaml"}}, "model.chat_template"),
     ],
 )
 def test_a_file_that_would_not_be_sent_is_refused(folder: Path, settings: dict[str, Any], what: str) -> None:

@@ -68,9 +68,8 @@ def test_lengths_and_weights_are_known_before_a_shard_is_fetched() -> None:
     episodes = random_episodes(17, 30, critic=True)
     batch = make_shards(episodes, shuffled(17, 2, epochs=1), 3, share=Store)
     assert [batch[i].length for i in range(17)] == [episode.length for episode in episodes]
-    assert [batch[i].total_weight for i in range(17)] == [
-        episode.weight * len(episode.response_ids) for episode in episodes
-    ]
+    token_weights = [float(episode.token_weights.double().sum()) for episode in episodes]
+    assert [batch[i].total_weight for i in range(17)] == pytest.approx(token_weights)
     assert isinstance(batch.shards, Store)
     assert batch.shards.fetched == [0, 0, 0]
 

@@ -3,6 +3,7 @@
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from policies.flops import training_flops
 from policies.schema import ModelSettings, PolicySettings
 from policies.trunk import AdapterWeights, Trunk
 from rollouts.packed_records import TokenBatch
-from rollouts.trajectory import Request, RoleOutputs, Trajectory
+from rollouts.trajectory import Request, RoleOutputs, Trajectory, policy_mask
 from tests.random_episodes import assert_same_bits
 
 TEMPERATURE = 0.7
@@ -539,3 +540,25 @@ def test_roles_start_as_the_blueprint_says(tiny_model: Path) -> None:
     assert torch.equal(critic_of(roles).head.weight, head["weight"])
     assert critic_of(roles).head.weight.data_ptr() != next(roles.reward_heads.parameters()).data_ptr()
     assert not any(p.requires_grad for p in roles.reward_heads.parameters())
+
+
+def test_what_stands_at_tokens_of_others_has_no_part_in_an_update(new_learner: Factory) -> None:
+    rows = trajectories()
+    scored = new_learner().score(rows)
+    inserted = [((1, 3),) if row.length > 4 else () for row in rows]
+    results = []
+    for noise in (0.0, 0.4):
+        learner = new_learner()
+        made = []
+        for episode, spans in zip(episodes(scored), inserted, strict=True):
+            others = ~policy_mask(len(episode.response_ids), spans)
+            changed = {
+                name: getattr(episode, name) + noise * others
+                for name in ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
+            }
+            made.append(replace(episode, **changed, inserted=spans))
+        statistics = learner.update(made, [[list(range(len(made)))]], RATES)
+        results.append((statistics, learner.policy_weights()))
+    (one, weights), (other, other_weights) = results
+    assert one == other
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)

@@ -1,7 +1,14 @@
 import math
 from pathlib import Path
+from typing import Any
 
-from align.report.figures import optimisation_figure, reliability_figure, training_sections, upstream_sections
+from align.report.figures import (
+    gain_figures,
+    optimisation_figure,
+    reliability_figure,
+    training_sections,
+    upstream_sections,
+)
 from tests.align.report.runs import record, step
 
 BEST_OF = {"n": 2, "curve": [{"n": 1, "kl": 0.0, "score_mean": 0.0}, {"n": 2, "kl": 0.25, "score_mean": 0.5}]}
@@ -81,3 +88,26 @@ def test_a_section_without_metrics_is_made_for_a_figure_alone(tmp_path: Path) ->
 def test_a_curve_of_many_steps_is_thinned(tmp_path: Path) -> None:
     run = record(tmp_path, [step(n, reward__mean=math.sin(n)) for n in range(1, 1001)])
     assert 100 < training_sections([run])[0].figures[0].rows.count("<tr>") <= 400
+
+
+def test_the_frontier_is_drawn_by_rising_kl_beside_the_policy_at_its_scales() -> None:
+    def at(kl: float, gain: float) -> dict[str, Any]:
+        return {"kl": kl, "score_gain": gain, "gold_gain": gain / 2}
+
+    section = {
+        "points": [at(0.1, 0.4), at(0.5, 0.9)],
+        "best_of": [at(0.2, 0.5) | {"n": 2}],
+        "policies": [at(1.5, 1.2) | {"scale": 1, "best": at(1.5, 1.4)}, at(0.7, 0.8) | {"scale": 0.5}],
+    }
+    score, gold = gain_figures({"frontier": section})
+    assert [entry.name for entry in score.legend] == ["best policy", "best of n", "policy, scaled"]
+    assert [entry.last for entry in score.legend] == ["1.4", "0.5", "1.2"]
+    assert [entry.last for entry in gold.legend] == ["0.7", "0.25", "0.6"]
+    assert '<th scope="row">1.5<td>1.4<td><td>1.2' in score.rows
+    assert list(gain_figures({})) == []
+
+
+def test_without_a_gold_score_the_frontier_has_one_figure() -> None:
+    section = {"points": [], "best_of": [], "policies": [{"scale": 1, "kl": 0.2, "score_gain": 0.1}]}
+    (figure,) = gain_figures({"frontier": section})
+    assert [entry.name for entry in figure.legend] == ["policy, scaled"]

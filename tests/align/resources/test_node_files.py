@@ -70,3 +70,12 @@ def test_a_hub_name_is_one_only_where_no_folder_has_it(tmp_path: Path, monkeypat
         assert not is_hub_name(path)
     (tmp_path / "organisation" / "model").mkdir(parents=True)
     assert not is_hub_name("organisation/model")
+
+
+def test_workers_read_a_chat_template_that_is_a_file(tmp_path: Path) -> None:
+    settings = experiment(tmp_path)
+    for name, read in {"plain": {}, "talk.jinja": {"model.chat_template": "talk.jinja"}}.items():
+        model = settings.model.model_copy(update={"chat_template": name})
+        with_template = settings.model_copy(update={"model": model})
+        assert paths_of_workers(with_template) == {"model.path": str(tmp_path)} | read
+        assert paths_of_ranks(with_template) == {"model.path": str(tmp_path)}

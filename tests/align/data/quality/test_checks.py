@@ -7,9 +7,12 @@ from random import Random
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from align.cli import app
 from align.data.quality.corpus import read_corpus
 from align.data.quality.report import check_corpus, report_record
+from policies.errors import UserError
 from tests.align.data.quality.clean_rows import (
     MAKERS,
     Row,
@@ -374,3 +377,17 @@ def test_a_file_of_unreadable_rows_is_checked(tmp_path: Path) -> None:
     record = report_record(check_corpus(read_corpus([file], "demonstrations")), 9)
     assert problems(record) == {"unreadable-rows": [1, 2]}
     assert record["lengths"] == {}
+
+
+def test_messages_are_rendered_by_a_template_that_the_model_lacks(tiny_model: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "a mat"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": talk}))
+    command = ["data", "check", str(file), "--json"]
+    without = CliRunner().invoke(app, [*command, "--model", str(tiny_model)])
+    assert "the tokenizer has no chat template" in without.stdout
+    given = CliRunner().invoke(app, [*command, "--model", str(tiny_model), "--chat-template", "plain"])
+    assert given.exit_code == 0
+    assert "template" not in given.stdout
+    with pytest.raises(UserError, match="--chat-template needs --model"):
+        CliRunner().invoke(app, [*command, "--chat-template", "plain"], catch_exceptions=False)
