@@ -52,8 +52,10 @@ nightly: $(STAMP)  ## run the slow tests, and PPO for twenty minutes, during whi
 	$(BIN)/python -m pytest tests -m slow --timeout 1800
 	$(BIN)/python experiments/benchmarks/soak.py
 
-bench: $(STAMP) model-given runs/reviews/sft  ## compare PPO with TRL's, in half an hour or more (MODEL=…, and the Hugging Face hub or SENTENCES=…)
+bench: $(STAMP) model-given runs/reviews/sft  ## compare PPO, SFT and DPO with TRL's, in an hour or more (MODEL=…, and the Hugging Face hub or SENTENCES=…)
 	$(BIN)/python experiments/benchmarks/bench.py --model $(MODEL) --sft runs/reviews/sft --prompts $(PROMPTS)
+	@test -n "$(ALIGN_DATA)" || echo "ALIGN_DATA is not set: SFT and DPO are not compared with TRL's"
+	test -z "$(ALIGN_DATA)" || $(BIN)/python experiments/benchmarks/supervised.py --model $(MODEL)
 
 gpu-check: $(STAMP) model-given  ## measure PPO on a GPU, if there is one (MODEL=… PROMPTS=…)
 	$(BIN)/python experiments/benchmarks/gpu.py --model $(MODEL) --prompts $(PROMPTS)
