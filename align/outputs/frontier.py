@@ -110,11 +110,13 @@ def draw_frontier(figures: dict[str, Any], path: Path) -> None:
 
 def _draw_gains(axes: Axes, figures: dict[str, Any], gain: str) -> None:
     policies = figures["policies"]
-    best = [policy["best"] for policy in policies if "best" in policy]
-    points = sorted([*figures["points"], *best], key=lambda point: float(point["kl"]))
+    points = figures["points"]
     axes.plot(_column(points, "kl"), _column(points, gain), color="black", linewidth=1, label="best policy at this KL")
     low, high = _column(points, f"{gain}_low"), _column(points, f"{gain}_high")
     axes.fill_between(_column(points, "kl"), low, high, color="black", alpha=0.15, linewidth=0)
+    beyond = [policy["best"] for policy in policies if policy.get("best", {}).get("from") == "policy"]
+    if beyond:  # not joined to the line: in between, the curve is unknown
+        axes.plot(_column(beyond, "kl"), _column(beyond, gain), "kD", markersize=4, label="the same, further out")
     draws = figures["best_of"]
     axes.plot(_column(draws, "kl"), _column(draws, gain), "o", markersize=3, color="#ee7733", label="best of n")
     middle = _column(policies, gain)

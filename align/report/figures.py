@@ -256,7 +256,9 @@ def gain_figures(evaluation: Mapping[str, Any]) -> Iterator[Figure]:
     """
     section = evaluation.get("frontier", {})
     policies = section.get("policies", [])
-    best = [*section.get("points", []), *(policy["best"] for policy in policies if "best" in policy)]
+    best = list(section.get("points", []))
+    # Points that only the policy's samples show are too far out to be joined with the others.
+    best += [policy["best"] for policy in policies if policy.get("best", {}).get("from") == "reference"]
     rows = {"best policy": best, "best of n": section.get("best_of", []), "policy, scaled": policies}
     for key, label in (("score_gain", "score"), ("gold_gain", "gold score")):
         lines = [_gain_line(name, points, key, style) for style, (name, points) in enumerate(rows.items())]

@@ -77,11 +77,12 @@ def halvings(run: Path) -> dict[str, int]:
     return {stage: stages.count(stage) for stage in SECTIONS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks",
     [
         pytest.param({}, id="in process"),
-        pytest.param({"ranks": 2, "zero": 2}, id="two ranks at ZeRO 2", marks=pytest.mark.slow),
+        pytest.param({"ranks": 2, "zero": 2}, id="two ranks at ZeRO 2"),
     ],
 )
 @pytest.mark.timeout(1200)

@@ -97,13 +97,16 @@ def test_the_frontier_is_drawn_by_rising_kl_beside_the_policy_at_its_scales() ->
     section = {
         "points": [at(0.1, 0.4), at(0.5, 0.9)],
         "best_of": [at(0.2, 0.5) | {"n": 2}],
-        "policies": [at(1.5, 1.2) | {"scale": 1, "best": at(1.5, 1.4)}, at(0.7, 0.8) | {"scale": 0.5}],
+        "policies": [
+            at(1.5, 1.2) | {"scale": 1, "best": at(1.5, 1.4) | {"from": "policy"}},
+            at(0.7, 0.8) | {"scale": 0.5, "best": at(0.7, 1.0) | {"from": "reference"}},
+        ],
     }
     score, gold = gain_figures({"frontier": section})
     assert [entry.name for entry in score.legend] == ["best policy", "best of n", "policy, scaled"]
-    assert [entry.last for entry in score.legend] == ["1.4", "0.5", "1.2"]
-    assert [entry.last for entry in gold.legend] == ["0.7", "0.25", "0.6"]
-    assert '<th scope="row">1.5<td>1.4<td><td>1.2' in score.rows
+    assert [entry.last for entry in score.legend] == ["1", "0.5", "1.2"]
+    assert [entry.last for entry in gold.legend] == ["0.5", "0.25", "0.6"]
+    assert '<th scope="row">0.7<td>1<td><td>0.8' in score.rows
     assert list(gain_figures({})) == []
 
 
