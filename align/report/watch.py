@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -98,11 +99,21 @@ def serve_page(runs: Sequence[RunFolder], host: str, port: int, tell: Callable[[
     LivePage(runs).draw()
     with _listen(host, port) as listener:
         config = uvicorn.Config(live_app(runs, host), log_level="warning", access_log=False, lifespan="off")
-        try:
-            tell(f"http://{host}:{listener.getsockname()[1]}/")
-            uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            return
+        server = _Server(config, started=lambda: tell(f"http://{host}:{listener.getsockname()[1]}/"))
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """A server that says when it answers, and when it ends at a signal as it should."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._tell_started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell_started()
 
 
 def _listen(host: str, port: int) -> socket.socket:
