@@ -207,7 +207,7 @@ def evaluate(  # noqa: PLR0913 - one parameter per option
     frontier: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="compare with the best policy at each KL, estimated from N samples of each prompt"
+            min=2, metavar="N", help="compare with the best policy at each KL, estimated from N samples of each prompt"
         ),
     ] = None,
     dial: Annotated[

@@ -110,6 +110,13 @@ def test_a_scale_without_effect_or_sense_is_refused(finished: Path, arguments: t
         CliRunner().invoke(app, [command, str(finished), *options], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("samples", ["0", "-2"])
+def test_too_few_samples_are_refused_by_the_command(finished: Path, samples: str) -> None:
+    done = CliRunner().invoke(app, ["eval", str(finished), "--frontier", samples])
+    assert done.exit_code == 2
+    assert "--frontier" in done.output
+
+
 def test_a_run_without_a_policy_has_nothing_to_scale(finished: Path, tmp_path: Path) -> None:
     begun = shutil.copytree(finished, tmp_path / "begun", ignore=shutil.ignore_patterns("policy"))
     with pytest.raises(UserError, match="has no policy"):
