@@ -70,7 +70,7 @@ def test_a_method_reads_only_settings_that_exist() -> None:
     names = PolicySettings.model_fields.keys()
     for spec in methods().values():
         assert names >= set(spec.reads), spec.name
-        for support in (spec.vllm, spec.zero3, spec.merges_for_sampling):
+        for support in (spec.vllm, spec.zero3, spec.merges_for_sampling, spec.scales):
             assert set(spec.reads) >= set(support.without), spec.name
 
 
@@ -148,7 +148,7 @@ def test_a_method_is_one_added_file(tree: Path, tiny_model: Path, tmp_path: Path
 
     tables = command(tree, "policies.method_tables")
     assert "| `scaled_embeddings` | scales of the token embeddings | | this test |" in tables
-    assert "| `scaled_embeddings` | yes | no | no | no | no | yes | yes | `policies` |" in tables
+    assert "| `scaled_embeddings` | yes | no | no | no | no | no | yes | yes | `policies` |" in tables
     plan = command(tree, "align", "plan", str(experiment))
     assert "each update sends 128 B" in plan  # 32 scales in float32
     assert "scaled_embeddings: scales of the token embeddings" in plan
