@@ -3,13 +3,14 @@
 Scores are those that PPO maximises: the reward less the penalties for length and truncation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from align.evaluation.frontier import (
+    BestMean,
     Efficiency,
     FrontierPoint,
     FrontierSamples,
@@ -56,7 +57,7 @@ def frontier_figures(reference: DrawnResponses, kls: Sequence[float] = KLS) -> l
         point = frontier_point(reference.weighted, kl)
         if point is None:
             break
-        figures.append(_point_figures(point) | _best_gains(reference, reference, point))
+        figures.append(_point_figures(point) | _with_intervals(_best_gains(reference, reference, point)))
     return figures
 
 
@@ -64,13 +65,20 @@ def _point_figures(point: FrontierPoint) -> dict[str, Any]:
     return {"kl": point.kl, "beta": point.beta, "effective_samples": point.effective_samples}
 
 
-def _best_gains(samples: DrawnResponses, reference: DrawnResponses, point: FrontierPoint) -> dict[str, float]:
-    """Gain in score, and gold score, of the best policy over the reference, from samples of either; with intervals."""
-    gains: dict[str, float] = {}
+def _best_gains(samples: DrawnResponses, reference: DrawnResponses, point: FrontierPoint) -> dict[str, BestMean]:
+    """What the best policy gains over the reference in score, and gold score, from samples of either policy."""
+    gains = {}
     for name, values in samples.kinds().items():
-        best = best_mean(samples.weighted, values, point).values
-        gains |= with_interval(f"{name}_gain", best - reference.kinds()[name].mean(0))
+        best = best_mean(samples.weighted, values, point)
+        gains[name] = BestMean(best.values - reference.kinds()[name].mean(0), best.slope)
     return gains
+
+
+def _with_intervals(gains: Mapping[str, BestMean]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, gain in gains.items():
+        figures |= with_interval(f"{name}_gain", gain.values)
+    return figures
 
 
 def policy_distance(
@@ -83,7 +91,7 @@ def policy_distance(
 
     Args:
         policy: Responses of the policy, with their log-ratios.
-        reference: Responses of the reference to the same prompts.
+        reference: Responses of the reference to the same prompts, of which there are at least two.
         further: Gives many responses of such a policy, with their log-ratios; it is called where they are needed. None:
             there are none.
 
@@ -105,20 +113,11 @@ def policy_distance(
     for origin, draw in {"reference": lambda: reference, "policy": further}.items():
         samples = draw() if draw else None
         if samples and (point := frontier_point(samples.weighted, distance)):
-            best = {"from": origin} | _point_figures(point) | _best_gains(samples, reference, point)
-            figures |= _efficiencies(gains, kl, samples, reference, point)
-            return figures | {"best": best}
-    return figures
-
-
-def _efficiencies(
-    gains: dict[str, Tensor], kl: Tensor, samples: DrawnResponses, reference: DrawnResponses, point: FrontierPoint
-) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for name, gain in gains.items():
-        best = best_mean(samples.weighted, samples.kinds()[name], point)
-        baseline = reference.kinds()[name].mean(0)
-        figures |= _named(f"{name}_efficiency", efficiency(gain, kl, best.values - baseline, best.slope))
+            best = _best_gains(samples, reference, point)
+            for name, gain in gains.items():
+                found = efficiency(gain, kl, best[name].values, best[name].slope)
+                figures |= _named(f"{name}_efficiency", found)
+            return figures | {"best": {"from": origin} | _point_figures(point) | _with_intervals(best)}
     return figures
 
 

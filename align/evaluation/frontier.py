@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from scipy.optimize import brentq
-from scipy.stats import t as student
 from torch import Tensor
+
+from align.evaluation.intervals import ratio_interval
 
 MIN_EFFECTIVE_SAMPLES = 30.0
 """Smallest mean effective sample size per prompt at which an estimate is given."""
@@ -200,9 +201,7 @@ def efficiency(gain: Tensor, kl: Tensor, best_gain: Tensor, slope: float) -> Eff
     Returns:
         The ratio of the mean gains; P must be at least 2.
     """
-    count = len(gain)
     best = best_gain + slope * (kl - kl.mean())  # [P]
-    ratio = float(gain.mean() / best.mean())
-    influence = (gain - ratio * best) / best.mean()  # [P]
-    half_width = float(student.ppf(0.975, count - 1)) * float(influence.std()) / math.sqrt(count)
-    return Efficiency(ratio, ratio - half_width, ratio + half_width)
+    ends = ratio_interval(gain, best)
+    assert ends is not None  # there are two prompts
+    return Efficiency(float(gain.mean() / best.mean()), *ends)

@@ -33,22 +33,16 @@ def ratio_interval(totals: Tensor, sizes: Tensor) -> tuple[float, float] | None:
     "Sampling techniques", section 6.4).
 
     Args:
-        totals: One total per document `[n]`.
-        sizes: The size of each document `[n]`, not negative.
+        totals: One total per document, or prompt, `[n]`.
+        sizes: The size of each `[n]`; their sum is not 0.
 
     Returns:
         The lower and the upper end; None for fewer than two documents.
     """
-    count = len(totals)
-    if count < 2:
-        return None
     totals = totals.double()
     sizes = sizes.double()
-    ratio = float(totals.sum() / sizes.sum())
-    deviations = totals - ratio * sizes  # [n]
-    standard_error = float((deviations.square().sum() * count / (count - 1)).sqrt() / sizes.sum())
-    half_width = float(student.ppf(0.975, count - 1)) * standard_error
-    return ratio - half_width, ratio + half_width
+    ratio = totals.sum() / sizes.sum()
+    return mean_interval(ratio + (totals - ratio * sizes) / sizes.mean())  # a mean of R with the linearised variance
 
 
 def share_interval(values: Tensor) -> Accuracy:

@@ -1,5 +1,6 @@
 """Finds the trained models of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from align.config.schema import Experiment
@@ -31,15 +32,15 @@ def policy_weights(experiment: Experiment, run: RunFolder) -> AdapterWeights:
     return load_adapter(policy_folder(experiment, run), experiment.policy)
 
 
-def scaled_policy(experiment: Experiment, run: RunFolder, scale: float) -> ScaledAdapter:
-    """The adapter at reference + scale · (policy - reference); at 1, that of `policy_folder`.
+def scaled_policies(experiment: Experiment, run: RunFolder, scales: Sequence[float]) -> list[ScaledAdapter]:
+    """The adapters at reference + scale · (policy - reference); at 1, that of `policy_folder`.
 
     Raises:
         UserError: The run has no policy; or it is scaled, and its method does not allow it, or training is not done.
     """
     policy = policy_weights(experiment, run)
-    if scale == 1:
-        return ScaledAdapter(experiment.policy, policy)
+    if all(scale == 1 for scale in scales):
+        return [ScaledAdapter(experiment.policy, policy)] * len(scales)
     if not run.policy.is_dir():
         raise missing_product(experiment, run, "ppo")
     if run.sft.is_dir():
@@ -47,7 +48,12 @@ def scaled_policy(experiment: Experiment, run: RunFolder, scale: float) -> Scale
     else:
         trunk = build_sft_trunk(experiment.model, experiment.policy, experiment.seed, "reference")
         reference = trunk.read_adapter(SFT_ROLE)
-    return scale_adapter(experiment.policy, reference, policy, scale)
+    return [scale_adapter(experiment.policy, reference, policy, scale) for scale in scales]
+
+
+def scaled_policy(experiment: Experiment, run: RunFolder, scale: float) -> ScaledAdapter:
+    """The adapter at one scale, see `scaled_policies`."""
+    return scaled_policies(experiment, run, [scale])[0]
 
 
 def reward_folder(experiment: Experiment, run: RunFolder, member: int | None) -> Path:

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from align.config.schema import Experiment
 from align.data.datasets import Datasets
 from align.evaluation.distance import DrawnResponses
-from align.outputs.artifacts import policy_weights, scaled_policy
+from align.outputs.artifacts import scaled_policies
 from align.runs.fingerprint import product_digests, run_fingerprint
 from align.runs.folder import RunFolder
 from align.runtime.atomic_files import new_file
@@ -49,20 +49,22 @@ def measure_frontier(
         each and its `scale`.
 
     Raises:
-        UserError: The number of samples is odd or below 2, the reward changes while it is maximised, the run has no
-            policy, or its method allows no other scale than 1.
+        UserError: The number of samples is odd or below 2, fewer than two prompts are held out, the reward changes
+            while it is maximised, the run has no policy, or its method allows no other scale than 1.
     """
     if samples < 2 or samples % 2:
         raise UserError(f"--frontier {samples}: an even number of samples per prompt was expected")
-    policies = [scaled_policy(experiment, run, scale) for scale in scales]
+    if len(datasets.prompts_heldout) < 2:
+        raise UserError("--frontier: its intervals are over prompts, and one is held out: two are needed")
+    *policies, trained = scaled_policies(experiment, run, [*scales, 1.0])
     widest = max((policy.settings for policy in policies), key=lambda settings: settings.full_rank)
     reward = LoadedReward(experiment, run, widest)
     try:
         reward.restore(run)
         check_has_frontier(experiment, reward.scorers.reward.composition.is_stateful)
         kept = run.path / FRONTIER_FOLDER / f"reference-{_key(experiment, run, datasets, samples)}.safetensors"
-        trained = widened(policy_weights(experiment, run), widest)
-        study = DistanceStudy(reward, datasets.prompts_heldout, samples, trained, _load(kept))
+        weights = widened(trained.weights, widest)
+        study = DistanceStudy(reward, datasets.prompts_heldout, samples, weights, _load(kept))
         _save(kept, study.reference)
         compared = []
         for version, (scale, policy) in enumerate(zip(scales, policies, strict=True)):

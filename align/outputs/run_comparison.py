@@ -69,8 +69,9 @@ def compare_runs(trained: TrainedRun, other: TrainedRun) -> dict[str, Any]:
 
 
 def comparison_file(trained: TrainedRun, other: TrainedRun) -> Path:
-    """The file in a run's folder that holds its comparison with another run."""
-    return trained.path / "comparisons" / f"{other.path.name}.json"
+    """The file in a run's folder that holds its comparison with another run, at the scale of its policy."""
+    suffix = "" if trained.scale == 1 else f"-scale-{trained.scale:g}"
+    return trained.path / "comparisons" / f"{other.path.name}{suffix}.json"
 
 
 @dataclass(frozen=True)

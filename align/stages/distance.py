@@ -114,7 +114,7 @@ class DistanceStudy:
 
 
 def _shaped(trajectory: Trajectory, outputs: RoleOutputs, ppo: PpoSettings) -> float:
-    return shaped_score(outputs.score, trajectory.length, truncated=not trajectory.ended, ppo=ppo)
+    return shaped_score(outputs.score, trajectory.sampled_length, truncated=not trajectory.ended, ppo=ppo)
 
 
 def _gains(figures: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:

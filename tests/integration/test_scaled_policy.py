@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from align.cli import app
+from align.outputs.run_comparison import comparison_file
 from align.outputs.trained_run import open_run
 from align.stages.distance import DistanceStudy
 from policies.errors import UserError
@@ -65,6 +66,17 @@ def test_the_frontier_is_measured_once_and_policies_beside_it(finished: Path, mo
 def test_a_reward_that_is_not_fixed_has_no_frontier(finished: Path, settings: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         open_run(finished, [settings]).frontier(samples=8)
+
+
+def test_a_single_held_out_prompt_is_refused(finished: Path) -> None:
+    with pytest.raises(UserError, match="two are needed"):
+        open_run(finished, ["evaluation.prompts=1"]).frontier(samples=8)
+
+
+def test_a_scaled_policy_is_compared_in_a_file_of_its_own(finished: Path) -> None:
+    run = open_run(finished)
+    assert comparison_file(run, run).name == f"{finished.name}.json"
+    assert comparison_file(open_run(finished, scale=0.5), run).name == f"{finished.name}-scale-0.5.json"
 
 
 def test_an_odd_number_of_samples_is_refused(finished: Path) -> None:
