@@ -38,10 +38,13 @@ def compare_runs(trained: TrainedRun, other: TrainedRun) -> dict[str, Any]:
         `judge` where there is one.
 
     Raises:
-        UserError: A run has no policy yet, or the first has no reward or no held-out prompts; or the other run's
-            tokenizer is another one, or its model has too small a context; or the judge cannot be asked.
+        UserError: A run has no policy yet, or the first has no reward or no held-out prompts, or responds in an
+            environment; or the other run's tokenizer is another one, or its model has too small a context; or the judge
+            cannot be asked.
     """
     experiment = trained.experiment
+    if experiment.rollouts.environment:
+        raise UserError(f"--against samples without an environment, and run {trained.path} has rollouts.environment")
     prompts = load_datasets(experiment).prompts_heldout
     if not prompts:
         raise UserError(f"run {trained.path} has no held-out prompts: set data.prompts, and a reward or the stage ppo")

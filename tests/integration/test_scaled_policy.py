@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from align.cli import app
-from align.outputs.run_comparison import comparison_file
+from align.outputs.run_comparison import compare_runs, comparison_file
 from align.outputs.trained_run import open_run
 from align.stages.distance import DistanceStudy
 from policies.errors import UserError
@@ -77,6 +77,12 @@ def test_a_scaled_policy_is_compared_in_a_file_of_its_own(finished: Path) -> Non
     run = open_run(finished)
     assert comparison_file(run, run).name == f"{finished.name}.json"
     assert comparison_file(open_run(finished, scale=0.5), run).name == f"{finished.name}-scale-0.5.json"
+
+
+def test_runs_in_an_environment_are_not_compared_without_it(finished: Path) -> None:
+    run = open_run(finished, ["rollouts.environment=reply.py:reply"])
+    with pytest.raises(UserError, match="samples without an environment"):
+        compare_runs(run, open_run(finished))
 
 
 def test_an_odd_number_of_samples_is_refused(finished: Path) -> None:
